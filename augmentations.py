@@ -1,0 +1,72 @@
+"""Augmentation of a batch on its device: per-image flips, turns and shifts, never in the data loader.
+
+An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was anything done to this image?
+What would change a data set's meaning (a flipped digit) is refused when the augmenter is built.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from config import Config, SettingError
+
+Augmenter = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def flip(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-right flip of the chosen images."""
+    return torch.where(chosen[:, None, None, None], x.flip(3), x), chosen
+
+
+def rotate(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn of the chosen images by 90, 180 or 270 degrees, each as likely; by 180 if they are not square."""
+    turns = (1, 2, 3) if x.shape[2] == x.shape[3] else (2,)
+    which = torch.randint(len(turns), chosen.shape, device=x.device)
+    out = x
+    for i, k in enumerate(turns):
+        out = torch.where((chosen & (which == i))[:, None, None, None], torch.rot90(x, k, (2, 3)), out)
+    return out, chosen
+
+
+def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor]:
+    """Shift of the chosen images by whole pixels, uniform in [-max_shift, max_shift]^2; the border pixels fill the gap."""
+    b, c, h, w = x.shape
+    shift = torch.randint(-max_shift, max_shift + 1, (2, b), device=x.device) * chosen
+    rows = (torch.arange(h, device=x.device) - shift[0][:, None]).clamp(0, h - 1)  # (B, H)
+    columns = (torch.arange(w, device=x.device) - shift[1][:, None]).clamp(0, w - 1)  # (B, W)
+    x = x.gather(2, rows[:, None, :, None].expand(b, c, h, w))
+    return x.gather(3, columns[:, None, None, :].expand(b, c, h, w)), (shift != 0).any(0)
+
+
+# setting with the probability -> (what is done, name of the data set's property that allows it)
+AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, Tensor]], str]] = {
+    'flip_prob': (lambda x, chosen, config: flip(x, chosen), 'flip_keeps_label'),
+    'rotate_prob': (lambda x, chosen, config: rotate(x, chosen), 'rotation_keeps_label'),
+    'translate_prob': (lambda x, chosen, config: translate(x, chosen, config.max_translation), 'translation_keeps_label'),
+}
+
+
+def get_augmenter(config: Config, allowed: dict[str, bool]) -> Augmenter:
+    """The augmentations whose probability is above 0, in the order of the table.
+
+    `allowed` says of each property of the data set (`flip_keeps_label`, ...) whether it holds.
+    Raises SettingError for an augmentation that would change the data set's meaning.
+    """
+    active = []
+    for setting, (fn, needs) in AUGMENTATIONS.items():
+        prob = getattr(config, setting)
+        if prob > 0 and not allowed[needs]:
+            raise SettingError(f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. Use --{setting} 0.')
+        if prob > 0:
+            active.append((fn, prob))
+
+    def augmenter(x: Tensor) -> tuple[Tensor, Tensor]:
+        augmented = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for fn, prob in active:
+            chosen = torch.rand(len(x), device=x.device) < prob
+            x, done = fn(x, chosen, config)
+            augmented |= done
+        return x, augmented
+
+    return augmenter

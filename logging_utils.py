@@ -1,0 +1,195 @@
+"""The record of a run: metrics.jsonl and PNGs on disk always, the same on wandb when there is an account.
+
+Only rank 0 keeps a record; on the other ranks every method does nothing.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+from config import Config, SettingError
+
+WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
+
+
+def say(text: str) -> None:
+    """Print once, not once per process."""
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
+    """A wandb run, or None if there is none; says which. Raises SettingError if wandb='online' cannot be.
+
+    auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else disabled.
+    """
+    mode = config.wandb if config.wandb != 'auto' else os.environ.get('WANDB_MODE', 'auto')
+    if mode == 'disabled':
+        return None
+    import wandb
+
+    has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
+    if not has_key and mode == 'auto':
+        say('wandb: not logged in, so the record is kept on disk only (`wandb login` to change that).')
+        return None
+    if not has_key:
+        raise SettingError("wandb='online': no account is logged in. Run `wandb login`, or use --wandb offline or --wandb disabled.")
+
+    def init(as_mode: str) -> Any:
+        return wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity or None,
+            name=config.experiment_name,
+            dir=run_dir,
+            id=run_id,
+            resume='allow' if run_id and as_mode == 'online' else None,
+            mode=as_mode,
+            config=config.__dict__,
+            allow_val_change=True,
+            settings=wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT, silent=True),
+        )
+
+    try:
+        run = init('offline' if mode == 'offline' else 'online')
+    except wandb.errors.Error as error:
+        if mode == 'online':
+            raise SettingError(f"wandb='online': {error}. Use --wandb offline, and `wandb sync` later.") from error
+        say(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
+        run = init('offline')
+    run.define_metric('*', step_metric='train/step')
+    offline = run.settings.mode == 'offline' or run.offline
+    say(f'wandb: {"offline, `wandb sync` the folder " + str(run_dir / "wandb") + " later" if offline else run.url}')
+    return run
+
+
+class Logger:
+    """Writes `run_dir`/metrics.jsonl, pictures, and the same to wandb. `wandb_id` is to be kept in the checkpoint."""
+
+    def __init__(self, config: Config, run_dir: Path, step: int = 0, wandb_id: str | None = None):
+        """Cuts an existing record back to the steps before `step`, where the run goes on. Raises SettingError, see start_wandb."""
+        self.active, self.run_dir, self.run = distributed.is_main(), run_dir, None
+
+        def open_record() -> None:
+            self._cut_back(step)
+            self.run = start_wandb(config, run_dir, wandb_id)
+
+        distributed.on_main(open_record)
+        self.wandb_id = self.run.id if self.run is not None else wandb_id
+
+    @property
+    def path(self) -> Path:
+        return self.run_dir / 'metrics.jsonl'
+
+    def _cut_back(self, step: int) -> None:
+        """Drop the lines from `step` on, and a last line that a kill left half written."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line + '\n' for line in lines if line.endswith('}') and json.loads(line)['train/step'] < step]
+        temporary = self.path.with_suffix('.tmp')
+        temporary.write_text(''.join(kept))
+        os.replace(temporary, self.path)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """One line of the record. A value that is not finite is written as a string, which JSON can hold."""
+        if not self.active:
+            return
+        values = {'train/step': step, **values}
+        finite = {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(finite) + '\n')
+        if self.run is not None:
+            self.run.log(values)
+
+    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
+        """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without its `step_...` part."""
+        if not self.active:
+            return
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        path = self.run_dir / 'samples' / f'{name}.png'
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        if self.run is not None:
+            import wandb
+
+            panel = name.removeprefix(f'step_{step:07d}_')
+            self.run.log({'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
+
+    def log_curve(self, name: str, points: list[tuple[float, float]], x: str, y: str) -> None:
+        """A line plot on wandb, of what metrics.jsonl holds as it happens."""
+        if self.run is not None:
+            import wandb
+
+            table = wandb.Table(columns=[x, y], data=[list(point) for point in points])
+            self.run.log({name: wandb.plot.line(table, x, y, title=name)})
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+class RunningMeans:
+    """Means of named values since the last `clear`, summed on the device without a CPU-GPU sync."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}  # name -> [sum, count], float64
+
+    def add(self, name: str, total: Tensor, count: Tensor) -> None:
+        pair = torch.stack([total.detach(), count]).double()
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def clear(self) -> None:
+        self.sums = {}
+
+    def over_ranks(self) -> dict[str, Tensor]:
+        """The sums of all ranks together, on the CPU. Ranks may have logged different names."""
+        names = sorted({name for on_rank in distributed.all_gather_objects(list(self.sums)) for name in on_rank})
+        if not names:
+            return {}
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+        table = torch.stack([self.sums.get(name, nothing) for name in names])
+        return dict(zip(names, distributed.all_reduce(table).cpu(), strict=True))  # CPU-GPU sync
+
+    def means(self) -> dict[str, float]:
+        """By name, to seven digits: what is left is the order of summation. A name with no count is left out."""
+        pairs = {name: pair.tolist() for name, pair in self.over_ranks().items()}
+        return {name: float(f'{total / count:.7g}') for name, (total, count) in pairs.items() if count > 0}
+
+    def load(self, sums: dict[str, Tensor]) -> None:
+        """Go on from `over_ranks` of a checkpoint."""
+        self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if distributed.is_main() else {}
+
+
+class Progress:
+    """Rank 0's tqdm bar on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, step: int, total: int, seconds_between_lines: float = 5.0):
+        self.total, self.every, self.last, self.start = total, seconds_between_lines, -float('inf'), (time.monotonic(), step)
+        on_terminal = distributed.is_main() and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True) if on_terminal else None
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, step: int, loss: float, images_per_second: float) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f'loss {loss:.4f}, {images_per_second:.0f} images/s')
+        elif time.monotonic() - self.last >= self.every or step == self.total:
+            began, first = self.start
+            self.last = time.monotonic()
+            left = (self.last - began) / max(step - first, 1) * (self.total - step)
+            say(f'step {step}/{self.total}  loss {loss:.4f}  {images_per_second:.0f} images/s  {left / 60:.1f} min left')
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

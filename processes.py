@@ -1,0 +1,208 @@
+"""Gaussian processes between data and noise: xt = alpha(t) x0 + sigma(t) x1.
+
+x0 is the data (t = 0), x1 ~ N(0, I) the noise (t = 1), t in [0, 1] has shape (B,). alpha falls, sigma rises, so the
+log-SNR log(alpha^2 / sigma^2) falls with t. Dots are derivatives with respect to t.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from config import Config, choose
+from utils import bcast_right
+
+# torch's own forward-mode code is scripted when first used, and warns about itself.
+warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning)
+
+
+@dataclass(frozen=True)
+class Coefs:
+    """A process at times t; every member is (B,).
+
+    The process solves dx = f x dt + g dw (Song et al. 2021, eq. 5), with f and g from Kingma et al. 2021, appendix A.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    alpha_dot: Tensor
+    sigma_dot: Tensor
+
+    @property
+    def f(self) -> Tensor:
+        """Drift alpha_dot / alpha, per unit time. Infinite where alpha = 0."""
+        return self.alpha_dot / self.alpha
+
+    @property
+    def delta(self) -> Tensor:
+        """g^2 / 2 = sigma sigma_dot - f sigma^2. Infinite where alpha = 0."""
+        return self.sigma * self.sigma_dot - self.f * self.sigma.square()
+
+    @property
+    def g(self) -> Tensor:
+        """Diffusion sqrt(2 delta)."""
+        return (2 * self.delta).sqrt()
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha^2 / sigma^2)."""
+        return 2 * (self.alpha.log() - self.sigma.log())
+
+
+class GaussianProcess:
+    """A subclass writes `alpha` and `sigma`, from (B,) to (B,), and nothing else.
+
+    `alpha_dot`, `sigma_dot` and `time_of_log_snr` follow from these two; override them where a closed form is known.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return _derivative(self.alpha, t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return _derivative(self.sigma, t)
+
+    def __call__(self, t: Tensor) -> Coefs:
+        return Coefs(self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t))
+
+    def compute_xt(self, x0: Tensor, x1: Tensor, coefs: Coefs) -> Tensor:
+        """alpha x0 + sigma x1, (B, ...)."""
+        return bcast_right(coefs.alpha, x0.ndim) * x0 + bcast_right(coefs.sigma, x1.ndim) * x1
+
+    def sample_base(self, x0_like: Tensor) -> Tensor:
+        """x1 ~ N(0, I) with the shape, type and device of `x0_like`."""
+        return torch.randn_like(x0_like)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self(t).log_snr
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The t in [0, 1] at which log_snr(t) has this value; 0 or 1 for values beyond the ends. By bisection."""
+        low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
+        for _ in range(64):
+            middle = (low + high) / 2
+            too_clean = self.log_snr(middle) > log_snr
+            low, high = torch.where(too_clean, middle, low), torch.where(too_clean, high, middle)
+        return (low + high) / 2
+
+
+def _derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """d fn / dt at each t, by forward-mode differentiation: fn acts on each time alone."""
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(t, torch.ones_like(t)))).tangent
+    return torch.zeros_like(t) if tangent is None else tangent
+
+
+class RectifiedFlow(GaussianProcess):
+    """Straight lines: alpha = 1 - t, sigma = t (Liu et al. 2023; Lipman et al. 2023 with sigma_min = 0)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+
+class Cosine(GaussianProcess):
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): variance preserving (Nichol and Dhariwal 2021, without their offset)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(math.pi / 2 * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * self.sigma(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * self.alpha(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
+
+
+class LinearVP(GaussianProcess):
+    """dx = -beta x / 2 dt + sqrt(beta) dw with beta linear in t (Ho et al. 2020; Song et al. 2021, eq. 32-33).
+
+    With B(t) the integral of beta: alpha = exp(-B/2), sigma = sqrt(1 - exp(-B)). sigma_dot is infinite at t = 0.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def integral(self, t: Tensor) -> Tensor:
+        return self.beta_min * t + (self.beta_max - self.beta_min) / 2 * t.square()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-self.integral(t) / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self.integral(t)))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -self.beta(t) / 2 * self.alpha(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return self.beta(t) / 2 * self.alpha(t).square() / self.sigma(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        integral = -torch.nn.functional.logsigmoid(log_snr)  # B(t) = -log alpha^2
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+
+class VarianceExploding(GaussianProcess):
+    """alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (Song et al. 2021, eq. 31). Nowhere singular."""
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 80.0):
+        self.sigma_min, self.log_ratio = sigma_min, math.log(sigma_max / sigma_min)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(self.log_ratio * t)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return self.log_ratio * self.sigma(t)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return (-log_snr / 2 - math.log(self.sigma_min)) / self.log_ratio
+
+
+PROCESSES: dict[str, Callable[[Config], GaussianProcess]] = {
+    'rf': lambda config: RectifiedFlow(),
+    'cosine': lambda config: Cosine(),
+    'linear_vp': lambda config: LinearVP(config.beta_min, config.beta_max),
+    've': lambda config: VarianceExploding(config.sigma_min, config.sigma_max),
+}
+
+
+def get_process(config: Config) -> GaussianProcess:
+    """Raises SettingError for an unknown `process_name`."""
+    return choose('process_name', config.process_name, PROCESSES)(config)

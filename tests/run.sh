@@ -1,0 +1,10 @@
+#!/bin/sh
+# Lint and test:  sh tests/run.sh [pytest args]     e.g. sh tests/run.sh tests/test_processes.py -k rf
+set -eu
+cd "$(dirname "$0")/.."
+SETUP_ONLY=1
+REQUIREMENTS='requirements.txt tests/requirements.txt'
+. ./run.sh
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

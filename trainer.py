@@ -1,0 +1,454 @@
+"""Training. An experiment is a subclass of ExampleDiffusionTrainer that overrides what differs:
+
+prepare_batch_fn   a batch of images becomes x0, x1, t, label: all randomness of a training step
+loss_fn            the loss of each image, a pure function of the prepared batch and the network
+
+BaseDiffusionTrainer owns the rest: devices, steps, moving averages, saving, resuming, the record, sampling.
+"""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data_utils
+import distributed
+import metrics
+import saving
+import utils
+from augmentations import get_augmenter
+from config import Config
+from ema import EMA
+from logging_utils import Logger, Progress, RunningMeans, say
+from optimizers import clip_gradients, get_lr, get_optimizer, set_lr
+from prediction import check_time_range, get_model_convert_fn, get_target_fn
+from processes import get_process
+from sampling import SOLVERS, ModelFn, sample
+from time_samplers import get_time_sampler
+
+TIME_BINS = 10  # the loss is also recorded in this many intervals of t
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclass
+class ProcessedBatch:
+    """A prepared batch: all randomness of a training step has been drawn when this exists."""
+
+    x_original: Tensor  # (B, C, H, W) in [0, 1], as loaded
+    x0: Tensor  # (B, C, H, W) centred, augmented and dequantized: what is noised
+    x1: Tensor  # (B, C, H, W) base sample
+    t: Tensor  # (B,)
+    label: Tensor | None  # (B,) int64; num_classes means 'no label'
+    augmentation_label: Tensor | None  # (B,) bool: was anything done to this image?
+
+    @staticmethod
+    def cat(parts: 'list[ProcessedBatch]') -> 'ProcessedBatch':
+        """The parts, one after the other; a field that is None in the first part is None."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
+        return type(parts[0])(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+
+
+class BaseDiffusionTrainer:
+    """Everything that is not the experiment. `network` is the raw module: the one that is saved and averaged."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        network: nn.Module,
+        train_loader: data_utils.Loader,
+        train_sampler: data_utils.StreamSampler,
+        test_loader: data_utils.Loader,
+    ):
+        """Resumes from the run's last.pt if there is one. Raises SettingError for settings that cannot work together."""
+        self.config, self.device = config, device
+        self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
+        self.data = data_utils.get_dataset(config)
+
+        self.process = get_process(config)
+        check_time_range(config, self.process)
+        self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
+        self.time_sampler = get_time_sampler(config)
+        properties = {name: value for name, value in vars(self.data).items() if name.endswith('_keeps_label')}
+        self.augmenter = get_augmenter(config, properties)
+
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.optimizer = get_optimizer(config, self.network)
+        self.ema = EMA(self.network, config.ema_decays)
+        self.autocast_dtype = torch.bfloat16 if config.precision == 'bfloat16' else None
+        if config.precision == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported():
+            self.autocast_dtype = torch.bfloat16
+
+        self.step, self.finished, self.wandb_id = 0, False, None
+        self.means = RunningMeans(device)  # since the last line of the record
+        self.bad_step = torch.full((), math.inf, device=device)  # the first step with a loss or gradient that is not finite
+        self.stratum = (0, 1)  # which shard of how many is being prepared
+        self.restore()
+
+        self.parallel = self.network
+        if distributed.world_size() > 1:
+            ids = [device.index] if device.type == 'cuda' else None  # the local rank: node 2 has no device of its global one
+            self.parallel = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
+        self.forward = torch.compile(self.parallel) if config.compile else self.parallel
+
+    # ---------------------------------------------------------------- the experiment
+
+    def prepare_batch_fn(self, batch: tuple[Tensor, Tensor], is_train: bool) -> ProcessedBatch:
+        """Override: from (x (n, C, H, W) in [0, 1], label (n,)) to a ProcessedBatch. Data, augmentation, coupling, times.
+
+        Use torch's random functions freely: their generators were seeded from (seed, step, shard).
+        """
+        raise NotImplementedError
+
+    def loss_fn(self, batch: ProcessedBatch, model_fn: ModelFn) -> Tensor:
+        """Override: the loss of each image, (B,), a pure function of its inputs. `model_fn(xt, t, label)` is the network."""
+        raise NotImplementedError
+
+    def uniforms(self, n: int) -> Tensor:
+        """(n,) numbers in [0, 1) for the time sampler: iid, or if `stratified`, one in each of n x shards equal intervals.
+
+        A shard takes every `shards`-th interval, in random order.
+        """
+        u = torch.rand(n, device=self.device)
+        if not self.config.stratified:
+            return u
+        shard, shards = self.stratum
+        return (shard + shards * torch.randperm(n, device=self.device) + u) / (shards * n)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """From any override: the mean over elements, ranks and steps since the last line of the record goes into the next."""
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        self.means.add(name, value.mean(), torch.ones((), device=self.device))
+
+    # ---------------------------------------------------------------- training
+
+    def train_loop(self) -> None:
+        """Train from `self.step` to the end. Raises distributed.Stopped after saving, and NonFiniteLoss without."""
+        self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id)
+        self.progress = Progress(self.step, self.config.num_training_steps)
+        self.restart_clock()
+        try:
+            if self.step == 0:
+                self.show_data_and_schedule()
+            else:
+                self.housekeeping()  # what was due at the step of the checkpoint
+            self.train_sampler.set_step(self.step)
+            batches = iter(self.train_loader)
+            while self.step < self.config.num_training_steps:
+                self.train_step(batches)
+                self.progress.advance()
+                if self.due('save_every') or self.due('keep_every'):
+                    self.save()
+                self.housekeeping()
+                distributed.raise_if_stopped()
+            self.finished = True
+            self.save()
+        except distributed.Stopped:
+            self.save()
+            say(f'stopped at step {self.step}, state saved: the same command goes on from there')
+            raise
+        finally:
+            self.progress.close()
+            self.logger.close()
+
+    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step on a global batch, of which this process draws and computes its shards."""
+        c = self.config
+        if self.due('log_every'):
+            self.means.clear()
+        lr = get_lr(c, self.step)
+        set_lr(self.optimizer, lr)
+        shards = list(self.train_sampler.my_shards)
+        per_backward = len(shards) // c.accumulation_steps
+        for micro_step in range(c.accumulation_steps):
+            mine = shards[micro_step * per_backward : (micro_step + 1) * per_backward]
+            batch = ProcessedBatch.cat([self.draw_shard(next(batches), shard) for shard in mine])
+            utils.seed_everything(c.seed, 'forward', self.step, distributed.rank(), micro_step)  # for dropout
+            with self.gradient_sync(micro_step == c.accumulation_steps - 1):
+                losses = self.loss_fn(batch, self.get_model_fn(self.forward, train=True))  # (B,)
+                if losses.shape != batch.t.shape:
+                    raise ValueError(f'loss_fn must return one loss per image, shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}')
+                (losses.mean() / c.accumulation_steps).backward()
+            self.log_losses(batch, losses.detach())
+        grad_norm = clip_gradients(self.network.parameters(), c.grad_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.network)
+
+        self.step += 1
+        self.log('train/grad_norm', grad_norm)
+        self.log('train/lr', lr)
+        bad = ~(grad_norm.isfinite() & losses.detach().isfinite().all())
+        self.bad_step = torch.where(bad, self.bad_step.clamp(max=self.step), self.bad_step)  # read later: no CPU-GPU sync
+
+    def draw_shard(self, batch: tuple[Tensor, Tensor], shard: int) -> ProcessedBatch:
+        """Shard `shard` of this step's global batch, the same on any number of processes."""
+        self.stratum = (shard, self.config.batch_shards)
+        utils.seed_everything(self.config.seed, 'batch', self.step, shard)
+        return self.prepare_batch_fn(batch, is_train=True)
+
+    def gradient_sync(self, sync: bool) -> contextlib.AbstractContextManager:
+        """Average gradients over processes in this backward pass, or leave that to a later one."""
+        return contextlib.nullcontext() if sync or self.parallel is self.network else self.parallel.no_sync()
+
+    def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn:
+        """`module` as a plain function of (xt, t, label) that hides train/eval mode and autocast."""
+        module.train(train)
+
+        def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                return module(xt, t, label).float()
+
+        return model_fn
+
+    # ---------------------------------------------------------------- what is due at a step
+
+    def due(self, setting: str) -> bool:
+        """Whether this step is a multiple of the setting, or the last."""
+        every = getattr(self.config, setting)
+        return self.step == self.config.num_training_steps or (every > 0 and self.step > 0 and self.step % every == 0)
+
+    def housekeeping(self) -> None:
+        """The record, with held-out loss and final metrics, and samples. It changes nothing that is saved, so a run that was
+
+        killed in it, or after its checkpoint, does it again when it is resumed.
+        """
+        values: dict[str, float] = {}
+        try:
+            if self.due('log_every'):
+                self.raise_if_not_finite()
+                values |= self.summary()
+            if self.due('eval_every'):
+                values |= self.evaluate()
+            if self.step == self.config.num_training_steps and self.config.final_eval:
+                values |= self.final_metrics()
+        finally:
+            if values:
+                self.logger.log(values, self.step)
+        if self.due('sample_every'):
+            self.sample_grids()
+        if any(map(self.due, ('log_every', 'eval_every', 'sample_every', 'save_every'))):
+            self.restart_clock()
+
+    def raise_if_not_finite(self) -> None:
+        """Raise NonFiniteLoss, on every rank, if a loss or gradient was not finite."""
+        first = float(distributed.all_reduce(self.bad_step.cpu(), 'MIN'))  # CPU-GPU sync
+        if first < math.inf:
+            raise NonFiniteLoss(
+                f'the loss or its gradient was not finite at step {first:.0f}. The last good checkpoint is kept in {self.config.run_dir}, '
+                'and the steps after it can be replayed: they are a function of (seed, step). Try a lower --base_lr, or --precision float32.'
+            )
+
+    def log_losses(self, batch: ProcessedBatch, losses: Tensor) -> None:
+        """The loss, and the loss by time bin, for the record."""
+        bins = (batch.t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        sums, counts = torch.zeros(2, TIME_BINS, device=self.device)
+        sums.index_add_(0, bins, losses)
+        counts.index_add_(0, bins, torch.ones_like(losses))
+        self.means.add('train/loss', losses.sum(), counts.sum())
+        for i in range(TIME_BINS):
+            self.means.add(f'train/loss_t_{i / TIME_BINS:.1f}_{(i + 1) / TIME_BINS:.1f}', sums[i], counts[i])
+        if batch.augmentation_label is not None:
+            self.log('train/augmented', batch.augmentation_label)
+
+    def restart_clock(self) -> None:
+        self.clock = (time.monotonic(), self.step)
+
+    def summary(self) -> dict[str, float]:
+        """The means since the last line of the record, speed and memory."""
+        values = self.means.means()
+        began, step = self.clock
+        images = (self.step - step) * self.config.global_batch_size
+        values |= {
+            'train/images': self.step * self.config.global_batch_size,
+            'train/images_per_second': images / (time.monotonic() - began),
+            'train/memory_gb': self.peak_memory_gb(),
+        }
+        self.progress.show(self.step, values['train/loss'], values['train/images_per_second'])
+        return values
+
+    def peak_memory_gb(self) -> float:
+        """Of this process, on its GPU if it has one, else in main memory."""
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated() / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss of the raw and the averaged weights, with the same noise and times every time."""
+        values = {}
+        for name, module in self.weights().items():
+            total = torch.zeros(2, dtype=torch.float64, device=self.device)
+            batches = iter(self.test_loader)
+            for round_ in range(self.test_loader.rounds):
+                distributed.raise_if_stopped()
+                batch = next(batches, None)
+                if batch is None:  # in the last round some processes have none
+                    continue
+                self.stratum = (0, 1)
+                utils.seed_everything(self.config.seed, 'evaluate', round_ * distributed.world_size() + distributed.rank())
+                with torch.no_grad():
+                    losses = self.loss_fn(self.prepare_batch_fn(batch, is_train=False), self.get_model_fn(module))
+                total[0] += losses.sum()
+                total[1] += len(losses)
+            loss, count = distributed.all_reduce(total).tolist()
+            values['eval/loss' if name == 'raw' else f'eval/loss_{name}'] = float(f'{loss / count:.7g}')
+        return values
+
+    def weights(self) -> dict[str, nn.Module]:
+        """The networks that can be evaluated, by name; the first moving average, if any, is the one to judge a run by."""
+        return {f'ema_{decay:g}': net for decay, net in self.ema.networks.items()} | {'raw': self.network}
+
+    # ---------------------------------------------------------------- samples
+
+    def generate(self, module: nn.Module, x1: Tensor, label: Tensor, solver: str) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] on every rank, from noise and labels that every rank has; the work is shared out."""
+        c, model_fn = self.config, self.get_model_fn(module)
+        mine = torch.tensor(distributed.share(len(x1)), device=self.device)
+        images = []
+        for i, part in enumerate(mine.split(max(1, c.global_batch_size // (distributed.world_size() * c.accumulation_steps)))):
+            utils.seed_everything(c.seed, 'generate', distributed.rank(), i)  # for the SDE
+            images.append(
+                sample(
+                    model_fn,
+                    self.process,
+                    x1[part],
+                    label[part],
+                    model_type=c.model_type,
+                    solver=solver,
+                    num_steps=c.num_sample_steps,
+                    time_grid=c.time_grid,
+                    t_min=c.t_min,
+                    t_max=c.t_max,
+                    sde_noise=c.sde_noise,
+                    sde_noise_scale=c.sde_noise_scale,
+                    guidance_scale=c.guidance_scale,
+                    null_label=self.data.num_classes,
+                    callback=lambda step, t, x: distributed.raise_if_stopped(),
+                ).clamp(-1, 1)
+            )
+        return distributed.gather_shares(torch.cat(images), len(x1))
+
+    def noise_and_labels(self, n: int) -> tuple[Tensor, Tensor]:
+        """Base noise (n, C, H, W) and labels (n,) that go round the classes; the same every time."""
+        utils.seed_everything(self.config.seed, 'noise_and_labels')
+        x1 = self.process.sample_base(torch.zeros(n, *self.data.shape, device=self.device))
+        return x1, torch.arange(n, device=self.device) % max(1, self.data.num_classes)
+
+    def sample_grids(self, rows: int = 6) -> None:
+        """Pictures of ODE and SDE samples of all weights: noise on the left, what became of it on the right."""
+        columns = min(10, self.data.num_classes) if self.data.num_classes > 1 else 8
+        x1, label = self.noise_and_labels(rows * columns)
+        other = 'heun' if SOLVERS[self.config.solver].stochastic else 'euler_maruyama'
+        for solver in (self.config.solver, other):
+            for name, module in self.weights().items():
+                images = self.generate(module, x1, label, solver)
+                grids = [utils.image_grid(x, columns) for x in (x1 / 4 + 0.5, images / 2 + 0.5)]
+                self.logger.log_picture(f'step_{self.step:07d}_{solver}_{name}', torch.cat(grids, 2), self.step)
+
+    def show_data_and_schedule(self) -> None:
+        """A picture of real data, left, and what augmentation makes of it, right; the learning rate of every step."""
+        x, _ = next(iter(self.test_loader))
+        x = x.repeat(-(-64 // len(x)), 1, 1, 1)[:64]
+        utils.seed_everything(self.config.seed, 'show_data')
+        grids = [utils.image_grid(images, 8) for images in (x, self.augmenter(x)[0])]
+        self.logger.log_picture('data_and_augmented', torch.cat(grids, 2), 0)
+        steps = range(0, self.config.num_training_steps, max(1, self.config.num_training_steps // 200))
+        self.logger.log_curve('lr_schedule', [(step, get_lr(self.config, step)) for step in steps], 'step', 'lr')
+
+    def final_metrics(self, num_samples: int = 1000) -> dict[str, float]:
+        """Samples of the judged weights compared with the data by metrics.py, printed and returned as final/..."""
+        c = self.config
+        if not self.data.pixel_metrics:
+            say(f'final_eval: pixels say little about images of {c.dataset!r}, so nothing is computed')
+            return {}
+        name, module = next(iter(self.weights().items()))
+        say(f'drawing {num_samples} samples: {name} weights, {c.solver}, {c.num_sample_steps} steps ...')
+        x1, label = self.noise_and_labels(num_samples)
+        images = self.generate(module, x1, label, c.solver)
+
+        def compute() -> dict[str, float]:
+            (train, train_label), (held_out, _) = (loader.everything() for loader in (self.train_loader, self.test_loader))
+            return metrics.pixel_metrics(images, label, 2 * train - 1, train_label, 2 * held_out - 1)
+
+        values = distributed.on_main(compute)
+        say(f'  a classifier of real images sees the asked label in {values["label_agreement"]:.1%}')
+        say(f'  Frechet distance to the training images, in pixels: {values["frechet_pixels"]:.3f} (as many real ones: {values["frechet_real"]:.3f})')
+        say(f'  nearest-neighbour ratio: {values["nearest_neighbour_ratio"]:.3f} (well below 1 would be memorising)')
+        return {f'final/{name}': value for name, value in values.items()}
+
+    # ---------------------------------------------------------------- save and resume
+
+    def save(self) -> None:
+        """Write last.pt, and step_N.pt at every keep_every-th step. Raises NonFiniteLoss instead if the run has gone bad."""
+        self.raise_if_not_finite()
+        record = self.means.over_ranks()
+        keep = self.config.keep_every > 0 and self.step > 0 and self.step % self.config.keep_every == 0
+        distributed.on_main(
+            lambda: saving.save_run(
+                self.config,
+                keep_as=self.step if keep else None,
+                shape=self.data.shape,
+                num_classes=self.data.num_classes,
+                step=self.step,
+                finished=self.finished,
+                wandb_id=self.logger.wandb_id,
+                network=self.network,
+                ema=self.ema,
+                optimizer=self.optimizer,
+                record=record,
+            )
+        )
+
+    def restore(self) -> None:
+        """Go on from the run's last.pt, or begin from the weights of init_from if that is set."""
+        c = self.config
+        checkpoint = saving.load_run(c)
+        if checkpoint is not None:
+            saving.load_weights(self.network, checkpoint['network'], checkpoint['config'], c, saving.last_path(c))
+            self.ema.load_state_dict(checkpoint['ema'])
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            self.means.load(checkpoint['record'])
+            self.step, self.wandb_id = checkpoint['step'], checkpoint['wandb_id']
+            self.finished = checkpoint['finished'] and self.step >= c.num_training_steps
+            say(f'resuming {c.run_dir} at step {self.step}')
+        elif c.init_from:
+            other = saving.load(c.init_from)
+            saving.load_weights(self.network, saving.best_weights(other), other['config'], c, c.init_from)
+            self.ema.reset(self.network)
+            say(f'starting from the weights of {c.init_from}')
+
+
+class ExampleDiffusionTrainer(BaseDiffusionTrainer):
+    """Diffusion, flow matching or a stochastic interpolant, as the settings say. Copy it, or override one of the two."""
+
+    def prepare_batch_fn(self, batch: tuple[Tensor, Tensor], is_train: bool) -> ProcessedBatch:
+        x_original, label = batch
+        x, augmented = self.augmenter(x_original) if is_train else (x_original, None)
+        if self.config.dequantize:
+            x = (self.data.max_value * x + torch.rand_like(x)) / (self.data.max_value + 1)
+        x0 = 2 * x - 1
+        x1 = self.process.sample_base(x0)
+        t = self.time_sampler(self.uniforms(len(x0)))
+        if is_train:  # the null class is learned for guidance (Ho and Salimans 2022, algorithm 1)
+            dropped = torch.rand(len(x0), device=x0.device) < self.config.label_dropout
+            label = torch.where(dropped, self.data.num_classes, label)
+        return ProcessedBatch(x_original, x0, x1, t, label, augmented)
+
+    def loss_fn(self, batch: ProcessedBatch, model_fn: ModelFn) -> Tensor:
+        coefs = self.process(batch.t)
+        xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
+        model_out = model_fn(xt, batch.t, batch.label)  # whatever the network approximates
+        model_obj = self.model_convert_fn(model_out, batch.t, xt, coefs)  # that, as every prediction type
+        model_pred = getattr(model_obj, self.config.target_type)  # the one the loss compares
+        target_obj = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs)  # every possible target
+        target = getattr(target_obj, self.config.target_type)
+        return utils.image_square_error(model_pred, target)  # (B,)
