@@ -9,6 +9,7 @@ import itertools
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
     return part(True), part(False)
 
 
+@lru_cache(maxsize=1)  # listing a large folder takes long
 def open_image_folder(config: Config) -> Dataset:
     """Images of any size in data_dir/image_folder/<class>/, resized and cropped to image_size."""
     from torchvision import transforms

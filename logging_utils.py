@@ -147,6 +147,15 @@ class RunningMeans:
         pair = torch.stack([total.detach(), count]).double()
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    def add_by_time(self, name: str, values: Tensor, t: Tensor, bins: int = 10) -> None:
+        """Add values (B,) to the mean of their interval of t: `name`_0.0_0.1 and so on."""
+        index = (t * bins).long().clamp(0, bins - 1)
+        pairs = torch.zeros(bins, 2, dtype=torch.float64, device=self.device)
+        pairs.index_add_(0, index, torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], 1))
+        for i, pair in enumerate(pairs):
+            key = f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}'
+            self.sums[key] = self.sums[key] + pair if key in self.sums else pair
+
     def clear(self) -> None:
         self.sums = {}
 

@@ -51,3 +51,12 @@ def pixel_metrics(samples: Tensor, labels: Tensor, train: Tensor, train_labels: 
         'frechet_real': frechet_distance(train[drawn], train),
         'nearest_neighbour_ratio': nearest_neighbour_ratio(samples, train, held_out),
     }
+
+
+def describe(values: dict[str, float]) -> str:
+    """`pixel_metrics` in words."""
+    return (
+        f'  a classifier of real images sees the asked label in {values["label_agreement"]:.1%}\n'
+        f'  Frechet distance to the training images, in pixels: {values["frechet_pixels"]:.3f} (as many real ones: {values["frechet_real"]:.3f})\n'
+        f'  nearest-neighbour ratio: {values["nearest_neighbour_ratio"]:.3f} (well below 1 would be memorising)'
+    )

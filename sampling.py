@@ -10,11 +10,12 @@ score, and SDE_NOISES holds w^2 / (2 sigma), so nothing diverges at either end. 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from config import SettingError, choose
+from config import Config, SettingError, choose
 from prediction import Prediction, get_model_convert_fn
 from processes import Coefs, GaussianProcess
 from utils import bcast_right
@@ -146,3 +147,21 @@ def sample(
         if callback is not None:
             callback(i + 1, grid[i + 1], x)
     return x
+
+
+def get_sample_fn(config: Config, process: GaussianProcess, null_label: int) -> Callable[..., Tensor]:
+    """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., callback=...)`, or others by keyword."""
+    return partial(
+        sample,
+        process=process,
+        model_type=config.model_type,
+        solver=config.solver,
+        num_steps=config.num_sample_steps,
+        time_grid=config.time_grid,
+        t_min=config.t_min,
+        t_max=config.t_max,
+        sde_noise=config.sde_noise,
+        sde_noise_scale=config.sde_noise_scale,
+        guidance_scale=config.guidance_scale,
+        null_label=null_label,
+    )

@@ -8,7 +8,6 @@ BaseDiffusionTrainer owns the rest: devices, steps, moving averages, saving, res
 
 import contextlib
 import math
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -29,10 +28,8 @@ from logging_utils import Logger, Progress, RunningMeans, say
 from optimizers import clip_gradients, get_lr, get_optimizer, set_lr
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
-from sampling import SOLVERS, ModelFn, sample
+from sampling import SOLVERS, ModelFn, get_sample_fn
 from time_samplers import get_time_sampler
-
-TIME_BINS = 10  # the loss is also recorded in this many intervals of t
 
 
 class NonFiniteLoss(RuntimeError):
@@ -78,6 +75,7 @@ class BaseDiffusionTrainer:
         check_time_range(config, self.process)
         self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
         self.time_sampler = get_time_sampler(config)
+        self.sample_fn = get_sample_fn(config, self.process, self.data.num_classes)
         properties = {name: value for name, value in vars(self.data).items() if name.endswith('_keeps_label')}
         self.augmenter = get_augmenter(config, properties)
 
@@ -178,7 +176,10 @@ class BaseDiffusionTrainer:
                 if losses.shape != batch.t.shape:
                     raise ValueError(f'loss_fn must return one loss per image, shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}')
                 (losses.mean() / c.accumulation_steps).backward()
-            self.log_losses(batch, losses.detach())
+            self.log('train/loss', losses)
+            self.means.add_by_time('train/loss_t', losses, batch.t)
+            if batch.augmentation_label is not None:
+                self.log('train/augmented', batch.augmentation_label)
         grad_norm = clip_gradients(self.network.parameters(), c.grad_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -218,9 +219,9 @@ class BaseDiffusionTrainer:
         return self.step == self.config.num_training_steps or (every > 0 and self.step > 0 and self.step % every == 0)
 
     def housekeeping(self) -> None:
-        """The record, with held-out loss and final metrics, and samples. It changes nothing that is saved, so a run that was
+        """The line of the record, with held-out loss and final metrics, and the samples that are due at this step.
 
-        killed in it, or after its checkpoint, does it again when it is resumed.
+        It changes nothing that is saved: a run that was killed in it does it again when it is resumed.
         """
         values: dict[str, float] = {}
         try:
@@ -248,18 +249,6 @@ class BaseDiffusionTrainer:
                 'and the steps after it can be replayed: they are a function of (seed, step). Try a lower --base_lr, or --precision float32.'
             )
 
-    def log_losses(self, batch: ProcessedBatch, losses: Tensor) -> None:
-        """The loss, and the loss by time bin, for the record."""
-        bins = (batch.t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
-        sums, counts = torch.zeros(2, TIME_BINS, device=self.device)
-        sums.index_add_(0, bins, losses)
-        counts.index_add_(0, bins, torch.ones_like(losses))
-        self.means.add('train/loss', losses.sum(), counts.sum())
-        for i in range(TIME_BINS):
-            self.means.add(f'train/loss_t_{i / TIME_BINS:.1f}_{(i + 1) / TIME_BINS:.1f}', sums[i], counts[i])
-        if batch.augmentation_label is not None:
-            self.log('train/augmented', batch.augmentation_label)
-
     def restart_clock(self) -> None:
         self.clock = (time.monotonic(), self.step)
 
@@ -271,16 +260,10 @@ class BaseDiffusionTrainer:
         values |= {
             'train/images': self.step * self.config.global_batch_size,
             'train/images_per_second': images / (time.monotonic() - began),
-            'train/memory_gb': self.peak_memory_gb(),
+            'train/memory_gb': utils.peak_memory_gb(self.device),
         }
         self.progress.show(self.step, values['train/loss'], values['train/images_per_second'])
         return values
-
-    def peak_memory_gb(self) -> float:
-        """Of this process, on its GPU if it has one, else in main memory."""
-        if self.device.type == 'cuda':
-            return torch.cuda.max_memory_allocated() / 1e9
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss of the raw and the averaged weights, with the same noise and times every time."""
@@ -312,29 +295,15 @@ class BaseDiffusionTrainer:
     def generate(self, module: nn.Module, x1: Tensor, label: Tensor, solver: str) -> Tensor:
         """Images (n, C, H, W) in [-1, 1] on every rank, from noise and labels that every rank has; the work is shared out."""
         c, model_fn = self.config, self.get_model_fn(module)
+
+        def callback(step: int, t: Tensor, x: Tensor) -> None:
+            distributed.raise_if_stopped()
+
         mine = torch.tensor(distributed.share(len(x1)), device=self.device)
         images = []
         for i, part in enumerate(mine.split(max(1, c.global_batch_size // (distributed.world_size() * c.accumulation_steps)))):
             utils.seed_everything(c.seed, 'generate', distributed.rank(), i)  # for the SDE
-            images.append(
-                sample(
-                    model_fn,
-                    self.process,
-                    x1[part],
-                    label[part],
-                    model_type=c.model_type,
-                    solver=solver,
-                    num_steps=c.num_sample_steps,
-                    time_grid=c.time_grid,
-                    t_min=c.t_min,
-                    t_max=c.t_max,
-                    sde_noise=c.sde_noise,
-                    sde_noise_scale=c.sde_noise_scale,
-                    guidance_scale=c.guidance_scale,
-                    null_label=self.data.num_classes,
-                    callback=lambda step, t, x: distributed.raise_if_stopped(),
-                ).clamp(-1, 1)
-            )
+            images.append(self.sample_fn(model_fn, x1=x1[part], label=label[part], solver=solver, callback=callback).clamp(-1, 1))
         return distributed.gather_shares(torch.cat(images), len(x1))
 
     def noise_and_labels(self, n: int) -> tuple[Tensor, Tensor]:
@@ -361,8 +330,9 @@ class BaseDiffusionTrainer:
         utils.seed_everything(self.config.seed, 'show_data')
         grids = [utils.image_grid(images, 8) for images in (x, self.augmenter(x)[0])]
         self.logger.log_picture('data_and_augmented', torch.cat(grids, 2), 0)
-        steps = range(0, self.config.num_training_steps, max(1, self.config.num_training_steps // 200))
-        self.logger.log_curve('lr_schedule', [(step, get_lr(self.config, step)) for step in steps], 'step', 'lr')
+        total = self.config.num_training_steps
+        curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
+        self.logger.log_curve('lr_schedule', curve, 'step', 'lr')
 
     def final_metrics(self, num_samples: int = 1000) -> dict[str, float]:
         """Samples of the judged weights compared with the data by metrics.py, printed and returned as final/..."""
@@ -380,9 +350,7 @@ class BaseDiffusionTrainer:
             return metrics.pixel_metrics(images, label, 2 * train - 1, train_label, 2 * held_out - 1)
 
         values = distributed.on_main(compute)
-        say(f'  a classifier of real images sees the asked label in {values["label_agreement"]:.1%}')
-        say(f'  Frechet distance to the training images, in pixels: {values["frechet_pixels"]:.3f} (as many real ones: {values["frechet_real"]:.3f})')
-        say(f'  nearest-neighbour ratio: {values["nearest_neighbour_ratio"]:.3f} (well below 1 would be memorising)')
+        say(metrics.describe(values))
         return {f'final/{name}': value for name, value in values.items()}
 
     # ---------------------------------------------------------------- save and resume

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import resource
+import sys
 
 import numpy as np
 import torch
@@ -27,6 +29,14 @@ def seed_everything(*key: int | str) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory this process has held, in GB: on its GPU if it has one, else in main memory."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2) -> Tensor:

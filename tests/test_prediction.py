@@ -1,0 +1,184 @@
+import itertools
+
+import pytest
+import torch
+
+from config import Config, SettingError
+from prediction import ROWS, Prediction, check_time_range, get_model_convert_fn, get_target_fn
+from processes import PROCESSES, Coefs, get_process
+
+each_type = pytest.mark.parametrize('model_type', ROWS)
+each_process = pytest.mark.parametrize('process_name', PROCESSES)
+
+
+def case(process_name, t, dtype=torch.float64):
+    """t, xt, x0, x1, coefs of random images at these times."""
+    process = get_process(Config(process_name=process_name))
+    generator = torch.Generator().manual_seed(0)
+    t = torch.as_tensor(t, dtype=dtype)
+    x0, x1 = torch.randn(2, len(t), 2, 3, 4, generator=generator, dtype=dtype)
+    coefs = process(t)
+    return t, process.compute_xt(x0, x1, coefs), x0, x1, coefs
+
+
+def image(v):
+    return v[:, None, None, None]
+
+
+# Every type by its own definition.
+BY_HAND = {
+    'x0': lambda x0, x1, c: x0,
+    'x1': lambda x0, x1, c: x1,
+    'score': lambda x0, x1, c: -x1 / image(c.sigma),
+    'velocity': lambda x0, x1, c: image(c.alpha_dot) * x0 + image(c.sigma_dot) * x1,
+    'v': lambda x0, x1, c: image(c.alpha) * x1 - image(c.sigma) * x0,
+}
+
+
+@each_process
+@pytest.mark.parametrize('target_type', BY_HAND)
+def test_target(process_name, target_type):
+    t, xt, x0, x1, coefs = case(process_name, [0.1, 0.5, 0.9])
+    target = getattr(get_target_fn()(t, xt, x0, x1, coefs), target_type)
+    torch.testing.assert_close(target, BY_HAND[target_type](x0, x1, coefs))
+
+
+def test_score_is_the_gradient_of_the_log_density():
+    t, xt, x0, x1, coefs = case('rf', [0.3, 0.7])
+    xt.requires_grad_()
+    density = torch.distributions.Normal(image(coefs.alpha) * x0, image(coefs.sigma))
+    (gradient,) = torch.autograd.grad(density.log_prob(xt).sum(), xt)
+    torch.testing.assert_close(get_target_fn()(t, xt, x0, x1, coefs).score, gradient)
+
+
+@each_process
+def test_velocity_is_the_time_derivative(process_name):
+    h, t = 1e-6, torch.tensor([0.2, 0.8], dtype=torch.float64)
+    _, above, *_ = case(process_name, t + h)
+    _, below, *_ = case(process_name, t - h)
+    t, xt, x0, x1, coefs = case(process_name, t)
+    torch.testing.assert_close(get_target_fn()(t, xt, x0, x1, coefs).velocity, (above - below) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@each_process
+@each_type
+@pytest.mark.parametrize('target_type', ROWS)
+def test_every_conversion(process_name, model_type, target_type):
+    t, xt, x0, x1, coefs = case(process_name, [0.05, 0.2, 0.5, 0.8, 0.95])
+    truth = get_target_fn()(t, xt, x0, x1, coefs)
+    converted = get_model_convert_fn(model_type)(getattr(truth, model_type), t, xt, coefs)
+    torch.testing.assert_close(getattr(converted, target_type), getattr(truth, target_type), rtol=1e-8, atol=1e-8)
+
+
+@each_type
+def test_own_type_is_returned_as_it_came_and_nothing_is_computed(model_type):
+    out = torch.randn(2, 1, 4, 4)
+    converted = get_model_convert_fn(model_type)(out, None, torch.randn(2, 1, 4, 4), coefs=None)
+    assert getattr(converted, model_type) is out
+
+
+def test_only_what_is_asked_for_is_computed():
+    t, xt, x0, x1, coefs = case('rf', [0.3])
+    converted = get_model_convert_fn('velocity')(x1 - x0, t, xt, coefs)
+    first = converted.x0
+    assert set(vars(converted)) & set(ROWS) == {'velocity', 'x0'}
+    assert converted.x0 is first
+    targets = get_target_fn()(t, xt, x0, x1, None)
+    assert targets.x0 is x0 and targets.x1 is x1
+
+
+@pytest.mark.parametrize('model_type', ['x1', 'score'])
+def test_noise_is_exact_where_alpha_is_0(model_type):
+    t, xt, x0, x1, coefs = case('rf', [1.0])
+    assert coefs.alpha.item() == 0
+    converted = get_model_convert_fn(model_type)(BY_HAND[model_type](x0, x1, coefs), t, xt, coefs)
+    assert torch.equal(converted.x1, x1)
+    assert torch.equal(converted.score, -x1)
+
+
+def test_data_is_exact_where_sigma_is_0():
+    t, xt, x0, x1, coefs = case('rf', [0.0])
+    assert torch.equal(get_model_convert_fn('x0')(x0, t, xt, coefs).x0, x0)
+    assert torch.equal(get_model_convert_fn('velocity')(x1 - x0, t, xt, coefs).x0, x0)
+
+
+def test_small_negative_denominators_are_not_shifted():
+    """At det = -1e-6, an epsilon of 1e-8 added to hide a singularity would show."""
+    one = torch.ones(1, dtype=torch.float64)
+    coefs = Coefs(alpha=one, sigma=one, alpha_dot=one, sigma_dot=one * (1 - 1e-6))
+    x0, x1 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
+    converted = get_model_convert_fn('velocity')(x0 + coefs.sigma_dot * x1, one, x0 + x1, coefs)
+    torch.testing.assert_close(converted.x0, x0, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_type_lists_the_choices():
+    with pytest.raises(SettingError, match=r'noise.*x0, x1, score, velocity'):
+        get_model_convert_fn('noise')
+    with pytest.raises(AttributeError, match=r'noise.*velocity'):
+        _ = Prediction(torch.zeros(1, 1, 1, 1), None).noise
+
+
+def check(process_name, model_type, target_type, t_min, t_max):
+    config = Config(process_name=process_name, model_type=model_type, target_type=target_type, t_min=t_min, t_max=t_max)
+    check_time_range(config, get_process(config))
+
+
+ENDS = {'t_min': 0.0, 't_max': 1.0}
+REJECTED = [
+    ('rf', 'x1', 'velocity', 't_max'),
+    ('rf', 'x1', 'x1', 't_max'),
+    ('rf', 'score', 'velocity', 't_max'),
+    ('cosine', 'x1', 'velocity', 't_max'),
+    ('cosine', 'score', 'x0', 't_max'),
+    ('rf', 'x0', 'velocity', 't_min'),
+    ('rf', 'x0', 'x0', 't_min'),
+    ('cosine', 'x0', 'x0', 't_min'),
+    ('rf', 'score', 'score', 't_min'),
+    ('rf', 'score', 'velocity', 't_min'),
+    ('cosine', 'score', 'x1', 't_min'),
+    ('rf', 'velocity', 'score', 't_min'),
+    *[('linear_vp', model_type, 'velocity', 't_min') for model_type in ROWS],
+    *[('linear_vp', model_type, model_type, 't_min') for model_type in ROWS],
+]
+
+
+@pytest.mark.parametrize(('process_name', 'model_type', 'target_type', 'setting'), REJECTED)
+def test_singular_end_is_rejected_with_a_remedy_that_works(process_name, model_type, target_type, setting):
+    with pytest.raises(SettingError) as error:
+        check(process_name, model_type, target_type, **(dict(t_min=0.001, t_max=0.999) | {setting: ENDS[setting]}))
+    text = str(error.value)
+    assert f'{setting}={ENDS[setting]:g}' in text and repr(model_type) in text and repr(process_name) in text
+    remedy = text.split(f'--{setting} ')[1].rstrip('.')
+    check(process_name, model_type, target_type, **(dict(t_min=0.001, t_max=0.999) | {setting: float(remedy)}))
+
+
+ACCEPTED = [
+    ('rf', 'velocity', 'velocity'),
+    ('rf', 'v', 'velocity'),
+    ('cosine', 'velocity', 'v'),
+    ('cosine', 'v', 'x0'),
+    *[('ve', *types) for types in itertools.product(ROWS, ROWS)],
+]
+
+
+@pytest.mark.parametrize(('process_name', 'model_type', 'target_type'), ACCEPTED)
+def test_whole_range_is_accepted(process_name, model_type, target_type):
+    check(process_name, model_type, target_type, 0.0, 1.0)
+
+
+@each_process
+@each_type
+@pytest.mark.parametrize('target_type', ROWS)
+def test_what_is_accepted_converts(process_name, model_type, target_type):
+    """An exact output at either end gives the exact target, velocity and noise, in float64; 0.001 to 0.999 is always accepted."""
+    for t_min, t_max in itertools.product([0.0, 1e-9, 0.001], [1.0, 1 - 1e-9, 0.999]):
+        try:
+            check(process_name, model_type, target_type, t_min, t_max)
+        except SettingError:
+            assert (t_min, t_max) != (0.001, 0.999)
+            continue
+        t, xt, x0, x1, coefs = case(process_name, [t_min, t_max])
+        truth = get_target_fn()(t, xt, x0, x1, coefs)
+        converted = get_model_convert_fn(model_type)(getattr(truth, model_type), t, xt, coefs)
+        for needed in (target_type, 'velocity', 'x1'):
+            torch.testing.assert_close(getattr(converted, needed), getattr(truth, needed), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,186 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+
+from config import Config, SettingError
+from processes import PROCESSES, GaussianProcess, LinearVP, VarianceExploding, get_process
+
+T = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+HALF_PI = math.pi / 2
+BETA_MIN, BETA_MAX, SIGMA_MIN, SIGMA_MAX = 0.1, 20.0, 0.01, 80.0
+
+each_process = pytest.mark.parametrize('name', PROCESSES)
+
+
+def process_named(name):
+    return get_process(Config(process_name=name, beta_min=BETA_MIN, beta_max=BETA_MAX, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
+
+
+def central_difference(fn, t, h=1e-6):
+    return (fn(t + h) - fn(t - h)) / (2 * h)
+
+
+# name -> alpha, sigma, f, g^2, as functions of a float
+CLOSED_FORMS = {
+    'rf': (lambda t: 1 - t, lambda t: t, lambda t: -1 / (1 - t), lambda t: 2 * t / (1 - t)),
+    'cosine': (
+        lambda t: math.cos(HALF_PI * t),
+        lambda t: math.sin(HALF_PI * t),
+        lambda t: -HALF_PI * math.tan(HALF_PI * t),
+        lambda t: math.pi * math.tan(HALF_PI * t),
+    ),
+    'linear_vp': (
+        lambda t: math.exp(-(BETA_MIN * t + 19.9 * t * t / 2) / 2),
+        lambda t: math.sqrt(1 - math.exp(-(BETA_MIN * t + 19.9 * t * t / 2))),
+        lambda t: -(BETA_MIN + 19.9 * t) / 2,
+        lambda t: BETA_MIN + 19.9 * t,
+    ),
+    've': (
+        lambda t: 1.0,
+        lambda t: SIGMA_MIN ** (1 - t) * SIGMA_MAX**t,
+        lambda t: 0.0,
+        lambda t: 2 * math.log(SIGMA_MAX / SIGMA_MIN) * (SIGMA_MIN ** (1 - t) * SIGMA_MAX**t) ** 2,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', CLOSED_FORMS)
+def test_closed_forms(name):
+    c = process_named(name)(T)
+    for given, closed_form in zip((c.alpha, c.sigma, c.f, c.g.square()), CLOSED_FORMS[name], strict=True):
+        np.testing.assert_allclose(given, [closed_form(t) for t in T.tolist()], rtol=1e-9, atol=1e-12)
+
+
+@each_process
+def test_derivatives_agree_with_forward_mode_and_central_differences(name):
+    process = process_named(name)
+    for fn, dot in (('alpha', 'alpha_dot'), ('sigma', 'sigma_dot')):
+        closed_form = getattr(process, dot)(T)
+        torch.testing.assert_close(closed_form, getattr(GaussianProcess, dot)(process, T), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(closed_form, central_difference(getattr(process, fn), T), rtol=1e-6, atol=1e-8)
+
+
+@each_process
+def test_f_and_g_solve_the_moment_equations(name):
+    """The mean of dx = f x dt + g dw from a fixed x0 grows at rate f, its variance at 2 f var + g^2."""
+    process = process_named(name)
+    c = process(T)
+    mean_dot = central_difference(process.alpha, T)
+    variance_dot = central_difference(lambda t: process.sigma(t).square(), T)
+    torch.testing.assert_close(c.f * process.alpha(T), mean_dot, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(2 * c.f * process.sigma(T).square() + c.g.square(), variance_dot, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(c.g.square() / 2, c.delta)
+
+
+@each_process
+def test_log_snr_falls_and_is_log_of_the_ratio(name):
+    process = process_named(name)
+    log_snr = process.log_snr(T)
+    assert (log_snr.diff() < 0).all()
+    torch.testing.assert_close(log_snr.exp(), (process.alpha(T) / process.sigma(T)).square(), rtol=1e-10, atol=0)
+
+
+@each_process
+def test_time_of_log_snr_inverts_log_snr(name):
+    process = process_named(name)
+    log_snr = process.log_snr(T)
+    torch.testing.assert_close(process.time_of_log_snr(log_snr), T, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(GaussianProcess.time_of_log_snr(process, log_snr), T, rtol=1e-8, atol=1e-10)
+
+
+@each_process
+def test_time_of_log_snr_stops_at_the_ends(name):
+    """For values that no t in [0, 1] has; rf and cosine only approach their ends."""
+    process = process_named(name)
+    beyond = torch.tensor([200.0, -200.0], dtype=torch.float64)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(GaussianProcess.time_of_log_snr(process, beyond), ends)
+    torch.testing.assert_close(process.time_of_log_snr(beyond), ends)
+
+
+@each_process
+def test_float32_is_kept_and_accurate(name):
+    process = process_named(name)
+    single, double = process(T.float()), process(T.float().double())
+    for coefficient in ('alpha', 'sigma', 'alpha_dot', 'sigma_dot', 'f', 'delta', 'g', 'log_snr'):
+        value = getattr(single, coefficient)
+        assert value.dtype == torch.float32 and value.shape == T.shape
+        torch.testing.assert_close(value.double(), getattr(double, coefficient), rtol=1e-4, atol=1e-5)
+
+
+class Power(GaussianProcess):
+    """All that a new process writes."""
+
+    def alpha(self, t):
+        return 1 - t**2
+
+    def sigma(self, t):
+        return t**3
+
+
+class Constant(Power):
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_new_process_needs_only_alpha_and_sigma(grad):
+    with torch.set_grad_enabled(grad):
+        c = Power()(T)
+        torch.testing.assert_close(c.alpha_dot, -2 * T)
+        torch.testing.assert_close(c.sigma_dot, 3 * T**2)
+        torch.testing.assert_close(Power().time_of_log_snr(2 * torch.log((1 - T**2) / T**3)), T)
+        assert Constant()(T).alpha_dot.eq(0).all()
+
+
+def test_new_process_takes_an_expanded_time():
+    """As the sampler gives it: one time for the whole batch."""
+    c = Power()(torch.tensor([0.5]).expand(4))
+    torch.testing.assert_close(c.sigma_dot, torch.full((4,), 0.75))
+
+
+@pytest.mark.parametrize(('beta_min', 'beta_max'), [(0.1, 20.0), (0.0, 3.0), (2.0, 2.0)])
+def test_linear_vp_against_the_integral_of_beta(beta_min, beta_max):
+    process = LinearVP(beta_min, beta_max)
+    integral = [scipy.integrate.quad(lambda s: beta_min + (beta_max - beta_min) * s, 0, t)[0] for t in T.tolist()]
+    np.testing.assert_allclose(process.alpha(T), np.exp(-np.array(integral) / 2), rtol=1e-12)
+    torch.testing.assert_close(process.alpha(T).square() + process.sigma(T).square(), torch.ones_like(T))
+    torch.testing.assert_close(process.time_of_log_snr(process.log_snr(T)), T, rtol=1e-8, atol=1e-10)
+
+
+def test_ve_runs_from_sigma_min_to_sigma_max():
+    ends = VarianceExploding(0.02, 50.0).sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    np.testing.assert_allclose(ends, [0.02, 50.0])
+
+
+@each_process
+def test_compute_xt_weighs_each_image_by_its_own_time(name):
+    process = process_named(name)
+    t = torch.tensor([0.2, 0.5, 0.9])
+    x0, x1 = torch.randn(2, 3, 2, 4, 5)
+    xt = process.compute_xt(x0, x1, process(t))
+    for i in range(3):
+        alpha, sigma = process.alpha(t[i : i + 1]).item(), process.sigma(t[i : i + 1]).item()
+        torch.testing.assert_close(xt[i], alpha * x0[i] + sigma * x1[i])
+
+
+@each_process
+def test_base_sample_is_standard_normal(name):
+    torch.manual_seed(0)
+    x1 = process_named(name).sample_base(torch.zeros(100, 3, 10, 10, dtype=torch.float64))
+    assert x1.shape == (100, 3, 10, 10) and x1.dtype == torch.float64
+    assert abs(x1.mean()) < 0.03 and abs(x1.std() - 1) < 0.03
+
+
+def test_settings_reach_the_process():
+    one = torch.ones(1, dtype=torch.float64)
+    assert get_process(Config(process_name='ve', sigma_max=7.0)).sigma(one).item() == pytest.approx(7)
+    assert get_process(Config(process_name='linear_vp', beta_min=1.0, beta_max=3.0)).alpha(one).item() == pytest.approx(math.exp(-1))
+
+
+def test_unknown_process_lists_the_choices():
+    with pytest.raises(SettingError, match='linear_vp'):
+        get_process(Config(process_name='linear'))

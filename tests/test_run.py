@@ -1,0 +1,283 @@
+"""The launcher and whole runs, with real processes: run.sh, torchrun, gloo, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, as_flags, launch_env
+
+import saving
+
+
+def losses(folder):
+    return [json.loads(line)['train/loss'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+def processes_with(text):
+    """Command lines of living processes that hold `text`."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{pid}/cmdline', 'rb') as file:
+                line = file.read().replace(b'\0', b' ').decode()
+        except OSError:
+            continue
+        if text in line and int(pid) != os.getpid():
+            found.append(line)
+    return found
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_two_processes_give_the_loss_curve_of_one(run_sh, tmp_path):
+    """The same images, noise, times and augmentation; what is left is the order of summation."""
+    settings = dict(log_every=1, translate_prob=0.5, num_training_steps=20, save_every=0)
+    for name, nproc in (('one', 1), ('two', 2)):
+        result = run_sh(nproc=nproc, experiment_name=name, **settings)
+        assert result.returncode == 0, result.stderr
+        assert f'on {nproc} x cpu' in result.stdout
+    one, two = losses(tmp_path / 'ckpts/one'), losses(tmp_path / 'ckpts/two')
+    assert len(one) == 20 and one == pytest.approx(two, rel=1e-5)
+    weights = [saving.load(tmp_path / 'ckpts' / name / 'last.pt')['network'] for name in ('one', 'two')]
+    for name, w in weights[0].items():
+        assert torch.allclose(w, weights[1][name], atol=1e-4), name
+
+
+@pytest.mark.parametrize('nproc, sent', [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_stop_signal_saves_and_ends_everything_and_the_same_command_goes_on(run_sh, tmp_path, nproc, sent):
+    settings = dict(num_training_steps=60, save_every=0, eval_every=0, log_every=1, dropout=0.1)
+    assert run_sh(nproc=nproc, experiment_name='whole', **settings).returncode == 0
+    folder = tmp_path / 'ckpts/cut'
+    flags = as_flags(TINY | settings | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='cut'))
+    # a session of its own: the signal reaches run.sh alone, as from a scheduler
+    run = subprocess.Popen(['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(nproc), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = wait_until(lambda: (folder / 'metrics.jsonl').exists() and (folder / 'metrics.jsonl').read_text().count('\n') >= 5, 60)
+    run.send_signal(sent)
+    out, err = run.communicate(timeout=40)
+    assert started and run.returncode == 75, err
+    assert 'state saved' in out and 'Traceback' not in err
+    assert not processes_with(str(tmp_path))
+    stopped_at = saving.load(folder / 'last.pt')['step']
+    assert 5 <= stopped_at < 60
+    resumed = run_sh(nproc=nproc, experiment_name='cut', **settings)
+    assert resumed.returncode == 0 and f'at step {stopped_at}' in resumed.stdout
+    whole, cut = (saving.load(tmp_path / 'ckpts' / name / 'last.pt') for name in ('whole', 'cut'))
+    assert all(w.equal(cut['network'][name]) for name, w in whole['network'].items())
+    assert losses(tmp_path / 'ckpts/whole') == losses(folder)
+    finished = run_sh(nproc=nproc, experiment_name='cut', **settings)
+    assert finished.returncode == 0 and 'is finished: 60 steps' in finished.stdout
+
+
+def test_a_wrong_flag_gives_one_message(run_sh):
+    result = run_sh(nproc=2, base_l=3)
+    assert result.returncode == 2
+    assert result.stderr.count('Unrecognized options') == 1 and '--base_lr' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(solver='hein'), ('solver', 'hein', 'heun', 'euler_maruyama')),
+        (dict(batch_shards=7), ('global_batch_size=32', 'batch_shards=7', 'divisible')),
+        (dict(batch_shards=1), ('batch_shards=1', '2 processes', '--batch_shards')),
+        (dict(process_name='linear_vp', t_min=0.0), ('t_min=0', 'linear_vp', '--t_min 0.001')),
+        (dict(attention_resolutions=(5,)), ('attention_resolutions', '5', '[8, 4]')),
+        (dict(flip_prob=0.5), ('flip_prob=0.5', 'digits', '--flip_prob 0')),
+        (dict(ckpt_dir='/dev/null/ckpts'), ('ckpt_dir', '/dev/null/ckpts', '--ckpt_dir')),
+        (dict(data_dir='/dev/null/data'), ('data_dir', '/dev/null/data', '--data_dir')),
+    ],
+)
+def test_bad_settings_are_named_once_on_two_processes(run_sh, settings, words):
+    result = run_sh(nproc=2, **settings)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count('SettingError') == 1 and 'Traceback' not in result.stderr
+    for word in words:
+        assert word in result.stderr, word
+
+
+def test_another_config_in_the_same_folder_is_refused(run_sh):
+    assert run_sh().returncode == 0
+    result = run_sh(base_lr=0.5)
+    assert result.returncode == 2 and 'base_lr: 0.001 -> 0.5' in result.stderr
+
+
+SCRIPT = """
+import os
+from dataclasses import dataclass
+from config import Config
+from main import main
+from trainer import ExampleDiffusionTrainer
+
+@dataclass(frozen=True)
+class MyConfig(Config):
+    loss_factor: float = 2.0
+    fail_on: int = -1
+
+class MyTrainer(ExampleDiffusionTrainer):
+    def loss_fn(self, batch, model_fn):
+        if int(os.environ['RANK']) == self.config.fail_on:
+            raise KeyError('broken on purpose')
+        return super().loss_fn(batch, model_fn) * self.config.loss_factor
+
+if __name__ == '__main__':
+    main(trainer_class=MyTrainer, config_class=MyConfig)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """An experiment in a folder of its own."""
+    path = tmp_path / 'experiments' / 'mine.py'
+    path.parent.mkdir()
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_experiment_in_a_subfolder(run_sh, script, tmp_path):
+    plain = run_sh(experiment_name='plain', num_training_steps=3)
+    result = run_sh(script, experiment_name='mine', num_training_steps=3, loss_factor=4.0, cwd='/')
+    assert plain.returncode == 0 and result.returncode == 0, result.stderr
+    assert losses(tmp_path / 'ckpts/mine')[0] == pytest.approx(4 * losses(tmp_path / 'ckpts/plain')[0], rel=0.05)
+    assert json.loads((tmp_path / 'ckpts/mine/config.json').read_text())['loss_factor'] == 4.0
+
+
+def test_an_exception_on_one_rank_ends_all(run_sh, script, tmp_path):
+    began = time.monotonic()
+    result = run_sh(script, nproc=2, fail_on=1)
+    assert result.returncode == 1 and time.monotonic() - began < 60
+    assert 'broken on purpose' in result.stderr and 'rank 1 failed first' in result.stderr
+    assert not processes_with(str(tmp_path))
+
+
+def test_help_needs_no_launcher(run_sh):
+    result = subprocess.run(['sh', 'run.sh', '--help'], cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.count('usage:') == 1 and '--num_training_steps INT' in result.stdout
+
+
+def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
+    """--debug as it stands: samples come out close to the images of the one batch, and far from other digits."""
+    flags = dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='debug', wandb='disabled', sample_every=0)
+    run = subprocess.run(['sh', 'run.sh', '--debug', *as_flags(flags)], cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr
+    from config import Config, DEBUG
+    from data_utils import StreamSampler, load_digits
+    from sampling import sample
+
+    network, process, config = saving.load_for_sampling(tmp_path / 'ckpts/debug/last.pt')
+    (images, labels), _ = load_digits(Config())
+    batch = torch.tensor([next_ for indices, _ in zip(StreamSampler(1500, config), range(config.batch_shards), strict=False) for next_ in indices])
+    assert len(batch) == DEBUG['global_batch_size']
+    torch.manual_seed(0)
+    samples = sample(network, process, torch.randn(40, 1, 8, 8), labels[batch].repeat(2)[:40], num_steps=20)
+    digits = 2 * images.float() / 16 - 1
+    to_batch = torch.cdist(samples.flatten(1), digits[batch].flatten(1)).min(1).values
+    others = torch.ones(1500, dtype=torch.bool)
+    others[batch] = False
+    to_others = torch.cdist(samples.flatten(1), digits[others].flatten(1)).min(1).values
+    assert (to_batch < to_others).float().mean() > 0.9 and to_batch.mean() < 0.5 * to_others.mean()
+
+
+# ---------------------------------------------------------------- the environment that run.sh makes
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    """A copy of run.sh whose requirements are two tiny wheels, and a function that runs only its set-up."""
+    import zipfile
+
+    folder = tmp_path / 'fresh'
+    folder.mkdir()
+    for name in ('run.sh', 'pyproject.toml'):
+        (folder / name).write_text((ROOT / name).read_text())
+    for name in ('alpha', 'beta'):
+        with zipfile.ZipFile(folder / f'{name}-1.0-py3-none-any.whl', 'w') as wheel:
+            info = f'{name}-1.0.dist-info'
+            wheel.writestr(f'{name}.py', 'value = 1')
+            wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
+            wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+            wheel.writestr(f'{info}/RECORD', f'{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
+    (folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n')
+
+    def setup(command='echo "uses $python"', **env):
+        clean = {k: v for k, v in os.environ.items() if k not in ('VIRTUAL_ENV', 'CONDA_PREFIX', 'PYTHONPATH')}
+        clean |= {'PYTHON': sys._base_executable, 'PIP_NO_INDEX': '1'} | env
+        return subprocess.run(['/bin/sh', '-c', f'SETUP_ONLY=1; . ./run.sh; {command}'], cwd=folder, env=clean, capture_output=True, text=True, timeout=100)
+
+    setup.folder = folder
+    return setup
+
+
+def test_environment_is_made_once_finished_if_cut_off_and_updated(fresh):
+    first = fresh('"$python" -c "import alpha; print(alpha.value)"')
+    assert first.returncode == 0 and '1' in first.stdout.split() and 'installing' in first.stdout, first.stderr
+    second = fresh()
+    assert second.stdout == f'uses {fresh.folder}/.venv/bin/python\n'
+    (fresh.folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n./beta-1.0-py3-none-any.whl\n')
+    assert fresh('"$python" -c "import beta"').returncode == 0
+    # cut off while pip was writing: a package that pip takes for installed, but is not whole
+    (next(fresh.folder.glob('.venv/lib/python*/site-packages/alpha.py'))).unlink()
+    (fresh.folder / '.venv/.installing').touch()
+    again = fresh('"$python" -c "import alpha, beta"')
+    assert again.returncode == 0 and 'installing' in again.stdout, again.stderr
+
+
+def test_no_network_is_one_clear_line(fresh):
+    (fresh.folder / 'requirements.txt').write_text('no-such-package==1.0\n')
+    result = fresh()
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert 'pip could not install' in result.stderr and 'network' in result.stderr
+    assert fresh().returncode == 1  # nothing half-made is trusted
+
+
+@pytest.mark.parametrize(
+    'python, words',
+    [
+        ('/nowhere/python3', ('/nowhere/python3 is not installed', 'PYTHON=')),
+        ('#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac', ('Python 3.8.1 is too old', '3.10', 'PYTHON=')),
+        ('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac', ('no venv module', 'apt install python3-venv')),
+    ],
+)
+def test_unusable_python_is_one_clear_line(fresh, python, words):
+    if python.startswith('#!'):
+        fake = fresh.folder / 'python3'
+        fake.write_text(python)
+        fake.chmod(0o755)
+        python = str(fake)
+    result = fresh(PYTHON=python)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    for word in words:
+        assert word in result.stderr
+    assert not (fresh.folder / '.venv').exists()
+
+
+def test_an_environment_of_the_user_is_named_and_left_alone(fresh):
+    mine = fresh.folder / 'mine'
+    subprocess.run([sys._base_executable, '-m', 'venv', '--without-pip', mine], check=True)
+    before = sorted(path.name for path in mine.rglob('*'))
+    result = fresh(VIRTUAL_ENV=str(mine))
+    assert result.returncode == 0 and result.stdout.endswith(f'uses {fresh.folder}/.venv/bin/python\n')
+    assert str(mine) in result.stderr and 'lacks: torch, torchvision' in result.stderr
+    assert sorted(path.name for path in mine.rglob('*')) == before
+    packages = next(mine.glob('lib/python*/site-packages'))
+    (packages / 'torch-2.1.0.dist-info').mkdir()
+    (packages / 'torch-2.1.0.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.1.0\n')
+    assert 'torch 2.10 or newer (it has 2.1.0)' in fresh(VIRTUAL_ENV=str(mine)).stderr
+
+
+def test_a_fitting_environment_of_the_user_is_used(fresh):
+    result = fresh(VIRTUAL_ENV=sys.prefix)
+    assert result.stdout == f'uses {sys.prefix}/bin/python\n', result.stderr
+    assert not (fresh.folder / '.venv').exists()

@@ -1,0 +1,339 @@
+"""The trainer, on real digits in this process: randomness, resuming, losses, failures."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import distributed
+import saving
+import utils
+from config import SettingError
+from prediction import ROWS
+from processes import PROCESSES
+from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, NonFiniteLoss, ProcessedBatch
+
+EVERYTHING_RANDOM = dict(dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2)
+NOT_REPEATABLE = ('train/images_per_second', 'train/memory_gb')
+
+
+def record(config):
+    lines = [json.loads(line) for line in (config.run_dir / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in NOT_REPEATABLE} for line in lines]
+
+
+def assert_same(a, b):
+    """Bit for bit the same nest of dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.equal(b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(config_a, config_b):
+    a, b = saving.load(saving.last_path(config_a)), saving.load(saving.last_path(config_b))
+    for name in ('network', 'ema', 'optimizer', 'step', 'finished'):
+        assert_same(a[name], b[name])
+    assert record(config_a) == record(config_b)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_at(step, how):
+    """A trainer that is cut off after `step` steps: killed at once, or asked to stop."""
+
+    class Trainer(ExampleDiffusionTrainer):
+        def train_step(self, batches):
+            super().train_step(batches)
+            if self.step == step and how == 'killed':
+                raise Interrupted
+            if self.step == step:
+                distributed._ask_to_stop(15, None)
+
+    return Trainer
+
+
+@pytest.fixture(autouse=True)
+def no_stop_asked(monkeypatch):
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+
+
+@pytest.mark.parametrize('how, error', [('killed', Interrupted), ('stopped', distributed.Stopped)])
+@pytest.mark.parametrize('step', [1, 6, 7, 8])
+def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, how, error, step):
+    whole, cut = (tiny_config(experiment_name=name, **EVERYTHING_RANDOM) for name in ('whole', 'cut'))
+    build_trainer(whole).train_loop()
+    with pytest.raises(error):
+        build_trainer(cut, interrupted_at(step, how)).train_loop()
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    again = build_trainer(cut)
+    assert again.step == (step if how == 'stopped' else (step - 1) // 4 * 4)  # save_every is 4, and the kill comes before the save
+    again.train_loop()
+    assert_same_run(whole, cut)
+
+
+def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monkeypatch):
+    class StopsInEvaluation(ExampleDiffusionTrainer):
+        def evaluate(self):
+            distributed._ask_to_stop(15, None)
+            return super().evaluate()
+
+    whole, cut = (tiny_config(experiment_name=name) for name in ('whole', 'cut'))
+    build_trainer(whole).train_loop()
+    with pytest.raises(distributed.Stopped):
+        build_trainer(cut, StopsInEvaluation).train_loop()
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    build_trainer(cut).train_loop()
+    assert_same_run(whole, cut)
+
+
+def test_a_finished_run_can_be_prolonged_under_a_constant_schedule(tiny_config, build_trainer):
+    longer, short = (dict(experiment_name=name, lr_schedule_type='constant') for name in ('longer', 'short'))
+    build_trainer(tiny_config(**longer)).train_loop()
+    build_trainer(tiny_config(**short, num_training_steps=6)).train_loop()
+    assert build_trainer(tiny_config(**short, num_training_steps=6)).finished
+    again = build_trainer(tiny_config(**short))
+    assert not again.finished
+    again.train_loop()
+    assert_same_run(tiny_config(**longer), tiny_config(**short))
+
+
+def test_accumulation_does_not_change_the_loss_curve(tiny_config, build_trainer):
+    """The same images, noise and times: what is left is the order of summation."""
+    losses = []
+    for n in (1, 4):
+        config = tiny_config(experiment_name=f'accumulate{n}', accumulation_steps=n, log_every=1, save_every=0)
+        build_trainer(config).train_loop()
+        losses.append([line['train/loss'] for line in record(config)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(losses[0])) == 12
+
+
+@pytest.mark.parametrize('process_name', PROCESSES)
+def test_every_output_with_every_target(tiny_config, build_trainer, process_name):
+    """A network that outputs the truth has no loss, and any other has a finite one with finite gradients."""
+    for model_type, target_type in itertools.product(ROWS, ROWS):
+        config = tiny_config(process_name=process_name, model_type=model_type, target_type=target_type, t_min=0.05, t_max=0.95)
+        trainer = build_trainer(config)
+        batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0)
+        coefs = trainer.process(batch.t)
+        truth = getattr(trainer.target_fn(batch.t, trainer.process.compute_xt(batch.x0, batch.x1, coefs), batch.x0, batch.x1, coefs), model_type)
+        perfect = trainer.loss_fn(batch, lambda xt, t, label: truth)
+        losses = trainer.loss_fn(batch, trainer.get_model_fn(trainer.network))
+        assert losses.shape == (len(batch.t),)
+        assert (perfect <= 1e-6 * (1 + losses)).all()
+        losses.mean().backward()
+        assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in trainer.network.parameters())
+
+
+def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
+    """A network that outputs 0 for the noise has, for each image, the mean square of its noise as loss."""
+    trainer = build_trainer(tiny_config(model_type='x1', target_type='x1'))
+    batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0)
+    losses = trainer.loss_fn(batch, lambda xt, t, label: torch.zeros_like(xt))
+    assert torch.allclose(losses, (batch.x1**2).mean((1, 2, 3)))
+
+
+def test_prepared_batch(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(global_batch_size=256, batch_shards=1, label_dropout=0.25, translate_prob=0.5))
+    images = next(iter(trainer.train_loader))
+    batch = trainer.draw_shard(images, 0)
+    assert batch.x_original is images[0] and batch.x_original.min() == 0 and batch.x_original.max() == 1
+    assert batch.x0.min() == -1 and batch.x0.max() == 1
+    untouched = ~batch.augmentation_label
+    assert torch.equal(batch.x0[untouched], 2 * batch.x_original[untouched] - 1)
+    assert 0.3 < batch.augmentation_label.float().mean() < 0.6  # one shift in nine is by nothing
+    assert 0.15 < (batch.label == 10).float().mean() < 0.35
+    kept = batch.label != 10
+    assert torch.equal(batch.label[kept], images[1][kept])
+    held_out = trainer.prepare_batch_fn(images, is_train=False)
+    assert torch.equal(held_out.label, images[1]) and torch.equal(held_out.x0, 2 * images[0] - 1)
+
+
+def test_dequantization_stays_within_a_grey_level(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(dequantize=True))
+    batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0)
+    levels = (batch.x0 + 1) / 2 * 17
+    assert torch.equal(levels.floor(), (16 * batch.x_original).round())
+    assert 0.4 < (levels - levels.floor()).mean() < 0.6
+
+
+def test_a_shard_is_a_function_of_seed_step_and_shard(tiny_config, build_trainer):
+    config = tiny_config(translate_prob=0.5)
+    first, second, other_seed = build_trainer(config), build_trainer(config), build_trainer(tiny_config(seed=1, experiment_name='other'))
+    images = next(iter(first.train_loader))
+    a = first.draw_shard(images, 3)
+    torch.manual_seed(7), np.random.seed(7)
+    assert_same(vars(a), vars(second.draw_shard(images, 3)))
+    second.step = 1
+    for different in (second.draw_shard(images, 3), first.draw_shard(images, 2), other_seed.draw_shard(images, 3)):
+        assert not different.x1.equal(a.x1) and not different.t.equal(a.t)
+
+
+def test_stratified_times_fill_every_stratum_of_the_global_batch(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    u = []
+    for shard in range(8):
+        trainer.stratum = (shard, 8)
+        u.append(trainer.uniforms(4))
+    assert (torch.cat(u) * 32).floor().sort().values.tolist() == list(range(32))
+    assert not torch.cat(u).equal(torch.cat(u).sort().values)
+
+
+def test_independent_times_do_not(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(stratified=False))
+    u = trainer.uniforms(1000)
+    assert len((u * 1000).floor().unique()) < 800  # about 632 of 1000 strata are hit
+    assert 0 <= u.min() and u.max() < 1
+
+
+def test_overfit_times_differ_from_step_to_step(tiny_config, build_trainer):
+    """The same image must not meet the same stratum of times again and again."""
+    trainer = build_trainer(tiny_config(overfit=True))
+    strata = []
+    for trainer.step in range(20):
+        trainer.stratum = (0, 8)
+        utils.seed_everything(0, 'batch', trainer.step, 0)
+        strata.append(int(trainer.uniforms(4)[0] * 4))
+    assert set(strata) == {0, 1, 2, 3}
+
+
+def test_held_out_loss_has_fixed_noise_and_times(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(dropout=0.5))
+    for p in trainer.network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    first = trainer.evaluate()
+    torch.manual_seed(123)
+    assert trainer.evaluate() == first
+    assert set(first) == {'eval/loss', 'eval/loss_ema_0.999'} and first['eval/loss'] != first['eval/loss_ema_0.999']
+
+
+def test_log_averages_over_steps(tiny_config, build_trainer):
+    class Logs(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            self.log('mine/step', self.step)
+            return super().loss_fn(batch, model_fn)
+
+    config = tiny_config()
+    build_trainer(config, Logs).train_loop()
+    assert [line['mine/step'] for line in record(config)] == [1, 4, 7, 10]  # steps 0-2, 3-5, ...
+
+
+def test_record_has_each_due_step_once(tiny_config, build_trainer):
+    config = tiny_config()
+    build_trainer(config).train_loop()
+    lines = record(config)
+    assert [line['train/step'] for line in lines] == [3, 6, 9, 12]
+    assert [line['train/images'] for line in lines] == [96, 192, 288, 384]
+    assert all(0 < line['train/loss'] < 10 and line['train/grad_norm'] > 0 for line in lines)
+    assert ['eval/loss' in line for line in lines] == [False, True, False, True]
+    assert {f'train/loss_t_{i / 10:.1f}_{(i + 1) / 10:.1f}' for i in range(10)} <= lines[0].keys()
+
+
+def test_learning_rate_is_set_before_the_step(tiny_config, build_trainer):
+    """With a learning rate of 0 after the warm-up's end the weights stay; the first step's rate is base / warmup."""
+    rates = []
+
+    class Watches(ExampleDiffusionTrainer):
+        def train_step(self, batches):
+            super().train_step(batches)
+            rates.append(self.optimizer.param_groups[0]['lr'])
+
+    config = tiny_config(base_lr=0.4, warmup_steps=4, lr_schedule_type='constant')
+    build_trainer(config, Watches).train_loop()
+    assert rates == pytest.approx([0.1, 0.2, 0.3] + 9 * [0.4])
+    assert all(isinstance(rate, float) for rate in rates)
+
+
+def test_not_finite_loss_names_the_step_and_keeps_the_last_checkpoint(tiny_config, build_trainer):
+    class Diverges(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            return super().loss_fn(batch, model_fn) * (float('nan') if self.step == 5 else 1)
+
+    config = tiny_config()
+    with pytest.raises(NonFiniteLoss, match='not finite at step 6'):
+        build_trainer(config, Diverges).train_loop()
+    kept = saving.load(saving.last_path(config))
+    assert kept['step'] == 4 and all(w.isfinite().all() for w in kept['network'].values())
+
+
+@pytest.mark.parametrize('reduce, shape', [(torch.mean, r'\(\)'), (lambda x: x[:, None], r'\(32, 1\)')])
+def test_loss_of_the_wrong_shape_is_an_error(tiny_config, build_trainer, reduce, shape):
+    class Wrong(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            return reduce(super().loss_fn(batch, model_fn))
+
+    with pytest.raises(ValueError, match=rf'shape \(32,\), not {shape}'):
+        build_trainer(tiny_config(), Wrong).train_loop()
+
+
+def test_singular_end_is_refused_before_training(tiny_config, build_trainer):
+    with pytest.raises(SettingError, match=r"t_max=1 touches a singular end.*model_type='x1'.*--t_max 0.999"):
+        build_trainer(tiny_config(model_type='x1', t_max=1.0))
+
+
+def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
+    config = tiny_config(experiment_name='first')
+    build_trainer(config).train_loop()
+    path = saving.last_path(config)
+    trainer = build_trainer(tiny_config(experiment_name='second', init_from=str(path)))
+    average = saving.load(path)['ema']['networks'][0.999]
+    for weights in (trainer.network.state_dict(), trainer.ema.networks[0.999].state_dict()):
+        assert_same(dict(weights), dict(average))
+    assert trainer.step == 0
+    with pytest.raises(SettingError, match=r'another network: channels: 8 -> 16'):
+        build_trainer(tiny_config(experiment_name='third', init_from=str(path), channels=16))
+
+
+def test_pictures_of_both_solvers_and_all_weights(tiny_config, build_trainer):
+    config = tiny_config(sample_every=6, ema_decays=(0.9, 0.99))
+    build_trainer(config).train_loop()
+    names = {path.name for path in (config.run_dir / 'samples').iterdir()}
+    weights = ('raw', 'ema_0.9', 'ema_0.99')
+    grids = {f'step_{step:07d}_{solver}_{name}.png' for step in (6, 12) for solver in ('heun', 'euler_maruyama') for name in weights}
+    assert names == grids | {'data_and_augmented.png'}
+
+
+def test_samples_are_the_same_every_time(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    for p in trainer.network.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x1, label = trainer.noise_and_labels(20)
+    first = trainer.generate(trainer.network, x1, label, 'euler_maruyama')
+    torch.manual_seed(99)
+    assert trainer.noise_and_labels(20)[0].equal(x1)
+    assert trainer.generate(trainer.network, x1, label, 'euler_maruyama').equal(first)
+    assert not first.equal(trainer.generate(trainer.network, x1, label, 'euler'))
+
+
+def test_parts_of_a_batch_are_put_together():
+    part = ProcessedBatch(*(torch.rand(2, 1, 4, 4) for _ in range(3)), torch.rand(2), None, torch.tensor([True, False]))
+    both = ProcessedBatch.cat([part, part])
+    assert both.x0.shape == (4, 1, 4, 4) and both.label is None and both.augmentation_label.tolist() == [True, False, True, False]
+
+
+def test_base_trainer_leaves_the_experiment_open(tiny_config, build_trainer):
+    with pytest.raises(NotImplementedError):
+        build_trainer(tiny_config(), BaseDiffusionTrainer).train_loop()
+
+
+def test_checkpoint_needs_no_trust(tiny_config, build_trainer):
+    config = tiny_config(keep_every=12)
+    build_trainer(config).train_loop()
+    state = torch.load(config.run_dir / 'last.pt', weights_only=True)
+    assert state['step'] == 12 and state['finished']
+    assert {'network', 'ema', 'optimizer', 'config', 'shape', 'num_classes', 'wandb_id', 'record'} <= state.keys()
+    assert (config.run_dir / 'step_0000012.pt').exists()
