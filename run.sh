@@ -61,7 +61,7 @@ own_environment() {
     for file in $REQUIREMENTS; do
         cmp -s "$file" ".venv/.installed-$(echo "$file" | tr / -)" || stale="${stale:-} $file"
     done
-    if [ -z "${stale:-}" ] && [ -x .venv/bin/python ]; then return; fi
+    if [ -z "${stale:-}" ] && [ -x .venv/bin/python ] && [ ! -f .venv/.installing ]; then return; fi
     if [ -d .venv ] && [ ! -f .venv/.made-by-run-sh ]; then
         missing=$(lacks .venv/bin/python imports)
         if [ -z "$missing" ]; then return; fi

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ def test_every_setting_has_a_docstring_of_one_line():
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == 'Config').body
     documented = {
         node.target.id: following.value.value
-        for node, following in zip(body, body[1:], strict=False)
+        for node, following in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
     }
     assert documented.keys() == FIELDS.keys()
@@ -60,7 +61,7 @@ def test_every_setting_is_read_outside_config():
                 read |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     read |= {'experiment_name', 'ckpt_dir'} if 'run_dir' in read else set()
     by_parse_config = {'debug'}
-    by_augmentations = {'flip_prob', 'rotate_prob', 'translate_prob'}  # getattr(config, f'{name}_prob') for each of its table
+    by_augmentations = {'flip_prob', 'rotate_prob', 'translate_prob'}  # by getattr, for each key of its table
     assert set(FIELDS) - read == by_parse_config | by_augmentations
 
 
@@ -222,13 +223,13 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(base_lr=math.nan), 'base_lr'),
     (dict(time_mean=math.inf), 'time_mean'),
     (dict(ema_decays=(0.9, math.nan)), 'ema_decays'),
-    *((dict([(name, 0)]), name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps'.split()),
-    *((dict([(name, 0)]), name) for name in 'channels num_res_blocks image_size'.split()),
-    *((dict([(name, -1)]), name) for name in 'seed log_every save_every keep_every sample_every eval_every warmup_steps'.split()),
-    *((dict([(name, -1)]), name) for name in 'num_workers max_translation'.split()),
-    *((dict([(name, value)]), name) for name in 'flip_prob rotate_prob translate_prob label_dropout'.split() for value in (-0.1, 1.1)),
-    *((dict([(name, 0.0)]), name) for name in 'base_lr time_std sigma_data sigma_min adam_eps'.split()),
-    *((dict([(name, -0.1)]), name) for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'.split()),
+    *(({name: 0}, name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps'.split()),
+    *(({name: 0}, name) for name in 'channels num_res_blocks image_size'.split()),
+    *(({name: -1}, name) for name in 'seed log_every save_every keep_every sample_every eval_every warmup_steps'.split()),
+    *(({name: -1}, name) for name in 'num_workers max_translation'.split()),
+    *(({name: value}, name) for name in 'flip_prob rotate_prob translate_prob label_dropout'.split() for value in (-0.1, 1.1)),
+    *(({name: 0.0}, name) for name in 'base_lr time_std sigma_data sigma_min adam_eps'.split()),
+    *(({name: -0.1}, name) for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'.split()),
     (dict(dropout=1.0), 'dropout'),
     (dict(dropout=-0.1), 'dropout'),
     (dict(channel_mults=()), 'channel_mults'),
@@ -279,8 +280,18 @@ def test_no_setting_may_be_nan(field):
 
 @pytest.mark.parametrize(
     'settings',
-    [dict(t_min=0.0, t_max=1.0), dict(warmup_steps=0), dict(ema_decays=()), dict(guidance_scale=3.0, label_dropout=0.1), dict(experiment_name='a_b-c+d=1')]
-    + [dict(label_dropout=1.0), dict(label_dropout=0.0), dict(min_lr=1e-3), dict(seed=2**40), dict(num_training_steps=1, warmup_steps=0)],
+    [
+        dict(t_min=0.0, t_max=1.0),
+        dict(warmup_steps=0),
+        dict(ema_decays=()),
+        dict(guidance_scale=3.0, label_dropout=0.1),
+        dict(experiment_name='a_b-c+d=1'),
+        dict(label_dropout=1.0),
+        dict(label_dropout=0.0),
+        dict(min_lr=0.001),
+        dict(seed=2**40),
+        dict(num_training_steps=1, warmup_steps=0),
+    ],
     ids=str,
 )
 def test_values_at_the_edge_are_accepted(settings):

@@ -80,6 +80,8 @@ def test_every_import_of_another_file_names_something_it_has(path):
         if isinstance(node, ast.ImportFrom) and node.module in LAYER_OF:
             body = tree_of(ROOT / f'{node.module}.py').body
             defined = {item.name for item in body if isinstance(item, ast.ClassDef | ast.FunctionDef)}
-            targets = [target for item in body if isinstance(item, ast.Assign | ast.AnnAssign) for target in getattr(item, 'targets', [getattr(item, 'target', 0)])]
+            targets = [
+                target for item in body if isinstance(item, ast.Assign | ast.AnnAssign) for target in getattr(item, 'targets', [getattr(item, 'target', 0)])
+            ]
             defined |= {target.id for target in targets if isinstance(target, ast.Name)}
             assert {alias.name for alias in node.names} <= defined, f'{path.stem}: from {node.module}'

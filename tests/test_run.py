@@ -83,7 +83,7 @@ def test_stop_signal_saves_and_ends_everything_and_the_same_command_goes_on(run_
 def test_a_wrong_flag_gives_one_message(run_sh):
     result = run_sh(nproc=2, base_l=3)
     assert result.returncode == 2
-    assert result.stderr.count('Unrecognized options') == 1 and '--base_lr' in result.stderr
+    assert result.stderr.count('Perhaps you meant') == 1 and '--base_lr' in result.stderr
     assert 'Traceback' not in result.stderr
 
 

@@ -7,7 +7,7 @@ import torch
 
 from config import Config, SettingError
 from prediction import ROWS
-from processes import PROCESSES, get_process
+from processes import PROCESSES, GaussianProcess, get_process
 from sampling import SDE_NOISES, SOLVERS, TIME_GRIDS, sample
 from utils import bcast_right
 
@@ -59,15 +59,27 @@ def check_moments(samples, process, t_min=0.001, tolerance=0.02):
     assert samples.std().item() == pytest.approx(std, abs=tolerance)
 
 
-@each_solver
+@pytest.mark.parametrize(('solver', 'sde_noise'), [(s, n) for s in SOLVERS for n in (SDE_NOISES if SOLVERS[s].stochastic else ['sigma'])])
 @each_process
 @each_grid
-@each_noise
-def test_samples_have_the_data_distribution(solver, process_name, time_grid, sde_noise):
+def test_samples_have_the_data_distribution(solver, sde_noise, process_name, time_grid):
     torch.manual_seed(0)
-    process = process_named(process_name)
-    samples = sample(exact_model(process), process, base_noise(4000), solver=solver, num_steps=200, time_grid=time_grid, sde_noise=sde_noise)
+    process, num_steps = process_named(process_name), 600 // SOLVERS[solver].nfe
+    samples = sample(exact_model(process), process, base_noise(4000), solver=solver, num_steps=num_steps, time_grid=time_grid, sde_noise=sde_noise)
     check_moments(samples, process)
+
+
+@each_solver
+def test_new_process_can_be_sampled(solver):
+    class Circle(GaussianProcess):
+        def alpha(self, t):
+            return 1 - t**2
+
+        def sigma(self, t):
+            return t * (2 - t**2).sqrt()
+
+    torch.manual_seed(0)
+    check_moments(sample(exact_model(Circle()), Circle(), base_noise(4000), solver=solver, num_steps=200), Circle())
 
 
 @pytest.mark.parametrize('model_type', ROWS)

@@ -1,0 +1,282 @@
+"""The record: metrics.jsonl, running means, and wandb for real, without its server."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import logging_utils
+from config import Config, SettingError
+from logging_utils import Logger, Progress, RunningMeans
+
+CPU = torch.device('cpu')
+DISABLED = Config(wandb='disabled')
+
+
+def lines_of(folder: Path) -> list[dict]:
+    def refuse(name):
+        raise AssertionError(f'{name} is not JSON')
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def test_each_line_is_json_with_the_step_and_exact_values(tmp_path):
+    logger = Logger(DISABLED, tmp_path)
+    logger.log({'train/loss': 0.1, 'train/images': 128}, 1)
+    logger.log({'train/loss': 1 / 3}, 2)
+    logger.close()
+    assert lines_of(tmp_path) == [{'train/step': 1, 'train/loss': 0.1, 'train/images': 128}, {'train/step': 2, 'train/loss': 1 / 3}]
+
+
+def test_values_that_are_not_finite_can_be_written(tmp_path):
+    Logger(DISABLED, tmp_path).log({'a': math.nan, 'b': math.inf, 'c': -math.inf, 'd': -3.5}, 1)
+    (line,) = lines_of(tmp_path)
+    assert [float(line['a']), float(line['b']), float(line['c']), line['d']] == [pytest.approx(math.nan, nan_ok=True), math.inf, -math.inf, -3.5]
+
+
+@pytest.mark.parametrize('step, left', [(0, []), (1, []), (6, [3]), (7, [3, 6]), (9, [3, 6]), (99, [3, 6, 9])])
+def test_the_record_is_cut_back_to_the_step_of_the_checkpoint(tmp_path, step, left):
+    logger = Logger(DISABLED, tmp_path)
+    for i in (3, 6, 9):
+        logger.log({'train/loss': i / 7}, i)
+    Logger(DISABLED, tmp_path, step).log({'train/loss': 0.5}, 100)
+    assert [line['train/step'] for line in lines_of(tmp_path)] == [*left, 100]
+
+
+@pytest.mark.parametrize('half', ['{', '{"train/step": 9, "train/lo', '{"train/step": 9, "a": 1', '\n', '\0\0\0\0'])
+def test_a_half_written_last_line_is_dropped(tmp_path, half):
+    logger = Logger(DISABLED, tmp_path)
+    logger.log({'a': 1.0}, 3)
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write(half)
+    Logger(DISABLED, tmp_path, 10).log({'a': 2.0}, 10)
+    assert [line['train/step'] for line in lines_of(tmp_path)] == [3, 10]
+
+
+def test_only_the_first_process_keeps_a_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging_utils.distributed, 'is_main', lambda: False)
+    monkeypatch.setattr(logging_utils.distributed, 'on_main', lambda fn: None)
+    logger = Logger(DISABLED, tmp_path, wandb_id='abc')
+    logger.log({'a': 1.0}, 1)
+    logger.log_picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
+    logger.log_curve('x', [(0, 1)], 'step', 'lr')
+    logger.close()
+    logging_utils.say('hello')
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ''
+
+
+def test_a_picture_on_disk_has_the_same_pixels(tmp_path):
+    picture = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    Logger(DISABLED, tmp_path).log_picture('step_0000003_heun_raw', picture, 3)
+    pixels = np.asarray(Image.open(tmp_path / 'samples' / 'step_0000003_heun_raw.png'))
+    assert np.array_equal(pixels, picture.permute(1, 2, 0).numpy())
+
+
+# ---------------------------------------------------------------- running means
+
+
+def test_means_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    batches = [rng.normal(5, 1, size).astype(np.float32) for size in (3, 8, 1)]  # unequal, so the mean of means would be wrong
+    means = RunningMeans(CPU)
+    for batch in batches:
+        means.add('loss', torch.from_numpy(batch).sum(), torch.tensor(float(len(batch))))
+    assert means.means()['loss'] == pytest.approx(np.concatenate(batches).mean(dtype=np.float64), rel=1e-6)
+
+
+def test_a_name_logged_on_some_steps_is_averaged_over_these():
+    means = RunningMeans(CPU)
+    for step in range(10):
+        means.add('always', torch.tensor(float(step)), torch.tensor(1.0))
+        if step % 4 == 0:
+            means.add('sometimes', torch.tensor(float(step)), torch.tensor(1.0))
+        means.add('empty bin', torch.tensor(0.0), torch.tensor(0.0))
+    assert means.means() == {'always': 4.5, 'sometimes': 4.0}
+    means.clear()
+    assert means.means() == {}
+
+
+def test_a_small_term_is_not_lost_in_a_large_sum():
+    means = RunningMeans(CPU)
+    for value in (2.0**24, *[1.0] * 1000):  # float32 would drop each 1
+        means.add('x', torch.tensor(value), torch.tensor(1.0))
+    assert means.means()['x'] == pytest.approx((2**24 + 1000) / 1001, rel=1e-6)
+
+
+def test_means_go_on_from_a_checkpoint(tmp_path):
+    whole, first, second = RunningMeans(CPU), RunningMeans(CPU), RunningMeans(CPU)
+    for i, value in enumerate((0.3, 0.9, 1.7, 0.2)):
+        for means in (whole, first if i < 2 else second):
+            means.add('x', torch.tensor(value), torch.tensor(1.0))
+        if i == 1:
+            torch.save(first.over_ranks(), tmp_path / 'x.pt')
+            second.load(torch.load(tmp_path / 'x.pt', weights_only=True))
+    assert second.means() == whole.means()
+
+
+def test_values_keep_no_graph():
+    means, weight = RunningMeans(CPU), torch.ones(1, requires_grad=True)
+    means.add('x', (3 * weight).sum(), torch.tensor(1.0))
+    assert not means.sums['x'].requires_grad
+
+
+# ---------------------------------------------------------------- the line for people
+
+
+def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logging_utils.time, 'monotonic', lambda: now[0])
+    progress = Progress(20, 100, seconds_between_lines=5)
+    for step in (30, 40, 50, 100):
+        now[0] += 4
+        progress.show(step, 0.125, 640)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in shown] == ['30/100', '50/100', '100/100']  # 4 s after a line is too early, the end is not
+    assert 'loss 0.1250' in shown[0] and '640 images/s' in shown[0]
+    assert '0.3 min left' in shown[1]  # 30 steps took 12 s, 50 are left: 20 s
+
+
+# ---------------------------------------------------------------- wandb
+
+
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
+    """No key is found anywhere, and wandb knows nothing of earlier tests."""
+    import wandb
+
+    home = tmp_path / 'home'
+    home.mkdir()
+    for name in ('HOME', 'WANDB_CONFIG_DIR', 'WANDB_CACHE_DIR', 'WANDB_DATA_DIR'):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv('NETRC', str(home / 'netrc'))
+    for name in ('WANDB_API_KEY', 'WANDB_MODE', 'WANDB_BASE_URL', 'WANDB_DIR', 'WANDB_PROJECT', 'WANDB_ENTITY'):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def offline_records(run_dir: Path) -> list[dict]:
+    """The records of the one offline run in `run_dir`, read back by wandb's own reader."""
+    (folder,) = (run_dir / 'wandb').glob('offline-run-*')
+    command = [Path(sys.executable).with_name('wandb'), 'leet', 'inspect', '--json', folder]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, stdin=subprocess.DEVNULL)
+    return [json.loads(line) for line in shown.stdout.splitlines()]
+
+
+def history(records: list[dict]) -> list[dict]:
+    return [record['history']['item'] for record in records if record['type'] == 'history']
+
+
+def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
+    config = Config(wandb='offline', base_lr=0.125, wandb_project='a-project', experiment_name='a-run')
+    logger = Logger(config, tmp_path, step=100)
+    values = [{'train/loss': 0.1, 'eval/loss': 1 / 3}, {'train/loss': 1e-8}]
+    logger.log(values[0], 100)
+    logger.log(values[1], 200)
+    picture = torch.randint(0, 256, (3, 8, 9), dtype=torch.uint8)
+    logger.log_picture('step_0000200_heun_ema', picture, 200)
+    logger.log_curve('lr_schedule', [(0, 0.5), (1, 0.25)], 'step', 'lr')
+    logger.close()
+    records = offline_records(tmp_path)
+    run = next(record['run'] for record in records if record['type'] == 'run')
+    assert (run['project'], run['display_name'], run['run_id']) == ('a-project', 'a-run', logger.wandb_id)
+    stored = run['config']['update']
+    for name, value in vars(config).items():
+        assert stored[name] == (list(value) if isinstance(value, tuple) else value), name
+    rows = history(records)
+    for row, given, step in zip(rows, values, (100, 200), strict=False):
+        assert row['train/step'] == step
+        assert {name: row[name] for name in given} == given
+    assert rows[2]['train/step'] == 200
+    (path,) = [value for name, value in rows[2].items() if name.startswith('samples/heun_ema') and name.endswith('.path')]
+    (file,) = (tmp_path / 'wandb').glob(f'offline-run-*/files/{path}')
+    assert np.array_equal(np.asarray(Image.open(file)), picture.permute(1, 2, 0).numpy())
+    (table,) = (tmp_path / 'wandb').glob('offline-run-*/files/media/table/lr_schedule*.json')
+    assert json.loads(table.read_text())['data'] == [[0, 0.5], [1, 0.25]]
+    metric = next(record['metric'] for record in records if record['type'] == 'metric')
+    assert (metric['glob_name'], metric['step_metric']) == ('*', 'train/step')
+    assert records[-1]['exit']['exit_code'] == 0
+
+
+def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_account):
+    ids = []
+    for log_every in (50, 60):
+        logger = Logger(Config(wandb='offline', log_every=log_every), tmp_path, wandb_id=ids[0] if ids else None)
+        ids.append(logger.wandb_id)
+        logger.close()
+    assert ids[0] == ids[1] and len(ids[0]) >= 8
+
+
+def test_auto_without_a_key_keeps_the_record_on_disk_and_says_so(tmp_path, no_account, capsys):
+    start = time.monotonic()
+    logger = Logger(Config(wandb='auto'), tmp_path / 'home', wandb_id='kept')
+    assert time.monotonic() - start < 5
+    logger.log({'a': 1.0}, 1)
+    logger.close()
+    assert logger.run is None and logger.wandb_id == 'kept'
+    shown = capsys.readouterr().out
+    assert 'wandb' in shown and 'not logged in' in shown and 'on disk' in shown and 'wandb login' in shown
+    assert not (tmp_path / 'home' / 'wandb').exists()
+    assert len(lines_of(tmp_path / 'home')) == 1
+
+
+def test_auto_obeys_wandb_mode(tmp_path, no_account, monkeypatch):
+    for mode, expected in (('disabled', False), ('offline', True)):
+        monkeypatch.setenv('WANDB_MODE', mode)
+        logger = Logger(Config(wandb='auto'), tmp_path)
+        logger.close()
+        assert (logger.run is not None) is expected
+    assert (tmp_path / 'wandb').exists()
+
+
+def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # an import fails
+    Logger(DISABLED, tmp_path).close()
+    with pytest.raises(ImportError):
+        Logger(Config(wandb='offline'), tmp_path)
+
+
+def test_online_without_a_key_says_what_to_do(tmp_path, no_account):
+    with pytest.raises(SettingError, match=r"wandb='online'.*wandb login.*--wandb offline"):
+        Logger(Config(wandb='online'), tmp_path)
+
+
+@pytest.mark.parametrize('mode', ['auto', 'online'])
+def test_a_malformed_key_is_an_error_with_a_remedy(tmp_path, no_account, monkeypatch, mode):
+    monkeypatch.setenv('WANDB_API_KEY', 'abc')
+    with pytest.raises(SettingError, match='WANDB_API_KEY'):
+        Logger(Config(wandb=mode), tmp_path)
+
+
+def test_auto_with_a_key_but_no_server_records_offline(tmp_path, no_account, monkeypatch, capsys):
+    monkeypatch.setenv('WANDB_API_KEY', 40 * 'a')
+    monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
+    monkeypatch.setattr(logging_utils, 'WANDB_INIT_TIMEOUT', 2)
+    start = time.monotonic()
+    logger = Logger(Config(wandb='auto'), tmp_path)
+    assert time.monotonic() - start < 60
+    logger.log({'train/loss': 0.25}, 3)
+    logger.close()
+    assert 'does not answer' in capsys.readouterr().out
+    records = offline_records(tmp_path)
+    assert [(row['train/step'], row['train/loss']) for row in history(records)] == [(3, 0.25)]
+    assert records[-1]['exit']['exit_code'] == 0
+    assert lines_of(tmp_path) == [{'train/step': 3, 'train/loss': 0.25}]
+    assert 40 * 'a' not in json.dumps(records) + ''.join(os.listdir(tmp_path / 'wandb'))
+
+
+def test_the_time_a_dead_server_costs_is_bounded():
+    assert 5 <= logging_utils.WANDB_INIT_TIMEOUT <= 60

@@ -1,0 +1,161 @@
+import pytest
+import torch
+
+from config import PRESETS, Config, SettingError
+from data_utils import DATASETS
+from networks import NETWORKS, TIME_INPUTS, ScaledNetwork, get_network
+from processes import PROCESSES, get_process
+from unet import sinusoid
+
+each_network = pytest.mark.parametrize('network', NETWORKS)
+each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_time_input = pytest.mark.parametrize('time_input', TIME_INPUTS)
+SHAPE = (1, 8, 8)
+
+
+def build(randomise=True, **settings):
+    torch.manual_seed(0)
+    net = get_network(Config(**(dict(channels=8, num_res_blocks=1) | settings)), SHAPE, 10).eval()
+    if randomise:
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def batch(n=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, *SHAPE, generator=generator), torch.linspace(0.1, 0.9, n), torch.arange(n)
+
+
+@each_network
+def test_first_output_is_zero(network):
+    xt, t, label = batch()
+    assert torch.equal(build(network=network, randomise=False)(xt, t, label), torch.zeros_like(xt))
+
+
+@each_network
+def test_gradients_reach_every_parameter(network):
+    net = build(network=network, randomise=False)
+    xt, t, label = batch()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(xt, t, label) - torch.randn_like(xt)).square().mean().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+    assert [name for name, p in net.named_parameters() if not p.grad.any()] == []
+
+
+@each_network
+@each_process
+@each_time_input
+def test_time_and_label_matter(network, process_name, time_input):
+    net = build(network=network, process_name=process_name, time_input=time_input)
+    xt, _, label = batch()
+    at = {time: net(xt, torch.full((4,), time), label) for time in (0.4, 0.6)}
+    other_label = net(xt, torch.full((4,), 0.4), label + 1)
+    for other in (at[0.6], other_label):
+        assert ((at[0.4] - other).flatten(1).norm(dim=1) > 0.01 * other.flatten(1).norm(dim=1)).all()
+
+
+@each_network
+def test_no_label_is_the_null_class(network):
+    net = build(network=network)
+    xt, t, label = batch()
+    torch.testing.assert_close(net(xt, t), net(xt, t, torch.full((4,), 10)))
+    assert not torch.allclose(net(xt, t), net(xt, t, label))
+
+
+@each_network
+def test_images_of_a_batch_do_not_mix(network):
+    net = build(network=network)
+    xt, t, label = batch()
+    alone = torch.cat([net(xt[i : i + 1], t[i : i + 1], label[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(net(xt, t, label), alone, rtol=1e-4, atol=1e-5)
+
+
+@each_network
+def test_weights_are_a_function_of_the_seed(network):
+    first, second = (list(build(network=network, randomise=False).parameters()) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+class Record(torch.nn.Module):
+    def forward(self, x, time, label):
+        self.x, self.time, self.label = x, time, label
+        return x
+
+
+@each_process
+@pytest.mark.parametrize('sigma_data', [0.5, 2.0])
+def test_input_has_unit_variance(process_name, sigma_data):
+    torch.manual_seed(0)
+    process, record = get_process(Config(process_name=process_name)), Record()
+    t = torch.tensor([0.001, 0.2, 0.5, 0.8, 0.999])
+    x0, x1 = sigma_data * torch.randn(5, 3, 100, 100), torch.randn(5, 3, 100, 100)
+    label = torch.arange(5)
+    ScaledNetwork(record, process, 't', sigma_data)(process.compute_xt(x0, x1, process(t)), t, label)
+    torch.testing.assert_close(record.x.flatten(1).var(1), torch.ones(5), rtol=0.03, atol=0)
+    assert record.label is label
+
+
+@each_process
+@each_time_input
+def test_time_input_tells_times_apart(process_name, time_input):
+    """It rises by hundreds over the range, and .4 and .6 are far apart as sinusoids."""
+    process = get_process(Config(process_name=process_name))
+    t = torch.tensor([0.001, 0.2, 0.4, 0.6, 0.8, 0.999])
+    time = TIME_INPUTS[time_input](t, process(t))
+    assert (time.diff() > 0).all() and 100 < time[-1] - time[0] < 3000
+    low, high = sinusoid(time[2:4], 32)
+    assert (low - high).norm() > 0.3 * low.norm()
+
+
+@each_time_input
+def test_time_input_is_what_the_network_sees(time_input):
+    process, record = get_process(Config()), Record()
+    t = torch.tensor([0.25, 0.5])
+    ScaledNetwork(record, process, time_input, 0.5)(torch.zeros(2, 1, 1, 1), t)
+    expected = {'t': [250.0, 500.0], 'log_snr': [-25 * 2 * torch.tensor(3.0).log().item(), 0.0]}
+    if time_input in expected:
+        assert record.time.tolist() == pytest.approx(expected[time_input], abs=1e-4)
+    assert record.label is None
+
+
+def test_log_snr_input_needs_finite_ends():
+    for ends in (dict(t_min=0.0), dict(t_max=1.0)):
+        with pytest.raises(SettingError, match='time_input'):
+            build(time_input='log_snr', **ends)
+    build(time_input='log_snr', process_name='ve', t_min=0.0, t_max=1.0)
+
+
+@pytest.mark.parametrize(('preset', 'low', 'high'), [('cifar10', 30e6, 40e6), ('digits', 0.6e6, 1.2e6)])
+def test_number_of_parameters(preset, low, high):
+    config = Config(**PRESETS[preset])
+    spec = DATASETS[config.dataset]
+    with torch.device('meta'):
+        net = get_network(config, spec.shape, spec.num_classes)
+    assert low < sum(p.numel() for p in net.parameters()) < high
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_preset_fits_its_data(preset):
+    config = Config(**PRESETS[preset])
+    spec = DATASETS[config.dataset]
+    with torch.device('meta'):
+        net = get_network(config, spec.shape, spec.num_classes)
+        out = net(torch.randn(2, *spec.shape), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+    assert out.shape == (2, *spec.shape)
+
+
+def test_attention_at_no_level_is_a_setting_error():
+    with pytest.raises(SettingError, match=r'attention_resolutions=\(16,\).*8, 4.*--attention_resolutions'):
+        build(attention_resolutions=(16,))
+
+
+@pytest.mark.parametrize('setting', ['network', 'time_input'])
+def test_unknown_choice_lists_the_choices(setting):
+    table = {'network': NETWORKS, 'time_input': TIME_INPUTS}[setting]
+    with pytest.raises(SettingError, match=f'Choose one of: {", ".join(table)}'):
+        build(**{setting: 'nonsense'})

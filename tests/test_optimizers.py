@@ -1,0 +1,120 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from config import Config, SettingError
+from networks import NETWORKS, get_network
+from optimizers import LR_SCHEDULES, clip_gradients, get_lr, get_optimizer, set_lr
+
+each_schedule = pytest.mark.parametrize('schedule', LR_SCHEDULES)
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+def test_only_matrices_and_kernels_are_decayed(network):
+    config = Config(network=network, channels=8, weight_decay=0.3)
+    net = get_network(config, (1, 8, 8), 10)
+    groups = get_optimizer(config, net).param_groups
+    decay_of = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    assert sum(len(group['params']) for group in groups) == len(decay_of) == len(list(net.parameters()))
+    for module in net.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if name == 'bias' or 'Norm' in type(module).__name__:
+                assert decay_of[id(p)] == 0
+            elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+                assert decay_of[id(p)] == 0.3
+
+
+def test_frozen_parameters_are_left_out():
+    net = nn.Linear(2, 2)
+    net.bias.requires_grad_(False)
+    groups = get_optimizer(Config(), net).param_groups
+    assert [p is net.weight for group in groups for p in group['params']] == [True]
+
+
+def test_adamw_by_hand():
+    """Two steps of algorithm 2 of Loshchilov and Hutter 2019, with the decay multiplied by the learning rate."""
+    torch.manual_seed(0)
+    lr, decay, (beta1, beta2), eps = 0.01, 0.3, (0.8, 0.95), 1e-3
+    net = nn.Linear(3, 2).double()
+    optimizer = get_optimizer(Config(base_lr=lr, weight_decay=decay, adam_betas=(beta1, beta2), adam_eps=eps), net)
+    gradients = torch.randn(2, 2, 4, dtype=torch.float64)
+    theta = np.concatenate([net.weight.detach().numpy(), net.bias.detach().numpy()[:, None]], 1)
+    decays = np.array([[decay] * 3 + [0.0]])
+    m = v = np.zeros_like(theta)
+    for step, g in enumerate(gradients.numpy(), 1):
+        net.weight.grad, net.bias.grad = torch.tensor(g[:, :3]), torch.tensor(g[:, 3])
+        optimizer.step()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        update = m / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + eps)
+        theta = theta - lr * (update + decays * theta)
+    np.testing.assert_allclose(net.weight.detach(), theta[:, :3], rtol=1e-10)
+    np.testing.assert_allclose(net.bias.detach(), theta[:, 3], rtol=1e-10)
+
+
+def rates(config, end=3000):
+    return [get_lr(config, step) for step in range(end)]
+
+
+@each_schedule
+def test_warmup_is_linear(schedule):
+    config = Config(lr_schedule_type=schedule, warmup_steps=40, num_training_steps=1000, base_lr=0.4)
+    np.testing.assert_allclose(rates(config, 40), np.arange(1, 41) * 0.01)
+    assert get_lr(config, 40) == pytest.approx(0.4, rel=0.05)
+
+
+@each_schedule
+@pytest.mark.parametrize('warmup_steps', [0, 1, 100])
+@pytest.mark.parametrize('min_lr', [0.0, 0.1, 0.4])
+def test_after_the_warmup_it_never_rises_nor_goes_below_the_floor(schedule, warmup_steps, min_lr):
+    """Nor past the end of the training."""
+    after = rates(Config(lr_schedule_type=schedule, warmup_steps=warmup_steps, num_training_steps=1000, base_lr=0.4, min_lr=min_lr))[warmup_steps:]
+    assert all(type(lr) is float for lr in after)
+    assert (np.diff(after) <= 0).all()
+    assert min(after) >= min_lr and max(after) <= 0.4
+
+
+@each_schedule
+def test_schedule_is_a_pure_function_of_the_step(schedule):
+    config = Config(lr_schedule_type=schedule)
+    forwards = [get_lr(config, step) for step in range(0, 2000, 50)]
+    assert forwards == [get_lr(config, step) for step in reversed(range(0, 2000, 50))][::-1]
+
+
+def test_closed_forms():
+    settings = dict(warmup_steps=100, num_training_steps=1100, base_lr=0.4, min_lr=0.1)
+    cosine = Config(lr_schedule_type='cosine', **settings)
+    for step, lr in ((100, 0.4), (350, 0.25 + 0.15 * math.sqrt(0.5)), (600, 0.25), (1100, 0.1), (5000, 0.1)):
+        assert get_lr(cosine, step) == pytest.approx(lr)
+    inverse_sqrt = Config(lr_schedule_type='inverse_sqrt', **settings)
+    for step, lr in ((100, 0.4 * math.sqrt(100 / 101)), (399, 0.2), (899, 0.4 / 3), (100_000, 0.1)):
+        assert get_lr(inverse_sqrt, step) == pytest.approx(lr)
+    assert get_lr(Config(lr_schedule_type='constant', **settings), 10**6) == 0.4
+
+
+def test_unknown_schedule_lists_the_choices():
+    with pytest.raises(SettingError, match='constant, cosine, inverse_sqrt'):
+        get_lr(Config(lr_schedule_type='linear'), 0)
+
+
+def test_set_lr_reaches_every_group():
+    net = nn.Linear(2, 2)
+    optimizer = get_optimizer(Config(weight_decay=0.0), net)
+    set_lr(optimizer, 0.125)
+    before = net.weight.detach().clone(), net.bias.detach().clone()
+    net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
+    optimizer.step()  # Adam's first step is lr times the gradient's sign
+    torch.testing.assert_close(before[0] - net.weight, torch.full((2, 2), 0.125))
+    torch.testing.assert_close(before[1] - net.bias, torch.full((2,), 0.125))
+
+
+@pytest.mark.parametrize(('max_norm', 'after'), [(1.0, 1.0), (4.0, 4.0), (5.5, 5.0), (0.0, 5.0)])
+def test_clipping_returns_the_norm_before(max_norm, after):
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2, 1))
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([[0.0], [-4.0]])
+    norm = clip_gradients([a, b], max_norm)
+    assert norm.ndim == 0 and norm.item() == pytest.approx(5)
+    assert a.grad.item() == pytest.approx(3 * after / 5, rel=1e-5)
+    assert b.grad.flatten().tolist() == pytest.approx([0, -4 * after / 5], rel=1e-5)

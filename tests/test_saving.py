@@ -1,0 +1,262 @@
+"""Checkpoints: whole or an error that names the file, atomic, and refused where they do not fit."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import saving
+from config import Config, SettingError
+from networks import get_network
+from sampling import sample
+
+SHAPE, CLASSES = (1, 8, 8), 10
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small checkpoint of a network, an optimizer with state and plain values: (path, network, optimizer)."""
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    path = tmp_path / 'a.pt'
+    saving.save(path, network=network, optimizer=optimizer, step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']})
+    return path, network, optimizer
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------- save and load
+
+
+def test_round_trip(saved):
+    path, network, optimizer = saved
+    state = saving.load(path)
+    assert {name: state[name] for name in ('step', 'shape', 'wandb_id', 'ema')} == dict(step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']})
+    other = nn.Linear(4, 3)
+    other.load_state_dict(state['network'])
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
+    fresh = torch.optim.AdamW(other.parameters())
+    fresh.load_state_dict(state['optimizer'])
+    for p, q in zip(other.parameters(), network.parameters(), strict=True):
+        assert fresh.state[p].keys() == optimizer.state[q].keys() and len(fresh.state[p]) > 0
+        assert all(torch.equal(fresh.state[p][name], value) for name, value in optimizer.state[q].items())
+
+
+def test_it_loads_with_weights_only_and_refuses_code(saved, tmp_path):
+    assert torch.load(saved[0], weights_only=True)['step'] == 7
+    saving.save(tmp_path / 'code.pt', step=print)
+    with pytest.raises(SettingError, match='code'):
+        saving.load(tmp_path / 'code.pt')
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(saved, monkeypatch):
+    path = saved[0]
+    before = path.read_bytes()
+
+    def write_half(state, file):
+        file.write(before[: len(before) // 2])
+        raise RuntimeError('unexpected pos')  # as on a full disk
+
+    monkeypatch.setattr(torch, 'save', write_half)
+    with pytest.raises(RuntimeError, match='unexpected pos'):
+        saving.save(path, step=8)
+    assert path.read_bytes() == before
+    assert files_of(path.parent) == ['a.pt']
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(saved, monkeypatch):
+    path, seen = saved[0], []
+    write = torch.save
+
+    def write_and_look(state, file):
+        write(state, file)
+        file.flush()
+        seen.append(saving.load(path)['step'])
+
+    monkeypatch.setattr(torch, 'save', write_and_look)
+    saving.save(path, step=8)
+    assert seen == [7] and saving.load(path)['step'] == 8
+
+
+def flip(raw: bytes, i: int) -> bytes:
+    return raw[:i] + bytes([raw[i] ^ 0x41]) + raw[i + 1 :]
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(saved):
+    path, network, _ = saved
+    raw = path.read_bytes()
+    at = raw.index(network.weight.detach().numpy().tobytes())
+    path.write_bytes(flip(raw, at + 17))
+    assert not torch.equal(torch.load(path, weights_only=True)['network']['weight'], network.weight)  # torch says nothing
+    with pytest.raises(SettingError, match=f'{path}.*damaged'):
+        saving.load(path)
+
+
+def test_damage_anywhere_is_noticed_or_harmless(saved):
+    path, network, _ = saved
+    raw = path.read_bytes()
+    harmed = 0
+    for i in [*range(0, len(raw), 7), *range(len(raw) - 400, len(raw))]:
+        path.write_bytes(flip(raw, i))
+        try:
+            state = saving.load(path)
+        except SettingError as error:
+            harmed += 1
+            assert str(path) in str(error)
+        else:
+            assert state['step'] == 7 and torch.equal(state['network']['weight'], network.weight)
+    assert harmed > 100
+
+
+@pytest.mark.parametrize('part', [0.0, 0.01, 0.3, 0.6, 0.9, 0.999])
+def test_a_cut_file_is_an_error_that_names_it(saved, part):
+    path = saved[0]
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(part * len(raw))])
+    with pytest.raises(SettingError, match=str(path)):
+        saving.load(path)
+
+
+@pytest.mark.parametrize('content', [b'', b'\0' * 5000, b'not a checkpoint\n', bytes(range(256)) * 20, b'PK\x03\x04' + b'x' * 100], ids=range(5))
+def test_garbage_is_an_error_that_names_the_file(tmp_path, content):
+    (tmp_path / 'x.pt').write_bytes(content)
+    with pytest.raises(SettingError, match=str(tmp_path / 'x.pt')):
+        saving.load(tmp_path / 'x.pt')
+
+
+@pytest.mark.parametrize('name', ['absent.pt', 'absent/last.pt', ''])
+def test_a_missing_file_is_an_error_that_names_it(tmp_path, name):
+    with pytest.raises(SettingError, match=str(tmp_path / name)):
+        saving.load(tmp_path / name)
+
+
+@pytest.mark.parametrize('content', [{'weights': torch.ones(2)}, torch.ones(2)], ids=['names', 'tensor'])
+def test_a_torch_file_of_another_program_is_an_error_that_names_it(tmp_path, content):
+    torch.save(content, tmp_path / 'other.pt')
+    with pytest.raises(SettingError, match=r'other\.pt'):
+        saving.load_for_sampling(tmp_path / 'other.pt')
+
+
+# ---------------------------------------------------------------- networks
+
+
+def test_weights_of_another_network_name_the_setting(tiny_config):
+    small, wide = tiny_config(channels=8), tiny_config(channels=16, num_res_blocks=2, base_lr=0.5)
+    weights = get_network(small, SHAPE, CLASSES).state_dict()
+    with pytest.raises(SettingError, match=r'last\.pt.*channels: 8 -> 16') as caught:
+        saving.load_weights(get_network(wide, SHAPE, CLASSES), weights, dataclasses.asdict(small), wide, 'ckpts/x/last.pt')
+    assert 'base_lr' not in str(caught.value)
+
+
+def test_weights_that_fit_are_copied(tiny_config):
+    config = tiny_config()
+    torch.manual_seed(1)
+    network, other = get_network(config, SHAPE, CLASSES), get_network(config, SHAPE, CLASSES)
+    assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    saving.load_weights(other, network.state_dict(), dataclasses.asdict(config), config, 'x.pt')
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_load_for_sampling_gives_the_averaged_weights(tiny_config, build_trainer):
+    config = tiny_config(ema_decays=(0.9, 0.5), dropout=0.3, num_training_steps=4, batch_shards=1)
+    build_trainer(config).train_loop()
+    path = config.run_dir / 'last.pt'
+    network, process, its_config = saving.load_for_sampling(path)
+    state = torch.load(path, weights_only=True)
+    raw = state['network']
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state['ema']['networks'][0.9][name]), name
+    assert any(not torch.equal(value, raw[name]) for name, value in network.state_dict().items())
+    assert its_config == config
+    assert not network.training and not any(p.requires_grad for p in network.parameters())
+    x1, label = torch.randn(4, *SHAPE), torch.tensor([0, 3, 9, CLASSES])
+    images = [sample(network, process, x1, label, model_type=its_config.model_type, num_steps=2) for _ in range(2)]
+    assert images[0].shape == (4, *SHAPE) and images[0].isfinite().all()
+    assert torch.equal(*images)  # no dropout
+
+
+def test_without_averages_the_raw_weights_are_the_best():
+    weights = {'w': torch.ones(1)}
+    assert saving.best_weights(dict(network=weights, ema=dict(networks={}))) is weights
+    assert saving.best_weights(dict(network=weights, ema=dict(networks={0.9: 'first', 0.5: 'second'}))) == 'first'
+
+
+# ---------------------------------------------------------------- the run's folder
+
+
+def test_a_new_run_has_a_config_and_no_checkpoint(tiny_config):
+    config = tiny_config(base_lr=0.125)
+    assert saving.load_run(config) is None
+    assert json.loads((config.run_dir / 'config.json').read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_another_config_in_the_folder_is_refused_with_the_differences(tiny_config):
+    config = tiny_config(experiment_name='run')
+    saving.load_run(config)
+    saving.save_run(config, None, step=4)
+    before = (config.run_dir / 'config.json').read_text()
+    with pytest.raises(SettingError) as caught:
+        saving.load_run(tiny_config(experiment_name='run', base_lr=0.5, channel_mults=(1, 3), log_every=9))
+    assert 'base_lr: 0.001 -> 0.5' in str(caught.value) and 'channel_mults: (1, 2) -> (1, 3)' in str(caught.value)
+    assert 'log_every' not in str(caught.value) and '--experiment_name' in str(caught.value)
+    assert (config.run_dir / 'config.json').read_text() == before
+
+
+def test_free_settings_may_change(tiny_config):
+    config = tiny_config(experiment_name='run')
+    saving.load_run(config)
+    saving.save_run(config, None, step=4)
+    changed = tiny_config(experiment_name='run', log_every=9, accumulation_steps=2, solver='euler', wandb='auto')
+    assert saving.load_run(changed)['step'] == 4
+    assert json.loads((config.run_dir / 'config.json').read_text())['log_every'] == 9
+
+
+def test_a_damaged_last_checkpoint_is_not_taken_for_a_new_run(tiny_config):
+    config = tiny_config()
+    saving.load_run(config)
+    (config.run_dir / 'last.pt').write_bytes(b'')
+    with pytest.raises(SettingError, match=r'last\.pt.*damaged'):
+        saving.load_run(config)
+
+
+@pytest.mark.parametrize('below', ['', 'below'])
+def test_a_ckpt_dir_that_is_no_folder_is_named(tiny_config, tmp_path, below):
+    (tmp_path / 'file').write_text('')
+    folder = str(tmp_path / 'file' / below)
+    with pytest.raises(SettingError, match='ckpt_dir') as caught:
+        saving.load_run(tiny_config(ckpt_dir=folder))
+    assert folder in str(caught.value)
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_kept_checkpoint_survives_the_next_save(tiny_config, monkeypatch, links):
+    if not links:
+
+        def no_link(*_):
+            raise OSError('not on this file system')
+
+        monkeypatch.setattr(saving.os, 'link', no_link)
+    config = tiny_config()
+    saving.load_run(config)
+    saving.save_run(config, 4, step=4)
+    kept = config.run_dir / 'step_0000004.pt'
+    before = kept.read_bytes()
+    assert before == saving.last_path(config).read_bytes()
+    saving.save_run(config, None, step=5)
+    saving.save_run(config, 8, step=8)
+    assert kept.read_bytes() == before and saving.load(kept)['step'] == 4
+    assert saving.load(saving.last_path(config))['step'] == 8
+    assert files_of(config.run_dir) == ['config.json', 'last.pt', 'step_0000004.pt', 'step_0000008.pt']
+
+
+def test_the_config_of_a_checkpoint_leaves_out_what_a_subclass_added(tiny_config):
+    config = tiny_config(channel_mults=(1, 3))
+    assert saving.config_of(dict(config=dataclasses.asdict(config) | dict(num_pairs=4))) == config
+    assert isinstance(saving.config_of(dict(config=dataclasses.asdict(config))), Config)
