@@ -342,7 +342,7 @@ def counts_on_resume(name: str, config: Config) -> bool:
 
 
 def default_experiment_name(config: Config) -> str:
-    """The preset and the overridden settings, as a folder name: `digits_base_lr=1e-4`."""
+    """The preset and the overridden settings, as a folder name: `digits_base_lr=0p0001`."""
     parts = [config.preset] + (['debug'] if config.debug else [])
     for name, usual in baseline(config).items():
         value = getattr(config, name)
@@ -351,7 +351,7 @@ def default_experiment_name(config: Config) -> str:
             parts.append(f'{name}={text}')
     folder = re.sub(r'[^A-Za-z0-9_+=-]', '-', '_'.join(parts).replace('.', 'p'))
     if len(folder) > 120:
-        folder = folder[:100] + '_' + hashlib.sha256(folder.encode()).hexdigest()[:8]
+        folder = folder[:100] + '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
     return folder
 
 
@@ -378,7 +378,8 @@ def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] =
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('--preset', default=config_class.preset)
-    first.add_argument('--debug', action=argparse.BooleanOptionalAction, default=config_class.debug)
+    first.add_argument('--debug', action='store_true', default=config_class.debug)
+    first.add_argument('--no_debug', '--no-debug', dest='debug', action='store_false')
     known, _ = first.parse_known_args(argv)
 
     values = dict(preset=known.preset, debug=known.debug) | choose('preset', known.preset, PRESETS)

@@ -84,7 +84,7 @@ def open_image_folder(config: Config) -> Dataset:
     to_square = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])
     try:
         return ImageFolder(str(root), to_square)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise SettingError(
             f"dataset='image_folder', data_dir={config.data_dir!r}: {error} Put images into {root}/<class>/, also if there is one class."
         ) from None
@@ -93,6 +93,10 @@ def open_image_folder(config: Config) -> Dataset:
 def load_image_folder(config: Config) -> tuple[Dataset, Dataset]:
     """A fixed tenth of the images, at most 1000 of them, is held out."""
     images = open_image_folder(config)
+    if len(images) < 2:
+        raise SettingError(
+            f"dataset='image_folder' needs two or more images, there is {len(images)} in data_dir={config.data_dir!r}. Put more into image_folder/<class>/."
+        )
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     held_out = min(1000, max(1, len(order) // 10))
     return torch.utils.data.Subset(images, order[held_out:]), torch.utils.data.Subset(images, order[:held_out])

@@ -38,7 +38,10 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
         return None
     import wandb
 
-    has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
+    try:
+        has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
+    except wandb.errors.Error as error:
+        raise SettingError(f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.') from error
     if not has_key and mode == 'auto':
         say('wandb: not logged in, so the record is kept on disk only (`wandb login` to change that).')
         return None

@@ -96,7 +96,7 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
 def check_time_range(config: Config, process: GaussianProcess, limit: float = 1e6) -> None:
     """Raise SettingError if the network's output, at t_min or t_max, cannot become what training and sampling need.
 
-    Training needs the target, the ODE the velocity and the SDE x1. An error of the output must not be multiplied by
+    The output itself must be finite; training needs the target, the ODE the velocity and the SDE x1. An error of the output must not be multiplied by
     more than `limit`, beyond which float32 has no digit left.
     """
     convert = get_model_convert_fn(config.model_type)
@@ -105,7 +105,7 @@ def check_time_range(config: Config, process: GaussianProcess, limit: float = 1e
         time = getattr(config, setting)
         t = torch.tensor([time], dtype=torch.float64)
         coefs, one = process(t), torch.ones(1, 1, dtype=torch.float64)
-        for needed in dict.fromkeys((config.target_type, 'velocity', 'x1')):
+        for needed in dict.fromkeys((config.model_type, config.target_type, 'velocity', 'x1')):
             gain = getattr(convert(one, t, 0 * one, coefs), needed)
             scale = getattr(Prediction(0 * one, coefs, x0=one, x1=one), needed)
             if not max(gain.abs().item(), scale.abs().item()) <= limit:  # also for nan

@@ -98,7 +98,7 @@ class GaussianProcess:
 def _derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """d fn / dt at each t, by forward-mode differentiation: fn acts on each time alone."""
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(t, torch.ones_like(t)))).tangent
+        tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(t.contiguous(), torch.ones_like(t)))).tangent
     return torch.zeros_like(t) if tangent is None else tangent
 
 
@@ -170,7 +170,8 @@ class LinearVP(GaussianProcess):
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         integral = -torch.nn.functional.logsigmoid(log_snr)  # B(t) = -log alpha^2
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        t = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        return t.clamp(0, 1)
 
 
 class VarianceExploding(GaussianProcess):
@@ -192,7 +193,7 @@ class VarianceExploding(GaussianProcess):
         return self.log_ratio * self.sigma(t)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        return (-log_snr / 2 - math.log(self.sigma_min)) / self.log_ratio
+        return ((-log_snr / 2 - math.log(self.sigma_min)) / self.log_ratio).clamp(0, 1)
 
 
 PROCESSES: dict[str, Callable[[Config], GaussianProcess]] = {

@@ -70,7 +70,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         if damaged is not None:
             raise zipfile.BadZipFile(f'bad checksum of {damaged}')
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
         raise SettingError(f'checkpoint {str(path)!r} is damaged ({error}). Copy a step_N.pt of its folder over it, or delete it.') from error
 
 
@@ -95,9 +95,11 @@ def load_run(config: Config) -> dict[str, Any] | None:
     def prepare() -> bool:
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
+            for leftover in config.run_dir.glob('.*.tmp'):  # of a save that was killed
+                leftover.unlink(missing_ok=True)
             found = path.exists()
             if found:
-                changed = differences(load(path)['config'], config)
+                changed = differences(load_checkpoint(path)['config'], config)
                 if changed:
                     raise SettingError(
                         f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
@@ -120,6 +122,14 @@ def load_weights(network: nn.Module, weights: dict[str, Any], saved_config: dict
         raise SettingError(f'checkpoint {str(path)!r} is of another network: {changed[0]} (checkpoint -> now). Use the value of the checkpoint.') from error
 
 
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """`load` of a training checkpoint. Raises SettingError if it is something else."""
+    checkpoint = load(path)
+    if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
+        raise SettingError(f'{str(path)!r} is not a checkpoint of this program. Pass a .pt file of ckpts/<experiment_name>/.')
+    return checkpoint
+
+
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The weights of the first moving average, the raw ones if there is none."""
     averages = checkpoint['ema']['networks']
@@ -134,7 +144,7 @@ def config_of(checkpoint: dict[str, Any]) -> Config:
 
 def load_for_sampling(path: str | Path, device: str | torch.device = 'cpu') -> tuple[nn.Module, GaussianProcess, Config]:
     """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode. Raises SettingError."""
-    checkpoint = load(path)
+    checkpoint = load_checkpoint(path)
     config = config_of(checkpoint)
     network = get_network(config, tuple(checkpoint['shape']), checkpoint['num_classes'])
     load_weights(network, best_weights(checkpoint), checkpoint['config'], config, path)

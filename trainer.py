@@ -169,7 +169,7 @@ class BaseDiffusionTrainer:
         per_backward = len(shards) // c.accumulation_steps
         for micro_step in range(c.accumulation_steps):
             mine = shards[micro_step * per_backward : (micro_step + 1) * per_backward]
-            batch = ProcessedBatch.cat([self.draw_shard(next(batches), shard) for shard in mine])
+            batch = ProcessedBatch.cat([self.draw_shard(next(batches), shard, self.step) for shard in mine])
             utils.seed_everything(c.seed, 'forward', self.step, distributed.rank(), micro_step)  # for dropout
             with self.gradient_sync(micro_step == c.accumulation_steps - 1):
                 losses = self.loss_fn(batch, self.get_model_fn(self.forward, train=True))  # (B,)
@@ -191,11 +191,11 @@ class BaseDiffusionTrainer:
         bad = ~(grad_norm.isfinite() & losses.detach().isfinite().all())
         self.bad_step = torch.where(bad, self.bad_step.clamp(max=self.step), self.bad_step)  # read later: no CPU-GPU sync
 
-    def draw_shard(self, batch: tuple[Tensor, Tensor], shard: int) -> ProcessedBatch:
-        """Shard `shard` of this step's global batch, the same on any number of processes."""
-        self.stratum = (shard, self.config.batch_shards)
-        utils.seed_everything(self.config.seed, 'batch', self.step, shard)
-        return self.prepare_batch_fn(batch, is_train=True)
+    def draw_shard(self, batch: tuple[Tensor, Tensor], shard: int, step: int | str) -> ProcessedBatch:
+        """Shard `shard` of a step's global batch, the same on any number of processes; step 'evaluate' is the held-out data."""
+        self.stratum = (shard % self.config.batch_shards, self.config.batch_shards)
+        utils.seed_everything(self.config.seed, 'batch', step, shard)
+        return self.prepare_batch_fn(batch, is_train=step != 'evaluate')
 
     def gradient_sync(self, sync: bool) -> contextlib.AbstractContextManager:
         """Average gradients over processes in this backward pass, or leave that to a later one."""
@@ -268,20 +268,18 @@ class BaseDiffusionTrainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out loss of the raw and the averaged weights, with the same noise and times every time."""
         values = {}
+        at_once = len(self.train_sampler.my_shards) // self.config.accumulation_steps  # as many images as a training step's forward pass
         for name, module in self.weights().items():
             total = torch.zeros(2, dtype=torch.float64, device=self.device)
-            batches = iter(self.test_loader)
-            for round_ in range(self.test_loader.rounds):
+            pieces = iter(self.test_loader)
+            for first in range(0, self.test_loader.rounds, at_once):
                 distributed.raise_if_stopped()
-                batch = next(batches, None)
-                if batch is None:  # in the last round some processes have none
-                    continue
-                self.stratum = (0, 1)
-                utils.seed_everything(self.config.seed, 'evaluate', round_ * distributed.world_size() + distributed.rank())
-                with torch.no_grad():
-                    losses = self.loss_fn(self.prepare_batch_fn(batch, is_train=False), self.get_model_fn(module))
-                total[0] += losses.sum()
-                total[1] += len(losses)
+                numbers = [i * distributed.world_size() + distributed.rank() for i in range(first, first + at_once)]
+                drawn = [self.draw_shard(piece, n, 'evaluate') for n, piece in zip(numbers, pieces, strict=False)]
+                if drawn:  # in the last round some processes have none
+                    with torch.no_grad():
+                        losses = self.loss_fn(ProcessedBatch.cat(drawn), self.get_model_fn(module))
+                    total += torch.stack([losses.double().sum(), torch.tensor(len(losses)).to(total)])
             loss, count = distributed.all_reduce(total).tolist()
             values['eval/loss' if name == 'raw' else f'eval/loss_{name}'] = float(f'{loss / count:.7g}')
         return values
@@ -389,7 +387,7 @@ class BaseDiffusionTrainer:
             self.finished = checkpoint['finished'] and self.step >= c.num_training_steps
             say(f'resuming {c.run_dir} at step {self.step}')
         elif c.init_from:
-            other = saving.load(c.init_from)
+            other = saving.load_checkpoint(c.init_from)
             saving.load_weights(self.network, saving.best_weights(other), other['config'], c, c.init_from)
             self.ema.reset(self.network)
             say(f'starting from the weights of {c.init_from}')

@@ -5,7 +5,7 @@ import torch
 
 from config import Config, SettingError
 from prediction import ROWS, Prediction, check_time_range, get_model_convert_fn, get_target_fn
-from processes import PROCESSES, Coefs, get_process
+from processes import PROCESSES, Coefs, GaussianProcess, get_process
 
 each_type = pytest.mark.parametrize('model_type', ROWS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
@@ -164,6 +164,21 @@ ACCEPTED = [
 @pytest.mark.parametrize(('process_name', 'model_type', 'target_type'), ACCEPTED)
 def test_whole_range_is_accepted(process_name, model_type, target_type):
     check(process_name, model_type, target_type, 0.0, 1.0)
+
+
+def test_noise_that_the_sde_cannot_have_is_rejected():
+    """Here sigma_dot is 0 where sigma is, so the velocity is finite but says nothing of x1."""
+
+    class Slow(GaussianProcess):
+        def alpha(self, t):
+            return 1 - t
+
+        def sigma(self, t):
+            return t**2
+
+    with pytest.raises(SettingError, match='t_min=0'):
+        check_time_range(Config(t_min=0.0), Slow())
+    check_time_range(Config(), Slow())
 
 
 @each_process

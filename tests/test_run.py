@@ -62,7 +62,9 @@ def test_stop_signal_saves_and_ends_everything_and_the_same_command_goes_on(run_
     folder = tmp_path / 'ckpts/cut'
     flags = as_flags(TINY | settings | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='cut'))
     # a session of its own: the signal reaches run.sh alone, as from a scheduler
-    run = subprocess.Popen(['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(nproc), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        ['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(nproc), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     started = wait_until(lambda: (folder / 'metrics.jsonl').exists() and (folder / 'metrics.jsonl').read_text().count('\n') >= 5, 60)
     run.send_signal(sent)
     out, err = run.communicate(timeout=40)
@@ -172,7 +174,7 @@ def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
     flags = dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='debug', wandb='disabled', sample_every=0)
     run = subprocess.run(['sh', 'run.sh', '--debug', *as_flags(flags)], cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
-    from config import Config, DEBUG
+    from config import DEBUG, Config
     from data_utils import StreamSampler, load_digits
     from sampling import sample
 
