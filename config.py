@@ -116,7 +116,7 @@ class Config:
     """Channels of the UNet's first level."""
     channel_mults: tuple[int, ...] = (1, 2)
     """Channels of each level, in units of `channels`; each level halves the resolution."""
-    num_res_blocks: int = 2
+    num_res_blocks: int = 1
     """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = (4,)
     """Levels, by their longer side in pixels, that have self-attention."""
@@ -213,6 +213,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'mnist': dict(
         dataset='mnist',
         channel_mults=(1, 2, 2),
+        num_res_blocks=2,
         attention_resolutions=(7,),
         translate_prob=0.5,
         num_training_steps=20_000,

@@ -123,7 +123,7 @@ class BaseDiffusionTrainer:
         return (shard + shards * torch.randperm(n, device=self.device) + u) / (shards * n)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """From any override: the mean over elements, ranks and steps since the last line of the record goes into the next."""
+        """From any override: the mean over elements, ranks and training steps since the last line of the record goes into the next."""
         value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
         self.means.add(name, value.mean(), torch.ones((), device=self.device))
 
@@ -267,22 +267,28 @@ class BaseDiffusionTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss of the raw and the averaged weights, with the same noise and times every time."""
-        values = {}
-        at_once = len(self.train_sampler.my_shards) // self.config.accumulation_steps  # as many images as a training step's forward pass
-        for name, module in self.weights().items():
-            total = torch.zeros(2, dtype=torch.float64, device=self.device)
-            pieces = iter(self.test_loader)
-            for first in range(0, self.test_loader.rounds, at_once):
-                distributed.raise_if_stopped()
-                numbers = [i * distributed.world_size() + distributed.rank() for i in range(first, first + at_once)]
-                drawn = [self.draw_shard(piece, n, 'evaluate') for n, piece in zip(numbers, pieces, strict=False)]
-                if drawn:  # in the last round some processes have none
-                    with torch.no_grad():
-                        losses = self.loss_fn(ProcessedBatch.cat(drawn), self.get_model_fn(module))
-                    total += torch.stack([losses.double().sum(), torch.tensor(len(losses)).to(total)])
-            loss, count = distributed.all_reduce(total).tolist()
-            values['eval/loss' if name == 'raw' else f'eval/loss_{name}'] = float(f'{loss / count:.7g}')
-        return values
+        training_means, self.means = self.means, RunningMeans(self.device)  # what an override logs here is not of the training
+        try:
+            losses = {name: self.held_out_loss(module) for name, module in self.weights().items()}
+        finally:
+            self.means = training_means
+        return {'eval/loss' if name == 'raw' else f'eval/loss_{name}': loss for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def held_out_loss(self, module: nn.Module) -> float:
+        """Mean loss over all held-out images, to seven digits; the processes share the work."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        pieces = iter(self.test_loader)
+        at_once = len(self.train_sampler.my_shards) // self.config.accumulation_steps  # as many images as in a training step's forward pass
+        for first in range(0, self.test_loader.rounds, at_once):
+            distributed.raise_if_stopped()
+            numbers = [i * distributed.world_size() + distributed.rank() for i in range(first, first + at_once)]
+            drawn = [self.draw_shard(piece, n, 'evaluate') for n, piece in zip(numbers, pieces, strict=False)]
+            if drawn:  # in the last round some processes have none
+                losses = self.loss_fn(ProcessedBatch.cat(drawn), self.get_model_fn(module))
+                total += torch.stack([losses.double().sum(), torch.tensor(len(losses)).to(total)])
+        loss, count = distributed.all_reduce(total).tolist()
+        return float(f'{loss / count:.7g}')
 
     def weights(self) -> dict[str, nn.Module]:
         """The networks that can be evaluated, by name; the first moving average, if any, is the one to judge a run by."""
