@@ -161,8 +161,7 @@ def launch(argv: list[str]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')  # without it a restart cannot meet again
-    for name in ('torch.distributed.elastic', 'torch.distributed.run'):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
     signals = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'
     try:
@@ -172,7 +171,9 @@ def launch(argv: list[str]) -> int:
     except ChildFailedError as error:
         first_rank, failure = error.get_first_failure()
         if failure.exitcode not in (EXIT_BAD_SETTING, EXIT_NOT_FINITE, EXIT_STOPPED):
-            print(f'rank {first_rank} failed first (exit code {failure.exitcode}); its message is above.', file=sys.stderr)
+            killed = f'was killed by signal {-failure.exitcode}; is there enough memory?'
+            how = killed if failure.exitcode < 0 else f'failed first (exit code {failure.exitcode}); its message is above.'
+            print(f'rank {first_rank} {how}', file=sys.stderr)
             return 1
         return failure.exitcode
     return 0
