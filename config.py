@@ -106,7 +106,7 @@ class Config:
     """logit_normal: standard deviation of logit(t)."""
     stratified: bool = True
     """Spread the times of a global batch evenly (less variance), instead of drawing them independently."""
-    label_dropout: float = 0.1
+    label_dropout: float = 0.0
     """Probability that a label becomes the null class in training: 0 conditional only, 1 unconditional."""
 
     # ---------------------------------------------------------------- network
@@ -212,6 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
     'mnist': dict(
         dataset='mnist',
+        label_dropout=0.1,
         channel_mults=(1, 2, 2),
         num_res_blocks=2,
         attention_resolutions=(7,),
@@ -224,6 +225,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     'cifar10': dict(
         dataset='cifar10',
+        label_dropout=0.1,
         flip_prob=0.5,
         channels=128,
         channel_mults=(1, 2, 2, 2),
@@ -302,6 +304,7 @@ def check(config: Config) -> None:
     for name, value in each('weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'):
         require(value >= 0, name, 'must not be negative')
     require(0 <= c.dropout < 1, 'dropout', 'must be at least 0 and below 1')
+    require(c.channels % 2 == 0, 'channels', 'must be even: half of them are cosines of the time')
     require(len(c.channel_mults) > 0 and min(c.channel_mults) >= 1, 'channel_mults', 'needs one or more positive whole numbers')
     require(len(c.adam_betas) == 2 and all(0 <= b < 1 for b in c.adam_betas), 'adam_betas', 'must be two numbers, at least 0 and below 1')
     require(all(0 < d < 1 for d in c.ema_decays), 'ema_decays', 'must lie between 0 and 1')

@@ -6,11 +6,13 @@ them, so the images of a step do not depend on the number of processes.
 """
 
 import itertools
+import signal
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,24 +55,28 @@ def load_digits(config: Config) -> tuple[Arrays, Arrays]:
     return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
 
 
+def from_torchvision(config: Config, name: str) -> list[Any]:
+    """The training and the held-out part of a torchvision data set, downloaded if they are not there. Raises SettingError."""
+    import torchvision
+
+    try:
+        return [getattr(torchvision.datasets, name)(config.data_dir, train=train, download=True) for train in (True, False)]
+    except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+        raise SettingError(
+            f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and cannot be downloaded ({error}). '
+            'With no network, copy the data set there from a machine that has it, or train on --dataset digits.'
+        ) from error
+
+
 def load_mnist(config: Config) -> tuple[Arrays, Arrays]:
-    from torchvision.datasets import MNIST
-
-    def part(train: bool) -> Arrays:
-        data = MNIST(config.data_dir, train=train, download=True)
-        return data.data[:, None], data.targets.long()
-
-    return part(True), part(False)
+    train, test = ((part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST'))
+    return train, test
 
 
 def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
-    from torchvision.datasets import CIFAR10
-
-    def part(train: bool) -> Arrays:
-        data = CIFAR10(config.data_dir, train=train, download=True)
-        return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-
-    return part(True), part(False)
+    parts = from_torchvision(config, 'CIFAR10')
+    train, test = ((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts)
+    return train, test
 
 
 @lru_cache(maxsize=1)  # listing a large folder takes long
@@ -156,6 +162,12 @@ class StreamSampler(Sampler):
                 yield indices
 
 
+def ignore_stop_signals(worker: int) -> None:
+    """In a loader process: a stop that is sent to all processes is the trainer's business, which ends its loaders itself."""
+    for name in distributed.STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+
+
 class Loader:
     """Batches of `source` in the order of `batch_sampler`, scaled to [0, 1] on the device."""
 
@@ -175,6 +187,7 @@ class Loader:
                 num_workers=config.num_workers,
                 pin_memory=device.type == 'cuda',
                 persistent_workers=config.num_workers > 0,
+                worker_init_fn=ignore_stop_signals,
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -190,7 +203,9 @@ class Loader:
     def _from_resident(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.resident
         for indices in self.batch_sampler:
-            chosen = torch.tensor(indices, device=self.device)
+            chosen = torch.tensor(indices)
+            if self.device.type == 'cuda':  # only from pinned memory is a copy no CPU-GPU sync
+                chosen = chosen.pin_memory().to(self.device, non_blocking=True)
             yield images[chosen], labels[chosen]
 
 
@@ -204,17 +219,12 @@ def load_once(config: Config, spec: DataSpec) -> tuple[Arrays | Dataset, Arrays 
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             return spec.load(config)
-        except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
-            raise SettingError(
-                f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and cannot be downloaded ({error}). '
-                f'With no network, copy the data set there from a machine that has it, or train on --dataset digits.'
-            ) from error
         except OSError as error:
             raise SettingError(f'data_dir={config.data_dir!r} cannot be written or read ({error}). Pass a folder of yours as --data_dir.') from error
 
     loaded = []
     distributed.on_main(lambda: loaded.append(load()))
-    return loaded[0] if loaded else load()
+    return distributed.on_each(lambda: loaded[0] if loaded else load())
 
 
 def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loader, StreamSampler, Loader]:
@@ -230,7 +240,7 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
             f'batch_shards={config.batch_shards} is not divisible by {processes} processes x accumulation_steps={config.accumulation_steps}. '
             f'Use --batch_shards {processes * config.accumulation_steps}, or another number of processes (NPROC).'
         )
-    spec = get_dataset(config)
+    spec = distributed.on_each(lambda: get_dataset(config))
     train, test = load_once(config, spec)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
     sampler = StreamSampler(train_size, config)

@@ -5,9 +5,11 @@ Run as a program it is the launcher that run.sh calls: torchrun with one process
 
 import logging
 import os
+import pickle
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar('T')
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 # Exit codes of a worker that has itself said why it ends, so that the launcher stays quiet.
 EXIT_BAD_SETTING = 2
@@ -90,7 +93,7 @@ def on_main(fn: Callable[[], T]) -> T:
         except Exception as error:
             if world_size() == 1:
                 raise
-            outcome = (False, error)
+            outcome = (False, portable(error))
     if world_size() > 1:
         box = [outcome]
         dist.broadcast_object_list(box, src=0)
@@ -99,6 +102,30 @@ def on_main(fn: Callable[[], T]) -> T:
     if not ok:
         raise value
     return value
+
+
+def portable(error: Exception) -> Exception:
+    """`error`, or its text if it cannot be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f'{type(error).__name__}: {error}')
+
+
+def on_each(fn: Callable[[], T]) -> T:
+    """The result of `fn`, run on every rank; if it raises on any, the first such error is raised on all."""
+    result, error = None, None
+    try:
+        result = fn()
+    except Exception as caught:
+        if world_size() == 1:
+            raise
+        error = portable(caught)
+    errors = [e for e in all_gather_objects(error) if e is not None]
+    if errors:
+        raise errors[0]
+    return result
 
 
 def share(n: int) -> list[int]:
@@ -110,8 +137,9 @@ def gather_shares(mine: Tensor, n: int) -> Tensor:
     """(n, ...) on every process, from each one's rows `share(n)`."""
     if world_size() == 1:
         return mine
+    mine = mine.contiguous()
     parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine.contiguous())
+    dist.all_gather(parts, mine)
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 
@@ -129,9 +157,15 @@ def _ask_to_stop(signum: int, frame: Any) -> None:
 
 def catch_stop_signals() -> None:
     """From now on SIGTERM, SIGINT, SIGHUP and SIGUSR1 only set a flag, which `raise_if_stopped` reads."""
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _ask_to_stop)
+    for name in STOP_SIGNALS:
+        signal.signal(name, _ask_to_stop)
+
+
+def set_outcome(code: int) -> None:
+    """Tell the launcher which exit code the run is to have if a signal ends it: torchrun itself cannot say how workers ended."""
+    if is_main() and 'RUN_OUTCOME_FILE' in os.environ:
+        with open(os.environ['RUN_OUTCOME_FILE'], 'w') as file:
+            file.write(str(code))
 
 
 def raise_if_stopped() -> None:
@@ -146,28 +180,40 @@ def launch(argv: list[str]) -> int:
     NPROC: processes on this machine. TORCHRUN_ARGS: instead of --standalone, for several machines.
     The code of a worker that has said why it ends (EXIT_...) is passed on without torchrun's traceback.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
     os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
     try:
         nproc = int(os.environ.get('NPROC') or max(1, torch.cuda.device_count()))
     except ValueError:
         nproc = 0
-    if nproc < 1:
-        print(f'NPROC={os.environ["NPROC"]!r}: must be a whole number of processes, at least 1.', file=sys.stderr)
+    gpus = torch.cuda.device_count()
+    if nproc < 1 or (gpus and nproc > gpus):
+        print(f'NPROC={os.environ["NPROC"]!r}: must be a whole number of processes, at least 1 and no more than GPUs ({gpus or "none here"}).', file=sys.stderr)
         return EXIT_BAD_SETTING
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # waiting threads spin so long otherwise that two programs on the same cores stall each other
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')  # without it a restart cannot meet again
     logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
     signals = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'
+    with tempfile.NamedTemporaryFile('w+', prefix='outcome') as outcome:
+        outcome.write(str(EXIT_STOPPED))  # until a worker begins there is nothing to lose
+        outcome.flush()
+        os.environ['RUN_OUTCOME_FILE'] = outcome.name
+        return run_workers([*flags, f'--nproc-per-node={nproc}', signals, *argv], outcome.name)
+
+
+def run_workers(arguments: list[str], outcome: str) -> int:
+    """torchrun with these arguments; the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
     try:
-        torchrun([*flags, f'--nproc-per-node={nproc}', signals, *argv])
+        torchrun(arguments)
     except SignalException:
-        return EXIT_STOPPED
+        with open(outcome) as file:
+            return int(file.read() or 1)
     except ChildFailedError as error:
         first_rank, failure = error.get_first_failure()
         if failure.exitcode not in (EXIT_BAD_SETTING, EXIT_NOT_FINITE, EXIT_STOPPED):

@@ -33,7 +33,10 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
 
     auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else disabled.
     """
-    mode = config.wandb if config.wandb != 'auto' else os.environ.get('WANDB_MODE', 'auto')
+    mode = config.wandb
+    if mode == 'auto' and os.environ.get('WANDB_MODE'):
+        mode = {'dryrun': 'offline', 'run': 'online'}.get(os.environ['WANDB_MODE'], os.environ['WANDB_MODE'])
+        say(f'wandb: {mode}, as WANDB_MODE says')
     if mode == 'disabled':
         return None
     import wandb

@@ -7,7 +7,9 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from config import Config, SettingError, choose, parse_config
 
@@ -21,23 +23,30 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
     try:
         with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):  # one message, not one per process
             config = parse_config(argv, config_class)
-    except SettingError as error:
-        leave(error, 2)
+    except (SettingError, SystemExit) as error:
+        if not first:
+            time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
+        if isinstance(error, SystemExit):
+            raise
+        leave(error, 2)  # EXIT_BAD_SETTING
 
     import distributed  # imports torch, which --help need not wait for
     from trainer import NonFiniteLoss
 
     distributed.catch_stop_signals()
+    error, code = None, 0
     try:
         train(config, trainer_class)
-    except SettingError as error:
-        leave(error, distributed.EXIT_BAD_SETTING)
-    except NonFiniteLoss as error:
-        leave(error, distributed.EXIT_NOT_FINITE)
+    except SettingError as bad:
+        error, code = bad, distributed.EXIT_BAD_SETTING
+    except NonFiniteLoss as diverged:
+        error, code = diverged, distributed.EXIT_NOT_FINITE
     except distributed.Stopped:
-        leave('', distributed.EXIT_STOPPED)
-    finally:
-        distributed.close()
+        code = distributed.EXIT_STOPPED
+    distributed.set_outcome(code)
+    distributed.close()  # not after other exceptions: ranks that wait for this one would block it before its traceback is shown
+    if code:
+        leave(error, code)
 
 
 def train(config: Config, trainer_class: type | None) -> None:
@@ -51,6 +60,7 @@ def train(config: Config, trainer_class: type | None) -> None:
 
     check_choices(config)
     device = distributed.setup()
+    distributed.set_outcome(1)  # from here on, what a signal leaves behind must be said
     train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
     data = data_utils.get_dataset(config)
     utils.seed_everything(config.seed, 'network')
@@ -96,9 +106,9 @@ def check_choices(config: Config) -> None:
         choose(setting, getattr(config, setting), table)
 
 
-def leave(message: object, code: int) -> None:
+def leave(message: Exception | None, code: int) -> NoReturn:
     """Exit with `code`; the first process says why."""
-    if message and os.environ.get('RANK', '0') == '0':
+    if message is not None and os.environ.get('RANK', '0') == '0':
         print(f'{type(message).__name__}: {message}', file=sys.stderr, flush=True)
     sys.exit(code)
 

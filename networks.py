@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, SettingError, choose
-from processes import Coefs, GaussianProcess, get_process
+from processes import GaussianProcess, get_process
 from unet import UNet
 from utils import bcast_right
 
 Shape = tuple[int, int, int]  # C, H, W
 
-# time_input -> (t, coefs) -> (B,) time that the network sees; spans some hundreds, as a sinusoid needs.
-TIME_INPUTS: dict[str, Callable[[Tensor, Coefs], Tensor]] = {
-    't': lambda t, coefs: 1000 * t,
-    'log_snr': lambda t, coefs: -25 * coefs.log_snr,  # infinite where alpha or sigma is 0
+# time_input -> (t, process) -> (B,) time that the network sees; spans some hundreds, as a sinusoid needs.
+TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
+    't': lambda t, process: 1000 * t,
+    'log_snr': lambda t, process: -25 * process.log_snr(t),  # infinite where alpha or sigma is 0
 }
 
 
@@ -32,9 +32,8 @@ class ScaledNetwork(nn.Module):
         self.time_input = choose('time_input', time_input, TIME_INPUTS)
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        coefs = self.process(t)
-        c_in = ((self.sigma_data * coefs.alpha).square() + coefs.sigma.square()).rsqrt()
-        return self.net(bcast_right(c_in, xt.ndim) * xt, self.time_input(t, coefs), label)
+        c_in = ((self.sigma_data * self.process.alpha(t)).square() + self.process.sigma(t).square()).rsqrt()
+        return self.net(bcast_right(c_in, xt.ndim) * xt, self.time_input(t, self.process), label)
 
 
 def unet(config: Config, shape: Shape, num_classes: int) -> UNet:

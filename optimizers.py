@@ -16,8 +16,7 @@ def get_optimizer(config: Config, network: nn.Module) -> torch.optim.AdamW:
         dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=config.weight_decay),
         dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
     ]
-    fused = bool(parameters) and all(p.is_cuda for p in parameters)
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=True)
 
 
 def cosine(config: Config, step: int) -> float:

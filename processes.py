@@ -50,7 +50,12 @@ class Coefs:
     @property
     def log_snr(self) -> Tensor:
         """log(alpha^2 / sigma^2)."""
-        return 2 * (self.alpha.log() - self.sigma.log())
+        return log_snr(self.alpha, self.sigma)
+
+
+def log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """log(alpha^2 / sigma^2)."""
+    return 2 * (alpha.log() - sigma.log())
 
 
 class GaussianProcess:
@@ -83,7 +88,7 @@ class GaussianProcess:
         return torch.randn_like(x0_like)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return self(t).log_snr
+        return log_snr(self.alpha(t), self.sigma(t))
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """The t in [0, 1] at which log_snr(t) has this value; 0 or 1 for values beyond the ends. By bisection."""

@@ -29,9 +29,9 @@ run_child() {
     return "$status"
 }
 
-# What an environment lacks of pyproject.toml's dependencies, in words; nothing if it has all. $2: also try the imports.
+# What an environment lacks of pyproject.toml's dependencies (and the tests'), in words; nothing if it has all. $2: try the imports too.
 lacks() {
-    "$1" - "${2:-}" <<'PYTHON' 2>/dev/null || echo 'a working python'
+    "$1" - "${2:-}" ${REQUIREMENTS#requirements.txt} <<'PYTHON' 2>/dev/null || echo 'a working python'
 import re, sys
 if sys.version_info < (3, 10):
     print('python 3.10 or newer (it has %d.%d)' % sys.version_info[:2])
@@ -40,6 +40,8 @@ from importlib.metadata import PackageNotFoundError, version
 def number(text):
     return [int(n) for n in re.findall(r'\d+', text)[:3]]
 needed = re.findall(r'"([\w-]+)>=([\d.]+)"', open('pyproject.toml').read().split('dependencies = [')[1].split(']')[0])
+for file in sys.argv[2:]:
+    needed += [(name, '0') for name in re.findall(r'^([\w-]+)==', open(file).read(), re.M)]
 lacking = []
 for name, least in needed:
     try:
@@ -58,10 +60,11 @@ PYTHON
 
 # Make or finish .venv. A stamp beside each install says that it came to its end; without it nothing is trusted.
 own_environment() {
+    stale=
     for file in $REQUIREMENTS; do
-        cmp -s "$file" ".venv/.installed-$(echo "$file" | tr / -)" || stale="${stale:-} $file"
+        cmp -s "$file" ".venv/.installed-$(echo "$file" | tr / -)" || stale="$stale $file"
     done
-    if [ -z "${stale:-}" ] && [ -x .venv/bin/python ] && [ ! -f .venv/.installing ]; then return; fi
+    if [ -z "$stale" ] && [ -x .venv/bin/python ] && [ ! -f .venv/.installing ]; then return; fi
     if [ -d .venv ] && [ ! -f .venv/.made-by-run-sh ]; then
         missing=$(lacks .venv/bin/python imports)
         if [ -z "$missing" ]; then return; fi
@@ -69,12 +72,15 @@ own_environment() {
     fi
     PYTHON=${PYTHON:-python3}
     command -v "$PYTHON" >/dev/null 2>&1 || fail "$PYTHON is not installed. Install Python 3.10 or newer, or name one: PYTHON=/path/to/python3 sh run.sh"
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$PYTHON" --version 2>&1) is too old. Install Python 3.10 or newer, and name it: PYTHON=python3.12 sh run.sh"
+    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || fail "$("$PYTHON" --version 2>&1) is not 3.10 to 3.13, for which the packages are pinned. Install one of these and name it: PYTHON=python3.12 sh run.sh"
     "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or activate an environment of yours that has requirements.txt installed."
     if [ -f .venv/.installing ] || [ ! -x .venv/bin/python ]; then
         echo "run.sh: making a Python environment in .venv (nothing else on this machine is changed)"
-        rm -rf .venv && mkdir .venv && touch .venv/.made-by-run-sh .venv/.installing
-        run_child "$PYTHON" -m venv .venv >.venv/install.log 2>&1 || fail "making .venv failed: $(tail -n 1 .venv/install.log)"
+        { rm -rf .venv && mkdir .venv && touch .venv/.made-by-run-sh .venv/.installing; } 2>/dev/null || fail "$root cannot be written. Copy the project to a folder of yours."
+        code=0
+        run_child "$PYTHON" -m venv .venv >.venv/install.log 2>&1 || code=$?
+        [ -z "$stopping" ] || exit 75
+        [ "$code" = 0 ] || fail "making .venv failed: $(tail -n 1 .venv/install.log)"
         stale=$REQUIREMENTS
     fi
     touch .venv/.installing
@@ -89,7 +95,7 @@ own_environment() {
     rm .venv/.installing
 }
 
-[ -n "${SETUP_ONLY:-}" ] || cd "$(dirname "$0")"
+[ -n "${SETUP_ONLY:-}" ] || CDPATH= cd -- "$(dirname -- "$0")"
 root=$(pwd -P)
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 help=

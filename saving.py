@@ -52,11 +52,12 @@ def sync_folder(folder: Path) -> None:
 
 def keep(path: Path, kept: Path) -> None:
     """Keep a checkpoint under a second name, without a second copy on the disk where links are possible."""
-    kept.unlink(missing_ok=True)
+    temporary = kept.with_name(f'.{kept.name}.{os.getpid()}.tmp')
     try:
-        os.link(path, kept)
+        os.link(path, temporary)
     except OSError:
-        shutil.copy2(path, kept)
+        shutil.copy2(path, temporary)
+    os.replace(temporary, kept)
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
@@ -70,6 +71,8 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         if damaged is not None:
             raise zipfile.BadZipFile(f'bad checksum of {damaged}')
         return torch.load(path, map_location=map_location, weights_only=True)
+    except PermissionError as error:
+        raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
         raise SettingError(f'checkpoint {str(path)!r} is damaged ({error}). Copy a step_N.pt of its folder over it, or delete it.') from error
 
@@ -110,7 +113,7 @@ def load_run(config: Config) -> dict[str, Any] | None:
             raise SettingError(f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.') from error
         return found
 
-    return load(path) if distributed.on_main(prepare) else None
+    return distributed.on_each(lambda: load(path)) if distributed.on_main(prepare) else None
 
 
 def load_weights(network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path) -> None:
@@ -136,16 +139,19 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return next(iter(averages.values())) if averages else checkpoint['network']
 
 
-def config_of(checkpoint: dict[str, Any]) -> Config:
-    """The Config of a checkpoint; settings that a subclass of Config added are left out."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return Config(**{name: value for name, value in checkpoint['config'].items() if name in names})
+def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:
+    """The config of a checkpoint; settings that `config_class` does not have are left out."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in checkpoint['config'].items() if name in names})
 
 
-def load_for_sampling(path: str | Path, device: str | torch.device = 'cpu') -> tuple[nn.Module, GaussianProcess, Config]:
-    """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode. Raises SettingError."""
+def load_for_sampling(path: str | Path, device: str | torch.device = 'cpu', config_class: type[Config] = Config) -> tuple[nn.Module, GaussianProcess, Config]:
+    """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode. Raises SettingError.
+
+    Pass the experiment's own `config_class` if its network or process reads settings of its own.
+    """
     checkpoint = load_checkpoint(path)
-    config = config_of(checkpoint)
+    config = config_of(checkpoint, config_class)
     network = get_network(config, tuple(checkpoint['shape']), checkpoint['num_classes'])
     load_weights(network, best_weights(checkpoint), checkpoint['config'], config, path)
     return network.to(device).eval().requires_grad_(False), get_process(config), config

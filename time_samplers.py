@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from config import Config, choose
+from config import Config, SettingError, choose
 
 TimeSampler = Callable[[Tensor], Tensor]
 
@@ -23,6 +23,10 @@ def logit_normal(mean: float, std: float, t_min: float, t_max: float) -> TimeSam
     """logit(t) ~ N(mean, std^2), conditioned on [t_min, t_max] (Esser et al. 2024, section 3.1)."""
     ends = torch.tensor([t_min, t_max], dtype=torch.float64)
     low, high = torch.special.ndtr((torch.logit(ends) - mean) / std).tolist()
+    if not high > low:
+        raise SettingError(
+            f'time_mean={mean:g}, time_std={std:g}: no time between t_min={t_min:g} and t_max={t_max:g} is likely at all. Use --time_mean 0 --time_std 1.'
+        )
 
     def sampler(u: Tensor) -> Tensor:
         z = torch.special.ndtri(low + (high - low) * u.double())

@@ -7,6 +7,7 @@ BaseDiffusionTrainer owns the rest: devices, steps, moving averages, saving, res
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ class BaseDiffusionTrainer:
         self.optimizer = get_optimizer(config, self.network)
         self.ema = EMA(self.network, config.ema_decays)
         self.autocast_dtype = torch.bfloat16 if config.precision == 'bfloat16' else None
-        if config.precision == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported():
+        if config.precision == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
             self.autocast_dtype = torch.bfloat16
 
         self.step, self.finished, self.wandb_id = 0, False, None
@@ -124,8 +125,8 @@ class BaseDiffusionTrainer:
 
     def log(self, name: str, value: Tensor | float) -> None:
         """From any override: the mean over elements, ranks and training steps since the last line of the record goes into the next."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        self.means.add(name, value.mean(), torch.ones((), device=self.device))
+        value = value.float().mean() if isinstance(value, Tensor) else torch.full((), value, device=self.device)  # no CPU-GPU sync
+        self.means.add(name, value, torch.ones((), device=self.device))
 
     # ---------------------------------------------------------------- training
 
@@ -257,12 +258,10 @@ class BaseDiffusionTrainer:
         values = self.means.means()
         began, step = self.clock
         images = (self.step - step) * self.config.global_batch_size
-        values |= {
-            'train/images': self.step * self.config.global_batch_size,
-            'train/images_per_second': images / (time.monotonic() - began),
-            'train/memory_gb': utils.peak_memory_gb(self.device),
-        }
-        self.progress.show(self.step, values['train/loss'], values['train/images_per_second'])
+        values |= {'train/images': self.step * self.config.global_batch_size, 'train/memory_gb': utils.peak_memory_gb(self.device)}
+        if images > 0:  # not in a line that a resumed run writes again
+            values['train/images_per_second'] = images / (time.monotonic() - began)
+            self.progress.show(self.step, values['train/loss'], values['train/images_per_second'])
         return values
 
     def evaluate(self) -> dict[str, float]:
@@ -329,8 +328,10 @@ class BaseDiffusionTrainer:
 
     def show_data_and_schedule(self) -> None:
         """A picture of real data, left, and what augmentation makes of it, right; the learning rate of every step."""
-        x, _ = next(iter(self.test_loader))
-        x = x.repeat(-(-64 // len(x)), 1, 1, 1)[:64]
+        if not distributed.is_main():
+            return
+        pieces = [x for x, _ in itertools.islice(self.test_loader, 64)]
+        x = torch.cat(pieces)[:64]
         utils.seed_everything(self.config.seed, 'show_data')
         grids = [utils.image_grid(images, 8) for images in (x, self.augmenter(x)[0])]
         self.logger.log_picture('data_and_augmented', torch.cat(grids, 2), 0)

@@ -63,14 +63,15 @@ class Attention(nn.Module):
         while channels % self.heads:
             self.heads += 1
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
+        q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
-        return x + self.out(y.transpose(-1, -2).reshape(b, c, h, w))
+        return x + self.out(y.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)
 
 
 class Level(nn.Module):
@@ -88,7 +89,8 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None)`.
 
-    Label `num_classes` is the null class, which None means too. `attention_resolutions` names levels by their longer side.
+    Label `num_classes` is the null class, which None means too. `attention_resolutions` names levels by their longer side;
+    the middle, at the coarsest, always has attention.
     Raises ValueError if one of them is the side of no level.
     """
 
@@ -124,13 +126,14 @@ class UNet(nn.Module):
                 self.down.append(Level(c, mult * channels, c_emb, dropout, attend[i]))
                 c = mult * channels
                 skips.append(c)
-        self.middle = nn.ModuleList([Level(c, c, c_emb, dropout, attend[-1]), ResBlock(c, c, c_emb, dropout)])
+        self.middle = nn.ModuleList([Level(c, c, c_emb, dropout, attention=True), ResBlock(c, c, c_emb, dropout)])
         for i, mult in reversed(list(enumerate(channel_mults))):
             for _ in range(num_res_blocks + 1):
                 self.up.append(Level(c + skips.pop(), mult * channels, c_emb, dropout, attend[i]))
                 c = mult * channels
             if i > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(c, c, 3, padding=1)))
+                c = channel_mults[i - 1] * channels
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(mult * channels, c, 3, padding=1)))
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
 
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Lint and test:  sh tests/run.sh [pytest args]     e.g. sh tests/run.sh tests/test_processes.py -k rf
 set -eu
-cd "$(dirname "$0")/.."
+CDPATH= cd -- "$(dirname -- "$0")/.."
 SETUP_ONLY=1
 REQUIREMENTS='requirements.txt tests/requirements.txt'
 . ./run.sh

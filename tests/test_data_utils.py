@@ -35,6 +35,7 @@ def as_process(monkeypatch):
         monkeypatch.setattr(distributed, 'rank', lambda: rank)
         monkeypatch.setattr(distributed, 'world_size', lambda: world_size)
         monkeypatch.setattr(distributed, 'on_main', lambda fn: fn() if rank == 0 else None)
+        monkeypatch.setattr(distributed, 'on_each', lambda fn: fn())
 
     return become
 

@@ -116,22 +116,51 @@ def test_another_config_in_the_same_folder_is_refused(run_sh):
     assert result.returncode == 2 and 'base_lr: 0.001 -> 0.5' in result.stderr
 
 
+def test_stop_reaches_the_trainer_past_its_loaders(run_sh, tmp_path):
+    """SIGTERM goes to all processes, also those that load images: the run saves all the same."""
+    from PIL import Image
+
+    folder = tmp_path / 'data/image_folder/all'
+    folder.mkdir(parents=True)
+    for i in range(40):
+        Image.new('RGB', (12, 10), (i, 2 * i, 3 * i)).save(folder / f'{i}.png')
+    settings = dict(dataset='image_folder', image_size=8, num_workers=2, data_dir=str(tmp_path / 'data'), num_training_steps=100000)
+    flags = as_flags(TINY | settings | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='run', save_every=0, log_every=1, eval_every=0))
+    run = subprocess.Popen(['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    record = tmp_path / 'ckpts/run/metrics.jsonl'
+    started = wait_until(lambda: record.exists() and record.read_text().count('\n') >= 3, 60)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=40)
+    assert started and run.returncode == 75, err
+    assert 'state saved' in out and saving.load(tmp_path / 'ckpts/run/last.pt')['step'] >= 3
+    assert not processes_with(str(tmp_path))
+
+
 SCRIPT = """
 import os
+import signal
+import saving
 from dataclasses import dataclass
 from config import Config
 from main import main
 from trainer import ExampleDiffusionTrainer
 
+def full_disk(*args, **kwargs):
+    raise OSError(28, 'No space left on device')
+
 @dataclass(frozen=True)
 class MyConfig(Config):
     loss_factor: float = 2.0
     fail_on: int = -1
+    fail_in: str = 'loss'
 
 class MyTrainer(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
-        if int(os.environ['RANK']) == self.config.fail_on:
+        if int(os.environ['RANK']) == self.config.fail_on and self.config.fail_in == 'loss':
             raise KeyError('broken on purpose')
+        if self.step == 3 and self.config.fail_in == 'save':
+            saving.save = full_disk
+            os.kill(os.getppid(), signal.SIGTERM)
         return super().loss_fn(batch, model_fn) * self.config.loss_factor
 
 if __name__ == '__main__':
@@ -162,6 +191,17 @@ def test_an_exception_on_one_rank_ends_all(run_sh, script, tmp_path):
     assert result.returncode == 1 and time.monotonic() - began < 60
     assert 'broken on purpose' in result.stderr and 'rank 1 failed first' in result.stderr
     assert not processes_with(str(tmp_path))
+
+
+def test_a_stop_that_could_not_save_does_not_say_that_it_did(run_sh, script):
+    result = run_sh(script, fail_in='save', num_training_steps=100000, save_every=0)
+    assert result.returncode == 1 and 'No space left' in result.stderr and 'state saved' not in result.stdout
+
+
+def test_more_processes_than_held_out_batches(run_sh):
+    """A rank without a held-out batch takes part in everything else."""
+    result = run_sh(nproc=2, global_batch_size=1024, batch_shards=2, num_training_steps=3)
+    assert result.returncode == 0, result.stderr
 
 
 def test_help_needs_no_launcher(run_sh):
@@ -248,7 +288,7 @@ def test_no_network_is_one_clear_line(fresh):
     'python, words',
     [
         ('/nowhere/python3', ('/nowhere/python3 is not installed', 'PYTHON=')),
-        ('#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac', ('Python 3.8.1 is too old', '3.10', 'PYTHON=')),
+        ('#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac', ('Python 3.8.1 is not 3.10 to 3.13', 'PYTHON=')),
         ('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac', ('no venv module', 'apt install python3-venv')),
     ],
 )

@@ -50,9 +50,9 @@ def test_monotone_within_the_range_and_reaches_its_ends(name, t_min, t_max):
 
 
 @pytest.mark.parametrize(('mean', 'std'), [(20.0, 0.1), (-20.0, 0.1)])
-def test_logit_normal_outside_the_range_stays_in_it(mean, std):
-    t = get_time_sampler(Config(time_sampler='logit_normal', time_mean=mean, time_std=std))(torch.linspace(0, 1, 11))
-    assert (t >= torch.tensor(0.001)).all() and (t <= torch.tensor(0.999)).all()
+def test_logit_normal_that_misses_the_range_is_an_error(mean, std):
+    with pytest.raises(SettingError, match=rf'time_mean={mean:g}, time_std=0.1.*t_min=0.001'):
+        get_time_sampler(Config(time_sampler='logit_normal', time_mean=mean, time_std=std))
 
 
 def test_unknown_sampler_lists_the_choices():

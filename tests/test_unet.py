@@ -101,9 +101,9 @@ def test_attention_is_where_it_is_asked_for():
         net(*batch((1, 28, 28)))
         return set(seen)
 
-    assert sides(build((1, 28, 28), attention_resolutions=(14,))) == {14}
+    assert sides(build((1, 28, 28), attention_resolutions=(14,))) == {7, 14}  # the middle, at 7, always has it
     assert sides(build((1, 28, 28), attention_resolutions=(7, 28))) == {7, 28}
-    assert sides(build((1, 28, 28))) == set()
+    assert sides(build((1, 28, 28))) == {7}
 
 
 def test_dropout_is_for_training_alone():
@@ -121,13 +121,17 @@ def test_attention_against_a_plain_softmax(channels):
     x = torch.randn(2, channels, 3, 5)
     d = channels // attention.heads
     assert d * attention.heads == channels and d <= 64
-    q, k, v = attention.qkv(attention.norm(x)).flatten(2).chunk(3, 1)  # (B, C, HW)
+    normed = attention.norm(x).flatten(2)
+    q, k, v = (attention.qkv.weight @ normed + attention.qkv.bias[:, None]).chunk(3, 1)  # (B, C, HW)
     y = torch.empty_like(q)
     for head in range(attention.heads):
         part = slice(head * d, (head + 1) * d)
         weights = torch.softmax(q[:, part].transpose(1, 2) @ k[:, part] / math.sqrt(d), dim=2)
         y[:, part] = v[:, part] @ weights.transpose(1, 2)
-    torch.testing.assert_close(attention(x), x + attention.out(y.reshape(x.shape)), rtol=1e-4, atol=1e-5)
+    y = attention.out.weight @ y + attention.out.bias[:, None]
+    torch.testing.assert_close(attention(x), x + y.reshape(x.shape), rtol=1e-4, atol=1e-5)
+    channels_last = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(attention(channels_last), attention(x))
 
 
 def test_blocks_start_as_the_identity():

@@ -1,0 +1,83 @@
+"""What README.md tells a newcomer to type works."""
+
+import ast
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from config import Config, parse_config
+
+README = (ROOT / 'README.md').read_text()
+BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
+COMMANDS = sorted({line.split('#')[0].strip() for language, block in BLOCKS if language == 'sh' for line in block.splitlines()})
+SNIPPETS = [block for language, block in BLOCKS if language == 'python']
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('sh run.sh')])
+def test_flags_of_every_command(command):
+    words = shlex.split(command)[2:]
+    if '--help' not in words:
+        parse_config(words)
+
+
+def test_other_commands_are_files_that_exist():
+    for command in COMMANDS:
+        assert (ROOT / shlex.split(command)[1]).is_file(), command
+
+
+def test_every_setting_named_in_a_table_exists():
+    rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \|.*\|.*\|$', README, re.M)
+    names = {name for row in rows for name in re.findall(r'`(\w+)`', row)}
+    assert len(names) > 15 and names <= Config.__dataclass_fields__.keys()
+
+
+def test_every_file_is_in_the_table():
+    for path in ROOT.glob('*.py'):
+        assert f'`{path.name}`' in README, path.name
+
+
+def test_pictures_exist():
+    for path in re.findall(r'!\[.*?\]\((.*?)\)', README):
+        assert (ROOT / path).stat().st_size > 1000
+
+
+def test_loss_snippet_is_the_code():
+    """The first snippet is what trainer.py runs, line for line."""
+    code = {line.strip() for line in (ROOT / 'trainer.py').read_text().splitlines()}
+    assert all(line in code for line in SNIPPETS[0].splitlines())
+
+
+def test_snippets_run(tmp_path, build_trainer, tiny_config):
+    """Every snippet after the first: a trainer that trains, entries that work, samples from a checkpoint."""
+    import torch
+
+    import networks
+    import processes
+    import sampling
+    import unet
+
+    for snippet in SNIPPETS:
+        ast.parse(snippet if 'return utils' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
+    spaces = dict(vars(processes)) | dict(vars(sampling)) | dict(vars(networks))
+    loss, process, _, _, sampler, samples = SNIPPETS[1:]
+    names = {}
+    exec(loss.replace("if __name__ == '__main__':", 'if False:'), names)
+    config = tiny_config(experiment_name='digits')
+    trainer = build_trainer(config, names['MyTrainer'])
+    trainer.train_loop()
+    exec(process, spaces)
+    exec(sampler, spaces)
+    quadratic = processes.PROCESSES.pop('quadratic')(config)
+    t = torch.rand(3, dtype=torch.float64)
+    assert torch.allclose(quadratic(t).alpha_dot, -2 * t)
+    x1 = torch.randn(4, 1, 8, 8)
+    try:
+        x = sampling.sample(lambda xt, t, label: torch.zeros_like(xt), quadratic, x1, solver='midpoint', num_steps=3)
+    finally:
+        del sampling.SOLVERS['midpoint']
+    assert torch.allclose(x, 0.999 * x1)
+    names = {}
+    exec(samples.replace('ckpts/digits', str(config.run_dir)), names)
+    assert names['x'].shape == (20, 1, 8, 8) and isinstance(names['network'].net, unet.UNet)
