@@ -178,7 +178,7 @@ class Config:
     # ---------------------------------------------------------------- sampling
     solver: str = 'heun'
     """ODE solver of the grids and the final evaluation, a key of SOLVERS in sampling.py."""
-    num_sample_steps: int = 50
+    num_sample_steps: int = 25
     """Solver steps from t_max to t_min."""
     time_grid: str = 'uniform'
     """Spacing of the solver's steps, a key of TIME_GRIDS in sampling.py."""
