@@ -17,11 +17,13 @@ import pytest
 import sklearn.datasets
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
 import distributed
-from config import SettingError
+from config import Config, SettingError
 from data_utils import DATASETS, Loader, StreamSampler, setup_data_train_and_test
 
 CPU = torch.device('cpu')
@@ -322,3 +324,14 @@ def test_loader_scales_by_the_largest_pixel(tiny_config):
     images = torch.tensor([0, 8, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
     loader = Loader((images, torch.arange(3)), [[2, 0], [1]], tiny_config(), DATASETS['digits'], CPU)
     assert [(x.flatten().tolist(), label.tolist()) for x, label in loader] == [([1.0, 0.0], [2, 0]), ([0.5], [1])]
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_images=st.integers(1, 40), shard_size=st.integers(1, 5), shards=st.sampled_from([1, 2, 4]), step=st.integers(0, 30), seed=st.integers(0, 9))
+def test_a_step_is_a_cut_of_the_stream_of_permutations(num_images, shard_size, shards, step, seed):
+    """Against the stream written out from its beginning, for data sets smaller and larger than a batch."""
+    batch = shards * shard_size
+    epochs = range((step + 1) * batch // num_images + 1)
+    stream = np.concatenate([np.random.default_rng((seed, epoch)).permutation(num_images) for epoch in epochs])
+    sampler = StreamSampler(num_images, Config(seed=seed, global_batch_size=batch, batch_shards=shards))
+    assert take_steps(sampler, step, 1)[0] == stream[step * batch : (step + 1) * batch].tolist()
