@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from config import Config, SettingError, choose, parse_config
@@ -58,7 +58,8 @@ def train(config: Config, trainer_class: type | None) -> None:
     from logging_utils import say
     from trainer import ExampleDiffusionTrainer
 
-    check_choices(config)
+    for setting, table in choices().items():  # before anything is downloaded or built
+        choose(setting, getattr(config, setting), table)
     device = distributed.setup()
     distributed.set_outcome(1)  # from here on, what a signal leaves behind must be said
     train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
@@ -79,8 +80,8 @@ def train(config: Config, trainer_class: type | None) -> None:
         say('  next        sh run.sh --preset cifar10   (32x32 colour images, on a GPU)')
 
 
-def check_choices(config: Config) -> None:
-    """Raise SettingError for a setting that names nothing in its table, before anything is downloaded or built."""
+def choices() -> dict[str, Mapping[str, object]]:
+    """Setting -> the table whose keys are its choices."""
     from data_utils import DATASETS
     from networks import NETWORKS, TIME_INPUTS
     from optimizers import LR_SCHEDULES
@@ -89,7 +90,7 @@ def check_choices(config: Config) -> None:
     from sampling import SDE_NOISES, SOLVERS, TIME_GRIDS
     from time_samplers import TIME_SAMPLERS
 
-    tables = dict(
+    return dict(
         dataset=DATASETS,
         network=NETWORKS,
         time_input=TIME_INPUTS,
@@ -102,8 +103,6 @@ def check_choices(config: Config) -> None:
         time_grid=TIME_GRIDS,
         sde_noise=SDE_NOISES,
     )
-    for setting, table in tables.items():
-        choose(setting, getattr(config, setting), table)
 
 
 def leave(message: Exception | None, code: int) -> NoReturn:

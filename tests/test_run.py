@@ -158,6 +158,8 @@ class MyTrainer(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         if int(os.environ['RANK']) == self.config.fail_on and self.config.fail_in == 'loss':
             raise KeyError('broken on purpose')
+        if self.step == 5 and int(os.environ['RANK']) == self.config.fail_on and self.config.fail_in == 'nan':
+            return float('nan') * super().loss_fn(batch, model_fn)
         if self.step == 3 and self.config.fail_in == 'save':
             saving.save = full_disk
             os.kill(os.getppid(), signal.SIGTERM)
@@ -191,6 +193,12 @@ def test_an_exception_on_one_rank_ends_all(run_sh, script, tmp_path):
     assert result.returncode == 1 and time.monotonic() - began < 60
     assert 'broken on purpose' in result.stderr and 'rank 1 failed first' in result.stderr
     assert not processes_with(str(tmp_path))
+
+
+def test_nan_on_one_rank_ends_all_and_keeps_the_last_checkpoint(run_sh, script, tmp_path):
+    result = run_sh(script, nproc=2, fail_on=1, fail_in='nan')
+    assert result.returncode == 3 and result.stderr.count('not finite at step 6') == 1 and 'Traceback' not in result.stderr
+    assert saving.load(tmp_path / 'ckpts/run/last.pt')['step'] == 4
 
 
 def test_a_stop_that_could_not_save_does_not_say_that_it_did(run_sh, script):

@@ -11,6 +11,7 @@ import distributed
 import saving
 import utils
 from config import SettingError
+from main import choices
 from prediction import ROWS
 from processes import PROCESSES
 from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, NonFiniteLoss, ProcessedBatch
@@ -137,6 +138,17 @@ def test_every_output_with_every_target(tiny_config, build_trainer, process_name
         assert (perfect <= 1e-6 * (1 + losses)).all()
         losses.mean().backward()
         assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in trainer.network.parameters())
+
+
+CHOICES = [(setting, choice) for setting, table in choices().items() if setting != 'dataset' for choice in table]
+
+
+@pytest.mark.parametrize('setting, choice', CHOICES)
+def test_every_choice_trains_and_samples(tiny_config, build_trainer, setting, choice):
+    config = tiny_config(num_training_steps=3, warmup_steps=1, sample_every=3, **{setting: choice})
+    build_trainer(config).train_loop()
+    assert all(np.isfinite(v) for line in record(config) for v in line.values())
+    assert len(list((config.run_dir / 'samples').glob('step_0000003_*.png'))) == 4
 
 
 def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
