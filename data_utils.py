@@ -55,8 +55,8 @@ def load_digits(config: Config) -> tuple[Arrays, Arrays]:
     return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
 
 
-def from_torchvision(config: Config, name: str) -> list[Any]:
-    """The training and the held-out part of a torchvision data set, downloaded if they are not there. Raises SettingError."""
+def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
+    """The training and the held-out part of a torchvision data set, downloaded as `files` if they are not there. Raises SettingError."""
     import torchvision
 
     try:
@@ -64,17 +64,17 @@ def from_torchvision(config: Config, name: str) -> list[Any]:
     except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
         raise SettingError(
             f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and cannot be downloaded ({error}). '
-            'With no network, copy the data set there from a machine that has it, or train on --dataset digits.'
+            f'With no network, copy {Path(config.data_dir, files)} from a machine that has it, or train on --dataset digits.'
         ) from error
 
 
 def load_mnist(config: Config) -> tuple[Arrays, Arrays]:
-    train, test = ((part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST'))
+    train, test = ((part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST', 'MNIST/raw/*.gz'))
     return train, test
 
 
 def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
-    parts = from_torchvision(config, 'CIFAR10')
+    parts = from_torchvision(config, 'CIFAR10', 'cifar-10-python.tar.gz')
     train, test = ((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts)
     return train, test
 

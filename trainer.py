@@ -113,7 +113,7 @@ class BaseDiffusionTrainer:
         raise NotImplementedError
 
     def uniforms(self, n: int) -> Tensor:
-        """(n,) numbers in [0, 1) for the time sampler: iid, or if `stratified`, one in each of n x shards equal intervals.
+        """(n,) numbers in [0, 1] for the time sampler: iid, or if `stratified`, one in each of n x shards equal intervals.
 
         A shard takes every `shards`-th interval, in random order.
         """
