@@ -238,7 +238,7 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     if config.batch_shards % (processes * config.accumulation_steps):
         raise SettingError(
             f'batch_shards={config.batch_shards} is not divisible by {processes} processes x accumulation_steps={config.accumulation_steps}. '
-            f'Use --batch_shards {processes * config.accumulation_steps}, or another number of processes (NPROC).'
+            f'Use another number of processes (NPROC), or a --batch_shards that is a multiple of {processes * config.accumulation_steps} and divides --global_batch_size.'
         )
     spec = distributed.on_each(lambda: get_dataset(config))
     train, test = load_once(config, spec)

@@ -4,6 +4,7 @@ Run by `sh run.sh [--flags]`. An experiment is one file that subclasses the trai
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from config import Config, SettingError, choose, parse_config
+from config import Config, SettingError, choose, default_experiment_name, parse_config
 
 
 def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, config_class: type[Config] = Config) -> None:
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
         if isinstance(error, SystemExit):
             raise
         leave(error, 2)  # EXIT_BAD_SETTING
+
+    if trainer_class is not None and config.experiment_name == default_experiment_name(config):
+        # another trainer is another experiment: it must not go on with, or end as, a run of the example trainer
+        config = dataclasses.replace(config, experiment_name=f'{config.experiment_name}_{trainer_class.__name__}')
 
     import distributed  # imports torch, which --help need not wait for
     from trainer import NonFiniteLoss

@@ -100,15 +100,18 @@ def load_run(config: Config) -> dict[str, Any] | None:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             for leftover in config.run_dir.glob('.*.tmp'):  # of a save that was killed
                 leftover.unlink(missing_ok=True)
-            found = path.exists()
+            found, finished = path.exists(), False
             if found:
-                changed = differences(load_checkpoint(path)['config'], config)
+                checkpoint = load_checkpoint(path)
+                finished = checkpoint.get('finished', False) and checkpoint['step'] >= config.num_training_steps
+                changed = differences(checkpoint['config'], config)
                 if changed:
                     raise SettingError(
                         f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
                         'Pass another --experiment_name, or the saved values to go on with it.'
                     )
-            (config.run_dir / 'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+            if not finished:  # a finished run keeps the settings that made its samples
+                (config.run_dir / 'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
         except OSError as error:
             raise SettingError(f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.') from error
         return found

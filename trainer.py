@@ -246,8 +246,8 @@ class BaseDiffusionTrainer:
         first = float(distributed.all_reduce(self.bad_step.cpu(), 'MIN'))  # CPU-GPU sync
         if first < math.inf:
             raise NonFiniteLoss(
-                f'the loss or its gradient was not finite at step {first:.0f}. The last good checkpoint is kept in {self.config.run_dir}, '
-                'and the steps after it can be replayed: they are a function of (seed, step). Try a lower --base_lr, or --precision float32.'
+                f'the loss or its gradient was not finite at step {first:.0f}. The last checkpoint, if one was saved, is from before and kept in {self.config.run_dir}; '
+                'the steps after it can be replayed: they are a function of (seed, step). Try a lower --base_lr, or --precision float32.'
             )
 
     def restart_clock(self) -> None:
@@ -327,11 +327,11 @@ class BaseDiffusionTrainer:
                 self.logger.log_picture(f'step_{self.step:07d}_{solver}_{name}', torch.cat(grids, 2), self.step)
 
     def show_data_and_schedule(self) -> None:
-        """A picture of real data, left, and what augmentation makes of it, right; the learning rate of every step."""
+        """A picture of the first batch, left, and what augmentation makes of it, right; the learning rate of every step."""
         if not distributed.is_main():
             return
-        pieces = [x for x, _ in itertools.islice(self.test_loader, 64)]
-        x = torch.cat(pieces)[:64]
+        pieces = itertools.islice(self.train_loader, len(self.train_sampler.my_shards))
+        x = torch.cat([x for x, _ in pieces])[:64]
         utils.seed_everything(self.config.seed, 'show_data')
         grids = [utils.image_grid(images, 8) for images in (x, self.augmenter(x)[0])]
         self.logger.log_picture('data_and_augmented', torch.cat(grids, 2), 0)
