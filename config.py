@@ -95,17 +95,21 @@ class Config:
 
     # ---------------------------------------------------------------- output and loss
     model_type: str = 'velocity'
-    """What the network outputs: x0, x1 (noise), score, velocity or v."""
+    """What the network outputs: x0, x1 (noise), score, velocity, v or F (EDM's preconditioned output)."""
     target_type: str = 'velocity'
-    """What the squared error compares: x0, x1, score, velocity or v."""
+    """What the squared error compares: x0, x1, score, velocity, v or F."""
+    loss_weight: str = 'none'
+    """Factor on the squared error by noise level, a key of LOSS_WEIGHTS in loss_weights.py."""
     time_sampler: str = 'uniform'
     """Density of training times, a key of TIME_SAMPLERS in time_samplers.py."""
     time_mean: float = 0.0
-    """logit_normal: mean of logit(t)."""
+    """logit_normal: mean of logit(t); log_normal: mean of log(sigma / alpha), -1.2 in EDM."""
     time_std: float = 1.0
-    """logit_normal: standard deviation of logit(t)."""
+    """logit_normal: standard deviation of logit(t); log_normal: of log(sigma / alpha), 1.2 in EDM."""
     stratified: bool = True
     """Spread the times of a global batch evenly (less variance), instead of drawing them independently."""
+    antithetic: bool = False
+    """Draw the times of a global batch in mirrored pairs, u and 1 - u; needs --no_stratified."""
     label_dropout: float = 0.0
     """Probability that a label becomes the null class in training: 0 conditional only, 1 unconditional."""
 
@@ -125,7 +129,7 @@ class Config:
     time_input: str = 't'
     """What the network is told of the time: t or log_snr."""
     sigma_data: float = 0.5
-    """Assumed standard deviation of the data in [-1, 1]; the network's input is scaled to unit variance with it."""
+    """Assumed standard deviation of the data in [-1, 1]: the network's input is scaled to unit variance with it, and output F defined."""
 
     # ---------------------------------------------------------------- batches and steps
     global_batch_size: int = 128
@@ -176,18 +180,26 @@ class Config:
     """wandb user or team; empty: your default."""
 
     # ---------------------------------------------------------------- sampling
-    solver: str = 'heun'
-    """ODE solver of the grids and the final evaluation, a key of SOLVERS in sampling.py."""
-    num_sample_steps: int = 25
+    solver: str = 'adams'
+    """Solver of the grids and the final evaluation, a key of SOLVERS in solvers.py."""
+    num_sample_steps: int = 20
     """Solver steps from t_max to t_min."""
-    time_grid: str = 'uniform'
+    sample_nfe: int = 0
+    """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
+    time_grid: str = 'logistic'
     """Spacing of the solver's steps, a key of TIME_GRIDS in sampling.py."""
-    sde_noise: str = 'sigma'
-    """Noise level of the SDE sampler, a key of SDE_NOISES in sampling.py."""
+    sde_noise: str = 'natural'
+    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py."""
     sde_noise_scale: float = 1.0
-    """Factor on the variance of the SDE sampler's noise; 0 gives the ODE."""
+    """Factor on the variance of the noise of stochastic solvers; 0 gives the ODE."""
+    sde_last_step: str = 'mean'
+    """Last step of stochastic solvers, a key of LAST_STEPS in solvers.py: the posterior mean, or the ode."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 none, above 1 stronger."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times t between which there is guidance; outside, the plain network is evaluated alone."""
+    guidance_rescale: float = 0.0
+    """How much of the contrast that guidance adds to an image is taken back: 0 none, 1 all."""
 
     # ---------------------------------------------------------------- speed
     precision: str = 'auto'
@@ -265,8 +277,8 @@ DEBUG: dict[str, Any] = dict(
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
     'preset experiment_name ckpt_dir data_dir debug final_eval num_workers accumulation_steps log_every save_every keep_every '
-    'sample_every eval_every wandb wandb_project wandb_entity solver num_sample_steps time_grid sde_noise sde_noise_scale '
-    'guidance_scale compile'.split()
+    'sample_every eval_every wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
+    'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
 PRECISIONS = ('auto', 'float32', 'bfloat16')
@@ -295,10 +307,10 @@ def check(config: Config) -> None:
         require(finite, field.name, 'must be a finite number')
     for name, value in each('global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps channels num_res_blocks image_size'):
         require(value >= 1, name, 'must be at least 1')
-    for name, value in each('seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation'):
+    for name, value in each('seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation sample_nfe'):
         require(value >= 0, name, 'must be 0 or more')
-    for name, value in each('flip_prob rotate_prob translate_prob label_dropout'):
-        require(0 <= value <= 1, name, 'is a probability, between 0 and 1')
+    for name, value in each('flip_prob rotate_prob translate_prob label_dropout guidance_rescale'):
+        require(0 <= value <= 1, name, 'must lie between 0 and 1')
     for name, value in each('base_lr time_std sigma_data sigma_min adam_eps'):
         require(value > 0, name, 'must be positive')
     for name, value in each('weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'):
@@ -320,6 +332,8 @@ def check(config: Config) -> None:
         'batch_shards accumulation_steps',
         'the shards must be divisible by accumulation_steps (times the number of processes)',
     )
+    require(0 <= c.guidance_interval[0] <= c.guidance_interval[1] <= 1, 'guidance_interval', 'must be two times, 0 <= from <= to <= 1')
+    require(not (c.stratified and c.antithetic), 'stratified antithetic', 'times are drawn in one way or the other: add --no_stratified')
     require(
         c.guidance_scale == 1 or 0 < c.label_dropout < 1,
         'guidance_scale label_dropout',

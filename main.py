@@ -88,11 +88,13 @@ def train(config: Config, trainer_class: type | None) -> None:
 def choices() -> dict[str, Mapping[str, object]]:
     """Setting -> the table whose keys are its choices."""
     from data_utils import DATASETS
+    from loss_weights import LOSS_WEIGHTS
     from networks import NETWORKS, TIME_INPUTS
     from optimizers import LR_SCHEDULES
     from prediction import ROWS
     from processes import PROCESSES
-    from sampling import SDE_NOISES, SOLVERS, TIME_GRIDS
+    from sampling import TIME_GRIDS
+    from solvers import LAST_STEPS, SDE_NOISES, SOLVERS
     from time_samplers import TIME_SAMPLERS
 
     return dict(
@@ -102,11 +104,13 @@ def choices() -> dict[str, Mapping[str, object]]:
         process_name=PROCESSES,
         model_type=ROWS,
         target_type=ROWS,
+        loss_weight=LOSS_WEIGHTS,
         time_sampler=TIME_SAMPLERS,
         lr_schedule_type=LR_SCHEDULES,
         solver=SOLVERS,
         time_grid=TIME_GRIDS,
         sde_noise=SDE_NOISES,
+        sde_last_step=LAST_STEPS,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, SettingError, choose
-from processes import GaussianProcess, get_process
+from processes import GaussianProcess, c_in, get_process
 from unet import UNet
 from utils import bcast_right
 
@@ -22,18 +22,17 @@ TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
 class ScaledNetwork(nn.Module):
     """`net` behind a fixed scaling of its input: net(c_in xt, time, label).
 
-    c_in = 1 / sqrt(alpha^2 sigma_data^2 + sigma^2) gives the input unit variance for any process (Karras et al. 2022, eq. 7,
-    for any alpha); `ve` cannot be trained without, its noise has a standard deviation of 80.
+    c_in gives the input unit variance for any process; `ve` cannot be trained without, its noise has a standard deviation of 80.
     """
 
-    def __init__(self, net: nn.Module, process: GaussianProcess, time_input: str, sigma_data: float):
+    def __init__(self, net: nn.Module, process: GaussianProcess, time_input: str):
         super().__init__()
-        self.net, self.process, self.sigma_data = net, process, sigma_data
+        self.net, self.process = net, process
         self.time_input = choose('time_input', time_input, TIME_INPUTS)
 
     def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        c_in = ((self.sigma_data * self.process.alpha(t)).square() + self.process.sigma(t).square()).rsqrt()
-        return self.net(bcast_right(c_in, xt.ndim) * xt, self.time_input(t, self.process), label)
+        scale = c_in(self.process.alpha(t), self.process.sigma(t), self.process.sigma_data)
+        return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label)
 
 
 def unet(config: Config, shape: Shape, num_classes: int) -> UNet:
@@ -73,4 +72,4 @@ def get_network(config: Config, shape: Shape, num_classes: int) -> ScaledNetwork
                 f"time_input='log_snr' is infinite at t_min={config.t_min:g} or t_max={config.t_max:g} with "
                 f'process_name={config.process_name!r}. Use --time_input t, or --t_min 0.001 --t_max 0.999.'
             )
-    return ScaledNetwork(net, process, config.time_input, config.sigma_data)
+    return ScaledNetwork(net, process, config.time_input)

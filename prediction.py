@@ -10,10 +10,16 @@ such a row gives its own x1 = y / b or x0 = y / a directly, and the other from x
 
 Singular ends (nothing is added to a denominator to hide them; `check_time_range` keeps [t_min, t_max] away):
 where alpha = 0, x1 and score outputs do not determine x0; where sigma = 0, an x0 output does not determine x1, and
-the score is infinite; where det = 0, a velocity or v output determines neither.
+the score is infinite; where det = 0, a velocity or v output determines neither. F has no singular end: its det is
+-1 / (c_in sigma_data).
+
+F is the preconditioned output of Karras et al. 2022 (eq. 7 and table 1, there for alpha = 1), for any alpha and sigma and data of standard
+deviation sigma_data:
+
+    x0 = c_skip xt + c_out F,    c_skip = alpha sigma_data^2 c_in^2,    c_out = sigma sigma_data c_in,    c_in^-2 = alpha^2 sigma_data^2 + sigma^2
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -29,11 +35,12 @@ ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | 
     'score': lambda c: (None, -1 / c.sigma),  # grad log p_t(xt | x0), Song et al. 2021
     'velocity': lambda c: (c.alpha_dot, c.sigma_dot),  # d xt / dt, Lipman et al. 2023
     'v': lambda c: (-c.sigma, c.alpha),  # Salimans and Ho 2022, appendix D, for any alpha and sigma
+    'F': lambda c: (c.sigma * c.c_in / c.sigma_data, -c.alpha * c.c_in * c.sigma_data),  # x0 = c_skip xt + c_out F, below
 }
 
 
 class Prediction:
-    """One knowledge of (x0, x1), read as any type: `.x0 .x1 .score .velocity .v`, each (B, C, H, W).
+    """One knowledge of (x0, x1), read as any type: `.x0 .x1 .score .velocity .v .F`, each (B, C, H, W).
 
     Each is computed when first asked for; those given at construction are returned as they came.
     """
@@ -93,25 +100,63 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
     return target_fn
 
 
-def check_time_range(config: Config, process: GaussianProcess, limit: float = 1e6) -> None:
+def first_singular(process: GaussianProcess, model_type: str, t: float, needed: Iterable[str], limit: float = 1e6) -> str | None:
+    """The first of the types `needed` that an output of `model_type` cannot give at time t; None if it can give all.
+
+    The types must be finite there, and an error of the output must not be multiplied by more than `limit`, beyond which float32 has no digit left.
+    """
+    time, one = torch.tensor([t], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    coefs = process(time)
+    output = get_model_convert_fn(model_type)(one, time, 0 * one, coefs)
+    for name in needed:
+        scale = getattr(Prediction(0 * one, coefs, x0=one, x1=one), name)
+        if not max(getattr(output, name).abs().item(), scale.abs().item()) <= limit:  # also for nan
+            return name
+    return None
+
+
+def check_ends(process: GaussianProcess, model_type: str, times: Iterable[float], needed: Iterable[str] = ('velocity', 'x1')) -> None:
+    """Raise SettingError if one of the times is a singular end for this output. For callers without a config."""
+    choose('model_type', model_type, ROWS)
+    for t in times:
+        singular = first_singular(process, model_type, t, needed)
+        if singular:
+            raise SettingError(f'a network of model_type={model_type!r} cannot give the {singular} at t={t:g}, a singular end. Use t_min=0.001, t_max=0.999.')
+
+
+def check_time_range(config: Config, process: GaussianProcess) -> None:
     """Raise SettingError if the network's output, at t_min or t_max, cannot become what training and sampling need.
 
-    The output itself must be finite; training needs the target, the ODE the velocity and the SDE x1. An error of the output must not be multiplied by
-    more than `limit`, beyond which float32 has no digit left.
+    The output itself must be finite; training needs the target, the ODE the velocity and the SDE x1.
     """
-    convert = get_model_convert_fn(config.model_type)
     choose('target_type', config.target_type, ROWS)
     for setting in ('t_min', 't_max'):
         time = getattr(config, setting)
-        t = torch.tensor([time], dtype=torch.float64)
-        coefs, one = process(t), torch.ones(1, 1, dtype=torch.float64)
-        for needed in dict.fromkeys((config.model_type, config.target_type, 'velocity', 'x1')):
-            gain = getattr(convert(one, t, 0 * one, coefs), needed)
-            scale = getattr(Prediction(0 * one, coefs, x0=one, x1=one), needed)
-            if not max(gain.abs().item(), scale.abs().item()) <= limit:  # also for nan
-                remedy = f'--t_min {max(0.001, time):g}' if setting == 't_min' else f'--t_max {min(0.999, time):g}'
-                raise SettingError(
-                    f'{setting}={time:g} touches a singular end: with process_name={config.process_name!r}, '
-                    f'model_type={config.model_type!r} cannot give the {needed} there '
-                    f'(target_type={config.target_type!r}; the ODE needs velocity, the SDE x1). Use {remedy}.'
-                )
+        needed = first_singular(process, config.model_type, time, dict.fromkeys((config.model_type, config.target_type, 'velocity', 'x1')))
+        if needed:
+            remedy = f'--t_min {max(0.001, time):g}' if setting == 't_min' else f'--t_max {min(0.999, time):g}'
+            raise SettingError(
+                f'{setting}={time:g} touches a singular end: with process_name={config.process_name!r}, '
+                f'model_type={config.model_type!r} cannot give the {needed} there '
+                f'(target_type={config.target_type!r}; the ODE needs velocity, the SDE x1). Use {remedy}.'
+            )
+
+
+def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Tensor, Coefs, Tensor | None], Tensor]:
+    """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is one of `data` (N, C, H, W), each with equal chance.
+
+    Of those with the asked label if `labels` (N,) are given and label is one of them. The network that reaches the least training loss there is; it
+    has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64.
+    """
+    flat = data.flatten(1).double()
+    squares = flat.square().sum(1)
+
+    def denoise(xt: Tensor, coefs: Coefs, label: Tensor | None = None) -> Tensor:
+        alpha, sigma = coefs.alpha.double()[:, None], coefs.sigma.double()[:, None]
+        logits = (alpha * (xt.flatten(1).double() @ flat.T) - alpha.square() / 2 * squares) / sigma.square()  # (B, N)
+        if labels is not None and label is not None:
+            known = torch.isin(label, labels)
+            logits = logits.masked_fill(known[:, None] & (label[:, None] != labels), -torch.inf)
+        return (logits.softmax(1) @ flat).reshape(xt.shape).to(xt)
+
+    return denoise

@@ -22,7 +22,7 @@ warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning)
 
 @dataclass(frozen=True)
 class Coefs:
-    """A process at times t; every member is (B,).
+    """A process at times t; every tensor is (B,).
 
     The process solves dx = f x dt + g dw (Song et al. 2021, eq. 5), with f and g from Kingma et al. 2021, appendix A.
     """
@@ -31,6 +31,11 @@ class Coefs:
     sigma: Tensor
     alpha_dot: Tensor
     sigma_dot: Tensor
+    sigma_data: float = 0.5  # assumed standard deviation of x0
+
+    def to(self, like: Tensor) -> 'Coefs':
+        """The same on the device and with the type of `like`."""
+        return Coefs(*(getattr(self, name).to(like) for name in ('alpha', 'sigma', 'alpha_dot', 'sigma_dot')), self.sigma_data)
 
     @property
     def f(self) -> Tensor:
@@ -52,17 +57,30 @@ class Coefs:
         """log(alpha^2 / sigma^2)."""
         return log_snr(self.alpha, self.sigma)
 
+    @property
+    def c_in(self) -> Tensor:
+        """The factor that gives xt unit variance."""
+        return c_in(self.alpha, self.sigma, self.sigma_data)
+
 
 def log_snr(alpha: Tensor, sigma: Tensor) -> Tensor:
     """log(alpha^2 / sigma^2)."""
     return 2 * (alpha.log() - sigma.log())
 
 
+def c_in(alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """1 / sqrt(alpha^2 sigma_data^2 + sigma^2) (Karras et al. 2022, eq. 7, for any alpha)."""
+    return ((sigma_data * alpha).square() + sigma.square()).rsqrt()
+
+
 class GaussianProcess:
     """A subclass writes `alpha` and `sigma`, from (B,) to (B,), and nothing else.
 
     `alpha_dot`, `sigma_dot` and `time_of_log_snr` follow from these two; override them where a closed form is known.
+    `sigma_data`, the assumed standard deviation of the data, matters to c_in, to the output F and to angles alone.
     """
+
+    sigma_data: float = 0.5
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -77,7 +95,7 @@ class GaussianProcess:
         return _derivative(self.sigma, t)
 
     def __call__(self, t: Tensor) -> Coefs:
-        return Coefs(self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t))
+        return Coefs(self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t), self.sigma_data)
 
     def compute_xt(self, x0: Tensor, x1: Tensor, coefs: Coefs) -> Tensor:
         """alpha x0 + sigma x1, (B, ...)."""
@@ -211,4 +229,6 @@ PROCESSES: dict[str, Callable[[Config], GaussianProcess]] = {
 
 def get_process(config: Config) -> GaussianProcess:
     """Raises SettingError for an unknown `process_name`."""
-    return choose('process_name', config.process_name, PROCESSES)(config)
+    process = choose('process_name', config.process_name, PROCESSES)(config)
+    process.sigma_data = config.sigma_data
+    return process

@@ -1,111 +1,163 @@
-"""From noise to data: ODE and SDE solvers and classifier-free guidance. t runs from t_max down to t_min.
+"""From noise to data: time grids, guidance and `sample`. t runs from t_max down to t_min; solvers.py has the steps."""
 
-The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time SDE
-
-    dx = (velocity - w^2/2 score) dt + w dw = (velocity + w^2 / (2 sigma) x1) dt + w dw        (dt < 0)
-
-have the same marginals (Song et al. 2021, eq. 13; Albergo et al. 2023, section 2). The drift is written through x1 and not the
-score, and SDE_NOISES holds w^2 / (2 sigma), so nothing diverges at either end. A solver's cost is counted in network evaluations (NFE).
-"""
-
+import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from prediction import Prediction, get_model_convert_fn
+from prediction import Prediction, check_ends, get_model_convert_fn
 from processes import Coefs, GaussianProcess
-from utils import bcast_right
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at
 
 ModelFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (xt, t, label) -> what the network approximates
-PredictFn = Callable[[Tensor, Tensor], Prediction]  # (xt, t) -> the same, guided, as every prediction type
-NoiseFn = Callable[[Coefs], Tensor]  # coefs -> w^2 / (2 sigma), (B,)
 
+# ---------------------------------------------------------------- time grids
 
-def euler(x: Tensor, t: Tensor, s: Tensor, predict: PredictFn, noise: NoiseFn, last: bool) -> Tensor:
-    """x(s) = x + (s - t) velocity(x, t); order 1."""
-    return x + bcast_right(s - t, x.ndim) * predict(x, t).velocity
-
-
-def heun(x: Tensor, t: Tensor, s: Tensor, predict: PredictFn, noise: NoiseFn, last: bool) -> Tensor:
-    """The trapezoidal rule on an Euler step; order 2 (Karras et al. 2022, algorithm 1, without its last Euler step)."""
-    h, here = bcast_right(s - t, x.ndim), predict(x, t).velocity
-    there = predict(x + h * here, s).velocity
-    return x + h / 2 * (here + there)
-
-
-def euler_maruyama(x: Tensor, t: Tensor, s: Tensor, predict: PredictFn, noise: NoiseFn, last: bool) -> Tensor:
-    """One step of the reverse-time SDE; weak order 1. The last step is the ODE's: noise added there would stay."""
-    here, h = predict(x, t), bcast_right(s - t, x.ndim)
-    if last:
-        return x + h * here.velocity
-    rate = bcast_right(noise(here.coefs), x.ndim)
-    w = (2 * rate * bcast_right(here.coefs.sigma, x.ndim)).sqrt()
-    return x + h * (here.velocity + rate * here.x1) + w * (-h).sqrt() * torch.randn_like(x)
-
-
-@dataclass(frozen=True)
-class Solver:
-    step: Callable[[Tensor, Tensor, Tensor, PredictFn, NoiseFn, bool], Tensor]  # (x, t, s, predict, noise, last) -> x at s < t
-    nfe: int  # network evaluations per step
-    stochastic: bool = False
-
-
-SOLVERS: dict[str, Solver] = {
-    'euler': Solver(euler, nfe=1),
-    'heun': Solver(heun, nfe=2),
-    'euler_maruyama': Solver(euler_maruyama, nfe=1, stochastic=True),
+# name -> (sigma / alpha and sigma_data -> a variable u that falls with it, and the inverse): the times are at equal steps of u.
+GRID_VARIABLES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
+    'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
+    'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
+    'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
+    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.3, centred where sigma = 0.5 sigma_data alpha: dense where images form,
+    # between what `uniform` is for rf (scale 1) and log_snr (scale infinite); finite at both ends
+    'logistic': (lambda ratio, std: 1 / (1 + (ratio / (0.5 * std)) ** (1 / 1.3)), lambda u, std: 0.5 * std * (1 / u - 1) ** 1.3),
 }
 
-# name -> w^2 / (2 sigma) of the SDE.
-SDE_NOISES: dict[str, NoiseFn] = {
-    'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma, as in Ma et al. 2024 (SiT), section 3.2, up to the factor
-    'growth': lambda c: c.sigma_dot.abs(),  # w^2 = d(sigma^2)/dt, the natural g^2 of `ve`
-}
+
+def equal_steps(variable: str, process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
+    """n + 1 times, float64, at equal steps of a variable. Raises SettingError if it is infinite at an end."""
+    forward, inverse = GRID_VARIABLES[variable]
+    ends = torch.tensor([t_max, t_min], dtype=torch.float64)
+    first, last = forward((-process.log_snr(ends) / 2).exp(), process.sigma_data).tolist()
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise SettingError(f'time_grid={variable!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.')
+    inner = inverse(torch.linspace(first, last, n + 1, dtype=torch.float64)[1:-1], process.sigma_data)
+    return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
+
 
 # name -> (process, t_max, t_min, n) -> n + 1 decreasing times, float64.
 TIME_GRIDS: dict[str, Callable[[GaussianProcess, float, float, int], Tensor]] = {
     'uniform': lambda process, t_max, t_min, n: torch.linspace(t_max, t_min, n + 1, dtype=torch.float64),
-    'log_snr': lambda process, t_max, t_min, n: log_snr_grid(process, t_max, t_min, n),
-}
+} | {name: partial(equal_steps, name) for name in GRID_VARIABLES}
+
+# ---------------------------------------------------------------- guidance
 
 
-def log_snr_grid(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
-    """Times at equal steps of log-SNR (Lu et al. 2022, section 3.3). Both ends need a finite log-SNR."""
-    ends = torch.tensor([t_max, t_min], dtype=torch.float64)
-    low, high = process.log_snr(ends).tolist()
-    if not abs(low) < float('inf') or not abs(high) < float('inf'):
-        raise SettingError(f"time_grid='log_snr': the log-SNR is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.")
-    grid = process.time_of_log_snr(torch.linspace(low, high, n + 1, dtype=torch.float64))
-    grid[0], grid[-1] = ends
-    return grid
+def guided(
+    model_fn: ModelFn,
+    label: Tensor | None,
+    convert: Callable[[Tensor, Tensor, Tensor, Coefs], Prediction],
+    *,
+    scale: float,
+    null_label: int | None,
+    guide_fn: ModelFn | None,
+    interval: tuple[float, float],
+    rescale: float,
+) -> Callable[[Tensor, Tensor, Coefs], Prediction]:
+    """(xt, t, coefs) -> Prediction of guide + scale (model - guide); t (B,) is the same for all.
 
-
-def guided_predict_fn(
-    model_fn: ModelFn, process: GaussianProcess, label: Tensor | None, model_type: str, guidance_scale: float, null_label: int | None
-) -> PredictFn:
-    """`predict(x, t)` with classifier-free guidance, null + scale (label - null) (Ho and Salimans 2022), in one batched call.
-
-    Guidance is a linear rule, so it is the same for every model type.
+    The guide is the network without a label (Ho and Salimans 2022, eq. 6), in the same batched call, or `guide_fn`, a worse model (Karras et al.
+    2024). The rule is linear, so it is the same for every model type. Outside the interval of t the plain network is evaluated alone
+    (Kynkaanniemi et al. 2024). `rescale` is the phi of Lin et al. 2023, eq. 14-16, here on x0: 1 gives each predicted image the standard deviation that it has
+    without guidance.
     """
-    convert = get_model_convert_fn(model_type)
-    if guidance_scale != 1 and (label is None or null_label is None):
-        raise SettingError(f'guidance_scale={guidance_scale:g} needs a label and a null_label, from a model trained with label_dropout above 0.')
 
-    def predict(x: Tensor, t: Tensor) -> Prediction:
-        t = t.to(x).expand(len(x))
-        if guidance_scale == 1:
-            out = model_fn(x, t, label)
+    def predict(xt: Tensor, t: Tensor, coefs: Coefs) -> Prediction:
+        low, high = interval
+        if scale == 1 or not low <= t[0] <= high:
+            return convert(model_fn(xt, t, label), t, xt, coefs)
+        if guide_fn is not None:
+            plain, guide = model_fn(xt, t, label), guide_fn(xt, t, label)
         else:
             labels = torch.cat([label, torch.full_like(label, null_label)])
-            conditional, null = model_fn(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-            out = null + guidance_scale * (conditional - null)
-        return convert(out, t, x, process(t))
+            plain, guide = model_fn(torch.cat([xt, xt]), torch.cat([t, t]), labels).chunk(2)
+        prediction = convert(guide + scale * (plain - guide), t, xt, coefs)
+        if rescale == 0:
+            return prediction
+        wide, usual = (p.x0.flatten(1).std(1).reshape(-1, *[1] * (xt.ndim - 1)) for p in (prediction, convert(plain, t, xt, coefs)))
+        return Prediction(xt, coefs, x0=prediction.x0 * (1 + rescale * (usual / wide - 1)))
 
     return predict
+
+
+def get_predict(
+    model_fn: ModelFn,
+    process: GaussianProcess,
+    label: Tensor | None,
+    *,
+    model_type: str,
+    sampling_process: GaussianProcess | None = None,
+    memory: int = 0,
+    guidance_scale: float = 1.0,
+    null_label: int | None = None,
+    guide_fn: ModelFn | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+) -> Predict:
+    """The guided network as a function of x and t on the path of `sampling_process`, by default the one it was trained with.
+
+    Another process visits the same distributions at other times and scales: the network is asked at the time of equal log-SNR, about x
+    scaled to match (Karras et al. 2022, section 3; Kingma et al. 2021, appendix).
+    """
+    if guidance_scale != 1 and guide_fn is None and (label is None or null_label is None):
+        raise SettingError(
+            f'guidance_scale={guidance_scale:g} needs a label and a null_label, from a model trained with label_dropout above 0, or a guide_fn: a second model.'
+        )
+    predict = guided(
+        model_fn,
+        label,
+        get_model_convert_fn(model_type),
+        scale=guidance_scale,
+        null_label=null_label,
+        guide_fn=guide_fn,
+        interval=guidance_interval,
+        rescale=guidance_rescale,
+    )
+    path = sampling_process or process
+
+    def evaluate(x: Tensor, t: float) -> Prediction:
+        here = coefs_at(path, t)
+        if path is process:
+            return predict(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), here.to(x))
+        time = process.time_of_log_snr(here.log_snr)
+        trained = process(time)
+        scale = torch.hypot(trained.alpha, trained.sigma) / torch.hypot(here.alpha, here.sigma)
+        prediction = predict(scale.item() * x, time.to(x).expand(len(x)), trained.to(x))
+        return Prediction(x, here.to(x), x0=prediction.x0, x1=prediction.x1)
+
+    return Predict(evaluate, path, memory)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def get_grid(
+    process: GaussianProcess,
+    sampling_process: GaussianProcess | None,
+    *,
+    model_type: str,
+    solver: str,
+    num_steps: int,
+    nfe: int,
+    time_grid: str,
+    t_min: float,
+    t_max: float,
+) -> list[float]:
+    """The times that a solver visits, from high to low, after all checks that need no network. Raises SettingError."""
+    cost = choose('solver', solver, SOLVERS).nfe
+    make_grid = choose('time_grid', time_grid, TIME_GRIDS)
+    if nfe and (cost is None or nfe < cost):
+        need = f'at least {cost} evaluations a step' if cost else 'as many evaluations as its tolerance asks for, which cannot be told'
+        raise SettingError(f'nfe={nfe} with solver={solver!r}, which needs {need}. Use num_steps, or another solver.')
+    check_ends(process, model_type, (t_max,) if cost == 1 else (t_max, t_min))  # a solver of one evaluation a step never looks at t_min
+    if sampling_process is not None:
+        t_max, t_min = sampling_process.time_of_log_snr(process.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))).tolist()
+    return make_grid(sampling_process or process, t_max, t_min, nfe // cost if nfe else num_steps).tolist()
 
 
 @torch.no_grad()
@@ -116,52 +168,66 @@ def sample(
     label: Tensor | None = None,
     *,
     model_type: str = 'velocity',
-    solver: str = 'heun',
-    num_steps: int = 50,
-    time_grid: str = 'uniform',
+    solver: str = 'adams',
+    num_steps: int = 20,
+    nfe: int = 0,
+    time_grid: str = 'logistic',
     t_min: float = 0.001,
     t_max: float = 0.999,
-    sde_noise: str = 'sigma',
+    sampling_process: GaussianProcess | None = None,
+    sde_noise: str = 'natural',
     sde_noise_scale: float = 1.0,
-    guidance_scale: float = 1.0,
-    null_label: int | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    sde_last_step: str = 'mean',
+    callback: Callable[[int, float, Tensor], None] | None = None,
+    **guidance: Any,
 ) -> Tensor:
     """Images (B, C, H, W) at t_min, from base noise `x1` ~ N(0, I) of that shape; label (B,) int64.
 
-    Starts from sigma(t_max) x1 and takes exactly `num_steps` steps, `num_steps * SOLVERS[solver].nfe` evaluations.
-    After step i, from 1, `callback(i, t, x)` is called. `null_label` is the class that means 'no label'.
-    Raises SettingError for an unknown choice, and for guidance without labels.
+    Starts from sigma(t_max) x1 and takes exactly `num_steps` steps, each of `SOLVERS[solver].nfe` network evaluations; if `nfe` is not 0, as many
+    steps as cost no more than that. With `sampling_process`, another than the one trained with, t_min and t_max are still times of `process`:
+    its path covers the same log-SNRs, as far as it has them. `sde_last_step` ends a stochastic solver, see LAST_STEPS.
+    After step i, from 1, `callback(i, t, x)` is called.
+    Guidance: `guidance_scale` with `null_label`, the class that means 'no label', or with `guide_fn`, a second model;
+    `guidance_interval` of t, `guidance_rescale`; see `guided`.
+    Raises SettingError for an unknown choice, for a singular end that the solver would touch, and for guidance without labels.
     """
-    step = choose('solver', solver, SOLVERS).step
-    level = choose('sde_noise', sde_noise, SDE_NOISES)
-    grid = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).to(x1)
-    predict = guided_predict_fn(model_fn, process, label, model_type, guidance_scale, null_label)
+    grid = get_grid(
+        process, sampling_process, model_type=model_type, solver=solver, num_steps=num_steps, nfe=nfe, time_grid=time_grid, t_min=t_min, t_max=t_max
+    )
+    method, last_step = SOLVERS[solver], choose('sde_last_step', sde_last_step, LAST_STEPS)
+    noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale)
+    predict = get_predict(model_fn, process, label, model_type=model_type, sampling_process=sampling_process, memory=method.memory, **guidance)
 
-    def noise(coefs: Coefs) -> Tensor:
-        return sde_noise_scale * level(coefs)
-
-    x = bcast_right(process.sigma(grid[:1]), x1.ndim) * x1
-    for i in range(num_steps):
-        x = step(x, grid[i : i + 1], grid[i + 1 : i + 2], predict, noise, i == num_steps - 1)
+    x = coefs_at(predict.process, grid[0]).sigma.item() * x1
+    for i, (t, s) in enumerate(itertools.pairwise(grid), 1):
+        step = last_step if method.stochastic and i == len(grid) - 1 else method.step
+        x = step(x, t, s, predict, noise)
         if callback is not None:
-            callback(i + 1, grid[i + 1], x)
+            callback(i, s, x)
     return x
 
 
 def get_sample_fn(config: Config, process: GaussianProcess, null_label: int) -> Callable[..., Tensor]:
-    """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., callback=...)`, or others by keyword."""
-    return partial(
-        sample,
-        process=process,
+    """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., callback=...)`, or others by keyword. Raises SettingError."""
+    path = dict(
         model_type=config.model_type,
         solver=config.solver,
         num_steps=config.num_sample_steps,
+        nfe=config.sample_nfe,
         time_grid=config.time_grid,
         t_min=config.t_min,
         t_max=config.t_max,
+    )
+    get_grid(process, None, **path)
+    return partial(
+        sample,
+        process=process,
+        **path,
         sde_noise=config.sde_noise,
         sde_noise_scale=config.sde_noise_scale,
+        sde_last_step=config.sde_last_step,
         guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+        guidance_rescale=config.guidance_rescale,
         null_label=null_label,
     )

@@ -1,15 +1,17 @@
 """How training times are drawn: a time sampler is an inverse CDF, t = sampler(u).
 
-u ~ U(0, 1) and t have shape (n,); t lies in [t_min, t_max]. Whether u is independent or stratified is the trainer's
-business (`BaseDiffusionTrainer.uniforms`), so both work with every sampler.
+u ~ U(0, 1) and t have shape (n,); t lies in [t_min, t_max]. Whether u is independent, stratified or antithetic is the trainer's
+business (`BaseDiffusionTrainer.uniforms`), so all three work with every sampler.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
+from processes import GaussianProcess, get_process
 
 TimeSampler = Callable[[Tensor], Tensor]
 
@@ -19,25 +21,36 @@ def uniform(t_min: float, t_max: float) -> TimeSampler:
     return lambda u: (t_min + (t_max - t_min) * u).clamp(t_min, t_max)
 
 
+def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSampler:
+    """u -> z ~ N(mean, std^2), conditioned on [low, high]; computed in float64, where the tail is that needs no cancellation."""
+    a, b = (low - mean) / std, (high - mean) / std
+    sign = -1 if a > 0 else 1  # in the left half small probabilities keep their digits
+    ends = torch.special.erfc(torch.tensor([-sign * a, -sign * b], dtype=torch.float64) / math.sqrt(2)) / 2  # special.ndtr loses the tail
+    if ends[0] == ends[1]:
+        raise SettingError(
+            f'time_mean={mean:g}, time_std={std:g}: as good as nothing of this normal distribution lies between {low:g} and {high:g}, '
+            f'where t_min and t_max are. Use --time_mean {min(max(mean, low), high):.3g}.'
+        )
+    return lambda u: mean + std * sign * torch.special.ndtri(torch.lerp(*ends.to(u.device), u.double()))
+
+
 def logit_normal(mean: float, std: float, t_min: float, t_max: float) -> TimeSampler:
     """logit(t) ~ N(mean, std^2), conditioned on [t_min, t_max] (Esser et al. 2024, section 3.1)."""
-    ends = torch.tensor([t_min, t_max], dtype=torch.float64)
-    low, high = torch.special.ndtr((torch.logit(ends) - mean) / std).tolist()
-    if not high > low:
-        raise SettingError(
-            f'time_mean={mean:g}, time_std={std:g}: no time between t_min={t_min:g} and t_max={t_max:g} is likely at all. Use --time_mean 0 --time_std 1.'
-        )
+    normal = truncated_normal(mean, std, *torch.tensor([t_min, t_max], dtype=torch.float64).logit().tolist())
+    return lambda u: torch.sigmoid(normal(u)).to(u.dtype).clamp(t_min, t_max)
 
-    def sampler(u: Tensor) -> Tensor:
-        z = torch.special.ndtri(low + (high - low) * u.double())
-        return torch.sigmoid(mean + std * z).to(u.dtype).clamp(t_min, t_max)
 
-    return sampler
+def log_normal(process: GaussianProcess, mean: float, std: float, t_min: float, t_max: float) -> TimeSampler:
+    """log(sigma / alpha) ~ N(mean, std^2), conditioned on [t_min, t_max] (Karras et al. 2022, table 1, has -1.2 and 1.2)."""
+    ends = -process.log_snr(torch.tensor([t_min, t_max], dtype=torch.float64)) / 2
+    normal = truncated_normal(mean, std, *ends.tolist())
+    return lambda u: process.time_of_log_snr(-2 * normal(u)).to(u.dtype).clamp(t_min, t_max)
 
 
 TIME_SAMPLERS: dict[str, Callable[[Config], TimeSampler]] = {
     'uniform': lambda config: uniform(config.t_min, config.t_max),
     'logit_normal': lambda config: logit_normal(config.time_mean, config.time_std, config.t_min, config.t_max),
+    'log_normal': lambda config: log_normal(get_process(config), config.time_mean, config.time_std, config.t_min, config.t_max),
 }
 
 

@@ -26,10 +26,12 @@ from augmentations import get_augmenter
 from config import Config
 from ema import EMA
 from logging_utils import Logger, Progress, RunningMeans, say
+from loss_weights import get_loss_weight
 from optimizers import clip_gradients, get_lr, get_optimizer, set_lr
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
-from sampling import SOLVERS, ModelFn, get_sample_fn
+from sampling import ModelFn, get_sample_fn
+from solvers import SOLVERS
 from time_samplers import get_time_sampler
 
 
@@ -75,7 +77,7 @@ class BaseDiffusionTrainer:
         self.process = get_process(config)
         check_time_range(config, self.process)
         self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
-        self.time_sampler = get_time_sampler(config)
+        self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)
         self.sample_fn = get_sample_fn(config, self.process, self.data.num_classes)
         properties = {name: value for name, value in vars(self.data).items() if name.endswith('_keeps_label')}
         self.augmenter = get_augmenter(config, properties)
@@ -113,11 +115,13 @@ class BaseDiffusionTrainer:
         raise NotImplementedError
 
     def uniforms(self, n: int) -> Tensor:
-        """(n,) numbers in [0, 1] for the time sampler: iid, or if `stratified`, one in each of n x shards equal intervals.
+        """(n,) numbers in [0, 1] for the time sampler: iid; if `stratified`, one in each of n x shards equal intervals; or in pairs u, 1 - u.
 
         A shard takes every `shards`-th interval, in random order.
         """
         u = torch.rand(n, device=self.device)
+        if self.config.antithetic:
+            return torch.cat([u[: (n + 1) // 2], 1 - u[: n // 2]])
         if not self.config.stratified:
             return u
         shard, shards = self.stratum
@@ -299,7 +303,7 @@ class BaseDiffusionTrainer:
         """Images (n, C, H, W) in [-1, 1] on every rank, from noise and labels that every rank has; the work is shared out."""
         c, model_fn = self.config, self.get_model_fn(module)
 
-        def callback(step: int, t: Tensor, x: Tensor) -> None:
+        def callback(step: int, t: float, x: Tensor) -> None:
             distributed.raise_if_stopped()
 
         mine = torch.tensor(distributed.share(len(x1)), device=self.device)
@@ -319,7 +323,7 @@ class BaseDiffusionTrainer:
         """Pictures of ODE and SDE samples of all weights: noise on the left, what became of it on the right."""
         columns = min(10, self.data.num_classes) if self.data.num_classes > 1 else 8
         x1, label = self.noise_and_labels(rows * columns)
-        other = 'heun' if SOLVERS[self.config.solver].stochastic else 'euler_maruyama'
+        other = 'adams' if SOLVERS[self.config.solver].stochastic else 'sde_dpmpp_2m'
         for solver in (self.config.solver, other):
             for name, module in self.weights().items():
                 images = self.generate(module, x1, label, solver)
@@ -424,4 +428,5 @@ class ExampleDiffusionTrainer(BaseDiffusionTrainer):
         model_pred = getattr(model_obj, self.config.target_type)  # the one the loss compares
         target_obj = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs)  # every possible target
         target = getattr(target_obj, self.config.target_type)
-        return utils.image_square_error(model_pred, target)  # (B,)
+        sq_err = utils.image_square_error(model_pred, target)  # (B,)
+        return self.loss_weight(coefs) * sq_err

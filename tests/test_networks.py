@@ -91,11 +91,11 @@ class Record(torch.nn.Module):
 @pytest.mark.parametrize('sigma_data', [0.5, 2.0])
 def test_input_has_unit_variance(process_name, sigma_data):
     torch.manual_seed(0)
-    process, record = get_process(Config(process_name=process_name)), Record()
+    process, record = get_process(Config(process_name=process_name, sigma_data=sigma_data)), Record()
     t = torch.tensor([0.001, 0.2, 0.5, 0.8, 0.999])
     x0, x1 = sigma_data * torch.randn(5, 3, 100, 100), torch.randn(5, 3, 100, 100)
     label = torch.arange(5)
-    ScaledNetwork(record, process, 't', sigma_data)(process.compute_xt(x0, x1, process(t)), t, label)
+    ScaledNetwork(record, process, 't')(process.compute_xt(x0, x1, process(t)), t, label)
     torch.testing.assert_close(record.x.flatten(1).var(1), torch.ones(5), rtol=0.03, atol=0)
     assert record.label is label
 
@@ -116,7 +116,7 @@ def test_time_input_tells_times_apart(process_name, time_input):
 def test_time_input_is_what_the_network_sees(time_input):
     process, record = get_process(Config()), Record()
     t = torch.tensor([0.25, 0.5])
-    ScaledNetwork(record, process, time_input, 0.5)(torch.zeros(2, 1, 1, 1), t)
+    ScaledNetwork(record, process, time_input)(torch.zeros(2, 1, 1, 1), t)
     expected = {'t': [250.0, 500.0], 'log_snr': [-25 * 2 * torch.tensor(3.0).log().item(), 0.0]}
     if time_input in expected:
         assert record.time.tolist() == pytest.approx(expected[time_input], abs=1e-4)

@@ -56,28 +56,31 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     import networks
     import processes
     import sampling
+    import solvers
     import unet
 
     for snippet in SNIPPETS:
-        ast.parse(snippet if 'return utils' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
-    spaces = dict(vars(processes)) | dict(vars(sampling)) | dict(vars(networks))
-    loss, process, _, _, sampler, samples = SNIPPETS[1:]
+        ast.parse(snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
+    spaces = dict(vars(processes)) | dict(vars(solvers)) | dict(vars(networks))
+    loss, process, _, _, solver, samples, likelihood = SNIPPETS[1:]
     names = {}
     exec(loss.replace("if __name__ == '__main__':", 'if False:'), names)
     config = tiny_config(experiment_name='digits')
     trainer = build_trainer(config, names['MyTrainer'])
     trainer.train_loop()
     exec(process, spaces)
-    exec(sampler, spaces)
+    exec(solver, spaces)
     quadratic = processes.PROCESSES.pop('quadratic')(config)
     t = torch.rand(3, dtype=torch.float64)
     assert torch.allclose(quadratic(t).alpha_dot, -2 * t)
     x1 = torch.randn(4, 1, 8, 8)
     try:
-        x = sampling.sample(lambda xt, t, label: torch.zeros_like(xt), quadratic, x1, solver='midpoint', num_steps=3)
+        x = sampling.sample(lambda xt, t, label: torch.zeros_like(xt), quadratic, x1, solver='ralston', num_steps=3)
     finally:
-        del sampling.SOLVERS['midpoint']
+        del solvers.SOLVERS['ralston']
     assert torch.allclose(x, 0.999 * x1)
     names = {}
     exec(samples.replace('ckpts/digits', str(config.run_dir)), names)
     assert names['x'].shape == (20, 1, 8, 8) and isinstance(names['network'].net, unet.UNet)
+    exec(likelihood, names)
+    assert names['result'].log_prob.shape == (4,)

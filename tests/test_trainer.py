@@ -317,7 +317,7 @@ def test_pictures_of_both_solvers_and_all_weights(tiny_config, build_trainer):
     build_trainer(config).train_loop()
     names = {path.name for path in (config.run_dir / 'samples').iterdir()}
     weights = ('raw', 'ema_0.9', 'ema_0.99')
-    grids = {f'step_{step:07d}_{solver}_{name}.png' for step in (6, 12) for solver in ('heun', 'euler_maruyama') for name in weights}
+    grids = {f'step_{step:07d}_{solver}_{name}.png' for step in (6, 12) for solver in ('adams', 'sde_dpmpp_2m') for name in weights}
     assert names == grids | {'data_and_augmented.png'}
 
 
@@ -326,10 +326,10 @@ def test_samples_are_the_same_every_time(tiny_config, build_trainer):
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
     x1, label = trainer.noise_and_labels(20)
-    first = trainer.generate(trainer.network, x1, label, 'euler_maruyama')
+    first = trainer.generate(trainer.network, x1, label, 'sde_dpmpp_2m')
     torch.manual_seed(99)
     assert trainer.noise_and_labels(20)[0].equal(x1)
-    assert trainer.generate(trainer.network, x1, label, 'euler_maruyama').equal(first)
+    assert trainer.generate(trainer.network, x1, label, 'sde_dpmpp_2m').equal(first)
     assert not first.equal(trainer.generate(trainer.network, x1, label, 'euler'))
 
 

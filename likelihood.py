@@ -1,0 +1,109 @@
+"""log p(x0) by the probability-flow ODE (Chen et al. 2018, eq. 8; Song et al. 2021, appendix D.2).
+
+Along dx/dt = velocity(x, t) the log-density changes by d log p / dt = -div velocity, so from t_min to t_max
+
+    log p(x at t_min) = log p(x at t_max) + integral of div velocity dt.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import SettingError, choose
+from prediction import check_ends
+from processes import GaussianProcess
+from sampling import TIME_GRIDS, ModelFn, get_predict
+from solvers import SOLVERS, within
+from utils import bcast_right
+
+
+class LogLikelihood(NamedTuple):
+    log_prob: Tensor  # (B,) nats, of a density with respect to x0 in its own units
+    standard_error: Tensor  # (B,) nats, of log_prob, from the spread over probes; 0 if exact, nan for a single probe
+    nfe: int  # evaluations of the network, each with one backward pass per probe
+
+
+# name -> (like x (B, ...), number) -> vectors (P, B, ...) with E[e e^T] = I; the exact divergence sums over all unit vectors.
+PROBES = {
+    'exact': lambda x, n: torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape),
+    'rademacher': lambda x, n: torch.randint(0, 2, (n, *x.shape), device=x.device).to(x) * 2 - 1,  # Hutchinson 1989
+    'gaussian': lambda x, n: torch.randn(n, *x.shape, dtype=x.dtype, device=x.device),
+}
+METHODS = {'dopri5': 'dopri5', 'euler': 'euler', 'midpoint': 'midpoint', 'rk4': 'rk4'}  # our name -> that of torchdiffeq
+
+
+def log_likelihood(
+    model_fn: ModelFn,
+    process: GaussianProcess,
+    x0: Tensor,
+    label: Tensor | None = None,
+    *,
+    model_type: str = 'velocity',
+    solver: str = 'dopri5',
+    num_steps: int = 50,
+    time_grid: str = 'logistic',
+    tolerance: float = 1e-5,
+    t_min: float = 0.001,
+    t_max: float = 0.999,
+    divergence: str = 'rademacher',
+    num_probes: int = 1,
+    guidance_scale: float = 1.0,
+) -> LogLikelihood:
+    """log p(x0) of images (B, C, H, W), in the precision of x0.
+
+    `divergence`: exact (one backward pass per pixel and evaluation: small images only), or Hutchinson's estimate with `num_probes` fixed
+    random vectors, rademacher or gaussian. `solver`: dopri5 keeps relative and absolute errors within `tolerance`; euler, midpoint and rk4
+    take `num_steps` steps on `time_grid`. x0 is put at alpha(t_min) x0, where the density is that of the data but for smoothing by sigma(t_min); at t_max the
+    density is taken to be N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma.
+    Raises SettingError for a stochastic solver or a guided model, of which this ODE gives no density, and for a singular end.
+    """
+    from torchdiffeq import odeint
+
+    if solver in SOLVERS and SOLVERS[solver].stochastic:
+        raise SettingError(
+            f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. Use solver="dopri5", or one of {", ".join(METHODS)}.'
+        )
+    if guidance_scale != 1:
+        raise SettingError(f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.')
+    method, probes = choose('solver', solver, METHODS), choose('divergence', divergence, PROBES)(x0, num_probes)
+    times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
+    check_ends(process, model_type, (t_min, t_max))
+    predict = get_predict(model_fn, process, label, model_type=model_type)
+
+    def velocity_and_divergence(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            velocity = predict(x, t.item()).velocity
+            terms = [(torch.autograd.grad(velocity, x, e, retain_graph=True)[0] * e).flatten(1).sum(1) for e in probes]
+        terms = torch.stack(terms)  # (P, B)
+        return velocity.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
+
+    start, end = process(times[:1]), process(times[-1:])
+    x = bcast_right(start.alpha, x0.ndim) * x0
+    total = x0.new_zeros(1 if divergence == 'exact' else num_probes, len(x0))
+    with torch.no_grad():
+        if method == 'dopri5':
+            ends = times[[0, -1]]
+            x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), ends, rtol=tolerance, atol=tolerance, method=method, options=within(ends)))
+        else:
+            x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), times, method=method))
+        mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
+    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).flatten(1)
+    prior = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()
+    log_prob = prior + total.mean(0) + z.shape[1] * start.alpha.log()
+    if divergence == 'exact':
+        return LogLikelihood(log_prob, torch.zeros_like(prior), predict.nfe)
+    spread = total.std(0) if num_probes > 1 else torch.full_like(prior, torch.nan)
+    return LogLikelihood(log_prob, spread / math.sqrt(num_probes), predict.nfe)
+
+
+def dequantize(images: Tensor, levels: int = 256) -> Tensor:
+    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1] (Theis et al. 2016, section 3.1)."""
+    return (images + torch.rand(images.shape, device=images.device)) * (2 / levels) - 1
+
+
+def bits_per_dim(log_prob: Tensor, shape: tuple[int, ...], levels: int = 256) -> Tensor:
+    """Bits per pixel and channel to code images of `shape` (C, H, W), from log p of their `dequantize`d versions: a bound on the discrete code length."""
+    return -log_prob / (math.prod(shape) * math.log(2)) + math.log2(levels / 2)

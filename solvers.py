@@ -1,0 +1,286 @@
+"""How samples go from noise to data: steps of the ODE and the SDE, from time t to s < t.
+
+The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time SDE
+
+    dx = (velocity - w^2/2 score) dt + w dw = (velocity + w^2 / (2 sigma) x1) dt + w dw        (dt < 0)
+
+have the same marginals (Song et al. 2021, eq. 13; Albergo et al. 2023, section 2). The drift is written through x1 and not the score, and
+SDE_NOISES holds w^2 / (2 sigma). In a step, the part of the SDE that is not the ODE shrinks the noise that is in xt by e^-eta and draws the rest anew,
+
+    x1 -> e^-eta x1 + sqrt(1 - e^(-2 eta)) z,    eta = integral of w^2 / (2 sigma^2) dt,
+
+which stays finite where w does not: at both ends of every process.
+
+Below, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between data and noise.
+A solver's cost is counted in network evaluations (NFE).
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prediction import Prediction
+from processes import Coefs, GaussianProcess, log_snr
+
+
+@dataclass(frozen=True)
+class Noise:
+    level: Callable[[Coefs], Tensor]  # coefs -> w^2 / (2 sigma), (B,); a value of SDE_NOISES
+    scale: float = 1.0  # factor on it
+
+
+def coefs_at(process: GaussianProcess, t: float) -> Coefs:
+    """The process at one time, in float64 on the CPU; every tensor is (1,)."""
+    return process(torch.tensor([t], dtype=torch.float64))
+
+
+class Level(NamedTuple):
+    """The process at one time, as floats."""
+
+    alpha: float
+    sigma: float
+    half_log_snr: float  # l above; infinite at an end where alpha or sigma is 0
+
+
+class Predict:
+    """`predict(x, t)`: the network, guided, at x (B, C, H, W) and time t of `process`, as a Prediction.
+
+    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls.
+    """
+
+    def __init__(self, evaluate: Callable[[Tensor, float], Prediction], process: GaussianProcess, memory: int = 0):
+        self.evaluate, self.process, self.nfe = evaluate, process, 0
+        self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
+        self.level = lru_cache(maxsize=32)(self.level)
+
+    def __call__(self, x: Tensor, t: float) -> Prediction:
+        prediction = self.evaluate(x, t)
+        self.past.appendleft((t, prediction))
+        self.nfe += 1
+        return prediction
+
+    def level(self, t: float) -> Level:
+        time = torch.tensor([t], dtype=torch.float64)
+        alpha, sigma = self.process.alpha(time), self.process.sigma(time)
+        return Level(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
+
+
+StepFn = Callable[[Tensor, float, float, Predict, Noise], Tensor]  # (x, t, s, predict, noise) -> x at s < t
+
+
+@dataclass(frozen=True)
+class Solver:
+    step: StepFn
+    nfe: int | None  # network evaluations per step; None: it depends
+    order: int  # the error at the end is O(h^order) in the step size h; of an SDE, the error of the distribution
+    stochastic: bool = False
+    memory: int = 0  # earlier predictions that a step looks back at
+
+
+# ---------------------------------------------------------------- Runge-Kutta on the velocity
+
+
+def euler(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """x(s) = x + (s - t) velocity(x, t)."""
+    return x + (s - t) * predict(x, t).velocity
+
+
+def heun(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The trapezoidal rule on an Euler step (Karras et al. 2022, algorithm 1, without its last Euler step)."""
+    h, here = s - t, predict(x, t).velocity
+    there = predict(x + h * here, s).velocity
+    return x + h / 2 * (here + there)
+
+
+def midpoint(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The midpoint rule on half an Euler step (Hairer et al. 1993, section II.1)."""
+    h, middle = s - t, (t + s) / 2
+    return x + h * predict(x + h / 2 * predict(x, t).velocity, middle).velocity
+
+
+def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The classical Runge-Kutta method (Hairer et al. 1993, section II.1)."""
+    h, middle = s - t, (t + s) / 2
+    k1 = predict(x, t).velocity
+    k2 = predict(x + h / 2 * k1, middle).velocity
+    k3 = predict(x + h / 2 * k2, middle).velocity
+    k4 = predict(x + h * k3, s).velocity
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
+    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq); at least 7 evaluations.
+
+    The error is a mean over the batch.
+    """
+    from torchdiffeq import odeint
+
+    def velocity(time: Tensor, x: Tensor) -> Tensor:
+        return predict(x, time.item()).velocity
+
+    times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
+    return odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=within(times))[-1]
+
+
+def within(times: Tensor) -> dict[str, Tensor]:
+    """Options that keep torchdiffeq's adaptive methods from looking beyond the ends, where a process need not exist."""
+    return dict(first_step=(times[-1] - times[0]).abs() / 100, step_t=times[-1:])
+
+
+# ---------------------------------------------------------------- multistep methods
+
+
+def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
+    """x(s) = a x(t) + sum_j b_j x0_j, exact for an x0 that is a polynomial in l through its values at the times `nodes`; (a, b).
+
+    x(s) = sigma_s / sigma_t e^-eta x(t) + alpha_s (integral of e^-v x0 dv),    v = (1 + tau2) (l_s - l),
+    with noise of tau2 times the natural variance (Lu et al. 2022b, eq. 8 and, for tau2 = 1, appendix; Xue et al. 2023, eq. 14).
+    """
+    here, there = predict.level(t), predict.level(s)
+    v = [(1 + tau2) * (there.half_log_snr - predict.level(node).half_log_snr) for node in nodes]
+    v = list(filter(math.isfinite, v)) or [1.0]  # from alpha = 0 or to sigma = 0, x0 is taken to be constant
+    reach = torch.tensor((1 + tau2) * (there.half_log_snr - here.half_log_snr), dtype=torch.float64)
+    orders = torch.arange(1.0, len(v) + 1, dtype=torch.float64)
+    moments = (orders.lgamma().exp() * torch.special.gammainc(orders, reach)).numpy()  # integrals of e^-v v^k, from 0 to reach
+    weights = [there.alpha * w for w in weights_of(v, moments)]
+    return there.sigma / here.sigma * shrinkage(predict, t, s, tau2), weights + [0.0] * (len(nodes) - len(v))
+
+
+def angular(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
+    """x(s) = a x(t) + sum_j b_j v_j, exact for a v / n that is a polynomial in the angle theta through its values at the times `nodes`; (a, b).
+
+    With n = sqrt(alpha^2 + sigma^2) any process turns, from noise to data, by d(x / n) / dtheta = v / n (Salimans and Ho 2022, appendix D).
+    Neither end is singular: theta runs from pi / 2 to 0, and v is bounded. Of the ODE alone: tau2 is not used.
+    """
+
+    def angle_and_length(t: float) -> tuple[float, float]:
+        alpha, sigma, _ = predict.level(t)
+        return math.atan2(sigma, alpha), math.hypot(sigma, alpha)
+
+    (start, length), (end, length_s) = angle_and_length(t), angle_and_length(s)
+    angles, lengths = zip(*map(angle_and_length, nodes), strict=True)
+    moments = np.array([(end - start) ** (k + 1) / (k + 1) for k in range(len(nodes))])
+    weights = weights_of([angle - start for angle in angles], moments)
+    return length_s / length, [length_s / n * w for w, n in zip(weights, lengths, strict=True)]
+
+
+def weights_of(nodes: Sequence[float], moments: np.ndarray) -> list[float]:
+    """w with sum_j w_j u_j^k = moments_k at the nodes u: the integral of what is a polynomial through its values there."""
+    unit = max(map(abs, nodes)) or 1.0  # for the condition of the system
+    powers = np.vander(np.array(nodes) / unit, increasing=True).T
+    return np.linalg.solve(powers, moments / unit ** np.arange(len(nodes))).tolist()
+
+
+def multistep(
+    x: Tensor,
+    t: float,
+    s: float,
+    predict: Predict,
+    noise: Noise,
+    *,
+    formula: Callable,
+    given: str,
+    order: int,
+    corrector: bool = False,
+    stochastic: bool = False,
+) -> Tensor:
+    """Adams' method on the prediction type `given`, with the weights of `formula`; one evaluation a step.
+
+    The first steps have no past and are of lower order. With a corrector, the value at t with which the prediction now computed at t
+    disagrees is first mended by a formula that includes it (Zhao et al. 2023, algorithm 1); that raises the order by one.
+    """
+    past = list(predict.past)
+    here = predict(x, t)
+    times, values = [t, *(time for time, _ in past)], [getattr(p, given) for p in (here, *(p for _, p in past))]
+    if corrector and past:
+        before = times[1]
+        _, predicted = formula(predict, before, t, times[1 : order + 1], 0.0)
+        _, corrected = formula(predict, before, t, times[: order + 1], 0.0)
+        x = x + weighted_sum(np.subtract(corrected, [0.0, *predicted]), values)
+    tau2 = relative_noise(predict, t, s, noise) if stochastic else 0.0
+    scale, weights = formula(predict, t, s, times[:order], tau2)
+    x = scale * x + weighted_sum(weights, values)
+    return x + fresh_noise(x, predict, t, s, tau2) if stochastic else x
+
+
+def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    return sum(float(w) * v for w, v in zip(weights, values, strict=False))
+
+
+# ---------------------------------------------------------------- noise
+
+
+def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: float = 0.1) -> float:
+    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise relative to that of the process's own; 0 for the ODE.
+
+    Any w leaves the marginals right, but only while a step changes little: so where a noise level would exchange more noise in one step than
+    eta = `limit`, and more than the process's own does, it is lowered to the greater of these (the constant level near the data), before the scale.
+    """
+    middle = coefs_at(predict.process, (t + s) / 2)
+    step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
+    return noise.scale * min((noise.level(middle) * middle.sigma / middle.delta).item(), max(1.0, limit / step))
+
+
+def shrinkage(predict: Predict, t: float, s: float, tau2: float) -> float:
+    """e^-eta, with eta = tau2 (l(s) - l(t))."""
+    return math.exp(-tau2 * (predict.level(s).half_log_snr - predict.level(t).half_log_snr)) if tau2 else 1.0
+
+
+def fresh_noise(x: Tensor, predict: Predict, t: float, s: float, tau2: float) -> Tensor:
+    """sigma_s sqrt(1 - e^(-2 eta)) z."""
+    keep = shrinkage(predict, t, s, tau2)
+    return predict.level(s).sigma * math.sqrt(1 - keep**2) * torch.randn_like(x)
+
+
+def euler_maruyama(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """An Euler step of the ODE, then the exchange of noise of the SDE, exactly: Euler and Maruyama's step but for terms of higher order."""
+    here, tau2 = predict(x, t), relative_noise(predict, t, s, noise)
+    lost = (1 - shrinkage(predict, t, s, tau2)) * predict.level(s).sigma
+    return x + (s - t) * here.velocity - lost * here.x1 + fresh_noise(x, predict, t, s, tau2)
+
+
+def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """E[x0 | xt]: what is left of the noise is removed, not carried to t_min."""
+    return predict(x, t).x0
+
+
+# ---------------------------------------------------------------- tables
+
+ddim = partial(multistep, formula=exponential, given='x0', order=1)  # Song et al. 2021a, eq. 12 with sigma = 0, for any process
+
+SOLVERS: dict[str, Solver] = {
+    'euler': Solver(euler, nfe=1, order=1),
+    'heun': Solver(heun, nfe=2, order=2),
+    'midpoint': Solver(midpoint, nfe=2, order=2),
+    'rk4': Solver(rk4, nfe=4, order=4),
+    'dopri5': Solver(dopri5, nfe=None, order=5),
+    'ddim': Solver(ddim, nfe=1, order=1),
+    # Lu et al. 2022b, algorithm 2 with exact integrals, and its third order
+    'dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2), nfe=1, order=2, memory=1),
+    'dpmpp_3m': Solver(partial(multistep, formula=exponential, given='x0', order=3), nfe=1, order=3, memory=2),
+    # Zhao et al. 2023, p = 3 with exact integrals
+    'unipc': Solver(partial(multistep, formula=exponential, given='x0', order=3, corrector=True), nfe=1, order=4, memory=3),
+    # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
+    'adams': Solver(partial(multistep, formula=angular, given='v', order=4, corrector=True), nfe=1, order=5, memory=4),
+    'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
+    # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for other noise than the natural
+    'sde_dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2, stochastic=True), nfe=1, order=2, stochastic=True, memory=1),
+}
+
+# name -> w^2 / (2 sigma) of the SDE.
+SDE_NOISES: dict[str, Callable[[Coefs], Tensor]] = {
+    'natural': lambda c: c.delta / c.sigma,  # w = g, the noise of the process itself (Song et al. 2021, eq. 6)
+    'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma, as in Ma et al. 2024 (SiT), section 3.2, up to the factor
+    # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on other processes
+    'constant': lambda c: (c.alpha * c.sigma_dot - c.sigma * c.alpha_dot) / (2 * c.sigma),
+}
+
+# name -> the last step of a stochastic solver: noise added there would stay in the image.
+LAST_STEPS: dict[str, StepFn] = {'mean': posterior_mean, 'ode': ddim}

@@ -1,0 +1,84 @@
+"""Data of which everything is known: a mixture of Gaussians, its exact expectations under any process, in float64.
+
+Points are (B, D) here, so xt has two dimensions; with shape=(C, H, W) the models speak of images (B, C, H, W), D = C H W.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from prediction import Prediction
+from processes import Coefs, GaussianProcess
+
+F64 = torch.float64
+
+
+class GaussianMixture:
+    """sum_k w_k N(mean_k, cov_k); component k has class label[k]. As a model, label = classes means 'no label'."""
+
+    def __init__(self, means: Tensor, covariances: Tensor, labels: Tensor | None = None, weights: Tensor | None = None):
+        """means (K, D), covariances (K, D, D), labels (K,) int64, weights (K,)."""
+        k, self.dim = means.shape
+        self.means = means.to(F64)
+        self.values, self.vectors = torch.linalg.eigh(covariances.to(F64))  # (K, D), (K, D, D)
+        self.values = self.values.clamp(min=0)
+        self.labels = torch.zeros(k, dtype=torch.int64) if labels is None else labels
+        self.classes = int(self.labels.max()) + 1
+        self.log_weights = torch.log_softmax(torch.zeros(k, dtype=F64) if weights is None else weights.to(F64).log(), 0)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """x0 (n, D) and labels (n,)."""
+        k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        z = torch.randn(n, self.dim, dtype=F64, generator=generator) * self.values[k].sqrt()
+        return self.means[k] + torch.einsum('nij,nj->ni', self.vectors[k], z), self.labels[k]
+
+    def components(self, xt: Tensor, c: Coefs, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-density of each component, its weight included (K, B); xt - alpha mean in its eigenbasis, and the variances there (K, B, D)."""
+        alpha, sigma = c.alpha[:, None], c.sigma[:, None]
+        y = torch.einsum('kbi,kij->kbj', xt - alpha * self.means[:, None], self.vectors)
+        variance = (alpha**2 * self.values[:, None] + sigma**2).expand_as(y)
+        log_p = self.log_weights[:, None] - (y**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1) / 2
+        if label is not None:
+            in_class = (self.labels[:, None] == label) | (label == self.classes)
+            log_p = log_p.masked_fill(~in_class, -math.inf) - torch.where(in_class, self.log_weights[:, None], -math.inf).logsumexp(0)
+        return log_p, y, variance
+
+    def log_prob(self, xt: Tensor, c: Coefs, label: Tensor | None = None) -> Tensor:
+        """log p_t(xt), (B,) in nats."""
+        return self.components(xt, c, label)[0].logsumexp(0)
+
+    def prediction(self, xt: Tensor, c: Coefs, label: Tensor | None = None) -> Prediction:
+        """E[x0 | xt] and E[x1 | xt], each computed by itself, so that both hold at both ends."""
+        log_p, y, variance = self.components(xt, c, label)
+        share = log_p.softmax(0)[..., None]
+        alpha, sigma = c.alpha[:, None], c.sigma[:, None]
+        x0 = self.means[:, None] + torch.einsum('kbj,kij->kbi', alpha * self.values[:, None] * y / variance, self.vectors)
+        x1 = torch.einsum('kbj,kij->kbi', sigma * y / variance, self.vectors)
+        return Prediction(xt, c, x0=(share * x0).sum(0), x1=(share * x1).sum(0))
+
+    def as_model(self, model_type: str, process: GaussianProcess, shape: tuple[int, ...] = ()) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """A perfect network: model_fn(xt, t, label), computed in float64, of the type of xt."""
+
+        def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+            out = getattr(self.prediction(xt.to(F64).flatten(1), process(t.to(F64)), label), model_type)
+            return out.reshape(xt.shape).to(xt.dtype)
+
+        return model_fn
+
+
+def ring(modes: int = 8, std: float = 0.1, classes: int = 2) -> GaussianMixture:
+    """Modes on the unit circle; neighbours have other labels."""
+    angle = 2 * math.pi * torch.arange(modes, dtype=F64) / modes
+    return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), std**2 * torch.eye(2, dtype=F64).expand(modes, 2, 2), torch.arange(modes) % classes)
+
+
+def random_mixture(dim: int, modes: int, seed: int = 0, scale: float = 0.5, smallest: float = 0.03, largest: float = 0.4, classes: int = 2) -> GaussianMixture:
+    """Anisotropic modes: normal means of this scale, random axes, standard deviations log-uniform between these two."""
+    g = torch.Generator().manual_seed(seed)
+    means = scale * torch.randn(modes, dim, generator=g, dtype=F64)
+    axes = torch.linalg.qr(torch.randn(modes, dim, dim, generator=g, dtype=F64))[0]
+    std = smallest * (largest / smallest) ** torch.rand(modes, dim, generator=g, dtype=F64)
+    weights = torch.softmax(torch.randn(modes, generator=g, dtype=F64) / 2, 0)
+    return GaussianMixture(means, axes @ torch.diag_embed(std**2) @ axes.mT, torch.arange(modes) % classes, weights)

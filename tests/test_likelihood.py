@@ -1,0 +1,143 @@
+"""log p(x0) of mixtures of Gaussians, against their exact densities."""
+
+import math
+
+import pytest
+import torch
+from oracle import F64, random_mixture
+
+from config import Config, SettingError
+from likelihood import METHODS, PROBES, bits_per_dim, dequantize, log_likelihood
+from prediction import ROWS
+from processes import PROCESSES, Coefs, get_process
+from solvers import SOLVERS
+
+each_process = pytest.mark.parametrize('process_name', PROCESSES)
+# sigma(t_min) is small beside the narrowest mode, 0.1; for linear_vp it is 0.011 at t = 0.001
+SETTINGS = {'linear_vp': dict(t_min=1e-5), 've': dict(t_min=0.0)}
+
+
+def process_named(name):
+    return get_process(Config(process_name=name, sigma_min=0.001))
+
+
+def case(dim, n, classes=2):
+    mixture = random_mixture(dim, 5, seed=dim, smallest=0.1, classes=classes)
+    x0, label = mixture.sample(n, torch.Generator().manual_seed(1))
+    clean = Coefs(*(torch.full((n,), value, dtype=F64) for value in (1.0, 0.0, 0.0, 0.0)))
+    return mixture, x0, label, lambda label=None: mixture.log_prob(x0, clean, label)
+
+
+@pytest.mark.parametrize('dim', [2, 16, 64])
+@each_process
+def test_exact_divergence(dim, process_name):
+    """Within 1e-3 nats a dimension, for every point."""
+    mixture, x0, _, exact = case(dim, 20)
+    process = process_named(process_name)
+    result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence='exact', tolerance=1e-6, **SETTINGS.get(process_name, {}))
+    assert ((result.log_prob - exact()) / dim).abs().max() < 1e-3
+    assert (result.standard_error == 0).all() and 20 < result.nfe < 1000
+
+
+@pytest.mark.parametrize('dim', [2, 16, 64])
+@pytest.mark.parametrize('divergence', [name for name in PROBES if name != 'exact'])
+def test_hutchinson_is_unbiased_and_knows_its_error(dim, divergence):
+    """The deviations from the exact density are those of the reported standard error."""
+    torch.manual_seed(0)
+    mixture, x0, _, exact = case(dim, 200)
+    process = process_named('cosine')
+    result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence=divergence, num_probes=16)
+    z = (result.log_prob - exact()) / result.standard_error
+    assert 0.8 < z.std() < 1.4  # of 16 probes: Student's t, 1.07
+    mean_error = result.standard_error.square().mean().sqrt() / math.sqrt(200)
+    assert abs((result.log_prob - exact()).mean()) < 4 * mean_error
+
+
+def test_more_probes_have_less_error():
+    torch.manual_seed(0)
+    mixture, x0, _, _ = case(16, 50)
+    process = process_named('rf')
+    few, many = (log_likelihood(mixture.as_model('velocity', process), process, x0, num_probes=n).standard_error.mean() for n in (4, 64))
+    assert many / few == pytest.approx(1 / 4, rel=0.25)
+    assert log_likelihood(mixture.as_model('velocity', process), process, x0[:2], num_probes=1).standard_error.isnan().all()
+
+
+@pytest.mark.parametrize('solver', METHODS)
+def test_every_method(solver):
+    mixture, x0, _, exact = case(2, 20)
+    process = process_named('rf')
+    steps = {'euler': 2000, 'midpoint': 200}.get(solver, 50)
+    result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence='exact', solver=solver, num_steps=steps)
+    assert (result.log_prob - exact()).abs().max() < (0.02 if solver == 'euler' else 2e-3)
+    if solver != 'dopri5':
+        assert result.nfe == steps * SOLVERS[solver].nfe + 1
+
+
+@pytest.mark.parametrize('model_type', ROWS)
+def test_every_output_gives_the_same(model_type):
+    mixture, x0, _, exact = case(2, 10)
+    process = process_named('cosine')
+    result = log_likelihood(mixture.as_model(model_type, process), process, x0, model_type=model_type, divergence='exact')
+    torch.testing.assert_close(result.log_prob, exact(), rtol=0, atol=2e-3)
+
+
+def test_of_a_class():
+    mixture, x0, label, exact = case(2, 20)
+    process = process_named('rf')
+    for asked in (label, 1 - label, torch.full_like(label, 2)):
+        result = log_likelihood(mixture.as_model('velocity', process), process, x0, asked, divergence='exact', tolerance=1e-7)
+        torch.testing.assert_close(result.log_prob, exact(asked), rtol=0, atol=2e-3)
+
+
+def test_images():
+    """(B, C, H, W), float32, and a network that says one thing: a Gaussian, of any shape."""
+    process = process_named('rf')
+
+    def model_fn(xt, t, label):  # velocity of N(0, 0.25)
+        alpha, sigma = (1 - t)[:, None, None, None], t[:, None, None, None]
+        return (sigma - 0.25 * alpha) / (0.25 * alpha**2 + sigma**2) * xt
+
+    torch.manual_seed(0)
+    x0 = torch.randn(8, 3, 4, 2) / 2
+    result = log_likelihood(model_fn, process, x0, num_probes=2)  # the Jacobian is diagonal, so rademacher is exact
+    expected = torch.distributions.Normal(0, 0.5).log_prob(x0).flatten(1).sum(1)
+    torch.testing.assert_close(result.log_prob, expected, rtol=1e-3, atol=1e-2)
+    assert result.log_prob.dtype == torch.float32 and (result.standard_error < 1e-3).all()
+    assert not result.log_prob.requires_grad
+
+
+def test_bits_per_dim():
+    """Grey levels that are all equally likely cost 8 bits, and dequantized images fill [-1, 1]."""
+    torch.manual_seed(0)
+    uniform = torch.full((5,), -math.log(2) * 12)  # the density 1/2 on [-1, 1] for each of 12 numbers
+    torch.testing.assert_close(bits_per_dim(uniform, (3, 2, 2)), torch.full((5,), 8.0))
+    torch.testing.assert_close(bits_per_dim(uniform, (3, 2, 2), levels=17), torch.full((5,), math.log2(17)))
+    images = torch.randint(0, 256, (200, 3, 8, 8), dtype=torch.uint8)
+    x = dequantize(images)
+    assert x.min() >= -1 and x.max() < 1
+    assert (((x + 1) * 128).floor() == images).all()
+    inside = ((x + 1) * 128) % 1
+    assert abs(inside.mean() - 0.5) < 0.01 and abs(inside.var() - 1 / 12) < 0.002
+
+
+def refused(match, **settings):
+    with pytest.raises(SettingError, match=match):
+        log_likelihood(lambda xt, t, label: xt, process_named('rf'), torch.zeros(2, 1, 2, 2), **settings)
+
+
+@pytest.mark.parametrize('solver', [name for name, solver in SOLVERS.items() if solver.stochastic])
+def test_stochastic_solver_is_refused(solver):
+    refused(f'solver={solver!r} draws noise.*dopri5', solver=solver)
+
+
+def test_guided_model_is_refused():
+    refused('guidance_scale=2.*guidance_scale=1', guidance_scale=2.0)
+
+
+@pytest.mark.parametrize('setting', ['solver', 'divergence', 'time_grid', 'model_type'])
+def test_unknown_choice_lists_the_choices(setting):
+    refused(f"{setting}='nonsense'.*Choose one of", **{setting: 'nonsense'})
+
+
+def test_singular_end_is_refused():
+    refused("'x1' cannot give the velocity at t=1", model_type='x1', t_max=1.0)
