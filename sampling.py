@@ -23,9 +23,9 @@ GRID_VARIABLES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Ten
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
-    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.3, centred where sigma = 0.5 sigma_data alpha: dense where images form,
+    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.2, centred where sigma = 0.6 sigma_data alpha: dense where images form,
     # between what `uniform` is for rf (scale 1) and log_snr (scale infinite); finite at both ends
-    'logistic': (lambda ratio, std: 1 / (1 + (ratio / (0.5 * std)) ** (1 / 1.3)), lambda u, std: 0.5 * std * (1 / u - 1) ** 1.3),
+    'logistic': (lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.2)), lambda u, std: 0.6 * std * (1 / u - 1) ** 1.2),
 }
 
 
@@ -200,7 +200,8 @@ def sample(
 
     x = coefs_at(predict.process, grid[0]).sigma.item() * x1
     for i, (t, s) in enumerate(itertools.pairwise(grid), 1):
-        step = last_step if method.stochastic and i == len(grid) - 1 else method.step
+        predict.steps_left = len(grid) - i
+        step = last_step if method.stochastic and predict.steps_left == 1 else method.step
         x = step(x, t, s, predict, noise)
         if callback is not None:
             callback(i, s, x)

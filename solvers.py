@@ -16,6 +16,7 @@ A solver's cost is counted in network evaluations (NFE).
 """
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ class Level(NamedTuple):
 class Predict:
     """`predict(x, t)`: the network, guided, at x (B, C, H, W) and time t of `process`, as a Prediction.
 
-    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls.
+    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls; `steps_left` is the number of steps to the
+    end, this one included, as far as it is known.
     """
 
     def __init__(self, evaluate: Callable[[Tensor, float], Prediction], process: GaussianProcess, memory: int = 0):
-        self.evaluate, self.process, self.nfe = evaluate, process, 0
+        self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.level = lru_cache(maxsize=32)(self.level)
 
@@ -189,29 +191,37 @@ def multistep(
     given: str,
     order: int,
     corrector: bool = False,
+    taper: bool = False,
     stochastic: bool = False,
 ) -> Tensor:
     """Adams' method on the prediction type `given`, with the weights of `formula`; one evaluation a step.
 
-    The first steps have no past and are of lower order. With a corrector, the value at t with which the prediction now computed at t
-    disagrees is first mended by a formula that includes it (Zhao et al. 2023, algorithm 1); that raises the order by one.
+    The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change fastest. With a
+    corrector, the value at t with which the prediction now computed at t disagrees is first mended by a formula that includes it (Zhao et al. 2023,
+    algorithm 1); that raises the order by one.
     """
+
+    def order_of(steps_left: int) -> int:
+        return min(order, steps_left + 1) if taper else order
+
     past = list(predict.past)
     here = predict(x, t)
     times, values = [t, *(time for time, _ in past)], [getattr(p, given) for p in (here, *(p for _, p in past))]
     if corrector and past:
         before = times[1]
-        _, predicted = formula(predict, before, t, times[1 : order + 1], 0.0)
-        _, corrected = formula(predict, before, t, times[: order + 1], 0.0)
-        x = x + weighted_sum(np.subtract(corrected, [0.0, *predicted]), values)
+        _, predicted = formula(predict, before, t, times[1 : 1 + order_of(predict.steps_left + 1)], 0.0)
+        _, change = formula(predict, before, t, times[: order + 1], 0.0)
+        for i, weight in enumerate(predicted, 1):
+            change[i] -= weight
+        x = x + weighted_sum(change, values)
     tau2 = relative_noise(predict, t, s, noise) if stochastic else 0.0
-    scale, weights = formula(predict, t, s, times[:order], tau2)
+    scale, weights = formula(predict, t, s, times[: order_of(predict.steps_left)], tau2)
     x = scale * x + weighted_sum(weights, values)
     return x + fresh_noise(x, predict, t, s, tau2) if stochastic else x
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    return sum(float(w) * v for w, v in zip(weights, values, strict=False))
+    return sum(w * v for w, v in zip(weights, values, strict=False))
 
 
 # ---------------------------------------------------------------- noise
@@ -268,7 +278,7 @@ SOLVERS: dict[str, Solver] = {
     # Zhao et al. 2023, p = 3 with exact integrals
     'unipc': Solver(partial(multistep, formula=exponential, given='x0', order=3, corrector=True), nfe=1, order=4, memory=3),
     # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
-    'adams': Solver(partial(multistep, formula=angular, given='v', order=4, corrector=True), nfe=1, order=5, memory=4),
+    'adams': Solver(partial(multistep, formula=angular, given='v', order=4, corrector=True, taper=True), nfe=1, order=5, memory=4),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for other noise than the natural
     'sde_dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2, stochastic=True), nfe=1, order=2, stochastic=True, memory=1),

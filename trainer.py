@@ -350,7 +350,9 @@ class BaseDiffusionTrainer:
             say(f'final_eval: pixels say little about images of {c.dataset!r}, so nothing is computed')
             return {}
         name, module = next(iter(self.weights().items()))
-        say(f'drawing {num_samples} samples: {name} weights, {c.solver}, {c.num_sample_steps} steps ...')
+        say(
+            f'drawing {num_samples} samples: {name} weights, {c.solver}, {f"{c.sample_nfe} evaluations" if c.sample_nfe else f"{c.num_sample_steps} steps"} ...'
+        )
         x1, label = self.noise_and_labels(num_samples)
         images = self.generate(module, x1, label, c.solver)
 

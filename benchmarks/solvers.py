@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 from oracle import random_mixture, ring  # noqa: E402
 
+from config import Config  # noqa: E402
 from processes import RectifiedFlow  # noqa: E402
 from sampling import TIME_GRIDS, sample  # noqa: E402
 from saving import load_for_sampling  # noqa: E402
@@ -100,13 +101,10 @@ for order in (2, 3):
             partial(diffusers_scheduler, 'DPMSolverMultistepScheduler', solver_order=order, lower_order_final=final, final_sigmas_type='sigma_min'),
             1,
         )
-        for kind in ('bh1', 'bh2'):
-            PEERS[f'diffusers UniPC-{order} {kind}' + (' lower at the end' if final else '')] = (
-                partial(
-                    diffusers_scheduler, 'UniPCMultistepScheduler', solver_order=order, solver_type=kind, lower_order_final=final, final_sigmas_type='sigma_min'
-                ),
-                1,
-            )
+        PEERS[f'diffusers UniPC-{order}' + (' lower at the end' if final else '')] = (
+            partial(diffusers_scheduler, 'UniPCMultistepScheduler', solver_order=order, lower_order_final=final, final_sigmas_type='sigma_min'),
+            1,
+        )
     PEERS[f'diffusers DEIS-{order}'] = (partial(diffusers_scheduler, 'DEISMultistepScheduler', solver_order=order), 1)
 
 
@@ -172,6 +170,23 @@ def report(title: str, ours: dict, theirs: dict) -> None:
             print(f'| {nfe} | {name} | {default:.2g} | {peer:.2g} | {default / peer:.2f} | {which} | {value:.2g} ({other}) |')
 
 
+@torch.no_grad()
+def frechet_table(network: Callable, config: Config, n: int = 1000) -> None:
+    """Frechet distance in pixels to the training images: what the error of the solver costs in the end, the network's own error included."""
+    from data_utils import get_dataset
+    from metrics import frechet_distance
+
+    data = get_dataset(config)
+    (images, _), _ = data.load(config)
+    real = images.flatten(1) / data.max_value * 2 - 1
+    x1, label = torch.randn(n, *data.shape), torch.arange(n) % data.num_classes
+    rows = (('adams', 'logistic'), ('unipc', 'logistic'), ('dpmpp_2m', 'log_snr'), ('heun', 'uniform'), ('euler', 'uniform'))
+    print(f'\n**Frechet distance of {n} samples, in pixels**\n\n| solver, grid | ' + ' | '.join(map(str, NFE)) + ' |\n' + '|---' * (len(NFE) + 1) + '|')
+    for solver, grid in rows:
+        samples = [sample(network, RectifiedFlow(), x1, label, solver=solver, time_grid=grid, nfe=nfe).clamp(-1, 1) for nfe in NFE]
+        print(f'| {solver}, {grid} | ' + ' | '.join(f'{frechet_distance(x.flatten(1), real):.3f}' for x in samples) + ' |', flush=True)
+
+
 def draw(panels: list[tuple[str, dict, dict]], path: Path) -> None:
     import matplotlib
 
@@ -198,7 +213,7 @@ def draw(panels: list[tuple[str, dict, dict]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--checkpoint', help='a trained rf network with velocity output, instead of the mixtures')
-    parser.add_argument('--samples', type=int, default=0, help='start points; 0: 4000 in 2-D, 1000 in 64-D, 300 images')
+    parser.add_argument('--samples', type=int, default=0, help='start points; 0: 4000 in 2-D, 400 in 64-D, 100 images')
     arguments = parser.parse_args()
     torch.manual_seed(0)
     panels = []
@@ -206,13 +221,14 @@ def main() -> None:
         network, _, config = load_for_sampling(arguments.checkpoint)
         if (config.process_name, config.model_type) != ('rf', 'velocity'):
             parser.error(f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; the comparison needs rf and velocity')
-        n = arguments.samples or 300
+        n = arguments.samples or 100
         label = torch.arange(n) % 10
         panels.append((f'a trained network: {config.dataset}', *measure(network, torch.randn(n, 1, 8, 8), label, PEERS, reference_steps=75)))
+        frechet_table(network, config)
     else:
         for title, mixture, n in (
             ('8 modes in 2 dimensions', ring(8, 0.1), arguments.samples or 4000),
-            ('20 anisotropic modes in 64 dimensions', random_mixture(64, 20), arguments.samples or 1000),
+            ('20 anisotropic modes in 64 dimensions', random_mixture(64, 20), arguments.samples or 400),
         ):
             x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
             panels.append((title, *measure(mixture.as_model('velocity', RectifiedFlow()), x1, None, PEERS, reference_steps=500)))

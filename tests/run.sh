@@ -7,4 +7,5 @@ REQUIREMENTS='requirements.txt tests/requirements.txt'
 . ./run.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+[ "$#" -gt 0 ] || set -- -n logical --maxprocesses 4 # all of them: as many at once as there are cores
 exec "$python" -m pytest "$@"

@@ -372,7 +372,7 @@ def test_grid(time_grid, process_name):
 
 
 # name -> what its steps are equal in, as a function of sigma / alpha
-EQUAL = {'log_snr': torch.log, 'edm': lambda ratio: ratio ** (1 / 7), 'cosine': torch.atan, 'logistic': lambda ratio: 1 / (1 + (ratio / 0.25) ** (-1 / 1.3))}
+EQUAL = {'log_snr': torch.log, 'edm': lambda ratio: ratio ** (1 / 7), 'cosine': torch.atan, 'logistic': lambda ratio: 1 / (1 + (ratio / 0.3) ** (-1 / 1.2))}
 
 
 @each_process
