@@ -67,6 +67,8 @@ def log_likelihood(
         )
     if guidance_scale != 1:
         raise SettingError(f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.')
+    if num_probes < 1 or num_steps < 1:
+        raise SettingError(f'num_probes={num_probes}, num_steps={num_steps}: both must be at least 1.')
     method, probes = choose('solver', solver, METHODS), choose('divergence', divergence, PROBES)(x0, num_probes)
     times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
     check_ends(process, model_type, (t_min, t_max))

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from config import Config, choose
-from processes import Coefs
+from config import Config, SettingError, choose
+from processes import Coefs, get_process
 
 LossWeight = Callable[[Coefs], Tensor]
 
@@ -50,5 +50,12 @@ LOSS_WEIGHTS: dict[str, LossWeight] = {
 
 
 def get_loss_weight(config: Config) -> LossWeight:
-    """Raises SettingError for an unknown `loss_weight`."""
-    return choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)
+    """Raises SettingError for an unknown `loss_weight`, and for one that is infinite at t_min or t_max."""
+    weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)
+    for setting, usual in (('t_min', 0.001), ('t_max', 0.999)):
+        time = getattr(config, setting)
+        if not weight(get_process(config)(torch.tensor([time], dtype=torch.float64))).isfinite():
+            raise SettingError(
+                f'loss_weight={config.loss_weight!r} is infinite at {setting}={time:g} with process_name={config.process_name!r}. Use --{setting} {usual}.'
+            )
+    return weight

@@ -192,6 +192,7 @@ class LinearVP(GaussianProcess):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         integral = -torch.nn.functional.logsigmoid(log_snr)  # B(t) = -log alpha^2
+        integral = integral.clamp(max=(self.beta_min + self.beta_max) / 2)  # B(1)
         slope = self.beta_max - self.beta_min
         t = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
         return t.clamp(0, 1)

@@ -108,6 +108,13 @@ def get_predict(
         raise SettingError(
             f'guidance_scale={guidance_scale:g} needs a label and a null_label, from a model trained with label_dropout above 0, or a guide_fn: a second model.'
         )
+    if guidance_scale == 1 and guide_fn is not None:
+        raise SettingError('guidance_scale=1 makes nothing of guide_fn. Pass a scale above 1, or no guide_fn.')
+    low, high = guidance_interval
+    if not (0 <= low <= high <= 1 and 0 <= guidance_rescale <= 1):
+        raise SettingError(
+            f'guidance_interval=({low:g}, {high:g}), guidance_rescale={guidance_rescale:g}: need two times, 0 <= from <= to <= 1, and a number between 0 and 1.'
+        )
     predict = guided(
         model_fn,
         label,
@@ -151,6 +158,10 @@ def get_grid(
     """The times that a solver visits, from high to low, after all checks that need no network. Raises SettingError."""
     cost = choose('solver', solver, SOLVERS).nfe
     make_grid = choose('time_grid', time_grid, TIME_GRIDS)
+    if not 0 <= t_min < t_max <= 1:
+        raise SettingError(f't_min={t_min:g}, t_max={t_max:g}: times need 0 <= t_min < t_max <= 1.')
+    if num_steps < 1:
+        raise SettingError(f'num_steps={num_steps}: must be at least 1.')
     if nfe and (cost is None or nfe < cost):
         need = f'at least {cost} evaluations a step' if cost else 'as many evaluations as its tolerance asks for, which cannot be told'
         raise SettingError(f'nfe={nfe} with solver={solver!r}, which needs {need}. Use num_steps, or another solver.')

@@ -20,7 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +60,7 @@ class Predict:
     def __init__(self, evaluate: Callable[[Tensor, float], Prediction], process: GaussianProcess, memory: int = 0):
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
-        self.level = lru_cache(maxsize=32)(self.level)
+        self.levels: dict[float, Level] = {}
 
     def __call__(self, x: Tensor, t: float) -> Prediction:
         prediction = self.evaluate(x, t)
@@ -69,9 +69,11 @@ class Predict:
         return prediction
 
     def level(self, t: float) -> Level:
-        time = torch.tensor([t], dtype=torch.float64)
-        alpha, sigma = self.process.alpha(time), self.process.sigma(time)
-        return Level(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
+        if t not in self.levels:
+            time = torch.tensor([t], dtype=torch.float64)
+            alpha, sigma = self.process.alpha(time), self.process.sigma(time)
+            self.levels[t] = Level(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
+        return self.levels[t]
 
 
 StepFn = Callable[[Tensor, float, float, Predict, Noise], Tensor]  # (x, t, s, predict, noise) -> x at s < t

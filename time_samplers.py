@@ -26,9 +26,9 @@ def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSa
     a, b = (low - mean) / std, (high - mean) / std
     sign = -1 if a > 0 else 1  # in the left half small probabilities keep their digits
     ends = torch.special.erfc(torch.tensor([-sign * a, -sign * b], dtype=torch.float64) / math.sqrt(2)) / 2  # special.ndtr loses the tail
-    if ends[0] == ends[1]:
+    if (ends[1] - ends[0]).abs() < 1e-3:
         raise SettingError(
-            f'time_mean={mean:g}, time_std={std:g}: as good as nothing of this normal distribution lies between {low:g} and {high:g}, '
+            f'time_mean={mean:g}, time_std={std:g}: less than a thousandth of this normal distribution lies between {low:g} and {high:g}, '
             f'where t_min and t_max are. Use --time_mean {min(max(mean, low), high):.3g}.'
         )
     return lambda u: mean + std * sign * torch.special.ndtri(torch.lerp(*ends.to(u.device), u.double()))

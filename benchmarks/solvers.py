@@ -5,7 +5,7 @@
     python benchmarks/solvers.py --checkpoint ckpts/digits/last.pt     a trained network instead, against its own converged samples
 
 All start from the same noise at t = 0.999 of `rf` and go to t = 0.001; the error of a sample is its distance per dimension (RMS) to the exact end point.
-Every peer is run on every grid, and its best figure is taken, for each number of evaluations and each measure by itself. Prints tables in
+Every peer is run on every grid (three of them with a checkpoint), and its best figure is taken, for each number of evaluations and each measure by itself. Prints tables in
 markdown, and draws benchmarks/solvers.png (or solvers_digits.png).
 """
 
@@ -15,7 +15,7 @@ import itertools
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +134,14 @@ def errors(x: Tensor, exact: Tensor) -> Errors:
     return squares.mean().sqrt().item(), squares.sqrt().median().item()
 
 
-def measure(model_fn: Callable, x1: Tensor, label: Tensor | None, peers: dict, reference_steps: int) -> tuple[dict, dict]:
+# ours that are drawn
+LINES = [('adams', 'logistic'), ('unipc', 'logistic'), ('dpmpp_3m', 'log_snr'), ('rk4', 'logistic'), ('heun', 'uniform'), ('euler', 'uniform')]
+ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic and solver.nfe]
+
+
+def measure(
+    model_fn: Callable, x1: Tensor, label: Tensor | None, reference_steps: int, pairs: Iterable[tuple[str, str]], peer_grids: Iterable[str]
+) -> tuple[dict, dict]:
     """(ours, peers): name, grid, NFE -> errors, against classical RK4 on the default grid with `reference_steps` steps."""
     process = RectifiedFlow()
     exact = sample(model_fn, process, x1, label, solver='rk4', num_steps=reference_steps)
@@ -145,14 +152,13 @@ def measure(model_fn: Callable, x1: Tensor, label: Tensor | None, peers: dict, r
 
     ours, theirs = {}, {}
     for nfe in NFE:
-        for name, solver in SOLVERS.items():
-            if not solver.stochastic and solver.nfe and nfe >= solver.nfe:
-                for grid in TIME_GRIDS:
-                    ours[name, grid, nfe] = errors(sample(model_fn, process, x1, label, solver=name, nfe=nfe, time_grid=grid), exact)
-        for name, (peer, cost) in peers.items():
+        for name, grid in pairs:
+            if nfe >= SOLVERS[name].nfe:
+                ours[name, grid, nfe] = errors(sample(model_fn, process, x1, label, solver=name, nfe=nfe, time_grid=grid), exact)
+        for name, (peer, cost) in PEERS.items():
             if nfe >= cost:
-                for grid, times in PEER_GRIDS.items():
-                    theirs[name, grid, nfe] = errors(peer(velocity, T_MAX * x1, times(nfe // cost)), exact)
+                for grid in peer_grids:
+                    theirs[name, grid, nfe] = errors(peer(velocity, T_MAX * x1, PEER_GRIDS[grid](nfe // cost)), exact)
         print(f'  {nfe} evaluations done', file=sys.stderr, flush=True)
     return ours, theirs
 
@@ -194,10 +200,9 @@ def draw(panels: list[tuple[str, dict, dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(panels), 2, figsize=(11, 4.2 * len(panels)), squeeze=False)
-    lines = [('adams', 'logistic'), ('unipc', 'logistic'), ('dpmpp_3m', 'log_snr'), ('rk4', 'logistic'), ('heun', 'uniform'), ('euler', 'uniform')]
     for row, (title, ours, theirs) in zip(axes, panels, strict=True):
         for i, (axis, name) in enumerate(zip(row, ('RMSE', 'median'), strict=True)):
-            for solver, grid in lines:
+            for solver, grid in LINES:
                 points = [(n, ours[solver, grid, n][i]) for n in NFE if (solver, grid, n) in ours]
                 axis.plot(*zip(*points, strict=True), marker='o', markersize=4, linewidth=3 if solver == 'adams' else 1.2, label=f'{solver}, {grid}')
             axis.plot(NFE, [best(theirs, n, i)[0] for n in NFE], 'k--', marker='s', markersize=4, label='best of diffusers,\nk-diffusion and RK4')
@@ -223,7 +228,9 @@ def main() -> None:
             parser.error(f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; the comparison needs rf and velocity')
         n = arguments.samples or 100
         label = torch.arange(n) % 10
-        panels.append((f'a trained network: {config.dataset}', *measure(network, torch.randn(n, 1, 8, 8), label, PEERS, reference_steps=75)))
+        panels.append(
+            (f'a trained network: {config.dataset}', *measure(network, torch.randn(n, 1, 8, 8), label, 75, LINES, ('uniform t', 'shift 1/3', 'log-SNR')))
+        )
         frechet_table(network, config)
     else:
         for title, mixture, n in (
@@ -231,7 +238,7 @@ def main() -> None:
             ('20 anisotropic modes in 64 dimensions', random_mixture(64, 20), arguments.samples or 400),
         ):
             x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
-            panels.append((title, *measure(mixture.as_model('velocity', RectifiedFlow()), x1, None, PEERS, reference_steps=500)))
+            panels.append((title, *measure(mixture.as_model('velocity', RectifiedFlow()), x1, None, 500, list(itertools.product(ODE, TIME_GRIDS)), PEER_GRIDS)))
     for panel in panels:
         report(*panel)
     draw(panels, ROOT / 'benchmarks' / ('solvers_digits.png' if arguments.checkpoint else 'solvers.png'))

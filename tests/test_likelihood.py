@@ -139,5 +139,9 @@ def test_unknown_choice_lists_the_choices(setting):
     refused(f"{setting}='nonsense'.*Choose one of", **{setting: 'nonsense'})
 
 
+def test_no_probes_are_refused():
+    refused('num_probes=0.*at least 1', num_probes=0)
+
+
 def test_singular_end_is_refused():
     refused("'x1' cannot give the velocity at t=1", model_type='x1', t_max=1.0)

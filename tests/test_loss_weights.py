@@ -91,6 +91,14 @@ def test_unknown_weight_lists_the_choices():
         get_loss_weight(Config(loss_weight='snr'))
 
 
+@pytest.mark.parametrize(('name', 'end'), [('edm', dict(t_min=0.0)), ('elbo', dict(t_min=0.0)), ('elbo', dict(t_max=1.0)), ('sigmoid', dict(t_max=1.0))])
+def test_weight_that_is_infinite_at_an_end_is_refused_with_a_remedy_that_works(name, end):
+    with pytest.raises(SettingError, match=f"loss_weight='{name}' is infinite at t_m") as error:
+        get_loss_weight(Config(loss_weight=name, **end))
+    setting, value = str(error.value).split('Use --')[1].rstrip('.').split()
+    get_loss_weight(Config(loss_weight=name, **{setting: float(value)}))
+
+
 # ---------------------------------------------------------------- EDM, against the formulas of Karras et al. 2022, table 1
 
 

@@ -95,8 +95,8 @@ def test_time_of_log_snr_inverts_log_snr(name):
 def test_time_of_log_snr_stops_at_the_ends(name):
     """For values that no t in [0, 1] has; rf and cosine only approach their ends."""
     process = process_named(name)
-    beyond = torch.tensor([200.0, -200.0], dtype=torch.float64)
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    beyond = torch.tensor([math.inf, 200.0, -200.0, -math.inf], dtype=torch.float64)
+    ends = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(GaussianProcess.time_of_log_snr(process, beyond), ends)
     torch.testing.assert_close(process.time_of_log_snr(beyond), ends)
 

@@ -1,8 +1,10 @@
 """Samplers against a mixture of Gaussians, of which the exact solution, distribution and guided score are known. Tables are gone through:
 a solver, grid, noise or process of yours is tested as soon as it is in its table."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ each_solver = pytest.mark.parametrize('solver', SOLVERS)
 each_grid = pytest.mark.parametrize('time_grid', TIME_GRIDS)
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
+STEPS_IN_T = (euler, heun, midpoint, rk4, euler_maruyama)  # for these, times at equal steps of t are a fair choice on any process
 RING = ring(8, 0.1)
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
 
@@ -247,6 +250,8 @@ def test_any_noise_scale_and_last_step_keep_the_distribution(sde_noise_scale, sd
 def test_ode_samples_have_the_data_distribution(solver, process_name):
     process, nfe = process_named(process_name), SOLVERS[solver].nfe
     steps = dict(num_steps=1) if nfe is None else dict(nfe=300 if SOLVERS[solver].order == 1 else 120)
+    if SOLVERS[solver].step in STEPS_IN_T:
+        steps['time_grid'] = 'uniform'
     assert_distributed(sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, **steps), process)
 
 
@@ -272,7 +277,7 @@ def test_sampling_under_another_process(trained, process_name, solver):
     """What was trained on one path gives the same distribution on another."""
     torch.manual_seed(0)
     trained, other = process_named(trained), process_named(process_name)
-    x = sample(RING.as_model('v', trained), trained, base_noise(400), model_type='v', solver=solver, num_steps=100, sampling_process=other)
+    x = sample(RING.as_model('v', trained), trained, base_noise(400), model_type='v', solver=solver, num_steps=100, time_grid='uniform', sampling_process=other)
     end = other.time_of_log_snr(trained.log_snr(torch.tensor([0.001], dtype=F64))).item()
     assert_distributed(x, other, end)
 
@@ -418,7 +423,7 @@ def test_log_snr_grid_covers_ve_whole():
 @pytest.mark.parametrize('time_grid', ['uniform', 'cosine', 'logistic'])
 def test_whole_range_is_finite(process_name, solver, sde_noise, time_grid):
     """From alpha = 0 to sigma = 0: nothing diverges, whatever the noise, though rf's natural noise is infinite at t = 1 and the constant one at t = 0."""
-    if process_name == 've' and time_grid != 'uniform' and SOLVERS[solver].step in (euler, heun, midpoint, rk4, euler_maruyama):
+    if process_name == 've' and time_grid != 'uniform' and SOLVERS[solver].step in STEPS_IN_T:
         pytest.skip('the first of these steps spans most of the noise: not for a solver in t')
     process = process_named(process_name)
     torch.manual_seed(0)
@@ -627,6 +632,38 @@ def test_unknown_choice_lists_the_choices(setting):
 @pytest.mark.parametrize(('solver', 'nfe'), [('rk4', 3), ('dopri5', 50)])
 def test_evaluations_that_buy_no_step_are_refused(solver, nfe):
     refused(rf"nfe={nfe} with solver='{solver}'", solver=solver, nfe=nfe)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'match'),
+    [
+        (dict(num_steps=0), 'num_steps=0'),
+        (dict(nfe=-5), 'nfe=-5'),
+        (dict(t_min=0.9, t_max=0.1), r't_min=0.9, t_max=0.1.*t_min < t_max'),
+        (dict(t_max=1.5), r't_max=1.5.*<= 1'),
+        (dict(guidance_interval=(0.8, 0.2)), r'guidance_interval=\(0.8, 0.2\).*from <= to'),
+        (dict(guidance_rescale=3.0), 'guidance_rescale=3.*between 0 and 1'),
+        (dict(guide_fn=lambda xt, t, label: xt), 'guidance_scale=1 makes nothing of guide_fn'),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(settings, match):
+    refused(match, **settings)
+
+
+def test_nothing_of_a_sample_outlives_it():
+    """No reference cycle keeps images in the memory of a GPU until the collector comes by."""
+    kept = []
+
+    def model_fn(xt, t, label):
+        kept.append(weakref.ref(xt))
+        return torch.zeros_like(xt)
+
+    gc.disable()
+    try:
+        sample(model_fn, process_named('rf'), torch.zeros(1, 1, 2, 2), num_steps=8)
+        assert len(kept) == 8 and not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('settings', [dict(model_type='x1', t_max=1.0), dict(model_type='x0', t_min=0.0, solver='heun'), dict(model_type='score', t_max=1.0)])
