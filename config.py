@@ -129,7 +129,7 @@ class Config:
     time_input: str = 't'
     """What the network is told of the time: t or log_snr."""
     sigma_data: float = 0.5
-    """Assumed standard deviation of the data in [-1, 1]: the network's input is scaled to unit variance with it, and output F defined."""
+    """Assumed standard deviation of the data in [-1, 1]: the network's input is scaled to unit variance with it; output F, weight edm and grid logistic use it too."""
 
     # ---------------------------------------------------------------- batches and steps
     global_batch_size: int = 128
@@ -187,9 +187,9 @@ class Config:
     sample_nfe: int = 0
     """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
     time_grid: str = 'logistic'
-    """Spacing of the solver's steps, a key of TIME_GRIDS in sampling.py."""
+    """Spacing of the solver's steps, a key of TIME_GRIDS in sampling.py; solvers that step in t (euler, heun, ...) want uniform on ve."""
     sde_noise: str = 'natural'
-    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py."""
+    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py; constant is lowered near the data to what steps can bear."""
     sde_noise_scale: float = 1.0
     """Factor on the variance of the noise of stochastic solvers; 0 gives the ODE."""
     sde_last_step: str = 'mean'
@@ -333,6 +333,11 @@ def check(config: Config) -> None:
         'the shards must be divisible by accumulation_steps (times the number of processes)',
     )
     require(0 <= c.guidance_interval[0] <= c.guidance_interval[1] <= 1, 'guidance_interval', 'must be two times, 0 <= from <= to <= 1')
+    require(
+        not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
+        'antithetic global_batch_size batch_shards',
+        'mirrored pairs need an even number of images in a shard',
+    )
     require(not (c.stratified and c.antithetic), 'stratified antithetic', 'times are drawn in one way or the other: add --no_stratified')
     require(
         c.guidance_scale == 1 or 0 < c.label_dropout < 1,

@@ -67,6 +67,8 @@ def log_likelihood(
         )
     if guidance_scale != 1:
         raise SettingError(f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.')
+    if not x0.is_floating_point():
+        raise SettingError(f'x0 is {x0.dtype}: a density is of real numbers. Pass dequantize(x0).')
     if num_probes < 1 or num_steps < 1:
         raise SettingError(f'num_probes={num_probes}, num_steps={num_steps}: both must be at least 1.')
     method, probes = choose('solver', solver, METHODS), choose('divergence', divergence, PROBES)(x0, num_probes)

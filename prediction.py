@@ -146,7 +146,7 @@ def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Te
     """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is one of `data` (N, C, H, W), each with equal chance.
 
     Of those with the asked label if `labels` (N,) are given and label is one of them. The network that reaches the least training loss there is; it
-    has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64.
+    has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64; nan where sigma = 0.
     """
     flat = data.flatten(1).double()
     squares = flat.square().sum(1)

@@ -77,7 +77,7 @@ class GaussianProcess:
     """A subclass writes `alpha` and `sigma`, from (B,) to (B,), and nothing else.
 
     `alpha_dot`, `sigma_dot` and `time_of_log_snr` follow from these two; override them where a closed form is known.
-    `sigma_data`, the assumed standard deviation of the data, matters to c_in, to the output F and to angles alone.
+    `sigma_data`, the assumed standard deviation of the data, matters to c_in, the output F, the weight edm and the grid logistic alone.
     """
 
     sigma_data: float = 0.5
@@ -191,7 +191,7 @@ class LinearVP(GaussianProcess):
         return self.beta(t) / 2 * self.alpha(t).square() / self.sigma(t)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        integral = -torch.nn.functional.logsigmoid(log_snr)  # B(t) = -log alpha^2
+        integral = torch.nn.functional.logsigmoid(log_snr).abs()  # B(t) = -log alpha^2
         integral = integral.clamp(max=(self.beta_min + self.beta_max) / 2)  # B(1)
         slope = self.beta_max - self.beta_min
         t = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +57,8 @@ def guided(
     guide_fn: ModelFn | None,
     interval: tuple[float, float],
     rescale: float,
-) -> Callable[[Tensor, Tensor, Coefs], Prediction]:
-    """(xt, t, coefs) -> Prediction of guide + scale (model - guide); t (B,) is the same for all.
+) -> Callable[[Tensor, float, Coefs], Prediction]:
+    """(xt, t, coefs) -> Prediction of guide + scale (model - guide).
 
     The guide is the network without a label (Ho and Salimans 2022, eq. 6), in the same batched call, or `guide_fn`, a worse model (Karras et al.
     2024). The rule is linear, so it is the same for every model type. Outside the interval of t the plain network is evaluated alone
@@ -67,9 +66,9 @@ def guided(
     without guidance.
     """
 
-    def predict(xt: Tensor, t: Tensor, coefs: Coefs) -> Prediction:
-        low, high = interval
-        if scale == 1 or not low <= t[0] <= high:
+    def predict(xt: Tensor, time: float, coefs: Coefs) -> Prediction:
+        t = torch.full((len(xt),), time, dtype=torch.promote_types(xt.dtype, torch.float32), device=xt.device)
+        if scale == 1 or not interval[0] <= time <= interval[1]:
             return convert(model_fn(xt, t, label), t, xt, coefs)
         if guide_fn is not None:
             plain, guide = model_fn(xt, t, label), guide_fn(xt, t, label)
@@ -80,7 +79,7 @@ def guided(
         if rescale == 0:
             return prediction
         wide, usual = (p.x0.flatten(1).std(1).reshape(-1, *[1] * (xt.ndim - 1)) for p in (prediction, convert(plain, t, xt, coefs)))
-        return Prediction(xt, coefs, x0=prediction.x0 * (1 + rescale * (usual / wide - 1)))
+        return Prediction(xt, coefs, x0=prediction.x0 * (1 + rescale * (torch.where(wide > 0, usual / wide, 1) - 1)))
 
     return predict
 
@@ -130,11 +129,11 @@ def get_predict(
     def evaluate(x: Tensor, t: float) -> Prediction:
         here = coefs_at(path, t)
         if path is process:
-            return predict(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), here.to(x))
+            return predict(x, t, here.to(x))
         time = process.time_of_log_snr(here.log_snr)
         trained = process(time)
         scale = torch.hypot(trained.alpha, trained.sigma) / torch.hypot(here.alpha, here.sigma)
-        prediction = predict(scale.item() * x, time.to(x).expand(len(x)), trained.to(x))
+        prediction = predict(scale.item() * x, time.item(), trained.to(x))
         return Prediction(x, here.to(x), x0=prediction.x0, x1=prediction.x1)
 
     return Predict(evaluate, path, memory)
@@ -163,11 +162,16 @@ def get_grid(
     if num_steps < 1:
         raise SettingError(f'num_steps={num_steps}: must be at least 1.')
     if nfe and (cost is None or nfe < cost):
-        need = f'at least {cost} evaluations a step' if cost else 'as many evaluations as its tolerance asks for, which cannot be told'
-        raise SettingError(f'nfe={nfe} with solver={solver!r}, which needs {need}. Use num_steps, or another solver.')
+        need = (
+            f'at least {cost} evaluations a step. Use {cost} or more'
+            if cost
+            else 'as many evaluations as its tolerance asks for. Set a number of steps instead'
+        )
+        raise SettingError(f'nfe={nfe} (--sample_nfe) with solver={solver!r}, which needs {need}, or another solver.')
     check_ends(process, model_type, (t_max,) if cost == 1 else (t_max, t_min))  # a solver of one evaluation a step never looks at t_min
     if sampling_process is not None:
         t_max, t_min = sampling_process.time_of_log_snr(process.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))).tolist()
+        check_ends(sampling_process, 'v', (t_max,) if cost == 1 else (t_max, t_min), ('velocity',))
     return make_grid(sampling_process or process, t_max, t_min, nfe // cost if nfe else num_steps).tolist()
 
 
@@ -189,8 +193,12 @@ def sample(
     sde_noise: str = 'natural',
     sde_noise_scale: float = 1.0,
     sde_last_step: str = 'mean',
+    guidance_scale: float = 1.0,
+    null_label: int | None = None,
+    guide_fn: ModelFn | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
     callback: Callable[[int, float, Tensor], None] | None = None,
-    **guidance: Any,
 ) -> Tensor:
     """Images (B, C, H, W) at t_min, from base noise `x1` ~ N(0, I) of that shape; label (B,) int64.
 
@@ -200,6 +208,7 @@ def sample(
     After step i, from 1, `callback(i, t, x)` is called.
     Guidance: `guidance_scale` with `null_label`, the class that means 'no label', or with `guide_fn`, a second model;
     `guidance_interval` of t, `guidance_rescale`; see `guided`.
+    Neither label None nor null_label means anything to a network trained with label_dropout 0; that cannot be seen from here.
     Raises SettingError for an unknown choice, for a singular end that the solver would touch, and for guidance without labels.
     """
     grid = get_grid(
@@ -207,7 +216,19 @@ def sample(
     )
     method, last_step = SOLVERS[solver], choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale)
-    predict = get_predict(model_fn, process, label, model_type=model_type, sampling_process=sampling_process, memory=method.memory, **guidance)
+    predict = get_predict(
+        model_fn,
+        process,
+        label,
+        model_type=model_type,
+        sampling_process=sampling_process,
+        memory=method.memory,
+        guidance_scale=guidance_scale,
+        null_label=null_label,
+        guide_fn=guide_fn,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
+    )
 
     x = coefs_at(predict.process, grid[0]).sigma.item() * x1
     for i, (t, s) in enumerate(itertools.pairwise(grid), 1):

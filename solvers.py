@@ -12,7 +12,8 @@ SDE_NOISES holds w^2 / (2 sigma). In a step, the part of the SDE that is not the
 which stays finite where w does not: at both ends of every process.
 
 Below, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between data and noise.
-A solver's cost is counted in network evaluations (NFE).
+A solver's cost is counted in network evaluations (NFE). Of papers of one year, Song et al. 2021 is on score SDEs and 2021a on DDIM, Lu et al. 2022 on
+DPM-Solver and 2022b on DPM-Solver++.
 """
 
 import math
@@ -83,7 +84,7 @@ StepFn = Callable[[Tensor, float, float, Predict, Noise], Tensor]  # (x, t, s, p
 class Solver:
     step: StepFn
     nfe: int | None  # network evaluations per step; None: it depends
-    order: int  # the error at the end is O(h^order) in the step size h; of an SDE, the error of the distribution
+    order: int  # the error is O(h^order) in the step h, given exact earlier values (the first and tapered last steps are lower); of an SDE, in distribution
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
 
@@ -120,7 +121,7 @@ def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor
 
 
 def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
-    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq); at least 7 evaluations.
+    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq); some 20 evaluations at least.
 
     The error is a mean over the batch.
     """
@@ -289,8 +290,9 @@ SOLVERS: dict[str, Solver] = {
 # name -> w^2 / (2 sigma) of the SDE.
 SDE_NOISES: dict[str, Callable[[Coefs], Tensor]] = {
     'natural': lambda c: c.delta / c.sigma,  # w = g, the noise of the process itself (Song et al. 2021, eq. 6)
-    'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma, as in Ma et al. 2024 (SiT), section 3.2, up to the factor
-    # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on other processes
+    'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma
+    # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on other processes. Near the data it is more
+    # than steps can bear, and lowered there by `relative_noise`
     'constant': lambda c: (c.alpha * c.sigma_dot - c.sigma * c.alpha_dot) / (2 * c.sigma),
 }
 

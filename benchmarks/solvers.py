@@ -118,7 +118,9 @@ def shifted(shift: float, n: int) -> list[float]:
 PEER_GRIDS: dict[str, Callable[[int], list[float]]] = {
     'uniform t': partial(shifted, 1.0),
     'shift 3': partial(shifted, 3.0),
+    'shift 1/2': partial(shifted, 1 / 2),
     'shift 1/3': partial(shifted, 1 / 3),
+    'shift 1/4': partial(shifted, 1 / 4),
     'log-SNR': lambda n: TIME_GRIDS['log_snr'](RectifiedFlow(), T_MAX, T_MIN, n).tolist(),
     'rho 7': lambda n: TIME_GRIDS['edm'](RectifiedFlow(), T_MAX, T_MIN, n).tolist(),
     'cosine': lambda n: TIME_GRIDS['cosine'](RectifiedFlow(), T_MAX, T_MIN, n).tolist(),

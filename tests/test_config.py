@@ -251,6 +251,7 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(batch_shards=8, accumulation_steps=3), 'batch_shards accumulation_steps'),
     *((dict(guidance_interval=value), 'guidance_interval') for value in ((0.6, 0.3), (-0.1, 0.5), (0.5, 1.1))),
     (dict(antithetic=True), 'stratified antithetic'),
+    (dict(antithetic=True, stratified=False, global_batch_size=24), 'antithetic global_batch_size batch_shards'),
     (dict(guidance_scale=2.0, label_dropout=0.0), 'guidance_scale label_dropout'),
     (dict(guidance_scale=0.0, label_dropout=1.0), 'guidance_scale label_dropout'),
     *((dict(experiment_name=name), 'experiment_name') for name in ('a/b', '..', '.', '../x', 'a.b', '/x', '-rf', 'a b', 'a\n', '~', 'a\\b')),

@@ -62,7 +62,7 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     for snippet in SNIPPETS:
         ast.parse(snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
     spaces = dict(vars(processes)) | dict(vars(solvers)) | dict(vars(networks))
-    loss, process, _, _, solver, samples, likelihood = SNIPPETS[1:]
+    loss, process, _, _, solver, grid, samples, likelihood, floor = SNIPPETS[1:]
     names = {}
     exec(loss.replace("if __name__ == '__main__':", 'if False:'), names)
     config = tiny_config(experiment_name='digits')
@@ -82,5 +82,11 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     names = {}
     exec(samples.replace('ckpts/digits', str(config.run_dir)), names)
     assert names['x'].shape == (20, 1, 8, 8) and isinstance(names['network'].net, unet.UNet)
+    exec(grid, vars(sampling).copy())
+    times = sampling.TIME_GRIDS.pop('quadratic')(None, 0.9, 0.1, 4)
+    assert torch.allclose(times, torch.tensor([0.9, 0.55, 0.3, 0.15, 0.1], dtype=torch.float64))
     exec(likelihood, names)
+    exec(floor, names)
+    x0, t = names['x0'], torch.full((4,), 0.01)
+    assert torch.allclose(names['perfect'](0.99 * x0, t, None), x0)
     assert names['result'].log_prob.shape == (4,)

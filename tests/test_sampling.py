@@ -14,7 +14,7 @@ from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, Coefs, GaussianProcess, get_process
 from sampling import TIME_GRIDS, get_grid, get_predict, get_sample_fn, sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, euler, euler_maruyama, heun, midpoint, rk4
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, multistep
 from utils import bcast_right
 
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
@@ -26,7 +26,8 @@ each_solver = pytest.mark.parametrize('solver', SOLVERS)
 each_grid = pytest.mark.parametrize('time_grid', TIME_GRIDS)
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
-STEPS_IN_T = (euler, heun, midpoint, rk4, euler_maruyama)  # for these, times at equal steps of t are a fair choice on any process
+# Solvers that are no linear multistep in the log-SNR or the angle step in t itself; for these, equal steps of t are a fair choice on any process.
+STEPS_IN_T = [name for name, solver in SOLVERS.items() if getattr(solver.step, 'func', None) is not multistep]
 RING = ring(8, 0.1)
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
 
@@ -119,8 +120,8 @@ def test_adaptive_steps_keep_their_tolerance(process_name):
 @pytest.mark.parametrize('solver', [name for name in ODE if SOLVERS[name].nfe == 1])
 def test_multistep_is_the_same_on_all_paths(solver, process_name):
     """On the same log-SNRs, methods written in the log-SNR or the angle give the same images on every process; Euler does not."""
-    if solver == 'euler':
-        pytest.skip('Euler is a step in t')
+    if solver in STEPS_IN_T:
+        pytest.skip('a step in t')
     trained, other = process_named('rf'), process_named(process_name)
     other_model = RING.as_model('velocity', other)
     t_max, t_min = other.time_of_log_snr(trained.log_snr(torch.tensor([0.98, 0.02], dtype=F64))).tolist()
@@ -250,7 +251,7 @@ def test_any_noise_scale_and_last_step_keep_the_distribution(sde_noise_scale, sd
 def test_ode_samples_have_the_data_distribution(solver, process_name):
     process, nfe = process_named(process_name), SOLVERS[solver].nfe
     steps = dict(num_steps=1) if nfe is None else dict(nfe=300 if SOLVERS[solver].order == 1 else 120)
-    if SOLVERS[solver].step in STEPS_IN_T:
+    if solver in STEPS_IN_T:
         steps['time_grid'] = 'uniform'
     assert_distributed(sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, **steps), process)
 
@@ -423,7 +424,7 @@ def test_log_snr_grid_covers_ve_whole():
 @pytest.mark.parametrize('time_grid', ['uniform', 'cosine', 'logistic'])
 def test_whole_range_is_finite(process_name, solver, sde_noise, time_grid):
     """From alpha = 0 to sigma = 0: nothing diverges, whatever the noise, though rf's natural noise is infinite at t = 1 and the constant one at t = 0."""
-    if process_name == 've' and time_grid != 'uniform' and SOLVERS[solver].step in STEPS_IN_T:
+    if process_name == 've' and time_grid != 'uniform' and solver in STEPS_IN_T:
         pytest.skip('the first of these steps spans most of the noise: not for a solver in t')
     process = process_named(process_name)
     torch.manual_seed(0)
@@ -631,7 +632,7 @@ def test_unknown_choice_lists_the_choices(setting):
 
 @pytest.mark.parametrize(('solver', 'nfe'), [('rk4', 3), ('dopri5', 50)])
 def test_evaluations_that_buy_no_step_are_refused(solver, nfe):
-    refused(rf"nfe={nfe} with solver='{solver}'", solver=solver, nfe=nfe)
+    refused(rf"nfe={nfe} \(--sample_nfe\) with solver='{solver}'", solver=solver, nfe=nfe)
 
 
 @pytest.mark.parametrize(
@@ -669,6 +670,16 @@ def test_nothing_of_a_sample_outlives_it():
 @pytest.mark.parametrize('settings', [dict(model_type='x1', t_max=1.0), dict(model_type='x0', t_min=0.0, solver='heun'), dict(model_type='score', t_max=1.0)])
 def test_singular_end_is_refused(settings):
     refused(f"'{settings['model_type']}' cannot give the .* at t=", time_grid='uniform', **settings)
+
+
+def test_singular_end_of_the_other_process_is_refused():
+    refused('cannot give the velocity at t=0', model_type='v', t_min=0.0, solver='heun', time_grid='uniform', sampling_process=process_named('linear_vp'))
+
+
+def test_time_keeps_its_digits_beside_bfloat16_images():
+    times = []
+    sample(lambda xt, t, label: times.append(t[0].item()) or 0 * xt, process_named('rf'), torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), num_steps=2)
+    assert times[0] == pytest.approx(0.999, abs=1e-6)
 
 
 def test_an_end_that_the_solver_never_looks_at_is_not_refused():

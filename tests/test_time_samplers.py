@@ -143,7 +143,6 @@ def test_variance_of_the_loss_estimate(build_trainer, tiny_config, target, antit
     for way, how in WAYS.items():
         u = draw(build_trainer, tiny_config, experiment_name=way, **how).numpy()
         variance[way] = np.interp(0.001 + 0.998 * u, times.numpy(), curve).mean(1).var()
-    print(target, {way: v / variance['iid'] for way, v in variance.items()})
     assert variance['stratified'] < 0.01 * variance['iid']
     assert (variance['antithetic'] < 0.5 * variance['iid']) == antithetic_helps
 
