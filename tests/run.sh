@@ -7,5 +7,8 @@ REQUIREMENTS='requirements.txt tests/requirements.txt'
 . ./run.sh
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-[ "$#" -gt 0 ] || set -- -n logical --maxprocesses 4 # all of them: as many at once as there are cores
+if [ "$#" -eq 0 ]; then # all of them: as many at once as there are cores, then those that launch whole runs, which want the machine for themselves
+    "$python" -m pytest -n logical --maxprocesses 4 --ignore=tests/test_run.py
+    set -- tests/test_run.py
+fi
 exec "$python" -m pytest "$@"
