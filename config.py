@@ -54,6 +54,8 @@ class Config:
     """Train on the first global batch of images again and again."""
     init_from: str = ''
     """Checkpoint whose EMA weights (raw ones if it has none) start this new run; empty: random weights."""
+    check: bool = False
+    """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
     final_eval: bool = True
     """At the end, draw 1000 samples and compare them with the data (data sets of small grey images only)."""
 
@@ -140,6 +142,8 @@ class Config:
     """Backward passes per optimizer step: more needs less memory."""
     num_training_steps: int = 1500
     """Optimizer steps."""
+    max_bad_steps: int = 10
+    """Steps in a row, each skipped, with a loss or gradient that is not finite, after which the run stops."""
 
     # ---------------------------------------------------------------- optimizer
     base_lr: float = 1e-3
@@ -166,6 +170,8 @@ class Config:
     """Steps between lines of the record."""
     save_every: int = 250
     """Steps between writes of last.pt."""
+    keep_last: int = 2
+    """Saves that are kept: last.pt, the one before it (last-1.pt), and so on."""
     keep_every: int = 1500
     """Steps between checkpoints that are kept as step_N.pt."""
     sample_every: int = 500
@@ -276,7 +282,7 @@ DEBUG: dict[str, Any] = dict(
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir debug final_eval num_workers accumulation_steps log_every save_every keep_every '
+    'preset experiment_name ckpt_dir data_dir debug check final_eval num_workers accumulation_steps max_bad_steps log_every save_every keep_last keep_every '
     'sample_every eval_every wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
@@ -305,7 +311,9 @@ def check(config: Config) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
         require(finite, field.name, 'must be a finite number')
-    for name, value in each('global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps channels num_res_blocks image_size'):
+    for name, value in each(
+        'global_batch_size batch_shards accumulation_steps num_training_steps max_bad_steps keep_last num_sample_steps channels num_res_blocks image_size'
+    ):
         require(value >= 1, name, 'must be at least 1')
     for name, value in each('seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation sample_nfe'):
         require(value >= 0, name, 'must be 0 or more')

@@ -1,16 +1,15 @@
-"""Rank, world size and agreement between processes. Every function gives the right answer with one process.
+"""Rank, world size and agreement between processes; how a process ends. Every function gives the right answer with one process."""
 
-Run as a program it is the launcher that run.sh calls: torchrun with one process per GPU, or one on a CPU machine.
-"""
-
-import logging
+import json
 import os
 import pickle
-import shlex
 import signal
-import sys
-import tempfile
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,8 +52,18 @@ def setup() -> torch.device:
     return device
 
 
-def close() -> None:
+def close(code: int = 0, seconds: float = 10) -> None:
+    """Leave the process group, once all have come here: what one leaves unread would break the connection under another.
+
+    If the others do not come, because this rank alone has failed, the process ends after `seconds` with exit code `code`.
+    """
     if dist.is_initialized():
+        alone = threading.Timer(seconds, os._exit, [code])
+        alone.daemon = True
+        alone.start()
+        with suppress(RuntimeError):  # a process that is gone
+            barrier()
+        alone.cancel()
         dist.destroy_process_group()
 
 
@@ -143,6 +152,9 @@ def gather_shares(mine: Tensor, n: int) -> Tensor:
     return torch.stack(parts, 1).flatten(0, 1)[:n]
 
 
+# ---------------------------------------------------------------- how a process ends
+
+
 class Stopped(Exception):
     """This run was asked to stop (SIGTERM, SIGINT, ...)."""
 
@@ -150,22 +162,26 @@ class Stopped(Exception):
 _stop_asked = False
 
 
-def _ask_to_stop(signum: int, frame: Any) -> None:
+def ask_to_stop(signum: int = 0, frame: Any = None) -> None:
+    """Make the next `raise_if_stopped` raise, on all ranks."""
     global _stop_asked
     _stop_asked = True
 
 
+def die_of_stop_signals() -> None:
+    """Stop signals end a process that torchrun started, at once, as long as there is nothing to save."""
+    if 'RANK' in os.environ:
+        for name in STOP_SIGNALS:
+            signal.signal(name, signal.SIG_DFL)
+
+
 def catch_stop_signals() -> None:
-    """From now on SIGTERM, SIGINT, SIGHUP and SIGUSR1 only set a flag, which `raise_if_stopped` reads."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, _ask_to_stop)
-
-
-def set_outcome(code: int) -> None:
-    """Tell the launcher which exit code the run is to have if a signal ends it: torchrun itself cannot say how workers ended."""
-    if is_main() and 'RUN_OUTCOME_FILE' in os.environ:
-        with open(os.environ['RUN_OUTCOME_FILE'], 'w') as file:
-            file.write(str(code))
+    """From now on, in processes that torchrun started, stop signals only set a flag, which `raise_if_stopped` reads. All ranks must call this together."""
+    if 'RANK' in os.environ:  # a notebook keeps its own
+        for name in STOP_SIGNALS:
+            signal.signal(name, ask_to_stop)
+        barrier()  # nobody trains while a signal could still end one rank alone
+        set_outcome(1)  # from here on, how it ends must be said
 
 
 def raise_if_stopped() -> None:
@@ -174,56 +190,34 @@ def raise_if_stopped() -> None:
         raise Stopped
 
 
-def launch(argv: list[str]) -> int:
-    """torchrun `argv` (a script and its flags) and return an exit code.
+def set_outcome(code: int) -> None:
+    """Tell the launcher which exit code the run is to have if a signal ends it: torchrun itself cannot say how workers ended."""
+    if is_main() and 'RUN_REPORTS' in os.environ:
+        Path(os.environ['RUN_REPORTS'], 'outcome').write_text(str(code))
 
-    NPROC: processes on this machine. TORCHRUN_ARGS: instead of --standalone, for several machines.
-    The code of a worker that has said why it ends (EXIT_...) is passed on without torchrun's traceback.
+
+def report_failure(error: BaseException) -> bool:
+    """Tell the launcher, if there is one, of an error and when it came: of several ranks that fail, the first has the cause."""
+    if 'RUN_REPORTS' not in os.environ:
+        return False
+    text = ''.join(traceback.format_exception_only(error)).strip()
+    report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
+    Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))
+    return True
+
+
+def end_with_parent() -> None:
+    """Have this process killed within a second of the process that started it, whose number is in RUN_PARENT.
+
+    Workers and launcher are in sessions of their own, so that whoever kills run.sh or the launcher does not reach them.
+    They must not train on: they would hold the run's lock and write checkpoints behind the next one.
     """
-    os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
-    try:
-        nproc = int(os.environ.get('NPROC') or max(1, torch.cuda.device_count()))
-    except ValueError:
-        nproc = 0
-    gpus = torch.cuda.device_count()
-    if nproc < 1 or (gpus and nproc > gpus):
-        print(f'NPROC={os.environ["NPROC"]!r}: must be a whole number of processes, at least 1 and no more than GPUs ({gpus or "none here"}).', file=sys.stderr)
-        return EXIT_BAD_SETTING
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # waiting threads spin so long otherwise that two programs on the same cores stall each other
-    os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')  # without it a restart cannot meet again
-    logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
-    flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
-    signals = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'
-    with tempfile.NamedTemporaryFile('w+', prefix='outcome') as outcome:
-        outcome.write(str(EXIT_STOPPED))  # until a worker begins there is nothing to lose
-        outcome.flush()
-        os.environ['RUN_OUTCOME_FILE'] = outcome.name
-        return run_workers([*flags, f'--nproc-per-node={nproc}', signals, *argv], outcome.name)
+    parent = int(os.environ.pop('RUN_PARENT', 0))
 
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def run_workers(arguments: list[str], outcome: str) -> int:
-    """torchrun with these arguments; the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    try:
-        torchrun(arguments)
-    except SignalException:
-        with open(outcome) as file:
-            return int(file.read() or 1)
-    except ChildFailedError as error:
-        first_rank, failure = error.get_first_failure()
-        if failure.exitcode not in (EXIT_BAD_SETTING, EXIT_NOT_FINITE, EXIT_STOPPED):
-            killed = f'was killed by signal {-failure.exitcode}; is there enough memory?'
-            how = killed if failure.exitcode < 0 else f'failed first (exit code {failure.exitcode}); its message is above.'
-            print(f'rank {first_rank} {how}', file=sys.stderr)
-            return 1
-        return failure.exitcode
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(launch(sys.argv[1:]))
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()

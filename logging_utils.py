@@ -6,7 +6,9 @@ Only rank 0 keeps a record; on the other ranks every method does nothing.
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import distributed
 from config import Config, SettingError
 
 WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
+WANDB_FINISH_TIMEOUT = 10  # and the end
 
 
 def say(text: str) -> None:
@@ -112,8 +115,7 @@ class Logger:
         finite = {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
         with open(self.path, 'a') as file:
             file.write(json.dumps(finite) + '\n')
-        if self.run is not None:
-            self.run.log(values)
+        self._on_wandb(lambda run: run.log(values))
 
     def log_picture(self, name: str, picture: Tensor, step: int) -> None:
         """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without its `step_...` part."""
@@ -123,23 +125,43 @@ class Logger:
         path = self.run_dir / 'samples' / f'{name}.png'
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-        if self.run is not None:
+
+        def show(run: Any) -> None:
             import wandb
 
             panel = name.removeprefix(f'step_{step:07d}_')
-            self.run.log({'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
+            run.log({'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
+
+        self._on_wandb(show)
 
     def log_curve(self, name: str, points: list[tuple[float, float]], x: str, y: str) -> None:
         """A line plot on wandb, of what metrics.jsonl holds as it happens."""
-        if self.run is not None:
+
+        def show(run: Any) -> None:
             import wandb
 
             table = wandb.Table(columns=[x, y], data=[list(point) for point in points])
-            self.run.log({name: wandb.plot.line(table, x, y, title=name)})
+            run.log({name: wandb.plot.line(table, x, y, title=name)})
+
+        self._on_wandb(show)
+
+    def _on_wandb(self, do: Callable[[Any], None]) -> None:
+        """`do` with the wandb run, if there is one. If that fails, wandb is left out from then on: it must not end the training."""
+        if self.run is None:
+            return
+        try:
+            do(self.run)
+        except Exception as error:
+            say(f'wandb failed ({type(error).__name__}: {error}). Training goes on; the whole record is in {self.path}.')
+            self.run = None
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+        """End the wandb run, which sends what is left; a server that does not answer is not waited for, `wandb sync` sends it later."""
+        end = threading.Thread(target=self._on_wandb, args=(lambda run: run.finish(),), daemon=True)
+        end.start()
+        end.join(WANDB_FINISH_TIMEOUT)
+        if end.is_alive():
+            say(f'wandb: the server does not take the rest of the record; `wandb sync` the folder {self.run_dir / "wandb"} later')
 
 
 class RunningMeans:
@@ -153,11 +175,17 @@ class RunningMeans:
         pair = torch.stack([total.detach(), count]).double()
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    def add_finite(self, name: str, values: Tensor) -> None:
+        """Add those of `values` that are finite: a bad step must not hide the others."""
+        finite = values.detach().isfinite()
+        self.add(name, values.where(finite, 0).sum(), finite.sum().to(values))
+
     def add_by_time(self, name: str, values: Tensor, t: Tensor, bins: int = 10) -> None:
-        """Add values (B,) to the mean of their interval of t: `name`_0.0_0.1 and so on."""
+        """Add values (B,), those that are finite, to the mean of their interval of t: `name`_0.0_0.1 and so on."""
         index = (t * bins).long().clamp(0, bins - 1)
+        values, finite = values.detach().double(), values.detach().isfinite()
         pairs = torch.zeros(bins, 2, dtype=torch.float64, device=self.device)
-        pairs.index_add_(0, index, torch.stack([values.detach().double(), torch.ones_like(values, dtype=torch.float64)], 1))
+        pairs.index_add_(0, index, torch.stack([values.where(finite, 0), finite.double()], 1))
         for i, pair in enumerate(pairs):
             key = f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}'
             self.sums[key] = self.sums[key] + pair if key in self.sums else pair

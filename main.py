@@ -10,9 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from config import Config, SettingError, choose, default_experiment_name, parse_config
+
+if TYPE_CHECKING:
+    from trainer import BaseDiffusionTrainer
 
 
 def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, config_class: type[Config] = Config) -> None:
@@ -29,54 +32,77 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
             time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
         if isinstance(error, SystemExit):
             raise
-        leave(error, 2)  # EXIT_BAD_SETTING
+        show(error)
+        sys.exit(2)  # EXIT_BAD_SETTING
 
     if trainer_class is not None and config.experiment_name == default_experiment_name(config):
         # another trainer is another experiment: it must not go on with, or end as, a run of the example trainer
         config = dataclasses.replace(config, experiment_name=f'{config.experiment_name}_{trainer_class.__name__}')
 
     import distributed  # imports torch, which --help need not wait for
+
+    distributed.end_with_parent()
+    distributed.die_of_stop_signals()
+    from saving import SaveError
     from trainer import NonFiniteLoss
 
-    distributed.catch_stop_signals()
     error, code = None, 0
     try:
-        train(config, trainer_class)
+        if config.check:
+            from check import check
+
+            check(config, trainer_class)
+        else:
+            train(config, trainer_class)
     except SettingError as bad:
         error, code = bad, distributed.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
         error, code = diverged, distributed.EXIT_NOT_FINITE
     except distributed.Stopped:
         code = distributed.EXIT_STOPPED
+    except SaveError as failed:
+        error, code = failed, 1
+    except Exception as failed:
+        distributed.report_failure(failed)
+        raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
     distributed.set_outcome(code)
-    distributed.close()  # not after other exceptions: ranks that wait for this one would block it before its traceback is shown
+    if error is not None and not (distributed.report_failure(error) and code == 1):  # which the launcher then shows last
+        show(error)
+    distributed.close(code)
     if code:
-        leave(error, code)
+        sys.exit(code)
 
 
-def train(config: Config, trainer_class: type | None) -> None:
-    """Build everything and train."""
+def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
+    """Device, data, network and the trainer, at the step of the run's last checkpoint. Raises SettingError."""
     import data_utils
     import distributed
     import networks
     import utils
-    from logging_utils import say
     from trainer import ExampleDiffusionTrainer
 
     for setting, table in choices().items():  # before anything is downloaded or built
         choose(setting, getattr(config, setting), table)
     device = distributed.setup()
-    distributed.set_outcome(1)  # from here on, what a signal leaves behind must be said
     train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
     data = data_utils.get_dataset(config)
     utils.seed_everything(config.seed, 'network')
     network = networks.get_network(config, data.shape, data.num_classes)
-    trainer = (trainer_class or ExampleDiffusionTrainer)(config, device, network, train_loader, train_sampler, test_loader)
+    return (trainer_class or ExampleDiffusionTrainer)(config, device, network, train_loader, train_sampler, test_loader)
+
+
+def train(config: Config, trainer_class: type | None) -> None:
+    """Build everything and train."""
+    import distributed
+    from logging_utils import say
+
+    trainer = build(config, trainer_class)
     if trainer.finished:
         say(f'{config.run_dir} is finished: {trainer.step} steps. Change a setting or --experiment_name for another run.')
     else:
+        parameters = sum(p.numel() for p in trainer.network.parameters())
         say(
-            f'training {config.dataset} on {distributed.world_size()} x {device.type}: {sum(p.numel() for p in network.parameters()):,} parameters, '
+            f'training {config.dataset} on {distributed.world_size()} x {trainer.device.type}: {parameters:,} parameters, '
             f'{config.num_training_steps} steps of {config.global_batch_size} images'
         )
         trainer.train_loop()
@@ -114,11 +140,10 @@ def choices() -> dict[str, Mapping[str, object]]:
     )
 
 
-def leave(message: Exception | None, code: int) -> NoReturn:
-    """Exit with `code`; the first process says why."""
-    if message is not None and os.environ.get('RANK', '0') == '0':
+def show(message: BaseException) -> None:
+    """Say why it ends, on the first process."""
+    if os.environ.get('RANK', '0') == '0':
         print(f'{type(message).__name__}: {message}', file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 if __name__ == '__main__':

@@ -54,6 +54,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group['lr'] = lr
 
 
+def step_if(ok: Tensor, optimizer: torch.optim.AdamW) -> None:
+    """`optimizer.step()` if ok, a 0-dimensional bool tensor, else nothing: weights, moments and their step counts stay.
+
+    Decided on the device, without a CPU-GPU sync, in the way of torch.amp.GradScaler: fused AdamW reads `found_inf`.
+    """
+    optimizer.found_inf = (~ok).float()
+    optimizer.step()
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """The norm of all gradients before clipping, a 0-dimensional tensor; scales them down to max_norm unless that is 0."""
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)

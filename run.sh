@@ -2,11 +2,13 @@
 # Train:  sh run.sh [script.py] [--flags ...]      default main.py; `sh run.sh --help` lists the flags
 #
 #   NPROC=2 sh run.sh           processes on this machine (default: one per GPU, one on a machine without)
+#   MAX_RESTARTS=3 sh run.sh    a run that fails starts again, from its last checkpoint, up to three times
+#   sh run.sh --check [flags]   will it run tonight? Tries everything in a temporary folder, and says what a run will take
 #   PYTHON=python3.12 sh run.sh which python makes .venv, where no environment is active
 #   TORCHRUN_ARGS='--nnodes 2 --rdzv-endpoint host:29500 --rdzv-backend c10d' sh run.sh     on each of two machines
 #
 # It uses the active virtual or conda environment if that has what is needed, else .venv, which it makes from
-# requirements.txt. It always launches torchrun (by distributed.py). Ctrl-C or SIGTERM: the run saves and ends.
+# requirements.txt. It always launches torchrun (by launch.py). Ctrl-C, SIGTERM or SIGUSR1: the run saves and ends.
 # Exit code: 0 done, 2 a setting is wrong, 3 the loss is not finite, 75 stopped and saved (run it again to go on), else 1.
 set -eu
 
@@ -24,8 +26,11 @@ run_child() {
         status=0
         wait "$child" || status=$?
     done
-    trap - TERM INT HUP USR1
-    if [ -n "$stopping" ] && [ "$status" -ge 128 ]; then status=75; fi
+    trap 'exit 75' TERM INT HUP USR1
+    case $status in
+        129 | 130 | 138 | 143) status=75 ;; # a stop signal, before there was anything to save
+        137) echo "run.sh: its launcher was killed (SIGKILL); is there enough memory? The same command goes on from the last checkpoint." >&2 && status=1 ;;
+    esac
     return "$status"
 }
 
@@ -95,11 +100,19 @@ own_environment() {
     rm .venv/.installing
 }
 
-[ -n "${SETUP_ONLY:-}" ] || CDPATH= cd -- "$(dirname -- "$0")"
+if [ -z "${SETUP_ONLY:-}" ]; then
+    trap 'exit 75' TERM INT HUP USR1
+    CDPATH= cd -- "$(dirname -- "$0")"
+fi
 root=$(pwd -P)
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 help=
-for flag; do case $flag in -h | --help) help=1 ;; esac done
+for flag; do
+    case $flag in
+        -h | --help) help=1 ;;
+        --check) export PYTHONDONTWRITEBYTECODE=1 ;; # it writes nothing outside a temporary folder
+    esac
+done
 
 python=
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
@@ -122,6 +135,7 @@ script=main.py
 case ${1:-} in *.py) script=$1 && shift ;; esac
 [ -f "$script" ] || fail "there is no script $script in $root"
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
+export RUN_PARENT=$$
 code=0
-run_child "$python" distributed.py "$script" "$@" || code=$?
+run_child "$python" launch.py "$script" "$@" || code=$?
 exit "$code"

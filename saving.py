@@ -1,25 +1,44 @@
 """Checkpoints: one file of named objects, written atomically and loadable with weights_only=True.
 
-A training checkpoint holds: config (dict), shape, num_classes, step, finished, wandb_id, network, ema, optimizer, record.
-Nothing random is stored: randomness is a function of (seed, step).
+A training checkpoint holds: version, config (dict), shape, num_classes, step, finished, wandb_id, bad_steps, network, ema,
+optimizer, record. Nothing random is stored: randomness is a function of (seed, step).
+
+A run's folder holds last.pt, the saves before it (last-1.pt, ...), step_N.pt, and a lock.
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pickle
 import shutil
+import socket
+import threading
+import time
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import distributed
 from config import Config, SettingError, differences
+from logging_utils import say
 from networks import NETWORK_SETTINGS, get_network
 from processes import GaussianProcess, get_process
+
+VERSION = 1  # of the format; a file without one is of version 1
+RETRY_AFTER = (1, 3, 6)  # seconds after which a write that failed is tried again: a full disk may have room by then
+
+
+class DamagedCheckpoint(SettingError):
+    """A checkpoint that is not whole."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; the ones before it are untouched."""
 
 
 def save(path: str | Path, **objects: Any) -> None:
@@ -54,14 +73,17 @@ def keep(path: Path, kept: Path) -> None:
     """Keep a checkpoint under a second name, without a second copy on the disk where links are possible."""
     temporary = kept.with_name(f'.{kept.name}.{os.getpid()}.tmp')
     try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copy2(path, temporary)
-    os.replace(temporary, kept)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+        os.replace(temporary, kept)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there if both were links to one file
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
-    """The objects of `save`, by name. Raises SettingError if the file is missing or not whole."""
+    """The objects of `save`, by name. Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole."""
     path = Path(path)
     if not path.is_file():
         raise SettingError(f'checkpoint {str(path)!r} does not exist. Pass the path of a .pt file of ckpts/<experiment_name>/.')
@@ -71,10 +93,24 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         if damaged is not None:
             raise zipfile.BadZipFile(f'bad checksum of {damaged}')
         return torch.load(path, map_location=map_location, weights_only=True)
-    except PermissionError as error:
-        raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
-        raise SettingError(f'checkpoint {str(path)!r} is damaged ({error}). Copy a step_N.pt of its folder over it, or delete it.') from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to where a damaged file points
+            raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
+        raise DamagedCheckpoint(f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.') from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """`load` of a training checkpoint. Raises SettingError if it is of a newer version, DamagedCheckpoint if it is something else."""
+    checkpoint = load(path)
+    if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
+        raise DamagedCheckpoint(f'{str(path)!r} is not a checkpoint of this program. Pass a .pt file of ckpts/<experiment_name>/.')
+    version = checkpoint.get('version', 1)
+    if version > VERSION:
+        raise SettingError(f'checkpoint {str(path)!r} has format version {version}; this program reads up to {VERSION}. Update the program (git pull).')
+    return checkpoint
+
+
+# ---------------------------------------------------------------- the checkpoints of a run
 
 
 def last_path(config: Config) -> Path:
@@ -82,41 +118,177 @@ def last_path(config: Config) -> Path:
 
 
 def save_run(config: Config, keep_as: int | None, **objects: Any) -> None:
-    """Write the run's last.pt, with its config, and step_N.pt if this step is to be kept."""
-    save(last_path(config), config=dataclasses.asdict(config), **objects)
+    """Write the run's last.pt, with its config, and step_N.pt if this step is to be kept.
+
+    The saves before it are last-1.pt (the one before), last-2.pt, ...: keep_last in all. A kill at any moment leaves one that is whole.
+    """
+    last = last_path(config)
+    for i in range(config.keep_last - 1, 0, -1):
+        newer = last.with_name(f'last-{i - 1}.pt') if i > 1 else last
+        if newer.exists():
+            keep(newer, last.with_name(f'last-{i}.pt'))
+    save(last, version=VERSION, config=dataclasses.asdict(config), **objects)
     if keep_as is not None:
-        keep(last_path(config), config.run_dir / f'step_{keep_as:07d}.pt')
+        keep(last, config.run_dir / f'step_{keep_as:07d}.pt')
+
+
+def to_host(value: Any, old: Any = None) -> Any:
+    """A copy in main memory of tensors in dicts, lists and tuples; into the tensors of `old`, an earlier copy, where they fit."""
+    if isinstance(value, Tensor):
+        fits = isinstance(old, Tensor) and (old.shape, old.stride(), old.dtype) == (value.shape, value.stride(), value.dtype)
+        host = old if fits else torch.empty_like(value, device='cpu', pin_memory=value.is_cuda, requires_grad=False)
+        return host.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        return {name: to_host(item, old.get(name) if isinstance(old, dict) else None) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        olds = old if isinstance(old, (list, tuple)) and len(old) == len(value) else [None] * len(value)
+        return type(value)(to_host(item, before) for item, before in zip(value, olds, strict=True))
+    return value
+
+
+class Writer:
+    """Writes a run's checkpoints in a thread, one at a time. Training waits only while the state is copied to main memory."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.copy: dict[str, Any] | None = None  # of the last state; its memory is used again, which is much faster than new memory
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def write(self, keep_as: int | None, **objects: Any) -> None:
+        """Begin to write the objects as they are now, as `save_run` does. Raises the SaveError of an earlier write."""
+        self.wait()
+        self.copy = to_host({name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}, self.copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.thread = threading.Thread(target=self._write, args=(keep_as,))
+        self.thread.start()
+
+    def join(self) -> None:
+        """Return when nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def wait(self) -> None:
+        """`join`, and raise SaveError if a write failed."""
+        self.join()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, keep_as: int | None) -> None:
+        for seconds in (*RETRY_AFTER, None):
+            try:
+                return save_run(self.config, keep_as, **self.copy)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+                if seconds is None:
+                    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                    self.error = SaveError(
+                        f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {self.copy["step"]} cannot be written ({cause}). '
+                        f'Those before it in {self.config.run_dir} are untouched. Make room there, and the same command goes on from the last of them.'
+                    )
+                    distributed.ask_to_stop()  # on all ranks, at the end of this step
+                else:
+                    say(f'the checkpoint of step {self.copy["step"]} could not be written ({error}); trying again in {seconds} s')
+                    time.sleep(seconds)
+        return None
+
+
+_locks: dict[Path, IO[str]] = {}  # open, so locked, until this process ends, in whatever way
+
+
+def lock_run(folder: Path) -> None:
+    """Keep other processes out of a run's folder for as long as this one lives. Raises SettingError, naming who is in.
+
+    A POSIX record lock: the system takes it back from a process that dies, on shared file systems also from one on another machine.
+    """
+    path = folder.resolve() / 'lock'
+    file = _locks.get(path) or open(path, 'a+')  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or 'another process'
+        file.close()
+        raise SettingError(f'{folder} is in use by {holder}. Wait for it or end it, or pass another --experiment_name.') from None
+    except OSError as error:
+        say(f'warning: {folder} cannot be locked ({error}): see to it yourself that no second run uses it')
+    _locks[path] = file
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+    file.flush()
+
+
+def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that the run goes on from: last.pt, else the newest before it that is whole; None if there never was one.
+
+    Raises SettingError if there are checkpoints but none is whole: a run never begins anew over its remains.
+    """
+    folder, last = config.run_dir, last_path(config)
+    kept = sorted(folder.glob('step_*.pt'), reverse=True)
+    before = sorted(folder.glob('last-*.pt'), key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else 10**9)
+    damaged: list[str] = []
+    for path in [last, *before, *kept]:
+        if path.exists():
+            try:
+                checkpoint = load_checkpoint(path)
+            except DamagedCheckpoint as error:
+                damaged.append(str(error).rpartition('. ')[0])
+                continue
+            if damaged:
+                say(f'{"; ".join(damaged)}: going on from {path.name}, step {checkpoint["step"]}')
+            return path, checkpoint
+    if damaged:
+        raise SettingError(f'{folder} has no checkpoint that is whole: {"; ".join(damaged)}. Put back a copy of one, or pass another --experiment_name.')
+    return None
+
+
+def refuse_other(config: Config, checkpoint: dict[str, Any]) -> None:
+    """Raise SettingError if a checkpoint is of another experiment than `config`."""
+    changed = differences(checkpoint['config'], config)
+    if changed:
+        raise SettingError(
+            f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
+            'Pass another --experiment_name, or the saved values to go on with it.'
+        )
 
 
 def load_run(config: Config) -> dict[str, Any] | None:
-    """The run's last.pt, None if it has none yet; writes config.json. The same outcome on every rank.
+    """The run's newest checkpoint that is whole, None if it has none yet; locks the folder and writes config.json. The same outcome on every rank.
 
-    Raises SettingError if the folder cannot be written, or holds a run with another config or a damaged checkpoint.
+    Raises SettingError if the folder cannot be written, is in use, holds a run with another config, or damaged checkpoints only.
     """
-    path = last_path(config)
+    loaded: list[dict[str, Any]] = []
+    last = last_path(config)
 
     def prepare() -> bool:
         try:
             config.run_dir.mkdir(parents=True, exist_ok=True)
+            lock_run(config.run_dir)
             for leftover in config.run_dir.glob('.*.tmp'):  # of a save that was killed
                 leftover.unlink(missing_ok=True)
-            found, finished = path.exists(), False
+            found, finished = newest_whole(config), False
             if found:
-                checkpoint = load_checkpoint(path)
+                path, checkpoint = found
                 finished = checkpoint.get('finished', False) and checkpoint['step'] >= config.num_training_steps
-                changed = differences(checkpoint['config'], config)
-                if changed:
-                    raise SettingError(
-                        f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
-                        'Pass another --experiment_name, or the saved values to go on with it.'
-                    )
+                refuse_other(config, checkpoint)
+                loaded.append(checkpoint)
+                if path != last:
+                    if last.exists():
+                        keep(last, last.with_name('last.pt.damaged'))
+                    keep(path, last)
             if not finished:  # a finished run keeps the settings that made its samples
-                (config.run_dir / 'config.json').write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+                temporary = config.run_dir / '.config.json.tmp'
+                temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+                os.replace(temporary, config.run_dir / 'config.json')
         except OSError as error:
             raise SettingError(f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.') from error
-        return found
+        return found is not None
 
-    return distributed.on_each(lambda: load(path)) if distributed.on_main(prepare) else None
+    return distributed.on_each(lambda: loaded[0] if loaded else load(last)) if distributed.on_main(prepare) else None
+
+
+# ---------------------------------------------------------------- networks
 
 
 def load_weights(network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path) -> None:
@@ -126,14 +298,6 @@ def load_weights(network: nn.Module, weights: dict[str, Any], saved_config: dict
     except RuntimeError as error:
         changed = differences(saved_config, config, only=NETWORK_SETTINGS) or [str(error).splitlines()[-1].strip()]
         raise SettingError(f'checkpoint {str(path)!r} is of another network: {changed[0]} (checkpoint -> now). Use the value of the checkpoint.') from error
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """`load` of a training checkpoint. Raises SettingError if it is something else."""
-    checkpoint = load(path)
-    if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
-        raise SettingError(f'{str(path)!r} is not a checkpoint of this program. Pass a .pt file of ckpts/<experiment_name>/.')
-    return checkpoint
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:

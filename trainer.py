@@ -27,7 +27,7 @@ from config import Config
 from ema import EMA
 from logging_utils import Logger, Progress, RunningMeans, say
 from loss_weights import get_loss_weight
-from optimizers import clip_gradients, get_lr, get_optimizer, set_lr
+from optimizers import clip_gradients, get_lr, get_optimizer, set_lr, step_if
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
 from sampling import ModelFn, get_sample_fn
@@ -36,7 +36,7 @@ from time_samplers import get_time_sampler
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
+    """The loss or its gradient was NaN or infinite in too many steps in a row."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class BaseDiffusionTrainer:
         train_sampler: data_utils.StreamSampler,
         test_loader: data_utils.Loader,
     ):
-        """Resumes from the run's last.pt if there is one. Raises SettingError for settings that cannot work together."""
+        """Resumes from the run's last whole checkpoint if there is one. Raises SettingError for settings that cannot work together."""
         self.config, self.device = config, device
         self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
         self.data = data_utils.get_dataset(config)
@@ -91,7 +91,9 @@ class BaseDiffusionTrainer:
 
         self.step, self.finished, self.wandb_id = 0, False, None
         self.means = RunningMeans(device)  # since the last line of the record
-        self.bad_step = torch.full((), math.inf, device=device)  # the first step with a loss or gradient that is not finite
+        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=device)  # skipped: in a row until now, in all, and the last one's number
+        self.bad_known = 0  # of these, how many have been reported
+        self.writer = saving.Writer(config)
         self.stratum = (0, 1)  # which shard of how many is being prepared
         self.restore()
 
@@ -135,66 +137,85 @@ class BaseDiffusionTrainer:
     # ---------------------------------------------------------------- training
 
     def train_loop(self) -> None:
-        """Train from `self.step` to the end. Raises distributed.Stopped after saving, and NonFiniteLoss without."""
+        """Train from `self.step` to the end. Raises distributed.Stopped and SaveError after, NonFiniteLoss without a last save."""
         self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id)
         self.progress = Progress(self.step, self.config.num_training_steps)
         self.restart_clock()
+        distributed.catch_stop_signals()
         try:
-            if self.step == 0:
-                self.show_data_and_schedule()
-            else:
-                self.housekeeping()  # what was due at the step of the checkpoint
-            self.train_sampler.set_step(self.step)
-            batches = iter(self.train_loader)
-            while self.step < self.config.num_training_steps:
-                self.train_step(batches)
-                self.progress.advance()
-                if self.due('save_every') or self.due('keep_every'):
-                    self.save()
-                self.housekeeping()
-                distributed.raise_if_stopped()
-            self.finished = True
-            self.save()
-        except distributed.Stopped:
-            self.save()
-            say(f'stopped at step {self.step}, state saved: the same command goes on from there')
-            raise
+            try:
+                self.train_steps()
+                self.finished = True
+            except distributed.Stopped:
+                pass
+            self.save(wait=True)
+            if not self.finished:
+                say(f'stopped at step {self.step}, state saved: the same command goes on from there')
+                raise distributed.Stopped
         finally:
+            self.writer.join()
             self.progress.close()
             self.logger.close()
 
-    def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        """One optimizer step on a global batch, of which this process draws and computes its shards."""
+    def train_steps(self) -> None:
+        """The steps from `self.step` to the end, each followed by what is due at it."""
+        if self.step == 0:
+            self.show_data_and_schedule()
+        else:
+            self.housekeeping()  # what was due at the step of the checkpoint
+        shards = self.shards()
+        while self.step < self.config.num_training_steps:
+            self.train_step(shards)
+            self.progress.advance()
+            if self.due('save_every') or self.due('keep_every'):
+                self.save()
+            self.housekeeping()
+            distributed.raise_if_stopped()
+
+    def train_step(self, shards: Iterator[ProcessedBatch]) -> None:
+        """One optimizer step on a global batch, of which this process draws and computes its shards. A bad step is skipped."""
         c = self.config
         if self.due('log_every'):
             self.means.clear()
         lr = get_lr(c, self.step)
         set_lr(self.optimizer, lr)
-        shards = list(self.train_sampler.my_shards)
-        per_backward = len(shards) // c.accumulation_steps
         for micro_step in range(c.accumulation_steps):
-            mine = shards[micro_step * per_backward : (micro_step + 1) * per_backward]
-            batch = ProcessedBatch.cat([self.draw_shard(next(batches), shard, self.step) for shard in mine])
+            batch = ProcessedBatch.cat(list(itertools.islice(shards, self.shards_at_once())))
             utils.seed_everything(c.seed, 'forward', self.step, distributed.rank(), micro_step)  # for dropout
             with self.gradient_sync(micro_step == c.accumulation_steps - 1):
                 losses = self.loss_fn(batch, self.get_model_fn(self.forward, train=True))  # (B,)
                 if losses.shape != batch.t.shape:
                     raise ValueError(f'loss_fn must return one loss per image, shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}')
-                (losses.mean() / c.accumulation_steps).backward()
-            self.log('train/loss', losses)
+                # a loss that is not finite makes every gradient NaN, on all ranks once these are averaged
+                poison = torch.where(losses.detach().isfinite().all(), 1.0, torch.nan)
+                (poison * losses.mean() / c.accumulation_steps).backward()
+            self.means.add_finite('train/loss', losses)
             self.means.add_by_time('train/loss_t', losses, batch.t)
             if batch.augmentation_label is not None:
                 self.log('train/augmented', batch.augmentation_label)
-        grad_norm = clip_gradients(self.network.parameters(), c.grad_clip_norm)
-        self.optimizer.step()
+        grad_norm = clip_gradients(self.network.parameters(), c.grad_clip_norm)  # the same on all ranks
+        in_a_row, in_all, last = self.bad_steps
+        ok = grad_norm.isfinite() & (in_a_row < c.max_bad_steps)  # after too many nothing moves until this is noticed
+        step_if(ok, self.optimizer)
         self.optimizer.zero_grad()
-        self.ema.update(self.network)
+        self.ema.update(self.network)  # in a skipped step, with weights that stood still
+        self.bad_steps = torch.stack([torch.where(ok, 0, in_a_row + 1), in_all + ~ok, torch.where(ok, last, self.step)])
 
         self.step += 1
-        self.log('train/grad_norm', grad_norm)
+        self.means.add_finite('train/grad_norm', grad_norm)
         self.log('train/lr', lr)
-        bad = ~(grad_norm.isfinite() & losses.detach().isfinite().all())
-        self.bad_step = torch.where(bad, self.bad_step.clamp(max=self.step), self.bad_step)  # read later: no CPU-GPU sync
+
+    def shards(self) -> Iterator[ProcessedBatch]:
+        """This process's shards of all training steps from `self.step` on, prepared."""
+        self.train_sampler.set_step(self.step)
+        batches = iter(self.train_loader)
+        for step in itertools.count(self.step):
+            for shard in self.train_sampler.my_shards:
+                yield self.draw_shard(next(batches), shard, step)
+
+    def shards_at_once(self) -> int:
+        """How many of this process's shards go through the network together."""
+        return len(self.train_sampler.my_shards) // self.config.accumulation_steps
 
     def draw_shard(self, batch: tuple[Tensor, Tensor], shard: int, step: int | str) -> ProcessedBatch:
         """Shard `shard` of a step's global batch, the same on any number of processes; step 'evaluate' is the held-out data."""
@@ -231,7 +252,7 @@ class BaseDiffusionTrainer:
         values: dict[str, float] = {}
         try:
             if self.due('log_every'):
-                self.raise_if_not_finite()
+                self.raise_if_bad()
                 values |= self.summary()
             if self.due('eval_every'):
                 values |= self.evaluate()
@@ -245,13 +266,14 @@ class BaseDiffusionTrainer:
         if any(map(self.due, ('log_every', 'eval_every', 'sample_every', 'save_every'))):
             self.restart_clock()
 
-    def raise_if_not_finite(self) -> None:
-        """Raise NonFiniteLoss, on every rank, if a loss or gradient was not finite."""
-        first = float(distributed.all_reduce(self.bad_step.cpu(), 'MIN'))  # CPU-GPU sync
-        if first < math.inf:
+    def raise_if_bad(self) -> None:
+        """Raise NonFiniteLoss, on every rank, if too many steps in a row were bad."""
+        in_a_row, _, last = self.bad_steps.tolist()  # CPU-GPU sync
+        if in_a_row >= self.config.max_bad_steps:
             raise NonFiniteLoss(
-                f'the loss or its gradient was not finite at step {first:.0f}. The last checkpoint, if one was saved, is from before and kept in {self.config.run_dir}; '
-                'the steps after it can be replayed: they are a function of (seed, step). Try a lower --base_lr, or --precision float32.'
+                f'the loss or its gradient was not finite in max_bad_steps={self.config.max_bad_steps} steps in a row, from step {last - in_a_row + 1} on. '
+                f'They were skipped: the weights are finite, and those of the last checkpoint are in {self.config.run_dir}. '
+                'README.md says how to replay a step (Reliability). Try a lower --base_lr, or --precision float32.'
             )
 
     def restart_clock(self) -> None:
@@ -263,9 +285,14 @@ class BaseDiffusionTrainer:
         began, step = self.clock
         images = (self.step - step) * self.config.global_batch_size
         values |= {'train/images': self.step * self.config.global_batch_size, 'train/memory_gb': utils.peak_memory_gb(self.device)}
+        _, bad, last = self.bad_steps.tolist()
+        values['train/bad_steps'] = bad
+        if bad > self.bad_known:
+            say(f'{bad - self.bad_known} steps were skipped, the last of them step {last}: loss or gradient not finite')
+        self.bad_known = bad
         if images > 0:  # not in a line that a resumed run writes again
             values['train/images_per_second'] = images / (time.monotonic() - began)
-            self.progress.show(self.step, values['train/loss'], values['train/images_per_second'])
+            self.progress.show(self.step, values.get('train/loss', math.nan), values['train/images_per_second'])
         return values
 
     def evaluate(self) -> dict[str, float]:
@@ -278,12 +305,12 @@ class BaseDiffusionTrainer:
         return {'eval/loss' if name == 'raw' else f'eval/loss_{name}': loss for name, loss in losses.items()}
 
     @torch.no_grad()
-    def held_out_loss(self, module: nn.Module) -> float:
-        """Mean loss over all held-out images, to seven digits; the processes share the work."""
+    def held_out_loss(self, module: nn.Module, rounds: int | None = None) -> float:
+        """Mean loss over all held-out images (or the first `rounds` shards of each process), to seven digits; the processes share the work."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         pieces = iter(self.test_loader)
-        at_once = len(self.train_sampler.my_shards) // self.config.accumulation_steps  # as many images as in a training step's forward pass
-        for first in range(0, self.test_loader.rounds, at_once):
+        at_once = self.shards_at_once()
+        for first in range(0, min(rounds or math.inf, self.test_loader.rounds), at_once):
             distributed.raise_if_stopped()
             numbers = [i * distributed.world_size() + distributed.rank() for i in range(first, first + at_once)]
             drawn = [self.draw_shard(piece, n, 'evaluate') for n, piece in zip(numbers, pieces, strict=False)]
@@ -308,7 +335,8 @@ class BaseDiffusionTrainer:
 
         mine = torch.tensor(distributed.share(len(x1)), device=self.device)
         images = []
-        for i, part in enumerate(mine.split(max(1, c.global_batch_size // (distributed.world_size() * c.accumulation_steps)))):
+        at_once = self.shards_at_once() * c.global_batch_size // c.batch_shards  # as many images as in training
+        for i, part in enumerate(mine.split(at_once)):
             utils.seed_everything(c.seed, 'generate', distributed.rank(), i)  # for the SDE
             images.append(self.sample_fn(model_fn, x1=x1[part], label=label[part], solver=solver, callback=callback).clamp(-1, 1))
         return distributed.gather_shares(torch.cat(images), len(x1))
@@ -319,12 +347,19 @@ class BaseDiffusionTrainer:
         x1 = self.process.sample_base(torch.zeros(n, *self.data.shape, device=self.device))
         return x1, torch.arange(n, device=self.device) % max(1, self.data.num_classes)
 
-    def sample_grids(self, rows: int = 6) -> None:
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of a grid of samples: a class a column."""
+        return 6, min(10, self.data.num_classes) if self.data.num_classes > 1 else 8
+
+    def grid_solvers(self) -> tuple[str, str]:
+        """The solver of the settings, and one of the other kind: ODE and SDE."""
+        return self.config.solver, 'adams' if SOLVERS[self.config.solver].stochastic else 'sde_dpmpp_2m'
+
+    def sample_grids(self) -> None:
         """Pictures of ODE and SDE samples of all weights: noise on the left, what became of it on the right."""
-        columns = min(10, self.data.num_classes) if self.data.num_classes > 1 else 8
+        rows, columns = self.grid_shape()
         x1, label = self.noise_and_labels(rows * columns)
-        other = 'adams' if SOLVERS[self.config.solver].stochastic else 'sde_dpmpp_2m'
-        for solver in (self.config.solver, other):
+        for solver in self.grid_solvers():
             for name, module in self.weights().items():
                 images = self.generate(module, x1, label, solver)
                 grids = [utils.image_grid(x, columns) for x in (x1 / 4 + 0.5, images / 2 + 0.5)]
@@ -366,29 +401,36 @@ class BaseDiffusionTrainer:
 
     # ---------------------------------------------------------------- save and resume
 
-    def save(self) -> None:
-        """Write last.pt, and step_N.pt at every keep_every-th step. Raises NonFiniteLoss instead if the run has gone bad."""
-        self.raise_if_not_finite()
+    def save(self, wait: bool = False) -> None:
+        """Write last.pt, and step_N.pt at every keep_every-th step: the state as it is now, in the background unless `wait`.
+
+        Raises, on every rank, SaveError if this (with `wait`) or an earlier write failed, and NonFiniteLoss if the run has gone bad.
+        """
+        self.raise_if_bad()
         record = self.means.over_ranks()
         keep = self.config.keep_every > 0 and self.step > 0 and self.step % self.config.keep_every == 0
-        distributed.on_main(
-            lambda: saving.save_run(
-                self.config,
+
+        def write() -> None:
+            self.writer.write(
                 keep_as=self.step if keep else None,
                 shape=self.data.shape,
                 num_classes=self.data.num_classes,
                 step=self.step,
                 finished=self.finished,
                 wandb_id=self.logger.wandb_id,
+                bad_steps=self.bad_steps,
                 network=self.network,
                 ema=self.ema,
                 optimizer=self.optimizer,
                 record=record,
             )
-        )
+            if wait:
+                self.writer.wait()
+
+        distributed.on_main(write)
 
     def restore(self) -> None:
-        """Go on from the run's last.pt, or begin from the weights of init_from if that is set."""
+        """Go on from the run's last whole checkpoint, or begin from the weights of init_from if that is set."""
         c = self.config
         checkpoint = saving.load_run(c)
         if checkpoint is not None:
@@ -397,6 +439,8 @@ class BaseDiffusionTrainer:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.means.load(checkpoint['record'])
             self.step, self.wandb_id = checkpoint['step'], checkpoint['wandb_id']
+            self.bad_steps = checkpoint['bad_steps'].to(self.device)
+            self.bad_known = int(self.bad_steps[1])
             self.finished = checkpoint['finished'] and self.step >= c.num_training_steps
             say(f'resuming {c.run_dir} at step {self.step}')
         elif c.init_from:

@@ -1,8 +1,12 @@
 """Fixtures shared by the tests. Real data, small networks: a run of TINY takes a second or two."""
 
+import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +92,76 @@ def launch_env(nproc: int) -> dict[str, str]:
     """The environment for run.sh: these tests' own python, one thread for each process."""
     prefix = str(Path(sys.prefix))
     return os.environ | {'VIRTUAL_ENV': prefix, 'NPROC': str(nproc), 'OMP_NUM_THREADS': '1'}
+
+
+def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settings) -> subprocess.Popen:
+    """`sh run.sh` with TINY and these settings, in a session of its own: a signal reaches run.sh alone, as from a scheduler."""
+    command = ['sh', 'run.sh', *script, *as_flags(TINY | settings)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=launch_env(nproc) | (env or {}), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def record_of(folder: Path) -> list[dict]:
+    """The whole lines of a run's record, without what differs from time to time."""
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
+    return [{k: v for k, v in line.items() if k not in ('train/images_per_second', 'train/memory_gb')} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line['train/loss'] for line in record_of(folder)]
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes, other than this one, whose command line holds `text`."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir('/proc'))):
+        try:
+            line = Path(f'/proc/{pid}/cmdline').read_bytes()
+        except OSError:
+            continue
+        if text.encode() in line and pid != os.getpid():
+            found.append(pid)
+    return found
+
+
+def kill_all(text: str) -> None:
+    """SIGKILL to all `processes_with(text)`."""
+    for pid in processes_with(text):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def assert_same(a, b) -> None:
+    """Bit for bit the same nest of dicts, lists and tensors."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.equal(b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_runs(a: Path, b: Path) -> None:
+    """Two runs' folders: weights, averages, optimizer and record, bit for bit."""
+    import saving
+
+    one, other = saving.load(a / 'last.pt'), saving.load(b / 'last.pt')
+    for name in ('network', 'ema', 'optimizer', 'step', 'finished', 'bad_steps', 'record'):
+        assert_same(one[name], other[name])
+    assert record_of(a) == record_of(b)

@@ -223,7 +223,7 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(base_lr=math.nan), 'base_lr'),
     (dict(time_mean=math.inf), 'time_mean'),
     (dict(ema_decays=(0.9, math.nan)), 'ema_decays'),
-    *(({name: 0}, name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps'.split()),
+    *(({name: 0}, name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps max_bad_steps keep_last'.split()),
     *(({name: 0}, name) for name in 'channels num_res_blocks image_size'.split()),
     *(({name: -1}, name) for name in 'seed log_every save_every keep_every sample_every eval_every warmup_steps'.split()),
     *(({name: -1}, name) for name in 'num_workers max_translation sample_nfe'.split()),

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import distributed
+import launch
 
 # What each of two processes does; it writes what it saw as JSON. Steps that all ranks take together come in the same order.
 SCRIPT = """
@@ -193,7 +194,7 @@ def test_shares_cover_all_items_for_any_number_of_processes(monkeypatch, world, 
 def test_raise_if_stopped_only_after_a_signal(monkeypatch):
     monkeypatch.setattr(distributed, '_stop_asked', False)
     distributed.raise_if_stopped()
-    distributed._ask_to_stop(15, None)
+    distributed.ask_to_stop()
     with pytest.raises(distributed.Stopped):
         distributed.raise_if_stopped()
 
@@ -202,5 +203,13 @@ def test_raise_if_stopped_only_after_a_signal(monkeypatch):
 def test_the_launcher_refuses_a_bad_number_of_processes(nproc, monkeypatch, capsys):
     monkeypatch.setenv('NPROC', nproc)
     monkeypatch.setattr(os, 'setsid', lambda: None)
-    assert distributed.launch(['main.py']) == distributed.EXIT_BAD_SETTING
+    assert launch.launch(['main.py']) == distributed.EXIT_BAD_SETTING
     assert f'NPROC={nproc!r}' in capsys.readouterr().err
+
+
+def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path):
+    """What other ranks say is that their connection broke."""
+    for rank, when, text in ((0, 7.5, 'RuntimeError: connection closed'), (1, 7.4, 'KeyError: broken')):
+        (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=when, rank=rank, text=text)))
+    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
+    assert 'rank 2 was killed by signal 9 (SIGKILL)' in launch.first_cause({0: 1, 2: -9}, tmp_path)

@@ -11,7 +11,7 @@ LAYERS = [
     'processes prediction time_samplers loss_weights augmentations unet dit data_utils optimizers ema logging_utils',
     'solvers sampling likelihood metrics networks saving',
     'trainer',
-    'main generate evaluate',
+    'main generate evaluate check launch',
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
 MATHS = 'processes prediction time_samplers loss_weights solvers sampling likelihood'.split()

@@ -9,36 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, as_flags, launch_env
+from conftest import ROOT, TINY, as_flags, launch_env, losses, processes_with, wait_until
 
 import saving
-
-
-def losses(folder):
-    return [json.loads(line)['train/loss'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-
-
-def processes_with(text):
-    """Command lines of living processes that hold `text`."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open(f'/proc/{pid}/cmdline', 'rb') as file:
-                line = file.read().replace(b'\0', b' ').decode()
-        except OSError:
-            continue
-        if text in line and int(pid) != os.getpid():
-            found.append(line)
-    return found
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_two_processes_give_the_loss_curve_of_one(run_sh, tmp_path):

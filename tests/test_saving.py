@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
+import distributed
 import saving
 from config import Config, SettingError
 from networks import get_network
@@ -218,12 +224,195 @@ def test_free_settings_may_change(tiny_config):
     assert json.loads((config.run_dir / 'config.json').read_text())['log_every'] == 9
 
 
-def test_a_damaged_last_checkpoint_is_not_taken_for_a_new_run(tiny_config):
+DAMAGE = {
+    'empty': lambda raw: b'',
+    'cut': lambda raw: raw[: len(raw) // 2],
+    'cut by one byte': lambda raw: raw[:-1],
+    'zeros': lambda raw: bytes(len(raw)),
+    'garbage': lambda raw: bytes(range(256)) * 20,
+    'one bit': lambda raw: (at := raw.index(b'weightweight')) and raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :],
+}
+FILLER = torch.tensor(list(b'weight' * 500), dtype=torch.uint8)
+
+
+def run_of(config, steps):
+    """A run's folder after saves at these steps."""
+    saving.load_run(config)
+    for step in steps:
+        saving.save_run(config, step if step % 10 == 0 else None, step=step, finished=False, network=dict(w=FILLER))
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tiny_config, capsys, damage):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 20, 25])
+    last = saving.last_path(config)
+    damaged = DAMAGE[damage](last.read_bytes())
+    last.write_bytes(damaged)
+    assert saving.load_run(config)['step'] == 20
+    assert str(last) in (out := capsys.readouterr().out) and 'going on from last-1.pt, step 20' in out
+    assert last.with_name('last.pt.damaged').read_bytes() == damaged  # nothing is lost
+    assert saving.load(last)['step'] == 20  # and the next save pushes a good one back
+    saving.save_run(config, None, step=26, finished=False)
+    assert [saving.load(config.run_dir / name)['step'] for name in ('last.pt', 'last-1.pt')] == [26, 20]
+
+
+def test_kept_checkpoints_are_the_last_resort_newest_first(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 20, 25, 26])
+    for name in ('last.pt', 'last-1.pt'):
+        (config.run_dir / name).write_bytes(b'')
+    assert saving.load_run(config)['step'] == 20
+
+
+def test_a_run_never_begins_anew_over_remains(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 25])
+    for path in config.run_dir.glob('*.pt'):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in config.run_dir.iterdir()}
+    for _ in range(2):  # it says so every time
+        with pytest.raises(SettingError, match=r'no checkpoint that is whole.*last\.pt.*last-1\.pt.*step_0000010\.pt.*--experiment_name'):
+            saving.load_run(config)
+    lock = config.run_dir / 'lock'
+    assert {path: raw for path, raw in before.items() if path != lock} == {path: path.read_bytes() for path in before if path != lock}
+
+
+def test_a_missing_last_checkpoint_is_no_new_run_either(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [24, 25])
+    saving.last_path(config).unlink()
+    assert saving.load_run(config)['step'] == 24
+
+
+def test_a_checkpoint_of_a_newer_program_is_refused(tiny_config, monkeypatch):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [24])
+    monkeypatch.setattr(saving, 'VERSION', saving.VERSION + 1)
+    saving.save_run(config, None, step=25)
+    monkeypatch.undo()
+    with pytest.raises(SettingError, match=r'last\.pt.*format version 2.*reads up to 1.*git pull'):
+        saving.load_run(config)
+    with pytest.raises(SettingError, match='format version 2'):
+        saving.load_for_sampling(saving.last_path(config))
+
+
+@pytest.mark.parametrize('keep_last', [1, 2, 4])
+def test_the_last_k_and_every_mth_are_kept(tiny_config, keep_last):
+    config = tiny_config(keep_last=keep_last)
+    run_of(config, range(1, 24))
+    kept = {path.name: saving.load(path)['step'] for path in config.run_dir.glob('*.pt')}
+    expected = {'last.pt': 23} | {f'last-{i}.pt': 23 - i for i in range(1, keep_last)}
+    assert kept == expected | {'step_0000010.pt': 10, 'step_0000020.pt': 20}
+    assert not list(config.run_dir.glob('.*'))
+
+
+def test_links_to_one_file_leave_no_rest(tmp_path):
+    (tmp_path / 'a').write_text('x')
+    saving.keep(tmp_path / 'a', tmp_path / 'b')
+    saving.keep(tmp_path / 'a', tmp_path / 'b')  # rename does nothing then, and leaves its source
+    assert files_of(tmp_path) == ['a', 'b']
+
+
+def test_a_copy_in_main_memory_stays_as_it_was():
+    """Also its strides, and again into the same memory."""
+    weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    value = dict(a=[weight, (torch.tensor(3), 'text', None)], b=torch.nn.Parameter(torch.ones(3)))
+    host = saving.to_host(value)
+    then = weight.clone()
+    weight.zero_()
+    assert torch.equal(host['a'][0], then) and host['a'][0].stride() == weight.stride() and host['a'][1][1:] == ('text', None)
+    assert not host['b'].requires_grad
+    again = saving.to_host(value, host)
+    assert again['a'][0].data_ptr() == host['a'][0].data_ptr() and not again['a'][0].any()
+    other = saving.to_host(dict(a=[torch.ones(7)]), host)
+    assert torch.equal(other['a'][0], torch.ones(7))
+
+
+def test_a_background_write_holds_the_state_of_its_moment(tiny_config, monkeypatch):
+    """The state changes while it is written, and two are never written at once."""
+    config = tiny_config(num_training_steps=50)
+    saving.load_run(config)
+    writer, network, busy = saving.Writer(config), nn.Linear(100, 100), []
+    write = saving.save_run
+
+    def slow(*args, **kwargs):
+        busy.append(1)
+        assert len(busy) == 1
+        time.sleep(0.2)
+        write(*args, **kwargs)
+        busy.pop()
+
+    monkeypatch.setattr(saving, 'save_run', slow)
+    for step in (1, 2, 3):
+        nn.init.constant_(network.weight, step)
+        began = time.monotonic()
+        writer.write(None, step=step, network=network)
+        assert step > 1 or time.monotonic() - began < 0.1
+        nn.init.constant_(network.weight, -1)
+    writer.wait()
+    steps = {name: saving.load(config.run_dir / name) for name in ('last.pt', 'last-1.pt')}
+    assert [state['step'] for state in steps.values()] == [3, 2]
+    assert all((state['network']['weight'] == state['step']).all() for state in steps.values())
+
+
+@pytest.mark.parametrize('failures', [1, 2, 4])
+def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_folder(tiny_config, monkeypatch, failures):
     config = tiny_config()
     saving.load_run(config)
-    (config.run_dir / 'last.pt').write_bytes(b'')
-    with pytest.raises(SettingError, match=r'last\.pt.*damaged'):
-        saving.load_run(config)
+    write, left = saving.save, [failures]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, 'No space left on device')
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(saving, 'save', full)
+    monkeypatch.setattr(saving, 'RETRY_AFTER', (0.01, 0.01, 0.01))
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    writer = saving.Writer(config)
+    writer.write(None, step=7)
+    if failures < 4:
+        writer.wait()
+        assert saving.load(saving.last_path(config))['step'] == 7 and not distributed._stop_asked
+    else:
+        with pytest.raises(saving.SaveError, match=f'{config.ckpt_dir}.*step 7.*No space left.*Make room'):
+            writer.wait()
+        assert distributed._stop_asked and not saving.last_path(config).exists()
+
+
+LOCK = """
+import sys
+from pathlib import Path
+import saving
+try:
+    saving.lock_run(Path(sys.argv[1]))
+    print('in', flush=True)
+except saving.SettingError as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    def start():
+        process = subprocess.Popen([sys.executable, '-c', LOCK, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return process, process.stdout.readline().strip()
+
+    first, said = start()
+    try:
+        assert said == 'in'
+        second, said = start()
+        second.kill()
+        assert f'process {first.pid} on {socket.gethostname()}' in said and '--experiment_name' in said
+        first.kill()
+        first.wait()
+        third, said = start()  # its file is still there
+        third.kill()
+        assert said == 'in'
+    finally:
+        first.kill()
 
 
 @pytest.mark.parametrize('below', ['', 'below'])
@@ -253,7 +442,8 @@ def test_a_kept_checkpoint_survives_the_next_save(tiny_config, monkeypatch, link
     saving.save_run(config, 8, step=8)
     assert kept.read_bytes() == before and saving.load(kept)['step'] == 4
     assert saving.load(saving.last_path(config))['step'] == 8
-    assert files_of(config.run_dir) == ['config.json', 'last.pt', 'step_0000004.pt', 'step_0000008.pt']
+    assert files_of(config.run_dir) == ['config.json', 'last-1.pt', 'last.pt', 'lock', 'step_0000004.pt', 'step_0000008.pt']
+    assert saving.load(config.run_dir / 'last-1.pt')['step'] == 5
 
 
 def test_the_config_of_a_checkpoint_leaves_out_what_a_subclass_added(tiny_config):

@@ -2,11 +2,11 @@
 
 import functools
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same, assert_same_runs, record_of
 
 import distributed
 import saving
@@ -18,36 +18,14 @@ from processes import PROCESSES
 from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, NonFiniteLoss, ProcessedBatch
 
 EVERYTHING_RANDOM = dict(dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2)
-NOT_REPEATABLE = ('train/images_per_second', 'train/memory_gb')
 
 
 def record(config):
-    lines = [json.loads(line) for line in (config.run_dir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in NOT_REPEATABLE} for line in lines]
-
-
-def assert_same(a, b):
-    """Bit for bit the same nest of dicts, lists and tensors."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.equal(b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
+    return record_of(config.run_dir)
 
 
 def assert_same_run(config_a, config_b):
-    a, b = saving.load(saving.last_path(config_a)), saving.load(saving.last_path(config_b))
-    for name in ('network', 'ema', 'optimizer', 'step', 'finished'):
-        assert_same(a[name], b[name])
-    assert record(config_a) == record(config_b)
+    assert_same_runs(config_a.run_dir, config_b.run_dir)
 
 
 class Interrupted(Exception):
@@ -63,7 +41,7 @@ def interrupted_at(step, how):
             if self.step == step and how == 'killed':
                 raise Interrupted
             if self.step == step:
-                distributed._ask_to_stop(15, None)
+                distributed.ask_to_stop()
 
     return Trainer
 
@@ -90,7 +68,7 @@ def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, h
 def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monkeypatch):
     class StopsInEvaluation(ExampleDiffusionTrainer):
         def evaluate(self):
-            distributed._ask_to_stop(15, None)
+            distributed.ask_to_stop()
             return super().evaluate()
 
     whole, cut = (tiny_config(experiment_name=name) for name in ('whole', 'cut'))
@@ -272,16 +250,109 @@ def test_learning_rate_is_set_before_the_step(tiny_config, build_trainer):
     assert all(isinstance(rate, float) for rate in rates)
 
 
-def test_not_finite_loss_names_the_step_and_keeps_the_last_checkpoint(tiny_config, build_trainer):
-    class Diverges(ExampleDiffusionTrainer):
-        def loss_fn(self, batch, model_fn):
-            return super().loss_fn(batch, model_fn) * (float('nan') if self.step == 5 else 1)
+def bad_in(steps, where='loss'):
+    """A trainer whose loss, or gradient alone, is not finite in these steps."""
 
-    config = tiny_config()
-    with pytest.raises(NonFiniteLoss, match='not finite at step 6'):
-        build_trainer(config, Diverges).train_loop()
-    kept = saving.load(saving.last_path(config))
-    assert kept['step'] == 4 and all(w.isfinite().all() for w in kept['network'].values())
+    class Trainer(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            losses = super().loss_fn(batch, model_fn)
+            if self.step not in steps or not torch.is_grad_enabled():
+                return losses
+            if where == 'loss':
+                return torch.where(torch.arange(len(losses)) == 3, float('inf'), losses)  # finite gradient, infinite loss
+            losses.register_hook(lambda gradient: gradient * float('nan'))
+            return losses
+
+    return Trainer
+
+
+def state_of(trainer):
+    return saving.to_host({name: getattr(trainer, name).state_dict() for name in ('network', 'optimizer')})
+
+
+@pytest.mark.parametrize('where', ['loss', 'gradient'])
+@pytest.mark.parametrize('accumulation_steps', [1, 2])
+def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trainer, where, accumulation_steps):
+    trainer = build_trainer(tiny_config(accumulation_steps=accumulation_steps), bad_in({2, 3}, where))
+    shards = trainer.shards()
+    states = []
+    for _ in range(5):
+        trainer.train_step(shards)
+        states.append(state_of(trainer))
+    lr = [group.pop('lr') for state in states for group in state['optimizer']['param_groups']]
+    assert len(set(lr)) > 1  # the schedule goes on
+    assert_same(states[1], states[2])
+    assert_same(states[1], states[3])
+    assert all(not a.equal(b) for a, b in zip(states[3]['network'].values(), states[4]['network'].values(), strict=True) if a.ndim > 1)
+    assert int(states[4]['optimizer']['state'][0]['step']) == 3
+    assert trainer.bad_steps.tolist() == [0, 2, 3]
+    assert all(w.isfinite().all() for w in trainer.ema.networks[0.999].state_dict().values())
+
+
+def test_a_bad_step_is_in_the_record(tiny_config, build_trainer, capsys):
+    config = tiny_config(log_every=2, eval_every=0)
+    build_trainer(config, bad_in({2, 7})).train_loop()
+    lines = record(config)
+    assert [line['train/bad_steps'] for line in lines] == [0, 1, 1, 2, 2, 2]
+    assert all(np.isfinite(line['train/loss']) and np.isfinite(line['train/grad_norm']) for line in lines)
+    assert capsys.readouterr().out.count('1 steps were skipped') == 2
+
+
+@pytest.mark.parametrize('log_every', [1, 50])
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_config, build_trainer, log_every):
+    """Also when it is noticed later: nothing moves after max_bad_steps, though later steps are good."""
+    config = tiny_config(max_bad_steps=3, log_every=log_every, save_every=0 if log_every == 50 else 5, keep_every=0)
+    trainer = build_trainer(config, bad_in({2, 3, 6, 7, 8}))
+    with pytest.raises(NonFiniteLoss, match=r'max_bad_steps=3 steps in a row, from step 6 on'):
+        trainer.train_loop()
+    assert int(trainer.optimizer.state_dict()['state'][0]['step']) == 4  # steps 0, 1, 4, 5
+    networks = [trainer.network, *trainer.ema.networks.values()]
+    assert all(w.isfinite().all() for network in networks for w in network.state_dict().values())
+    if log_every == 1:
+        kept = saving.load(saving.last_path(config))
+        assert kept['step'] == 5 and kept['bad_steps'].tolist() == [0, 2, 3]
+
+
+def test_bad_steps_in_a_row_are_counted_across_a_restart(tiny_config, build_trainer):
+    config = tiny_config(max_bad_steps=3, save_every=1, log_every=1)
+
+    class Killed(bad_in({4, 5, 6})):
+        def train_step(self, shards):
+            super().train_step(shards)
+            if self.step == 6:
+                raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build_trainer(config, Killed).train_loop()
+    again = build_trainer(config, bad_in({4, 5, 6}))
+    assert again.bad_steps.tolist() == [1, 1, 4]  # the save of step 5
+    with pytest.raises(NonFiniteLoss, match='from step 4 on'):
+        again.train_loop()
+
+
+def test_a_step_can_be_replayed(tiny_config, build_trainer):
+    """As README.md says: from the last checkpoint, to the very batch."""
+    seen = []
+
+    class Watched(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            if self.step == 9 and torch.is_grad_enabled():
+                seen.append((batch, {k: v.clone() for k, v in self.network.state_dict().items()}))
+            return super().loss_fn(batch, model_fn)
+
+    config = tiny_config(**EVERYTHING_RANDOM | dict(accumulation_steps=1), num_training_steps=11, save_every=4)
+    whole = build_trainer(config, Watched)
+    shards = whole.shards()
+    while whole.step < 11:
+        whole.train_step(shards)
+    trainer = build_trainer(config)
+    shards = trainer.shards()
+    while trainer.step < 9:
+        trainer.train_step(shards)
+    batch = ProcessedBatch.cat(list(itertools.islice(shards, trainer.shards_at_once())))
+    (then, weights) = seen[0]
+    assert_same(vars(batch), vars(then))
+    assert_same(dict(trainer.network.state_dict()), dict(weights))
 
 
 @pytest.mark.parametrize('reduce, shape', [(torch.mean, r'\(\)'), (lambda x: x[:, None], r'\(32, 1\)')])

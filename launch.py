@@ -1,0 +1,119 @@
+"""The launcher that run.sh calls: torchrun, with one process per GPU or one on a CPU machine.
+
+    python launch.py script.py [flags]
+
+NPROC: processes on this machine. MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
+TORCHRUN_ARGS: torchrun's flags instead of --standalone, for several machines.
+"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+
+SAID = (distributed.EXIT_BAD_SETTING, distributed.EXIT_NOT_FINITE, distributed.EXIT_STOPPED)  # exit codes of workers that have said why they end
+
+
+def launch(argv: list[str]) -> int:
+    """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
+    distributed.end_with_parent()
+    gpus = torch.cuda.device_count()
+    try:
+        nproc = whole_number('NPROC', max(1, gpus), 1, gpus or None)
+        restarts = whole_number('MAX_RESTARTS', 0, 0, None)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return distributed.EXIT_BAD_SETTING
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # waiting threads spin so long otherwise that two programs on the same cores stall each other
+    os.environ['RUN_PARENT'] = str(os.getpid())
+    logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
+    patch_signal_handler()
+    flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
+    with tempfile.TemporaryDirectory(prefix='reports') as reports:
+        os.environ['RUN_REPORTS'] = reports
+        arguments = [f'--log-dir={reports}', *flags, f'--nproc-per-node={nproc}', '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', *argv]
+        try:
+            for restart in range(restarts + 1):
+                code = run_workers(arguments, Path(reports))
+                if code in (0, *SAID) or restart == restarts:
+                    return code
+                print(f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)', file=sys.stderr, flush=True)
+        except SignalException:
+            return int((Path(reports) / 'outcome').read_text())
+    return code
+
+
+def whole_number(name: str, usual: int, least: int, most: int | None) -> int:
+    """Environment variable `name`. Raises ValueError."""
+    value = os.environ.get(name) or str(usual)
+    if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
+        limit = f' and no more than the {most} GPUs' if most is not None else ''
+        raise ValueError(f'{name}={value!r}: must be a whole number, at least {least}{limit}.')
+    return int(value)
+
+
+def patch_signal_handler() -> None:
+    """Let torchrun obey the first stop signal only: a second one, while workers are saving, would make it leave them behind."""
+    from torch.distributed.elastic.multiprocessing import SignalException, api
+
+    def stop_once(signum: int, frame: Any) -> None:
+        for name in distributed.STOP_SIGNALS:
+            signal.signal(name, signal.SIG_IGN)
+        raise SignalException(f'got signal {signum}', signal.Signals(signum))
+
+    api._terminate_process_handler = stop_once
+
+
+def run_workers(arguments: list[str], reports: Path) -> int:
+    """torchrun with these arguments; the exit code. Prints the first cause, last. Raises SignalException."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    for old in reports.glob('failed_*'):
+        old.unlink()
+    (reports / 'outcome').write_text(str(distributed.EXIT_STOPPED))  # until a worker begins there is nothing to lose
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        said = [code for code in codes.values() if code in SAID]
+        if said:
+            if any(reports.glob('failed_*')) and not (reports / 'failed_0').exists():  # rank 0 would have shown it
+                print(first_cause(codes, reports), file=sys.stderr, flush=True)
+            return said[0]
+        if all(-code in distributed.STOP_SIGNALS for code in codes.values()):  # before it caught them
+            return int((reports / 'outcome').read_text())
+        print(first_cause(codes, reports), file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def first_cause(codes: dict[int, int], reports: Path) -> str:
+    """Why the run failed: of a worker that a signal killed, else of the first that reported an error. `codes`: rank -> exit code."""
+    for rank, code in codes.items():
+        if code < 0 and -code not in distributed.STOP_SIGNALS:
+            return f'rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}); is there enough memory?'
+    failures = [json.loads(path.read_text()) for path in reports.glob('failed_*')]
+    if failures:
+        first = min(failures, key=lambda failure: failure['time'])
+        return f'rank {first["rank"]} failed first: {first["text"]}'
+    rank, code = next(iter(codes.items()))
+    return f'rank {rank} failed first (exit code {code}); its message is above.'
+
+
+if __name__ == '__main__':
+    sys.exit(launch(sys.argv[1:]))
