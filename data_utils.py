@@ -195,6 +195,11 @@ class Loader:
             x = x.to(self.device, non_blocking=True)
             yield x.float() / self.max_value, label.to(self.device, non_blocking=True)
 
+    def start_workers(self) -> None:
+        """Fork the loader processes now. Later, beside a thread that writes a checkpoint, a fork could copy a lock that nobody will release."""
+        if self.resident is None and self.workers.persistent_workers:
+            iter(self.workers)
+
     def everything(self) -> tuple[Tensor, Tensor]:
         """All images (N, C, H, W) in [0, 1] and labels of a resident data set, on the CPU, whatever the sampler says."""
         images, labels = (part.cpu() for part in self.resident)

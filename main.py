@@ -3,6 +3,7 @@
 Run by `sh run.sh [--flags]`. An experiment is one file that subclasses the trainer and calls `main(trainer_class=Mine)`.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
         # another trainer is another experiment: it must not go on with, or end as, a run of the example trainer
         config = dataclasses.replace(config, experiment_name=f'{config.experiment_name}_{trainer_class.__name__}')
 
+    exit_code = 1
+    if 'RANK' in os.environ:
+        # registered first, so run last: the C++ destructors of torch, of which one now and then aborts in a process that had a process group, are left out
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
     import distributed  # imports torch, which --help need not wait for
 
     distributed.end_with_parent()
@@ -46,7 +51,7 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
     from saving import SaveError
     from trainer import NonFiniteLoss
 
-    error, code = None, 0
+    error = None
     try:
         if config.check:
             from check import check
@@ -54,23 +59,24 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
             check(config, trainer_class)
         else:
             train(config, trainer_class)
+        exit_code = 0
     except SettingError as bad:
-        error, code = bad, distributed.EXIT_BAD_SETTING
+        error, exit_code = bad, distributed.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
-        error, code = diverged, distributed.EXIT_NOT_FINITE
+        error, exit_code = diverged, distributed.EXIT_NOT_FINITE
     except distributed.Stopped:
-        code = distributed.EXIT_STOPPED
+        exit_code = distributed.EXIT_STOPPED
     except SaveError as failed:
-        error, code = failed, 1
+        error = failed
     except Exception as failed:
         distributed.report_failure(failed)
         raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
-    distributed.set_outcome(code)
-    if error is not None and not (distributed.report_failure(error) and code == 1):  # which the launcher then shows last
+    distributed.set_outcome(exit_code)
+    if error is not None and not (distributed.report_failure(error) and exit_code == 1):  # which the launcher then shows last
         show(error)
-    distributed.close(code)
-    if code:
-        sys.exit(code)
+    distributed.close(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':

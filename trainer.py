@@ -141,6 +141,7 @@ class BaseDiffusionTrainer:
         self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id)
         self.progress = Progress(self.step, self.config.num_training_steps)
         self.restart_clock()
+        self.test_loader.start_workers()
         distributed.catch_stop_signals()
         try:
             try:

@@ -73,7 +73,7 @@ class Job:
         finally:
             kill_all(str(self.root)) if process.poll() is None else None
         self.ended = time.time()
-        assert wait_until(lambda: not processes_with(str(self.root)), 3), processes_with(str(self.root))
+        assert wait_until(lambda: not processes_with(str(self.root)), 8), processes_with(str(self.root))
         return process.returncode, out, err
 
     def steps(self):
@@ -291,11 +291,10 @@ def test_full_disk(tmp_path, whole):
         job = Job(disk)
         process = job.start()
         assert wait_until(lambda: (job.folder / 'last-1.pt').exists(), 60)
-        with open(disk / 'filler', 'wb') as file:
+        with open(disk / 'filler', 'wb', buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(1024))
-                    file.flush()
             except OSError:
                 pass
         filled = time.time()
