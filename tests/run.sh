@@ -1,5 +1,6 @@
 #!/bin/sh
 # Lint and test:  sh tests/run.sh [pytest args]     e.g. sh tests/run.sh tests/test_processes.py -k rf
+#                 sh tests/run.sh -m slow           what a run survives: whole runs, killed and stopped in every way (a quarter of an hour)
 set -eu
 CDPATH= cd -- "$(dirname -- "$0")/.."
 SETUP_ONLY=1

@@ -11,7 +11,7 @@ from config import Config, parse_config
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
-COMMANDS = sorted({line.split('#')[0].strip() for language, block in BLOCKS if language == 'sh' for line in block.splitlines()})
+COMMANDS = sorted({re.sub(r'^\w+=\S+ ', '', line.split('#')[0].strip()) for language, block in BLOCKS if language == 'sh' for line in block.splitlines()})
 SNIPPETS = [block for language, block in BLOCKS if language == 'python']
 
 
@@ -38,6 +38,15 @@ def test_every_file_is_in_the_table():
         assert f'`{path.name}`' in README, path.name
 
 
+def test_every_test_of_the_reliability_table_exists():
+    table = README[README.index('## Reliability') : README.index('Exit codes:')]
+    code = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
+    names = re.findall(r'`(test_\w+)`', table)
+    assert len(names) > 25
+    for name in names:
+        assert f'def {name}(' in code, name
+
+
 def test_pictures_exist():
     for path in re.findall(r'!\[.*?\]\((.*?)\)', README):
         assert (ROOT / path).stat().st_size > 1000
@@ -62,7 +71,7 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     for snippet in SNIPPETS:
         ast.parse(snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
     spaces = dict(vars(processes)) | dict(vars(solvers)) | dict(vars(networks))
-    loss, process, _, _, solver, grid, samples, likelihood, floor = SNIPPETS[1:]
+    loss, process, _, _, solver, grid, samples, likelihood, floor, replay = SNIPPETS[1:]
     names = {}
     exec(loss.replace("if __name__ == '__main__':", 'if False:'), names)
     config = tiny_config(experiment_name='digits')
@@ -90,3 +99,4 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     x0, t = names['x0'], torch.full((4,), 0.01)
     assert torch.allclose(names['perfect'](0.99 * x0, t, None), x0)
     assert names['result'].log_prob.shape == (4,)
+    exec(replay.replace("parse_config(['--experiment_name', 'digits'])", 'config').replace('1234', '10'), names | dict(config=config))

@@ -1,0 +1,70 @@
+"""What a save costs training: the stall of a background save beside that of one that waits for the disk, for growing networks.
+
+    python benchmarks/saves.py
+
+Both kinds are timed in turn, in one process, with real checkpoints on the disk of the temporary folder (weights, one moving average, two moments of AdamW).
+The share is of the time between two saves, save_every steps of the digits preset with a UNet of that width.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import Config
+from logging_utils import Logger
+from main import build
+
+REPEATS = 7
+
+
+def seconds(do) -> float:
+    began = time.perf_counter()
+    do()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(channels: int, folder: str) -> None:
+    config = Config(channels=channels, ckpt_dir=folder, experiment_name=f'channels{channels}', wandb='disabled', keep_every=0)
+    trainer = build(config)
+    trainer.logger = Logger(config, config.run_dir)
+    shards = trainer.shards()
+    trainer.train_step(shards)
+    first = seconds(trainer.save)  # allocates the copy
+    trainer.writer.wait()
+    stall, write, blocking, alone, beside = [], [], [], [], []
+    for _ in range(REPEATS if channels < 256 else 3):
+        alone.append(seconds(lambda: trainer.train_step(shards)))
+        stall.append(seconds(trainer.save))
+        beside.append(seconds(lambda: trainer.train_step(shards)))  # the write goes on behind it, or behind its beginning
+        write.append(seconds(trainer.writer.wait))
+        blocking.append(seconds(lambda: trainer.save(wait=True)))
+    megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6
+    waits, blocks, step = median(stall), median(blocking), median(alone)
+    share = waits / (config.save_every * step)
+    print(
+        f'| {channels} | {sum(p.numel() for p in trainer.network.parameters()) / 1e6:.1f} M | {megabytes:.0f} | {1000 * waits:.1f} | {1000 * first:.0f} '
+        f'| {1000 * blocks:.0f} | {blocks / waits:.0f} | {1000 * step:.0f} | {median(beside) / step:.2f} | {share:.4%} |',
+        flush=True,
+    )
+
+
+def main() -> None:
+    print(
+        '| channels | parameters | MB | stall (ms) | first stall (ms) | waiting for the disk (ms) | ratio | step (ms) | step beside a write | share of training |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|---|')
+    with tempfile.TemporaryDirectory() as folder:
+        for channels in (32, 64, 128, 256):
+            measure(channels, folder)
+
+
+if __name__ == '__main__':
+    main()
