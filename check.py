@@ -16,7 +16,7 @@ import distributed
 import saving
 import utils
 from config import Config, SettingError, baseline
-from logging_utils import Logger, say
+from logging_utils import say
 from main import build
 
 SECONDS_FOR_STEPS = 8.0  # of training, to tell how long a step takes
@@ -29,9 +29,9 @@ def check(config: Config, trainer_class: type | None) -> None:
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
         raise SettingError('check=True: this tries one machine. Run it on one of them, without TORCHRUN_ARGS.')
+    distributed.setup()
     usual = baseline(config)
     say('\n'.join(f'{"*" if value != usual[name] else " "} {name} = {value!r}' for name, value in vars(config).items()))
-    distributed.setup()
     begins_at = distributed.on_main(lambda: look_at_folder(config))
     folder = Path(distributed.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:
@@ -46,7 +46,7 @@ def check(config: Config, trainer_class: type | None) -> None:
 def look_at_folder(config: Config) -> int:
     """The step at which the run will begin. Raises SettingError if its folder cannot be written or holds another run. Reads only."""
     parent = nearest_folder(config)
-    if not os.access(parent, os.W_OK):
+    if not os.access(parent, os.W_OK) or any(path.is_file() for path in [config.run_dir, *config.run_dir.parents]):
         raise SettingError(f'ckpt_dir={config.ckpt_dir!r}: {parent} cannot be written. Pass a folder of yours as --ckpt_dir.')
     found = saving.newest_whole(config) if config.run_dir.exists() else None
     if not found:
@@ -82,7 +82,6 @@ def timed(do: Callable[[], object]) -> float:
 def rehearse(config: Config, there: Config, trainer_class: type | None, steps_left: int) -> None:
     """All that the run `config` does, tried as `there`; then what its `steps_left` will take."""
     trainer = build(there, trainer_class)
-    trainer.logger = Logger(there, there.run_dir)
     shards, weights = trainer.shards(), trainer.weights()
     parameters = sum(p.numel() for p in trainer.network.parameters())
     say(f'\n{config.dataset} on {distributed.world_size()} x {trainer.device.type}: {parameters:,} parameters')
@@ -105,6 +104,8 @@ def rehearse(config: Config, there: Config, trainer_class: type | None, steps_le
     losses: list[float] = []
     at_once = trainer.shards_at_once()
     held_out = timed(lambda: losses.append(trainer.held_out_loss(trainer.network, at_once))) * -(-trainer.test_loader.rounds // at_once) * len(weights)
+    if trainer.bad_steps[1] or not math.isfinite(losses[0]):
+        raise SettingError(f'the loss or its gradient was not finite in the first {trainer.step} steps. Try a lower --base_lr, or --precision float32.')
     say(f'held out  loss {losses[0]:.4f} after {trainer.step} steps; {held_out:.3g} s each time')
 
     per_image = {}
@@ -127,13 +128,15 @@ def rehearse(config: Config, there: Config, trainer_class: type | None, steps_le
     final = per_image[config.solver] * 1000 if config.final_eval and trainer.data.pixel_metrics else 0
     saves = stall * times(config.save_every)
     hours = (step * steps_left + grids + final + saves + held_out * times(config.eval_every)) / 3600
-    kept = config.num_training_steps // config.keep_every if config.keep_every else 0
-    disk = size * (config.keep_last + 1 + kept)  # one more while it is being written
+    begins_at = config.num_training_steps - steps_left
+    kept = config.num_training_steps // config.keep_every - begins_at // config.keep_every if config.keep_every else 0
+    there_already = len(list(config.run_dir.glob('last*.pt')))
+    disk = size * max(0, config.keep_last + 1 + kept - there_already)  # one more while it is being written
     free = shutil.disk_usage(nearest_folder(config)).free
     say(
         f'\nthe run   {hours:.3g} hours ({step * steps_left / 3600:.3g} of them training) for {steps_left} steps\n'
         f'memory    {utils.peak_memory_gb(trainer.device):.2f} GB at most so far, in each process\n'
-        f'disk      {disk / 1e9:.3g} GB for {config.keep_last} + {kept} checkpoints and one being written; {free / 1e9:.3g} GB are free'
+        f'disk      {disk / 1e9:.3g} GB more for {config.keep_last} + {kept} checkpoints and one being written; {free / 1e9:.3g} GB are free'
     )
     if disk > free:
         raise SettingError(

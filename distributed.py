@@ -63,8 +63,8 @@ def close(code: int = 0, seconds: float = 10) -> None:
         alone.start()
         with suppress(RuntimeError):  # a process that is gone
             barrier()
-        alone.cancel()
         dist.destroy_process_group()
+        alone.cancel()
 
 
 def barrier() -> None:
@@ -192,7 +192,7 @@ def raise_if_stopped() -> None:
 
 def set_outcome(code: int) -> None:
     """Tell the launcher which exit code the run is to have if a signal ends it: torchrun itself cannot say how workers ended."""
-    if is_main() and 'RUN_REPORTS' in os.environ:
+    if os.environ.get('LOCAL_RANK') == '0' and 'RUN_REPORTS' in os.environ:
         Path(os.environ['RUN_REPORTS'], 'outcome').write_text(str(code))
 
 
@@ -204,6 +204,12 @@ def report_failure(error: BaseException) -> bool:
     report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
     Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))
     return True
+
+
+def end_soon(code: int, seconds: int = 5) -> None:
+    """End this process with `code` in `seconds` at most, whatever threads and exit handlers still wait for."""
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+    signal.alarm(seconds)
 
 
 def end_with_parent() -> None:

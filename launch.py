@@ -27,7 +27,8 @@ def launch(argv: list[str]) -> int:
     """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
+    if os.getpgrp() != os.getpid():
+        os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
     distributed.end_with_parent()
     gpus = torch.cuda.device_count()
     try:
@@ -45,6 +46,8 @@ def launch(argv: list[str]) -> int:
     flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
     with tempfile.TemporaryDirectory(prefix='reports') as reports:
         os.environ['RUN_REPORTS'] = reports
+        if '--check' in argv:
+            os.environ['TMPDIR'] = reports  # torch and others leave caches there
         arguments = [f'--log-dir={reports}', *flags, f'--nproc-per-node={nproc}', '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', *argv]
         try:
             for restart in range(restarts + 1):
@@ -53,8 +56,19 @@ def launch(argv: list[str]) -> int:
                     return code
                 print(f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)', file=sys.stderr, flush=True)
         except SignalException:
-            return int((Path(reports) / 'outcome').read_text())
-    return code
+            return outcome_of_stop(Path(reports))
+    raise AssertionError('the last restart returns')
+
+
+def outcome_of_stop(reports: Path) -> int:
+    """The exit code of a run that was asked to stop; says what kept it from saving."""
+    outcome = int((reports / 'outcome').read_text())
+    if outcome == 1 and any(reports.glob('failed_*')):
+        print(first_cause({}, reports), file=sys.stderr, flush=True)
+    elif outcome == 1:
+        print('it did not stop in the time that torchrun gives, and was cut off: the same command goes on from the last save', file=sys.stderr, flush=True)
+        return distributed.EXIT_STOPPED
+    return outcome
 
 
 def whole_number(name: str, usual: int, least: int, most: int | None) -> int:
@@ -95,24 +109,25 @@ def run_workers(arguments: list[str], reports: Path) -> int:
             if any(reports.glob('failed_*')) and not (reports / 'failed_0').exists():  # rank 0 would have shown it
                 print(first_cause(codes, reports), file=sys.stderr, flush=True)
             return said[0]
-        if all(-code in distributed.STOP_SIGNALS for code in codes.values()):  # before it caught them
-            return int((reports / 'outcome').read_text())
+        if any(-code in distributed.STOP_SIGNALS for code in codes.values()) and (reports / 'outcome').read_text() == str(distributed.EXIT_STOPPED):
+            return distributed.EXIT_STOPPED  # one was asked to stop before there was anything to save, and the others lost it
         print(first_cause(codes, reports), file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 def first_cause(codes: dict[int, int], reports: Path) -> str:
-    """Why the run failed: of a worker that a signal killed, else of the first that reported an error. `codes`: rank -> exit code."""
+    """Why the run failed: a worker was killed, or else what the first to report an error said. `codes`: rank -> exit code."""
     for rank, code in codes.items():
-        if code < 0 and -code not in distributed.STOP_SIGNALS:
-            return f'rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}); is there enough memory?'
+        if code == -signal.SIGKILL:
+            return f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'
     failures = [json.loads(path.read_text()) for path in reports.glob('failed_*')]
     if failures:
         first = min(failures, key=lambda failure: failure['time'])
         return f'rank {first["rank"]} failed first: {first["text"]}'
     rank, code = next(iter(codes.items()))
-    return f'rank {rank} failed first (exit code {code}); its message is above.'
+    how = f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
+    return f'rank {rank} failed first ({how}).'
 
 
 if __name__ == '__main__':

@@ -3,12 +3,14 @@
 Only rank 0 keeps a record; on the other ranks every method does nothing.
 """
 
+import contextlib
 import json
 import os
+import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ from config import Config, SettingError
 
 WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
 WANDB_FINISH_TIMEOUT = 10  # and the end
+wandb_hangs = False  # its threads and exit handlers would keep this process for ever
+WANDB_QUEUE = 1000  # lines and pictures that may wait for it
+
+
+class SaveError(RuntimeError):
+    """Something that a run leaves on the disk could not be written; what was there before is untouched."""
 
 
 def say(text: str) -> None:
@@ -70,7 +78,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
 
     try:
         run = init('offline' if mode == 'offline' else 'online')
-    except wandb.errors.Error as error:
+    except Exception as error:  # not all of wandb's errors derive from wandb.errors.Error
         if mode == 'online':
             raise SettingError(f"wandb='online': {error}. Use --wandb offline, and `wandb sync` later.") from error
         say(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
@@ -94,6 +102,10 @@ class Logger:
 
         distributed.on_main(open_record)
         self.wandb_id = self.run.id if self.run is not None else wandb_id
+        self.for_wandb: queue.Queue[Callable[[Any], None] | None] = queue.Queue(WANDB_QUEUE)
+        self.sender = threading.Thread(target=self._send_to_wandb, args=(self.run,), daemon=True)
+        if self.run is not None:
+            self.sender.start()
 
     @property
     def path(self) -> Path:
@@ -113,9 +125,18 @@ class Logger:
             return
         values = {'train/step': step, **values}
         finite = {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
-        with open(self.path, 'a') as file:
+        with self._disk(), open(self.path, 'a') as file:
             file.write(json.dumps(finite) + '\n')
         self._on_wandb(lambda run: run.log(values))
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f'{self.run_dir}: the record cannot be written ({error}). Make room there, and the same command goes on from the last checkpoint.'
+            ) from error
 
     def log_picture(self, name: str, picture: Tensor, step: int) -> None:
         """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without its `step_...` part."""
@@ -123,8 +144,9 @@ class Logger:
             return
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         path = self.run_dir / 'samples' / f'{name}.png'
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        with self._disk():
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
 
         def show(run: Any) -> None:
             import wandb
@@ -146,22 +168,37 @@ class Logger:
         self._on_wandb(show)
 
     def _on_wandb(self, do: Callable[[Any], None]) -> None:
-        """`do` with the wandb run, if there is one. If that fails, wandb is left out from then on: it must not end the training."""
-        if self.run is None:
-            return
-        try:
-            do(self.run)
-        except Exception as error:
-            say(f'wandb failed ({type(error).__name__}: {error}). Training goes on; the whole record is in {self.path}.')
-            self.run = None
+        """Have `do(run)` done in a thread of its own: whatever becomes of wandb, training neither waits for it nor ends with it."""
+        if self.run is not None:
+            try:
+                self.for_wandb.put_nowait(do)
+            except queue.Full:
+                self._leave_wandb('it takes nothing any more')
+
+    def _send_to_wandb(self, run: Any) -> None:
+        while (do := self.for_wandb.get()) is not None:
+            try:
+                do(run)
+            except Exception as error:
+                return self._leave_wandb(f'{type(error).__name__}: {error}')
+        return None
+
+    def _leave_wandb(self, why: str) -> None:
+        self.run = None
+        say(f'wandb failed ({why}). Training goes on; the whole record is in {self.path}.')
 
     def close(self) -> None:
         """End the wandb run, which sends what is left; a server that does not answer is not waited for, `wandb sync` sends it later."""
-        end = threading.Thread(target=self._on_wandb, args=(lambda run: run.finish(),), daemon=True)
-        end.start()
-        end.join(WANDB_FINISH_TIMEOUT)
-        if end.is_alive():
-            say(f'wandb: the server does not take the rest of the record; `wandb sync` the folder {self.run_dir / "wandb"} later')
+        self._on_wandb(lambda run: run.finish())
+        if self.run is None:
+            return
+        with contextlib.suppress(queue.Full):
+            self.for_wandb.put(None, timeout=WANDB_FINISH_TIMEOUT)
+        self.sender.join(WANDB_FINISH_TIMEOUT)
+        if self.sender.is_alive():
+            global wandb_hangs
+            wandb_hangs = True
+            say(f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, and `wandb sync` can send {self.run_dir / "wandb"} later')
 
 
 class RunningMeans:

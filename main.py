@@ -42,13 +42,15 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
 
     exit_code = 1
     if 'RANK' in os.environ:
-        # registered first, so run last: the C++ destructors of torch, of which one now and then aborts in a process that had a process group, are left out
+        # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group. (Registered early, so run
+        # late: after what registers itself from here on.)
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
     import distributed  # imports torch, which --help need not wait for
 
     distributed.end_with_parent()
     distributed.die_of_stop_signals()
-    from saving import SaveError
+    import logging_utils
+    from logging_utils import SaveError
     from trainer import NonFiniteLoss
 
     error = None
@@ -75,6 +77,8 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
     if error is not None and not (distributed.report_failure(error) and exit_code == 1):  # which the launcher then shows last
         show(error)
     distributed.close(exit_code)
+    if logging_utils.wandb_hangs:
+        distributed.end_soon(exit_code)
     if exit_code:
         sys.exit(exit_code)
 

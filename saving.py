@@ -6,9 +6,11 @@ optimizer, record. Nothing random is stored: randomness is a function of (seed, 
 A run's folder holds last.pt, the saves before it (last-1.pt, ...), step_N.pt, and a lock.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pickle
@@ -17,6 +19,8 @@ import socket
 import threading
 import time
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 import distributed
 from config import Config, SettingError, differences
-from logging_utils import say
+from logging_utils import SaveError, say
 from networks import NETWORK_SETTINGS, get_network
 from processes import GaussianProcess, get_process
 
@@ -37,10 +41,6 @@ class DamagedCheckpoint(SettingError):
     """A checkpoint that is not whole."""
 
 
-class SaveError(RuntimeError):
-    """A checkpoint that could not be written; the ones before it are untouched."""
-
-
 def save(path: str | Path, **objects: Any) -> None:
     """Write objects under their names: the state_dict of what has one, plain values as they are.
 
@@ -48,6 +48,14 @@ def save(path: str | Path, **objects: Any) -> None:
     file or the new one. Raises OSError or RuntimeError if the disk is full; the old file is then untouched.
     """
     path = Path(path)
+    with written_beside(path, **objects) as temporary:
+        os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, **objects: Any) -> Iterator[Path]:
+    """A temporary file in the folder of `path` that holds the objects and is on the disk; removed at the end if it is still there."""
     state = {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -55,10 +63,9 @@ def save(path: str | Path, **objects: Any) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,11 +97,12 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself would accept flipped bits
-        if damaged is not None:
-            raise zipfile.BadZipFile(f'bad checksum of {damaged}')
+            odd = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr]
+        if damaged is not None or odd:  # bits of the directory that checksums do not cover, but torch obeys
+            raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to where a damaged file points
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):  # a seek to where a damaged file points; a bad disk
             raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
         raise DamagedCheckpoint(f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.') from error
 
@@ -117,19 +125,24 @@ def last_path(config: Config) -> Path:
     return config.run_dir / 'last.pt'
 
 
-def save_run(config: Config, keep_as: int | None, **objects: Any) -> None:
+def save_run(config: Config, keep_as: int | None, again: bool = False, **objects: Any) -> None:
     """Write the run's last.pt, with its config, and step_N.pt if this step is to be kept.
 
-    The saves before it are last-1.pt (the one before), last-2.pt, ...: keep_last in all. A kill at any moment leaves one that is whole.
+    The saves before it are last-1.pt (the one before), last-2.pt, ...: keep_last in all. A kill at any moment leaves them whole.
+    `again`: last.pt is of the same step already, so that the ones before it stay where they are.
     """
     last = last_path(config)
-    for i in range(config.keep_last - 1, 0, -1):
-        newer = last.with_name(f'last-{i - 1}.pt') if i > 1 else last
-        if newer.exists():
-            keep(newer, last.with_name(f'last-{i}.pt'))
-    save(last, version=VERSION, config=dataclasses.asdict(config), **objects)
+    saves = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
+    with written_beside(last, version=VERSION, config=dataclasses.asdict(config), **objects) as temporary:
+        for newer, older in reversed(list(itertools.pairwise(saves))):
+            if newer.exists() and not again:
+                keep(newer, older)
+        os.replace(temporary, last)
     if keep_as is not None:
         keep(last, config.run_dir / f'step_{keep_as:07d}.pt')
+    for path in set(config.run_dir.glob('last-*.pt')) - set(saves):  # keep_last was higher
+        path.unlink()
+    sync_folder(config.run_dir)
 
 
 def to_host(value: Any, old: Any = None) -> Any:
@@ -154,6 +167,7 @@ class Writer:
         self.copy: dict[str, Any] | None = None  # of the last state; its memory is used again, which is much faster than new memory
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
+        self.written: int | None = None  # the step of last.pt
 
     def write(self, keep_as: int | None, **objects: Any) -> None:
         """Begin to write the objects as they are now, as `save_run` does. Raises the SaveError of an earlier write."""
@@ -179,19 +193,21 @@ class Writer:
     def _write(self, keep_as: int | None) -> None:
         for seconds in (*RETRY_AFTER, None):
             try:
-                return save_run(self.config, keep_as, **self.copy)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-                if seconds is None:
+                save_run(self.config, keep_as, again=self.written == self.copy['step'], **self.copy)
+                self.written = self.copy['step']
+                return
+            except Exception as error:
+                if seconds is None or not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
                     cause = error.__context__ if isinstance(error.__context__, OSError) else error
                     self.error = SaveError(
                         f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {self.copy["step"]} cannot be written ({cause}). '
                         f'Those before it in {self.config.run_dir} are untouched. Make room there, and the same command goes on from the last of them.'
                     )
                     distributed.ask_to_stop()  # on all ranks, at the end of this step
-                else:
-                    say(f'the checkpoint of step {self.copy["step"]} could not be written ({error}); trying again in {seconds} s')
-                    time.sleep(seconds)
-        return None
+                    return
+                say(f'the checkpoint of step {self.copy["step"]} could not be written ({error}); trying again in {seconds} s')
+                time.sleep(seconds)
+        return
 
 
 _locks: dict[Path, IO[str]] = {}  # open, so locked, until this process ends, in whatever way
@@ -224,23 +240,27 @@ def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
 
     Raises SettingError if there are checkpoints but none is whole: a run never begins anew over its remains.
     """
-    folder, last = config.run_dir, last_path(config)
-    kept = sorted(folder.glob('step_*.pt'), reverse=True)
-    before = sorted(folder.glob('last-*.pt'), key=lambda path: int(path.stem[5:]) if path.stem[5:].isdigit() else 10**9)
+    last = last_path(config)
     damaged: list[str] = []
-    for path in [last, *before, *kept]:
+    newest: tuple[Path, dict[str, Any]] | None = None
+    for path in [last, *sorted({*config.run_dir.glob('last-*.pt'), *config.run_dir.glob('step_*.pt')})]:
         if path.exists():
             try:
                 checkpoint = load_checkpoint(path)
             except DamagedCheckpoint as error:
                 damaged.append(str(error).rpartition('. ')[0])
                 continue
-            if damaged:
-                say(f'{"; ".join(damaged)}: going on from {path.name}, step {checkpoint["step"]}')
-            return path, checkpoint
+            if newest is None or checkpoint['step'] > newest[1]['step']:
+                newest = path, checkpoint
+            if path == last:
+                break
+    if newest is None and damaged:
+        raise SettingError(
+            f'{config.run_dir} has no checkpoint that is whole: {"; ".join(damaged)}. Put back a copy of one, or pass another --experiment_name.'
+        )
     if damaged:
-        raise SettingError(f'{folder} has no checkpoint that is whole: {"; ".join(damaged)}. Put back a copy of one, or pass another --experiment_name.')
-    return None
+        say(f'{"; ".join(damaged)}: going on from {newest[0].name}, step {newest[1]["step"]}')
+    return newest
 
 
 def refuse_other(config: Config, checkpoint: dict[str, Any]) -> None:

@@ -139,6 +139,7 @@ class BaseDiffusionTrainer:
     def train_loop(self) -> None:
         """Train from `self.step` to the end. Raises distributed.Stopped and SaveError after, NonFiniteLoss without a last save."""
         self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id)
+        self.wandb_id = self.logger.wandb_id
         self.progress = Progress(self.step, self.config.num_training_steps)
         self.restart_clock()
         self.test_loader.start_workers()
@@ -259,13 +260,18 @@ class BaseDiffusionTrainer:
                 values |= self.evaluate()
             if self.step == self.config.num_training_steps and self.config.final_eval:
                 values |= self.final_metrics()
-        finally:
-            if values:
-                self.logger.log(values, self.step)
+        except distributed.Stopped:
+            self.write_record(values)  # of what was computed before it
+            raise
+        self.write_record(values)
         if self.due('sample_every'):
             self.sample_grids()
         if any(map(self.due, ('log_every', 'eval_every', 'sample_every', 'save_every'))):
             self.restart_clock()
+
+    def write_record(self, values: dict[str, float]) -> None:
+        if values:
+            distributed.on_main(lambda: self.logger.log(values, self.step))  # a full disk is an error on every rank
 
     def raise_if_bad(self) -> None:
         """Raise NonFiniteLoss, on every rank, if too many steps in a row were bad."""
@@ -289,7 +295,7 @@ class BaseDiffusionTrainer:
         _, bad, last = self.bad_steps.tolist()
         values['train/bad_steps'] = bad
         if bad > self.bad_known:
-            say(f'{bad - self.bad_known} steps were skipped, the last of them step {last}: loss or gradient not finite')
+            say(f'skipped {bad - self.bad_known} of the last steps, the latest of them step {last}: loss or gradient not finite')
         self.bad_known = bad
         if images > 0:  # not in a line that a resumed run writes again
             values['train/images_per_second'] = images / (time.monotonic() - began)
@@ -364,7 +370,8 @@ class BaseDiffusionTrainer:
             for name, module in self.weights().items():
                 images = self.generate(module, x1, label, solver)
                 grids = [utils.image_grid(x, columns) for x in (x1 / 4 + 0.5, images / 2 + 0.5)]
-                self.logger.log_picture(f'step_{self.step:07d}_{solver}_{name}', torch.cat(grids, 2), self.step)
+                picture = f'step_{self.step:07d}_{solver}_{name}', torch.cat(grids, 2), self.step
+                distributed.on_main(lambda picture=picture: self.logger.log_picture(*picture))
 
     def show_data_and_schedule(self) -> None:
         """A picture of the first batch, left, and what augmentation makes of it, right; the learning rate of every step."""
@@ -418,7 +425,7 @@ class BaseDiffusionTrainer:
                 num_classes=self.data.num_classes,
                 step=self.step,
                 finished=self.finished,
-                wandb_id=self.logger.wandb_id,
+                wandb_id=self.wandb_id,
                 bad_steps=self.bad_steps,
                 network=self.network,
                 ema=self.ema,
@@ -440,7 +447,7 @@ class BaseDiffusionTrainer:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.means.load(checkpoint['record'])
             self.step, self.wandb_id = checkpoint['step'], checkpoint['wandb_id']
-            self.bad_steps = checkpoint['bad_steps'].to(self.device)
+            self.bad_steps = checkpoint.get('bad_steps', self.bad_steps).to(self.device)
             self.bad_known = int(self.bad_steps[1])
             self.finished = checkpoint['finished'] and self.step >= c.num_training_steps
             say(f'resuming {c.run_dir} at step {self.step}')

@@ -17,7 +17,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config
-from logging_utils import Logger
 from main import build
 
 REPEATS = 7
@@ -34,7 +33,6 @@ def seconds(do) -> float:
 def measure(channels: int, folder: str) -> None:
     config = Config(channels=channels, ckpt_dir=folder, experiment_name=f'channels{channels}', wandb='disabled', keep_every=0)
     trainer = build(config)
-    trainer.logger = Logger(config, config.run_dir)
     shards = trainer.shards()
     trainer.train_step(shards)
     first = seconds(trainer.save)  # allocates the copy

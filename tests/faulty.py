@@ -73,7 +73,7 @@ class FaultyTrainer(ExampleDiffusionTrainer):
             self.step = step
 
     def prepare_batch_fn(self, batch, is_train):
-        if is_train and self.happens('exception'):
+        if is_train and (self.happens('exception') or self.config.fault == 'always'):
             raise KeyError('broken on purpose')
         if is_train and self.happens('nan'):
             batch = (batch[0] * torch.nan, batch[1])
@@ -102,12 +102,13 @@ def die(trainer: FaultyTrainer, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(owner: object, name: str, do: Callable[[], None]) -> None:
-    """Replace owner.name by a function that does something first."""
+def before(owner: object, name: str, do: Callable[[], None], on: str = '') -> None:
+    """Replace owner.name by a function that does something first, if its last argument ends with `on`."""
     original = getattr(owner, name)
 
     def changed(*args, **kwargs):
-        do()
+        if str(args[-1]).endswith(on):
+            do()
         return original(*args, **kwargs)
 
     setattr(owner, name, changed)
@@ -130,7 +131,7 @@ def half_written(trainer: FaultyTrainer) -> None:
 PATCHES = {
     'half written': half_written,
     'before fsync': lambda trainer: before(os, 'fsync', lambda: die(trainer, 'before fsync')),
-    'before rename': lambda trainer: before(saving.os, 'replace', lambda: die(trainer, 'before rename')),
+    'before rename': lambda trainer: before(os, 'replace', lambda: die(trainer, 'before rename'), 'last.pt'),
     'after rename': lambda trainer: before(saving, 'sync_folder', lambda: die(trainer, 'after rename')),
     'saving:SIGTERM:worker': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),
     'saving:SIGTERM:run.sh': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),

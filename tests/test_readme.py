@@ -99,4 +99,9 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     x0, t = names['x0'], torch.full((4,), 0.01)
     assert torch.allclose(names['perfect'](0.99 * x0, t, None), x0)
     assert names['result'].log_prob.shape == (4,)
-    exec(replay.replace("parse_config(['--experiment_name', 'digits'])", 'config').replace('1234', '10'), names | dict(config=config))
+    fresh = tiny_config(experiment_name='replay')
+    exec(
+        replay.replace("parse_config(['--experiment_name', 'copy'])", 'config').replace('1234', '5'),
+        names := names | dict(config=fresh, MyTrainer=type(trainer)),
+    )
+    assert names['trainer'].step == 5 and names['losses'].isfinite().all()

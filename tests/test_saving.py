@@ -360,7 +360,7 @@ def test_a_background_write_holds_the_state_of_its_moment(tiny_config, monkeypat
 def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_folder(tiny_config, monkeypatch, failures):
     config = tiny_config()
     saving.load_run(config)
-    write, left = saving.save, [failures]
+    write, left = torch.save, [failures]
 
     def full(*args, **kwargs):
         left[0] -= 1
@@ -368,7 +368,7 @@ def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_fold
             raise OSError(28, 'No space left on device')
         write(*args, **kwargs)
 
-    monkeypatch.setattr(saving, 'save', full)
+    monkeypatch.setattr(torch, 'save', full)
     monkeypatch.setattr(saving, 'RETRY_AFTER', (0.01, 0.01, 0.01))
     monkeypatch.setattr(distributed, '_stop_asked', False)
     writer = saving.Writer(config)
@@ -380,6 +380,65 @@ def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_fold
         with pytest.raises(saving.SaveError, match=f'{config.ckpt_dir}.*step 7.*No space left.*Make room'):
             writer.wait()
         assert distributed._stop_asked and not saving.last_path(config).exists()
+
+
+def test_failed_writes_leave_all_earlier_saves_as_they_were(tiny_config, monkeypatch):
+    config = tiny_config(keep_last=3)
+    run_of(config, [1, 2, 3])
+    before = {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')}
+
+    def full(state, file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full)
+    for _ in range(3):
+        with pytest.raises(OSError, match='No space'):
+            saving.save_run(config, None, step=4)
+    assert {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')} == before
+
+
+def test_a_save_of_the_same_step_leaves_the_one_before(tiny_config):
+    config = tiny_config()
+    saving.load_run(config)
+    writer = saving.Writer(config)
+    for step, finished in ((4, False), (8, False), (8, True)):
+        writer.write(None, step=step, finished=finished)
+    writer.wait()
+    last, before = (saving.load(config.run_dir / name) for name in ('last.pt', 'last-1.pt'))
+    assert (last['step'], last['finished'], before['step']) == (8, True, 4)
+
+
+def test_an_error_of_any_kind_in_the_background_is_no_save(tiny_config, monkeypatch):
+    config = tiny_config()
+    saving.load_run(config)
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    writer = saving.Writer(config)
+    writer.write(None, step=4, network=lambda: 'cannot be pickled')
+    with pytest.raises(saving.SaveError, match='step 4'):
+        writer.wait()
+
+
+def test_fewer_saves_are_kept_when_keep_last_is_lowered(tiny_config):
+    run_of(tiny_config(experiment_name='run', keep_last=4), range(1, 6))
+    config = tiny_config(experiment_name='run', keep_last=2)
+    saving.save_run(config, None, step=6)
+    assert sorted(path.name for path in config.run_dir.glob('*.pt')) == ['last-1.pt', 'last.pt']
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / 'a.pt'
+    weight = torch.arange(6.0)
+    saving.save(path, step=7, weight=weight)
+    raw = path.read_bytes()
+    for i in range(len(raw)):
+        for bit in range(8):
+            path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << bit]) + raw[i + 1 :])
+            try:
+                state = saving.load(path)
+            except saving.DamagedCheckpoint:
+                continue
+            assert state['step'] == 7 and torch.equal(state['weight'], weight), (i, bit)
 
 
 LOCK = """
