@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 import distributed
-import saving
+import run_folder
 import utils
 from config import Config, SettingError, baseline
 from logging_utils import say
@@ -37,7 +37,7 @@ def check(config: Config, trainer_class: type | None) -> None:
     try:
         distributed.on_main(lambda: link_data(config, folder / 'data'))
         there = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
-        rehearse(config, dataclasses.replace(config, **there), trainer_class, max(0, config.num_training_steps - begins_at))
+        rehearse(config, dataclasses.replace(config, **there), trainer_class, begins_at)
     finally:
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
@@ -48,10 +48,10 @@ def look_at_folder(config: Config) -> int:
     parent = nearest_folder(config)
     if not os.access(parent, os.W_OK) or any(path.is_file() for path in [config.run_dir, *config.run_dir.parents]):
         raise SettingError(f'ckpt_dir={config.ckpt_dir!r}: {parent} cannot be written. Pass a folder of yours as --ckpt_dir.')
-    found = saving.newest_whole(config) if config.run_dir.exists() else None
+    found = run_folder.newest_whole(config) if config.run_dir.exists() else None
     if not found:
         return 0
-    saving.refuse_other(config, found[1])
+    run_folder.refuse_other(config, found[1])
     say(f'{config.run_dir} holds this run at step {found[1]["step"]} of {config.num_training_steps}: it will go on from there')
     return found[1]['step']
 
@@ -79,9 +79,9 @@ def timed(do: Callable[[], object]) -> float:
     return float(distributed.all_reduce(torch.tensor(time.perf_counter() - began), 'MAX'))
 
 
-def rehearse(config: Config, there: Config, trainer_class: type | None, steps_left: int) -> None:
-    """All that the run `config` does, tried as `there`; then what its `steps_left` will take."""
-    trainer = build(there, trainer_class)
+def rehearse(config: Config, there: Config, trainer_class: type | None, begins_at: int) -> None:
+    """All that the run `config` does, tried as `there`; then what it will take from step `begins_at` on."""
+    trainer, steps_left = build(there, trainer_class), max(0, config.num_training_steps - begins_at)
     shards, weights = trainer.shards(), trainer.weights()
     parameters = sum(p.numel() for p in trainer.network.parameters())
     say(f'\n{config.dataset} on {distributed.world_size()} x {trainer.device.type}: {parameters:,} parameters')
@@ -94,8 +94,8 @@ def rehearse(config: Config, there: Config, trainer_class: type | None, steps_le
 
     stall = timed(trainer.save)
     write = timed(lambda: distributed.on_main(trainer.writer.wait))
-    size = distributed.on_main(lambda: saving.last_path(there).stat().st_size)
-    before = saving.to_host(trainer.network.state_dict())
+    size = distributed.on_main(lambda: run_folder.last_path(there).stat().st_size)
+    before = run_folder.to_host(trainer.network.state_dict())
     load = timed(trainer.restore)
     if any(not value.cpu().equal(before[name]) for name, value in trainer.network.state_dict().items()):
         raise RuntimeError('the checkpoint, loaded again, does not hold the weights that were saved')
@@ -128,7 +128,6 @@ def rehearse(config: Config, there: Config, trainer_class: type | None, steps_le
     final = per_image[config.solver] * 1000 if config.final_eval and trainer.data.pixel_metrics else 0
     saves = stall * times(config.save_every)
     hours = (step * steps_left + grids + final + saves + held_out * times(config.eval_every)) / 3600
-    begins_at = config.num_training_steps - steps_left
     kept = config.num_training_steps // config.keep_every - begins_at // config.keep_every if config.keep_every else 0
     there_already = len(list(config.run_dir.glob('last*.pt')))
     disk = size * max(0, config.keep_last + 1 + kept - there_already)  # one more while it is being written

@@ -190,11 +190,10 @@ class Logger:
     def close(self) -> None:
         """End the wandb run, which sends what is left; a server that does not answer is not waited for, `wandb sync` sends it later."""
         self._on_wandb(lambda run: run.finish())
-        if self.run is None:
-            return
         with contextlib.suppress(queue.Full):
-            self.for_wandb.put(None, timeout=WANDB_FINISH_TIMEOUT)
-        self.sender.join(WANDB_FINISH_TIMEOUT)
+            self.for_wandb.put_nowait(None)
+        if self.sender.is_alive():
+            self.sender.join(WANDB_FINISH_TIMEOUT)
         if self.sender.is_alive():
             global wandb_hangs
             wandb_hangs = True

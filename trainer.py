@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data_utils
 import distributed
 import metrics
+import run_folder
 import saving
 import utils
 from augmentations import get_augmenter
@@ -93,7 +94,7 @@ class BaseDiffusionTrainer:
         self.means = RunningMeans(device)  # since the last line of the record
         self.bad_steps = torch.zeros(3, dtype=torch.int64, device=device)  # skipped: in a row until now, in all, and the last one's number
         self.bad_known = 0  # of these, how many have been reported
-        self.writer = saving.Writer(config)
+        self.writer = run_folder.Writer(config)
         self.stratum = (0, 1)  # which shard of how many is being prepared
         self.restore()
 
@@ -440,9 +441,9 @@ class BaseDiffusionTrainer:
     def restore(self) -> None:
         """Go on from the run's last whole checkpoint, or begin from the weights of init_from if that is set."""
         c = self.config
-        checkpoint = saving.load_run(c)
+        checkpoint = run_folder.load_run(c)
         if checkpoint is not None:
-            saving.load_weights(self.network, checkpoint['network'], checkpoint['config'], c, saving.last_path(c))
+            saving.load_weights(self.network, checkpoint['network'], checkpoint['config'], c, run_folder.last_path(c))
             self.ema.load_state_dict(checkpoint['ema'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.means.load(checkpoint['record'])

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_same_runs, kill_all, launch_env, losses, processes_with, record_of, start_run_sh, wait_until
 
+import run_folder
 import saving
+from config import Config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = 'tests/faulty.py'
@@ -93,11 +95,12 @@ def report(name, **figures):
 # ---------------------------------------------------------------- killed
 
 
-def test_killed_at_25_random_moments(tmp_path, whole):
+@pytest.mark.parametrize('nproc, kills', [(1, 13), (2, 12)])
+def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
     """SIGKILL of all processes, at start-up or while it trains and saves; each time the same command goes on."""
     settings = dict(num_training_steps=300, save_every=3, eval_every=50, sample_every=0, keep_every=0)
-    job, rng, lost = Job(tmp_path, nproc=1, **settings), random.Random(0), []
-    for kill in range(25):
+    job, rng, lost = Job(tmp_path, nproc=nproc, **settings), random.Random(nproc), []
+    for kill in range(kills):
         process, before = job.start(), job.steps()
         if kill % 6 == 5:
             time.sleep(rng.uniform(0, 6))
@@ -112,13 +115,13 @@ def test_killed_at_25_random_moments(tmp_path, whole):
             time.sleep(0.01 * len(found))
         process.communicate(timeout=20)
         done = max(before, job.steps())
-        kept = saving.newest_whole(saving.Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER)) if job.folder.exists() else None
+        kept = run_folder.newest_whole(Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER)) if job.folder.exists() else None
         lost.append(done - (kept[1]['step'] if kept else 0))
     code, _, err = job.run()
     assert code == 0, err
-    assert_same_runs(whole(1, **settings), job.folder)
+    assert_same_runs(whole(nproc, **settings), job.folder)
     assert max(lost) <= 3 * 3, lost  # save_every, one that was being written, and the steps that went on behind it
-    report('killed at 25 random moments', lost_steps=lost)
+    report('killed at 25 random moments', nproc=nproc, lost_steps=lost)
 
 
 @pytest.mark.parametrize('fault', ['half written', 'before fsync', 'before rename', 'after rename'])

@@ -9,7 +9,7 @@ from conftest import ROOT
 LAYERS = [
     'config utils distributed',
     'processes prediction time_samplers loss_weights augmentations unet dit data_utils optimizers ema logging_utils',
-    'solvers sampling likelihood metrics networks saving',
+    'solvers sampling likelihood metrics networks saving run_folder',
     'trainer',
     'main generate evaluate check launch',
 ]

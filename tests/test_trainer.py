@@ -9,6 +9,7 @@ import torch
 from conftest import assert_same, assert_same_runs, record_of
 
 import distributed
+import run_folder
 import saving
 import utils
 from config import SettingError
@@ -267,7 +268,7 @@ def bad_in(steps, where='loss'):
 
 
 def state_of(trainer):
-    return saving.to_host({name: getattr(trainer, name).state_dict() for name in ('network', 'optimizer')})
+    return run_folder.to_host({name: getattr(trainer, name).state_dict() for name in ('network', 'optimizer')})
 
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
@@ -309,7 +310,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_confi
     networks = [trainer.network, *trainer.ema.networks.values()]
     assert all(w.isfinite().all() for network in networks for w in network.state_dict().values())
     if log_every == 1:
-        kept = saving.load(saving.last_path(config))
+        kept = saving.load(run_folder.last_path(config))
         assert kept['step'] == 5 and kept['bad_steps'].tolist() == [0, 2, 3]
 
 
@@ -372,7 +373,7 @@ def test_singular_end_is_refused_before_training(tiny_config, build_trainer):
 def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
     config = tiny_config(experiment_name='first')
     build_trainer(config).train_loop()
-    path = saving.last_path(config)
+    path = run_folder.last_path(config)
     trainer = build_trainer(tiny_config(experiment_name='second', init_from=str(path)))
     average = saving.load(path)['ema']['networks'][0.999]
     for weights in (trainer.network.state_dict(), trainer.ema.networks[0.999].state_dict()):
@@ -430,4 +431,4 @@ def test_compiled_run_learns_the_same(tiny_config, build_trainer, monkeypatch):
     for config in (plain, compiled):
         build_trainer(config).train_loop()
     assert [line['train/loss'] for line in record(compiled)] == pytest.approx([line['train/loss'] for line in record(plain)], rel=1e-5)
-    assert saving.load(saving.last_path(compiled))['network'].keys() == saving.load(saving.last_path(plain))['network'].keys()
+    assert saving.load(run_folder.last_path(compiled))['network'].keys() == saving.load(run_folder.last_path(plain))['network'].keys()

@@ -1,0 +1,328 @@
+"""The folder of a run: what it goes on from, who may be in it, and writes in the background."""
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import distributed
+import run_folder
+import saving
+from config import SettingError
+from logging_utils import SaveError
+
+
+def test_a_new_run_has_a_config_and_no_checkpoint(tiny_config):
+    config = tiny_config(base_lr=0.125)
+    assert run_folder.load_run(config) is None
+    assert json.loads((config.run_dir / 'config.json').read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def test_another_config_in_the_folder_is_refused_with_the_differences(tiny_config):
+    config = tiny_config(experiment_name='run')
+    run_folder.load_run(config)
+    run_folder.save_run(config, None, step=4)
+    before = (config.run_dir / 'config.json').read_text()
+    with pytest.raises(SettingError) as caught:
+        run_folder.load_run(tiny_config(experiment_name='run', base_lr=0.5, channel_mults=(1, 3), log_every=9))
+    assert 'base_lr: 0.001 -> 0.5' in str(caught.value) and 'channel_mults: (1, 2) -> (1, 3)' in str(caught.value)
+    assert 'log_every' not in str(caught.value) and '--experiment_name' in str(caught.value)
+    assert (config.run_dir / 'config.json').read_text() == before
+
+
+def test_free_settings_may_change(tiny_config):
+    config = tiny_config(experiment_name='run')
+    run_folder.load_run(config)
+    run_folder.save_run(config, None, step=4)
+    changed = tiny_config(experiment_name='run', log_every=9, accumulation_steps=2, solver='euler', wandb='auto')
+    assert run_folder.load_run(changed)['step'] == 4
+    assert json.loads((config.run_dir / 'config.json').read_text())['log_every'] == 9
+
+
+DAMAGE = {
+    'empty': lambda raw: b'',
+    'cut': lambda raw: raw[: len(raw) // 2],
+    'cut by one byte': lambda raw: raw[:-1],
+    'zeros': lambda raw: bytes(len(raw)),
+    'garbage': lambda raw: bytes(range(256)) * 20,
+    'one bit': lambda raw: (at := raw.index(b'weightweight')) and raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :],
+}
+FILLER = torch.tensor(list(b'weight' * 500), dtype=torch.uint8)
+
+
+def run_of(config, steps):
+    """A run's folder after saves at these steps."""
+    run_folder.load_run(config)
+    for step in steps:
+        run_folder.save_run(config, step if step % 10 == 0 else None, step=step, finished=False, network=dict(w=FILLER))
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tiny_config, capsys, damage):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 20, 25])
+    last = run_folder.last_path(config)
+    damaged = DAMAGE[damage](last.read_bytes())
+    last.write_bytes(damaged)
+    assert run_folder.load_run(config)['step'] == 20
+    assert str(last) in (out := capsys.readouterr().out) and 'going on from last-1.pt, step 20' in out
+    assert last.with_name('last.pt.damaged').read_bytes() == damaged  # nothing is lost
+    assert saving.load(last)['step'] == 20  # and the next save pushes a good one back
+    run_folder.save_run(config, None, step=26, finished=False)
+    assert [saving.load(config.run_dir / name)['step'] for name in ('last.pt', 'last-1.pt')] == [26, 20]
+
+
+def test_kept_checkpoints_are_the_last_resort_newest_first(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 20, 25, 26])
+    for name in ('last.pt', 'last-1.pt'):
+        (config.run_dir / name).write_bytes(b'')
+    assert run_folder.load_run(config)['step'] == 20
+
+
+def test_a_run_never_begins_anew_over_remains(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [10, 25])
+    for path in config.run_dir.glob('*.pt'):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in config.run_dir.iterdir()}
+    for _ in range(2):  # it says so every time
+        with pytest.raises(SettingError, match=r'no checkpoint that is whole.*last\.pt.*last-1\.pt.*step_0000010\.pt.*--experiment_name'):
+            run_folder.load_run(config)
+    lock = config.run_dir / 'lock'
+    assert {path: raw for path, raw in before.items() if path != lock} == {path: path.read_bytes() for path in before if path != lock}
+
+
+def test_a_missing_last_checkpoint_is_no_new_run_either(tiny_config):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [24, 25])
+    run_folder.last_path(config).unlink()
+    assert run_folder.load_run(config)['step'] == 24
+
+
+def test_a_checkpoint_of_a_newer_program_is_refused(tiny_config, monkeypatch):
+    config = tiny_config(num_training_steps=50)
+    run_of(config, [24])
+    monkeypatch.setattr(saving, 'VERSION', saving.VERSION + 1)
+    run_folder.save_run(config, None, step=25)
+    monkeypatch.undo()
+    with pytest.raises(SettingError, match=r'last\.pt.*format version 2.*reads up to 1.*git pull'):
+        run_folder.load_run(config)
+    with pytest.raises(SettingError, match='format version 2'):
+        saving.load_for_sampling(run_folder.last_path(config))
+
+
+@pytest.mark.parametrize('keep_last', [1, 2, 4])
+def test_the_last_k_and_every_mth_are_kept(tiny_config, keep_last):
+    config = tiny_config(keep_last=keep_last)
+    run_of(config, range(1, 24))
+    kept = {path.name: saving.load(path)['step'] for path in config.run_dir.glob('*.pt')}
+    expected = {'last.pt': 23} | {f'last-{i}.pt': 23 - i for i in range(1, keep_last)}
+    assert kept == expected | {'step_0000010.pt': 10, 'step_0000020.pt': 20}
+    assert not list(config.run_dir.glob('.*'))
+
+
+def test_links_to_one_file_leave_no_rest(tmp_path):
+    (tmp_path / 'a').write_text('x')
+    run_folder.keep(tmp_path / 'a', tmp_path / 'b')
+    run_folder.keep(tmp_path / 'a', tmp_path / 'b')  # rename does nothing then, and leaves its source
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'b']
+
+
+def test_a_copy_in_main_memory_stays_as_it_was():
+    """Also its strides, and again into the same memory."""
+    weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    value = dict(a=[weight, (torch.tensor(3), 'text', None)], b=torch.nn.Parameter(torch.ones(3)))
+    host = run_folder.to_host(value)
+    then = weight.clone()
+    weight.zero_()
+    assert torch.equal(host['a'][0], then) and host['a'][0].stride() == weight.stride() and host['a'][1][1:] == ('text', None)
+    assert not host['b'].requires_grad
+    again = run_folder.to_host(value, host)
+    assert again['a'][0].data_ptr() == host['a'][0].data_ptr() and not again['a'][0].any()
+    other = run_folder.to_host(dict(a=[torch.ones(7)]), host)
+    assert torch.equal(other['a'][0], torch.ones(7))
+
+
+def test_a_background_write_holds_the_state_of_its_moment(tiny_config, monkeypatch):
+    """The state changes while it is written, and two are never written at once."""
+    config = tiny_config(num_training_steps=50)
+    run_folder.load_run(config)
+    writer, network, busy = run_folder.Writer(config), nn.Linear(100, 100), []
+    write = run_folder.save_run
+
+    def slow(*args, **kwargs):
+        busy.append(1)
+        assert len(busy) == 1
+        time.sleep(0.2)
+        write(*args, **kwargs)
+        busy.pop()
+
+    monkeypatch.setattr(run_folder, 'save_run', slow)
+    for step in (1, 2, 3):
+        nn.init.constant_(network.weight, step)
+        began = time.monotonic()
+        writer.write(None, step=step, network=network)
+        assert step > 1 or time.monotonic() - began < 0.1
+        nn.init.constant_(network.weight, -1)
+    writer.wait()
+    steps = {name: saving.load(config.run_dir / name) for name in ('last.pt', 'last-1.pt')}
+    assert [state['step'] for state in steps.values()] == [3, 2]
+    assert all((state['network']['weight'] == state['step']).all() for state in steps.values())
+
+
+@pytest.mark.parametrize('failures', [1, 2, 4])
+def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_folder(tiny_config, monkeypatch, failures):
+    config = tiny_config()
+    run_folder.load_run(config)
+    write, left = torch.save, [failures]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, 'No space left on device')
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'save', full)
+    monkeypatch.setattr(run_folder, 'RETRY_AFTER', (0.01, 0.01, 0.01))
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    writer = run_folder.Writer(config)
+    writer.write(None, step=7)
+    if failures < 4:
+        writer.wait()
+        assert saving.load(run_folder.last_path(config))['step'] == 7 and not distributed._stop_asked
+    else:
+        with pytest.raises(SaveError, match=f'{config.ckpt_dir}.*step 7.*No space left.*Make room'):
+            writer.wait()
+        assert distributed._stop_asked and not run_folder.last_path(config).exists()
+
+
+def test_failed_writes_leave_all_earlier_saves_as_they_were(tiny_config, monkeypatch):
+    config = tiny_config(keep_last=3)
+    run_of(config, [1, 2, 3])
+    before = {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')}
+
+    def full(state, file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(torch, 'save', full)
+    for _ in range(3):
+        with pytest.raises(OSError, match='No space'):
+            run_folder.save_run(config, None, step=4)
+    assert {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')} == before
+
+
+def test_a_save_of_the_same_step_leaves_the_one_before(tiny_config):
+    config = tiny_config()
+    run_folder.load_run(config)
+    writer = run_folder.Writer(config)
+    for step, finished in ((4, False), (8, False), (8, True)):
+        writer.write(None, step=step, finished=finished)
+    writer.wait()
+    last, before = (saving.load(config.run_dir / name) for name in ('last.pt', 'last-1.pt'))
+    assert (last['step'], last['finished'], before['step']) == (8, True, 4)
+
+
+def test_an_error_of_any_kind_in_the_background_is_no_save(tiny_config, monkeypatch):
+    config = tiny_config()
+    run_folder.load_run(config)
+    monkeypatch.setattr(distributed, '_stop_asked', False)
+    writer = run_folder.Writer(config)
+    writer.write(None, step=4, network=lambda: 'cannot be pickled')
+    with pytest.raises(SaveError, match='step 4'):
+        writer.wait()
+
+
+def test_fewer_saves_are_kept_when_keep_last_is_lowered(tiny_config):
+    run_of(tiny_config(experiment_name='run', keep_last=4), range(1, 6))
+    config = tiny_config(experiment_name='run', keep_last=2)
+    run_folder.save_run(config, None, step=6)
+    assert sorted(path.name for path in config.run_dir.glob('*.pt')) == ['last-1.pt', 'last.pt']
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    path = tmp_path / 'a.pt'
+    weight = torch.arange(6.0)
+    saving.save(path, step=7, weight=weight)
+    raw = path.read_bytes()
+    for i in range(len(raw)):
+        for bit in range(8):
+            path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << bit]) + raw[i + 1 :])
+            try:
+                state = saving.load(path)
+            except saving.DamagedCheckpoint:
+                continue
+            assert state['step'] == 7 and torch.equal(state['weight'], weight), (i, bit)
+
+
+LOCK = """
+import sys
+from pathlib import Path
+import run_folder
+from config import SettingError
+try:
+    run_folder.lock_run(Path(sys.argv[1]))
+    print('in', flush=True)
+except SettingError as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    def start():
+        process = subprocess.Popen([sys.executable, '-c', LOCK, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return process, process.stdout.readline().strip()
+
+    first, said = start()
+    try:
+        assert said == 'in'
+        second, said = start()
+        second.kill()
+        assert f'process {first.pid} on {socket.gethostname()}' in said and '--experiment_name' in said
+        first.kill()
+        first.wait()
+        third, said = start()  # its file is still there
+        third.kill()
+        assert said == 'in'
+    finally:
+        first.kill()
+
+
+@pytest.mark.parametrize('below', ['', 'below'])
+def test_a_ckpt_dir_that_is_no_folder_is_named(tiny_config, tmp_path, below):
+    (tmp_path / 'file').write_text('')
+    folder = str(tmp_path / 'file' / below)
+    with pytest.raises(SettingError, match='ckpt_dir') as caught:
+        run_folder.load_run(tiny_config(ckpt_dir=folder))
+    assert folder in str(caught.value)
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_kept_checkpoint_survives_the_next_save(tiny_config, monkeypatch, links):
+    if not links:
+
+        def no_link(*_):
+            raise OSError('not on this file system')
+
+        monkeypatch.setattr(run_folder.os, 'link', no_link)
+    config = tiny_config()
+    run_folder.load_run(config)
+    run_folder.save_run(config, 4, step=4)
+    kept = config.run_dir / 'step_0000004.pt'
+    before = kept.read_bytes()
+    assert before == run_folder.last_path(config).read_bytes()
+    run_folder.save_run(config, None, step=5)
+    run_folder.save_run(config, 8, step=8)
+    assert kept.read_bytes() == before and saving.load(kept)['step'] == 4
+    assert saving.load(run_folder.last_path(config))['step'] == 8
+    assert sorted(path.name for path in config.run_dir.iterdir()) == ['config.json', 'last-1.pt', 'last.pt', 'lock', 'step_0000004.pt', 'step_0000008.pt']
+    assert saving.load(config.run_dir / 'last-1.pt')['step'] == 5
