@@ -134,6 +134,7 @@ def rehearse(config: Config, there: Config, trainer_class: type | None, begins_a
     free = shutil.disk_usage(nearest_folder(config)).free
     say(
         f'\nthe run   {hours:.3g} hours ({step * steps_left / 3600:.3g} of them training) for {steps_left} steps\n'
+        f'a kill    loses {f"{config.save_every * step / 60:.2g} minutes at most" if config.save_every else "all since the last step_N.pt"} (save_every={config.save_every})\n'
         f'memory    {utils.peak_memory_gb(trainer.device):.2f} GB at most so far, in each process\n'
         f'disk      {disk / 1e9:.3g} GB more for {config.keep_last} + {kept} checkpoints and one being written; {free / 1e9:.3g} GB are free'
     )

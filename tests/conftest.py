@@ -31,6 +31,7 @@ TINY = dict(
 )
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores for ever what was ignored when it began, as in a job behind &
 
 
 def as_flags(settings: dict) -> list[str]:
