@@ -43,7 +43,10 @@ def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor
 AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, Tensor]], str]] = {
     'flip_prob': (lambda x, chosen, config: flip(x, chosen), 'flip_keeps_label'),
     'rotate_prob': (lambda x, chosen, config: rotate(x, chosen), 'rotation_keeps_label'),
-    'translate_prob': (lambda x, chosen, config: translate(x, chosen, config.max_translation), 'translation_keeps_label'),
+    'translate_prob': (
+        lambda x, chosen, config: translate(x, chosen, config.max_translation),
+        'translation_keeps_label',
+    ),
 }
 
 
@@ -57,7 +60,9 @@ def get_augmenter(config: Config, allowed: dict[str, bool]) -> Augmenter:
     for setting, (fn, needs) in AUGMENTATIONS.items():
         prob = getattr(config, setting)
         if prob > 0 and not allowed[needs]:
-            raise SettingError(f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. Use --{setting} 0.')
+            raise SettingError(
+                f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. Use --{setting} 0.'
+            )
         if prob > 0:
             active.append((fn, prob))
 

@@ -315,7 +315,9 @@ def check(config: Config) -> None:
         'global_batch_size batch_shards accumulation_steps num_training_steps max_bad_steps keep_last num_sample_steps channels num_res_blocks image_size'
     ):
         require(value >= 1, name, 'must be at least 1')
-    for name, value in each('seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation sample_nfe'):
+    for name, value in each(
+        'seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation sample_nfe'
+    ):
         require(value >= 0, name, 'must be 0 or more')
     for name, value in each('flip_prob rotate_prob translate_prob label_dropout guidance_rescale'):
         require(0 <= value <= 1, name, 'must lie between 0 and 1')
@@ -325,28 +327,56 @@ def check(config: Config) -> None:
         require(value >= 0, name, 'must not be negative')
     require(0 <= c.dropout < 1, 'dropout', 'must be at least 0 and below 1')
     require(c.channels % 2 == 0, 'channels', 'must be even: half of them are cosines of the time')
-    require(len(c.channel_mults) > 0 and min(c.channel_mults) >= 1, 'channel_mults', 'needs one or more positive whole numbers')
-    require(len(c.adam_betas) == 2 and all(0 <= b < 1 for b in c.adam_betas), 'adam_betas', 'must be two numbers, at least 0 and below 1')
+    require(
+        len(c.channel_mults) > 0 and min(c.channel_mults) >= 1,
+        'channel_mults',
+        'needs one or more positive whole numbers',
+    )
+    require(
+        len(c.adam_betas) == 2 and all(0 <= b < 1 for b in c.adam_betas),
+        'adam_betas',
+        'must be two numbers, at least 0 and below 1',
+    )
     require(all(0 < d < 1 for d in c.ema_decays), 'ema_decays', 'must lie between 0 and 1')
     require(len(set(c.ema_decays)) == len(c.ema_decays), 'ema_decays', 'holds the same decay twice')
     require(c.min_lr <= c.base_lr, 'min_lr base_lr', 'min_lr must not be above base_lr')
-    require(c.warmup_steps < c.num_training_steps, 'warmup_steps num_training_steps', 'the warm-up must be shorter than the training: lower --warmup_steps')
+    require(
+        c.warmup_steps < c.num_training_steps,
+        'warmup_steps num_training_steps',
+        'the warm-up must be shorter than the training: lower --warmup_steps',
+    )
     require(0 <= c.t_min < c.t_max <= 1, 't_min t_max', 'times need 0 <= t_min < t_max <= 1')
-    require(c.beta_max >= c.beta_min and c.beta_max > 0, 'beta_min beta_max', 'beta_max must be positive and not below beta_min')
+    require(
+        c.beta_max >= c.beta_min and c.beta_max > 0,
+        'beta_min beta_max',
+        'beta_max must be positive and not below beta_min',
+    )
     require(c.sigma_max > c.sigma_min, 'sigma_min sigma_max', 'sigma_max must be above sigma_min')
-    require(c.global_batch_size % c.batch_shards == 0, 'global_batch_size batch_shards', 'the batch must be divisible by its shards')
+    require(
+        c.global_batch_size % c.batch_shards == 0,
+        'global_batch_size batch_shards',
+        'the batch must be divisible by its shards',
+    )
     require(
         c.batch_shards % c.accumulation_steps == 0,
         'batch_shards accumulation_steps',
         'the shards must be divisible by accumulation_steps (times the number of processes)',
     )
-    require(0 <= c.guidance_interval[0] <= c.guidance_interval[1] <= 1, 'guidance_interval', 'must be two times, 0 <= from <= to <= 1')
+    require(
+        0 <= c.guidance_interval[0] <= c.guidance_interval[1] <= 1,
+        'guidance_interval',
+        'must be two times, 0 <= from <= to <= 1',
+    )
     require(
         not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
         'antithetic global_batch_size batch_shards',
         'mirrored pairs need an even number of images in a shard',
     )
-    require(not (c.stratified and c.antithetic), 'stratified antithetic', 'times are drawn in one way or the other: add --no_stratified')
+    require(
+        not (c.stratified and c.antithetic),
+        'stratified antithetic',
+        'times are drawn in one way or the other: add --no_stratified',
+    )
     require(
         c.guidance_scale == 1 or 0 < c.label_dropout < 1,
         'guidance_scale label_dropout',
@@ -397,7 +427,11 @@ def differences(saved: Mapping[str, Any], config: Config, only: Collection[str] 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    return [f'{n}: {saved.get(n, "absent")} -> {now.get(n, "absent")}' for n in names if plain(saved.get(n, 'absent')) != plain(now.get(n, 'absent'))]
+    return [
+        f'{n}: {saved.get(n, "absent")} -> {now.get(n, "absent")}'
+        for n in names
+        if plain(saved.get(n, 'absent')) != plain(now.get(n, 'absent'))
+    ]
 
 
 def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
@@ -419,7 +453,9 @@ def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] =
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(config_class, args=argv, default=defaults, use_underscores=True, description=__doc__.split('\n\n')[0])
+            return tyro.cli(
+                config_class, args=argv, default=defaults, use_underscores=True, description=__doc__.split('\n\n')[0]
+            )
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, SettingError):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import distributed
 from config import Config, SettingError, choose
+from runtime import ranks, stopping
 
 Arrays = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
 
@@ -60,7 +60,9 @@ def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
     import torchvision
 
     try:
-        return [getattr(torchvision.datasets, name)(config.data_dir, train=train, download=True) for train in (True, False)]
+        return [
+            getattr(torchvision.datasets, name)(config.data_dir, train=train, download=True) for train in (True, False)
+        ]
     except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
         raise SettingError(
             f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and cannot be downloaded ({error}). '
@@ -69,13 +71,17 @@ def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
 
 
 def load_mnist(config: Config) -> tuple[Arrays, Arrays]:
-    train, test = ((part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST', 'MNIST/raw/*.gz'))
+    train, test = (
+        (part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST', 'MNIST/raw/*.gz')
+    )
     return train, test
 
 
 def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
     parts = from_torchvision(config, 'CIFAR10', 'cifar-10-python.tar.gz')
-    train, test = ((torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts)
+    train, test = (
+        (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
+    )
     return train, test
 
 
@@ -137,8 +143,8 @@ class StreamSampler(Sampler):
     @property
     def my_shards(self) -> range:
         """This process's shards: a block of consecutive ones."""
-        n = self.num_shards // distributed.world_size()
-        return range(distributed.rank() * n, (distributed.rank() + 1) * n)
+        n = self.num_shards // ranks.world_size()
+        return range(ranks.rank() * n, (ranks.rank() + 1) * n)
 
     def set_step(self, step: int) -> None:
         """Make the next iteration begin with this step."""
@@ -164,7 +170,7 @@ class StreamSampler(Sampler):
 
 def ignore_stop_signals(worker: int) -> None:
     """In a loader process: a stop that is sent to all processes is the trainer's business, which ends its loaders itself."""
-    for name in distributed.STOP_SIGNALS:
+    for name in stopping.STOP_SIGNALS:
         signal.signal(name, signal.SIG_IGN)
 
 
@@ -172,7 +178,13 @@ class Loader:
     """Batches of `source` in the order of `batch_sampler`, scaled to [0, 1] on the device."""
 
     def __init__(
-        self, source: Arrays | Dataset, batch_sampler: Iterable[list[int]], config: Config, spec: DataSpec, device: torch.device, rounds: int | None = None
+        self,
+        source: Arrays | Dataset,
+        batch_sampler: Iterable[list[int]],
+        config: Config,
+        spec: DataSpec,
+        device: torch.device,
+        rounds: int | None = None,
     ):
         """`rounds`: for the test loader, after how many batches all processes are through."""
         self.rounds = rounds
@@ -225,11 +237,13 @@ def load_once(config: Config, spec: DataSpec) -> tuple[Arrays | Dataset, Arrays 
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             return spec.load(config)
         except OSError as error:
-            raise SettingError(f'data_dir={config.data_dir!r} cannot be written or read ({error}). Pass a folder of yours as --data_dir.') from error
+            raise SettingError(
+                f'data_dir={config.data_dir!r} cannot be written or read ({error}). Pass a folder of yours as --data_dir.'
+            ) from error
 
     loaded = []
-    distributed.on_main(lambda: loaded.append(load()))
-    return distributed.on_each(lambda: loaded[0] if loaded else load())
+    ranks.on_main(lambda: loaded.append(load()))
+    return ranks.on_each(lambda: loaded[0] if loaded else load())
 
 
 def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loader, StreamSampler, Loader]:
@@ -239,18 +253,18 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     loader yields the held-out batches rank, rank + world size, ... of one shard's size, once.
     Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had.
     """
-    processes = distributed.world_size()
+    processes = ranks.world_size()
     if config.batch_shards % (processes * config.accumulation_steps):
         raise SettingError(
             f'batch_shards={config.batch_shards} is not divisible by {processes} processes x accumulation_steps={config.accumulation_steps}. '
             f'Use another number of processes (NPROC), or a --batch_shards that is a multiple of {processes * config.accumulation_steps} and divides --global_batch_size.'
         )
-    spec = distributed.on_each(lambda: get_dataset(config))
+    spec = ranks.on_each(lambda: get_dataset(config))
     train, test = load_once(config, spec)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
     sampler = StreamSampler(train_size, config)
     n = config.global_batch_size // config.batch_shards
     held_out = [list(range(i, min(i + n, test_size))) for i in range(0, test_size, n)]
-    mine = held_out[distributed.rank() :: processes]
+    mine = held_out[ranks.rank() :: processes]
     test_loader = Loader(test, mine, config, spec, device, rounds=-(-len(held_out) // processes))
     return Loader(train, sampler, config, spec, device), sampler, test_loader

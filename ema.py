@@ -34,7 +34,10 @@ class EMA:
             average.load_state_dict(network.state_dict())
 
     def state_dict(self) -> dict:
-        return {'num_updates': self.num_updates, 'networks': {decay: net.state_dict() for decay, net in self.networks.items()}}
+        return {
+            'num_updates': self.num_updates,
+            'networks': {decay: net.state_dict() for decay, net in self.networks.items()},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.num_updates = state['num_updates']

@@ -27,11 +27,18 @@ class LogLikelihood(NamedTuple):
 
 # name -> (like x (B, ...), number) -> vectors (P, B, ...) with E[e e^T] = I; the exact divergence sums over all unit vectors.
 PROBES = {
-    'exact': lambda x, n: torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape),
+    'exact': lambda x, n: (
+        torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+    ),
     'rademacher': lambda x, n: torch.randint(0, 2, (n, *x.shape), device=x.device).to(x) * 2 - 1,  # Hutchinson 1989
     'gaussian': lambda x, n: torch.randn(n, *x.shape, dtype=x.dtype, device=x.device),
 }
-METHODS = {'dopri5': 'dopri5', 'euler': 'euler', 'midpoint': 'midpoint', 'rk4': 'rk4'}  # our name -> that of torchdiffeq
+METHODS = {
+    'dopri5': 'dopri5',
+    'euler': 'euler',
+    'midpoint': 'midpoint',
+    'rk4': 'rk4',
+}  # our name -> that of torchdiffeq
 
 
 def log_likelihood(
@@ -66,7 +73,9 @@ def log_likelihood(
             f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. Use solver="dopri5", or one of {", ".join(METHODS)}.'
         )
     if guidance_scale != 1:
-        raise SettingError(f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.')
+        raise SettingError(
+            f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.'
+        )
     if not x0.is_floating_point():
         raise SettingError(f'x0 is {x0.dtype}: a density is of real numbers. Pass dequantize(x0).')
     if num_probes < 1 or num_steps < 1:
@@ -90,7 +99,18 @@ def log_likelihood(
     with torch.no_grad():
         if method == 'dopri5':
             ends = times[[0, -1]]
-            x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), ends, rtol=tolerance, atol=tolerance, method=method, options=within(ends)))
+            x, total = (
+                v[-1]
+                for v in odeint(
+                    velocity_and_divergence,
+                    (x, total),
+                    ends,
+                    rtol=tolerance,
+                    atol=tolerance,
+                    method=method,
+                    options=within(ends),
+                )
+            )
         else:
             x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), times, method=method))
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0

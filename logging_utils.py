@@ -19,24 +19,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
 from config import Config, SettingError
+from runtime import ranks
+from runtime.ranks import print_once
+from runtime.stopping import SaveError
 
 WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
 WANDB_FINISH_TIMEOUT = 10  # and the end
 wandb_hangs = False  # its threads and exit handlers would keep this process for ever
 WANDB_QUEUE = 1000  # lines and pictures that may wait for it
-
-
-class SaveError(RuntimeError):
-    """Something that a run leaves on the disk could not be written; what was there before is untouched."""
-
-
-def say(text: str) -> None:
-    """Print once, not once per process."""
-    if distributed.is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
 
 
 def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
@@ -47,7 +38,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
     mode = config.wandb
     if mode == 'auto' and os.environ.get('WANDB_MODE'):
         mode = {'dryrun': 'offline', 'run': 'online'}.get(os.environ['WANDB_MODE'], os.environ['WANDB_MODE'])
-        say(f'wandb: {mode}, as WANDB_MODE says')
+        print_once(f'wandb: {mode}, as WANDB_MODE says')
     if mode == 'disabled':
         return None
     import wandb
@@ -55,12 +46,16 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
     try:
         has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
     except wandb.errors.Error as error:
-        raise SettingError(f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.') from error
+        raise SettingError(
+            f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
+        ) from error
     if not has_key and mode == 'auto':
-        say('wandb: not logged in, so the record is kept on disk only (`wandb login` to change that).')
+        print_once('wandb: not logged in, so the record is kept on disk only (`wandb login` to change that).')
         return None
     if not has_key:
-        raise SettingError("wandb='online': no account is logged in. Run `wandb login`, or use --wandb offline or --wandb disabled.")
+        raise SettingError(
+            "wandb='online': no account is logged in. Run `wandb login`, or use --wandb offline or --wandb disabled."
+        )
 
     def init(as_mode: str) -> Any:
         return wandb.init(
@@ -81,11 +76,13 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
     except Exception as error:  # not all of wandb's errors derive from wandb.errors.Error
         if mode == 'online':
             raise SettingError(f"wandb='online': {error}. Use --wandb offline, and `wandb sync` later.") from error
-        say(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
+        print_once(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
         run = init('offline')
     run.define_metric('*', step_metric='train/step')
     offline = run.settings.mode == 'offline' or run.offline
-    say(f'wandb: {"offline, `wandb sync` the folder " + str(run_dir / "wandb") + " later" if offline else run.url}')
+    print_once(
+        f'wandb: {"offline, `wandb sync` the folder " + str(run_dir / "wandb") + " later" if offline else run.url}'
+    )
     return run
 
 
@@ -94,13 +91,13 @@ class Logger:
 
     def __init__(self, config: Config, run_dir: Path, step: int = 0, wandb_id: str | None = None):
         """Cuts an existing record back to the steps before `step`, where the run goes on. Raises SettingError, see start_wandb."""
-        self.active, self.run_dir, self.run = distributed.is_main(), run_dir, None
+        self.active, self.run_dir, self.run = ranks.is_main(), run_dir, None
 
         def open_record() -> None:
             self._cut_back(step)
             self.run = start_wandb(config, run_dir, wandb_id)
 
-        distributed.on_main(open_record)
+        ranks.on_main(open_record)
         self.wandb_id = self.run.id if self.run is not None else wandb_id
         self.for_wandb: queue.Queue[Callable[[Any], None] | None] = queue.Queue(WANDB_QUEUE)
         self.sender = threading.Thread(target=self._send_to_wandb, args=(self.run,), daemon=True)
@@ -185,7 +182,7 @@ class Logger:
 
     def _leave_wandb(self, why: str) -> None:
         self.run = None
-        say(f'wandb failed ({why}). Training goes on; the whole record is in {self.path}.')
+        print_once(f'wandb failed ({why}). Training goes on; the whole record is in {self.path}.')
 
     def close(self) -> None:
         """End the wandb run, which sends what is left; a server that does not answer is not waited for, `wandb sync` sends it later."""
@@ -197,7 +194,9 @@ class Logger:
         if self.sender.is_alive():
             global wandb_hangs
             wandb_hangs = True
-            say(f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, and `wandb sync` can send {self.run_dir / "wandb"} later')
+            print_once(
+                f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, and `wandb sync` can send {self.run_dir / "wandb"} later'
+            )
 
 
 class RunningMeans:
@@ -231,12 +230,12 @@ class RunningMeans:
 
     def over_ranks(self) -> dict[str, Tensor]:
         """The sums of all ranks together, on the CPU. Ranks may have logged different names."""
-        names = sorted({name for on_rank in distributed.all_gather_objects(list(self.sums)) for name in on_rank})
+        names = sorted({name for on_rank in ranks.all_gather_objects(list(self.sums)) for name in on_rank})
         if not names:
             return {}
         nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
         table = torch.stack([self.sums.get(name, nothing) for name in names])
-        return dict(zip(names, distributed.all_reduce(table).cpu(), strict=True))  # CPU-GPU sync
+        return dict(zip(names, ranks.all_reduce(table).cpu(), strict=True))  # CPU-GPU sync
 
     def means(self) -> dict[str, float]:
         """By name, to seven digits: what is left is the order of summation. A name with no count is left out."""
@@ -245,15 +244,20 @@ class RunningMeans:
 
     def load(self, sums: dict[str, Tensor]) -> None:
         """Go on from `over_ranks` of a checkpoint."""
-        self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if distributed.is_main() else {}
+        self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if ranks.is_main() else {}
 
 
 class Progress:
     """Rank 0's tqdm bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, step: int, total: int, seconds_between_lines: float = 5.0):
-        self.total, self.every, self.last, self.start = total, seconds_between_lines, -float('inf'), (time.monotonic(), step)
-        on_terminal = distributed.is_main() and sys.stderr.isatty()
+        self.total, self.every, self.last, self.start = (
+            total,
+            seconds_between_lines,
+            -float('inf'),
+            (time.monotonic(), step),
+        )
+        on_terminal = ranks.is_main() and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True) if on_terminal else None
 
     def advance(self) -> None:
@@ -267,7 +271,9 @@ class Progress:
             began, first = self.start
             self.last = time.monotonic()
             left = (self.last - began) / max(step - first, 1) * (self.total - step)
-            say(f'step {step}/{self.total}  loss {loss:.4f}  {images_per_second:.0f} images/s  {left / 60:.1f} min left')
+            print_once(
+                f'step {step}/{self.total}  loss {loss:.4f}  {images_per_second:.0f} images/s  {left / 60:.1f} min left'
+            )
 
     def close(self) -> None:
         if self.bar is not None:

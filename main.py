@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
 
 
-def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, config_class: type[Config] = Config) -> None:
+def main(
+    argv: Sequence[str] | None = None, trainer_class: type | None = None, config_class: type[Config] = Config
+) -> None:
     """Train as the flags say. `trainer_class` None means ExampleDiffusionTrainer.
 
-    What the user can mend is said once, without a traceback; exit codes are those of distributed.py.
+    What the user can mend is said once, without a traceback; exit codes are those of runtime/stopping.py.
     """
     first = os.environ.get('RANK', '0') == '0'
     try:
-        with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):  # one message, not one per process
+        with (
+            contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO())
+        ):  # one message, not one per process
             config = parse_config(argv, config_class)
     except (SettingError, SystemExit) as error:
         if not first:
@@ -45,40 +49,42 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
         # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group. (Registered early, so run
         # late: after what registers itself from here on.)
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
-    import distributed  # imports torch, which --help need not wait for
+    from runtime import ranks, stopping
 
-    distributed.end_with_parent()
-    distributed.die_of_stop_signals()
+    stopping.end_with_parent()
+    stopping.die_of_stop_signals()
     import logging_utils
-    from logging_utils import SaveError
+    from runtime.stopping import SaveError
     from trainer import NonFiniteLoss
 
     error = None
     try:
         if config.check:
-            from check import check
+            from runtime.dry_run import dry_run
 
-            check(config, trainer_class)
+            dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
         else:
             train(config, trainer_class)
         exit_code = 0
     except SettingError as bad:
-        error, exit_code = bad, distributed.EXIT_BAD_SETTING
+        error, exit_code = bad, stopping.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
-        error, exit_code = diverged, distributed.EXIT_NOT_FINITE
-    except distributed.Stopped:
-        exit_code = distributed.EXIT_STOPPED
+        error, exit_code = diverged, stopping.EXIT_NOT_FINITE
+    except stopping.Stopped:
+        exit_code = stopping.EXIT_STOPPED
     except SaveError as failed:
         error = failed
     except Exception as failed:
-        distributed.report_failure(failed)
+        stopping.report_failure(failed)
         raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
-    distributed.set_outcome(exit_code)
-    if error is not None and not (distributed.report_failure(error) and exit_code == 1):  # which the launcher then shows last
+    stopping.set_outcome(exit_code)
+    if error is not None and not (
+        stopping.report_failure(error) and exit_code == 1
+    ):  # which the launcher then shows last
         show(error)
-    distributed.close(exit_code)
+    ranks.close(exit_code)
     if logging_utils.wandb_hangs:
-        distributed.end_soon(exit_code)
+        stopping.end_soon(exit_code)
     if exit_code:
         sys.exit(exit_code)
 
@@ -86,14 +92,14 @@ def main(argv: Sequence[str] | None = None, trainer_class: type | None = None, c
 def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
     """Device, data, network and the trainer, at the step of the run's last checkpoint. Raises SettingError."""
     import data_utils
-    import distributed
     import networks
     import utils
+    from runtime import ranks
     from trainer import ExampleDiffusionTrainer
 
     for setting, table in choices().items():  # before anything is downloaded or built
         choose(setting, getattr(config, setting), table)
-    device = distributed.setup()
+    device = ranks.setup()
     train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
     data = data_utils.get_dataset(config)
     utils.seed_everything(config.seed, 'network')
@@ -103,22 +109,26 @@ def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTr
 
 def train(config: Config, trainer_class: type | None) -> None:
     """Build everything and train."""
-    import distributed
-    from logging_utils import say
+    from runtime import ranks
+    from runtime.ranks import print_once
 
     trainer = build(config, trainer_class)
     if trainer.finished:
-        say(f'{config.run_dir} is finished: {trainer.step} steps. Change a setting or --experiment_name for another run.')
+        print_once(
+            f'{config.run_dir} is finished: {trainer.step} steps. Change a setting or --experiment_name for another run.'
+        )
     else:
         parameters = sum(p.numel() for p in trainer.network.parameters())
-        say(
-            f'training {config.dataset} on {distributed.world_size()} x {trainer.device.type}: {parameters:,} parameters, '
+        print_once(
+            f'training {config.dataset} on {ranks.world_size()} x {trainer.device.type}: {parameters:,} parameters, '
             f'{config.num_training_steps} steps of {config.global_batch_size} images'
         )
         trainer.train_loop()
-    say(f'  pictures    {config.run_dir}/samples\n  checkpoint  {config.run_dir}/last.pt\n  log         {config.run_dir}/metrics.jsonl')
+    print_once(
+        f'  pictures    {config.run_dir}/samples\n  checkpoint  {config.run_dir}/last.pt\n  log         {config.run_dir}/metrics.jsonl'
+    )
     if config.preset != 'cifar10':
-        say('  next        sh run.sh --preset cifar10   (32x32 colour images, on a GPU)')
+        print_once('  next        sh run.sh --preset cifar10   (32x32 colour images, on a GPU)')
 
 
 def choices() -> dict[str, Mapping[str, object]]:

@@ -37,7 +37,9 @@ def label_agreement(samples: Tensor, labels: Tensor, train: Tensor, train_labels
     return float(np.mean(classifier.predict(samples.numpy()) == labels.numpy()))
 
 
-def pixel_metrics(samples: Tensor, labels: Tensor, train: Tensor, train_labels: Tensor, held_out: Tensor) -> dict[str, float]:
+def pixel_metrics(
+    samples: Tensor, labels: Tensor, train: Tensor, train_labels: Tensor, held_out: Tensor
+) -> dict[str, float]:
     """All of the above for images (N, C, H, W) in [-1, 1].
 
     `frechet_real` is what a perfect sampler of the training data would get: as many training images drawn with replacement.

@@ -35,7 +35,10 @@ ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | 
     'score': lambda c: (None, -1 / c.sigma),  # grad log p_t(xt | x0), Song et al. 2021
     'velocity': lambda c: (c.alpha_dot, c.sigma_dot),  # d xt / dt, Lipman et al. 2023
     'v': lambda c: (-c.sigma, c.alpha),  # Salimans and Ho 2022, appendix D, for any alpha and sigma
-    'F': lambda c: (c.sigma * c.c_in / c.sigma_data, -c.alpha * c.c_in * c.sigma_data),  # x0 = c_skip xt + c_out F, below
+    'F': lambda c: (
+        c.sigma * c.c_in / c.sigma_data,
+        -c.alpha * c.c_in * c.sigma_data,
+    ),  # x0 = c_skip xt + c_out F, below
 }
 
 
@@ -100,7 +103,9 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
     return target_fn
 
 
-def first_singular(process: GaussianProcess, model_type: str, t: float, needed: Iterable[str], limit: float = 1e6) -> str | None:
+def first_singular(
+    process: GaussianProcess, model_type: str, t: float, needed: Iterable[str], limit: float = 1e6
+) -> str | None:
     """The first of the types `needed` that an output of `model_type` cannot give at time t; None if it can give all.
 
     The types must be finite there, and an error of the output must not be multiplied by more than `limit`, beyond which float32 has no digit left.
@@ -115,13 +120,17 @@ def first_singular(process: GaussianProcess, model_type: str, t: float, needed: 
     return None
 
 
-def check_ends(process: GaussianProcess, model_type: str, times: Iterable[float], needed: Iterable[str] = ('velocity', 'x1')) -> None:
+def check_ends(
+    process: GaussianProcess, model_type: str, times: Iterable[float], needed: Iterable[str] = ('velocity', 'x1')
+) -> None:
     """Raise SettingError if one of the times is a singular end for this output. For callers without a config."""
     choose('model_type', model_type, ROWS)
     for t in times:
         singular = first_singular(process, model_type, t, needed)
         if singular:
-            raise SettingError(f'a network of model_type={model_type!r} cannot give the {singular} at t={t:g}, a singular end. Use t_min=0.001, t_max=0.999.')
+            raise SettingError(
+                f'a network of model_type={model_type!r} cannot give the {singular} at t={t:g}, a singular end. Use t_min=0.001, t_max=0.999.'
+            )
 
 
 def check_time_range(config: Config, process: GaussianProcess) -> None:
@@ -132,7 +141,9 @@ def check_time_range(config: Config, process: GaussianProcess) -> None:
     choose('target_type', config.target_type, ROWS)
     for setting in ('t_min', 't_max'):
         time = getattr(config, setting)
-        needed = first_singular(process, config.model_type, time, dict.fromkeys((config.model_type, config.target_type, 'velocity', 'x1')))
+        needed = first_singular(
+            process, config.model_type, time, dict.fromkeys((config.model_type, config.target_type, 'velocity', 'x1'))
+        )
         if needed:
             remedy = f'--t_min {max(0.001, time):g}' if setting == 't_min' else f'--t_max {min(0.999, time):g}'
             raise SettingError(

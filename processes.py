@@ -35,7 +35,9 @@ class Coefs:
 
     def to(self, like: Tensor) -> 'Coefs':
         """The same on the device and with the type of `like`."""
-        return Coefs(*(getattr(self, name).to(like) for name in ('alpha', 'sigma', 'alpha_dot', 'sigma_dot')), self.sigma_data)
+        return Coefs(
+            *(getattr(self, name).to(like) for name in ('alpha', 'sigma', 'alpha_dot', 'sigma_dot')), self.sigma_data
+        )
 
     @property
     def f(self) -> Tensor:

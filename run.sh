@@ -139,5 +139,5 @@ case ${1:-} in *.py) script=$1 && shift ;; esac
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
 code=0
-run_child "$python" launch.py "$script" "$@" || code=$?
+run_child "$python" -m runtime.launch "$script" "$@" || code=$?
 exit "$code"

@@ -24,7 +24,10 @@ GRID_VARIABLES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Ten
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
     # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.2, centred where sigma = 0.6 sigma_data alpha: dense where images form,
     # between what `uniform` is for rf (scale 1) and log_snr (scale infinite); finite at both ends
-    'logistic': (lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.2)), lambda u, std: 0.6 * std * (1 / u - 1) ** 1.2),
+    'logistic': (
+        lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.2)),
+        lambda u, std: 0.6 * std * (1 / u - 1) ** 1.2,
+    ),
 }
 
 
@@ -34,7 +37,9 @@ def equal_steps(variable: str, process: GaussianProcess, t_max: float, t_min: fl
     ends = torch.tensor([t_max, t_min], dtype=torch.float64)
     first, last = forward((-process.log_snr(ends) / 2).exp(), process.sigma_data).tolist()
     if not (math.isfinite(first) and math.isfinite(last)):
-        raise SettingError(f'time_grid={variable!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.')
+        raise SettingError(
+            f'time_grid={variable!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.'
+        )
     inner = inverse(torch.linspace(first, last, n + 1, dtype=torch.float64)[1:-1], process.sigma_data)
     return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
 
@@ -78,7 +83,9 @@ def guided(
         prediction = convert(guide + scale * (plain - guide), t, xt, coefs)
         if rescale == 0:
             return prediction
-        wide, usual = (p.x0.flatten(1).std(1).reshape(-1, *[1] * (xt.ndim - 1)) for p in (prediction, convert(plain, t, xt, coefs)))
+        wide, usual = (
+            p.x0.flatten(1).std(1).reshape(-1, *[1] * (xt.ndim - 1)) for p in (prediction, convert(plain, t, xt, coefs))
+        )
         return Prediction(xt, coefs, x0=prediction.x0 * (1 + rescale * (torch.where(wide > 0, usual / wide, 1) - 1)))
 
     return predict
@@ -168,9 +175,13 @@ def get_grid(
             else 'as many evaluations as its tolerance asks for. Set a number of steps instead'
         )
         raise SettingError(f'nfe={nfe} (--sample_nfe) with solver={solver!r}, which needs {need}, or another solver.')
-    check_ends(process, model_type, (t_max,) if cost == 1 else (t_max, t_min))  # a solver of one evaluation a step never looks at t_min
+    check_ends(
+        process, model_type, (t_max,) if cost == 1 else (t_max, t_min)
+    )  # a solver of one evaluation a step never looks at t_min
     if sampling_process is not None:
-        t_max, t_min = sampling_process.time_of_log_snr(process.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))).tolist()
+        t_max, t_min = sampling_process.time_of_log_snr(
+            process.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))
+        ).tolist()
         check_ends(sampling_process, 'v', (t_max,) if cost == 1 else (t_max, t_min), ('velocity',))
     return make_grid(sampling_process or process, t_max, t_min, nfe // cost if nfe else num_steps).tolist()
 
@@ -212,7 +223,15 @@ def sample(
     Raises SettingError for an unknown choice, for a singular end that the solver would touch, and for guidance without labels.
     """
     grid = get_grid(
-        process, sampling_process, model_type=model_type, solver=solver, num_steps=num_steps, nfe=nfe, time_grid=time_grid, t_min=t_min, t_max=t_max
+        process,
+        sampling_process,
+        model_type=model_type,
+        solver=solver,
+        num_steps=num_steps,
+        nfe=nfe,
+        time_grid=time_grid,
+        t_min=t_min,
+        t_max=t_max,
     )
     method, last_step = SOLVERS[solver], choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale)

@@ -72,41 +72,69 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
     """The objects of `save`, by name. Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole."""
     path = Path(path)
     if not path.is_file():
-        raise SettingError(f'checkpoint {str(path)!r} does not exist. Pass the path of a .pt file of ckpts/<experiment_name>/.')
+        raise SettingError(
+            f'checkpoint {str(path)!r} does not exist. Pass the path of a .pt file of ckpts/<experiment_name>/.'
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load itself would accept flipped bits
-            odd = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr]
+            odd = [
+                entry.filename
+                for entry in archive.infolist()
+                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr
+            ]
         if damaged is not None or odd:  # bits of the directory that checksums do not cover, but torch obeys
             raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):  # a seek to where a damaged file points; a bad disk
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        LookupError,
+        ValueError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno not in (
+            errno.EINVAL,
+            errno.EIO,
+        ):  # a seek to where a damaged file points; a bad disk
             raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
-        raise DamagedCheckpoint(f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.') from error
+        raise DamagedCheckpoint(
+            f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.'
+        ) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """`load` of a training checkpoint. Raises SettingError if it is of a newer version, DamagedCheckpoint if it is something else."""
     checkpoint = load(path)
     if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
-        raise DamagedCheckpoint(f'{str(path)!r} is not a checkpoint of this program. Pass a .pt file of ckpts/<experiment_name>/.')
+        raise DamagedCheckpoint(
+            f'{str(path)!r} is not a checkpoint of this program. Pass a .pt file of ckpts/<experiment_name>/.'
+        )
     version = checkpoint.get('version', 1)
     if version > VERSION:
-        raise SettingError(f'checkpoint {str(path)!r} has format version {version}; this program reads up to {VERSION}. Update the program (git pull).')
+        raise SettingError(
+            f'checkpoint {str(path)!r} has format version {version}; this program reads up to {VERSION}. Update the program (git pull).'
+        )
     return checkpoint
 
 
 # ---------------------------------------------------------------- networks
 
 
-def load_weights(network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path) -> None:
+def load_weights(
+    network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path
+) -> None:
     """Copy `weights` into `network`. Raises SettingError, with the first setting that differs, if they do not fit."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         changed = differences(saved_config, config, only=NETWORK_SETTINGS) or [str(error).splitlines()[-1].strip()]
-        raise SettingError(f'checkpoint {str(path)!r} is of another network: {changed[0]} (checkpoint -> now). Use the value of the checkpoint.') from error
+        raise SettingError(
+            f'checkpoint {str(path)!r} is of another network: {changed[0]} (checkpoint -> now). Use the value of the checkpoint.'
+        ) from error
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +149,9 @@ def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -
     return config_class(**{name: value for name, value in checkpoint['config'].items() if name in names})
 
 
-def load_for_sampling(path: str | Path, device: str | torch.device = 'cpu', config_class: type[Config] = Config) -> tuple[nn.Module, GaussianProcess, Config]:
+def load_for_sampling(
+    path: str | Path, device: str | torch.device = 'cpu', config_class: type[Config] = Config
+) -> tuple[nn.Module, GaussianProcess, Config]:
     """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode. Raises SettingError.
 
     Pass the experiment's own `config_class` if its network or process reads settings of its own.

@@ -153,7 +153,9 @@ def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], ta
     v = list(filter(math.isfinite, v)) or [1.0]  # from alpha = 0 or to sigma = 0, x0 is taken to be constant
     reach = torch.tensor((1 + tau2) * (there.half_log_snr - here.half_log_snr), dtype=torch.float64)
     orders = torch.arange(1.0, len(v) + 1, dtype=torch.float64)
-    moments = (orders.lgamma().exp() * torch.special.gammainc(orders, reach)).numpy()  # integrals of e^-v v^k, from 0 to reach
+    moments = (
+        orders.lgamma().exp() * torch.special.gammainc(orders, reach)
+    ).numpy()  # integrals of e^-v v^k, from 0 to reach
     weights = [there.alpha * w for w in weights_of(v, moments)]
     return there.sigma / here.sigma * shrinkage(predict, t, s, tau2), weights + [0.0] * (len(nodes) - len(v))
 
@@ -266,7 +268,9 @@ def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise
 
 # ---------------------------------------------------------------- tables
 
-ddim = partial(multistep, formula=exponential, given='x0', order=1)  # Song et al. 2021a, eq. 12 with sigma = 0, for any process
+ddim = partial(
+    multistep, formula=exponential, given='x0', order=1
+)  # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 
 SOLVERS: dict[str, Solver] = {
     'euler': Solver(euler, nfe=1, order=1),
@@ -279,12 +283,22 @@ SOLVERS: dict[str, Solver] = {
     'dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2), nfe=1, order=2, memory=1),
     'dpmpp_3m': Solver(partial(multistep, formula=exponential, given='x0', order=3), nfe=1, order=3, memory=2),
     # Zhao et al. 2023, p = 3 with exact integrals
-    'unipc': Solver(partial(multistep, formula=exponential, given='x0', order=3, corrector=True), nfe=1, order=4, memory=3),
+    'unipc': Solver(
+        partial(multistep, formula=exponential, given='x0', order=3, corrector=True), nfe=1, order=4, memory=3
+    ),
     # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
-    'adams': Solver(partial(multistep, formula=angular, given='v', order=4, corrector=True, taper=True), nfe=1, order=5, memory=4),
+    'adams': Solver(
+        partial(multistep, formula=angular, given='v', order=4, corrector=True, taper=True), nfe=1, order=5, memory=4
+    ),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for other noise than the natural
-    'sde_dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2, stochastic=True), nfe=1, order=2, stochastic=True, memory=1),
+    'sde_dpmpp_2m': Solver(
+        partial(multistep, formula=exponential, given='x0', order=2, stochastic=True),
+        nfe=1,
+        order=2,
+        stochastic=True,
+        memory=1,
+    ),
 }
 
 # name -> w^2 / (2 sigma) of the SDE.

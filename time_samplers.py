@@ -25,7 +25,9 @@ def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSa
     """u -> z ~ N(mean, std^2), conditioned on [low, high]; computed in float64, where the tail is that needs no cancellation."""
     a, b = (low - mean) / std, (high - mean) / std
     sign = -1 if a > 0 else 1  # in the left half small probabilities keep their digits
-    ends = torch.special.erfc(torch.tensor([-sign * a, -sign * b], dtype=torch.float64) / math.sqrt(2)) / 2  # special.ndtr loses the tail
+    ends = (
+        torch.special.erfc(torch.tensor([-sign * a, -sign * b], dtype=torch.float64) / math.sqrt(2)) / 2
+    )  # special.ndtr loses the tail
     if (ends[1] - ends[0]).abs() < 1e-3:
         raise SettingError(
             f'time_mean={mean:g}, time_std={std:g}: less than a thousandth of this normal distribution lies between {low:g} and {high:g}, '
@@ -50,7 +52,9 @@ def log_normal(process: GaussianProcess, mean: float, std: float, t_min: float, 
 TIME_SAMPLERS: dict[str, Callable[[Config], TimeSampler]] = {
     'uniform': lambda config: uniform(config.t_min, config.t_max),
     'logit_normal': lambda config: logit_normal(config.time_mean, config.time_std, config.t_min, config.t_max),
-    'log_normal': lambda config: log_normal(get_process(config), config.time_mean, config.time_std, config.t_min, config.t_max),
+    'log_normal': lambda config: log_normal(
+        get_process(config), config.time_mean, config.time_std, config.t_min, config.t_max
+    ),
 }
 
 

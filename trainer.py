@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data_utils
-import distributed
 import metrics
-import run_folder
 import saving
 import utils
 from augmentations import get_augmenter
 from config import Config
 from ema import EMA
-from logging_utils import Logger, Progress, RunningMeans, say
+from logging_utils import Logger, Progress, RunningMeans
 from loss_weights import get_loss_weight
 from optimizers import clip_gradients, get_lr, get_optimizer, set_lr, step_if
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
+from runtime import ranks, run_folder, stopping
+from runtime.ranks import print_once
 from sampling import ModelFn, get_sample_fn
 from solvers import SOLVERS
 from time_samplers import get_time_sampler
@@ -55,7 +55,9 @@ class ProcessedBatch:
     def cat(parts: 'list[ProcessedBatch]') -> 'ProcessedBatch':
         """The parts, one after the other; a field that is None in the first part is None."""
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
-        return type(parts[0])(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+        return type(parts[0])(
+            **{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
+        )
 
 
 class BaseDiffusionTrainer:
@@ -87,20 +89,28 @@ class BaseDiffusionTrainer:
         self.optimizer = get_optimizer(config, self.network)
         self.ema = EMA(self.network, config.ema_decays)
         self.autocast_dtype = torch.bfloat16 if config.precision == 'bfloat16' else None
-        if config.precision == 'auto' and device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
+        if (
+            config.precision == 'auto'
+            and device.type == 'cuda'
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
             self.autocast_dtype = torch.bfloat16
 
         self.step, self.finished, self.wandb_id = 0, False, None
         self.means = RunningMeans(device)  # since the last line of the record
-        self.bad_steps = torch.zeros(3, dtype=torch.int64, device=device)  # skipped: in a row until now, in all, and the last one's number
+        self.bad_steps = torch.zeros(
+            3, dtype=torch.int64, device=device
+        )  # skipped: in a row until now, in all, and the last one's number
         self.bad_known = 0  # of these, how many have been reported
         self.writer = run_folder.Writer(config)
         self.stratum = (0, 1)  # which shard of how many is being prepared
         self.restore()
 
         self.parallel = self.network
-        if distributed.world_size() > 1:
-            ids = [device.index] if device.type == 'cuda' else None  # the local rank: node 2 has no device of its global one
+        if ranks.world_size() > 1:
+            ids = (
+                [device.index] if device.type == 'cuda' else None
+            )  # the local rank: node 2 has no device of its global one
             self.parallel = DistributedDataParallel(self.network, device_ids=ids, gradient_as_bucket_view=True)
         self.forward = torch.compile(self.parallel) if config.compile else self.parallel
 
@@ -132,29 +142,31 @@ class BaseDiffusionTrainer:
 
     def log(self, name: str, value: Tensor | float) -> None:
         """From any override: the mean over elements, ranks and training steps since the last line of the record goes into the next."""
-        value = value.float().mean() if isinstance(value, Tensor) else torch.full((), value, device=self.device)  # no CPU-GPU sync
+        value = (
+            value.float().mean() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
+        )  # no CPU-GPU sync
         self.means.add(name, value, torch.ones((), device=self.device))
 
     # ---------------------------------------------------------------- training
 
     def train_loop(self) -> None:
-        """Train from `self.step` to the end. Raises distributed.Stopped and SaveError after, NonFiniteLoss without a last save."""
+        """Train from `self.step` to the end. Raises stopping.Stopped and SaveError after, NonFiniteLoss without a last save."""
         self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id)
         self.wandb_id = self.logger.wandb_id
         self.progress = Progress(self.step, self.config.num_training_steps)
         self.restart_clock()
         self.test_loader.start_workers()
-        distributed.catch_stop_signals()
+        stopping.catch_stop_signals()
         try:
             try:
                 self.train_steps()
                 self.finished = True
-            except distributed.Stopped:
+            except stopping.Stopped:
                 pass
             self.save(wait=True)
             if not self.finished:
-                say(f'stopped at step {self.step}, state saved: the same command goes on from there')
-                raise distributed.Stopped
+                print_once(f'stopped at step {self.step}, state saved: the same command goes on from there')
+                raise stopping.Stopped
         finally:
             self.writer.join()
             self.progress.close()
@@ -173,7 +185,7 @@ class BaseDiffusionTrainer:
             if self.due('save_every') or self.due('keep_every'):
                 self.save()
             self.housekeeping()
-            distributed.raise_if_stopped()
+            stopping.raise_if_stopped()
 
     def train_step(self, shards: Iterator[ProcessedBatch]) -> None:
         """One optimizer step on a global batch, of which this process draws and computes its shards. A bad step is skipped."""
@@ -184,11 +196,13 @@ class BaseDiffusionTrainer:
         set_lr(self.optimizer, lr)
         for micro_step in range(c.accumulation_steps):
             batch = ProcessedBatch.cat(list(itertools.islice(shards, self.shards_at_once())))
-            utils.seed_everything(c.seed, 'forward', self.step, distributed.rank(), micro_step)  # for dropout
+            utils.seed_everything(c.seed, 'forward', self.step, ranks.rank(), micro_step)  # for dropout
             with self.gradient_sync(micro_step == c.accumulation_steps - 1):
                 losses = self.loss_fn(batch, self.get_model_fn(self.forward, train=True))  # (B,)
                 if losses.shape != batch.t.shape:
-                    raise ValueError(f'loss_fn must return one loss per image, shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}')
+                    raise ValueError(
+                        f'loss_fn must return one loss per image, shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}'
+                    )
                 # a loss that is not finite makes every gradient NaN, on all ranks once these are averaged
                 poison = torch.where(losses.detach().isfinite().all(), 1.0, torch.nan)
                 (poison * losses.mean() / c.accumulation_steps).backward()
@@ -261,7 +275,7 @@ class BaseDiffusionTrainer:
                 values |= self.evaluate()
             if self.step == self.config.num_training_steps and self.config.final_eval:
                 values |= self.final_metrics()
-        except distributed.Stopped:
+        except stopping.Stopped:
             self.write_record(values)  # of what was computed before it
             raise
         self.write_record(values)
@@ -272,7 +286,7 @@ class BaseDiffusionTrainer:
 
     def write_record(self, values: dict[str, float]) -> None:
         if values:
-            distributed.on_main(lambda: self.logger.log(values, self.step))  # a full disk is an error on every rank
+            ranks.on_main(lambda: self.logger.log(values, self.step))  # a full disk is an error on every rank
 
     def raise_if_bad(self) -> None:
         """Raise NonFiniteLoss, on every rank, if too many steps in a row were bad."""
@@ -292,11 +306,16 @@ class BaseDiffusionTrainer:
         values = self.means.means()
         began, step = self.clock
         images = (self.step - step) * self.config.global_batch_size
-        values |= {'train/images': self.step * self.config.global_batch_size, 'train/memory_gb': utils.peak_memory_gb(self.device)}
+        values |= {
+            'train/images': self.step * self.config.global_batch_size,
+            'train/memory_gb': utils.peak_memory_gb(self.device),
+        }
         _, bad, last = self.bad_steps.tolist()
         values['train/bad_steps'] = bad
         if bad > self.bad_known:
-            say(f'skipped {bad - self.bad_known} of the last steps, the latest of them step {last}: loss or gradient not finite')
+            print_once(
+                f'skipped {bad - self.bad_known} of the last steps, the latest of them step {last}: loss or gradient not finite'
+            )
         self.bad_known = bad
         if images > 0:  # not in a line that a resumed run writes again
             values['train/images_per_second'] = images / (time.monotonic() - began)
@@ -305,7 +324,10 @@ class BaseDiffusionTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss of the raw and the averaged weights, with the same noise and times every time."""
-        training_means, self.means = self.means, RunningMeans(self.device)  # what an override logs here is not of the training
+        training_means, self.means = (
+            self.means,
+            RunningMeans(self.device),
+        )  # what an override logs here is not of the training
         try:
             losses = {name: self.held_out_loss(module) for name, module in self.weights().items()}
         finally:
@@ -319,13 +341,13 @@ class BaseDiffusionTrainer:
         pieces = iter(self.test_loader)
         at_once = self.shards_at_once()
         for first in range(0, min(rounds or math.inf, self.test_loader.rounds), at_once):
-            distributed.raise_if_stopped()
-            numbers = [i * distributed.world_size() + distributed.rank() for i in range(first, first + at_once)]
+            stopping.raise_if_stopped()
+            numbers = [i * ranks.world_size() + ranks.rank() for i in range(first, first + at_once)]
             drawn = [self.draw_shard(piece, n, 'evaluate') for n, piece in zip(numbers, pieces, strict=False)]
             if drawn:  # in the last round some processes have none
                 losses = self.loss_fn(ProcessedBatch.cat(drawn), self.get_model_fn(module))
                 total += torch.stack([losses.double().sum(), torch.tensor(len(losses)).to(total)])
-        loss, count = distributed.all_reduce(total).tolist()
+        loss, count = ranks.all_reduce(total).tolist()
         return float(f'{loss / count:.7g}')
 
     def weights(self) -> dict[str, nn.Module]:
@@ -339,15 +361,17 @@ class BaseDiffusionTrainer:
         c, model_fn = self.config, self.get_model_fn(module)
 
         def callback(step: int, t: float, x: Tensor) -> None:
-            distributed.raise_if_stopped()
+            stopping.raise_if_stopped()
 
-        mine = torch.tensor(distributed.share(len(x1)), device=self.device)
+        mine = torch.tensor(ranks.my_items(len(x1)), device=self.device)
         images = []
         at_once = self.shards_at_once() * c.global_batch_size // c.batch_shards  # as many images as in training
         for i, part in enumerate(mine.split(at_once)):
-            utils.seed_everything(c.seed, 'generate', distributed.rank(), i)  # for the SDE
-            images.append(self.sample_fn(model_fn, x1=x1[part], label=label[part], solver=solver, callback=callback).clamp(-1, 1))
-        return distributed.gather_shares(torch.cat(images), len(x1))
+            utils.seed_everything(c.seed, 'generate', ranks.rank(), i)  # for the SDE
+            images.append(
+                self.sample_fn(model_fn, x1=x1[part], label=label[part], solver=solver, callback=callback).clamp(-1, 1)
+            )
+        return ranks.gather_items(torch.cat(images), len(x1))
 
     def noise_and_labels(self, n: int) -> tuple[Tensor, Tensor]:
         """Base noise (n, C, H, W) and labels (n,) that go round the classes; the same every time."""
@@ -372,11 +396,11 @@ class BaseDiffusionTrainer:
                 images = self.generate(module, x1, label, solver)
                 grids = [utils.image_grid(x, columns) for x in (x1 / 4 + 0.5, images / 2 + 0.5)]
                 picture = f'step_{self.step:07d}_{solver}_{name}', torch.cat(grids, 2), self.step
-                distributed.on_main(lambda picture=picture: self.logger.log_picture(*picture))
+                ranks.on_main(lambda picture=picture: self.logger.log_picture(*picture))
 
     def show_data_and_schedule(self) -> None:
         """A picture of the first batch, left, and what augmentation makes of it, right; the learning rate of every step."""
-        if not distributed.is_main():
+        if not ranks.is_main():
             return
         pieces = itertools.islice(self.train_loader, len(self.train_sampler.my_shards))
         x = torch.cat([x for x, _ in pieces])[:64]
@@ -391,21 +415,23 @@ class BaseDiffusionTrainer:
         """Samples of the judged weights compared with the data by metrics.py, printed and returned as final/..."""
         c = self.config
         if not self.data.pixel_metrics:
-            say(f'final_eval: pixels say little about images of {c.dataset!r}, so nothing is computed')
+            print_once(f'final_eval: pixels say little about images of {c.dataset!r}, so nothing is computed')
             return {}
         name, module = next(iter(self.weights().items()))
-        say(
+        print_once(
             f'drawing {num_samples} samples: {name} weights, {c.solver}, {f"{c.sample_nfe} evaluations" if c.sample_nfe else f"{c.num_sample_steps} steps"} ...'
         )
         x1, label = self.noise_and_labels(num_samples)
         images = self.generate(module, x1, label, c.solver)
 
         def compute() -> dict[str, float]:
-            (train, train_label), (held_out, _) = (loader.everything() for loader in (self.train_loader, self.test_loader))
+            (train, train_label), (held_out, _) = (
+                loader.everything() for loader in (self.train_loader, self.test_loader)
+            )
             return metrics.pixel_metrics(images, label, 2 * train - 1, train_label, 2 * held_out - 1)
 
-        values = distributed.on_main(compute)
-        say(metrics.describe(values))
+        values = ranks.on_main(compute)
+        print_once(metrics.describe(values))
         return {f'final/{name}': value for name, value in values.items()}
 
     # ---------------------------------------------------------------- save and resume
@@ -436,7 +462,7 @@ class BaseDiffusionTrainer:
             if wait:
                 self.writer.wait()
 
-        distributed.on_main(write)
+        ranks.on_main(write)
 
     def restore(self) -> None:
         """Go on from the run's last whole checkpoint, or begin from the weights of init_from if that is set."""
@@ -451,12 +477,12 @@ class BaseDiffusionTrainer:
             self.bad_steps = checkpoint.get('bad_steps', self.bad_steps).to(self.device)
             self.bad_known = int(self.bad_steps[1])
             self.finished = checkpoint['finished'] and self.step >= c.num_training_steps
-            say(f'resuming {c.run_dir} at step {self.step}')
+            print_once(f'resuming {c.run_dir} at step {self.step}')
         elif c.init_from:
             other = saving.load_checkpoint(c.init_from)
             saving.load_weights(self.network, saving.best_weights(other), other['config'], c, c.init_from)
             self.ema.reset(self.network)
-            say(f'starting from the weights of {c.init_from}')
+            print_once(f'starting from the weights of {c.init_from}')
 
 
 class ExampleDiffusionTrainer(BaseDiffusionTrainer):

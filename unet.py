@@ -108,7 +108,9 @@ class UNet(nn.Module):
         sides = [-(-max(shape[1:]) // 2**i) for i in range(len(channel_mults))]
         for side in attention_resolutions:
             if side not in sides:
-                raise ValueError(f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of side {sides}')
+                raise ValueError(
+                    f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of side {sides}'
+                )
         attend = [side in attention_resolutions for side in sides]
         self.num_classes, self.multiple, c_emb = num_classes, 2 ** (len(channel_mults) - 1), 4 * channels
 
@@ -133,7 +135,11 @@ class UNet(nn.Module):
                 c = mult * channels
             if i > 0:
                 c = channel_mults[i - 1] * channels
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(mult * channels, c, 3, padding=1)))
+                self.up.append(
+                    nn.Sequential(
+                        nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(mult * channels, c, 3, padding=1)
+                    )
+                )
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
 
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:

@@ -31,7 +31,9 @@ def seconds(do) -> float:
 
 
 def measure(channels: int, folder: str) -> None:
-    config = Config(channels=channels, ckpt_dir=folder, experiment_name=f'channels{channels}', wandb='disabled', keep_every=0)
+    config = Config(
+        channels=channels, ckpt_dir=folder, experiment_name=f'channels{channels}', wandb='disabled', keep_every=0
+    )
     trainer = build(config)
     shards = trainer.shards()
     trainer.train_step(shards)
@@ -41,7 +43,9 @@ def measure(channels: int, folder: str) -> None:
     for _ in range(REPEATS if channels < 256 else 3):
         alone.append(seconds(lambda: trainer.train_step(shards)))
         stall.append(seconds(trainer.save))
-        beside.append(seconds(lambda: trainer.train_step(shards)))  # the write goes on behind it, or behind its beginning
+        beside.append(
+            seconds(lambda: trainer.train_step(shards))
+        )  # the write goes on behind it, or behind its beginning
         write.append(seconds(trainer.writer.wait))
         blocking.append(seconds(lambda: trainer.save(wait=True)))
     megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6

@@ -93,16 +93,31 @@ PEERS: dict[str, tuple[Peer, int]] = {
     'k-diffusion dpm_2': (partial(k_diffusion_sampler, 'sample_dpm_2'), 2),
     'k-diffusion lms': (partial(k_diffusion_sampler, 'sample_lms'), 1),
     'k-diffusion dpmpp_2m': (partial(k_diffusion_sampler, 'sample_dpmpp_2m'), 1),
-    'k-diffusion dpmpp_3m': (partial(k_diffusion_sampler, 'sample_dpmpp_3m_sde', eta=0.0, noise_sampler=lambda *_: 0), 1),
+    'k-diffusion dpmpp_3m': (
+        partial(k_diffusion_sampler, 'sample_dpmpp_3m_sde', eta=0.0, noise_sampler=lambda *_: 0),
+        1,
+    ),
 }
 for order in (2, 3):
     for final in (True, False):
         PEERS[f'diffusers DPM++ {order}M' + (' lower at the end' if final else '')] = (
-            partial(diffusers_scheduler, 'DPMSolverMultistepScheduler', solver_order=order, lower_order_final=final, final_sigmas_type='sigma_min'),
+            partial(
+                diffusers_scheduler,
+                'DPMSolverMultistepScheduler',
+                solver_order=order,
+                lower_order_final=final,
+                final_sigmas_type='sigma_min',
+            ),
             1,
         )
         PEERS[f'diffusers UniPC-{order}' + (' lower at the end' if final else '')] = (
-            partial(diffusers_scheduler, 'UniPCMultistepScheduler', solver_order=order, lower_order_final=final, final_sigmas_type='sigma_min'),
+            partial(
+                diffusers_scheduler,
+                'UniPCMultistepScheduler',
+                solver_order=order,
+                lower_order_final=final,
+                final_sigmas_type='sigma_min',
+            ),
             1,
         )
     PEERS[f'diffusers DEIS-{order}'] = (partial(diffusers_scheduler, 'DEISMultistepScheduler', solver_order=order), 1)
@@ -137,12 +152,24 @@ def errors(x: Tensor, exact: Tensor) -> Errors:
 
 
 # ours that are drawn
-LINES = [('adams', 'logistic'), ('unipc', 'logistic'), ('dpmpp_3m', 'log_snr'), ('rk4', 'logistic'), ('heun', 'uniform'), ('euler', 'uniform')]
+LINES = [
+    ('adams', 'logistic'),
+    ('unipc', 'logistic'),
+    ('dpmpp_3m', 'log_snr'),
+    ('rk4', 'logistic'),
+    ('heun', 'uniform'),
+    ('euler', 'uniform'),
+]
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic and solver.nfe]
 
 
 def measure(
-    model_fn: Callable, x1: Tensor, label: Tensor | None, reference_steps: int, pairs: Iterable[tuple[str, str]], peer_grids: Iterable[str]
+    model_fn: Callable,
+    x1: Tensor,
+    label: Tensor | None,
+    reference_steps: int,
+    pairs: Iterable[tuple[str, str]],
+    peer_grids: Iterable[str],
 ) -> tuple[dict, dict]:
     """(ours, peers): name, grid, NFE -> errors, against classical RK4 on the default grid with `reference_steps` steps."""
     process = RectifiedFlow()
@@ -156,7 +183,9 @@ def measure(
     for nfe in NFE:
         for name, grid in pairs:
             if nfe >= SOLVERS[name].nfe:
-                ours[name, grid, nfe] = errors(sample(model_fn, process, x1, label, solver=name, nfe=nfe, time_grid=grid), exact)
+                ours[name, grid, nfe] = errors(
+                    sample(model_fn, process, x1, label, solver=name, nfe=nfe, time_grid=grid), exact
+                )
         for name, (peer, cost) in PEERS.items():
             if nfe >= cost:
                 for grid in peer_grids:
@@ -166,16 +195,24 @@ def measure(
 
 
 def best(results: dict, nfe: int, measure: int) -> tuple[float, str]:
-    return min((value[measure], f'{name}, {grid}') for (name, grid, n), value in results.items() if n == nfe and math.isfinite(value[measure]))
+    return min(
+        (value[measure], f'{name}, {grid}')
+        for (name, grid, n), value in results.items()
+        if n == nfe and math.isfinite(value[measure])
+    )
 
 
 def report(title: str, ours: dict, theirs: dict) -> None:
-    print(f'\n**{title}**\n\n| NFE | measure | adams, logistic | best peer | ratio | which peer | our best other |\n|---|---|---|---|---|---|---|')
+    print(
+        f'\n**{title}**\n\n| NFE | measure | adams, logistic | best peer | ratio | which peer | our best other |\n|---|---|---|---|---|---|---|'
+    )
     for i, name in enumerate(('RMSE', 'median')):
         for nfe in NFE:
             default, (peer, which) = ours['adams', 'logistic', nfe][i], best(theirs, nfe, i)
             value, other = best({k: v for k, v in ours.items() if k[0] != 'adams'}, nfe, i)
-            print(f'| {nfe} | {name} | {default:.2g} | {peer:.2g} | {default / peer:.2f} | {which} | {value:.2g} ({other}) |')
+            print(
+                f'| {nfe} | {name} | {default:.2g} | {peer:.2g} | {default / peer:.2f} | {which} | {value:.2g} ({other}) |'
+            )
 
 
 @torch.no_grad()
@@ -188,11 +225,31 @@ def frechet_table(network: Callable, config: Config, n: int = 1000) -> None:
     (images, _), _ = data.load(config)
     real = images.flatten(1) / data.max_value * 2 - 1
     x1, label = torch.randn(n, *data.shape), torch.arange(n) % data.num_classes
-    rows = (('adams', 'logistic'), ('unipc', 'logistic'), ('dpmpp_2m', 'log_snr'), ('heun', 'uniform'), ('euler', 'uniform'))
-    print(f'\n**Frechet distance of {n} samples, in pixels**\n\n| solver, grid | ' + ' | '.join(map(str, NFE)) + ' |\n' + '|---' * (len(NFE) + 1) + '|')
+    rows = (
+        ('adams', 'logistic'),
+        ('unipc', 'logistic'),
+        ('dpmpp_2m', 'log_snr'),
+        ('heun', 'uniform'),
+        ('euler', 'uniform'),
+    )
+    print(
+        f'\n**Frechet distance of {n} samples, in pixels**\n\n| solver, grid | '
+        + ' | '.join(map(str, NFE))
+        + ' |\n'
+        + '|---' * (len(NFE) + 1)
+        + '|'
+    )
     for solver, grid in rows:
-        samples = [sample(network, RectifiedFlow(), x1, label, solver=solver, time_grid=grid, nfe=nfe).clamp(-1, 1) for nfe in NFE]
-        print(f'| {solver}, {grid} | ' + ' | '.join(f'{frechet_distance(x.flatten(1), real):.3f}' for x in samples) + ' |', flush=True)
+        samples = [
+            sample(network, RectifiedFlow(), x1, label, solver=solver, time_grid=grid, nfe=nfe).clamp(-1, 1)
+            for nfe in NFE
+        ]
+        print(
+            f'| {solver}, {grid} | '
+            + ' | '.join(f'{frechet_distance(x.flatten(1), real):.3f}' for x in samples)
+            + ' |',
+            flush=True,
+        )
 
 
 def draw(panels: list[tuple[str, dict, dict]], path: Path) -> None:
@@ -206,9 +263,28 @@ def draw(panels: list[tuple[str, dict, dict]], path: Path) -> None:
         for i, (axis, name) in enumerate(zip(row, ('RMSE', 'median'), strict=True)):
             for solver, grid in LINES:
                 points = [(n, ours[solver, grid, n][i]) for n in NFE if (solver, grid, n) in ours]
-                axis.plot(*zip(*points, strict=True), marker='o', markersize=4, linewidth=3 if solver == 'adams' else 1.2, label=f'{solver}, {grid}')
-            axis.plot(NFE, [best(theirs, n, i)[0] for n in NFE], 'k--', marker='s', markersize=4, label='best of diffusers,\nk-diffusion and RK4')
-            axis.set(xscale='log', yscale='log', xlabel='network evaluations', ylabel=f'{name} error per dimension', title=title)
+                axis.plot(
+                    *zip(*points, strict=True),
+                    marker='o',
+                    markersize=4,
+                    linewidth=3 if solver == 'adams' else 1.2,
+                    label=f'{solver}, {grid}',
+                )
+            axis.plot(
+                NFE,
+                [best(theirs, n, i)[0] for n in NFE],
+                'k--',
+                marker='s',
+                markersize=4,
+                label='best of diffusers,\nk-diffusion and RK4',
+            )
+            axis.set(
+                xscale='log',
+                yscale='log',
+                xlabel='network evaluations',
+                ylabel=f'{name} error per dimension',
+                title=title,
+            )
             axis.set_xticks(NFE, map(str, NFE))
             axis.minorticks_off()
             axis.grid(alpha=0.3)
@@ -227,11 +303,16 @@ def main() -> None:
     if arguments.checkpoint:
         network, _, config = load_for_sampling(arguments.checkpoint)
         if (config.process_name, config.model_type) != ('rf', 'velocity'):
-            parser.error(f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; the comparison needs rf and velocity')
+            parser.error(
+                f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; the comparison needs rf and velocity'
+            )
         n = arguments.samples or 100
         label = torch.arange(n) % 10
         panels.append(
-            (f'a trained network: {config.dataset}', *measure(network, torch.randn(n, 1, 8, 8), label, 75, LINES, ('uniform t', 'shift 1/3', 'log-SNR')))
+            (
+                f'a trained network: {config.dataset}',
+                *measure(network, torch.randn(n, 1, 8, 8), label, 75, LINES, ('uniform t', 'shift 1/3', 'log-SNR')),
+            )
         )
         frechet_table(network, config)
     else:
@@ -240,7 +321,19 @@ def main() -> None:
             ('20 anisotropic modes in 64 dimensions', random_mixture(64, 20), arguments.samples or 400),
         ):
             x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
-            panels.append((title, *measure(mixture.as_model('velocity', RectifiedFlow()), x1, None, 500, list(itertools.product(ODE, TIME_GRIDS)), PEER_GRIDS)))
+            panels.append(
+                (
+                    title,
+                    *measure(
+                        mixture.as_model('velocity', RectifiedFlow()),
+                        x1,
+                        None,
+                        500,
+                        list(itertools.product(ODE, TIME_GRIDS)),
+                        PEER_GRIDS,
+                    ),
+                )
+            )
     for panel in panels:
         report(*panel)
     draw(panels, ROOT / 'benchmarks' / ('solvers_digits.png' if arguments.checkpoint else 'solvers.png'))

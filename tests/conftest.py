@@ -31,7 +31,9 @@ TINY = dict(
 )
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores for ever what was ignored when it began, as in a job behind &
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores for ever what was ignored when it began, as in a job behind &
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -50,7 +52,9 @@ def tiny_config(tmp_path):
     """`tiny_config(**settings)`: a Config of a run that takes seconds, in a temporary folder."""
     from config import Config
 
-    return lambda **settings: Config(**(TINY | dict(ckpt_dir=str(tmp_path / 'ckpts'), data_dir=str(tmp_path / 'data')) | settings))
+    return lambda **settings: Config(
+        **(TINY | dict(ckpt_dir=str(tmp_path / 'ckpts'), data_dir=str(tmp_path / 'data')) | settings)
+    )
 
 
 @pytest.fixture
@@ -99,13 +103,23 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
     """`sh run.sh` with TINY and these settings, in a session of its own: a signal reaches run.sh alone, as from a scheduler."""
     command = ['sh', 'run.sh', *script, *as_flags(TINY | settings)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=launch_env(nproc) | (env or {}), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=launch_env(nproc) | (env or {}),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def record_of(folder: Path) -> list[dict]:
     """The whole lines of a run's record, without what differs from time to time."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
-    return [{k: v for k, v in line.items() if k not in ('train/images_per_second', 'train/memory_gb')} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ('train/images_per_second', 'train/memory_gb')} for line in lines
+    ]
 
 
 def losses(folder: Path) -> list[float]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import saving
 from config import Config
 from main import main
+from runtime import ranks
 from trainer import ExampleDiffusionTrainer
 
 
@@ -57,7 +57,7 @@ class FaultyTrainer(ExampleDiffusionTrainer):
     def happens(self, fault: str) -> bool:
         """Whether this is the time and the place."""
         c = self.config
-        if c.fault != fault or distributed.rank() != c.fault_rank or self.step < c.fault_step or Path(c.once).exists():
+        if c.fault != fault or ranks.rank() != c.fault_rank or self.step < c.fault_step or Path(c.once).exists():
             return False
         Path(c.once).write_text(str(time.time()))
         return True
@@ -144,7 +144,7 @@ if __name__ == '__main__':
         def prepare(self, batch, is_train, original=FaultyTrainer.prepare_batch_fn):
             if is_train:
                 counted[self.step] = counted.get(self.step, 0) + len(batch[0])
-                Path(f'{os.environ["COUNT_IMAGES"]}{distributed.rank()}').write_text(repr(counted))
+                Path(f'{os.environ["COUNT_IMAGES"]}{ranks.rank()}').write_text(repr(counted))
             return original(self, batch, is_train)
 
         FaultyTrainer.prepare_batch_fn = prepare

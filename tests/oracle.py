@@ -42,7 +42,9 @@ class GaussianMixture:
         log_p = self.log_weights[:, None] - (y**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1) / 2
         if label is not None:
             in_class = (self.labels[:, None] == label) | (label == self.classes)
-            log_p = log_p.masked_fill(~in_class, -math.inf) - torch.where(in_class, self.log_weights[:, None], -math.inf).logsumexp(0)
+            log_p = log_p.masked_fill(~in_class, -math.inf) - torch.where(
+                in_class, self.log_weights[:, None], -math.inf
+            ).logsumexp(0)
         return log_p, y, variance
 
     def log_prob(self, xt: Tensor, c: Coefs, label: Tensor | None = None) -> Tensor:
@@ -54,11 +56,15 @@ class GaussianMixture:
         log_p, y, variance = self.components(xt, c, label)
         share = log_p.softmax(0)[..., None]
         alpha, sigma = c.alpha[:, None], c.sigma[:, None]
-        x0 = self.means[:, None] + torch.einsum('kbj,kij->kbi', alpha * self.values[:, None] * y / variance, self.vectors)
+        x0 = self.means[:, None] + torch.einsum(
+            'kbj,kij->kbi', alpha * self.values[:, None] * y / variance, self.vectors
+        )
         x1 = torch.einsum('kbj,kij->kbi', sigma * y / variance, self.vectors)
         return Prediction(xt, c, x0=(share * x0).sum(0), x1=(share * x1).sum(0))
 
-    def as_model(self, model_type: str, process: GaussianProcess, shape: tuple[int, ...] = ()) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    def as_model(
+        self, model_type: str, process: GaussianProcess, shape: tuple[int, ...] = ()
+    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         """A perfect network: model_fn(xt, t, label), computed in float64, of the type of xt."""
 
         def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -71,10 +77,22 @@ class GaussianMixture:
 def ring(modes: int = 8, std: float = 0.1, classes: int = 2) -> GaussianMixture:
     """Modes on the unit circle; neighbours have other labels."""
     angle = 2 * math.pi * torch.arange(modes, dtype=F64) / modes
-    return GaussianMixture(torch.stack([angle.cos(), angle.sin()], 1), std**2 * torch.eye(2, dtype=F64).expand(modes, 2, 2), torch.arange(modes) % classes)
+    return GaussianMixture(
+        torch.stack([angle.cos(), angle.sin()], 1),
+        std**2 * torch.eye(2, dtype=F64).expand(modes, 2, 2),
+        torch.arange(modes) % classes,
+    )
 
 
-def random_mixture(dim: int, modes: int, seed: int = 0, scale: float = 0.5, smallest: float = 0.03, largest: float = 0.4, classes: int = 2) -> GaussianMixture:
+def random_mixture(
+    dim: int,
+    modes: int,
+    seed: int = 0,
+    scale: float = 0.5,
+    smallest: float = 0.03,
+    largest: float = 0.4,
+    classes: int = 2,
+) -> GaussianMixture:
     """Anisotropic modes: normal means of this scale, random axes, standard deviations log-uniform between these two."""
     g = torch.Generator().manual_seed(seed)
     means = scale * torch.randn(modes, dim, generator=g, dtype=F64)

@@ -98,7 +98,9 @@ def test_flip_is_left_to_right(shape):
 def test_turns_of_square_images_are_as_likely():
     x = random_images(1500, (1, 8, 8))
     out, _ = augment(x, rotate_prob=1.0)
-    rates = shares(x, out, lambda image: [torch.from_numpy(np.rot90(image.numpy(), k, (1, 2)).copy()) for k in (1, 2, 3)])
+    rates = shares(
+        x, out, lambda image: [torch.from_numpy(np.rot90(image.numpy(), k, (1, 2)).copy()) for k in (1, 2, 3)]
+    )
     np.testing.assert_allclose(rates, 1 / 3, atol=0.05)
 
 

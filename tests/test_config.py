@@ -41,7 +41,9 @@ def test_every_setting_has_a_docstring_of_one_line():
     documented = {
         node.target.id: following.value.value
         for node, following in itertools.pairwise(body)
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
     }
     assert documented.keys() == FIELDS.keys()
     assert all(len(text) > 5 and '\n' not in text and text.endswith('.') for text in documented.values())
@@ -57,7 +59,9 @@ def test_every_setting_is_read_outside_config():
                 owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, 'id', '')
                 if owner in ('config', 'c'):
                     read.add(node.attr)
-            if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'due':  # due('log_every') reads it with getattr
+            if (
+                isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'due'
+            ):  # due('log_every') reads it with getattr
                 read |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     read |= {'experiment_name', 'ckpt_dir'} if 'run_dir' in read else set()
     by_parse_config = {'debug'}
@@ -92,7 +96,12 @@ def test_config_is_frozen():
 def test_later_wins():
     name = 'num_training_steps'  # in all four places, with different values
     values = [Config().num_training_steps, PRESETS['mnist'][name], DEBUG[name], 777]
-    argvs = [[], ['--preset', 'mnist'], ['--preset', 'mnist', '--debug'], ['--preset', 'mnist', '--debug', f'--{name}', '777']]
+    argvs = [
+        [],
+        ['--preset', 'mnist'],
+        ['--preset', 'mnist', '--debug'],
+        ['--preset', 'mnist', '--debug', f'--{name}', '777'],
+    ]
     assert [getattr(parse_config(argv), name) for argv in argvs] == values
     assert len(set(values)) == 4
 
@@ -109,7 +118,15 @@ def test_a_preset_leaves_the_other_settings_alone():
 
 
 def test_flags_of_every_type_arrive():
-    settings = dict(seed=3, base_lr=1e-4, solver='euler', final_eval=False, dequantize=True, channel_mults=(1, 2, 4), attention_resolutions=())
+    settings = dict(
+        seed=3,
+        base_lr=1e-4,
+        solver='euler',
+        final_eval=False,
+        dequantize=True,
+        channel_mults=(1, 2, 4),
+        attention_resolutions=(),
+    )
     settings |= dict(adam_betas=(0.8, 0.9), ema_decays=(0.9, 0.99), experiment_name='here')
     made = parse_config(as_flags(settings))
     assert {name: getattr(made, name) for name in settings} == settings
@@ -148,7 +165,9 @@ def test_debug_by_default_and_its_opposite():
 
 def shell(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     """main.py with these arguments."""
-    return subprocess.run([sys.executable, ROOT / 'main.py', *arguments], env=os.environ | env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, ROOT / 'main.py', *arguments], env=os.environ | env, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize('preset', ['digits', 'mnist'])
@@ -223,13 +242,26 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(base_lr=math.nan), 'base_lr'),
     (dict(time_mean=math.inf), 'time_mean'),
     (dict(ema_decays=(0.9, math.nan)), 'ema_decays'),
-    *(({name: 0}, name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps max_bad_steps keep_last'.split()),
+    *(
+        ({name: 0}, name)
+        for name in 'global_batch_size batch_shards accumulation_steps num_training_steps num_sample_steps max_bad_steps keep_last'.split()
+    ),
     *(({name: 0}, name) for name in 'channels num_res_blocks image_size'.split()),
-    *(({name: -1}, name) for name in 'seed log_every save_every keep_every sample_every eval_every warmup_steps'.split()),
+    *(
+        ({name: -1}, name)
+        for name in 'seed log_every save_every keep_every sample_every eval_every warmup_steps'.split()
+    ),
     *(({name: -1}, name) for name in 'num_workers max_translation sample_nfe'.split()),
-    *(({name: value}, name) for name in 'flip_prob rotate_prob translate_prob label_dropout guidance_rescale'.split() for value in (-0.1, 1.1)),
+    *(
+        ({name: value}, name)
+        for name in 'flip_prob rotate_prob translate_prob label_dropout guidance_rescale'.split()
+        for value in (-0.1, 1.1)
+    ),
     *(({name: 0.0}, name) for name in 'base_lr time_std sigma_data sigma_min adam_eps'.split()),
-    *(({name: -0.1}, name) for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'.split()),
+    *(
+        ({name: -0.1}, name)
+        for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'.split()
+    ),
     (dict(dropout=1.0), 'dropout'),
     (dict(dropout=-0.1), 'dropout'),
     (dict(channel_mults=()), 'channel_mults'),
@@ -254,7 +286,10 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(antithetic=True, stratified=False, global_batch_size=24), 'antithetic global_batch_size batch_shards'),
     (dict(guidance_scale=2.0, label_dropout=0.0), 'guidance_scale label_dropout'),
     (dict(guidance_scale=0.0, label_dropout=1.0), 'guidance_scale label_dropout'),
-    *((dict(experiment_name=name), 'experiment_name') for name in ('a/b', '..', '.', '../x', 'a.b', '/x', '-rf', 'a b', 'a\n', '~', 'a\\b')),
+    *(
+        (dict(experiment_name=name), 'experiment_name')
+        for name in ('a/b', '..', '.', '../x', 'a.b', '/x', '-rf', 'a b', 'a\n', '~', 'a\\b')
+    ),
 ]
 
 
@@ -269,13 +304,19 @@ def test_a_broken_rule_shows_the_settings_and_their_values(settings, names):
 
 def test_the_table_above_breaks_every_rule():
     """The names in `check`, in source, are those of BROKEN; so a new rule needs a new case."""
-    strings = [node.value for node in ast.walk(ast.parse(inspect.getsource(config.check))) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    strings = [
+        node.value
+        for node in ast.walk(ast.parse(inspect.getsource(config.check)))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     groups = [text.split() for text in strings if text and set(text.split()) <= set(FIELDS)]
     assert {name for group in groups for name in group} <= {name for _, names in BROKEN for name in names.split()}
     assert len(groups) > 20
 
 
-@pytest.mark.parametrize('field', [field for field in FIELDS.values() if isinstance(field.default, float)], ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    'field', [field for field in FIELDS.values() if isinstance(field.default, float)], ids=lambda field: field.name
+)
 def test_no_setting_may_be_nan(field):
     with pytest.raises(SettingError, match=f'{field.name}=nan'):
         Config(**{field.name: math.nan})
@@ -327,7 +368,12 @@ def test_default_name():
     assert parse_config([]).experiment_name == 'digits'
     assert parse_config(['--preset', 'mnist']).experiment_name == 'mnist'
     assert parse_config(['--debug']).experiment_name == 'digits_debug'
-    assert parse_config(['--log_every', '7', '--save_every', '9', '--wandb', 'disabled', '--accumulation_steps', '2']).experiment_name == 'digits'
+    assert (
+        parse_config(
+            ['--log_every', '7', '--save_every', '9', '--wandb', 'disabled', '--accumulation_steps', '2']
+        ).experiment_name
+        == 'digits'
+    )
     assert parse_config(['--channels', '64', '--seed', '5']).experiment_name == 'digits_seed=5_channels=64'
     assert parse_config(['--experiment_name', 'mine', '--seed', '5']).experiment_name == 'mine'
 
@@ -344,7 +390,9 @@ def test_every_experiment_has_its_own_safe_name():
 def test_a_name_is_the_same_in_every_process():
     settings = OVERRIDES[-1]  # with a hash in it
     command = [sys.executable, '-c', f'import config; print(config.Config(**{settings!r}).experiment_name)']
-    shown = subprocess.run(command, cwd=ROOT, env=os.environ | {'PYTHONHASHSEED': '77'}, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {'PYTHONHASHSEED': '77'}, capture_output=True, text=True, check=True
+    ).stdout
     assert shown.strip() == Config(**settings).experiment_name
 
 

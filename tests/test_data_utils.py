@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
-import distributed
 from config import Config, SettingError
 from data_utils import DATASETS, Loader, StreamSampler, setup_data_train_and_test
+from runtime import ranks
 
 CPU = torch.device('cpu')
 
@@ -34,10 +34,10 @@ def as_process(monkeypatch):
     """`as_process(rank, world_size)`: what this process is from now on, with nobody to talk to."""
 
     def become(rank, world_size):
-        monkeypatch.setattr(distributed, 'rank', lambda: rank)
-        monkeypatch.setattr(distributed, 'world_size', lambda: world_size)
-        monkeypatch.setattr(distributed, 'on_main', lambda fn: fn() if rank == 0 else None)
-        monkeypatch.setattr(distributed, 'on_each', lambda fn: fn())
+        monkeypatch.setattr(ranks, 'rank', lambda: rank)
+        monkeypatch.setattr(ranks, 'world_size', lambda: world_size)
+        monkeypatch.setattr(ranks, 'on_main', lambda fn: fn() if rank == 0 else None)
+        monkeypatch.setattr(ranks, 'on_each', lambda fn: fn())
 
     return become
 
@@ -53,7 +53,9 @@ def take_steps(sampler: StreamSampler, first: int, steps: int) -> list[list[int]
 
 
 def test_each_epoch_visits_each_image_once(tiny_config):
-    stream = np.concatenate(take_steps(StreamSampler(100, tiny_config(global_batch_size=32)), 0, 25))  # 800 positions, 8 epochs
+    stream = np.concatenate(
+        take_steps(StreamSampler(100, tiny_config(global_batch_size=32)), 0, 25)
+    )  # 800 positions, 8 epochs
     epochs = stream.reshape(8, 100)
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8  # in another order each time
@@ -104,7 +106,9 @@ def test_overfit_repeats_the_first_batch(tiny_config):
 @pytest.mark.parametrize('world, accumulation', [(3, 1), (16, 1), (4, 4)])
 def test_shards_that_cannot_be_dealt_are_refused(tiny_config, as_process, world, accumulation):
     as_process(0, world)
-    with pytest.raises(SettingError, match=f'batch_shards=8 is not divisible by {world} processes.*accumulation_steps={accumulation}'):
+    with pytest.raises(
+        SettingError, match=f'batch_shards=8 is not divisible by {world} processes.*accumulation_steps={accumulation}'
+    ):
         setup_data_train_and_test(tiny_config(batch_shards=8, accumulation_steps=accumulation), CPU)
 
 
@@ -204,7 +208,10 @@ def serve_cifar10(server, monkeypatch) -> list[np.ndarray]:
     """[train images (50, 3, 32, 32), train labels, test images (20, 3, 32, 32), test labels], served as a tar.gz of pickles."""
     folder, address, _ = server
     rng = np.random.default_rng(2)
-    batches = [dict(data=rng.integers(0, 256, (n, 3072), dtype=np.uint8), labels=rng.integers(0, 10, n).tolist()) for n in (10,) * 5 + (20,)]
+    batches = [
+        dict(data=rng.integers(0, 256, (n, 3072), dtype=np.uint8), labels=rng.integers(0, 10, n).tolist())
+        for n in (10,) * 5 + (20,)
+    ]
     contents = [*batches, dict(label_names=list('abcdefghij'))]
     names = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch', 'batches.meta']
     sums = {}
@@ -296,7 +303,9 @@ def test_image_folder_through_loader_processes(tiny_config, tmp_path):
         assert torch.equal((x[:, 0] * 255).round(), (100.0 * label)[:, None, None].expand(8, 16, 16))
         assert torch.equal((x[:, 2] * 255).round(), torch.full((8, 16, 16), 50.0))
     direct, order = data_utils.load_image_folder(config)[0], take_steps(StreamSampler(18, config), 3, 1)[0]
-    assert torch.equal((x * 255).round().byte(), torch.stack([direct[i][0] for i in order[:8]]))  # the order of the stream
+    assert torch.equal(
+        (x * 255).round().byte(), torch.stack([direct[i][0] for i in order[:8]])
+    )  # the order of the stream
     assert sum(len(x) for x, _ in test) == 2
 
 
@@ -309,7 +318,9 @@ def test_image_folder_crops_the_middle(tiny_config, tmp_path):
     assert torch.equal(image, torch.full((3, 8, 8), 200, dtype=torch.uint8)) and label == 0
 
 
-@pytest.mark.parametrize('images', [None, {}, {'cat': []}, {'cat': [(8, 8)]}], ids=['missing', 'empty', 'no image', 'one image'])
+@pytest.mark.parametrize(
+    'images', [None, {}, {'cat': []}, {'cat': [(8, 8)]}], ids=['missing', 'empty', 'no image', 'one image']
+)
 def test_too_few_images_are_an_error_that_says_where_to_put_them(images, tiny_config, tmp_path):
     folder = tmp_path / 'data' / 'image_folder'
     if images is not None:
@@ -327,7 +338,13 @@ def test_loader_scales_by_the_largest_pixel(tiny_config):
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_images=st.integers(1, 40), shard_size=st.integers(1, 5), shards=st.sampled_from([1, 2, 4]), step=st.integers(0, 30), seed=st.integers(0, 9))
+@given(
+    num_images=st.integers(1, 40),
+    shard_size=st.integers(1, 5),
+    shards=st.sampled_from([1, 2, 4]),
+    step=st.integers(0, 30),
+    seed=st.integers(0, 9),
+)
 def test_a_step_is_a_cut_of_the_stream_of_permutations(num_images, shard_size, shards, step, seed):
     """Against the stream written out from its beginning, for data sets smaller and larger than a batch."""
     batch = shards * shard_size

@@ -10,14 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import distributed
-import launch
+from runtime import launch, ranks, stopping
 
 # What each of two processes does; it writes what it saw as JSON. Steps that all ranks take together come in the same order.
 SCRIPT = """
 import json, os, signal, sys, time
 import torch
-import distributed as d
+from runtime import ranks as d, stopping
 from logging_utils import RunningMeans
 
 device = d.setup()
@@ -36,9 +35,9 @@ seen['after'] = d.on_main(lambda: 'still in step')
 
 for n in (1, 5, 8):
     items = torch.arange(n * 6).reshape(n, 2, 3) + 100
-    mine = items[torch.tensor(d.share(n))]
-    seen[f'share {n}'] = d.share(n)
-    seen[f'gathered {n}'] = torch.equal(d.gather_shares(mine, n), items)
+    mine = items[torch.tensor(d.my_items(n))]
+    seen[f'share {n}'] = d.my_items(n)
+    seen[f'gathered {n}'] = torch.equal(d.gather_items(mine, n), items)
 
 seen['any'] = [d.any_rank(flag) for flag in (False, rank == 0, rank == 1, True)]
 value = torch.tensor([1.0 + rank, 10.0 * rank])
@@ -62,12 +61,12 @@ seen['waited'] = time.monotonic() - start
 
 def stopped():
     try:
-        d.raise_if_stopped()
-    except d.Stopped:
+        stopping.raise_if_stopped()
+    except stopping.Stopped:
         return True
     return False
 
-d.catch_stop_signals()
+stopping.catch_stop_signals()
 seen['stopped'] = [stopped()]
 if rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -88,16 +87,21 @@ def both(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    shared = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    shared = os.environ | dict(
+        WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'
+    )
     shared |= dict(CUDA_VISIBLE_DEVICES='')
     command = [sys.executable, folder / 'script.py', folder]
-    ranks = [subprocess.Popen(command, env=shared | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True) for r in range(2)]
+    processes = [
+        subprocess.Popen(command, env=shared | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert [process.returncode for process in processes] == [0, 0], errors
     return [json.loads((folder / f'{r}.json').read_text()) for r in range(2)]
 
 
@@ -153,57 +157,57 @@ def test_two_stop_together_when_one_got_the_signal(both):
 def test_one_process_needs_no_group(monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    distributed.setup()
+    assert (ranks.rank(), ranks.world_size(), ranks.is_main()) == (0, 1, True)
+    ranks.setup()
     assert not torch.distributed.is_initialized()
-    distributed.barrier()
-    distributed.close()
+    ranks.barrier()
+    ranks.close()
 
 
 def test_one_process_is_its_own_everybody():
     value = torch.tensor([1.5, -2.0])
     for op in ('SUM', 'MAX', 'MIN'):
-        assert distributed.all_reduce(value.clone(), op).tolist() == [1.5, -2.0]
-    assert [distributed.any_rank(flag) for flag in (True, False)] == [True, False]
-    assert distributed.all_gather_objects('x') == ['x']
-    assert distributed.on_main(lambda: 5) == 5
+        assert ranks.all_reduce(value.clone(), op).tolist() == [1.5, -2.0]
+    assert [ranks.any_rank(flag) for flag in (True, False)] == [True, False]
+    assert ranks.all_gather_objects('x') == ['x']
+    assert ranks.on_main(lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
-        distributed.on_main(lambda: 1 // 0)
+        ranks.on_main(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
 def test_one_process_has_all_shares(n):
     rows = torch.randn(n, 3)
-    assert distributed.share(n) == list(range(n))
-    assert torch.equal(distributed.gather_shares(rows[torch.tensor(distributed.share(n))], n), rows)
+    assert ranks.my_items(n) == list(range(n))
+    assert torch.equal(ranks.gather_items(rows[torch.tensor(ranks.my_items(n))], n), rows)
 
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4, 7])
 @pytest.mark.parametrize('n', [1, 2, 5, 8, 100])
 def test_shares_cover_all_items_for_any_number_of_processes(monkeypatch, world, n):
-    monkeypatch.setattr(distributed, 'world_size', lambda: world)
+    monkeypatch.setattr(ranks, 'world_size', lambda: world)
     shares = []
     for rank in range(world):
-        monkeypatch.setattr(distributed, 'rank', lambda rank=rank: rank)
-        shares.append(distributed.share(n))
+        monkeypatch.setattr(ranks, 'rank', lambda rank=rank: rank)
+        shares.append(ranks.my_items(n))
     assert len({len(share) for share in shares}) == 1  # collectives need equal shapes
     assert [i for column in zip(*shares, strict=True) for i in column][:n] == list(range(n))
     assert {i for share in shares for i in share} == set(range(n))
 
 
 def test_raise_if_stopped_only_after_a_signal(monkeypatch):
-    monkeypatch.setattr(distributed, '_stop_asked', False)
-    distributed.raise_if_stopped()
-    distributed.ask_to_stop()
-    with pytest.raises(distributed.Stopped):
-        distributed.raise_if_stopped()
+    monkeypatch.setattr(stopping, '_stop_asked', False)
+    stopping.raise_if_stopped()
+    stopping.ask_to_stop()
+    with pytest.raises(stopping.Stopped):
+        stopping.raise_if_stopped()
 
 
 @pytest.mark.parametrize('nproc', ['0', '-1', 'two', '1.5'])
 def test_the_launcher_refuses_a_bad_number_of_processes(nproc, monkeypatch, capsys):
     monkeypatch.setenv('NPROC', nproc)
     monkeypatch.setattr(os, 'setsid', lambda: None)
-    assert launch.launch(['main.py']) == distributed.EXIT_BAD_SETTING
+    assert launch.launch(['main.py']) == stopping.EXIT_BAD_SETTING
     assert f'NPROC={nproc!r}' in capsys.readouterr().err
 
 

@@ -16,11 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_runs, kill_all, launch_env, losses, processes_with, record_of, start_run_sh, wait_until
+from conftest import (
+    ROOT,
+    assert_same_runs,
+    kill_all,
+    launch_env,
+    losses,
+    processes_with,
+    record_of,
+    start_run_sh,
+    wait_until,
+)
 
-import run_folder
 import saving
 from config import Config
+from runtime import run_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = 'tests/faulty.py'
@@ -49,7 +59,11 @@ def whole(tmp_path_factory):
         key = (nproc, *settings.items())
         if key not in made:
             folder = tmp_path_factory.mktemp('whole')
-            process = start_run_sh(SCRIPT, nproc=nproc, **RUN | settings | dict(ckpt_dir=str(folder), experiment_name=FOLDER, once=f'{folder}/once'))
+            process = start_run_sh(
+                SCRIPT,
+                nproc=nproc,
+                **RUN | settings | dict(ckpt_dir=str(folder), experiment_name=FOLDER, once=f'{folder}/once'),
+            )
             _, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
             made[key] = folder / FOLDER
@@ -67,7 +81,9 @@ class Job:
         self.settings = RUN | dict(ckpt_dir=str(tmp_path), experiment_name=FOLDER, once=str(self.once)) | settings
 
     def start(self, nproc=None, env=None, **settings):
-        return start_run_sh(SCRIPT, nproc=nproc or self.nproc, env=(self.env or {}) | (env or {}), **self.settings | settings)
+        return start_run_sh(
+            SCRIPT, nproc=nproc or self.nproc, env=(self.env or {}) | (env or {}), **self.settings | settings
+        )
 
     def run(self, seconds=100, **kwargs):
         """Start it and wait for its end: (exit code, stdout, stderr). No process may be left."""
@@ -109,7 +125,9 @@ def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
         else:
             record = job.folder / 'metrics.jsonl'
             written = record.stat().st_mtime_ns if record.exists() else 0
-            begun = wait_until(lambda record=record, written=written: record.exists() and record.stat().st_mtime_ns > written, 60)
+            begun = wait_until(
+                lambda record=record, written=written: record.exists() and record.stat().st_mtime_ns > written, 60
+            )
             assert begun or process.poll() is not None, process.communicate()
             time.sleep(rng.uniform(0, 0.5))
         while found := processes_with(str(tmp_path)):
@@ -117,7 +135,11 @@ def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
             time.sleep(0.01 * len(found))
         process.communicate(timeout=20)
         done = max(before, job.steps())
-        kept = run_folder.newest_whole(Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER)) if job.folder.exists() else None
+        kept = (
+            run_folder.newest_whole(Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER))
+            if job.folder.exists()
+            else None
+        )
         lost.append(done - (kept[1]['step'] if kept else 0))
     code, _, err = job.run()
     assert code == 0, err
@@ -245,7 +267,10 @@ def test_nan_batch_on_one_rank_skips_the_step_on_all(tmp_path, whole):
     code, out, err = job.run()
     assert code == 0 and 'skipped 1 of the last steps, the latest of them step 12' in out, err
     state = saving.load(job.folder / 'last.pt')
-    assert state['bad_steps'].tolist() == [0, 1, 12] and int(state['optimizer']['state'][0]['step']) == RUN['num_training_steps'] - 1
+    assert (
+        state['bad_steps'].tolist() == [0, 1, 12]
+        and int(state['optimizer']['state'][0]['step']) == RUN['num_training_steps'] - 1
+    )
     averages = list(state['ema']['networks'].values())
     assert all(w.isfinite().all() for weights in [state['network'], *averages] for w in weights.values())
     lines = record_of(job.folder)
@@ -260,14 +285,24 @@ def image_files(tmp_path):
     folder.mkdir(parents=True)
     for i in range(40):
         Image.new('RGB', (12, 10), (i, 2 * i, 3 * i)).save(folder / f'{i}.png')
-    return dict(dataset='image_folder', image_size=8, num_workers=2, data_dir=str(tmp_path / 'data'), label_dropout=0.0, log_every=1)
+    return dict(
+        dataset='image_folder',
+        image_size=8,
+        num_workers=2,
+        data_dir=str(tmp_path / 'data'),
+        label_dropout=0.0,
+        log_every=1,
+    )
 
 
 def test_loader_worker_killed(tmp_path):
     job = Job(tmp_path, nproc=2, fault='loader worker', fault_rank=1, **image_files(tmp_path))
     code, _, err = job.run()
     assert code == 1 and job.seconds_since_the_fault() < 60
-    assert re.search(r'^rank 1 failed first: RuntimeError: DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)', err.splitlines()[-1])
+    assert re.search(
+        r'^rank 1 failed first: RuntimeError: DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)',
+        err.splitlines()[-1],
+    )
     assert saving.load(job.folder / 'last.pt')['step'] in (8, 12)
     code, out, err = job.run()
     assert code == 0 and 'resuming' in out, err
@@ -303,7 +338,9 @@ def test_full_disk(tmp_path, whole):
                 pass
         filled = time.time()
         _, err = process.communicate(timeout=60)
-        assert process.returncode == 1 and 'SaveError' in err.splitlines()[-1] and 'No space left' in err.splitlines()[-1], err
+        assert (
+            process.returncode == 1 and 'SaveError' in err.splitlines()[-1] and 'No space left' in err.splitlines()[-1]
+        ), err
         assert str(disk) in err.splitlines()[-1] and 'Make room' in err.splitlines()[-1]
         assert time.time() - filled < 60
         report('full disk', seconds=time.time() - filled)
@@ -328,7 +365,10 @@ def test_save_over_the_limit_of_file_size(tmp_path, whole, nproc):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1 and 'trying again in' in out
-    assert all(word in err.splitlines()[-1] for word in ('failed first: logging_utils.SaveError', 'ckpt_dir=', 'step 4', 'File too large', 'Make room')), err
+    assert all(
+        word in err.splitlines()[-1]
+        for word in ('failed first: runtime.stopping.SaveError', 'ckpt_dir=', 'step 4', 'File too large', 'Make room')
+    ), err
     assert 'Traceback' not in err and not list(job.folder.glob('*.pt')) and not list(job.folder.glob('.*'))
     code, _, err = job.run()
     assert code == 0, err
@@ -383,14 +423,22 @@ def test_damaged_checkpoint(tmp_path, whole, damage):
     raw = last.read_bytes()
     at = raw.index(next(iter(saving.load(last)['network'].values())).numpy().tobytes())
     last.write_bytes(
-        {'one bit': raw[:at] + bytes([raw[at] ^ 16]) + raw[at + 1 :], 'cut': raw[:-5000], 'empty': b'', 'garbage': random.Random(0).randbytes(len(raw))}[damage]
+        {
+            'one bit': raw[:at] + bytes([raw[at] ^ 16]) + raw[at + 1 :],
+            'cut': raw[:-5000],
+            'empty': b'',
+            'garbage': random.Random(0).randbytes(len(raw)),
+        }[damage]
     )
     code, out, err = job.run()
     assert code == 0 and 'last.pt' in out and 'damaged' in out and 'going on from last-1.pt, step 24' in out, err
     assert_same_runs(whole(), job.folder)
 
 
-@pytest.mark.parametrize('other, words', [('config', 'base_lr: 0.001 -> 0.5'), ('architecture', 'another network'), ('version', 'format version 99')])
+@pytest.mark.parametrize(
+    'other, words',
+    [('config', 'base_lr: 0.001 -> 0.5'), ('architecture', 'another network'), ('version', 'format version 99')],
+)
 def test_a_checkpoint_that_does_not_fit(tmp_path, other, words):
     """It is refused before anything is done, and stays as it is."""
     job = Job(tmp_path, num_training_steps=4)
@@ -416,7 +464,9 @@ def test_all_checkpoints_damaged(tmp_path):
     before = {path.name: path.read_bytes() for path in job.folder.iterdir() if path.is_file() and path.name != 'lock'}
     code, _, err = job.run()
     assert code == 2 and 'Traceback' not in err and all(path.name in err for path in files)
-    assert before == {path.name: path.read_bytes() for path in job.folder.iterdir() if path.is_file() and path.name != 'lock'}
+    assert before == {
+        path.name: path.read_bytes() for path in job.folder.iterdir() if path.is_file() and path.name != 'lock'
+    }
 
 
 # ---------------------------------------------------------------- wandb
@@ -426,7 +476,16 @@ def test_all_checkpoints_damaged(tmp_path):
 def test_wandb_fails_in_mid_run(tmp_path, how):
     """Its process is killed, or hangs: training goes on, and the local record is whole."""
     marker = f'TEST_OF_WANDB={tmp_path}'
-    job = Job(tmp_path, wandb='offline', nproc=1, env=dict([marker.split('=')]), num_training_steps=300, save_every=0, eval_every=0, sample_every=0)
+    job = Job(
+        tmp_path,
+        wandb='offline',
+        nproc=1,
+        env=dict([marker.split('=')]),
+        num_training_steps=300,
+        save_every=0,
+        eval_every=0,
+        sample_every=0,
+    )
     process = job.start()
     assert wait_until(lambda: job.steps() >= 5, 60)
     killed = []
@@ -457,7 +516,9 @@ def test_wandb_unreachable(tmp_path, mode, code):
     ended, out, err = job.run()
     assert ended == code, err
     if mode == 'auto':
-        assert 'recording offline' in out and [line['train/step'] for line in record_of(job.folder)] == list(range(1, 41))
+        assert 'recording offline' in out and [line['train/step'] for line in record_of(job.folder)] == list(
+            range(1, 41)
+        )
     else:
         assert "wandb='online'" in err and '--wandb offline' in err and not record_of(job.folder)
 
@@ -472,7 +533,13 @@ def test_two_runs_in_one_folder(tmp_path, whole):
     second = job.start()
     _, err = second.communicate(timeout=60)
     holder = (job.folder / 'lock').read_text().strip()
-    assert second.returncode == 2 and 'SettingError' in err and holder in err and '--experiment_name' in err and 'Traceback' not in err
+    assert (
+        second.returncode == 2
+        and 'SettingError' in err
+        and holder in err
+        and '--experiment_name' in err
+        and 'Traceback' not in err
+    )
     assert int(holder.split()[1]) in processes_with(str(tmp_path)) and os.uname().nodename in holder
     assert first.poll() is None
     kill_all(str(tmp_path))
@@ -486,7 +553,15 @@ def test_two_runs_in_one_folder(tmp_path, whole):
 
 def test_1_2_and_4_processes_see_and_compute_the_same(tmp_path):
     """Also with accumulation: loss curves agree within 1e-4 over 50 steps, and each process prepares and computes only its share."""
-    settings = dict(num_training_steps=50, save_every=0, keep_every=0, eval_every=25, sample_every=0, precision='float32', dropout=0.0)
+    settings = dict(
+        num_training_steps=50,
+        save_every=0,
+        keep_every=0,
+        eval_every=25,
+        sample_every=0,
+        precision='float32',
+        dropout=0.0,
+    )
     curves, worst = {}, {}
     for nproc, accumulation_steps in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2)):
         name = f'{nproc}x{accumulation_steps}'
@@ -539,16 +614,34 @@ def test_check(tmp_path, nproc):
     def files():
         ignored = ('.git', '.venv', '.pytest_cache', '.ruff_cache', '.hypothesis')
         return {
-            path: path.stat().st_mtime_ns for place in places for path in place.rglob('*') if path.relative_to(place).parts[0] not in ignored and path.is_file()
+            path: path.stat().st_mtime_ns
+            for place in places
+            for path in place.rglob('*')
+            if path.relative_to(place).parts[0] not in ignored and path.is_file()
         }
 
     before, began = files(), time.monotonic()
     command = ['sh', 'run.sh', '--check', '--ckpt_dir', str(tmp_path / 'ckpts'), '--base_lr', '0.0005']
-    result = subprocess.run(command, cwd=ROOT, env=launch_env(nproc) | dict(TMPDIR=str(temporary)), capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=launch_env(nproc) | dict(TMPDIR=str(temporary)),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     seconds = time.monotonic() - began
     assert result.returncode == 0, result.stderr
     assert files() == before and not list(temporary.iterdir()) and not (tmp_path / 'ckpts').exists()
-    for words in ('* base_lr = 0.0005', "  solver = 'adams'", '727,649 parameters', 's a step', 'held out', 'sample    adams', 'sample    sde_dpmpp_2m'):
+    for words in (
+        '* base_lr = 0.0005',
+        "  solver = 'adams'",
+        '727,649 parameters',
+        's a step',
+        'held out',
+        'sample    adams',
+        'sample    sde_dpmpp_2m',
+    ):
         assert words in result.stdout, words
     for words in ('GB at most', 'hours', 'minutes at most (save_every=250)', 'checkpoints', 'GB are free', 'it runs'):
         assert words in result.stdout, words
@@ -559,8 +652,15 @@ def test_check(tmp_path, nproc):
 def test_check_refuses_what_would_fail(tmp_path):
     flags = ['sh', 'run.sh', '--check', '--ckpt_dir', str(tmp_path)]
     kwargs = dict(cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=100)
-    full = subprocess.run([*flags, '--keep_every', '1', '--num_training_steps', '2000000000', '--lr_schedule_type', 'constant'], **kwargs)
-    assert full.returncode == 2 and 'are free' in full.stderr and '--keep_every' in full.stderr and 'Traceback' not in full.stderr
+    full = subprocess.run(
+        [*flags, '--keep_every', '1', '--num_training_steps', '2000000000', '--lr_schedule_type', 'constant'], **kwargs
+    )
+    assert (
+        full.returncode == 2
+        and 'are free' in full.stderr
+        and '--keep_every' in full.stderr
+        and 'Traceback' not in full.stderr
+    )
     job = Job(tmp_path, nproc=1, num_training_steps=4)
     assert job.run()[0] == 0
     other = subprocess.run([*flags, '--experiment_name', FOLDER], **kwargs)

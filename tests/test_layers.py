@@ -1,87 +1,117 @@
-"""Who may import whom, so that each file can be read with those below it alone."""
+"""Who may import whom, so that each file can be read with those below it alone: imports go down, never round."""
 
 import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+# From the lowest up; a file may import those below its own layer, and within a layer those to its left.
 LAYERS = [
-    'config utils distributed',
-    'processes prediction time_samplers loss_weights augmentations unet dit data_utils optimizers ema logging_utils',
-    'solvers sampling likelihood metrics networks saving run_folder',
+    'config utils',
+    'runtime.ranks runtime.stopping',
+    'processes prediction time_samplers loss_weights augmentations unet dit mlp data_utils optimizers ema logging_utils',
+    'solvers sampling likelihood metrics networks saving',
+    'runtime.run_folder runtime.bad_steps',
+    'pictures evaluation',
     'trainer',
-    'main generate evaluate check launch',
+    'runtime.dry_run',
+    'main',
+    'generate evaluate compare prepare runtime.launch',
 ]
-LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
+PLACE = {name: (i, k) for i, names in enumerate(LAYERS) for k, name in enumerate(names.split())}
 MATHS = 'processes prediction time_samplers loss_weights solvers sampling likelihood'.split()
-FILES = sorted(ROOT.glob('*.py'))
+FILES = sorted([*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py')])
 EXAMPLES = sorted(ROOT.glob('examples/**/*.py'))
-# Within layers 2 and 4 files may import each other; of the rest, these alone.
-SAME_LAYER = {('prediction', 'processes'), ('time_samplers', 'processes'), ('loss_weights', 'processes')}
 
 
-def tree_of(path) -> ast.Module:
+def name_of(path: Path) -> str:
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+
+
+def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path) -> Iterator[str]:
-    """Top-level names of all imported modules, also of imports inside functions."""
-    for node in ast.walk(tree_of(path)):
+def imported_from(node: ast.ImportFrom) -> Iterator[str]:
+    """The modules that `from x import a, b` reads: x, or x.a and x.b where x is a folder of ours."""
+    assert node.level == 0, 'a relative import fails in a flat layout'
+    assert node.module
+    if node.module == 'runtime':
+        yield from (f'runtime.{alias.name}' for alias in node.names)
+    else:
+        yield node.module
+
+
+def imports(path: Path) -> set[str]:
+    """Names of all imported modules, also of imports inside functions; not those of `if TYPE_CHECKING`, which never run."""
+    tree = tree_of(path)
+    never = {n for node in ast.walk(tree) if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test)
+             for n in ast.walk(node)}  # fmt: skip
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in never:
+            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name.split('.')[0] for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f'{path.name}: the layout is flat, a relative import fails'
-            yield node.module.split('.')[0]
+            found |= set(imported_from(node))
+    return {name if name in PLACE else name.split('.')[0] for name in found}
 
 
 def test_every_file_has_a_layer():
-    assert {path.stem for path in FILES} <= set(LAYER_OF)
-    assert {'config', 'trainer', 'main'} <= {path.stem for path in FILES}
+    assert set(map(name_of, FILES)) <= set(PLACE)
+    assert {'config', 'trainer', 'main', 'runtime.launch'} <= set(map(name_of, FILES))
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_imports_go_down_only(path):
-    mine = LAYER_OF[path.stem]
-    for other in set(imports(path)) & set(LAYER_OF):
-        same = LAYER_OF[other] == mine and (mine in (2, 4) or (path.stem, other) in SAME_LAYER)
-        assert LAYER_OF[other] < mine or same, f'{path.stem} (layer {mine}) imports {other} (layer {LAYER_OF[other]})'
+    mine = PLACE[name_of(path)]
+    for other in imports(path) & set(PLACE):
+        assert PLACE[other] < mine, f'{name_of(path)} {mine} imports {other} {PLACE[other]}'
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_no_file_imports_an_example(path):
     assert 'examples' not in imports(path)
 
 
+def test_what_keeps_a_run_alive_never_uses_the_maths():
+    for path in ROOT.glob('runtime/*.py'):
+        assert not imports(path) & {*MATHS, 'networks', 'metrics', 'unet'}, path.name
+
+
 def test_wandb_is_imported_in_one_file_and_only_when_it_is_used():
     assert [path.stem for path in FILES + EXAMPLES if 'wandb' in imports(path)] == ['logging_utils']
-    at_the_top = [node for node in tree_of(ROOT / 'logging_utils.py').body if isinstance(node, ast.Import | ast.ImportFrom)]
+    body = tree_of(ROOT / 'logging_utils.py').body
+    at_the_top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert 'wandb' not in {alias.name for node in at_the_top for alias in node.names}
 
 
 def test_the_lowest_layer_imports_nothing_of_this_repo():
     for name in LAYERS[0].split():
-        assert not set(imports(ROOT / f'{name}.py')) & set(LAYER_OF), name
-    assert not {'torch', 'numpy', 'torchvision'} & set(imports(ROOT / 'config.py'))
+        assert not imports(ROOT / f'{name}.py') & set(PLACE), name
+    assert not {'torch', 'numpy', 'torchvision'} & imports(ROOT / 'config.py')
 
 
-@pytest.mark.parametrize('name', [name for name in MATHS if (ROOT / f'{name}.py').exists()])
+@pytest.mark.parametrize('name', MATHS)
 def test_maths_never_print_log_or_ask_for_a_rank(name):
     path = ROOT / f'{name}.py'
-    assert not {'distributed', 'logging_utils', 'logging', 'tqdm', 'wandb'} & set(imports(path))
-    called = {getattr(node.func, 'id', getattr(node.func, 'attr', '')) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}
-    assert not {'print', 'say', 'rank', 'is_main', 'get_rank', 'world_size'} & called
+    assert not {'runtime.ranks', 'runtime.stopping', 'logging_utils', 'logging', 'tqdm', 'wandb'} & imports(path)
+    calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    called = {getattr(func, 'id', getattr(func, 'attr', '')) for func in calls}
+    assert not {'print', 'print_once', 'rank', 'is_main', 'get_rank', 'world_size'} & called
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_every_import_of_another_file_names_something_it_has(path):
     """Also in branches and functions that no test runs."""
     for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.ImportFrom) and node.module in LAYER_OF:
-            body = tree_of(ROOT / f'{node.module}.py').body
+        if isinstance(node, ast.ImportFrom) and node.module in PLACE:
+            body = tree_of(ROOT / f'{node.module.replace(".", "/")}.py').body
             defined = {item.name for item in body if isinstance(item, ast.ClassDef | ast.FunctionDef)}
-            targets = [
-                target for item in body if isinstance(item, ast.Assign | ast.AnnAssign) for target in getattr(item, 'targets', [getattr(item, 'target', 0)])
-            ]
+            assigned = [item for item in body if isinstance(item, ast.Assign | ast.AnnAssign)]
+            targets = [target for item in assigned for target in getattr(item, 'targets', [getattr(item, 'target', 0)])]
             defined |= {target.id for target in targets if isinstance(target, ast.Name)}
             assert {alias.name for alias in node.names} <= defined, f'{path.stem}: from {node.module}'

@@ -32,8 +32,12 @@ def test_exact_divergence(dim, process_name):
     """Within 1e-3 nats a dimension, for every point."""
     mixture, x0, _, exact = case(dim, 20)
     process = process_named(process_name)
-    t_min = process.time_of_log_snr(torch.tensor([2 * math.log(1000)], dtype=F64)).item()  # sigma is small beside the narrowest mode, 0.1
-    result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence='exact', tolerance=1e-6, t_min=t_min)
+    t_min = process.time_of_log_snr(
+        torch.tensor([2 * math.log(1000)], dtype=F64)
+    ).item()  # sigma is small beside the narrowest mode, 0.1
+    result = log_likelihood(
+        mixture.as_model('velocity', process), process, x0, divergence='exact', tolerance=1e-6, t_min=t_min
+    )
     assert ((result.log_prob - exact()) / dim).abs().max() < 1e-3
     assert (result.standard_error == 0).all() and 20 < result.nfe < 1000
 
@@ -56,9 +60,16 @@ def test_more_probes_have_less_error():
     torch.manual_seed(0)
     mixture, x0, _, _ = case(16, 50)
     process = process_named('rf')
-    few, many = (log_likelihood(mixture.as_model('velocity', process), process, x0, num_probes=n).standard_error.mean() for n in (4, 64))
+    few, many = (
+        log_likelihood(mixture.as_model('velocity', process), process, x0, num_probes=n).standard_error.mean()
+        for n in (4, 64)
+    )
     assert many / few == pytest.approx(1 / 4, rel=0.25)
-    assert log_likelihood(mixture.as_model('velocity', process), process, x0[:2], num_probes=1).standard_error.isnan().all()
+    assert (
+        log_likelihood(mixture.as_model('velocity', process), process, x0[:2], num_probes=1)
+        .standard_error.isnan()
+        .all()
+    )
 
 
 @pytest.mark.parametrize('solver', METHODS)
@@ -66,7 +77,9 @@ def test_every_method(solver):
     mixture, x0, _, exact = case(2, 20)
     process = process_named('rf')
     steps = {'euler': 2000, 'midpoint': 200}.get(solver, 50)
-    result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence='exact', solver=solver, num_steps=steps)
+    result = log_likelihood(
+        mixture.as_model('velocity', process), process, x0, divergence='exact', solver=solver, num_steps=steps
+    )
     assert (result.log_prob - exact()).abs().max() < (0.02 if solver == 'euler' else 2e-3)
     if solver != 'dopri5':
         assert result.nfe == steps * SOLVERS[solver].nfe + 1
@@ -76,7 +89,9 @@ def test_every_method(solver):
 def test_every_output_gives_the_same(model_type):
     mixture, x0, _, exact = case(2, 10)
     process = process_named('cosine')
-    result = log_likelihood(mixture.as_model(model_type, process), process, x0, model_type=model_type, divergence='exact')
+    result = log_likelihood(
+        mixture.as_model(model_type, process), process, x0, model_type=model_type, divergence='exact'
+    )
     torch.testing.assert_close(result.log_prob, exact(), rtol=0, atol=2e-3)
 
 
@@ -84,7 +99,9 @@ def test_of_a_class():
     mixture, x0, label, exact = case(2, 20)
     process = process_named('rf')
     for asked in (label, 1 - label, torch.full_like(label, 2)):
-        result = log_likelihood(mixture.as_model('velocity', process), process, x0, asked, divergence='exact', tolerance=1e-7)
+        result = log_likelihood(
+            mixture.as_model('velocity', process), process, x0, asked, divergence='exact', tolerance=1e-7
+        )
         torch.testing.assert_close(result.log_prob, exact(asked), rtol=0, atol=2e-3)
 
 

@@ -36,13 +36,21 @@ def test_each_line_is_json_with_the_step_and_exact_values(tmp_path):
     logger.log({'train/loss': 0.1, 'train/images': 128}, 1)
     logger.log({'train/loss': 1 / 3}, 2)
     logger.close()
-    assert lines_of(tmp_path) == [{'train/step': 1, 'train/loss': 0.1, 'train/images': 128}, {'train/step': 2, 'train/loss': 1 / 3}]
+    assert lines_of(tmp_path) == [
+        {'train/step': 1, 'train/loss': 0.1, 'train/images': 128},
+        {'train/step': 2, 'train/loss': 1 / 3},
+    ]
 
 
 def test_values_that_are_not_finite_can_be_written(tmp_path):
     Logger(DISABLED, tmp_path).log({'a': math.nan, 'b': math.inf, 'c': -math.inf, 'd': -3.5}, 1)
     (line,) = lines_of(tmp_path)
-    assert [float(line['a']), float(line['b']), float(line['c']), line['d']] == [pytest.approx(math.nan, nan_ok=True), math.inf, -math.inf, -3.5]
+    assert [float(line['a']), float(line['b']), float(line['c']), line['d']] == [
+        pytest.approx(math.nan, nan_ok=True),
+        math.inf,
+        -math.inf,
+        -3.5,
+    ]
 
 
 @pytest.mark.parametrize('step, left', [(0, []), (1, []), (6, [3]), (7, [3, 6]), (9, [3, 6]), (99, [3, 6, 9])])
@@ -65,14 +73,14 @@ def test_a_half_written_last_line_is_dropped(tmp_path, half):
 
 
 def test_only_the_first_process_keeps_a_record(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logging_utils.distributed, 'is_main', lambda: False)
-    monkeypatch.setattr(logging_utils.distributed, 'on_main', lambda fn: None)
+    monkeypatch.setattr(logging_utils.ranks, 'is_main', lambda: False)
+    monkeypatch.setattr(logging_utils.ranks, 'on_main', lambda fn: None)
     logger = Logger(DISABLED, tmp_path, wandb_id='abc')
     logger.log({'a': 1.0}, 1)
     logger.log_picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
     logger.log_curve('x', [(0, 1)], 'step', 'lr')
     logger.close()
-    logging_utils.say('hello')
+    logging_utils.print_once('hello')
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ''
 
@@ -89,7 +97,9 @@ def test_a_picture_on_disk_has_the_same_pixels(tmp_path):
 
 def test_means_are_those_of_numpy():
     rng = np.random.default_rng(0)
-    batches = [rng.normal(5, 1, size).astype(np.float32) for size in (3, 8, 1)]  # unequal, so the mean of means would be wrong
+    batches = [
+        rng.normal(5, 1, size).astype(np.float32) for size in (3, 8, 1)
+    ]  # unequal, so the mean of means would be wrong
     means = RunningMeans(CPU)
     for batch in batches:
         means.add('loss', torch.from_numpy(batch).sum(), torch.tensor(float(len(batch))))
@@ -143,7 +153,11 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, monkeypatch)
         now[0] += 4
         progress.show(step, 0.125, 640)
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in shown] == ['30/100', '50/100', '100/100']  # 4 s after a line is too early, the end is not
+    assert [line.split()[1] for line in shown] == [
+        '30/100',
+        '50/100',
+        '100/100',
+    ]  # 4 s after a line is too early, the end is not
     assert 'loss 0.1250' in shown[0] and '640 images/s' in shown[0]
     assert '0.3 min left' in shown[1]  # 30 steps took 12 s, 50 are left: 20 s
 
@@ -201,7 +215,9 @@ def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
         assert row['train/step'] == step
         assert {name: row[name] for name in given} == given
     assert rows[2]['train/step'] == 200
-    (path,) = [value for name, value in rows[2].items() if name.startswith('samples/heun_ema') and name.endswith('.path')]
+    (path,) = [
+        value for name, value in rows[2].items() if name.startswith('samples/heun_ema') and name.endswith('.path')
+    ]
     (file,) = (tmp_path / 'wandb').glob(f'offline-run-*/files/{path}')
     assert np.array_equal(np.asarray(Image.open(file)), picture.permute(1, 2, 0).numpy())
     (table,) = (tmp_path / 'wandb').glob('offline-run-*/files/media/table/lr_schedule*.json')

@@ -40,8 +40,15 @@ def snr(c):
 SAME = {
     'EDM': [('F', LOSS_WEIGHTS['none']), ('x0', LOSS_WEIGHTS['edm'])],
     'noise': [('x1', LOSS_WEIGHTS['none']), ('x0', snr), ('score', lambda c: c.sigma.square())],
-    'ELBO': [('x1', LOSS_WEIGHTS['elbo']), ('x0', lambda c: snr(c) * LOSS_WEIGHTS['elbo'](c)), ('score', lambda c: c.g.square() / 2)],
-    'sigmoid': [('x1', LOSS_WEIGHTS['sigmoid']), ('x1', lambda c: LOSS_WEIGHTS['elbo'](c) / (1 + snr(c) * torch.e**-2))],
+    'ELBO': [
+        ('x1', LOSS_WEIGHTS['elbo']),
+        ('x0', lambda c: snr(c) * LOSS_WEIGHTS['elbo'](c)),
+        ('score', lambda c: c.g.square() / 2),
+    ],
+    'sigmoid': [
+        ('x1', LOSS_WEIGHTS['sigmoid']),
+        ('x1', lambda c: LOSS_WEIGHTS['elbo'](c) / (1 + snr(c) * torch.e**-2)),
+    ],
     'min-SNR': [('x0', LOSS_WEIGHTS['min_snr']), ('x1', lambda c: (5 / snr(c)).clamp(max=1))],
     'flow': [('velocity', LOSS_WEIGHTS['none']), ('x1', lambda c: (c.sigma_dot - c.f * c.sigma).square())],
 }
@@ -61,13 +68,22 @@ def test_same_loss(process_name, model_type, loss):
 @pytest.mark.parametrize('process_name', ['cosine', 'linear_vp'])
 def test_v_is_snr_plus_1_where_variance_is_preserved(process_name):
     process = process_named(process_name)
-    torch.testing.assert_close(losses(process, 'x0', 'v', LOSS_WEIGHTS['none']), losses(process, 'x0', 'x0', lambda c: snr(c) + 1), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        losses(process, 'x0', 'v', LOSS_WEIGHTS['none']),
+        losses(process, 'x0', 'x0', lambda c: snr(c) + 1),
+        rtol=1e-7,
+        atol=0,
+    )
 
 
 def test_no_other_pair_is_the_same_loss():
     """Among all targets and weights, for a process without symmetries."""
     process = process_named('linear_vp')
-    values = {(target, name): losses(process, 'x0', target, weight) for target in ROWS for name, weight in LOSS_WEIGHTS.items()}
+    values = {
+        (target, name): losses(process, 'x0', target, weight)
+        for target in ROWS
+        for name, weight in LOSS_WEIGHTS.items()
+    }
     same = {(a, b) for a in values for b in values if a < b and torch.allclose(values[a], values[b], rtol=1e-6, atol=0)}
     assert same == {(('F', 'none'), ('x0', 'edm'))}
 
@@ -91,7 +107,10 @@ def test_unknown_weight_lists_the_choices():
         get_loss_weight(Config(loss_weight='snr'))
 
 
-@pytest.mark.parametrize(('name', 'end'), [('edm', dict(t_min=0.0)), ('elbo', dict(t_min=0.0)), ('elbo', dict(t_max=1.0)), ('sigmoid', dict(t_max=1.0))])
+@pytest.mark.parametrize(
+    ('name', 'end'),
+    [('edm', dict(t_min=0.0)), ('elbo', dict(t_min=0.0)), ('elbo', dict(t_max=1.0)), ('sigmoid', dict(t_max=1.0))],
+)
 def test_weight_that_is_infinite_at_an_end_is_refused_with_a_remedy_that_works(name, end):
     with pytest.raises(SettingError, match=f"loss_weight='{name}' is infinite at t_m") as error:
         get_loss_weight(Config(loss_weight=name, **end))
@@ -134,11 +153,16 @@ def test_edm_is_reproduced(tiny_config, build_trainer):
     torch.testing.assert_close(ours, published, rtol=1e-9, atol=0)
     u = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     log_sigma = trainer.process.sigma(get_time_sampler(config)(u)).log()
-    torch.testing.assert_close(log_sigma, p_mean + p_std * torch.special.ndtri(u), rtol=1e-3, atol=1e-3)  # but for the tails beyond 0.002 and 80
+    torch.testing.assert_close(
+        log_sigma, p_mean + p_std * torch.special.ndtri(u), rtol=1e-3, atol=1e-3
+    )  # but for the tails beyond 0.002 and 80
 
 
 def test_weight_multiplies_the_error(tiny_config, build_trainer):
-    plain, weighted = (build_trainer(tiny_config(experiment_name=name, target_type='x0', loss_weight=name)) for name in ('none', 'min_snr'))
+    plain, weighted = (
+        build_trainer(tiny_config(experiment_name=name, target_type='x0', loss_weight=name))
+        for name in ('none', 'min_snr')
+    )
     batch = plain.draw_shard(next(iter(plain.train_loader)), 0, 0)
 
     def model_fn(xt, t, label):

@@ -61,7 +61,9 @@ def test_nearest_neighbour_ratio(digits):
 
 def test_nearest_neighbour_ratio_by_hand():
     train, held_out = torch.tensor([[0.0, 0], [10, 0]]), torch.tensor([[0.0, 2], [10, -4]])
-    assert nearest_neighbour_ratio(torch.tensor([[3.0, 0], [9, 0], [4, 3]]), train, held_out) == pytest.approx((3 + 1 + 5) / 3 / 3)
+    assert nearest_neighbour_ratio(torch.tensor([[3.0, 0], [9, 0], [4, 3]]), train, held_out) == pytest.approx(
+        (3 + 1 + 5) / 3 / 3
+    )
 
 
 def test_label_agreement_on_real_digits(digits):

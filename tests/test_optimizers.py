@@ -70,7 +70,11 @@ def test_warmup_is_linear(schedule):
 @pytest.mark.parametrize('min_lr', [0.0, 0.1, 0.4])
 def test_after_the_warmup_it_never_rises_nor_goes_below_the_floor(schedule, warmup_steps, min_lr):
     """Nor past the end of the training."""
-    after = rates(Config(lr_schedule_type=schedule, warmup_steps=warmup_steps, num_training_steps=1000, base_lr=0.4, min_lr=min_lr))[warmup_steps:]
+    after = rates(
+        Config(
+            lr_schedule_type=schedule, warmup_steps=warmup_steps, num_training_steps=1000, base_lr=0.4, min_lr=min_lr
+        )
+    )[warmup_steps:]
     assert all(type(lr) is float for lr in after)
     assert (np.diff(after) <= 0).all()
     assert min(after) >= min_lr and max(after) <= 0.4

@@ -45,7 +45,9 @@ def test_score_is_the_gradient_of_log_prob(process_name):
 
 def test_expectations_against_quadrature():
     """In one dimension E[x0 | xt] is an integral over x0."""
-    mixture = GaussianMixture(torch.tensor([[-0.7], [0.4]]), torch.tensor([[[0.04]], [[0.01]]]), weights=torch.tensor([0.3, 0.7]))
+    mixture = GaussianMixture(
+        torch.tensor([[-0.7], [0.4]]), torch.tensor([[[0.04]], [[0.01]]]), weights=torch.tensor([0.3, 0.7])
+    )
     x0 = torch.linspace(-4, 4, 40001, dtype=F64)
     prior = 0.3 * Normal(-0.7, 0.2).log_prob(x0).exp() + 0.7 * Normal(0.4, 0.1).log_prob(x0).exp()
     c = get_process(Config())(torch.tensor([0.4], dtype=F64))
@@ -54,7 +56,9 @@ def test_expectations_against_quadrature():
         posterior = prior * Normal(c.alpha * x0, c.sigma).log_prob(xt[0]).exp()
         expected = (posterior * x0).sum() / posterior.sum()
         torch.testing.assert_close(mixture.prediction(xt, c).x0[0, 0], expected, rtol=1e-6, atol=1e-8)
-        torch.testing.assert_close(mixture.prediction(xt, c).x1[0, 0], ((xt[0, 0] - c.alpha * expected) / c.sigma)[0], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            mixture.prediction(xt, c).x1[0, 0], ((xt[0, 0] - c.alpha * expected) / c.sigma)[0], rtol=1e-6, atol=1e-8
+        )
 
 
 @each_process
@@ -65,7 +69,9 @@ def test_continuity_equation(process_name):
     change = (MIXTURE.log_prob(xt, process(t + h)) - MIXTURE.log_prob(xt, process(t - h))) / (2 * h)
     x = xt.clone().requires_grad_()
     prediction = MIXTURE.prediction(x, c)
-    divergence = sum(torch.autograd.grad(prediction.velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(3))
+    divergence = sum(
+        torch.autograd.grad(prediction.velocity[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(3)
+    )
     transport = (prediction.velocity * prediction.score).sum(1)
     torch.testing.assert_close(change, -(divergence + transport).detach(), rtol=1e-5, atol=1e-5)
 
@@ -121,6 +127,13 @@ def test_no_loss_is_below_that_of_the_optimal_denoiser():
     best = denoise(xt, c)
     assert best.dtype == torch.float32
     floor = (best - x0).square().mean()
-    for other in (1.02 * best, 0.98 * best, best + 0.02 * xt, best - 0.02 * xt, optimal_denoiser(data[:4])(xt, c), xt / 0.6):
+    for other in (
+        1.02 * best,
+        0.98 * best,
+        best + 0.02 * xt,
+        best - 0.02 * xt,
+        optimal_denoiser(data[:4])(xt, c),
+        xt / 0.6,
+    ):
         assert (other - x0).square().mean() > floor + 1e-6
     torch.testing.assert_close(denoise(0.6 * data, Coefs(*(torch.full((5,), v) for v in (0.6, 1e-4, -1.0, 1.0)))), data)

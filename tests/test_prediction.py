@@ -67,7 +67,9 @@ def test_velocity_is_the_time_derivative(process_name):
     _, above, *_ = case(process_name, t + h)
     _, below, *_ = case(process_name, t - h)
     t, xt, x0, x1, coefs = case(process_name, t)
-    torch.testing.assert_close(get_target_fn()(t, xt, x0, x1, coefs).velocity, (above - below) / (2 * h), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        get_target_fn()(t, xt, x0, x1, coefs).velocity, (above - below) / (2 * h), rtol=1e-5, atol=1e-6
+    )
 
 
 @each_process
@@ -79,7 +81,9 @@ def test_every_conversion(process_name, model_type, target_type):
     convert, back = get_model_convert_fn(model_type), get_model_convert_fn(target_type)
     there = getattr(convert(getattr(truth, model_type), t, xt, coefs), target_type)
     torch.testing.assert_close(there, getattr(truth, target_type), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(getattr(back(there, t, xt, coefs), model_type), getattr(truth, model_type), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        getattr(back(there, t, xt, coefs), model_type), getattr(truth, model_type), rtol=1e-10, atol=1e-10
+    )
 
 
 @each_process
@@ -97,7 +101,10 @@ def test_single_precision_towards_the_ends(process_name, model_type, target_type
     convert = get_model_convert_fn(model_type)
     zero = torch.zeros_like(xt)
     exact = getattr(convert(y.float().double(), time, xt.float().double(), coefs), target_type)
-    of_xt, of_y = getattr(convert(zero, time, xt, coefs), target_type), getattr(convert(y, time, zero, coefs), target_type)
+    of_xt, of_y = (
+        getattr(convert(zero, time, xt, coefs), target_type),
+        getattr(convert(y, time, zero, coefs), target_type),
+    )
     if model_type == target_type:
         of_xt = zero  # returned as it came
     single = getattr(convert(y.float(), time.float(), xt.float(), coefs.to(xt.float())), target_type)

@@ -16,7 +16,9 @@ each_process = pytest.mark.parametrize('name', PROCESSES)
 
 
 def process_named(name):
-    return get_process(Config(process_name=name, beta_min=BETA_MIN, beta_max=BETA_MAX, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
+    return get_process(
+        Config(process_name=name, beta_min=BETA_MIN, beta_max=BETA_MAX, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
+    )
 
 
 def central_difference(fn, t, h=1e-6):
@@ -179,7 +181,9 @@ def test_base_sample_is_standard_normal(name):
 def test_settings_reach_the_process():
     one = torch.ones(1, dtype=torch.float64)
     assert get_process(Config(process_name='ve', sigma_max=7.0)).sigma(one).item() == pytest.approx(7)
-    assert get_process(Config(process_name='linear_vp', beta_min=1.0, beta_max=3.0)).alpha(one).item() == pytest.approx(math.exp(-1))
+    assert get_process(Config(process_name='linear_vp', beta_min=1.0, beta_max=3.0)).alpha(one).item() == pytest.approx(
+        math.exp(-1)
+    )
 
 
 def test_unknown_process_lists_the_choices():

@@ -11,7 +11,14 @@ from config import Config, parse_config
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
-COMMANDS = sorted({re.sub(r'^\w+=\S+ ', '', line.split('#')[0].strip()) for language, block in BLOCKS if language == 'sh' for line in block.splitlines()})
+COMMANDS = sorted(
+    {
+        re.sub(r'^\w+=\S+ ', '', line.split('#')[0].strip())
+        for language, block in BLOCKS
+        if language == 'sh'
+        for line in block.splitlines()
+    }
+)
 SNIPPETS = [block for language, block in BLOCKS if language == 'python']
 
 
@@ -69,7 +76,9 @@ def test_snippets_run(tmp_path, build_trainer, tiny_config):
     import unet
 
     for snippet in SNIPPETS:
-        ast.parse(snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    '))
+        ast.parse(
+            snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    ')
+        )
     spaces = dict(vars(processes)) | dict(vars(solvers)) | dict(vars(networks))
     loss, process, _, _, solver, grid, samples, likelihood, floor, replay = SNIPPETS[1:]
     names = {}

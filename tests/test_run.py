@@ -69,9 +69,17 @@ def test_stop_reaches_the_trainer_past_its_loaders(run_sh, tmp_path):
     folder.mkdir(parents=True)
     for i in range(40):
         Image.new('RGB', (12, 10), (i, 2 * i, 3 * i)).save(folder / f'{i}.png')
-    settings = dict(dataset='image_folder', image_size=8, num_workers=2, data_dir=str(tmp_path / 'data'), num_training_steps=100000)
-    flags = as_flags(TINY | settings | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='run', save_every=0, log_every=1, eval_every=0))
-    run = subprocess.Popen(['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings = dict(
+        dataset='image_folder', image_size=8, num_workers=2, data_dir=str(tmp_path / 'data'), num_training_steps=100000
+    )
+    flags = as_flags(
+        TINY
+        | settings
+        | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='run', save_every=0, log_every=1, eval_every=0)
+    )
+    run = subprocess.Popen(
+        ['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     record = tmp_path / 'ckpts/run/metrics.jsonl'
     started = wait_until(lambda: record.exists() and record.read_text().count('\n') >= 3, 60)
     run.send_signal(signal.SIGTERM)
@@ -132,7 +140,11 @@ def test_experiment_in_a_subfolder(run_sh, script, tmp_path):
 
 def test_too_many_nans_on_one_rank_end_all_and_keep_the_last_checkpoint(run_sh, script, tmp_path):
     result = run_sh(script, nproc=2, fail_on=1, fail_in='nan', max_bad_steps=1)
-    assert result.returncode == 3 and result.stderr.count('steps in a row, from step 5 on') == 1 and 'Traceback' not in result.stderr
+    assert (
+        result.returncode == 3
+        and result.stderr.count('steps in a row, from step 5 on') == 1
+        and 'Traceback' not in result.stderr
+    )
     assert saving.load(tmp_path / 'ckpts/run/last.pt')['step'] == 4
 
 
@@ -148,7 +160,9 @@ def test_more_processes_than_held_out_batches(run_sh):
 
 
 def test_help_needs_no_launcher(run_sh):
-    result = subprocess.run(['sh', 'run.sh', '--help'], cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        ['sh', 'run.sh', '--help'], cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 0 and result.stdout.count('usage:') == 1 and '--num_training_steps INT' in result.stdout
 
 
@@ -156,7 +170,14 @@ def test_help_needs_no_launcher(run_sh):
 def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
     """--debug as it stands: samples come out close to the images of the one batch, and far from other digits."""
     flags = dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='debug', wandb='disabled', sample_every=0)
-    run = subprocess.run(['sh', 'run.sh', '--debug', *as_flags(flags)], cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=280)
+    run = subprocess.run(
+        ['sh', 'run.sh', '--debug', *as_flags(flags)],
+        cwd=ROOT,
+        env=launch_env(1),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert run.returncode == 0, run.stderr
     from config import DEBUG, Config
     from data_utils import StreamSampler, load_digits
@@ -164,7 +185,13 @@ def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
 
     network, process, config = saving.load_for_sampling(tmp_path / 'ckpts/debug/last.pt')
     (images, labels), _ = load_digits(Config())
-    batch = torch.tensor([next_ for indices, _ in zip(StreamSampler(1500, config), range(config.batch_shards), strict=False) for next_ in indices])
+    batch = torch.tensor(
+        [
+            next_
+            for indices, _ in zip(StreamSampler(1500, config), range(config.batch_shards), strict=False)
+            for next_ in indices
+        ]
+    )
     assert len(batch) == DEBUG['global_batch_size']
     torch.manual_seed(0)
     samples = sample(network, process, torch.randn(40, 1, 8, 8), labels[batch].repeat(2)[:40], num_steps=20)
@@ -193,14 +220,23 @@ def fresh(tmp_path):
             info = f'{name}-1.0.dist-info'
             wheel.writestr(f'{name}.py', 'value = 1')
             wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
-            wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+            wheel.writestr(
+                f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
+            )
             wheel.writestr(f'{info}/RECORD', f'{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
     (folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n')
 
     def setup(command='echo "uses $python"', **env):
         clean = {k: v for k, v in os.environ.items() if k not in ('VIRTUAL_ENV', 'CONDA_PREFIX', 'PYTHONPATH')}
         clean |= {'PYTHON': sys._base_executable, 'PIP_NO_INDEX': '1'} | env
-        return subprocess.run(['/bin/sh', '-c', f'SETUP_ONLY=1; . ./run.sh; {command}'], cwd=folder, env=clean, capture_output=True, text=True, timeout=100)
+        return subprocess.run(
+            ['/bin/sh', '-c', f'SETUP_ONLY=1; . ./run.sh; {command}'],
+            cwd=folder,
+            env=clean,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
 
     setup.folder = folder
     return setup
@@ -232,7 +268,10 @@ def test_no_network_is_one_clear_line(fresh):
     'python, words',
     [
         ('/nowhere/python3', ('/nowhere/python3 is not installed', 'PYTHON=')),
-        ('#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac', ('Python 3.8.1 is not 3.10 to 3.13', 'PYTHON=')),
+        (
+            '#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac',
+            ('Python 3.8.1 is not 3.10 to 3.13', 'PYTHON='),
+        ),
         ('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac', ('no venv module', 'apt install python3-venv')),
     ],
 )

@@ -12,17 +12,18 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-import distributed
-import run_folder
 import saving
 from config import SettingError
-from logging_utils import SaveError
+from runtime import run_folder, stopping
+from runtime.stopping import SaveError
 
 
 def test_a_new_run_has_a_config_and_no_checkpoint(tiny_config):
     config = tiny_config(base_lr=0.125)
     assert run_folder.load_run(config) is None
-    assert json.loads((config.run_dir / 'config.json').read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert json.loads((config.run_dir / 'config.json').read_text()) == json.loads(
+        json.dumps(dataclasses.asdict(config))
+    )
 
 
 def test_another_config_in_the_folder_is_refused_with_the_differences(tiny_config):
@@ -94,10 +95,15 @@ def test_a_run_never_begins_anew_over_remains(tiny_config):
         path.write_bytes(path.read_bytes()[:1000])
     before = {path: path.read_bytes() for path in config.run_dir.iterdir()}
     for _ in range(2):  # it says so every time
-        with pytest.raises(SettingError, match=r'no checkpoint that is whole.*last\.pt.*last-1\.pt.*step_0000010\.pt.*--experiment_name'):
+        with pytest.raises(
+            SettingError,
+            match=r'no checkpoint that is whole.*last\.pt.*last-1\.pt.*step_0000010\.pt.*--experiment_name',
+        ):
             run_folder.load_run(config)
     lock = config.run_dir / 'lock'
-    assert {path: raw for path, raw in before.items() if path != lock} == {path: path.read_bytes() for path in before if path != lock}
+    assert {path: raw for path, raw in before.items() if path != lock} == {
+        path: path.read_bytes() for path in before if path != lock
+    }
 
 
 def test_a_missing_last_checkpoint_is_no_new_run_either(tiny_config):
@@ -143,7 +149,11 @@ def test_a_copy_in_main_memory_stays_as_it_was():
     host = run_folder.to_host(value)
     then = weight.clone()
     weight.zero_()
-    assert torch.equal(host['a'][0], then) and host['a'][0].stride() == weight.stride() and host['a'][1][1:] == ('text', None)
+    assert (
+        torch.equal(host['a'][0], then)
+        and host['a'][0].stride() == weight.stride()
+        and host['a'][1][1:] == ('text', None)
+    )
     assert not host['b'].requires_grad
     again = run_folder.to_host(value, host)
     assert again['a'][0].data_ptr() == host['a'][0].data_ptr() and not again['a'][0].any()
@@ -192,16 +202,16 @@ def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_fold
 
     monkeypatch.setattr(torch, 'save', full)
     monkeypatch.setattr(run_folder, 'RETRY_AFTER', (0.01, 0.01, 0.01))
-    monkeypatch.setattr(distributed, '_stop_asked', False)
+    monkeypatch.setattr(stopping, '_stop_asked', False)
     writer = run_folder.Writer(config)
     writer.write(None, step=7)
     if failures < 4:
         writer.wait()
-        assert saving.load(run_folder.last_path(config))['step'] == 7 and not distributed._stop_asked
+        assert saving.load(run_folder.last_path(config))['step'] == 7 and not stopping._stop_asked
     else:
         with pytest.raises(SaveError, match=f'{config.ckpt_dir}.*step 7.*No space left.*Make room'):
             writer.wait()
-        assert distributed._stop_asked and not run_folder.last_path(config).exists()
+        assert stopping._stop_asked and not run_folder.last_path(config).exists()
 
 
 def test_failed_writes_leave_all_earlier_saves_as_they_were(tiny_config, monkeypatch):
@@ -234,7 +244,7 @@ def test_a_save_of_the_same_step_leaves_the_one_before(tiny_config):
 def test_an_error_of_any_kind_in_the_background_is_no_save(tiny_config, monkeypatch):
     config = tiny_config()
     run_folder.load_run(config)
-    monkeypatch.setattr(distributed, '_stop_asked', False)
+    monkeypatch.setattr(stopping, '_stop_asked', False)
     writer = run_folder.Writer(config)
     writer.write(None, step=4, network=lambda: 'cannot be pickled')
     with pytest.raises(SaveError, match='step 4'):
@@ -266,7 +276,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path):
 LOCK = """
 import sys
 from pathlib import Path
-import run_folder
+from runtime import run_folder
 from config import SettingError
 try:
     run_folder.lock_run(Path(sys.argv[1]))
@@ -279,7 +289,9 @@ sys.stdin.read()
 
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     def start():
-        process = subprocess.Popen([sys.executable, '-c', LOCK, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, '-c', LOCK, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         return process, process.stdout.readline().strip()
 
     first, said = start()
@@ -324,5 +336,12 @@ def test_a_kept_checkpoint_survives_the_next_save(tiny_config, monkeypatch, link
     run_folder.save_run(config, 8, step=8)
     assert kept.read_bytes() == before and saving.load(kept)['step'] == 4
     assert saving.load(run_folder.last_path(config))['step'] == 8
-    assert sorted(path.name for path in config.run_dir.iterdir()) == ['config.json', 'last-1.pt', 'last.pt', 'lock', 'step_0000004.pt', 'step_0000008.pt']
+    assert sorted(path.name for path in config.run_dir.iterdir()) == [
+        'config.json',
+        'last-1.pt',
+        'last.pt',
+        'lock',
+        'step_0000004.pt',
+        'step_0000008.pt',
+    ]
     assert saving.load(config.run_dir / 'last-1.pt')['step'] == 5

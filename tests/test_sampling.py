@@ -125,7 +125,9 @@ def test_multistep_is_the_same_on_all_paths(solver, process_name):
     trained, other = process_named('rf'), process_named(process_name)
     other_model = RING.as_model('velocity', other)
     t_max, t_min = other.time_of_log_snr(trained.log_snr(torch.tensor([0.98, 0.02], dtype=F64))).tolist()
-    x = sample(RING.as_model('velocity', trained), trained, base_noise(20), solver=solver, num_steps=12, t_min=0.02, t_max=0.98)
+    x = sample(
+        RING.as_model('velocity', trained), trained, base_noise(20), solver=solver, num_steps=12, t_min=0.02, t_max=0.98
+    )
     start, end = at(other, t_max), at(other, t_min)
     x1 = base_noise(20) * 0.98 / math.hypot(0.98, 0.02) * torch.hypot(start.alpha, start.sigma) / start.sigma
     y = sample(other_model, other, x1, solver=solver, num_steps=12, t_min=t_min, t_max=t_max)
@@ -180,7 +182,9 @@ def test_stochastic_ddim(process_name, scale, monkeypatch):
     c, d, truth = at(process, t), at(process, s), RING.prediction(x, at(process, t, 20))
     ratio = c.alpha / d.alpha
     std = scale * d.sigma / c.sigma * (c.sigma**2 - ratio**2 * d.sigma**2).sqrt()
-    torch.testing.assert_close(y, d.alpha * truth.x0 + (d.sigma**2 - std**2).sqrt() * truth.x1 + std * z, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        y, d.alpha * truth.x0 + (d.sigma**2 - std**2).sqrt() * truth.x1 + std * z, rtol=1e-8, atol=1e-8
+    )
 
 
 @each_process
@@ -194,7 +198,9 @@ def test_euler_maruyama_is_euler_maruyama_in_the_limit(process_name, sde_noise, 
     w = (2 * c.sigma * SDE_NOISES[sde_noise](c)).sqrt()
     truth = RING.prediction(x, at(process, t, 20))
     expected = -h * (truth.velocity - w**2 / 2 * truth.score) + w * math.sqrt(h) * z
-    assert (y - x - expected).abs().max() < 1e-3 * h * (1 + w.item() ** 2 + truth.velocity.abs().max()) + 3 * h**1.5 * (1 + w.item() ** 3)
+    assert (y - x - expected).abs().max() < 1e-3 * h * (1 + w.item() ** 2 + truth.velocity.abs().max()) + 3 * h**1.5 * (
+        1 + w.item() ** 3
+    )
 
 
 # ---------------------------------------------------------------- distributions
@@ -210,7 +216,9 @@ def sliced_wasserstein(a, b, directions=64):
 def turned(x):
     """All eight turns of the points: the ring and its exact models look the same in all, so each mode has as many points."""
     turns = 2 * math.pi * torch.arange(8, dtype=F64) / 8
-    rotations = torch.stack([torch.stack([turns.cos(), -turns.sin()]), torch.stack([turns.sin(), turns.cos()])]).permute(2, 0, 1)
+    rotations = torch.stack(
+        [torch.stack([turns.cos(), -turns.sin()]), torch.stack([turns.sin(), turns.cos()])]
+    ).permute(2, 0, 1)
     return (x @ rotations).flatten(0, 1)
 
 
@@ -234,7 +242,17 @@ def assert_distributed(samples, process, t_min=0.001):
 def test_every_noise_leaves_the_marginals_right(solver, sde_noise, process_name):
     torch.manual_seed(0)
     process = process_named(process_name)
-    assert_distributed(sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, num_steps=500, sde_noise=sde_noise), process)
+    assert_distributed(
+        sample(
+            RING.as_model('velocity', process),
+            process,
+            base_noise(400),
+            solver=solver,
+            num_steps=500,
+            sde_noise=sde_noise,
+        ),
+        process,
+    )
 
 
 @pytest.mark.parametrize('sde_noise_scale', [0.25, 4.0])
@@ -253,7 +271,9 @@ def test_ode_samples_have_the_data_distribution(solver, process_name):
     steps = dict(num_steps=1) if nfe is None else dict(nfe=300 if SOLVERS[solver].order == 1 else 120)
     if solver in STEPS_IN_T:
         steps['time_grid'] = 'uniform'
-    assert_distributed(sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, **steps), process)
+    assert_distributed(
+        sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, **steps), process
+    )
 
 
 @pytest.mark.parametrize('solver', [s for s in SOLVERS if SOLVERS[s].nfe])
@@ -267,7 +287,14 @@ def test_new_process_can_be_sampled(solver):
 
     torch.manual_seed(0)
     assert_distributed(
-        sample(RING.as_model('velocity', Circle()), Circle(), base_noise(400), solver=solver, nfe=300 if SOLVERS[solver].order == 1 else 120), Circle()
+        sample(
+            RING.as_model('velocity', Circle()),
+            Circle(),
+            base_noise(400),
+            solver=solver,
+            nfe=300 if SOLVERS[solver].order == 1 else 120,
+        ),
+        Circle(),
     )
 
 
@@ -278,7 +305,16 @@ def test_sampling_under_another_process(trained, process_name, solver):
     """What was trained on one path gives the same distribution on another."""
     torch.manual_seed(0)
     trained, other = process_named(trained), process_named(process_name)
-    x = sample(RING.as_model('v', trained), trained, base_noise(400), model_type='v', solver=solver, num_steps=100, time_grid='uniform', sampling_process=other)
+    x = sample(
+        RING.as_model('v', trained),
+        trained,
+        base_noise(400),
+        model_type='v',
+        solver=solver,
+        num_steps=100,
+        time_grid='uniform',
+        sampling_process=other,
+    )
     end = other.time_of_log_snr(trained.log_snr(torch.tensor([0.001], dtype=F64))).item()
     assert_distributed(x, other, end)
 
@@ -312,8 +348,24 @@ def output_variance(solver, n, monkeypatch, process, t_max, **settings):
 
     monkeypatch.setattr(torch, 'randn_like', one_hot)
     x1 = torch.zeros(n + 2, 1, dtype=F64)
-    x1[0] = ((0.3 * start.alpha).square() + start.sigma.square()).sqrt() / start.sigma  # the exact variance to begin with
-    return sample(mixture.as_model('v', process), process, x1, model_type='v', solver=solver, num_steps=n, t_max=t_max, **settings).square().sum().item()
+    x1[0] = (
+        (0.3 * start.alpha).square() + start.sigma.square()
+    ).sqrt() / start.sigma  # the exact variance to begin with
+    return (
+        sample(
+            mixture.as_model('v', process),
+            process,
+            x1,
+            model_type='v',
+            solver=solver,
+            num_steps=n,
+            t_max=t_max,
+            **settings,
+        )
+        .square()
+        .sum()
+        .item()
+    )
 
 
 @each_noise
@@ -346,12 +398,21 @@ def test_steps_evaluations_and_times(solver, process_name, time_grid, num_steps)
         return torch.zeros_like(xt)
 
     settings = dict(solver=solver, time_grid=time_grid, t_min=0.01, t_max=0.9)
-    x = sample(model_fn, process, torch.randn(3, 1, 4, 5), num_steps=num_steps, callback=lambda i, t, x: steps.append((i, t, x)), **settings)
+    x = sample(
+        model_fn,
+        process,
+        torch.randn(3, 1, 4, 5),
+        num_steps=num_steps,
+        callback=lambda i, t, x: steps.append((i, t, x)),
+        **settings,
+    )
     assert len(model_times) == num_steps * SOLVERS[solver].nfe
     assert model_times[0] == pytest.approx(0.9) and min(model_times) >= 0.01 - 1e-8 and max(model_times) <= 0.9 + 1e-7
     numbers, times, states = zip(*steps, strict=True)
     assert numbers == tuple(range(1, num_steps + 1))
-    assert list(times) == sorted(times, reverse=True) and len(set(times)) == num_steps and times[-1] == pytest.approx(0.01)
+    assert (
+        list(times) == sorted(times, reverse=True) and len(set(times)) == num_steps and times[-1] == pytest.approx(0.01)
+    )
     assert torch.equal(states[-1], x) and x.shape == (3, 1, 4, 5) and x.dtype == torch.float32 and x.isfinite().all()
 
 
@@ -359,13 +420,26 @@ def test_steps_evaluations_and_times(solver, process_name, time_grid, num_steps)
 @pytest.mark.parametrize('nfe', [4, 11, 50])
 def test_as_many_evaluations_as_asked_for(solver, nfe):
     calls = []
-    sample(lambda xt, t, label: calls.append(t) or 0 * xt, process_named('rf'), torch.zeros(1, 1, 1, 1), solver=solver, nfe=nfe)
+    sample(
+        lambda xt, t, label: calls.append(t) or 0 * xt,
+        process_named('rf'),
+        torch.zeros(1, 1, 1, 1),
+        solver=solver,
+        nfe=nfe,
+    )
     assert nfe - SOLVERS[solver].nfe < len(calls) <= nfe
 
 
 def test_start_is_the_noise_of_t_max():
     started = []
-    sample(lambda xt, t, label: started.append(xt) or 0 * xt, process_named('ve'), torch.ones(1, 1, 1, 1), solver='euler', num_steps=1, t_max=1.0)
+    sample(
+        lambda xt, t, label: started.append(xt) or 0 * xt,
+        process_named('ve'),
+        torch.ones(1, 1, 1, 1),
+        solver='euler',
+        num_steps=1,
+        t_max=1.0,
+    )
     assert started[0].item() == pytest.approx(80)
 
 
@@ -378,7 +452,12 @@ def test_grid(time_grid, process_name):
 
 
 # name -> what its steps are equal in, as a function of sigma / alpha
-EQUAL = {'log_snr': torch.log, 'edm': lambda ratio: ratio ** (1 / 7), 'cosine': torch.atan, 'logistic': lambda ratio: 1 / (1 + (ratio / 0.3) ** (-1 / 1.2))}
+EQUAL = {
+    'log_snr': torch.log,
+    'edm': lambda ratio: ratio ** (1 / 7),
+    'cosine': torch.atan,
+    'logistic': lambda ratio: 1 / (1 + (ratio / 0.3) ** (-1 / 1.2)),
+}
 
 
 @each_process
@@ -407,7 +486,12 @@ def test_edm_grid_is_the_published_one():
 
 @pytest.mark.parametrize(
     ('time_grid', 'process_name', 't_min', 't_max'),
-    [('log_snr', 'rf', 0.0, 0.9), ('log_snr', 'rf', 0.1, 1.0), ('log_snr', 'linear_vp', 0.0, 1.0), ('edm', 'rf', 0.1, 1.0)],
+    [
+        ('log_snr', 'rf', 0.0, 0.9),
+        ('log_snr', 'rf', 0.1, 1.0),
+        ('log_snr', 'linear_vp', 0.0, 1.0),
+        ('edm', 'rf', 0.1, 1.0),
+    ],
 )
 def test_grids_that_are_infinite_at_an_end_are_refused(time_grid, process_name, t_min, t_max):
     with pytest.raises(SettingError, match='t_min'):
@@ -420,7 +504,9 @@ def test_log_snr_grid_covers_ve_whole():
 
 
 @pytest.mark.parametrize('process_name', ['rf', 'cosine', 've'])
-@pytest.mark.parametrize(('solver', 'sde_noise'), [(s, n) for s in FIXED for n in (SDE_NOISES if s in SDE else ['natural'])])
+@pytest.mark.parametrize(
+    ('solver', 'sde_noise'), [(s, n) for s in FIXED for n in (SDE_NOISES if s in SDE else ['natural'])]
+)
 @pytest.mark.parametrize('time_grid', ['uniform', 'cosine', 'logistic'])
 def test_whole_range_is_finite(process_name, solver, sde_noise, time_grid):
     """From alpha = 0 to sigma = 0: nothing diverges, whatever the noise, though rf's natural noise is infinite at t = 1 and the constant one at t = 0."""
@@ -449,11 +535,25 @@ def test_no_noise_is_the_ode(sde_noise):
     process = process_named('cosine')
     for sde, ode in (('euler_maruyama', 'euler'), ('sde_dpmpp_2m', 'dpmpp_2m')):
         a, b = (
-            sample(RING.as_model('v', process), process, base_noise(50), model_type='v', solver=s, sde_noise=sde_noise, sde_noise_scale=0.0, num_steps=1)
+            sample(
+                RING.as_model('v', process),
+                process,
+                base_noise(50),
+                model_type='v',
+                solver=s,
+                sde_noise=sde_noise,
+                sde_noise_scale=0.0,
+                num_steps=1,
+            )
             for s in (ode, sde)
         )
         assert not torch.equal(a, b)  # the last step, the only one here, is the posterior mean
-        steps = [SOLVERS[s].step(base_noise(50), 0.6, 0.5, exact_predict(process, RING, 1), Noise(SDE_NOISES[sde_noise], 0.0)) for s in (ode, sde)]
+        steps = [
+            SOLVERS[s].step(
+                base_noise(50), 0.6, 0.5, exact_predict(process, RING, 1), Noise(SDE_NOISES[sde_noise], 0.0)
+            )
+            for s in (ode, sde)
+        ]
         torch.testing.assert_close(*steps)
 
 
@@ -481,7 +581,12 @@ def test_only_stochastic_solvers_draw_noise_and_never_in_the_last_step(solver):
     process = process_named('rf')
 
     def equal(num_steps):
-        x, y = (sample(RING.as_model('v', process), process, base_noise(50), model_type='v', solver=solver, num_steps=num_steps) for _ in range(2))
+        x, y = (
+            sample(
+                RING.as_model('v', process), process, base_noise(50), model_type='v', solver=solver, num_steps=num_steps
+            )
+            for _ in range(2)
+        )
         return torch.equal(x, y)
 
     assert equal(1)
@@ -496,7 +601,14 @@ def test_every_model_type_gives_the_same_samples(model_type, process_name):
 
     def samples(model_type):
         torch.manual_seed(0)
-        return sample(RING.as_model(model_type, process), process, base_noise(100), model_type=model_type, solver='sde_dpmpp_2m', num_steps=50)
+        return sample(
+            RING.as_model(model_type, process),
+            process,
+            base_noise(100),
+            model_type=model_type,
+            solver='sde_dpmpp_2m',
+            num_steps=50,
+        )
 
     torch.testing.assert_close(samples(model_type), samples('x0'), rtol=1e-6, atol=1e-6)
 
@@ -508,7 +620,9 @@ def test_single_precision_is_enough(solver):
     torch.manual_seed(0)
     x1 = base_noise(50).float()
     single = sample(RING.as_model('velocity', process), process, x1, solver=solver, **steps, sde_noise_scale=0.0)
-    double = sample(RING.as_model('velocity', process), process, x1.double(), solver=solver, **steps, sde_noise_scale=0.0)
+    double = sample(
+        RING.as_model('velocity', process), process, x1.double(), solver=solver, **steps, sde_noise_scale=0.0
+    )
     assert single.dtype == torch.float32
     assert (single - double).abs().median() < (1e-5 if SOLVERS[solver].nfe else 1e-4)
 
@@ -565,7 +679,10 @@ def test_guidance_of_a_tilted_gaussian_is_exact():
     With guide N(-m, s^2), scale 2: the score is that of N(3m, s^2 + ...) at every t.
     """
     process, m, s = process_named('cosine'), 0.4, 0.3
-    plain, guide, tilted = (GaussianMixture(torch.tensor([[mean]], dtype=F64), torch.tensor([[[s**2]]], dtype=F64)) for mean in (m, -m, 3 * m))
+    plain, guide, tilted = (
+        GaussianMixture(torch.tensor([[mean]], dtype=F64), torch.tensor([[[s**2]]], dtype=F64))
+        for mean in (m, -m, 3 * m)
+    )
     settings = dict(process=process, x1=base_noise(100, 1), model_type='v', num_steps=60)
     x = sample(plain.as_model('v', process), **settings, guidance_scale=2.0, guide_fn=guide.as_model('v', process))
     torch.testing.assert_close(x, sample(tilted.as_model('v', process), **settings), rtol=1e-9, atol=1e-9)
@@ -580,7 +697,16 @@ def count_rows(**settings):
         assert len(xt) == len(t) == len(label)
         return torch.zeros_like(xt)
 
-    sample(model_fn, process_named('rf'), torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]), solver='euler', num_steps=9, time_grid='uniform', **settings)
+    sample(
+        model_fn,
+        process_named('rf'),
+        torch.zeros(2, 1, 1, 1),
+        torch.tensor([0, 1]),
+        solver='euler',
+        num_steps=9,
+        time_grid='uniform',
+        **settings,
+    )
     return calls
 
 
@@ -604,7 +730,9 @@ def test_guidance_rescale(rescale):
 
     def x0(**settings):
         label = torch.arange(6) % 2
-        return get_predict(mixture.as_model('velocity', process), process, label, model_type='velocity', null_label=2, **settings)(x, t).x0
+        return get_predict(
+            mixture.as_model('velocity', process), process, label, model_type='velocity', null_label=2, **settings
+        )(x, t).x0
 
     plain, strong, scaled = x0(), x0(guidance_scale=5.0), x0(guidance_scale=5.0, guidance_rescale=rescale)
     ratio = plain.std(1, keepdim=True) / strong.std(1, keepdim=True)
@@ -667,24 +795,45 @@ def test_nothing_of_a_sample_outlives_it():
         gc.enable()
 
 
-@pytest.mark.parametrize('settings', [dict(model_type='x1', t_max=1.0), dict(model_type='x0', t_min=0.0, solver='heun'), dict(model_type='score', t_max=1.0)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(model_type='x1', t_max=1.0),
+        dict(model_type='x0', t_min=0.0, solver='heun'),
+        dict(model_type='score', t_max=1.0),
+    ],
+)
 def test_singular_end_is_refused(settings):
     refused(f"'{settings['model_type']}' cannot give the .* at t=", time_grid='uniform', **settings)
 
 
 def test_singular_end_of_the_other_process_is_refused():
-    refused('cannot give the velocity at t=0', model_type='v', t_min=0.0, solver='heun', time_grid='uniform', sampling_process=process_named('linear_vp'))
+    refused(
+        'cannot give the velocity at t=0',
+        model_type='v',
+        t_min=0.0,
+        solver='heun',
+        time_grid='uniform',
+        sampling_process=process_named('linear_vp'),
+    )
 
 
 def test_time_keeps_its_digits_beside_bfloat16_images():
     times = []
-    sample(lambda xt, t, label: times.append(t[0].item()) or 0 * xt, process_named('rf'), torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), num_steps=2)
+    sample(
+        lambda xt, t, label: times.append(t[0].item()) or 0 * xt,
+        process_named('rf'),
+        torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16),
+        num_steps=2,
+    )
     assert times[0] == pytest.approx(0.999, abs=1e-6)
 
 
 def test_an_end_that_the_solver_never_looks_at_is_not_refused():
     process = process_named('rf')
-    x = sample(RING.as_model('x0', process), process, base_noise(20), model_type='x0', solver='ddim', t_min=0.0, t_max=1.0)
+    x = sample(
+        RING.as_model('x0', process), process, base_noise(20), model_type='x0', solver='ddim', t_min=0.0, t_max=1.0
+    )
     assert x.isfinite().all()
 
 
@@ -704,7 +853,9 @@ def test_config_reaches_the_sampler():
 
 def test_no_gradient_is_recorded():
     weight = torch.ones(1, requires_grad=True)
-    assert not sample(lambda xt, t, label: weight * xt, process_named('rf'), torch.ones(1, 1, 2, 2), num_steps=2).requires_grad
+    assert not sample(
+        lambda xt, t, label: weight * xt, process_named('rf'), torch.ones(1, 1, 2, 2), num_steps=2
+    ).requires_grad
 
 
 def test_predict_remembers_only_what_is_asked_for():
@@ -722,5 +873,9 @@ def test_coefs_of_one_time_are_double():
 
 def test_grid_of_another_process_covers_the_same_log_snrs():
     rf, ve = process_named('rf'), process_named('ve')
-    times = get_grid(rf, ve, model_type='v', solver='heun', num_steps=5, nfe=0, time_grid='uniform', t_min=0.02, t_max=0.98)
-    torch.testing.assert_close(ve.sigma(torch.tensor([times[0], times[-1]], dtype=F64)), torch.tensor([49, 1 / 49], dtype=F64))
+    times = get_grid(
+        rf, ve, model_type='v', solver='heun', num_steps=5, nfe=0, time_grid='uniform', t_min=0.02, t_max=0.98
+    )
+    torch.testing.assert_close(
+        ve.sigma(torch.tensor([times[0], times[-1]], dtype=F64)), torch.tensor([49, 1 / 49], dtype=F64)
+    )

@@ -23,7 +23,9 @@ def saved(tmp_path):
     network(torch.randn(5, 4)).square().sum().backward()
     optimizer.step()
     path = tmp_path / 'a.pt'
-    saving.save(path, network=network, optimizer=optimizer, step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']})
+    saving.save(
+        path, network=network, optimizer=optimizer, step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']}
+    )
     return path, network, optimizer
 
 
@@ -37,7 +39,9 @@ def files_of(folder):
 def test_round_trip(saved):
     path, network, optimizer = saved
     state = saving.load(path)
-    assert {name: state[name] for name in ('step', 'shape', 'wandb_id', 'ema')} == dict(step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']})
+    assert {name: state[name] for name in ('step', 'shape', 'wandb_id', 'ema')} == dict(
+        step=7, shape=SHAPE, wandb_id=None, ema={0.9: [1.5, 'text']}
+    )
     other = nn.Linear(4, 3)
     other.load_state_dict(state['network'])
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
@@ -93,7 +97,9 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(saved):
     raw = path.read_bytes()
     at = raw.index(network.weight.detach().numpy().tobytes())
     path.write_bytes(flip(raw, at + 17))
-    assert not torch.equal(torch.load(path, weights_only=True)['network']['weight'], network.weight)  # torch says nothing
+    assert not torch.equal(
+        torch.load(path, weights_only=True)['network']['weight'], network.weight
+    )  # torch says nothing
     with pytest.raises(SettingError, match=f'{path}.*damaged'):
         saving.load(path)
 
@@ -123,7 +129,11 @@ def test_a_cut_file_is_an_error_that_names_it(saved, part):
         saving.load(path)
 
 
-@pytest.mark.parametrize('content', [b'', b'\0' * 5000, b'not a checkpoint\n', bytes(range(256)) * 20, b'PK\x03\x04' + b'x' * 100], ids=range(5))
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'\0' * 5000, b'not a checkpoint\n', bytes(range(256)) * 20, b'PK\x03\x04' + b'x' * 100],
+    ids=range(5),
+)
 def test_garbage_is_an_error_that_names_the_file(tmp_path, content):
     (tmp_path / 'x.pt').write_bytes(content)
     with pytest.raises(SettingError, match=str(tmp_path / 'x.pt')):
@@ -150,7 +160,9 @@ def test_weights_of_another_network_name_the_setting(tiny_config):
     small, wide = tiny_config(channels=8), tiny_config(channels=16, num_res_blocks=2, base_lr=0.5)
     weights = get_network(small, SHAPE, CLASSES).state_dict()
     with pytest.raises(SettingError, match=r'last\.pt.*channels: 8 -> 16') as caught:
-        saving.load_weights(get_network(wide, SHAPE, CLASSES), weights, dataclasses.asdict(small), wide, 'ckpts/x/last.pt')
+        saving.load_weights(
+            get_network(wide, SHAPE, CLASSES), weights, dataclasses.asdict(small), wide, 'ckpts/x/last.pt'
+        )
     assert 'base_lr' not in str(caught.value)
 
 
@@ -160,7 +172,9 @@ def test_weights_that_fit_are_copied(tiny_config):
     network, other = get_network(config, SHAPE, CLASSES), get_network(config, SHAPE, CLASSES)
     assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
     saving.load_weights(other, network.state_dict(), dataclasses.asdict(config), config, 'x.pt')
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_load_for_sampling_gives_the_averaged_weights(tiny_config, build_trainer):

@@ -48,7 +48,9 @@ CDFS = {
 def test_distribution(name, t_min, t_max, mean, std, process_name):
     if name != 'log_normal' and process_name != 'rf':
         pytest.skip('the process does not matter')
-    config = Config(time_sampler=name, t_min=t_min, t_max=t_max, time_mean=mean, time_std=std, process_name=process_name)
+    config = Config(
+        time_sampler=name, t_min=t_min, t_max=t_max, time_mean=mean, time_std=std, process_name=process_name
+    )
     u = torch.rand(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = get_time_sampler(config)(u).numpy()
     assert scipy.stats.kstest(drawn, CDFS[name](config)).pvalue > 0.01
@@ -83,7 +85,9 @@ def test_tails_keep_their_digits(name, mean):
     """Four standard deviations out, in either tail: the densities that are left are those of the truncated normal, mirror images of one another."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     t = get_time_sampler(Config(time_sampler=name, time_mean=mean, time_std=1.0, t_min=0.27, t_max=0.73))(u).logit()
-    other = get_time_sampler(Config(time_sampler=name, time_mean=-mean, time_std=1.0, t_min=0.27, t_max=0.73))(1 - u).logit()
+    other = get_time_sampler(Config(time_sampler=name, time_mean=-mean, time_std=1.0, t_min=0.27, t_max=0.73))(
+        1 - u
+    ).logit()
     torch.testing.assert_close(t, -other, rtol=1e-9, atol=1e-9)
     expected = scipy.stats.truncnorm.ppf(u.numpy(), (np.log(0.27 / 0.73) - mean), (np.log(0.73 / 0.27) - mean)) + mean
     np.testing.assert_allclose(t.numpy(), expected, rtol=1e-9, atol=1e-9)

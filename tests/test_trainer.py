@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import assert_same, assert_same_runs, record_of
 
-import distributed
-import run_folder
 import saving
 import utils
 from config import SettingError
 from main import choices
 from prediction import ROWS
 from processes import PROCESSES
+from runtime import run_folder, stopping
 from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, NonFiniteLoss, ProcessedBatch
 
-EVERYTHING_RANDOM = dict(dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2)
+EVERYTHING_RANDOM = dict(
+    dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2
+)
 
 
 def record(config):
@@ -42,26 +43,28 @@ def interrupted_at(step, how):
             if self.step == step and how == 'killed':
                 raise Interrupted
             if self.step == step:
-                distributed.ask_to_stop()
+                stopping.ask_to_stop()
 
     return Trainer
 
 
 @pytest.fixture(autouse=True)
 def no_stop_asked(monkeypatch):
-    monkeypatch.setattr(distributed, '_stop_asked', False)
+    monkeypatch.setattr(stopping, '_stop_asked', False)
 
 
-@pytest.mark.parametrize('how, error', [('killed', Interrupted), ('stopped', distributed.Stopped)])
+@pytest.mark.parametrize('how, error', [('killed', Interrupted), ('stopped', stopping.Stopped)])
 @pytest.mark.parametrize('step', [1, 6, 7, 8])
 def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, how, error, step):
     whole, cut = (tiny_config(experiment_name=name, **EVERYTHING_RANDOM) for name in ('whole', 'cut'))
     build_trainer(whole).train_loop()
     with pytest.raises(error):
         build_trainer(cut, interrupted_at(step, how)).train_loop()
-    monkeypatch.setattr(distributed, '_stop_asked', False)
+    monkeypatch.setattr(stopping, '_stop_asked', False)
     again = build_trainer(cut)
-    assert again.step == (step if how == 'stopped' else (step - 1) // 4 * 4)  # save_every is 4, and the kill comes before the save
+    assert again.step == (
+        step if how == 'stopped' else (step - 1) // 4 * 4
+    )  # save_every is 4, and the kill comes before the save
     again.train_loop()
     assert_same_run(whole, cut)
 
@@ -69,14 +72,14 @@ def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, h
 def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monkeypatch):
     class StopsInEvaluation(ExampleDiffusionTrainer):
         def evaluate(self):
-            distributed.ask_to_stop()
+            stopping.ask_to_stop()
             return super().evaluate()
 
     whole, cut = (tiny_config(experiment_name=name) for name in ('whole', 'cut'))
     build_trainer(whole).train_loop()
-    with pytest.raises(distributed.Stopped):
+    with pytest.raises(stopping.Stopped):
         build_trainer(cut, StopsInEvaluation).train_loop()
-    monkeypatch.setattr(distributed, '_stop_asked', False)
+    monkeypatch.setattr(stopping, '_stop_asked', False)
     build_trainer(cut).train_loop()
     assert_same_run(whole, cut)
 
@@ -107,11 +110,18 @@ def test_accumulation_does_not_change_the_loss_curve(tiny_config, build_trainer)
 def test_every_output_with_every_target(tiny_config, build_trainer, process_name):
     """A network that outputs the truth has no loss, and any other has a finite one with finite gradients."""
     for model_type, target_type in itertools.product(ROWS, ROWS):
-        config = tiny_config(process_name=process_name, model_type=model_type, target_type=target_type, t_min=0.05, t_max=0.95)
+        config = tiny_config(
+            process_name=process_name, model_type=model_type, target_type=target_type, t_min=0.05, t_max=0.95
+        )
         trainer = build_trainer(config)
         batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0, 0)
         coefs = trainer.process(batch.t)
-        truth = getattr(trainer.target_fn(batch.t, trainer.process.compute_xt(batch.x0, batch.x1, coefs), batch.x0, batch.x1, coefs), model_type)
+        truth = getattr(
+            trainer.target_fn(
+                batch.t, trainer.process.compute_xt(batch.x0, batch.x1, coefs), batch.x0, batch.x1, coefs
+            ),
+            model_type,
+        )
         perfect = trainer.loss_fn(batch, lambda xt, t, label, truth=truth: truth)
         losses = trainer.loss_fn(batch, trainer.get_model_fn(trainer.network))
         assert losses.shape == (len(batch.t),)
@@ -165,12 +175,20 @@ def test_dequantization_stays_within_a_grey_level(tiny_config, build_trainer):
 
 def test_a_shard_is_a_function_of_seed_step_and_shard(tiny_config, build_trainer):
     config = tiny_config(translate_prob=0.5)
-    first, second, other_seed = build_trainer(config), build_trainer(config), build_trainer(tiny_config(seed=1, experiment_name='other'))
+    first, second, other_seed = (
+        build_trainer(config),
+        build_trainer(config),
+        build_trainer(tiny_config(seed=1, experiment_name='other')),
+    )
     images = next(iter(first.train_loader))
     a = first.draw_shard(images, 3, 0)
     torch.manual_seed(7), np.random.seed(7)
     assert_same(vars(a), vars(second.draw_shard(images, 3, 0)))
-    for different in (first.draw_shard(images, 3, 1), first.draw_shard(images, 2, 0), other_seed.draw_shard(images, 3, 0)):
+    for different in (
+        first.draw_shard(images, 3, 1),
+        first.draw_shard(images, 2, 0),
+        other_seed.draw_shard(images, 3, 0),
+    ):
         assert not different.x1.equal(a.x1) and not different.t.equal(a.t)
 
 
@@ -222,7 +240,12 @@ def test_log_averages_over_training_steps(tiny_config, build_trainer):
 
     config = tiny_config(eval_every=4)
     build_trainer(config, Logs).train_loop()
-    assert [line['mine/step'] for line in record(config) if 'train/loss' in line] == [1, 4, 7, 10]  # steps 0-2, 3-5, ...
+    assert [line['mine/step'] for line in record(config) if 'train/loss' in line] == [
+        1,
+        4,
+        7,
+        10,
+    ]  # steps 0-2, 3-5, ...
 
 
 def test_record_has_each_due_step_once(tiny_config, build_trainer):
@@ -260,7 +283,9 @@ def bad_in(steps, where='loss'):
             if self.step not in steps or not torch.is_grad_enabled():
                 return losses
             if where == 'loss':
-                return torch.where(torch.arange(len(losses)) == 3, float('inf'), losses)  # finite gradient, infinite loss
+                return torch.where(
+                    torch.arange(len(losses)) == 3, float('inf'), losses
+                )  # finite gradient, infinite loss
             losses.register_hook(lambda gradient: gradient * float('nan'))
             return losses
 
@@ -284,7 +309,11 @@ def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trai
     assert len(set(lr)) > 1  # the schedule goes on
     assert_same(states[1], states[2])
     assert_same(states[1], states[3])
-    assert all(not a.equal(b) for a, b in zip(states[3]['network'].values(), states[4]['network'].values(), strict=True) if a.ndim > 1)
+    assert all(
+        not a.equal(b)
+        for a, b in zip(states[3]['network'].values(), states[4]['network'].values(), strict=True)
+        if a.ndim > 1
+    )
     assert int(states[4]['optimizer']['state'][0]['step']) == 3
     assert trainer.bad_steps.tolist() == [0, 2, 3]
     assert all(w.isfinite().all() for w in trainer.ema.networks[0.999].state_dict().values())
@@ -388,7 +417,12 @@ def test_pictures_of_both_solvers_and_all_weights(tiny_config, build_trainer):
     build_trainer(config).train_loop()
     names = {path.name for path in (config.run_dir / 'samples').iterdir()}
     weights = ('raw', 'ema_0.9', 'ema_0.99')
-    grids = {f'step_{step:07d}_{solver}_{name}.png' for step in (6, 12) for solver in ('adams', 'sde_dpmpp_2m') for name in weights}
+    grids = {
+        f'step_{step:07d}_{solver}_{name}.png'
+        for step in (6, 12)
+        for solver in ('adams', 'sde_dpmpp_2m')
+        for name in weights
+    }
     assert names == grids | {'data_and_augmented.png'}
 
 
@@ -407,7 +441,11 @@ def test_samples_are_the_same_every_time(tiny_config, build_trainer):
 def test_parts_of_a_batch_are_put_together():
     part = ProcessedBatch(*(torch.rand(2, 1, 4, 4) for _ in range(3)), torch.rand(2), None, torch.tensor([True, False]))
     both = ProcessedBatch.cat([part, part])
-    assert both.x0.shape == (4, 1, 4, 4) and both.label is None and both.augmentation_label.tolist() == [True, False, True, False]
+    assert (
+        both.x0.shape == (4, 1, 4, 4)
+        and both.label is None
+        and both.augmentation_label.tolist() == [True, False, True, False]
+    )
 
 
 def test_base_trainer_leaves_the_experiment_open(tiny_config, build_trainer):
@@ -430,5 +468,10 @@ def test_compiled_run_learns_the_same(tiny_config, build_trainer, monkeypatch):
     plain, compiled = (tiny_config(experiment_name=f'compile{on}', compile=on) for on in (False, True))
     for config in (plain, compiled):
         build_trainer(config).train_loop()
-    assert [line['train/loss'] for line in record(compiled)] == pytest.approx([line['train/loss'] for line in record(plain)], rel=1e-5)
-    assert saving.load(run_folder.last_path(compiled))['network'].keys() == saving.load(run_folder.last_path(plain))['network'].keys()
+    assert [line['train/loss'] for line in record(compiled)] == pytest.approx(
+        [line['train/loss'] for line in record(plain)], rel=1e-5
+    )
+    assert (
+        saving.load(run_folder.last_path(compiled))['network'].keys()
+        == saving.load(run_folder.last_path(plain))['network'].keys()
+    )

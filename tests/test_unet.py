@@ -12,7 +12,11 @@ each_shape = pytest.mark.parametrize('shape', SHAPES)
 def build(shape=(1, 8, 8), num_classes=10, randomise=True, **settings):
     """A small UNet; `randomise` also what is initialised to zero."""
     torch.manual_seed(0)
-    net = UNet(shape, num_classes, **(dict(channels=8, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=()) | settings))
+    net = UNet(
+        shape,
+        num_classes,
+        **(dict(channels=8, channel_mults=(1, 2, 2), num_res_blocks=1, attention_resolutions=()) | settings),
+    )
     if randomise:
         with torch.no_grad():
             for p in net.parameters():
@@ -85,7 +89,9 @@ def test_data_without_classes_has_the_null_class_alone():
     assert torch.equal(net(xt, time), net(xt, time, torch.zeros(4, dtype=torch.int64)))
 
 
-@pytest.mark.parametrize(('shape', 'sides'), [((1, 28, 28), '28, 14, 7'), ((3, 17, 23), '23, 12, 6'), ((3, 32, 16), '32, 16, 8')])
+@pytest.mark.parametrize(
+    ('shape', 'sides'), [((1, 28, 28), '28, 14, 7'), ((3, 17, 23), '23, 12, 6'), ((3, 32, 16), '32, 16, 8')]
+)
 def test_attention_at_no_level_is_an_error_that_names_the_levels(shape, sides):
     with pytest.raises(ValueError, match=sides):
         build(shape, attention_resolutions=(5,))

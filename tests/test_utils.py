@@ -35,7 +35,15 @@ def test_seeds_repeat():
 
 @pytest.mark.parametrize(
     ('a', 'b'),
-    [((0,), (2**32,)), ((5, 1), (5 + 2**32, 1)), ((1, 2), (2, 1)), ((1, 2), (12,)), ((1, 0), (1,)), ((0, 1), (1, 0)), ((0, 'a'), (0, 'b'))],
+    [
+        ((0,), (2**32,)),
+        ((5, 1), (5 + 2**32, 1)),
+        ((1, 2), (2, 1)),
+        ((1, 2), (12,)),
+        ((1, 0), (1,)),
+        ((0, 1), (1, 0)),
+        ((0, 'a'), (0, 'b')),
+    ],
 )
 def test_seeds_of_different_keys_differ_in_every_generator(a, b):
     assert all(x != y for x, y in zip(draws(*a), draws(*b), strict=True))

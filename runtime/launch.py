@@ -1,6 +1,6 @@
 """The launcher that run.sh calls: torchrun, with one process per GPU or one on a CPU machine.
 
-    python launch.py script.py [flags]
+    python -m runtime.launch script.py [flags]
 
 NPROC: processes on this machine. MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
 TORCHRUN_ARGS: torchrun's flags instead of --standalone, for several machines.
@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 
-import distributed
+from runtime import stopping
 
-SAID = (distributed.EXIT_BAD_SETTING, distributed.EXIT_NOT_FINITE, distributed.EXIT_STOPPED)  # exit codes of workers that have said why they end
+SAID = (
+    stopping.EXIT_BAD_SETTING,
+    stopping.EXIT_NOT_FINITE,
+    stopping.EXIT_STOPPED,
+)  # exit codes of workers that have said why they end
 
 
 def launch(argv: list[str]) -> int:
@@ -29,17 +33,19 @@ def launch(argv: list[str]) -> int:
 
     if os.getpgrp() != os.getpid():
         os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
-    distributed.end_with_parent()
+    stopping.end_with_parent()
     gpus = torch.cuda.device_count()
     try:
         nproc = whole_number('NPROC', max(1, gpus), 1, gpus or None)
         restarts = whole_number('MAX_RESTARTS', 0, 0, None)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return distributed.EXIT_BAD_SETTING
+        return stopping.EXIT_BAD_SETTING
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
-    os.environ.setdefault('GOMP_SPINCOUNT', '1000')  # waiting threads spin so long otherwise that two programs on the same cores stall each other
+    os.environ.setdefault(
+        'GOMP_SPINCOUNT', '1000'
+    )  # waiting threads spin so long otherwise that two programs on the same cores stall each other
     os.environ['RUN_PARENT'] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     patch_signal_handler()
@@ -48,13 +54,23 @@ def launch(argv: list[str]) -> int:
         os.environ['RUN_REPORTS'] = reports
         if '--check' in argv:
             os.environ['TMPDIR'] = reports  # torch and others leave caches there
-        arguments = [f'--log-dir={reports}', *flags, f'--nproc-per-node={nproc}', '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', *argv]
+        arguments = [
+            f'--log-dir={reports}',
+            *flags,
+            f'--nproc-per-node={nproc}',
+            '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1',
+            *argv,
+        ]
         try:
             for restart in range(restarts + 1):
                 code = run_workers(arguments, Path(reports))
                 if code in (0, *SAID) or restart == restarts:
                     return code
-                print(f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)', file=sys.stderr, flush=True)
+                print(
+                    f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)',
+                    file=sys.stderr,
+                    flush=True,
+                )
         except SignalException:
             return outcome_of_stop(Path(reports))
     raise AssertionError('the last restart returns')
@@ -66,8 +82,12 @@ def outcome_of_stop(reports: Path) -> int:
     if outcome == 1 and any(reports.glob('failed_*')):
         print(first_cause({}, reports), file=sys.stderr, flush=True)
     elif outcome == 1:
-        print('it did not stop in the time that torchrun gives, and was cut off: the same command goes on from the last save', file=sys.stderr, flush=True)
-        return distributed.EXIT_STOPPED
+        print(
+            'it did not stop in the time that torchrun gives, and was cut off: the same command goes on from the last save',
+            file=sys.stderr,
+            flush=True,
+        )
+        return stopping.EXIT_STOPPED
     return outcome
 
 
@@ -85,7 +105,7 @@ def patch_signal_handler() -> None:
     from torch.distributed.elastic.multiprocessing import SignalException, api
 
     def stop_once(signum: int, frame: Any) -> None:
-        for name in distributed.STOP_SIGNALS:
+        for name in stopping.STOP_SIGNALS:
             signal.signal(name, signal.SIG_IGN)
         raise SignalException(f'got signal {signum}', signal.Signals(signum))
 
@@ -99,7 +119,7 @@ def run_workers(arguments: list[str], reports: Path) -> int:
 
     for old in reports.glob('failed_*'):
         old.unlink()
-    (reports / 'outcome').write_text(str(distributed.EXIT_STOPPED))  # until a worker begins there is nothing to lose
+    (reports / 'outcome').write_text(str(stopping.EXIT_STOPPED))  # until a worker begins there is nothing to lose
     try:
         torchrun(arguments)
     except ChildFailedError as error:
@@ -109,8 +129,12 @@ def run_workers(arguments: list[str], reports: Path) -> int:
             if any(reports.glob('failed_*')) and not (reports / 'failed_0').exists():  # rank 0 would have shown it
                 print(first_cause(codes, reports), file=sys.stderr, flush=True)
             return said[0]
-        if any(-code in distributed.STOP_SIGNALS for code in codes.values()) and (reports / 'outcome').read_text() == str(distributed.EXIT_STOPPED):
-            return distributed.EXIT_STOPPED  # one was asked to stop before there was anything to save, and the others lost it
+        if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and (reports / 'outcome').read_text() == str(
+            stopping.EXIT_STOPPED
+        ):
+            return (
+                stopping.EXIT_STOPPED
+            )  # one was asked to stop before there was anything to save, and the others lost it
         print(first_cause(codes, reports), file=sys.stderr, flush=True)
         return 1
     return 0

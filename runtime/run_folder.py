@@ -18,10 +18,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-import distributed
 import saving
 from config import Config, SettingError, differences
-from logging_utils import SaveError, say
+from runtime import ranks, stopping
+from runtime.ranks import print_once
+from runtime.stopping import SaveError
 
 RETRY_AFTER = (1, 3, 6)  # seconds after which a write that failed is tried again: a full disk may have room by then
 
@@ -66,7 +67,11 @@ def save_run(config: Config, keep_as: int | None, again: bool = False, **objects
 def to_host(value: Any, old: Any = None) -> Any:
     """A copy in main memory of tensors in dicts, lists and tuples; into the tensors of `old`, an earlier copy, where they fit."""
     if isinstance(value, Tensor):
-        fits = isinstance(old, Tensor) and (old.shape, old.stride(), old.dtype) == (value.shape, value.stride(), value.dtype)
+        fits = isinstance(old, Tensor) and (old.shape, old.stride(), old.dtype) == (
+            value.shape,
+            value.stride(),
+            value.dtype,
+        )
         host = old if fits else torch.empty_like(value, device='cpu', pin_memory=value.is_cuda, requires_grad=False)
         return host.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
@@ -82,7 +87,9 @@ class Writer:
 
     def __init__(self, config: Config):
         self.config = config
-        self.copy: dict[str, Any] | None = None  # of the last state; its memory is used again, which is much faster than new memory
+        self.copy: dict[str, Any] | None = (
+            None  # of the last state; its memory is used again, which is much faster than new memory
+        )
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.written: int | None = None  # the step of last.pt
@@ -116,15 +123,17 @@ class Writer:
                 self.written = step
                 break
             except Exception as error:
-                if seconds is None or not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
+                if seconds is None or not isinstance(
+                    error, (OSError, RuntimeError)
+                ):  # torch reports a full disk as RuntimeError
                     cause = error.__context__ if isinstance(error.__context__, OSError) else error
                     self.error = SaveError(
                         f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {step} cannot be written ({cause}). '
                         f'Those before it in {self.config.run_dir} are untouched. Make room there, and the same command goes on from the last of them.'
                     )
-                    distributed.ask_to_stop()  # on all ranks, at the end of this step
+                    stopping.ask_to_stop()  # on all ranks, at the end of this step
                     break
-                say(f'the checkpoint of step {step} could not be written ({error}); trying again in {seconds} s')
+                print_once(f'the checkpoint of step {step} could not be written ({error}); trying again in {seconds} s')
                 time.sleep(seconds)
 
 
@@ -144,9 +153,11 @@ def lock_run(folder: Path) -> None:
         file.seek(0)
         holder = file.read().strip() or 'another process'
         file.close()
-        raise SettingError(f'{folder} is in use by {holder}. Wait for it or end it, or pass another --experiment_name.') from None
+        raise SettingError(
+            f'{folder} is in use by {holder}. Wait for it or end it, or pass another --experiment_name.'
+        ) from None
     except OSError as error:
-        say(f'warning: {folder} cannot be locked ({error}): see to it yourself that no second run uses it')
+        print_once(f'warning: {folder} cannot be locked ({error}): see to it yourself that no second run uses it')
     _locks[path] = file
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
@@ -177,7 +188,7 @@ def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
             f'{config.run_dir} has no checkpoint that is whole: {"; ".join(damaged)}. Put back a copy of one, or pass another --experiment_name.'
         )
     if damaged:
-        say(f'{"; ".join(damaged)}: going on from {newest[0].name}, step {newest[1]["step"]}')
+        print_once(f'{"; ".join(damaged)}: going on from {newest[0].name}, step {newest[1]["step"]}')
     return newest
 
 
@@ -220,7 +231,9 @@ def load_run(config: Config) -> dict[str, Any] | None:
                 temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
                 os.replace(temporary, config.run_dir / 'config.json')
         except OSError as error:
-            raise SettingError(f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.') from error
+            raise SettingError(
+                f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.'
+            ) from error
         return found is not None
 
-    return distributed.on_each(lambda: loaded[0] if loaded else saving.load(last)) if distributed.on_main(prepare) else None
+    return ranks.on_each(lambda: loaded[0] if loaded else saving.load(last)) if ranks.on_main(prepare) else None
