@@ -1,6 +1,7 @@
 """Augmentation of a batch on its device: per-image flips, turns and shifts, never in the data loader.
 
-An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was anything done to this image?
+An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was anything done to this image? With all
+probabilities 0 it takes data of any rank.
 What would change a data set's meaning (a flipped digit) is refused when the augmenter is built.
 """
 
@@ -30,7 +31,7 @@ def rotate(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor]:
-    """Shift of the chosen images by whole pixels, uniform in [-max_shift, max_shift]^2; the border pixels fill the gap."""
+    """Shift of the chosen images by whole pixels, uniform in [-max_shift, max_shift]^2; border pixels fill the gap."""
     b, c, h, w = x.shape
     shift = torch.randint(-max_shift, max_shift + 1, (2, b), device=x.device) * chosen
     rows = (torch.arange(h, device=x.device) - shift[0][:, None]).clamp(0, h - 1)  # (B, H)
@@ -61,7 +62,8 @@ def get_augmenter(config: Config, allowed: dict[str, bool]) -> Augmenter:
         prob = getattr(config, setting)
         if prob > 0 and not allowed[needs]:
             raise SettingError(
-                f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. Use --{setting} 0.'
+                f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. '
+                f'Use --{setting} 0.'
             )
         if prob > 0:
             active.append((fn, prob))

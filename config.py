@@ -4,28 +4,28 @@ The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --
 Later wins: field default < PRESETS[preset] < DEBUG (with --debug) < command line.
 A setting that names a choice (`process_name`, `solver`, ...) is looked up in the table at the end of its file.
 
-This file imports neither torch nor any other file of the project, so `--help` is quick.
+This file imports no torch, so `--help` is quick. config_tools.py says which values can be right.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import io
 import math
-import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from config_tools import RULES, RULES_OF_SEVERAL, folder_name, in_name
 
 T = TypeVar('T')
 
 
 class SettingError(ValueError):
-    """A setting that cannot work. Its text holds the setting, the value and the remedy; `main` shows it without a traceback."""
+    """A setting that cannot work. Its text holds setting, value and remedy; `main` shows it without a traceback."""
 
 
 def choose(setting: str, value: str, table: Mapping[str, T]) -> T:
@@ -43,7 +43,7 @@ class Config:
     preset: str = 'digits'
     """Named group of settings, a key of PRESETS in config.py: digits, mnist or cifar10."""
     experiment_name: str = ''
-    """Folder of the run inside ckpt_dir; empty: the preset and the settings that differ from it."""
+    """Folder of the run inside ckpt_dir; empty: preset (or data set) and the settings that differ from the preset."""
     ckpt_dir: str = 'ckpts'
     """Folder of all runs."""
     seed: int = 0
@@ -54,10 +54,14 @@ class Config:
     """Train on the first global batch of images again and again."""
     init_from: str = ''
     """Checkpoint whose EMA weights (raw ones if it has none) start this new run; empty: random weights."""
+    same_code: bool = False
+    """Go on with a run although the code of its experiment has changed since."""
     check: bool = False
     """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
     final_eval: bool = True
     """At the end, draw 1000 samples and compare them with the data (data sets of small grey images only)."""
+    final_pictures: bool = True
+    """Draw the sample grids of the last step; with this off and sample_every 0 none are drawn."""
 
     # ---------------------------------------------------------------- data
     dataset: str = 'digits'
@@ -131,7 +135,7 @@ class Config:
     time_input: str = 't'
     """What the network is told of the time: t or log_snr."""
     sigma_data: float = 0.5
-    """Assumed standard deviation of the data in [-1, 1]: the network's input is scaled to unit variance with it; output F, weight edm and grid logistic use it too."""
+    """Standard deviation of the data in [-1, 1], for the scale of the network's input, F, weight edm, grid logistic."""
 
     # ---------------------------------------------------------------- batches and steps
     global_batch_size: int = 128
@@ -193,9 +197,9 @@ class Config:
     sample_nfe: int = 0
     """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
     time_grid: str = 'logistic'
-    """Spacing of the solver's steps, a key of TIME_GRIDS in sampling.py; solvers that step in t (euler, heun, ...) want uniform on ve."""
+    """Spacing of solver steps, a key of TIME_GRIDS in sampling.py; on ve, solvers in t (euler, heun) want uniform."""
     sde_noise: str = 'natural'
-    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py; constant is lowered near the data to what steps can bear."""
+    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py; constant is lowered near the data."""
     sde_noise_scale: float = 1.0
     """Factor on the variance of the noise of stochastic solvers; 0 gives the ODE."""
     sde_last_step: str = 'mean'
@@ -209,13 +213,13 @@ class Config:
 
     # ---------------------------------------------------------------- speed
     precision: str = 'auto'
-    """Of the network's arithmetic: float32, bfloat16, or auto (bfloat16 on a GPU that has it)."""
+    """float32 (IEEE), tf32 (TensorFloat-32 on a GPU), bfloat16 in the network, or auto: that on a GPU that has it."""
     compile: bool = False
     """torch.compile the network: faster on a GPU after minutes of compiling, not worth it on a CPU."""
 
     def __post_init__(self) -> None:
         """Raises SettingError (a ValueError) for values that cannot be right, alone or together."""
-        check(self)
+        validate(self)
         if not self.experiment_name:
             object.__setattr__(self, 'experiment_name', default_experiment_name(self))
 
@@ -228,210 +232,112 @@ class Config:
 # What each preset changes. They share one flat list of settings, so a preset reads as a diff from the digits run.
 PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
-    'mnist': dict(
-        dataset='mnist',
-        label_dropout=0.1,
-        channel_mults=(1, 2, 2),
-        num_res_blocks=2,
-        attention_resolutions=(7,),
-        translate_prob=0.5,
-        num_training_steps=20_000,
-        save_every=1000,
-        keep_every=10_000,
-        sample_every=2000,
-        eval_every=2000,
-    ),
-    'cifar10': dict(
-        dataset='cifar10',
-        label_dropout=0.1,
-        flip_prob=0.5,
-        channels=128,
-        channel_mults=(1, 2, 2, 2),
-        num_res_blocks=2,
-        attention_resolutions=(16,),
-        dropout=0.1,
-        num_training_steps=200_000,
-        base_lr=2e-4,
-        warmup_steps=5000,
-        lr_schedule_type='constant',
-        weight_decay=0.0,
-        adam_betas=(0.9, 0.999),
-        ema_decays=(0.9999, 0.999),
-        log_every=100,
-        save_every=2000,
-        keep_every=50_000,
-        sample_every=10_000,
-        eval_every=10_000,
-    ),
+    'mnist': dict(dataset='mnist', label_dropout=0.1, translate_prob=0.5)
+    | dict(channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,))
+    | dict(num_training_steps=20_000, save_every=1000, keep_every=10_000, sample_every=2000, eval_every=2000),
+    'cifar10': dict(dataset='cifar10', label_dropout=0.1, flip_prob=0.5)
+    | dict(channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1)
+    | dict(num_training_steps=200_000, base_lr=2e-4, warmup_steps=5000, lr_schedule_type='constant')
+    | dict(weight_decay=0.0, adam_betas=(0.9, 0.999), ema_decays=(0.9999, 0.999))
+    | dict(log_every=100, save_every=2000, keep_every=50_000, sample_every=10_000, eval_every=10_000),
 }
 
 # What --debug changes: does the model learn one batch by heart, and do the samples show it?
-DEBUG: dict[str, Any] = dict(
-    overfit=True,
-    final_eval=False,
-    global_batch_size=32,
-    num_training_steps=600,
-    warmup_steps=20,
-    log_every=20,
-    save_every=200,
-    keep_every=0,
-    sample_every=200,
-    eval_every=200,
-)
+DEBUG: dict[str, Any] = (
+    dict(overfit=True, final_eval=False, global_batch_size=32, num_training_steps=600, warmup_steps=20)
+    | dict(log_every=20, save_every=200, keep_every=0, sample_every=200, eval_every=200)
+)  # fmt: skip
 
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir debug check final_eval num_workers accumulation_steps max_bad_steps log_every save_every keep_last keep_every '
-    'sample_every eval_every wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
+    'preset experiment_name ckpt_dir data_dir debug check same_code final_eval final_pictures num_workers '
+    'accumulation_steps max_bad_steps log_every save_every keep_last keep_every sample_every eval_every '
+    'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
-PRECISIONS = ('auto', 'float32', 'bfloat16')
+PRECISIONS = ('auto', 'float32', 'tf32', 'bfloat16')
 WANDB_MODES = ('auto', 'online', 'offline', 'disabled')
 
 
-def check(config: Config) -> None:
+def validate(config: Config) -> None:
     """Raise SettingError for the first value that breaks a rule."""
-    c = config
-    choose('preset', c.preset, PRESETS)
-    choose('precision', c.precision, dict.fromkeys(PRECISIONS))
-    choose('wandb', c.wandb, dict.fromkeys(WANDB_MODES))
+    choose('preset', config.preset, PRESETS)
+    choose('precision', config.precision, dict.fromkeys(PRECISIONS))
+    choose('wandb', config.wandb, dict.fromkeys(WANDB_MODES))
 
-    def require(ok: bool, names: str, rule: str) -> None:
-        if not ok:
-            given = ', '.join(f'{name}={getattr(c, name)!r}' for name in names.split())
+    def require(kept: object, names: str, rule: str | Callable[[Config], str]) -> None:
+        if not kept:
+            rule = rule if isinstance(rule, str) else rule(config)
+            given = ', '.join(f'{name}={getattr(config, name)!r}' for name in names.split())
             raise SettingError(f'{given}: {rule}.')
 
-    def each(names: str) -> list[tuple[str, Any]]:
-        return [(name, getattr(c, name)) for name in names.split()]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+        require(all(map(math.isfinite, numbers)), field.name, 'must be a finite number')
+    for names, keeps, rule in RULES:
+        for name in names.split():
+            require(keeps(getattr(config, name)), name, rule)
+    for names, keeps, rule in RULES_OF_SEVERAL:
+        require(keeps(config), names, rule)
 
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
-        require(finite, field.name, 'must be a finite number')
-    for name, value in each(
-        'global_batch_size batch_shards accumulation_steps num_training_steps max_bad_steps keep_last num_sample_steps channels num_res_blocks image_size'
-    ):
-        require(value >= 1, name, 'must be at least 1')
-    for name, value in each(
-        'seed log_every save_every keep_every sample_every eval_every warmup_steps num_workers max_translation sample_nfe'
-    ):
-        require(value >= 0, name, 'must be 0 or more')
-    for name, value in each('flip_prob rotate_prob translate_prob label_dropout guidance_rescale'):
-        require(0 <= value <= 1, name, 'must lie between 0 and 1')
-    for name, value in each('base_lr time_std sigma_data sigma_min adam_eps'):
-        require(value > 0, name, 'must be positive')
-    for name, value in each('weight_decay grad_clip_norm min_lr sde_noise_scale guidance_scale beta_min'):
-        require(value >= 0, name, 'must not be negative')
-    require(0 <= c.dropout < 1, 'dropout', 'must be at least 0 and below 1')
-    require(c.channels % 2 == 0, 'channels', 'must be even: half of them are cosines of the time')
-    require(
-        len(c.channel_mults) > 0 and min(c.channel_mults) >= 1,
-        'channel_mults',
-        'needs one or more positive whole numbers',
-    )
-    require(
-        len(c.adam_betas) == 2 and all(0 <= b < 1 for b in c.adam_betas),
-        'adam_betas',
-        'must be two numbers, at least 0 and below 1',
-    )
-    require(all(0 < d < 1 for d in c.ema_decays), 'ema_decays', 'must lie between 0 and 1')
-    require(len(set(c.ema_decays)) == len(c.ema_decays), 'ema_decays', 'holds the same decay twice')
-    require(c.min_lr <= c.base_lr, 'min_lr base_lr', 'min_lr must not be above base_lr')
-    require(
-        c.warmup_steps < c.num_training_steps,
-        'warmup_steps num_training_steps',
-        'the warm-up must be shorter than the training: lower --warmup_steps',
-    )
-    require(0 <= c.t_min < c.t_max <= 1, 't_min t_max', 'times need 0 <= t_min < t_max <= 1')
-    require(
-        c.beta_max >= c.beta_min and c.beta_max > 0,
-        'beta_min beta_max',
-        'beta_max must be positive and not below beta_min',
-    )
-    require(c.sigma_max > c.sigma_min, 'sigma_min sigma_max', 'sigma_max must be above sigma_min')
-    require(
-        c.global_batch_size % c.batch_shards == 0,
-        'global_batch_size batch_shards',
-        'the batch must be divisible by its shards',
-    )
-    require(
-        c.batch_shards % c.accumulation_steps == 0,
-        'batch_shards accumulation_steps',
-        'the shards must be divisible by accumulation_steps (times the number of processes)',
-    )
-    require(
-        0 <= c.guidance_interval[0] <= c.guidance_interval[1] <= 1,
-        'guidance_interval',
-        'must be two times, 0 <= from <= to <= 1',
-    )
-    require(
-        not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
-        'antithetic global_batch_size batch_shards',
-        'mirrored pairs need an even number of images in a shard',
-    )
-    require(
-        not (c.stratified and c.antithetic),
-        'stratified antithetic',
-        'times are drawn in one way or the other: add --no_stratified',
-    )
-    require(
-        c.guidance_scale == 1 or 0 < c.label_dropout < 1,
-        'guidance_scale label_dropout',
-        'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1',
-    )
-    require(
-        c.experiment_name == '' or re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_+=-]*', c.experiment_name) is not None,
-        'experiment_name',
-        'must be a plain folder name: letters, digits and _ - + = only, no slash and no dots',
-    )
+
+def class_defaults(config: Config) -> dict[str, Any]:
+    """The default of every setting, as its class has it."""
+    fields = dataclasses.fields(config)
+    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
 
 
 def baseline(config: Config) -> dict[str, Any]:
     """The values `config` would have with its preset and `debug` alone."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    return defaults | PRESETS[config.preset] | (DEBUG if config.debug else {})
+    return class_defaults(config) | PRESETS[config.preset] | (DEBUG if config.debug else {})
 
 
-def counts_on_resume(name: str, config: Config) -> bool:
+def defines_experiment(name: str, config: Config) -> bool:
     """Whether another value of setting `name` would make this another experiment."""
     if name == 'num_training_steps':
         return config.lr_schedule_type not in SCHEDULES_WITHOUT_END
     return name not in FREE_ON_RESUME
 
 
-def default_experiment_name(config: Config) -> str:
-    """The preset and the overridden settings, as a folder name: `digits_base_lr=0p0001`."""
-    parts = [config.preset] + (['debug'] if config.debug else [])
-    for name, usual in baseline(config).items():
-        value = getattr(config, name)
-        if value != usual and counts_on_resume(name, config):
-            text = '-'.join(map(str, value)) if isinstance(value, tuple) else str(value)
-            parts.append(f'{name}={text}')
-    folder = re.sub(r'[^A-Za-z0-9_+=-]', '-', '_'.join(parts).replace('.', 'p'))
-    if len(folder) > 120:
-        folder = folder[:100] + '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
-    return folder
+def default_experiment_name(config: Config, *more: str) -> str:
+    """The preset (or the data set, if that is not the preset's) and the settings that differ, as a folder name.
 
-
-def differences(saved: Mapping[str, Any], config: Config, only: Collection[str] | None = None) -> list[str]:
-    """Lines 'name: saved -> now' for settings (of `only`, if given) whose values make this another experiment.
-
-    `saved` is `dataclasses.asdict` of the other run's config, perhaps after a trip through JSON (tuples are lists then).
+    `digits_base_lr=0p0001`. `more`: parts to add at the end. See config_tools.folder_name for names that are too long.
     """
-    now = dataclasses.asdict(config)
-    names = [n for n in {**now, **saved} if (counts_on_resume(n, config) if only is None else n in only)]
+    parts = [config.preset]
+    if config.dataset != PRESETS[config.preset].get('dataset', 'digits'):
+        needs_preset = config.preset != 'digits' or config.dataset in PRESETS
+        parts = [config.dataset, *([f'preset={config.preset}'] if needs_preset else [])]
+    parts += ['debug'] if config.debug else []
+    for name, usual in baseline(config).items():
+        told = name == 'data_dir' or (name != 'dataset' and defines_experiment(name, config))
+        if told and getattr(config, name) != usual:
+            parts.append(in_name(name, getattr(config, name)))
+    return folder_name([*parts, *more])
+
+
+def changes(saved: Mapping[str, Any], config: Config, only: Collection[str] | None = None) -> dict[str, tuple]:
+    """Setting -> (saved, now) where the values (of `only`, if given) make these two configs different experiments.
+
+    `saved` is `dataclasses.asdict` of the other config, perhaps after a trip through JSON (tuples are lists then).
+    A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
+    """
+    saved, now = class_defaults(config) | dict(saved), dataclasses.asdict(config)
+    names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
+    pairs = {name: (saved[name], now.get(name, 'absent')) for name in names}
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    return [
-        f'{n}: {saved.get(n, "absent")} -> {now.get(n, "absent")}'
-        for n in names
-        if plain(saved.get(n, 'absent')) != plain(now.get(n, 'absent'))
-    ]
+    return {name: pair for name, pair in pairs.items() if name not in now or plain(pair[0]) != plain(pair[1])}
+
+
+def differences(saved: Mapping[str, Any], config: Config, only: Collection[str] | None = None) -> list[str]:
+    """`changes` as lines 'name: saved -> now'."""
+    return [f'{name}: {before} -> {after}' for name, (before, after) in changes(saved, config, only).items()]
 
 
 def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
@@ -453,9 +359,8 @@ def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] =
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(
-                config_class, args=argv, default=defaults, use_underscores=True, description=__doc__.split('\n\n')[0]
-            )
+            about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
+            return tyro.cli(config_class, args=argv, default=defaults, use_underscores=True, description=about)
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause is not None and not isinstance(cause, SettingError):

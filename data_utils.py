@@ -1,43 +1,48 @@
-"""Data sets and their loaders. A loader yields (x, label): x (n, C, H, W) in [0, 1] and label (n,) int64, on the device.
+"""Data sets: how to load them, and what they are. Yours is one more entry of DATASETS.
 
-The order of the training data is an endless stream of permutations, each a function of (seed, epoch); step s reads
-positions [s B, (s + 1) B). A step's global batch is cut into `batch_shards` shards, and each process reads its share of
-them, so the images of a step do not depend on the number of processes.
+What `load` returns is checked by data_checks.py, and read in the order of data_loaders.py.
 """
 
-import itertools
-import signal
+import os
 import urllib.error
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from config import Config, SettingError, choose
-from runtime import ranks, stopping
-
-Arrays = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
+from data_checks import Arrays, DataError, SizedDataset, check_parts, fingerprint
+from data_loaders import HeldOutSampler, Loader, StreamSampler
+from runtime import ranks
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """How to load a data set and what it is.
 
-    `load(config)` returns the training and the held-out part, each either Arrays, which live on the device, or a
-    torch Dataset of (uint8 (C, H, W), label), which loader processes read. It runs first on one process alone, which
-    may download. Unlabelled data has num_classes 0 and labels 0.
+    `load(config)` returns the training and the held-out part. Each is a tuple of tensors or numpy arrays, which live on
+    the device, or a torch Dataset, which loader processes read. The entries of the tuple, or of an item of the Dataset:
+
+    x          (N, *shape): uint8 for scale 'image', floats for scale 'float'
+    label      (N,) whole numbers from 0 to num_classes - 1; if num_classes is 0, anything with N rows
+    x1         optional, like x: the data are pairs, and a loader yields (x, label, x1)
+
+    A Dataset must give the same item each time: augmentation belongs into the trainer. `load` runs first on one process
+    of each machine, which may download.
     """
 
-    load: Callable[[Config], tuple[Arrays | Dataset, Arrays | Dataset]]
-    shape: tuple[int, int, int]  # C, H, W
-    num_classes: int
+    load: Callable[[Config], tuple[Any, Any]]
+    shape: tuple[int, ...] | None = None  # of one x, (C, H, W) for images; None: that of the data
+    num_classes: int = 0  # 0: the data have no classes
     max_value: int = 255  # of a pixel: images are divided by it
+    # 'image': uint8, yielded in [0, 1]; 'float': floats of any range and rank, yielded as they are
+    scale: str = 'image'
     flip_keeps_label: bool = True
     rotation_keeps_label: bool = True
     translation_keeps_label: bool = True
@@ -48,7 +53,7 @@ def load_digits(config: Config) -> tuple[Arrays, Arrays]:
     """scikit-learn's 1797 handwritten digits, 8x8, values 0 to 16; 1500 to train, 297 held out."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits = cast(Any, load_digits())
     order = torch.from_numpy(np.random.default_rng(0).permutation(1797))
     images = torch.from_numpy(digits.images).to(torch.uint8)[order, None]
     labels = torch.from_numpy(digits.target).long()[order]
@@ -56,17 +61,32 @@ def load_digits(config: Config) -> tuple[Arrays, Arrays]:
 
 
 def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
-    """The training and the held-out part of a torchvision data set, downloaded as `files` if they are not there. Raises SettingError."""
-    import torchvision
+    """The training and the held-out part of a torchvision data set, downloaded as `files` if they are not there.
 
+    Raises SettingError.
+    """
+    import torchvision
+    from torchvision.datasets.utils import check_integrity
+
+    kind = getattr(torchvision.datasets, name)
     try:
-        return [
-            getattr(torchvision.datasets, name)(config.data_dir, train=train, download=True) for train in (True, False)
-        ]
+        return [kind(config.data_dir, train=train, download=True) for train in (True, False)]
     except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+        cause = f'cannot be downloaded ({" ".join(str(error).split())})'
+        wanted = Path(config.data_dir, files)
+        sums = dict(getattr(kind, 'resources', [])) | {getattr(kind, 'filename', ''): getattr(kind, 'tgz_md5', None)}
+        there = [path for path in sorted(wanted.parent.glob(wanted.name)) if sums.get(path.name)]
+        other = [path.name for path in there if not check_integrity(str(path), sums[path.name])]
+        if other:
+            remedy = f'unpack it: gunzip -k {wanted}' if wanted.name == '*.gz' else 'copy it again'
+            raise SettingError(
+                f'dataset={config.dataset!r}: {", ".join(other)} in {wanted.parent}: there, but with other checksums '
+                f"than torchvision's, and it {cause}. It is damaged, or was packed anew, as in Debian's packages: "
+                f'{remedy}.'
+            ) from error
         raise SettingError(
-            f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and cannot be downloaded ({error}). '
-            f'With no network, copy {Path(config.data_dir, files)} from a machine that has it, or train on --dataset digits.'
+            f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and {cause}. '
+            f'With no network, copy {wanted} from a machine that has it, or train on --dataset digits.'
         ) from error
 
 
@@ -85,46 +105,113 @@ def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
     return train, test
 
 
+IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles(Dataset):
+    """Images of any size, resized and cropped: (uint8 (3, side, side), class). Raises DataError for a broken file."""
+
+    root: Path
+    classes: list[str]
+    files: list[tuple[str, int]]  # path below root, class
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+        from torchvision.transforms import functional
+
+        name, label = self.files[i]
+        path = self.root / name
+        try:
+            with Image.open(path) as image:
+                rgb = cast(Any, image.convert('RGB'))  # torchvision's annotations know tensors alone
+                square = functional.center_crop(functional.resize(rgb, [self.side]), [self.side])
+            return functional.pil_to_tensor(square), label
+        except Exception as error:  # what PIL raises depends on the format
+            path = path.parent.resolve() / path.name  # in the user's folder, also where --check has linked it
+            raise DataError(
+                f'{path} cannot be read as an image ({type(error).__name__}: {error}). '
+                'Replace it by a whole one, or remove it from the data.'
+            ) from None
+
+    def part(self, chosen: Iterable[int]) -> 'ImageFiles':
+        return replace(self, files=[self.files[i] for i in chosen])
+
+    def fingerprint(self) -> str:
+        """The names and sizes of all files, wherever the folder is."""
+        try:
+            return repr(sorted((name, (self.root / name).stat().st_size) for name, _ in self.files))
+        except OSError as error:
+            raise SettingError(f'{error}: an image cannot be read. Mend or remove it.') from None
+
+
+def is_hidden(path: str) -> bool:
+    return any(name.startswith('.') for name in path.split(os.sep))
+
+
 @lru_cache(maxsize=1)  # listing a large folder takes long
-def open_image_folder(config: Config) -> Dataset:
-    """Images of any size in data_dir/image_folder/<class>/, resized and cropped to image_size."""
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
+def open_image_folder(config: Config) -> ImageFiles:
+    """Images in data_dir/image_folder/<class>/ and the folders below, without hidden ones. Raises SettingError."""
     root = Path(config.data_dir, 'image_folder')
-    side = config.image_size
-    to_square = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])
+    name = f"dataset='image_folder', data_dir={config.data_dir!r}"
+    remedy = f'Put images into {root}/<class>/, also if there is one class.'
     try:
-        return ImageFolder(str(root), to_square)
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
     except OSError as error:
-        raise SettingError(
-            f"dataset='image_folder', data_dir={config.data_dir!r}: {error} Put images into {root}/<class>/, also if there is one class."
-        ) from None
+        raise SettingError(f'{name}: {error}. {remedy}') from None
+    if not classes:
+        raise SettingError(f'{name}: there is no folder of a class in {root}. {remedy}')
+    files = []
+    for label, of_class in enumerate(classes):
+        before = len(files)
+        for folder, _, names in sorted(os.walk(root / of_class, followlinks=True)):
+            below = (os.path.relpath(os.path.join(folder, name), root) for name in sorted(names))
+            files += [(path, label) for path in below if path.lower().endswith(IMAGE_ENDINGS) and not is_hidden(path)]
+        if len(files) == before:
+            raise SettingError(
+                f'{name}: no image in {root / of_class}. Put some into it ({", ".join(IMAGE_ENDINGS)}), or remove it.'
+            )
+    return ImageFiles(root, classes, files, config.image_size)
 
 
-def load_image_folder(config: Config) -> tuple[Dataset, Dataset]:
-    """A fixed tenth of the images, at most 1000 of them, is held out."""
+def load_image_folder(config: Config) -> tuple[ImageFiles, ImageFiles]:
+    """A fixed tenth of the images, at most 1000 of them, is held out. Prints what was found."""
     images = open_image_folder(config)
     if len(images) < 2:
         raise SettingError(
-            f"dataset='image_folder' needs two or more images, there is {len(images)} in data_dir={config.data_dir!r}. Put more into image_folder/<class>/."
+            f"dataset='image_folder' needs two or more images, there is {len(images)} in data_dir={config.data_dir!r}. "
+            'Put more into image_folder/<class>/.'
         )
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     held_out = min(1000, max(1, len(order) // 10))
-    return torch.utils.data.Subset(images, order[held_out:]), torch.utils.data.Subset(images, order[:held_out])
+    counts = np.bincount([label for _, label in images.files])
+    shown = [f'{name} {count}' for name, count in zip(images.classes, counts, strict=True)]
+    more = [f'and {len(shown) - 8} more'] if len(shown) > 8 else []
+    size = f'{len(order) - held_out} + {held_out} images, {len(shown)} classes'
+    ranks.print_once(f'image_folder: {size}: {", ".join(shown[:8] + more)}')
+    return images.part(order[held_out:]), images.part(order[:held_out])
 
 
-GREY_SYMBOLS = dict(num_classes=10, flip_keeps_label=False, rotation_keeps_label=False, pixel_metrics=True)
+GREY_SYMBOLS: dict[str, Any] = dict(
+    num_classes=10, flip_keeps_label=False, rotation_keeps_label=False, pixel_metrics=True
+)
 DATASETS: dict[str, DataSpec] = {
     'digits': DataSpec(load_digits, (1, 8, 8), max_value=16, **GREY_SYMBOLS),
     'mnist': DataSpec(load_mnist, (1, 28, 28), **GREY_SYMBOLS),
     'cifar10': DataSpec(load_cifar10, (3, 32, 32), num_classes=10),
-    'image_folder': DataSpec(load_image_folder, (3, 0, 0), num_classes=0),  # sides and classes: see get_dataset
+    'image_folder': DataSpec(load_image_folder, (3, 0, 0)),  # sides and classes: see get_dataset
 }
 
 
 def get_dataset(config: Config) -> DataSpec:
-    """Raises SettingError for an unknown `dataset`, and for an image folder that is not there."""
+    """The entry of DATASETS; a Loader's `spec` has a shape also where the entry has None.
+
+    Raises SettingError for an unknown `dataset`, and for an image folder that is not there.
+    """
     spec = choose('dataset', config.dataset, DATASETS)
     if config.dataset == 'image_folder':
         classes = len(open_image_folder(config).classes)
@@ -132,139 +219,69 @@ def get_dataset(config: Config) -> DataSpec:
     return spec
 
 
-class StreamSampler(Sampler):
-    """Endless lists of image indices, one for each of this process's shards of each step, from `set_step` on."""
+def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Arrays | SizedDataset, Arrays | SizedDataset]:
+    """`spec` with its shape, and the parts that `spec.load` returns, checked.
 
-    def __init__(self, num_images: int, config: Config):
-        self.num_images, self.seed, self.overfit = num_images, config.seed, config.overfit
-        self.batch_size, self.num_shards = config.global_batch_size, config.batch_shards
-        self.step = 0
-
-    @property
-    def my_shards(self) -> range:
-        """This process's shards: a block of consecutive ones."""
-        n = self.num_shards // ranks.world_size()
-        return range(ranks.rank() * n, (ranks.rank() + 1) * n)
-
-    def set_step(self, step: int) -> None:
-        """Make the next iteration begin with this step."""
-        self.step = step
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, np.empty(0, int)
-        shard_size = self.batch_size // self.num_shards
-        for step in itertools.count(self.step):
-            for shard in self.my_shards:
-                first = (0 if self.overfit else step * self.batch_size) + shard * shard_size
-                indices: list[int] = []
-                for position in range(first, first + shard_size):
-                    if position // self.num_images != epoch:
-                        epoch = position // self.num_images
-                        order = self.permutation(epoch)
-                    indices.append(int(order[position % self.num_images]))
-                yield indices
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """In a loader process: a stop that is sent to all processes is the trainer's business, which ends its loaders itself."""
-    for name in stopping.STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
-
-
-class Loader:
-    """Batches of `source` in the order of `batch_sampler`, scaled to [0, 1] on the device."""
-
-    def __init__(
-        self,
-        source: Arrays | Dataset,
-        batch_sampler: Iterable[list[int]],
-        config: Config,
-        spec: DataSpec,
-        device: torch.device,
-        rounds: int | None = None,
-    ):
-        """`rounds`: for the test loader, after how many batches all processes are through."""
-        self.rounds = rounds
-        self.batch_sampler, self.max_value, self.device = batch_sampler, spec.max_value, device
-        self.resident = None
-        if isinstance(source, tuple):
-            self.resident = tuple(part.to(device) for part in source)
-        else:
-            self.workers = DataLoader(
-                source,
-                batch_sampler=batch_sampler,
-                num_workers=config.num_workers,
-                pin_memory=device.type == 'cuda',
-                persistent_workers=config.num_workers > 0,
-                worker_init_fn=ignore_stop_signals,
-            )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, label in self.workers if self.resident is None else self._from_resident():
-            x = x.to(self.device, non_blocking=True)
-            yield x.float() / self.max_value, label.to(self.device, non_blocking=True)
-
-    def start_workers(self) -> None:
-        """Fork the loader processes now. Later, beside a thread that writes a checkpoint, a fork could copy a lock that nobody will release."""
-        if self.resident is None and self.workers.persistent_workers:
-            iter(self.workers)
-
-    def everything(self) -> tuple[Tensor, Tensor]:
-        """All images (N, C, H, W) in [0, 1] and labels of a resident data set, on the CPU, whatever the sampler says."""
-        images, labels = (part.cpu() for part in self.resident)
-        return images.float() / self.max_value, labels
-
-    def _from_resident(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.resident
-        for indices in self.batch_sampler:
-            chosen = torch.tensor(indices)
-            if self.device.type == 'cuda':  # only from pinned memory is a copy no CPU-GPU sync
-                chosen = chosen.pin_memory().to(self.device, non_blocking=True)
-            yield images[chosen], labels[chosen]
-
-
-def load_once(config: Config, spec: DataSpec) -> tuple[Arrays | Dataset, Arrays | Dataset]:
-    """`spec.load`, on rank 0 alone first, so that one process downloads and the others find the files.
-
-    Raises SettingError on every rank if the data cannot be had.
+    Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
+    one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.
     """
 
-    def load() -> tuple[Arrays | Dataset, Arrays | Dataset]:
+    def load() -> tuple[DataSpec, Arrays | SizedDataset, Arrays | SizedDataset]:
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
-            return spec.load(config)
+            loaded = spec.load(config)
         except OSError as error:
             raise SettingError(
-                f'data_dir={config.data_dir!r} cannot be written or read ({error}). Pass a folder of yours as --data_dir.'
+                f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
+                'Pass a folder of yours as --data_dir.'
             ) from error
+        return check_parts(spec, loaded, config)
 
-    loaded = []
-    ranks.on_main(lambda: loaded.append(load()))
-    return ranks.on_each(lambda: loaded[0] if loaded else load())
+    turn = 0 if ranks.is_main() else 1 if os.environ.get('LOCAL_RANK', '0') == '0' else 2
+    loaded = [ranks.on_each(lambda now=now: load() if turn == now else None) for now in range(3)]
+    mine = loaded[turn]
+    assert mine is not None
+    return mine
+
+
+def agreed_fingerprint(config: Config, parts: list[Arrays | SizedDataset], num_classes: int) -> str:
+    """`fingerprint` of rank 0. Raises SettingError on every rank if another machine has other data."""
+    mine = ranks.on_main(lambda: fingerprint(parts, num_classes))
+
+    def compare() -> None:
+        machine = os.environ.get('GROUP_RANK', '0')  # torchrun's
+        if machine == '0' or os.environ['LOCAL_RANK'] != '0':
+            return
+        here = fingerprint(parts, num_classes)
+        if here != mine:
+            raise SettingError(
+                f'data_dir={config.data_dir!r}: on machine {machine} it holds other data ({here}) than on machine 0 '
+                f'({mine}). Copy the data of machine 0, or share the folder.'
+            )
+
+    ranks.on_each(compare)
+    return mine
 
 
 def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loader, StreamSampler, Loader]:
     """(train_loader, train_sampler, test_loader).
 
     The train loader is endless and yields this process's shards, step by step from `train_sampler.set_step`; the test
-    loader yields the held-out batches rank, rank + world size, ... of one shard's size, once.
-    Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had.
+    loader yields this process's pieces of the held-out part, once, as its HeldOutSampler says.
+    Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had or used.
     """
     processes = ranks.world_size()
     if config.batch_shards % (processes * config.accumulation_steps):
+        least = processes * config.accumulation_steps
         raise SettingError(
-            f'batch_shards={config.batch_shards} is not divisible by {processes} processes x accumulation_steps={config.accumulation_steps}. '
-            f'Use another number of processes (NPROC), or a --batch_shards that is a multiple of {processes * config.accumulation_steps} and divides --global_batch_size.'
+            f'batch_shards={config.batch_shards} is not divisible by {processes} processes x '
+            f'accumulation_steps={config.accumulation_steps}. Use another number of processes (NPROC), or a '
+            f'--batch_shards that is a multiple of {least} and divides --global_batch_size.'
         )
     spec = ranks.on_each(lambda: get_dataset(config))
-    train, test = load_once(config, spec)
+    spec, train, test = load_in_turns(config, spec)
+    mark = agreed_fingerprint(config, [train, test], spec.num_classes)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
     sampler = StreamSampler(train_size, config)
-    n = config.global_batch_size // config.batch_shards
-    held_out = [list(range(i, min(i + n, test_size))) for i in range(0, test_size, n)]
-    mine = held_out[ranks.rank() :: processes]
-    test_loader = Loader(test, mine, config, spec, device, rounds=-(-len(held_out) // processes))
-    return Loader(train, sampler, config, spec, device), sampler, test_loader
+    test_loader = Loader(test, HeldOutSampler(test_size, config), config, spec, device, mark)
+    return Loader(train, sampler, config, spec, device, mark), sampler, test_loader

@@ -1,9 +1,13 @@
 """Exponential moving averages of a network's weights, each a network that can be called."""
 
 import copy
+from collections.abc import Iterable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+lerp_, copy_ = torch._foreach_lerp_, torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class EMA:
@@ -16,16 +20,24 @@ class EMA:
     def __init__(self, network: nn.Module, decays: tuple[float, ...]):
         self.num_updates = 0
         self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in decays}
+        self.averages = {decay: Tensors(average) for decay, average in self.networks.items()}
+        self.source = Tensors(network)
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """To be called after each optimizer step."""
+        if not self.networks:
+            return
+        if self.source.network is not network:
+            self.source = Tensors(network)
         self.num_updates += 1
         warm = (1 + self.num_updates) / (10 + self.num_updates)
-        for decay, average in self.networks.items():
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - min(decay, warm))
-            for mine, theirs in zip(average.buffers(), network.buffers(), strict=True):
-                mine.copy_(theirs)
+        parameters, buffers = self.source.parameters(), self.source.buffers()
+        for decay, average in self.averages.items():
+            if parameters:
+                lerp_(average.parameters(), parameters, 1 - min(decay, warm))
+            if buffers:
+                copy_(average.buffers(), buffers)
 
     def reset(self, network: nn.Module) -> None:
         """Start again from the weights of `network`."""
@@ -43,3 +55,27 @@ class EMA:
         self.num_updates = state['num_updates']
         for decay, average in self.networks.items():
             average.load_state_dict(state['networks'][decay])
+
+
+class Tensors:
+    """The parameters and buffers of a network whose modules stay, without a walk over these in each step.
+
+    Not the tensors are remembered but where they hang: `.to()` puts new buffers in their places. No place is empty:
+    `named_parameters` and `named_buffers` leave those out.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.parameter_places = self._places(name for name, _ in network.named_parameters())
+        self.buffer_places = self._places(name for name, _ in network.named_buffers())
+
+    def _places(self, names: Iterable[str]) -> list[tuple[nn.Module, str]]:
+        """(module, name in it) of each; a tensor that several modules share has one place."""
+        split = [name.rpartition('.') for name in names]
+        return [(self.network.get_submodule(path), name) for path, _, name in split]
+
+    def parameters(self) -> list[Tensor]:
+        return cast(list[Tensor], [module._parameters[name] for module, name in self.parameter_places])
+
+    def buffers(self) -> list[Tensor]:
+        return cast(list[Tensor], [module._buffers[name] for module, name in self.buffer_places])

@@ -3,9 +3,12 @@
 Along dx/dt = velocity(x, t) the log-density changes by d log p / dt = -div velocity, so from t_min to t_max
 
     log p(x at t_min) = log p(x at t_max) + integral of div velocity dt.
+
+x is of any shape (B, ...).
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 from config import SettingError, choose
 from prediction import check_ends
 from processes import GaussianProcess
-from sampling import TIME_GRIDS, ModelFn, get_predict
+from sampling import TIME_GRIDS, ModelFn, check_cond, get_predict
 from solvers import SOLVERS, within
 from utils import bcast_right
 
@@ -25,7 +28,8 @@ class LogLikelihood(NamedTuple):
     nfe: int  # evaluations of the network, each with one backward pass per probe
 
 
-# name -> (like x (B, ...), number) -> vectors (P, B, ...) with E[e e^T] = I; the exact divergence sums over all unit vectors.
+# name -> (like x (B, ...), number) -> vectors (P, B, ...) with E[e e^T] = I; the exact divergence sums over all unit
+# vectors.
 PROBES = {
     'exact': lambda x, n: (
         torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
@@ -47,6 +51,7 @@ def log_likelihood(
     x0: Tensor,
     label: Tensor | None = None,
     *,
+    cond: Mapping[str, Tensor] | None = None,
     model_type: str = 'velocity',
     solver: str = 'dopri5',
     num_steps: int = 50,
@@ -58,23 +63,27 @@ def log_likelihood(
     num_probes: int = 1,
     guidance_scale: float = 1.0,
 ) -> LogLikelihood:
-    """log p(x0) of images (B, C, H, W), in the precision of x0.
+    """log p(x0) of x0 (B, ...), in its precision; given label (B,) and cond (name -> (B, ...)) if there are any.
 
-    `divergence`: exact (one backward pass per pixel and evaluation: small images only), or Hutchinson's estimate with `num_probes` fixed
-    random vectors, rademacher or gaussian. `solver`: dopri5 keeps relative and absolute errors within `tolerance`; euler, midpoint and rk4
-    take `num_steps` steps on `time_grid`. x0 is put at alpha(t_min) x0, where the density is that of the data but for smoothing by sigma(t_min); at t_max the
-    density is taken to be N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma.
-    Raises SettingError for a stochastic solver or a guided model, of which this ODE gives no density, and for a singular end.
+    `divergence`: exact (one backward pass per dimension and evaluation: small data only), or Hutchinson's estimate with
+    `num_probes` fixed random vectors, rademacher or gaussian. `solver`: dopri5 keeps relative and absolute errors
+    within `tolerance`; euler, midpoint and rk4 take `num_steps` steps on `time_grid`. x0 is put at alpha(t_min) x0,
+    where the density is that of the data but for smoothing by sigma(t_min); at t_max the density is taken to be
+    N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma.
+    Raises SettingError for a stochastic solver or a guided model, of which this ODE gives no density, for a singular
+    end, and for conditions that are not (B, ...).
     """
     from torchdiffeq import odeint
 
     if solver in SOLVERS and SOLVERS[solver].stochastic:
         raise SettingError(
-            f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. Use solver="dopri5", or one of {", ".join(METHODS)}.'
+            f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. '
+            f'Use solver="dopri5", or one of {", ".join(METHODS)}.'
         )
     if guidance_scale != 1:
         raise SettingError(
-            f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. Use guidance_scale=1.'
+            f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. '
+            'Use guidance_scale=1.'
         )
     if not x0.is_floating_point():
         raise SettingError(f'x0 is {x0.dtype}: a density is of real numbers. Pass dequantize(x0).')
@@ -83,13 +92,15 @@ def log_likelihood(
     method, probes = choose('solver', solver, METHODS), choose('divergence', divergence, PROBES)(x0, num_probes)
     times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
     check_ends(process, model_type, (t_min, t_max))
-    predict = get_predict(model_fn, process, label, model_type=model_type)
+    check_cond(cond or {}, len(x0))
+    predict = get_predict(model_fn, process, label, model_type=model_type, cond=cond)
 
     def velocity_and_divergence(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             velocity = predict(x, t.item()).velocity
-            terms = [(torch.autograd.grad(velocity, x, e, retain_graph=True)[0] * e).flatten(1).sum(1) for e in probes]
+            products = [torch.autograd.grad(velocity, x, e, retain_graph=True)[0] * e for e in probes]
+            terms = [product.reshape(len(x), -1).sum(1) for product in products]
         terms = torch.stack(terms)  # (P, B)
         return velocity.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
 
@@ -114,7 +125,7 @@ def log_likelihood(
         else:
             x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), times, method=method))
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
-    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).flatten(1)
+    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
     prior = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()
     log_prob = prior + total.mean(0) + z.shape[1] * start.alpha.log()
     if divergence == 'exact':
@@ -124,10 +135,16 @@ def log_likelihood(
 
 
 def dequantize(images: Tensor, levels: int = 256) -> Tensor:
-    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1] (Theis et al. 2016, section 3.1)."""
+    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1].
+
+    Theis et al. 2016, section 3.1.
+    """
     return (images + torch.rand(images.shape, device=images.device)) * (2 / levels) - 1
 
 
 def bits_per_dim(log_prob: Tensor, shape: tuple[int, ...], levels: int = 256) -> Tensor:
-    """Bits per pixel and channel to code images of `shape` (C, H, W), from log p of their `dequantize`d versions: a bound on the discrete code length."""
+    """Bits per pixel and channel to code images of `shape` (C, H, W), from log p of their `dequantize`d versions.
+
+    It is an upper bound on the length of a code for the integers (Theis et al. 2016, section 3.1).
+    """
     return -log_prob / (math.prod(shape) * math.log(2)) + math.log2(levels / 2)

@@ -10,9 +10,10 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import torch
 from PIL import Image
@@ -30,10 +31,11 @@ wandb_hangs = False  # its threads and exit handlers would keep this process for
 WANDB_QUEUE = 1000  # lines and pictures that may wait for it
 
 
-def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
+def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[str, Any] | None = None) -> Any:
     """A wandb run, or None if there is none; says which. Raises SettingError if wandb='online' cannot be.
 
-    auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else disabled.
+    auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else
+    disabled. `start`, the entry of this start in run.json, becomes part of wandb's config.
     """
     mode = config.wandb
     if mode == 'auto' and os.environ.get('WANDB_MODE'):
@@ -45,7 +47,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
 
     try:
         has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
         raise SettingError(
             f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
         ) from error
@@ -57,7 +59,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
             "wandb='online': no account is logged in. Run `wandb login`, or use --wandb offline or --wandb disabled."
         )
 
-    def init(as_mode: str) -> Any:
+    def init(as_mode: Literal['online', 'offline']) -> Any:
         return wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity or None,
@@ -66,7 +68,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
             id=run_id,
             resume='allow' if run_id and as_mode == 'online' else None,
             mode=as_mode,
-            config=config.__dict__,
+            config=vars(config) | ({} if start is None else dict(start=start)),
             allow_val_change=True,
             settings=wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT, silent=True),
         )
@@ -80,22 +82,37 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Any:
         run = init('offline')
     run.define_metric('*', step_metric='train/step')
     offline = run.settings.mode == 'offline' or run.offline
-    print_once(
-        f'wandb: {"offline, `wandb sync` the folder " + str(run_dir / "wandb") + " later" if offline else run.url}'
-    )
+    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if offline else run.url}')
     return run
+
+
+def write_through(file: IO[str], text: str) -> None:
+    """Write `text` so that it survives a power cut."""
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Logger:
     """Writes `run_dir`/metrics.jsonl, pictures, and the same to wandb. `wandb_id` is to be kept in the checkpoint."""
 
-    def __init__(self, config: Config, run_dir: Path, step: int = 0, wandb_id: str | None = None):
-        """Cuts an existing record back to the steps before `step`, where the run goes on. Raises SettingError, see start_wandb."""
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        step: int = 0,
+        wandb_id: str | None = None,
+        start: dict[str, Any] | None = None,
+    ):
+        """Cuts an existing record back to the steps before `step`, where the run goes on.
+
+        `start`: what run_record.write_start returned, for wandb. Raises SettingError, see start_wandb.
+        """
         self.active, self.run_dir, self.run = ranks.is_main(), run_dir, None
 
         def open_record() -> None:
             self._cut_back(step)
-            self.run = start_wandb(config, run_dir, wandb_id)
+            self.run = start_wandb(config, run_dir, wandb_id, start)
 
         ranks.on_main(open_record)
         self.wandb_id = self.run.id if self.run is not None else wandb_id
@@ -113,7 +130,8 @@ class Logger:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line + '\n' for line in lines if line.endswith('}') and json.loads(line)['train/step'] < step]
         temporary = self.path.with_suffix('.tmp')
-        temporary.write_text(''.join(kept))
+        with open(temporary, 'w') as file:
+            write_through(file, ''.join(kept))
         os.replace(temporary, self.path)
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -123,7 +141,7 @@ class Logger:
         values = {'train/step': step, **values}
         finite = {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
         with self._disk(), open(self.path, 'a') as file:
-            file.write(json.dumps(finite) + '\n')
+            write_through(file, json.dumps(finite) + '\n')
         self._on_wandb(lambda run: run.log(values))
 
     @contextlib.contextmanager
@@ -132,11 +150,12 @@ class Logger:
             yield
         except OSError as error:
             raise SaveError(
-                f'{self.run_dir}: the record cannot be written ({error}). Make room there, and the same command goes on from the last checkpoint.'
+                f'{self.run_dir}: the record cannot be written ({error}). Make room there, and the same command goes '
+                'on from the last checkpoint.'
             ) from error
 
     def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without its `step_...` part."""
+        """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without `step_...`."""
         if not self.active:
             return
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
@@ -153,7 +172,7 @@ class Logger:
 
         self._on_wandb(show)
 
-    def log_curve(self, name: str, points: list[tuple[float, float]], x: str, y: str) -> None:
+    def log_curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
         """A line plot on wandb, of what metrics.jsonl holds as it happens."""
 
         def show(run: Any) -> None:
@@ -165,7 +184,7 @@ class Logger:
         self._on_wandb(show)
 
     def _on_wandb(self, do: Callable[[Any], None]) -> None:
-        """Have `do(run)` done in a thread of its own: whatever becomes of wandb, training neither waits for it nor ends with it."""
+        """Have `do(run)` done in another thread: training neither waits for wandb nor ends with it."""
         if self.run is not None:
             try:
                 self.for_wandb.put_nowait(do)
@@ -185,7 +204,7 @@ class Logger:
         print_once(f'wandb failed ({why}). Training goes on; the whole record is in {self.path}.')
 
     def close(self) -> None:
-        """End the wandb run, which sends what is left; a server that does not answer is not waited for, `wandb sync` sends it later."""
+        """End the wandb run, which sends what is left. A server that does not answer is not waited for."""
         self._on_wandb(lambda run: run.finish())
         with contextlib.suppress(queue.Full):
             self.for_wandb.put_nowait(None)
@@ -195,41 +214,81 @@ class Logger:
             global wandb_hangs
             wandb_hangs = True
             print_once(
-                f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, and `wandb sync` can send {self.run_dir / "wandb"} later'
+                f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, '
+                f'and `wandb sync` can send {self.run_dir / "wandb"} later'
             )
 
 
+Number = Tensor | float
+
+
 class RunningMeans:
-    """Means of named values since the last `clear`, summed on the device without a CPU-GPU sync."""
+    """Means of named values since the last `clear`.
+
+    Values are kept as they come, and summed when the means are asked for or MOST are waiting: a training step pays no
+    kernel and no CPU-GPU sync for them. On the CPU the sums do not depend on when that happens, to the last bit.
+    """
+
+    MOST = 1000  # calls whose values wait
 
     def __init__(self, device: torch.device):
         self.device = device
         self.sums: dict[str, Tensor] = {}  # name -> [sum, count], float64
+        self.waiting: dict[tuple[str, int, bool], list[tuple[Number | None, ...]]] = {}
+        self.calls = 0
 
-    def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        pair = torch.stack([total.detach(), count]).double()
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+    def add(self, name: str, total: Number, count: Number) -> None:
+        """Add `total`, the sum of `count` values: tensors of one element, or numbers."""
+        self._keep((name, 0, False), total, count, None)
 
     def add_finite(self, name: str, values: Tensor) -> None:
         """Add those of `values` that are finite: a bad step must not hide the others."""
-        finite = values.detach().isfinite()
-        self.add(name, values.where(finite, 0).sum(), finite.sum().to(values))
+        self._keep((name, 0, True), values, None, None)
 
     def add_by_time(self, name: str, values: Tensor, t: Tensor, bins: int = 10) -> None:
-        """Add values (B,), those that are finite, to the mean of their interval of t: `name`_0.0_0.1 and so on."""
-        index = (t * bins).long().clamp(0, bins - 1)
-        values, finite = values.detach().double(), values.detach().isfinite()
-        pairs = torch.zeros(bins, 2, dtype=torch.float64, device=self.device)
-        pairs.index_add_(0, index, torch.stack([values.where(finite, 0), finite.double()], 1))
-        for i, pair in enumerate(pairs):
-            key = f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}'
-            self.sums[key] = self.sums[key] + pair if key in self.sums else pair
+        """Add values (B,), those that are finite, to the mean of their interval of t (B,): `name`_0.0_0.1 and so on."""
+        self._keep((name, bins, True), values, None, t)
+
+    def _keep(self, key: tuple[str, int, bool], *given: Number | None) -> None:
+        own = tuple(x.detach().to(self.device) if isinstance(x, Tensor) else x for x in given)
+        self.waiting.setdefault(key, []).append(own)
+        self.calls += 1
+        if self.calls >= self.MOST:
+            self._fold()
+
+    def _column(self, values: tuple[Number | None, ...]) -> Tensor | None:
+        """All elements of the values, one after the other, on the device; None if they are."""
+        if values[0] is None:
+            return None
+        if not any(isinstance(value, Tensor) for value in values):
+            return torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
+        double = partial(torch.tensor, dtype=torch.float64, device=self.device)
+        return torch.cat([x.reshape(-1) if isinstance(x, Tensor) else double([x]) for x in values])
+
+    def _fold(self) -> None:
+        """Add to the sums what waits, in the order in which it came."""
+        for (name, bins, only_finite), calls in self.waiting.items():
+            totals, counts, t = map(self._column, zip(*calls, strict=True))
+            assert totals is not None
+            if only_finite:
+                counts = totals.isfinite()
+                totals = totals.where(counts, 0)
+            assert counts is not None
+            place = torch.zeros_like(totals, dtype=torch.int64) if t is None else (t * bins).long().clamp(0, bins - 1)
+            names = [f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}' for i in range(bins)] or [name]
+            nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
+            table = torch.stack([self.sums.get(key, nothing) for key in names])  # (bins or 1, 2)
+            for column, new in enumerate((totals, counts)):
+                table[:, column].index_add_(0, place, new.double())
+            self.sums |= zip(names, table, strict=True)
+        self.waiting, self.calls = {}, 0
 
     def clear(self) -> None:
-        self.sums = {}
+        self.sums, self.waiting, self.calls = {}, {}, 0
 
     def over_ranks(self) -> dict[str, Tensor]:
         """The sums of all ranks together, on the CPU. Ranks may have logged different names."""
+        self._fold()
         names = sorted({name for on_rank in ranks.all_gather_objects(list(self.sums)) for name in on_rank})
         if not names:
             return {}
@@ -244,19 +303,32 @@ class RunningMeans:
 
     def load(self, sums: dict[str, Tensor]) -> None:
         """Go on from `over_ranks` of a checkpoint."""
+        self.clear()
         self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if ranks.is_main() else {}
+
+
+class Speedometer:
+    """Images per second since the last `restart`."""
+
+    def __init__(self, step: int = 0):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Measure from this step and this moment on."""
+        self.began, self.first = time.monotonic(), step
+
+    def images_per_second(self, step: int, batch: int) -> float | None:
+        """The speed of the steps up to `step`, of `batch` images each; None if there was none since the restart."""
+        steps = step - self.first
+        return steps * batch / (time.monotonic() - self.began) if steps > 0 else None
 
 
 class Progress:
     """Rank 0's tqdm bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, step: int, total: int, seconds_between_lines: float = 5.0):
-        self.total, self.every, self.last, self.start = (
-            total,
-            seconds_between_lines,
-            -float('inf'),
-            (time.monotonic(), step),
-        )
+        self.total, self.every = total, seconds_between_lines
+        self.last, self.start = -float('inf'), (time.monotonic(), step)
         on_terminal = ranks.is_main() and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True) if on_terminal else None
 
@@ -265,15 +337,15 @@ class Progress:
             self.bar.update()
 
     def show(self, step: int, loss: float, images_per_second: float) -> None:
+        """The time left is that of the steps, with what is drawn and evaluated between them, not of what follows."""
+        speed = f'{images_per_second:.0f} images/s'
         if self.bar is not None:
-            self.bar.set_postfix_str(f'loss {loss:.4f}, {images_per_second:.0f} images/s')
+            self.bar.set_postfix_str(f'loss {loss:.4f}, {speed}')
         elif time.monotonic() - self.last >= self.every or step == self.total:
             began, first = self.start
             self.last = time.monotonic()
-            left = (self.last - began) / max(step - first, 1) * (self.total - step)
-            print_once(
-                f'step {step}/{self.total}  loss {loss:.4f}  {images_per_second:.0f} images/s  {left / 60:.1f} min left'
-            )
+            minutes = (self.last - began) / max(step - first, 1) * (self.total - step) / 60
+            print_once(f'step {step}/{self.total}  loss {loss:.4f}  {speed}  {minutes:.1f} min of training left')
 
     def close(self) -> None:
         if self.bar is not None:

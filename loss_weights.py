@@ -1,21 +1,28 @@
-"""Weights of the squared error, by noise level: loss = w(coefs) error of the target. w is (B,), from a process at times t.
+"""Weights of the squared error, by noise level: loss = w(coefs) error of the target. w is (B,), a process at times t.
 
-A published loss is a pair of weight and target, here named with each; the same loss is had from another target by the factor between their
-errors. With D the error of x0, the error of a type y = a x0 + b x1 (prediction.py) is (a - b alpha / sigma)^2 D: that of the noise x1 is SNR D,
-that of F is D / c_out^2. So these are the same loss, whatever the network outputs:
+A published loss is a pair of weight and target, here named with each; the same loss is had from another target by the
+factor between their errors. With D the error of x0, the error of a type y = a x0 + b x1 (prediction.py) is
+(a - b alpha / sigma)^2 D: that of the noise x1 is SNR D, that of F is D / c_out^2. So these are the same loss, whatever
+the network outputs:
 
     target x0, weight edm    = target F,  weight none
     target x1, weight none   = target x0, weight SNR (Ho et al. 2020, eq. 14)
-    target v,  weight none   = target x0, weight SNR + 1, for a variance-preserving process (Salimans and Ho 2022, section 4)
+    target v,  weight none   = target x0, weight SNR + 1 where variance is preserved (Salimans and Ho 2022, section 4)
+
+What the network outputs does matter to how well it learns: the same loss weighs the error of the output by the factor
+between output and target, too. `effective_weight` is the product; `pair_warning` says when it leaves most times out.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from processes import Coefs, get_process
+from prediction import ROWS, error_factor
+from processes import Coefs, GaussianProcess, get_process
+from time_samplers import TIME_SAMPLERS, get_time_sampler
 
 LossWeight = Callable[[Coefs], Tensor]
 
@@ -26,17 +33,26 @@ def min_snr(c: Coefs, gamma: float = 5.0) -> Tensor:
 
 
 def edm(c: Coefs) -> Tensor:
-    """1 / c_out^2 = (alpha^2 sigma_data^2 + sigma^2) / (sigma sigma_data)^2, for target x0 (Karras et al. 2022, table 1, for any alpha)."""
+    """1 / c_out^2 = (alpha^2 sigma_data^2 + sigma^2) / (sigma sigma_data)^2, for target x0.
+
+    Karras et al. 2022, table 1, for any alpha.
+    """
     return 1 / (c.sigma * c.sigma_data * c.c_in).square()
 
 
 def elbo(c: Coefs) -> Tensor:
-    """-1/2 d log-SNR / dt, for target x1 and uniform times: the loss is a bound on -log p(x0), per pixel (Kingma et al. 2021, eq. 17)."""
+    """-1/2 d log-SNR / dt, for target x1 and uniform times.
+
+    The loss is then a bound on -log p(x0), per pixel (Kingma et al. 2021, eq. 17).
+    """
     return c.sigma_dot / c.sigma - c.f
 
 
 def sigmoid(c: Coefs, bias: float = 2.0) -> Tensor:
-    """The ELBO's weight times sigmoid(bias - log-SNR), for target x1 and uniform times (Kingma and Gao 2023, section 4)."""
+    """The ELBO's weight times sigmoid(bias - log-SNR), for target x1 and uniform times.
+
+    Kingma and Gao 2023, section 4.
+    """
     return elbo(c) * torch.sigmoid(bias - c.log_snr)
 
 
@@ -56,6 +72,76 @@ def get_loss_weight(config: Config) -> LossWeight:
         time = getattr(config, setting)
         if not weight(get_process(config)(torch.tensor([time], dtype=torch.float64))).isfinite():
             raise SettingError(
-                f'loss_weight={config.loss_weight!r} is infinite at {setting}={time:g} with process_name={config.process_name!r}. Use --{setting} {usual}.'
+                f'loss_weight={config.loss_weight!r} is infinite at {setting}={time:g} '
+                f'with process_name={config.process_name!r}. Use --{setting} {usual}.'
             )
     return weight
+
+
+def effective_weight(config: Config, process: GaussianProcess, t: Tensor) -> Tensor:
+    """The weight of a squared error of the network's output in the loss at times t, (B,) float64.
+
+    That of the target's error, which `loss_weight` gives, times (d target / d output)^2.
+    """
+    coefs = process(t.double())
+    weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)(coefs)
+    return weight * error_factor(config.model_type, config.target_type, coefs).square()
+
+
+def drawn_weights(config: Config, process: GaussianProcess, n: int = 20_000) -> Tensor:
+    """The share of n times, as the time sampler draws them, in the loss of a new network, (n,) float64, largest first.
+
+    That is the effective weight times the mean square of what the network should output, as it outputs 0 at first: a
+    score of 1 / sigma is large where sigma is small, and its errors are too.
+    """
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    t = get_time_sampler(config)(u)
+    coefs = process(t)
+    a, b = (0.0 if k is None else k for k in ROWS[config.model_type](coefs))
+    mean_square = a**2 * config.sigma_data**2 + b**2
+    return (effective_weight(config, process, t) * mean_square).sort(descending=True).values
+
+
+def is_uneven(weights: Tensor) -> bool:
+    """Whether at least half of the times have less than a twentieth of the mean weight."""
+    return not 20 * weights.median() >= weights.mean()
+
+
+def pair_warning(config: Config, process: GaussianProcess) -> str | None:
+    """None, or why a network of this output learns badly from this target's loss, and the first change that helps.
+
+    A few times near an end may hold nearly all weight, and the optimizer then serves these alone: where the network
+    predicts x1 and the loss compares velocities, an error of the output is multiplied by 1 / alpha.
+    """
+    weights = drawn_weights(config, process)
+    if not is_uneven(weights):
+        return None
+    times = [config.t_min, (config.t_min + config.t_max) / 2, config.t_max]
+    at = effective_weight(config, process, torch.tensor(times, dtype=torch.float64)).tolist()
+    shares = weights.cumsum(0) / weights.sum()
+    names = ('model_type', 'target_type', 'loss_weight', 'time_sampler')
+    return (
+        f'{", ".join(f"{name}={getattr(config, name)!r}" for name in names)} may learn badly or not at all: the loss '
+        f"weighs a squared error of the network's output by {at[0]:.3g} at t={times[0]:g}, {at[1]:.3g} at "
+        f't={times[1]:g}, {at[2]:.3g} at t={times[2]:g}. {shares[len(shares) // 100 - 1]:.0%} of all weight falls on '
+        f'1% of the times that are drawn, {1 - shares[len(shares) // 2 - 1]:.1g} of it on half of them. '
+        f'Use {find_remedy(config, process)}.'
+    )
+
+
+def find_remedy(config: Config, process: GaussianProcess) -> str:
+    """The first flags with which the weight is even enough: other times, another weight, or the output's own loss."""
+    changes = [dict(time_sampler=name) for name in TIME_SAMPLERS] + [dict(loss_weight=name) for name in LOSS_WEIGHTS]
+    own_first = (config.model_type, *ROWS)
+    changes += [
+        dict(target_type=name, loss_weight=weight) for weight in (config.loss_weight, 'none') for name in own_first
+    ]
+    for change in changes:
+        changed = dataclasses.replace(config, **change)
+        try:
+            get_loss_weight(changed)
+            if not is_uneven(drawn_weights(changed, process)):
+                break
+        except SettingError:  # infinite at an end of the range, or no time of the sampler is in it
+            continue
+    return ' '.join(f'--{name} {value}' for name, value in change.items() if value != getattr(config, name))

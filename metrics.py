@@ -1,4 +1,4 @@
-"""How good are samples of small grey images? Computed on pixels in [-1, 1], images flattened to (N, D)."""
+"""How good are samples of small grey images? Images are flattened to (N, D); pixels in [-1, 1] are the unit."""
 
 import numpy as np
 import torch
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of Gaussians fitted to two sets (N, D), (M, D), in squared units (Dowson and Landau 1982, eq. 16).
+    """Frechet distance of Gaussians fitted to two sets (N, D), (M, D), in squared units.
 
-    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64.
+    |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64 (Dowson and Landau 1982, eq. 16).
+    A set needs two points.
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
@@ -32,33 +33,57 @@ def nearest_neighbour_ratio(samples: Tensor, train: Tensor, held_out: Tensor) ->
 
 
 def label_agreement(samples: Tensor, labels: Tensor, train: Tensor, train_labels: Tensor, limit: int = 5000) -> float:
-    """Share of samples in which a support-vector classifier, trained on at most `limit` real images, sees the asked label."""
+    """Share of samples in which a classifier of real images sees the asked label.
+
+    It is a support-vector classifier, trained on at most `limit` images, of two classes or more.
+    """
     classifier = SVC(gamma='scale').fit(train[:limit].numpy(), train_labels[:limit].numpy())
     return float(np.mean(classifier.predict(samples.numpy()) == labels.numpy()))
 
 
 def pixel_metrics(
-    samples: Tensor, labels: Tensor, train: Tensor, train_labels: Tensor, held_out: Tensor
+    samples: Tensor, labels: Tensor | None, train: Tensor, train_labels: Tensor | None, held_out: Tensor
 ) -> dict[str, float]:
-    """All of the above for images (N, C, H, W) in [-1, 1].
+    """All of the above for images (N, C, H, W) in [0, 1], as `decode` returns them.
 
-    `frechet_real` is what a perfect sampler of the training data would get: as many training images drawn with replacement.
+    They are scaled to [-1, 1] here, the unit of the distances. `frechet_real` is what a perfect sampler of the training
+    data would get: as many training images drawn with replacement. `label_agreement` is left out where there is
+    nothing to agree with: no labels (None), or one class.
+    Raises ValueError for fewer than two images of a kind, for values that are not finite, for unlike shapes, and for
+    training images outside [0, 1].
     """
-    samples, train, held_out = (x.cpu().float().flatten(1) for x in (samples, train, held_out))
-    labels, train_labels = labels.cpu(), train_labels.cpu()
+    images = dict(samples=samples, train=train, held_out=held_out)
+    for name, x in images.items():
+        if len(x) < 2 or x.shape[1:] != train.shape[1:] or not x.isfinite().all():
+            raise ValueError(
+                f'pixel_metrics needs at least 2 {name}, finite and of the shape {tuple(train.shape[1:])} of the '
+                f'training images, not {len(x)} of shape {tuple(x.shape[1:])} with {int((~x.isfinite()).sum())} '
+                'values that are not finite.'
+            )
+    low, high = train.min().item(), train.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(f'pixel_metrics takes images in [0, 1]; the training images lie in [{low:g}, {high:g}].')
+    samples, train, held_out = (2 * x.cpu().float().flatten(1) - 1 for x in images.values())
     drawn = np.random.default_rng(0).integers(len(train), size=len(samples))
-    return {
-        'label_agreement': label_agreement(samples, labels, train, train_labels),
+    values = {}
+    if labels is not None and train_labels is not None and len(train_labels.unique()) > 1:
+        values['label_agreement'] = label_agreement(samples, labels.cpu(), train, train_labels.cpu())
+    return values | {
         'frechet_pixels': frechet_distance(samples, train),
         'frechet_real': frechet_distance(train[drawn], train),
         'nearest_neighbour_ratio': nearest_neighbour_ratio(samples, train, held_out),
     }
 
 
+# what `describe` says of each value; others are left to the reader
+SENTENCES = {
+    'label_agreement': 'a classifier of real images sees the asked label in {:.1%}',
+    'frechet_pixels': 'Frechet distance to the training images, in pixels: {:.3f}',
+    'frechet_real': 'the same distance of as many real images: {:.3f}',
+    'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',
+}
+
+
 def describe(values: dict[str, float]) -> str:
-    """`pixel_metrics` in words."""
-    return (
-        f'  a classifier of real images sees the asked label in {values["label_agreement"]:.1%}\n'
-        f'  Frechet distance to the training images, in pixels: {values["frechet_pixels"]:.3f} (as many real ones: {values["frechet_real"]:.3f})\n'
-        f'  nearest-neighbour ratio: {values["nearest_neighbour_ratio"]:.3f} (well below 1 would be memorising)'
-    )
+    """`pixel_metrics` in words, one line for each value that is there."""
+    return '\n'.join(f'  {text.format(values[name])}' for name, text in SENTENCES.items() if name in values)

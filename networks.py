@@ -1,16 +1,20 @@
-"""The table of networks, and the scaling that turns each into a plain forward(xt, t, label) -> (B, C, H, W)."""
+"""The table of networks, and the scaling that makes each a plain forward(xt, t, label, **cond) -> like xt (B, ...)."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import Config, SettingError, choose
+from mlp import MLP
 from processes import GaussianProcess, c_in, get_process
+from sampling import ModelFn
 from unet import UNet
 from utils import bcast_right
 
-Shape = tuple[int, int, int]  # C, H, W
+Shape = tuple[int, ...]  # of one item, without the batch: (C, H, W), (D,), ()
 
 # time_input -> (t, process) -> (B,) time that the network sees; spans some hundreds, as a sinusoid needs.
 TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
@@ -20,9 +24,10 @@ TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
 
 
 class ScaledNetwork(nn.Module):
-    """`net` behind a fixed scaling of its input: net(c_in xt, time, label).
+    """`net` behind a fixed scaling of its input: net(c_in xt, time, label, **cond). Conditions go through unchanged.
 
-    c_in gives the input unit variance for any process; `ve` cannot be trained without, its noise has a standard deviation of 80.
+    c_in gives the input unit variance for any process; `ve` cannot be trained without, its noise has a standard
+    deviation of 80.
     """
 
     def __init__(self, net: nn.Module, process: GaussianProcess, time_input: str):
@@ -30,12 +35,12 @@ class ScaledNetwork(nn.Module):
         self.net, self.process = net, process
         self.time_input = choose('time_input', time_input, TIME_INPUTS)
 
-    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         scale = c_in(self.process.alpha(t), self.process.sigma(t), self.process.sigma_data)
-        return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label)
+        return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label, **cond)
 
 
-def unet(config: Config, shape: Shape, num_classes: int) -> UNet:
+def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> UNet:
     try:
         return UNet(
             shape,
@@ -45,25 +50,53 @@ def unet(config: Config, shape: Shape, num_classes: int) -> UNet:
             num_res_blocks=config.num_res_blocks,
             attention_resolutions=config.attention_resolutions,
             dropout=config.dropout,
+            cond=cond,
         )
     except ValueError as error:
-        raise SettingError(
-            f'{error}. Choose --attention_resolutions among these (none: pass the flag without a value), or use the preset of the data set.'
-        ) from None
+        raise SettingError(f'network={config.network!r}: {error}.') from None
 
 
-# name -> (config, (C, H, W), num_classes) -> forward(scaled xt, time, label); label num_classes is the null class.
-NETWORKS: dict[str, Callable[[Config, Shape, int], nn.Module]] = {
+def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:
+    width = 8 * config.channels
+    return MLP(shape, num_classes, width, num_blocks=config.num_res_blocks, dropout=config.dropout, cond=cond)
+
+
+# name -> (config, shape of one item of data, num_classes) -> forward(scaled xt, time, label, **cond); label num_classes
+# is the null class. Only where there are conditions, cond={name: shape of one item} is passed too.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     'unet': unet,
+    'mlp': mlp,
 }
 
-# The settings that shape a network's weights; saving.py names the first that differs when weights do not fit.
-NETWORK_SETTINGS = ('dataset', 'network', 'channels', 'channel_mults', 'num_res_blocks', 'attention_resolutions')
+# The settings that shape a network's weights; saving.py names those that differ when weights do not fit.
+NETWORK_SETTINGS = ('network', 'channels', 'channel_mults', 'num_res_blocks', 'attention_resolutions')
 
 
-def get_network(config: Config, shape: Shape, num_classes: int) -> ScaledNetwork:
-    """The network with its scaling; weights are a function of the seed of torch's generator. Raises SettingError."""
-    net = choose('network', config.network, NETWORKS)(config, shape, num_classes)
+def get_network(
+    config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None
+) -> ScaledNetwork:
+    """The network with its scaling, for data of `shape`; weights are a function of the seed of torch's generator.
+
+    `cond`: the conditions beside the class, name -> shape of one item, such as {'ink': (), 'text': (16,)}.
+    Raises SettingError, also if the network takes no conditions and there are some.
+    """
+    build = choose('network', config.network, NETWORKS)
+    if cond:
+        reserved = sorted({'xt', 't', 'time', 'label'} & set(cond))
+        if reserved:
+            raise SettingError(
+                f'condition {reserved[0]!r}: networks have an argument of that name. Choose another name.'
+            )
+        parameters = inspect.signature(build).parameters.values()
+        if not any(p.name == 'cond' or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise SettingError(
+                f'network={config.network!r} takes no conditions, and there are some: {", ".join(cond)}. Give its '
+                'builder in NETWORKS a fourth parameter, cond=None (a dict from name to shape of one item), and its '
+                'network forward(self, xt, time, label, **cond); or use --network unet or mlp.'
+            )
+        net = build(config, shape, num_classes, cond=cond)
+    else:
+        net = build(config, shape, num_classes)
     process = get_process(config)
     if config.time_input == 'log_snr':
         ends = torch.tensor([config.t_min, config.t_max], dtype=torch.float64)
@@ -73,3 +106,39 @@ def get_network(config: Config, shape: Shape, num_classes: int) -> ScaledNetwork
                 f'process_name={config.process_name!r}. Use --time_input t, or --t_min 0.001 --t_max 0.999.'
             )
     return ScaledNetwork(net, process, config.time_input)
+
+
+def on_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """On the device, in channels-last order: GPUs' convolutions want it, and those in three dimensions have none."""
+    if any(p.ndim > 4 for p in network.parameters()):
+        return network.to(device)
+    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What the network computes in if not float32. auto: bfloat16 on a GPU that has it in hardware."""
+    has_it = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if precision == 'bfloat16' or (precision == 'auto' and has_it) else None
+
+
+def as_model_fn(module: nn.Module, train: bool, device: torch.device, dtype: torch.dtype | None) -> ModelFn:
+    """`module` as a function of (xt, t, label, **cond) that hides train/eval mode and autocast when it is called."""
+    plain = getattr(module, '_orig_mod', module)  # of a compiled module, whose own flag says nothing
+
+    def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Any:
+        if plain.training != train:  # a walk over all modules
+            plain.train(train)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            out = module(xt, t, label, **cond)
+        return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+
+    return model_fn
+
+
+def set_precision(precision: str) -> None:
+    """Of float32 products on GPUs: float32 is IEEE everywhere, tf32 is TensorFloat-32; else torch's settings stay."""
+    product = {'float32': 'ieee', 'tf32': 'tf32'}.get(precision)
+    if product is not None:
+        torch.backends.cuda.matmul.fp32_precision = product
+        torch.backends.cudnn.conv.fp32_precision = product  # pyright: ignore[reportAttributeAccessIssue]
+        torch.backends.cudnn.rnn.fp32_precision = product  # pyright: ignore[reportAttributeAccessIssue]

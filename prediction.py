@@ -13,13 +13,15 @@ where alpha = 0, x1 and score outputs do not determine x0; where sigma = 0, an x
 the score is infinite; where det = 0, a velocity or v output determines neither. F has no singular end: its det is
 -1 / (c_in sigma_data).
 
-F is the preconditioned output of Karras et al. 2022 (eq. 7 and table 1, there for alpha = 1), for any alpha and sigma and data of standard
-deviation sigma_data:
+F is the preconditioned output of Karras et al. 2022 (eq. 7 and table 1, there for alpha = 1), for any alpha and sigma
+and data of standard deviation sigma_data:
 
-    x0 = c_skip xt + c_out F,    c_skip = alpha sigma_data^2 c_in^2,    c_out = sigma sigma_data c_in,    c_in^-2 = alpha^2 sigma_data^2 + sigma^2
+    x0 = c_skip xt + c_out F,    c_skip = alpha sigma_data^2 c_in^2,    c_out = sigma sigma_data c_in,
+    c_in^-2 = alpha^2 sigma_data^2 + sigma^2
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ class Prediction:
     def _row(self, name: str) -> Tensor:
         """a x0 + b x1, touching only the terms that the row has."""
         a, b = self._coefficients(name)
-        terms = [k * getattr(self, end) for k, end in ((a, 'x0'), (b, 'x1')) if k is not None]
+        terms: list[Tensor] = [k * getattr(self, end) for k, end in ((a, 'x0'), (b, 'x1')) if k is not None]
         return sum(terms[1:], terms[0])
 
     def _solve(self, end: str) -> Tensor:
@@ -77,19 +79,23 @@ class Prediction:
         det = alpha * b - sigma * a
         return (b * self.xt - sigma * y) / det if end == 'x0' else (alpha * y - a * self.xt) / det
 
-    def _coefficients(self, name: str) -> tuple[Tensor | float | None, ...]:
+    def _coefficients(self, name: str) -> tuple[Any, ...]:
         return tuple(map(self._image, ROWS[name](self.coefs)))
 
-    def _image(self, k: Tensor | float | None) -> Tensor | float | None:
+    def _image(self, k: Tensor | float | None) -> Any:
+        """k, such that it multiplies xt: a tensor (B, 1, ...), a number, or None."""
         return bcast_right(k, self.xt.ndim) if isinstance(k, Tensor) else k
 
 
-def get_model_convert_fn(model_type: str) -> Callable[[Tensor, Tensor, Tensor, Coefs], Prediction]:
-    """`convert(model_out, t, xt, coefs)`: a network output of this type, as a Prediction. Raises SettingError if unknown."""
+def get_model_convert_fn(model_type: str) -> Callable[[Tensor | tuple, Tensor, Tensor, Coefs], Prediction]:
+    """`convert(model_out, t, xt, coefs)`: a network output of this type, as a Prediction.
+
+    A network may return a tuple; its first part is the prediction. Raises SettingError for an unknown `model_type`.
+    """
     choose('model_type', model_type, ROWS)
 
-    def convert(model_out: Tensor, t: Tensor, xt: Tensor, coefs: Coefs) -> Prediction:
-        return Prediction(xt, coefs, **{model_type: model_out})
+    def convert(model_out: Tensor | tuple, t: Tensor, xt: Tensor, coefs: Coefs) -> Prediction:
+        return Prediction(xt, coefs, **{model_type: model_out[0] if isinstance(model_out, tuple) else model_out})
 
     return convert
 
@@ -103,12 +109,28 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
     return target_fn
 
 
+def error_factor(model_type: str, target_type: str, coefs: Coefs) -> Tensor:
+    """d target / d output, (B,): by how much an error of the output is multiplied when it is read as the target.
+
+    At a given xt, x0 and x1 move along (-sigma, alpha) / det, so the factor is the quotient of the two types' det.
+    """
+    if model_type == target_type:
+        return torch.ones_like(coefs.alpha)
+
+    def det(name: str) -> Tensor:
+        a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
+        return coefs.alpha * b - coefs.sigma * a
+
+    return det(target_type) / det(model_type)
+
+
 def first_singular(
     process: GaussianProcess, model_type: str, t: float, needed: Iterable[str], limit: float = 1e6
 ) -> str | None:
     """The first of the types `needed` that an output of `model_type` cannot give at time t; None if it can give all.
 
-    The types must be finite there, and an error of the output must not be multiplied by more than `limit`, beyond which float32 has no digit left.
+    The types must be finite there, and an error of the output must not be multiplied by more than `limit`, beyond which
+    float32 has no digit left.
     """
     time, one = torch.tensor([t], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     coefs = process(time)
@@ -129,7 +151,8 @@ def check_ends(
         singular = first_singular(process, model_type, t, needed)
         if singular:
             raise SettingError(
-                f'a network of model_type={model_type!r} cannot give the {singular} at t={t:g}, a singular end. Use t_min=0.001, t_max=0.999.'
+                f'a network of model_type={model_type!r} cannot give the {singular} at t={t:g}, a singular end. '
+                'Use t_min=0.001, t_max=0.999.'
             )
 
 
@@ -154,10 +177,11 @@ def check_time_range(config: Config, process: GaussianProcess) -> None:
 
 
 def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Tensor, Coefs, Tensor | None], Tensor]:
-    """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is one of `data` (N, C, H, W), each with equal chance.
+    """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is any of `data` (N, C, H, W), all as likely.
 
-    Of those with the asked label if `labels` (N,) are given and label is one of them. The network that reaches the least training loss there is; it
-    has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64; nan where sigma = 0.
+    If `labels` (N,) are given and a label is one of them, x0 is of that class. No network reaches a lower training
+    loss; this one has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64; nan where
+    sigma = 0.
     """
     flat = data.flatten(1).double()
     squares = flat.square().sum(1)

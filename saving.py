@@ -1,7 +1,8 @@
 """Checkpoints: one file of named objects, written atomically and loadable with weights_only=True.
 
-A training checkpoint holds: version, config (dict), shape, num_classes, step, finished, wandb_id, bad_steps, network, ema,
-optimizer, record. Nothing random is stored: randomness is a function of (seed, step).
+A training checkpoint holds: version, config (dict), trainer ('file.py:Class'), shape, num_classes and cond of the
+network, step, finished, wandb_id, bad_steps, network, ema, optimizer, record; old ones lack trainer and cond. Nothing
+random is stored: randomness is a function of (seed, step).
 """
 
 import contextlib
@@ -19,8 +20,9 @@ import torch
 from torch import nn
 
 from config import Config, SettingError, differences
-from networks import NETWORK_SETTINGS, get_network
-from processes import GaussianProcess, get_process
+from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
+from prediction import ROWS
+from processes import PROCESSES, GaussianProcess, get_process
 
 VERSION = 1  # of the format; a file without one is of version 1
 
@@ -48,7 +50,10 @@ def states(objects: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def written_beside(path: Path, **objects: Any) -> Iterator[Path]:
-    """A temporary file in the folder of `path` that holds the objects and is on the disk; removed at the end if it is still there."""
+    """A temporary file in the folder of `path` that holds the objects and is on the disk.
+
+    It is removed at the end if it is still there.
+    """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
@@ -69,7 +74,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
-    """The objects of `save`, by name. Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole."""
+    """The objects of `save`, by name.
+
+    Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole.
+    """
     path = Path(path)
     if not path.is_file():
         raise SettingError(
@@ -83,7 +91,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
                 for entry in archive.infolist()
                 if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr
             ]
-        if damaged is not None or odd:  # bits of the directory that checksums do not cover, but torch obeys
+        if damaged is not None or odd:  # zip directory fields without a checksum that change how torch reads an entry
             raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
         return torch.load(path, map_location=map_location, weights_only=True)
     except (
@@ -96,10 +104,8 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         LookupError,
         ValueError,
     ) as error:
-        if isinstance(error, OSError) and error.errno not in (
-            errno.EINVAL,
-            errno.EIO,
-        ):  # a seek to where a damaged file points; a bad disk
+        # EINVAL: a seek to where a damaged file points; EIO: a bad disk
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):
             raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
         raise DamagedCheckpoint(
             f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.'
@@ -107,7 +113,10 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """`load` of a training checkpoint. Raises SettingError if it is of a newer version, DamagedCheckpoint if it is something else."""
+    """`load` of a training checkpoint.
+
+    Raises SettingError if it is of a newer version, DamagedCheckpoint if it is something else.
+    """
     checkpoint = load(path)
     if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
         raise DamagedCheckpoint(
@@ -116,7 +125,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     version = checkpoint.get('version', 1)
     if version > VERSION:
         raise SettingError(
-            f'checkpoint {str(path)!r} has format version {version}; this program reads up to {VERSION}. Update the program (git pull).'
+            f'checkpoint {str(path)!r} has format version {version}; this program reads up to {VERSION}. '
+            'Update the program (git pull).'
         )
     return checkpoint
 
@@ -127,14 +137,33 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_weights(
     network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path
 ) -> None:
-    """Copy `weights` into `network`. Raises SettingError, with the first setting that differs, if they do not fit."""
+    """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        changed = differences(saved_config, config, only=NETWORK_SETTINGS) or [str(error).splitlines()[-1].strip()]
+        usual = {field.name for field in dataclasses.fields(Config)}
+        own = (saved_config.keys() | dataclasses.asdict(config).keys()) - usual  # of the experiment's config class
+        changed = differences(saved_config, config, only={*NETWORK_SETTINGS, *own})
+        causes = [f'{line} (checkpoint -> now)' for line in changed] + misfits(weights, network.state_dict())[:1]
         raise SettingError(
-            f'checkpoint {str(path)!r} is of another network: {changed[0]} (checkpoint -> now). Use the value of the checkpoint.'
+            f'checkpoint {str(path)!r} is of another network: {"; ".join(causes) or error}. '
+            'Use the settings of the checkpoint, and data of the same shape, classes and conditions.'
         ) from error
+
+
+def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two state dicts in names and shapes, in words; another number of classes first."""
+    found = []
+    for name in now | saved:
+        old, new = (tuple(weights[name].shape) if name in weights else None for weights in (saved, now))
+        if old is None or new is None:
+            found.append(f'{name} is missing {"in the checkpoint" if old is None else "now"}')
+        elif old != new and name.endswith('class_embedding.weight') and old[1:] == new[1:]:
+            rows = f'the class embedding has {old[0]} rows in the checkpoint, {new[0]} now'
+            found.insert(0, f'{rows} (one for each class and one for no label)')
+        elif old != new:
+            found.append(f'{name} has shape {old} in the checkpoint, {new} now')
+    return found
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -152,12 +181,33 @@ def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -
 def load_for_sampling(
     path: str | Path, device: str | torch.device = 'cpu', config_class: type[Config] = Config
 ) -> tuple[nn.Module, GaussianProcess, Config]:
-    """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode. Raises SettingError.
+    """(network, process, config) ready for `sampling.sample`: EMA weights, eval mode.
 
-    Pass the experiment's own `config_class` if its network or process reads settings of its own.
+    Pass the experiment's own `config_class` if its network or process reads settings of its own, and import its file
+    first if that adds a network or a process to the tables. Raises SettingError.
     """
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, config_class)
-    network = get_network(config, tuple(checkpoint['shape']), checkpoint['num_classes'])
+    script = (checkpoint.get('trainer') or '').rpartition(':')[0]
+    if script in ('', 'trainer.py'):  # not known, or one of this repo
+        script = 'the script of the run'
+    tables = dict(network=NETWORKS, time_input=TIME_INPUTS, process_name=PROCESSES, model_type=ROWS)
+    for setting, table in tables.items():
+        value = getattr(config, setting)
+        if value not in table:
+            raise SettingError(
+                f'checkpoint {str(path)!r}: {setting}={value!r} is registered by {script}: import that file first. '
+                f'Known without it: {", ".join(table)}.'
+            )
+    try:
+        process = get_process(config)
+        network = get_network(config, tuple(checkpoint['shape']), checkpoint['num_classes'], checkpoint.get('cond'))
+    except AttributeError as error:
+        if error.obj is not config or error.name not in checkpoint['config']:
+            raise
+        raise SettingError(
+            f'checkpoint {str(path)!r}: its network or process reads the setting {error.name!r}, which '
+            f'{config_class.__name__} does not have. Pass config_class, the config class of {script}.'
+        ) from error
     load_weights(network, best_weights(checkpoint), checkpoint['config'], config, path)
-    return network.to(device).eval().requires_grad_(False), get_process(config), config
+    return network.to(device).eval().requires_grad_(False), process, config

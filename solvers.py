@@ -4,16 +4,17 @@ The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time S
 
     dx = (velocity - w^2/2 score) dt + w dw = (velocity + w^2 / (2 sigma) x1) dt + w dw        (dt < 0)
 
-have the same marginals (Song et al. 2021, eq. 13; Albergo et al. 2023, section 2). The drift is written through x1 and not the score, and
-SDE_NOISES holds w^2 / (2 sigma). In a step, the part of the SDE that is not the ODE shrinks the noise that is in xt by e^-eta and draws the rest anew,
+have the same marginals (Song et al. 2021, eq. 13; Albergo et al. 2023, section 2). The drift is written through x1 and
+not the score, and SDE_NOISES holds w^2 / (2 sigma). In a step, the part of the SDE that is not the ODE shrinks the
+noise that is in xt by e^-eta and draws the rest anew,
 
     x1 -> e^-eta x1 + sqrt(1 - e^(-2 eta)) z,    eta = integral of w^2 / (2 sigma^2) dt,
 
 which stays finite where w does not: at both ends of every process.
 
 Below, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between data and noise.
-A solver's cost is counted in network evaluations (NFE). Of papers of one year, Song et al. 2021 is on score SDEs and 2021a on DDIM, Lu et al. 2022 on
-DPM-Solver and 2022b on DPM-Solver++.
+A solver's cost is counted in network evaluations (NFE). Of papers of one year, Song et al. 2021 is on score SDEs and
+2021a on DDIM, Lu et al. 2022 on DPM-Solver and 2022b on DPM-Solver++.
 """
 
 import math
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -52,19 +53,23 @@ class Level(NamedTuple):
 
 
 class Predict:
-    """`predict(x, t)`: the network, guided, at x (B, C, H, W) and time t of `process`, as a Prediction.
+    """`predict(x, t, s=None)`: the network, guided, at x (B, ...) and time t of `process`, as a Prediction.
 
-    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls; `steps_left` is the number of steps to the
-    end, this one included, as far as it is known.
+    `s` is the time to which the step goes: a solver that passes it is for networks of two times, which get it as the
+    condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
+    by the step x + (s - t) predict(x, t, s).velocity.
+    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
+    `steps_left` is the number of steps to the end, this one included, as far as it is known.
     """
 
-    def __init__(self, evaluate: Callable[[Tensor, float], Prediction], process: GaussianProcess, memory: int = 0):
+    def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
+        """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s."""
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.levels: dict[float, Level] = {}
 
-    def __call__(self, x: Tensor, t: float) -> Prediction:
-        prediction = self.evaluate(x, t)
+    def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
+        prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)
         self.past.appendleft((t, prediction))
         self.nfe += 1
         return prediction
@@ -84,7 +89,9 @@ StepFn = Callable[[Tensor, float, float, Predict, Noise], Tensor]  # (x, t, s, p
 class Solver:
     step: StepFn
     nfe: int | None  # network evaluations per step; None: it depends
-    order: int  # the error is O(h^order) in the step h, given exact earlier values (the first and tapered last steps are lower); of an SDE, in distribution
+    # The error is O(h^order) in the step h, of an SDE in distribution. This is the global order: the first steps of a
+    # multistep method, and the last ones with `taper`, are of lower order.
+    order: int
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
 
@@ -121,9 +128,9 @@ def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor
 
 
 def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
-    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq); some 20 evaluations at least.
+    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq).
 
-    The error is a mean over the batch.
+    That is 20 evaluations or more. The error is a mean over the batch.
     """
     from torchdiffeq import odeint
 
@@ -131,7 +138,8 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
         return predict(x, time.item()).velocity
 
     times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
-    return odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=within(times))[-1]
+    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=within(times))
+    return cast(Tensor, path)[-1]
 
 
 def within(times: Tensor) -> dict[str, Tensor]:
@@ -143,10 +151,13 @@ def within(times: Tensor) -> dict[str, Tensor]:
 
 
 def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
-    """x(s) = a x(t) + sum_j b_j x0_j, exact for an x0 that is a polynomial in l through its values at the times `nodes`; (a, b).
+    """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, exact for an x0 that is a polynomial in l.
+
+    The polynomial goes through the values of x0 at the times `nodes`.
 
     x(s) = sigma_s / sigma_t e^-eta x(t) + alpha_s (integral of e^-v x0 dv),    v = (1 + tau2) (l_s - l),
-    with noise of tau2 times the natural variance (Lu et al. 2022b, eq. 8 and, for tau2 = 1, appendix; Xue et al. 2023, eq. 14).
+    with noise of tau2 times the natural variance (Lu et al. 2022b, eq. 8 and, for tau2 = 1, appendix; Xue et al. 2023,
+    eq. 14).
     """
     here, there = predict.level(t), predict.level(s)
     v = [(1 + tau2) * (there.half_log_snr - predict.level(node).half_log_snr) for node in nodes]
@@ -161,9 +172,10 @@ def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], ta
 
 
 def angular(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
-    """x(s) = a x(t) + sum_j b_j v_j, exact for a v / n that is a polynomial in the angle theta through its values at the times `nodes`; (a, b).
+    """(a, b) of x(s) = a x(t) + sum_j b_j v_j, exact for a v / n that is a polynomial in the angle theta.
 
-    With n = sqrt(alpha^2 + sigma^2) any process turns, from noise to data, by d(x / n) / dtheta = v / n (Salimans and Ho 2022, appendix D).
+    The polynomial goes through the values of v / n at the times `nodes`. With n = sqrt(alpha^2 + sigma^2) any process
+    turns, from noise to data, by d(x / n) / dtheta = v / n (Salimans and Ho 2022, appendix D).
     Neither end is singular: theta runs from pi / 2 to 0, and v is bounded. Of the ODE alone: tau2 is not used.
     """
 
@@ -179,7 +191,7 @@ def angular(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: 
 
 
 def weights_of(nodes: Sequence[float], moments: np.ndarray) -> list[float]:
-    """w with sum_j w_j u_j^k = moments_k at the nodes u: the integral of what is a polynomial through its values there."""
+    """w with sum_j w_j u_j^k = moments_k at the nodes u: the integral of a polynomial, given by its values there."""
     unit = max(map(abs, nodes)) or 1.0  # for the condition of the system
     powers = np.vander(np.array(nodes) / unit, increasing=True).T
     return np.linalg.solve(powers, moments / unit ** np.arange(len(nodes))).tolist()
@@ -201,9 +213,9 @@ def multistep(
 ) -> Tensor:
     """Adams' method on the prediction type `given`, with the weights of `formula`; one evaluation a step.
 
-    The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change fastest. With a
-    corrector, the value at t with which the prediction now computed at t disagrees is first mended by a formula that includes it (Zhao et al. 2023,
-    algorithm 1); that raises the order by one.
+    The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change
+    fastest. With a corrector, x at t is first corrected by a formula that includes the prediction now computed at t
+    (Zhao et al. 2023, algorithm 1); that raises the order by one.
     """
 
     def order_of(steps_left: int) -> int:
@@ -226,17 +238,19 @@ def multistep(
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    return sum(w * v for w, v in zip(weights, values, strict=False))
+    terms = [w * v for w, v in zip(weights, values, strict=False)]
+    return sum(terms[1:], terms[0])
 
 
 # ---------------------------------------------------------------- noise
 
 
 def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: float = 0.1) -> float:
-    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise relative to that of the process's own; 0 for the ODE.
+    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise over that of the process's own; 0: the ODE.
 
-    Any w leaves the marginals right, but only while a step changes little: so where a noise level would exchange more noise in one step than
-    eta = `limit`, and more than the process's own does, it is lowered to the greater of these (the constant level near the data), before the scale.
+    Any w leaves the marginals right, but only while a step changes little: so where a noise level would exchange more
+    noise in one step than eta = `limit`, and more than the process's own does, it is lowered to the greater of these
+    (the constant level near the data), before the scale.
     """
     middle = coefs_at(predict.process, (t + s) / 2)
     step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
@@ -255,7 +269,10 @@ def fresh_noise(x: Tensor, predict: Predict, t: float, s: float, tau2: float) ->
 
 
 def euler_maruyama(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
-    """An Euler step of the ODE, then the exchange of noise of the SDE, exactly: Euler and Maruyama's step but for terms of higher order."""
+    """An Euler step of the ODE, then the exchange of noise of the SDE, exactly.
+
+    It is Euler and Maruyama's step but for terms of higher order.
+    """
     here, tau2 = predict(x, t), relative_noise(predict, t, s, noise)
     lost = (1 - shrinkage(predict, t, s, tau2)) * predict.level(s).sigma
     return x + (s - t) * here.velocity - lost * here.x1 + fresh_noise(x, predict, t, s, tau2)
@@ -305,8 +322,8 @@ SOLVERS: dict[str, Solver] = {
 SDE_NOISES: dict[str, Callable[[Coefs], Tensor]] = {
     'natural': lambda c: c.delta / c.sigma,  # w = g, the noise of the process itself (Song et al. 2021, eq. 6)
     'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma
-    # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on other processes. Near the data it is more
-    # than steps can bear, and lowered there by `relative_noise`
+    # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on
+    # other processes. Near the data it is more than steps can bear, and lowered there by `relative_noise`
     'constant': lambda c: (c.alpha * c.sigma_dot - c.sigma * c.alpha_dot) / (2 * c.sigma),
 }
 

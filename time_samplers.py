@@ -1,7 +1,8 @@
 """How training times are drawn: a time sampler is an inverse CDF, t = sampler(u).
 
-u ~ U(0, 1) and t have shape (n,); t lies in [t_min, t_max]. Whether u is independent, stratified or antithetic is the trainer's
-business (`BaseDiffusionTrainer.uniforms`), so all three work with every sampler.
+u ~ U(0, 1) and t have shape (n,), one type and one device; t lies in [t_min, t_max]. Whether u is independent,
+stratified or antithetic is the trainer's business (`BaseDiffusionTrainer.uniforms`), so all three work with every
+sampler. A call moves nothing to the device: all that does not depend on u is computed once, as floats.
 """
 
 import math
@@ -22,18 +23,25 @@ def uniform(t_min: float, t_max: float) -> TimeSampler:
 
 
 def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSampler:
-    """u -> z ~ N(mean, std^2), conditioned on [low, high]; computed in float64, where the tail is that needs no cancellation."""
+    """u -> z ~ N(mean, std^2), conditioned on [low, high], in float64.
+
+    The CDF is evaluated in the tail where it is small, so that no digits cancel. Raises SettingError if nearly all of
+    the distribution lies outside.
+    """
     a, b = (low - mean) / std, (high - mean) / std
     sign = -1 if a > 0 else 1  # in the left half small probabilities keep their digits
-    ends = (
-        torch.special.erfc(torch.tensor([-sign * a, -sign * b], dtype=torch.float64) / math.sqrt(2)) / 2
-    )  # special.ndtr loses the tail
-    if (ends[1] - ends[0]).abs() < 1e-3:
+    cdf_a, cdf_b = (math.erfc(-sign * x / math.sqrt(2)) / 2 for x in (a, b))
+    if abs(cdf_b - cdf_a) < 1e-3:
         raise SettingError(
-            f'time_mean={mean:g}, time_std={std:g}: less than a thousandth of this normal distribution lies between {low:g} and {high:g}, '
-            f'where t_min and t_max are. Use --time_mean {min(max(mean, low), high):.3g}.'
+            f'time_mean={mean:g}, time_std={std:g}: less than a thousandth of this normal distribution lies between '
+            f'{low:g} and {high:g}, where t_min and t_max are. Use --time_mean {min(max(mean, low), high):.3g}.'
         )
-    return lambda u: mean + std * sign * torch.special.ndtri(torch.lerp(*ends.to(u.device), u.double()))
+
+    def sampler(u: Tensor) -> Tensor:
+        u = u.double()
+        return mean + std * sign * torch.special.ndtri(cdf_a * (1 - u) + cdf_b * u)
+
+    return sampler
 
 
 def logit_normal(mean: float, std: float, t_min: float, t_max: float) -> TimeSampler:
@@ -43,7 +51,10 @@ def logit_normal(mean: float, std: float, t_min: float, t_max: float) -> TimeSam
 
 
 def log_normal(process: GaussianProcess, mean: float, std: float, t_min: float, t_max: float) -> TimeSampler:
-    """log(sigma / alpha) ~ N(mean, std^2), conditioned on [t_min, t_max] (Karras et al. 2022, table 1, has -1.2 and 1.2)."""
+    """log(sigma / alpha) ~ N(mean, std^2), conditioned on [t_min, t_max].
+
+    Karras et al. 2022, table 1, has mean -1.2 and std 1.2.
+    """
     ends = -process.log_snr(torch.tensor([t_min, t_max], dtype=torch.float64)) / 2
     normal = truncated_normal(mean, std, *ends.tolist())
     return lambda u: process.time_of_log_snr(-2 * normal(u)).to(u.dtype).clamp(t_min, t_max)

@@ -1,11 +1,13 @@
-"""A UNet for images of any channels and size: forward(xt, time, label) -> (B, C, H, W).
+"""A UNet for images of any channels and size: forward(xt, time, label, **cond) -> (B, C, H, W).
 
-Residual blocks with group norm, whose scale and shift come from the time and class embedding (Dhariwal and Nichol
-2021), self-attention at chosen resolutions, and outputs initialised to zero, so that each block starts as the identity
-and the network's first output is 0. Sides that the levels cannot halve are padded, and the output cropped.
+Residual blocks with group norm, whose scale and shift come from the embedding of time, class and conditions (Dhariwal
+and Nichol 2021), self-attention at chosen resolutions, and outputs initialised to zero, so that each block starts as
+the identity and the network's first output is 0. Sides that the levels cannot halve are padded, the output cropped.
+`sinusoid`, `zero_init` and `Conditions` are there for other networks too.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,70 @@ def zero_init(module: nn.Module) -> nn.Module:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+class Conditions(nn.Module):
+    """The named conditions that a network takes beside the class, {name: shape of one item}, and what becomes of them.
+
+    A number, shape (), goes through a sinusoid of 1000 times its value, as the time does, so it should be of order 1; a
+    vector (D,) as it is. Each has a small MLP, whose last layer starts at zero, and all add up to one embedding.
+    Images (C, H, W) become channels beside xt; with `flat` they count as vectors.
+    A condition that a call leaves out, or gives as None, adds nothing: no embedding, and channels of zeros.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None, dim: int, flat: bool = False):
+        """`dim`: of the embedding. Raises ValueError for a shape that is none of these."""
+        super().__init__()
+        self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+        self.images = [name for name, shape in self.shapes.items() if len(shape) == 3 and not flat]
+        self.channels = sum(self.shapes[name][0] for name in self.images)  # beside those of xt
+        self.mlps, self.dim = nn.ModuleDict(), dim
+        for name, shape in self.shapes.items():
+            if len(shape) not in (0, 1, 3) and not flat:
+                raise ValueError(
+                    f'condition {name!r} has shape {shape}. '
+                    'Use () for a number, (D,) for a vector or (C, H, W) for an image'
+                )
+            if name not in self.images:
+                size = math.prod(shape) if shape else dim
+                self.mlps[f'mlp_{name}'] = nn.Sequential(  # a bare name might be one that every module has, as `type`
+                    nn.Linear(size, dim), nn.SiLU(), zero_init(nn.Linear(dim, dim))
+                )
+
+    def given(self, cond: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Those that are there. Raises TypeError for a name that was not declared, ValueError for another shape."""
+        unknown = ', '.join(sorted(set(cond) - set(self.shapes)))
+        if unknown:
+            known = ', '.join(self.shapes) or 'none'
+            raise TypeError(f'the network does not know the condition {unknown}; it was built with cond: {known}')
+        for name, value in cond.items():
+            shape = self.shapes[name]
+            fixed = len(shape) - 2 if name in self.images else len(shape)  # an image may have other sides than declared
+            if value is not None and (value.ndim != 1 + len(shape) or value.shape[1 : 1 + fixed] != shape[:fixed]):
+                wanted = ', '.join(map(str, ('B', *shape)))
+                raise ValueError(f'condition {name!r} has shape {tuple(value.shape)}, not ({wanted})')
+        return {name: value for name, value in cond.items() if value is not None}
+
+    def embed(self, cond: Mapping[str, Tensor | None]) -> Tensor | float:
+        """Numbers and vectors as one embedding (B, dim); 0 without any."""
+        total = 0.0
+        for name, value in self.given(cond).items():
+            if name not in self.images:
+                x = value.flatten(1).float() if self.shapes[name] else sinusoid(1000 * value, self.dim)
+                total = total + self.mlps[f'mlp_{name}'](x)
+        return total
+
+    def beside(self, xt: Tensor, cond: Mapping[str, Tensor | None]) -> Tensor:
+        """xt (B, C, H, W) and the images, resized to its sides, along the channels."""
+        parts = [xt]
+        for name in self.images:
+            image = cond.get(name)
+            if image is None:
+                image = xt.new_zeros(len(xt), self.shapes[name][0], *xt.shape[2:])
+            elif image.shape[2:] != xt.shape[2:]:
+                image = F.interpolate(image.to(xt.dtype), size=xt.shape[2:], mode='bilinear')
+            parts.append(image.to(xt.dtype))
+        return torch.cat(parts, 1) if self.images else xt
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -87,36 +153,43 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None)`.
+    """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
 
-    Label `num_classes` is the null class, which None means too. `attention_resolutions` names levels by their longer side;
-    the middle, at the coarsest, always has attention.
-    Raises ValueError if one of them is the side of no level.
+    Label `num_classes` is the null class, which None means too. `attention_resolutions` names levels by their longer
+    side; the middle, at the coarsest, always has attention. `cond`: name -> shape of one item, see `Conditions`.
+    Raises ValueError for data that are not images, and if an attention resolution is the side of no level.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         num_classes: int,
         channels: int = 32,
         channel_mults: tuple[int, ...] = (1, 2),
         num_res_blocks: int = 2,
         attention_resolutions: tuple[int, ...] = (4,),
         dropout: float = 0.0,
+        cond: Mapping[str, tuple[int, ...]] | None = None,
     ):
         super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f'a UNet is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         sides = [-(-max(shape[1:]) // 2**i) for i in range(len(channel_mults))]
         for side in attention_resolutions:
             if side not in sides:
                 raise ValueError(
-                    f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of side {sides}'
+                    f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of '
+                    f'side {sides}. Choose --attention_resolutions among these (none: pass the flag without a value), '
+                    'or use the preset of the data set'
                 )
         attend = [side in attention_resolutions for side in sides]
         self.num_classes, self.multiple, c_emb = num_classes, 2 ** (len(channel_mults) - 1), 4 * channels
+        self.conditions = Conditions(cond, c_emb)
+        self.in_channels = shape[0]  # of xt alone; conditions that are images come beside them
 
         self.time_mlp = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.class_embedding = nn.Embedding(num_classes + 1, c_emb)
-        self.stem = nn.Conv2d(shape[0], channels, 3, padding=1)
+        self.stem = nn.Conv2d(shape[0] + self.conditions.channels, channels, 3, padding=1)
 
         c, skips = channels, [channels]  # channels now, and of each tensor that a skip connection will bring back
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -142,13 +215,19 @@ class UNet(nn.Module):
                 )
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
 
-    def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
+        if xt.ndim != 4 or xt.shape[1] != self.in_channels:
+            raise ValueError(f'xt has shape {tuple(xt.shape)}; this UNet wants images (B, {self.in_channels}, H, W)')
         if label is None:
             label = torch.full((len(xt),), self.num_classes, device=xt.device)
-        emb = F.silu(self.time_mlp(sinusoid(time, self.stem.out_channels)) + self.class_embedding(label))
+        emb = self.time_mlp(sinusoid(time, self.stem.out_channels)) + self.class_embedding(label)
+        emb = F.silu(emb + self.conditions.embed(cond))
 
         height, width = xt.shape[2:]
-        x = self.stem(F.pad(xt, (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate'))
+        x = F.pad(
+            self.conditions.beside(xt, cond), (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate'
+        )
+        x = self.stem(x)
         skips = [x]
         for layer in self.down:
             x = layer(x, emb) if isinstance(layer, Level) else layer(x)

@@ -1,13 +1,24 @@
-"""Small helpers: shapes, errors per image, seeds, pictures. Images are (B, C, H, W)."""
+"""Small helpers: shapes, bundles of tensors, derivatives, errors, seeds, pictures. Images are (B, C, H, W)."""
 
+import dataclasses
+import functools
 import hashlib
 import random
 import resource
 import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Bundle = TypeVar('Bundle')  # an instance of a dataclass of tensors
+
+# torch's own forward-mode code is scripted when first used, and warns about itself.
+warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning)
 
 
 def bcast_right(v: Tensor, ndim: int) -> Tensor:
@@ -15,9 +26,106 @@ def bcast_right(v: Tensor, ndim: int) -> Tensor:
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
 
+def rows(bundle: Bundle, index: slice | Tensor) -> Bundle:
+    """The same dataclass with these rows of every tensor in it, also of those in its dicts and lists.
+
+    `index` is a slice, or a tensor of row numbers or of truth values. Fields of any other type are kept as they are.
+    """
+    return _map_tensors(lambda tensors: tensors[0][index], [bundle], type(bundle).__name__)
+
+
+def concat(bundles: Sequence[Bundle]) -> Bundle:
+    """The rows of all bundles, one after the other, tensor by tensor, also in dicts and lists.
+
+    Fields of any other type are those of the first bundle. Raises ValueError where one bundle has a tensor (or a key,
+    or an item) that another has not.
+    """
+    return _map_tensors(torch.cat, list(bundles), type(bundles[0]).__name__)
+
+
+def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: str) -> Any:
+    """Like values[0], with `fn` of the tensors at the same place in all of `values` where it has a tensor."""
+    first, children = values[0], [_children(value) for value in values]
+    if any(
+        isinstance(value, Tensor) != isinstance(first, Tensor) or inside.keys() != children[0].keys()
+        for value, inside in zip(values, children, strict=True)
+    ):
+        raise ValueError(f'{name} must hold the same tensors (keys, number of items) in all parts that are joined')
+    if isinstance(first, Tensor):
+        return fn(values)
+    new = {key: _map_tensors(fn, [inside[key] for inside in children], f'{name}.{key}') for key in children[0]}
+    if isinstance(first, dict):
+        return new
+    if isinstance(first, list | tuple):
+        return type(first)(new.values())
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        return dataclasses.replace(first, **new)
+    return first
+
+
+def _children(value: Any) -> dict:
+    """What a bundle, dict, list or tuple holds, by name or number; nothing for any other value."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    return (
+        {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else {}
+    )
+
+
+def jvp(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """fn(*inputs) and its derivative along `tangents`, both of the output's shape; None as a tangent means zero.
+
+    In forward mode: one pass, whatever the number of inputs. Both results can be backpropagated, also on several
+    processes, as long as DDP holds the loss and not the network. Attention is computed by plain matrix products: its
+    fused kernels have no forward mode. `fn` may not change a buffer in place, as batch norm does in training.
+    """
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def of_moving(*values: Tensor) -> Tensor:
+        args = list(inputs)
+        for i, value in zip(moving, values, strict=True):
+            args[i] = value
+        return fn(*args)
+
+    if len(inputs) != len(tangents):
+        raise ValueError(f'jvp needs one tangent (or None) for each input, not {len(tangents)} for {len(inputs)}')
+    if not moving:
+        out = fn(*inputs)
+        return out, torch.zeros_like(out)
+    primals = tuple(inputs[i].clone() for i in moving)  # an expanded tensor, whose elements share memory, is refused
+    with sdpa_kernel(SDPBackend.MATH):
+        result = torch.func.jvp(of_moving, primals, tuple(tangents[i] for i in moving))
+    return result[0], result[1]
+
+
+def frozen(module: nn.Module) -> Callable[..., Any]:
+    """A function that calls `module`: gradients reach its inputs, not its weights, as in a GAN's generator loss."""
+    weights = {name: p.detach() for name, p in module.named_parameters()}  # share memory: they follow the optimizer
+    return lambda *args, **kwargs: torch.func.functional_call(module, weights, args, kwargs)
+
+
 def image_square_error(a: Tensor, b: Tensor) -> Tensor:
-    """Squared error of each image, (B,): the mean over C, H, W, so that losses compare across resolutions."""
-    return (a - b).square().flatten(1).mean(1)
+    """Squared error of each image, (B,): the mean over all but the batch, so that losses compare across resolutions.
+
+    a and b are (B, ...). Raises ValueError if their shapes differ: (B, 1) and (B,) would give B x B errors.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f'image_square_error compares tensors of one shape, not {tuple(a.shape)} and {tuple(b.shape)}')
+    return (a - b).square()[:, None].flatten(1).mean(1)
+
+
+@functools.cache
+def _seed_accelerator() -> Callable[[int], None]:
+    """Seeds the generators of all GPUs, now or as soon as they are used; does nothing on a machine without."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return lambda seed: None
+    module = torch.get_device_module(accelerator)
+    return getattr(module, 'manual_seed_all', module.manual_seed)
 
 
 def seed_everything(*key: int | str) -> None:
@@ -26,7 +134,9 @@ def seed_everything(*key: int | str) -> None:
     A hash, because torch's CPU generator keeps only the low 32 bits of a seed: sums and shifts of keys would collide.
     """
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
-    torch.manual_seed(seed)
+    # What torch.manual_seed does for the devices there are; for each kind there is not, it formats a stack trace.
+    torch.default_generator.manual_seed(seed)
+    _seed_accelerator()(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
@@ -42,7 +152,8 @@ def peak_memory_gb(device: torch.device) -> float:
 def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2) -> Tensor:
     """Images (B, C, H, W) in [0, 1], row by row, as one picture (3, H', W') uint8.
 
-    Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay white.
+    Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay
+    white.
     """
     b, _, h, w = images.shape
     factor = -(-min_side // min(h, w))
@@ -56,3 +167,39 @@ def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2) -
         y, x = gap + i // columns * h, gap + i % columns * w
         picture[:, y : y + h - gap, x : x + w - gap] = cell
     return picture
+
+
+class BeginsWhenBuilt(type):
+    """Metaclass that calls `begin` once all constructors are through: what a subclass's __init__ adds is then known."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        built = super().__call__(*args, **kwargs)
+        built.begin()
+        return built
+
+
+def overridden(thing: object, name: str, base: str = 'BaseDiffusionTrainer') -> bool:
+    """Whether the attribute or method `name` of `thing` comes from a subclass of the class named `base`."""
+    return next(cls.__name__ for cls in type(thing).__mro__ if name in vars(cls)) != base
+
+
+def moved_parameters(
+    modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+) -> dict[str, list[nn.Parameter]]:
+    """The parameters that each optimizer moves. Raises SettingError for one that two move, or that none does."""
+    moved = {name: [p for g in optimizer.param_groups for p in g['params']] for name, optimizer in optimizers.items()}
+    owner: dict[int, str] = {}
+    for name, parameters in moved.items():
+        for p in parameters:
+            if owner.setdefault(id(p), name) != name:
+                raise ValueError(
+                    f'optimizers {owner[id(p)]!r} and {name!r} move the same parameter of shape {tuple(p.shape)}'
+                )
+    for name, module in modules.items():
+        left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owner]
+        if left:
+            raise ValueError(
+                f'modules[{name!r}]: no optimizer moves {", ".join(left[:3])}. Put one into self.optimizers, or call '
+                'requires_grad_(False) on the module.'
+            )
+    return moved

@@ -1,9 +1,10 @@
-"""What a save costs training: the stall of a background save beside that of one that waits for the disk, for growing networks.
+"""What a save costs training: the stall of a background save beside that of one that waits for the disk.
 
     python benchmarks/saves.py
 
-Both kinds are timed in turn, in one process, with real checkpoints on the disk of the temporary folder (weights, one moving average, two moments of AdamW).
-The share is of the time between two saves, save_every steps of the digits preset with a UNet of that width.
+Networks of growing width are saved. Both kinds of saves are timed in turn, in one process, with real checkpoints on the
+disk of the temporary folder (weights, one moving average, two moments of AdamW). The share is of the time between two
+saves, save_every steps of the digits preset with a UNet of that width.
 """
 
 import sys
@@ -43,24 +44,26 @@ def measure(channels: int, folder: str) -> None:
     for _ in range(REPEATS if channels < 256 else 3):
         alone.append(seconds(lambda: trainer.train_step(shards)))
         stall.append(seconds(trainer.save))
-        beside.append(
-            seconds(lambda: trainer.train_step(shards))
-        )  # the write goes on behind it, or behind its beginning
+        # the write goes on behind this step, or behind its beginning
+        beside.append(seconds(lambda: trainer.train_step(shards)))
         write.append(seconds(trainer.writer.wait))
         blocking.append(seconds(lambda: trainer.save(wait=True)))
     megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6
     waits, blocks, step = median(stall), median(blocking), median(alone)
     share = waits / (config.save_every * step)
+    parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
-        f'| {channels} | {sum(p.numel() for p in trainer.network.parameters()) / 1e6:.1f} M | {megabytes:.0f} | {1000 * waits:.1f} | {1000 * first:.0f} '
-        f'| {1000 * blocks:.0f} | {blocks / waits:.0f} | {1000 * step:.0f} | {median(beside) / step:.2f} | {share:.4%} |',
+        f'| {channels} | {parameters / 1e6:.1f} M | {megabytes:.0f} | {1000 * waits:.1f} | {1000 * first:.0f} '
+        f'| {1000 * blocks:.0f} | {blocks / waits:.0f} | {1000 * step:.0f} | {median(beside) / step:.2f} '
+        f'| {share:.4%} |',
         flush=True,
     )
 
 
 def main() -> None:
     print(
-        '| channels | parameters | MB | stall (ms) | first stall (ms) | waiting for the disk (ms) | ratio | step (ms) | step beside a write | share of training |'
+        '| channels | parameters | MB | stall (ms) | first stall (ms) | waiting for the disk (ms) | ratio '
+        '| step (ms) | step beside a write | share of training |'
     )
     print('|---|---|---|---|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:

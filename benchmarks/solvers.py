@@ -1,12 +1,15 @@
-"""Accuracy per network evaluation: this repo's solvers beside those of diffusers and k-diffusion, on models whose exact solution is known.
+"""Accuracy per network evaluation: this repo's solvers beside those of diffusers and k-diffusion.
 
-    pip install -r benchmarks/requirements.txt      (k-diffusion with --no-deps: its solvers need only torchsde of what it asks for)
+    pip install -r benchmarks/requirements.txt      (k-diffusion with --no-deps: of what it asks for, its solvers need
+                                                    only torchsde)
     python benchmarks/solvers.py                    two mixtures of Gaussians with exact models, in float64
-    python benchmarks/solvers.py --checkpoint ckpts/digits/last.pt     a trained network instead, against its own converged samples
+    python benchmarks/solvers.py --checkpoint ckpts/digits/last.pt
+                                                    a trained network instead, against its own converged samples
 
-All start from the same noise at t = 0.999 of `rf` and go to t = 0.001; the error of a sample is its distance per dimension (RMS) to the exact end point.
-Every peer is run on every grid (three of them with a checkpoint), and its best figure is taken, for each number of evaluations and each measure by itself. Prints tables in
-markdown, and draws benchmarks/solvers.png (or solvers_digits.png).
+All start from the same noise at t = 0.999 of `rf` and go to t = 0.001; the error of a sample is its distance per
+dimension (RMS) to the exact end point. Every peer is run on every grid (three of them with a checkpoint), and its best
+figure is taken, for each number of evaluations and each measure by itself. Prints tables in markdown, and draws
+benchmarks/solvers.png (or solvers_digits.png).
 """
 
 import argparse
@@ -171,7 +174,7 @@ def measure(
     pairs: Iterable[tuple[str, str]],
     peer_grids: Iterable[str],
 ) -> tuple[dict, dict]:
-    """(ours, peers): name, grid, NFE -> errors, against classical RK4 on the default grid with `reference_steps` steps."""
+    """(ours, peers): name, grid, NFE -> errors, against `reference_steps` steps of RK4 on the default grid."""
     process = RectifiedFlow()
     exact = sample(model_fn, process, x1, label, solver='rk4', num_steps=reference_steps)
 
@@ -204,20 +207,26 @@ def best(results: dict, nfe: int, measure: int) -> tuple[float, str]:
 
 def report(title: str, ours: dict, theirs: dict) -> None:
     print(
-        f'\n**{title}**\n\n| NFE | measure | adams, logistic | best peer | ratio | which peer | our best other |\n|---|---|---|---|---|---|---|'
+        f'\n**{title}**\n\n'
+        '| NFE | measure | adams, logistic | best peer | ratio | which peer | our best other |\n'
+        '|---|---|---|---|---|---|---|'
     )
     for i, name in enumerate(('RMSE', 'median')):
         for nfe in NFE:
             default, (peer, which) = ours['adams', 'logistic', nfe][i], best(theirs, nfe, i)
             value, other = best({k: v for k, v in ours.items() if k[0] != 'adams'}, nfe, i)
             print(
-                f'| {nfe} | {name} | {default:.2g} | {peer:.2g} | {default / peer:.2f} | {which} | {value:.2g} ({other}) |'
+                f'| {nfe} | {name} | {default:.2g} | {peer:.2g} | {default / peer:.2f} | {which} '
+                f'| {value:.2g} ({other}) |'
             )
 
 
 @torch.no_grad()
 def frechet_table(network: Callable, config: Config, n: int = 1000) -> None:
-    """Frechet distance in pixels to the training images: what the error of the solver costs in the end, the network's own error included."""
+    """Frechet distance in pixels to the training images: what the error of the solver costs in the end.
+
+    The network's own error is included.
+    """
     from data_utils import get_dataset
     from metrics import frechet_distance
 
@@ -304,7 +313,8 @@ def main() -> None:
         network, _, config = load_for_sampling(arguments.checkpoint)
         if (config.process_name, config.model_type) != ('rf', 'velocity'):
             parser.error(
-                f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; the comparison needs rf and velocity'
+                f'{arguments.checkpoint} is of {config.process_name}, {config.model_type}; '
+                'the comparison needs rf and velocity'
             )
         n = arguments.samples or 100
         label = torch.arange(n) % 10

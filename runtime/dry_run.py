@@ -1,4 +1,4 @@
-"""`sh run.sh --check`: will it run tonight? Everything that a run does, once, in a temporary folder, and what the whole run will take."""
+"""`sh run.sh --check`: will it run tonight? All that a run does, once, in a temporary folder, and what it will take."""
 
 import dataclasses
 import math
@@ -13,39 +13,49 @@ from typing import Any
 
 import torch
 
+import evaluation
+import pictures
 import utils
 from config import Config, SettingError, baseline
-from runtime import ranks, run_folder
+from runtime import ranks, resume, run_folder
 from runtime.ranks import print_once
 
+WARM_UP_STEPS = 3  # compiling, loading of libraries, the search for the fastest convolutions
 SECONDS_FOR_STEPS = 8.0  # of training, to tell how long a step takes
+LEAST_STEPS = 5
 
 
 def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
-    """Print the settings, try a step, a save, a load, a held-out loss and all samplers, and print what the run will take.
+    """Print the settings, try steps, a save, a load, a held-out loss and all samplers; print what the run will take.
 
-    Raises what the run would raise, and SettingError if its checkpoints will not fit on the disk.
+    `build` makes a trainer. Raises what the run would raise, and SettingError if its checkpoints will not fit on the
+    disk.
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
         raise SettingError('check=True: this tries one machine. Run it on one of them, without TORCHRUN_ARGS.')
     ranks.setup()
     usual = baseline(config)
-    print_once(
-        '\n'.join(f'{"*" if value != usual[name] else " "} {name} = {value!r}' for name, value in vars(config).items())
-    )
-    begins_at = ranks.on_main(lambda: look_at_folder(config))
+    settings = (f'{"*" if value != usual[name] else " "} {name} = {value!r}' for name, value in vars(config).items())
+    print_once('\n'.join(settings))
+    found = ranks.on_main(lambda: look_at_folder(config))
     folder = Path(ranks.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:
         ranks.on_main(lambda: link_data(config, folder / 'data'))
-        there = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
-        rehearse(config, dataclasses.replace(config, **there), build, begins_at)
+        apart = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
+        trainer = build(dataclasses.replace(config, **apart))
+        if found is not None:
+            run_folder.refuse_other(config, found, trainer.identity)
+        rehearse(config, trainer, 0 if found is None else found['step'])
     finally:
         if ranks.is_main():
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def look_at_folder(config: Config) -> int:
-    """The step at which the run will begin. Raises SettingError if its folder cannot be written or holds another run. Reads only."""
+def look_at_folder(config: Config) -> dict[str, Any] | None:
+    """What is known of the checkpoint from which the run will go on: config, step, trainer, code and data.
+
+    None if it begins anew. Raises SettingError if its folder cannot be written.
+    """
     parent = nearest_folder(config)
     if not os.access(parent, os.W_OK) or any(path.is_file() for path in [config.run_dir, *config.run_dir.parents]):
         raise SettingError(
@@ -53,12 +63,10 @@ def look_at_folder(config: Config) -> int:
         )
     found = run_folder.newest_whole(config) if config.run_dir.exists() else None
     if not found:
-        return 0
-    run_folder.refuse_other(config, found[1])
-    print_once(
-        f'{config.run_dir} holds this run at step {found[1]["step"]} of {config.num_training_steps}: it will go on from there'
-    )
-    return found[1]['step']
+        return None
+    step = found[1]['step']
+    print_once(f'{config.run_dir} holds a run at step {step} of {config.num_training_steps}, to go on from there')
+    return {name: found[1][name] for name in ('config', 'step', 'trainer', 'code', 'data') if name in found[1]}
 
 
 def nearest_folder(config: Config) -> Path:
@@ -84,82 +92,86 @@ def timed(do: Callable[[], object]) -> float:
     return float(ranks.all_reduce(torch.tensor(time.perf_counter() - began), 'MAX'))
 
 
-def rehearse(config: Config, there: Config, build: Callable[[Config], Any], begins_at: int) -> None:
-    """All that the run `config` does, tried as `there`; then what it will take from step `begins_at` on."""
-    trainer, steps_left = build(there), max(0, config.num_training_steps - begins_at)
+def time_steps(step: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the first step, and of a usual one: the median after a warm-up."""
+    first = timed(step)
+    for _ in range(WARM_UP_STEPS - 1):
+        timed(step)
+    steps: list[float] = []
+    while len(steps) < LEAST_STEPS or sum(steps) < SECONDS_FOR_STEPS:  # the same on every rank: each is the slowest's
+        steps.append(timed(step))
+    return first, median(steps)
+
+
+def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
+    """All that the run `config` does, tried by `trainer`; then what the run will take from step `begins_at` on."""
+    steps_left = max(0, config.num_training_steps - begins_at)
     shards, weights = trainer.shards(), trainer.weights()
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print_once(f'\n{config.dataset} on {ranks.world_size()} x {trainer.device.type}: {parameters:,} parameters')
+    evaluation.rehearse(trainer)
 
-    first = timed(lambda: trainer.train_step(shards))
-    steps = [timed(lambda: trainer.train_step(shards)) for _ in range(min(20, int(SECONDS_FOR_STEPS / first)))]
-    step = median(steps or [first])
+    first, step = time_steps(lambda: trainer.train_step(shards))
     images = config.global_batch_size / step
     print_once(f'train     {step:.3g} s a step, {images:.0f} images/s; the first step took {first:.3g} s')
 
     stall = timed(trainer.save)
     write = timed(lambda: ranks.on_main(trainer.writer.wait))
-    size = ranks.on_main(lambda: run_folder.last_path(there).stat().st_size)
+    size = ranks.on_main(lambda: run_folder.last_path(trainer.config).stat().st_size)
     before = run_folder.to_host(trainer.network.state_dict())
-    load = timed(trainer.restore)
+    load = timed(lambda: resume.restore(trainer))
     if any(not value.cpu().equal(before[name]) for name, value in trainer.network.state_dict().items()):
         raise RuntimeError('the checkpoint, loaded again, does not hold the weights that were saved')
     print_once(
-        f'save      {size / 1e6:.1f} MB; training waits {stall:.3g} s, then it is written in {stall + write:.3g} s behind it; loaded again in {load:.3g} s'
+        f'save      {size / 1e6:.1f} MB; training waits {stall:.3g} s, then it is written in {stall + write:.3g} s '
+        f'behind it; loaded again in {load:.3g} s'
     )
 
     losses: list[float] = []
-    at_once = trainer.shards_at_once()
-    held_out = (
-        timed(lambda: losses.append(trainer.held_out_loss(trainer.network, at_once)))
-        * -(-trainer.test_loader.rounds // at_once)
-        * len(weights)
-    )
-    if trainer.bad_steps[1] or not math.isfinite(losses[0]):
+    once = timed(lambda: losses.append(evaluation.held_out_loss(trainer, trainer.network, rounds=1)))
+    held_out = once * trainer.test_loader.rounds * (len(weights) + trainer.has_reference)
+    if trainer.bad_steps.report() or not math.isfinite(losses[0]):
         raise SettingError(
-            f'the loss or its gradient was not finite in the first {trainer.step} steps. Try a lower --base_lr, or --precision float32.'
+            f'the loss or its gradient was not finite in the first {trainer.step} steps. Try a lower --base_lr, or '
+            '--precision float32.'
         )
     print_once(f'held out  loss {losses[0]:.4f} after {trainer.step} steps; {held_out:.3g} s each time')
 
-    per_image = {}
-    for solver in trainer.grid_solvers():
-        for n in (8, math.prod(trainer.grid_shape())):
-            x1, label = trainer.noise_and_labels(n)
-            drawn: list[torch.Tensor] = []
-            seconds = timed(
-                lambda drawn=drawn, x1=x1, label=label, solver=solver: drawn.append(
-                    trainer.generate(trainer.network, x1, label, solver)
-                )
-            )
-            per_image[solver] = seconds / n
-            if not drawn[0].isfinite().all():
-                raise SettingError(
-                    f'solver={solver!r} gives values that are not finite, with an untrained network. Use another --solver or --time_grid.'
-                )
+    shown, per_image = pictures.num_shown(trainer), {}
+    for name, sampler in trainer.samplers().items():
+        for n in (8, shown):
+            inputs = trainer.sample_inputs(n)
+            draw = lambda s=sampler, i=inputs: pictures.generate(trainer, s, trainer.network, i)  # noqa: E731
+            seconds = timed(draw)
+            per_image[name] = seconds / n
             if seconds > 2:  # the larger number would only tell it better
                 break
-        print_once(f'sample    {solver}: {per_image[solver]:.3g} s an image')
+        print_once(f'sample    {name}: {per_image[name]:.3g} s an image')
 
     def times(every: int) -> int:
         return -(-steps_left // every) if every else 1
 
-    grids = sum(per_image.values()) * math.prod(trainer.grid_shape()) * len(weights) * times(config.sample_every)
-    final = per_image[config.solver] * 1000 if config.final_eval and trainer.data.pixel_metrics else 0
+    grids = sum(per_image.values()) * shown * len(weights) * (times(config.sample_every) - (not config.final_pictures))
+    judged = trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics')
+    final = sum(per_image.values()) * 1000 if config.final_eval and judged else 0
     saves = stall * times(config.save_every)
     hours = (step * steps_left + grids + final + saves + held_out * times(config.eval_every)) / 3600
-    kept = config.num_training_steps // config.keep_every - begins_at // config.keep_every if config.keep_every else 0
+    every = config.keep_every
+    kept = config.num_training_steps // every - begins_at // every if every else 0
     there_already = len(list(config.run_dir.glob('last*.pt')))
     disk = size * max(0, config.keep_last + 1 + kept - there_already)  # one more while it is being written
     free = shutil.disk_usage(nearest_folder(config)).free
+    minutes = f'{config.save_every * step / 60:.2g} minutes at most' if config.save_every else 'all since step_N.pt'
     print_once(
         f'\nthe run   {hours:.3g} hours ({step * steps_left / 3600:.3g} of them training) for {steps_left} steps\n'
-        f'a kill    loses {f"{config.save_every * step / 60:.2g} minutes at most" if config.save_every else "all since the last step_N.pt"} (save_every={config.save_every})\n'
+        f'a kill    loses {minutes} (save_every={config.save_every})\n'
         f'memory    {utils.peak_memory_gb(trainer.device):.2f} GB at most so far, in each process\n'
-        f'disk      {disk / 1e9:.3g} GB more for {config.keep_last} + {kept} checkpoints and one being written; {free / 1e9:.3g} GB are free'
+        f'disk      {disk / 1e9:.3g} GB more for {config.keep_last} + {kept} checkpoints and one being written; '
+        f'{free / 1e9:.3g} GB are free'
     )
     if disk > free:
         raise SettingError(
-            f'ckpt_dir={config.ckpt_dir!r}: the checkpoints need {disk / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free. '
-            f'Make room, raise --keep_every (now {config.keep_every}; 0: none), or pass another --ckpt_dir.'
+            f'ckpt_dir={config.ckpt_dir!r}: the checkpoints need {disk / 1e9:.3g} GB, but {free / 1e9:.3g} GB are '
+            f'free. Make room, raise --keep_every (now {every}; 0: none), or pass another --ckpt_dir.'
         )
     print_once('check     it runs; nothing was kept')

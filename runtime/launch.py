@@ -2,7 +2,8 @@
 
     python -m runtime.launch script.py [flags]
 
-NPROC: processes on this machine. MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
+NPROC: processes on this machine.
+MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
 TORCHRUN_ARGS: torchrun's flags instead of --standalone, for several machines.
 """
 
@@ -20,17 +21,17 @@ import torch
 
 from runtime import stopping
 
-SAID = (
-    stopping.EXIT_BAD_SETTING,
-    stopping.EXIT_NOT_FINITE,
-    stopping.EXIT_STOPPED,
-)  # exit codes of workers that have said why they end
+# Exit codes of workers that have said why they end.
+SAID = (stopping.EXIT_BAD_SETTING, stopping.EXIT_NOT_FINITE, stopping.EXIT_STOPPED)
 
 
 def launch(argv: list[str]) -> int:
     """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
+    if sys.platform == 'win32':
+        print('Windows is not supported: use Linux, macOS or WSL (the Windows Subsystem for Linux).', file=sys.stderr)
+        return 1
     if os.getpgrp() != os.getpid():
         os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
     stopping.end_with_parent()
@@ -43,9 +44,8 @@ def launch(argv: list[str]) -> int:
         return stopping.EXIT_BAD_SETTING
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
-    os.environ.setdefault(
-        'GOMP_SPINCOUNT', '1000'
-    )  # waiting threads spin so long otherwise that two programs on the same cores stall each other
+    # waiting threads spin so long otherwise that two programs on the same cores stall each other
+    os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     os.environ['RUN_PARENT'] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     patch_signal_handler()
@@ -66,11 +66,8 @@ def launch(argv: list[str]) -> int:
                 code = run_workers(arguments, Path(reports))
                 if code in (0, *SAID) or restart == restarts:
                     return code
-                print(
-                    f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)',
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)'
+                print(text, file=sys.stderr, flush=True)
         except SignalException:
             return outcome_of_stop(Path(reports))
     raise AssertionError('the last restart returns')
@@ -82,11 +79,9 @@ def outcome_of_stop(reports: Path) -> int:
     if outcome == 1 and any(reports.glob('failed_*')):
         print(first_cause({}, reports), file=sys.stderr, flush=True)
     elif outcome == 1:
-        print(
-            'it did not stop in the time that torchrun gives, and was cut off: the same command goes on from the last save',
-            file=sys.stderr,
-            flush=True,
-        )
+        text = 'it did not stop in the time that torchrun gives, and was cut off'
+        text += ': the same command goes on from the last save'
+        print(text, file=sys.stderr, flush=True)
         return stopping.EXIT_STOPPED
     return outcome
 
@@ -101,8 +96,18 @@ def whole_number(name: str, usual: int, least: int, most: int | None) -> int:
 
 
 def patch_signal_handler() -> None:
-    """Let torchrun obey the first stop signal only: a second one, while workers are saving, would make it leave them behind."""
+    """Let torchrun obey the first stop signal only: at a second one it would leave workers behind that still save.
+
+    Raises RuntimeError if this torch has no handler of the name that is replaced here.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException, api
+
+    if not hasattr(api, '_terminate_process_handler'):
+        raise RuntimeError(
+            f'torch {torch.__version__} has no _terminate_process_handler in torch.distributed.elastic.multiprocessing.'
+            'api, which runtime/launch.py replaces so that a second Ctrl-C cannot interrupt a save. '
+            'Install the torch of requirements.txt, or mend patch_signal_handler there.'
+        )
 
     def stop_once(signum: int, frame: Any) -> None:
         for name in stopping.STOP_SIGNALS:
@@ -129,25 +134,24 @@ def run_workers(arguments: list[str], reports: Path) -> int:
             if any(reports.glob('failed_*')) and not (reports / 'failed_0').exists():  # rank 0 would have shown it
                 print(first_cause(codes, reports), file=sys.stderr, flush=True)
             return said[0]
-        if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and (reports / 'outcome').read_text() == str(
-            stopping.EXIT_STOPPED
-        ):
-            return (
-                stopping.EXIT_STOPPED
-            )  # one was asked to stop before there was anything to save, and the others lost it
+        outcome = (reports / 'outcome').read_text()
+        if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(stopping.EXIT_STOPPED):
+            # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
+            return stopping.EXIT_STOPPED
         print(first_cause(codes, reports), file=sys.stderr, flush=True)
         return 1
     return 0
 
 
 def first_cause(codes: dict[int, int], reports: Path) -> str:
-    """Why the run failed: a worker was killed, or else what the first to report an error said. `codes`: rank -> exit code."""
+    """Why the run failed: a worker was killed, or else the first error reported. `codes`: rank -> exit code."""
     for rank, code in codes.items():
         if code == -signal.SIGKILL:
             return f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'
     failures = [json.loads(path.read_text()) for path in reports.glob('failed_*')]
     if failures:
-        first = min(failures, key=lambda failure: failure['time'])
+        told = 'runtime.stopping.RankFailed'  # by a rank that only heard of the failure of another
+        first = min(failures, key=lambda failure: (failure['text'].startswith(told), failure['time']))
         return f'rank {first["rank"]} failed first: {first["text"]}'
     rank, code = next(iter(codes.items()))
     how = f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from config import SettingError
+
 T = TypeVar('T')
 
 
@@ -39,21 +41,32 @@ def setup() -> torch.device:
     """Join the process group that torchrun's variables describe, if any, and return this process's device.
 
     Tensors on the CPU go through gloo, also on GPU machines: agreeing on a stop then needs no CPU-GPU sync.
+    Raises SettingError if there are GPUs that torch cannot use: training would go on, many times slower, on the CPU.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    gpus = torch.cuda.device_count()
+    if gpus and not torch.cuda.is_available():
+        raise SettingError(
+            f'torch {torch.__version__} sees {gpus} GPU(s) but cannot use them. Most likely the NVIDIA driver is too '
+            f'old for the CUDA {torch.version.cuda} of this torch; `nvidia-smi` shows the newest CUDA it knows. '
+            "Install a torch that was built for that CUDA, or update the driver, or set CUDA_VISIBLE_DEVICES='' "
+            'to train on the CPU on purpose.'
+        )
     device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
-        on_gpu = dict(backend='cpu:gloo,cuda:nccl', device_id=device)
-        dist.init_process_group(**on_gpu if device.type == 'cuda' else dict(backend='gloo'))
+        if device.type == 'cuda':
+            dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device)
+        else:
+            dist.init_process_group('gloo')
     return device
 
 
 def close(code: int = 0, seconds: float = 10) -> None:
-    """Leave the process group, once all have come here: what one leaves unread would break the connection under another.
+    """Leave the process group, once all have come here: leaving early closes sockets that others still read from.
 
-    If the others do not come, because this rank alone has failed, the process ends after `seconds` with exit code `code`.
+    If the others do not come, because this rank alone has failed, the process ends after `seconds` with code `code`.
     """
     if dist.is_initialized():
         alone = threading.Timer(seconds, os._exit, [code])
@@ -93,22 +106,19 @@ def all_gather_objects(value: T) -> list[T]:
 
 def on_main(fn: Callable[[], T]) -> T:
     """The result of `fn`, run on rank 0 only and sent to all; what it raises is raised on every rank."""
-    outcome: tuple[bool, Any] = (True, None)
+    if world_size() == 1:
+        return fn()
+    outcome: list[Any] = [None, None]  # result, error
     if is_main():
         try:
-            outcome = (True, fn())
+            outcome[0] = fn()
         except Exception as error:
-            if world_size() == 1:
-                raise
-            outcome = (False, portable(error))
-    if world_size() > 1:
-        box = [outcome]
-        dist.broadcast_object_list(box, src=0)
-        outcome = box[0]
-    ok, value = outcome
-    if not ok:
-        raise value
-    return value
+            outcome[1] = portable(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
 
 
 def portable(error: Exception) -> Exception:
@@ -122,12 +132,13 @@ def portable(error: Exception) -> Exception:
 
 def on_each(fn: Callable[[], T]) -> T:
     """The result of `fn`, run on every rank; if it raises on any, the first such error is raised on all."""
-    result, error = None, None
+    if world_size() == 1:
+        return fn()
+    result: Any = None
+    error: Exception | None = None
     try:
         result = fn()
     except Exception as caught:
-        if world_size() == 1:
-            raise
         error = portable(caught)
     errors = [e for e in all_gather_objects(error) if e is not None]
     if errors:
@@ -135,8 +146,18 @@ def on_each(fn: Callable[[], T]) -> T:
     return result
 
 
+def on_each_node(fn: Callable[[], T]) -> T:
+    """The result of `fn`, run on every rank: first on LOCAL_RANK 0 of each node (machine), then on all others.
+
+    For what the processes of a node share, such as a download to its disk. What any rank raises is raised on all.
+    """
+    goes_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    result: Any = on_each(fn if goes_first else lambda: None)
+    return on_each((lambda: result) if goes_first else fn)
+
+
 def my_items(n: int) -> list[int]:
-    """This process's items of n: rank, rank + world size, ... All shares are equally long, the last item fills them up."""
+    """This process's items of n: rank, rank + world size, ... The last item pads all to equal length."""
     return [min(i, n - 1) for i in range(rank(), -(-n // world_size()) * world_size(), world_size())]
 
 

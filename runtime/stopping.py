@@ -9,6 +9,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from runtime import ranks
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
@@ -18,9 +22,16 @@ EXIT_BAD_SETTING = 2
 EXIT_NOT_FINITE = 3  # NaN loss
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: asked to stop, state saved, run me again
 
+# What a rank tells the others; the greatest of all is what they agree on.
+FINE, STOP_ASKED, FAILED = 0, 1, 2
+
 
 class Stopped(Exception):
     """This run was asked to stop (SIGTERM, SIGINT, ...)."""
+
+
+class RankFailed(RuntimeError):
+    """A rank could not do its part of something that all ranks do together, so that all give it up."""
 
 
 class SaveError(RuntimeError):
@@ -28,10 +39,11 @@ class SaveError(RuntimeError):
 
 
 _stop_asked = False
+_under_way: tuple[Tensor, dist.Work] | None = None  # the reduction that `poll_stop` began and has not read yet
 
 
 def ask_to_stop(signum: int = 0, frame: Any = None) -> None:
-    """Make the next `raise_if_stopped` raise, on all ranks."""
+    """Make the next `raise_if_stopped`, or the next but one `poll_stop`, raise on all ranks."""
     global _stop_asked
     _stop_asked = True
 
@@ -44,30 +56,77 @@ def die_of_stop_signals() -> None:
 
 
 def catch_stop_signals() -> None:
-    """From now on, in processes that torchrun started, stop signals only set a flag, which `raise_if_stopped` reads. All ranks must call this together."""
+    """From now on, in processes that torchrun started, stop signals only set a flag, which `raise_if_stopped` reads.
+
+    All ranks must call this together.
+    """
     if 'RANK' in os.environ:  # a notebook keeps its own
         for name in STOP_SIGNALS:
             signal.signal(name, ask_to_stop)
         ranks.barrier()  # nobody trains while a signal could still end one rank alone
-        set_outcome(1)  # from here on, how it ends must be said
+        set_outcome(1)  # from now on an end without a recorded outcome counts as a failure
 
 
-def raise_if_stopped() -> None:
-    """Raise Stopped on every rank if any rank was asked to stop. All ranks must call this together."""
-    if ranks.any_rank(_stop_asked):
+def agree(code: int) -> int:
+    """The greatest of the ranks' codes FINE, STOP_ASKED and FAILED. All ranks must call this together."""
+    return int(ranks.all_reduce(torch.tensor(code), 'MAX'))
+
+
+def raise_if_stopped(failed: bool = False) -> None:
+    """Raise, on every rank, RankFailed if any rank passes `failed`, else Stopped if any was asked to stop.
+
+    All ranks must call this together, and equally often. In a loop that all run through and that calls this once a
+    round, a rank that cannot go on (out of memory, say) makes its next call with `failed=True`, and so ends the loop of
+    all the others, which would else wait for it.
+    """
+    code = max(agree(FAILED if failed else int(_stop_asked)), finish_poll())
+    if code == FAILED:
+        raise RankFailed('this rank or another one failed, and all give up; the error of that rank says why')
+    if code == STOP_ASKED:
         raise Stopped
 
 
+def poll_stop() -> None:
+    """`raise_if_stopped` for every training step: without waiting for the other ranks, and one step later.
+
+    It begins to reduce this step's flags in the background and reads the reduction that the step before began. All
+    ranks must call this together; they raise Stopped in the same step. With one process it raises at once.
+    """
+    global _under_way
+    mine = torch.tensor(int(_stop_asked))
+    if ranks.world_size() == 1:
+        code = int(mine)
+    else:
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True)
+        code = finish_poll()
+        _under_way = mine, work
+    if code:
+        finish_poll()  # nothing may be left unread when the group is left
+        raise Stopped
+
+
+def finish_poll() -> int:
+    """What the ranks agreed on in the reduction that `poll_stop` has begun; FINE if there is none that was not read."""
+    global _under_way
+    if _under_way is None:
+        return FINE
+    (code, work), _under_way = _under_way, None
+    work.wait()
+    return int(code)
+
+
 def set_outcome(code: int) -> None:
-    """Tell the launcher which exit code the run is to have if a signal ends it: torchrun itself cannot say how workers ended."""
+    """Tell the launcher the exit code of the run if a signal ends it: torchrun itself cannot say how workers ended."""
     if os.environ.get('LOCAL_RANK') == '0' and 'RUN_REPORTS' in os.environ:
         Path(os.environ['RUN_REPORTS'], 'outcome').write_text(str(code))
 
 
 def report_failure(error: BaseException) -> bool:
-    """Tell the launcher, if there is one, of an error and when it came: of several ranks that fail, the first has the cause."""
+    """Tell the launcher, if there is one, of an error and when it came: of ranks that fail, the first has the cause."""
     if 'RUN_REPORTS' not in os.environ:
         return False
+    if isinstance(error, RankFailed) and error.__context__ is not None:  # the rank that failed tells why
+        error = error.__context__
     text = ''.join(traceback.format_exception_only(error)).strip()
     report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
     Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))

@@ -31,9 +31,8 @@ TINY = dict(
 )
 
 torch.set_num_threads(1)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell ignores for ever what was ignored when it began, as in a job behind &
+# a shell ignores for ever what was ignored when it began, as in a job behind &
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -47,6 +46,14 @@ def as_flags(settings: dict) -> list[str]:
     return flags
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """What a test builds in this process is on the CPU, also on a machine with GPUs, but for the tests of GPUs."""
+    if request.module.__name__ not in ('test_gpu', 'test_fake_cuda'):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+
+
 @pytest.fixture
 def tiny_config(tmp_path):
     """`tiny_config(**settings)`: a Config of a run that takes seconds, in a temporary folder."""
@@ -58,21 +65,13 @@ def tiny_config(tmp_path):
 
 
 @pytest.fixture
-def build_trainer():
+def build_trainer(monkeypatch):
     """`build_trainer(config, trainer_class=ExampleDiffusionTrainer)`: what main builds, on the CPU, in this process."""
-    import data_utils
-    import networks
-    import trainer
-    import utils
+    import main
 
-    def build(config, trainer_class=trainer.ExampleDiffusionTrainer):
-        device = torch.device('cpu')
-        loaders = data_utils.setup_data_train_and_test(config, device)
-        data = data_utils.get_dataset(config)
-        utils.seed_everything(config.seed, 'network')
-        return trainer_class(config, device, networks.get_network(config, data.shape, data.num_classes), *loaders)
-
-    return build
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    return main.build
 
 
 @pytest.fixture
@@ -94,13 +93,13 @@ def run_sh(tmp_path):
 
 
 def launch_env(nproc: int) -> dict[str, str]:
-    """The environment for run.sh: these tests' own python, one thread for each process."""
-    prefix = str(Path(sys.prefix))
-    return os.environ | {'VIRTUAL_ENV': prefix, 'NPROC': str(nproc), 'OMP_NUM_THREADS': '1'}
+    """The environment for run.sh: these tests' own python, one thread for each process, no GPU."""
+    hidden = {'CUDA_VISIBLE_DEVICES': ''}
+    return os.environ | {'VIRTUAL_ENV': sys.prefix, 'NPROC': str(nproc), 'OMP_NUM_THREADS': '1'} | hidden
 
 
 def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settings) -> subprocess.Popen:
-    """`sh run.sh` with TINY and these settings, in a session of its own: a signal reaches run.sh alone, as from a scheduler."""
+    """`sh run.sh` with TINY and these settings, in a session of its own: a signal reaches it alone, as from Slurm."""
     command = ['sh', 'run.sh', *script, *as_flags(TINY | settings)]
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -1,11 +1,13 @@
 """A trainer that something happens to, for test_faults.py: `sh run.sh tests/faulty.py --fault NAME --once FILE`.
 
-It happens once, on rank `fault_rank` at step `fault_step`; FILE then holds the time of it, and the same command runs on undisturbed.
+It happens once, on rank `fault_rank` at step `fault_step`. FILE then holds the time of it, and the same command runs on
+undisturbed.
 """
 
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +81,9 @@ class FaultyTrainer(ExampleDiffusionTrainer):
             batch = (batch[0] * torch.nan, batch[1])
         if is_train and self.happens('loader worker'):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        if is_train and self.happens('stop of all'):  # as a scheduler does, which is no process's parent
+            pids = [os.getppid(), os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            subprocess.run(['kill', '-TERM', *map(str, pids)], start_new_session=True)
         if is_train and self.happens('data file'):
             for path in Path(self.config.data_dir).rglob('*.png'):
                 path.unlink()
@@ -88,13 +93,14 @@ class FaultyTrainer(ExampleDiffusionTrainer):
         self.at('training' if torch.is_grad_enabled() else 'evaluation')
         return super().loss_fn(batch, model_fn)
 
-    def generate(self, *args):
-        self.at('sampling')
-        return super().generate(*args)
+    def draw(self, model_fn, inputs, solver):
+        self.at('sampling' if self.step > 0 else 'first drawing')
+        return super().draw(model_fn, inputs, solver)
 
-    def final_metrics(self, num_samples=100):
-        self.at('final')
-        return super().final_metrics(num_samples)
+    def sample_inputs(self, n):
+        if n == 1000:
+            self.at('final')
+        return super().sample_inputs(min(n, 100))
 
 
 def die(trainer: FaultyTrainer, name: str) -> None:

@@ -1,6 +1,6 @@
 """Data of which everything is known: a mixture of Gaussians, its exact expectations under any process, in float64.
 
-Points are (B, D) here, so xt has two dimensions; with shape=(C, H, W) the models speak of images (B, C, H, W), D = C H W.
+Points are (B, D) here, so xt has two dimensions; the models take images too, (B, C, H, W) with D = C H W.
 """
 
 import math
@@ -9,10 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from config import Config
 from prediction import Prediction
-from processes import Coefs, GaussianProcess
+from processes import Coefs, GaussianProcess, get_process
 
 F64 = torch.float64
+
+
+def process_named(name: str) -> GaussianProcess:
+    return get_process(Config(process_name=name))
+
+
+def base_noise(n: int, dim: int = 2) -> Tensor:
+    """(n, dim), the same every time; the first rows of more are the same."""
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(0), dtype=F64)
+
+
+def at(process: GaussianProcess, t: float, n: int = 1) -> Coefs:
+    return process(torch.full((n,), t, dtype=F64))
 
 
 class GaussianMixture:
@@ -35,7 +49,10 @@ class GaussianMixture:
         return self.means[k] + torch.einsum('nij,nj->ni', self.vectors[k], z), self.labels[k]
 
     def components(self, xt: Tensor, c: Coefs, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-density of each component, its weight included (K, B); xt - alpha mean in its eigenbasis, and the variances there (K, B, D)."""
+        """Log-density of each component, its weight included (K, B); xt - alpha mean and variances in its eigenbasis.
+
+        These two are (K, B, D).
+        """
         alpha, sigma = c.alpha[:, None], c.sigma[:, None]
         y = torch.einsum('kbi,kij->kbj', xt - alpha * self.means[:, None], self.vectors)
         variance = (alpha**2 * self.values[:, None] + sigma**2).expand_as(y)
@@ -74,6 +91,46 @@ class GaussianMixture:
         return model_fn
 
 
+class GivenMean:
+    """x0 ~ N(mean, std^2 I), where the mean is a condition, drawn from N(0, spread^2 I) and unknown where it is nan."""
+
+    def __init__(self, std: float = 0.3, spread: float = 0.8):
+        self.std, self.spread = std, spread
+
+    def moments(self, xt: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of x0, each like xt."""
+        return mean.nan_to_num(), self.std**2 + self.spread**2 * mean.isnan().to(xt)
+
+    def prediction(self, xt: Tensor, c: Coefs, mean: Tensor) -> Prediction:
+        """E[x0 | xt, mean] and E[x1 | xt, mean], float64."""
+        (centre, variance), alpha, sigma = self.moments(xt, mean), c.alpha[:, None], c.sigma[:, None]
+        z = (xt - alpha * centre) / (alpha**2 * variance + sigma**2)
+        return Prediction(xt, c, x0=centre + alpha * variance * z, x1=sigma * z)
+
+    def flow(self, xt: Tensor, t: Coefs, s: Coefs, mean: Tensor) -> Tensor:
+        """Where the probability-flow ODE leads from xt at time t by time s: a Gaussian is moved and stretched."""
+        centre, variance = self.moments(xt, mean)
+        at_t, at_s = (((c.alpha**2)[:, None] * variance + (c.sigma**2)[:, None]).sqrt() for c in (t, s))
+        return s.alpha[:, None] * centre + at_s / at_t * (xt - t.alpha[:, None] * centre)
+
+    def as_model(self, model_type: str, process: GaussianProcess) -> Callable[..., Tensor]:
+        """A perfect network: model_fn(xt, t, label, mean=...)."""
+
+        def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, *, mean: Tensor) -> Tensor:
+            return getattr(self.prediction(xt.to(F64), process(t.to(F64)), mean.to(F64)), model_type).to(xt.dtype)
+
+        return model_fn
+
+    def as_flow_map(self, process: GaussianProcess) -> Callable[..., Tensor]:
+        """A perfect network of two times: the average velocity (x(s) - xt) / (s - t) (Geng et al. 2025, eq. 3)."""
+
+        def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, *, mean: Tensor, s: Tensor) -> Tensor:
+            there = self.flow(xt, process(t), process(s), mean)
+            return (there - xt) / (s - t)[:, None]
+
+        return model_fn
+
+
 def ring(modes: int = 8, std: float = 0.1, classes: int = 2) -> GaussianMixture:
     """Modes on the unit circle; neighbours have other labels."""
     angle = 2 * math.pi * torch.arange(modes, dtype=F64) / modes
@@ -100,3 +157,6 @@ def random_mixture(
     std = smallest * (largest / smallest) ** torch.rand(modes, dim, generator=g, dtype=F64)
     weights = torch.softmax(torch.randn(modes, generator=g, dtype=F64) / 2, 0)
     return GaussianMixture(means, axes @ torch.diag_embed(std**2) @ axes.mT, torch.arange(modes) % classes, weights)
+
+
+RING = ring(8, 0.1)

@@ -14,6 +14,14 @@ each_augmentation = pytest.mark.parametrize('setting', AUGMENTATIONS)
 each_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
+@pytest.mark.parametrize('shape', [(), (2,), (3, 4, 8, 8)])
+def test_all_off_takes_data_of_any_rank(shape):
+    """Points, videos."""
+    x = torch.rand(5, *shape)
+    out, augmented = get_augmenter(Config(), ALL_ALLOWED)(x)
+    assert torch.equal(out, x) and augmented.tolist() == [False] * 5
+
+
 def augment(x, **settings):
     torch.manual_seed(0)
     return get_augmenter(Config(**settings), ALL_ALLOWED)(x)

@@ -1,142 +1,31 @@
-"""Data sets, the order of their images, and how a step's images are dealt to processes."""
+"""The data sets: what they hold, and what is said when they cannot be had."""
 
 import functools
 import gzip
 import hashlib
 import http.server
 import io
-import itertools
 import pickle
+import re
 import socket
 import struct
 import tarfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sklearn.datasets
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import data_utils
-from config import Config, SettingError
-from data_utils import DATASETS, Loader, StreamSampler, setup_data_train_and_test
-from runtime import ranks
+from config import SettingError
+from data_checks import DataError
+from data_utils import DATASETS, setup_data_train_and_test
 
 CPU = torch.device('cpu')
-
-
-@pytest.fixture
-def as_process(monkeypatch):
-    """`as_process(rank, world_size)`: what this process is from now on, with nobody to talk to."""
-
-    def become(rank, world_size):
-        monkeypatch.setattr(ranks, 'rank', lambda: rank)
-        monkeypatch.setattr(ranks, 'world_size', lambda: world_size)
-        monkeypatch.setattr(ranks, 'on_main', lambda fn: fn() if rank == 0 else None)
-        monkeypatch.setattr(ranks, 'on_each', lambda fn: fn())
-
-    return become
-
-
-def take_steps(sampler: StreamSampler, first: int, steps: int) -> list[list[int]]:
-    """Image indices of each step from `first`, in order of shard."""
-    sampler.set_step(first)
-    shards = iter(sampler)
-    return [list(itertools.chain.from_iterable(next(shards) for _ in sampler.my_shards)) for _ in range(steps)]
-
-
-# ---------------------------------------------------------------- the order of the images
-
-
-def test_each_epoch_visits_each_image_once(tiny_config):
-    stream = np.concatenate(
-        take_steps(StreamSampler(100, tiny_config(global_batch_size=32)), 0, 25)
-    )  # 800 positions, 8 epochs
-    epochs = stream.reshape(8, 100)
-    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 8  # in another order each time
-
-
-def test_a_batch_larger_than_the_data_set(tiny_config):
-    (first,) = take_steps(StreamSampler(10, tiny_config(global_batch_size=32)), 0, 1)
-    assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10))
-
-
-@pytest.mark.parametrize('k', [1, 3, 7, 40])
-def test_starting_at_a_step_equals_skipping_to_it(tiny_config, k):
-    config = tiny_config(global_batch_size=24)
-    assert take_steps(StreamSampler(101, config), k, 9) == take_steps(StreamSampler(101, config), 0, k + 9)[k:]
-
-
-def test_the_stream_is_a_function_of_the_seed_alone(tiny_config):
-    runs = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(len(runs))
-        np.random.seed(len(runs))
-        runs.append(take_steps(StreamSampler(50, tiny_config(seed=seed)), 0, 5))
-    assert runs[0] == runs[1] != runs[2]
-
-
-@pytest.mark.parametrize('world', [2, 4, 8])
-def test_processes_together_see_the_same_images_in_each_step(tiny_config, as_process, world):
-    config = tiny_config(global_batch_size=32, batch_shards=8)
-    alone = take_steps(StreamSampler(70, config), 2, 6)
-    shares = []
-    for rank in range(world):
-        as_process(rank, world)
-        shares.append(take_steps(StreamSampler(70, config), 2, 6))
-    together = [list(itertools.chain.from_iterable(parts)) for parts in zip(*shares, strict=True)]
-    assert together == alone
-
-
-def test_overfit_repeats_the_first_batch(tiny_config):
-    usual = take_steps(StreamSampler(200, tiny_config()), 0, 3)
-    again = take_steps(StreamSampler(200, tiny_config(overfit=True)), 0, 3)
-    assert again == [usual[0]] * 3
-    assert usual[1] != usual[0]
-
-
-# ---------------------------------------------------------------- loaders
-
-
-@pytest.mark.parametrize('world, accumulation', [(3, 1), (16, 1), (4, 4)])
-def test_shards_that_cannot_be_dealt_are_refused(tiny_config, as_process, world, accumulation):
-    as_process(0, world)
-    with pytest.raises(
-        SettingError, match=f'batch_shards=8 is not divisible by {world} processes.*accumulation_steps={accumulation}'
-    ):
-        setup_data_train_and_test(tiny_config(batch_shards=8, accumulation_steps=accumulation), CPU)
-
-
-def test_three_processes_share_the_held_out_images(tiny_config, as_process):
-    seen, batches, rounds = [], [], []
-    for rank in range(3):
-        as_process(rank, 3)
-        *_, loader = setup_data_train_and_test(tiny_config(global_batch_size=42, batch_shards=6), CPU)
-        images = [x for x, _ in loader]
-        assert [len(x) for x, _ in loader] == [len(x) for x in images]  # it can be gone through again
-        seen += images
-        batches.append(len(images))
-        rounds.append(loader.rounds)
-    digits = sklearn.datasets.load_digits().images[np.random.default_rng(0).permutation(1797)][1500:] / 16
-    pixels = sorted(map(bytes, torch.cat(seen).numpy().astype(np.float32)))
-    assert pixels == sorted(map(bytes, digits.astype(np.float32)))
-    assert rounds == [max(batches)] * 3  # so that no process leaves the loop early
-    assert batches == [15, 14, 14]  # 43 batches of 7, the last of 3
-
-
-def test_train_loader_goes_on_from_a_step(tiny_config):
-    loader, sampler, _ = setup_data_train_and_test(tiny_config(), CPU)
-    sampler.set_step(2)
-    x, label = next(iter(loader))
-    digits, order = sklearn.datasets.load_digits(), np.random.default_rng(0).permutation(1797)
-    chosen = order[take_steps(StreamSampler(1500, tiny_config()), 2, 1)[0][:4]]
-    assert np.array_equal(x[:, 0].numpy() * 16, digits.images[chosen])
-    assert np.array_equal(label.numpy(), digits.target[chosen])
 
 
 # ---------------------------------------------------------------- the data sets
@@ -205,7 +94,7 @@ def serve_mnist(server, monkeypatch) -> list[np.ndarray]:
 
 
 def serve_cifar10(server, monkeypatch) -> list[np.ndarray]:
-    """[train images (50, 3, 32, 32), train labels, test images (20, 3, 32, 32), test labels], served as a tar.gz of pickles."""
+    """[train images (50, 3, 32, 32), labels, test images (20, 3, 32, 32), labels], served as a tar.gz of pickles."""
     folder, address, _ = server
     rng = np.random.default_rng(2)
     batches = [
@@ -267,6 +156,38 @@ def test_no_network_says_what_to_do(name, tiny_config, monkeypatch):
     assert f"dataset='{name}'" in str(caught.value) and tiny_config().data_dir in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    'name, serve, file, remedy',
+    [
+        ('mnist', serve_mnist, 'MNIST/raw/train-images-idx3-ubyte.gz', r'gunzip -k .*MNIST/raw/\*\.gz\.$'),
+        ('cifar10', serve_cifar10, 'cifar-10-python.tar.gz', r'copy it again\.$'),
+    ],
+)
+def test_files_with_other_checksums_are_not_called_absent(name, serve, file, remedy, server, tiny_config, monkeypatch):
+    """As those of a package that packs them anew. Unpacked, they are taken."""
+    arrays = serve(server, monkeypatch)
+    nowhere = f'http://127.0.0.1:{free_port()}/'
+    monkeypatch.setattr(torchvision.datasets.MNIST, 'mirrors', [nowhere])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, 'url', nowhere + 'cifar-10-python.tar.gz')
+    config = tiny_config(dataset=name)
+    folder = (Path(config.data_dir) / file).parent
+    folder.mkdir(parents=True)
+    for path in server[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    packed_anew = folder / Path(file).name
+    packed_anew.write_bytes(gzip.compress(gzip.decompress(packed_anew.read_bytes()), 1, mtime=1))
+    with pytest.raises(SettingError) as caught:
+        setup_data_train_and_test(config, CPU)
+    text = str(caught.value)
+    assert f'{packed_anew.name} in {folder}: there, but with other checksums' in text and 'not in' not in text
+    assert re.search(remedy, text) and '\n' not in text and len(re.findall(r'\.gz', text.split(': there')[0])) == 1
+    if name == 'mnist':
+        for path in folder.glob('*.gz'):
+            path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
+        images, _ = setup_data_train_and_test(config, CPU)[0].everything()
+        assert np.array_equal((images * 255).round().byte().numpy()[:, 0], arrays[0])
+
+
 @pytest.mark.parametrize('name', ['digits', 'mnist', 'image_folder'])
 @pytest.mark.parametrize('below', ['', 'below'])
 def test_a_data_dir_that_is_no_folder_is_named(name, below, tiny_config, tmp_path):
@@ -302,11 +223,71 @@ def test_image_folder_through_loader_processes(tiny_config, tmp_path):
         assert x.shape == (8, 3, 16, 16) and x.dtype == torch.float32 and label.dtype == torch.int64
         assert torch.equal((x[:, 0] * 255).round(), (100.0 * label)[:, None, None].expand(8, 16, 16))
         assert torch.equal((x[:, 2] * 255).round(), torch.full((8, 16, 16), 50.0))
-    direct, order = data_utils.load_image_folder(config)[0], take_steps(StreamSampler(18, config), 3, 1)[0]
-    assert torch.equal(
-        (x * 255).round().byte(), torch.stack([direct[i][0] for i in order[:8]])
-    )  # the order of the stream
+    direct, order = data_utils.load_image_folder(config)[0], next(iter(sampler))  # the order of the stream
+    assert torch.equal((x * 255).round().byte(), torch.stack([direct[i][0] for i in order]))
     assert sum(len(x) for x, _ in test) == 2
+    train.close()
+    test.close()
+
+
+def test_image_folder_leaves_out_what_is_hidden_and_says_what_it_found(tiny_config, tmp_path, capsys):
+    folder = tmp_path / 'data' / 'image_folder'
+    names = [f'class{i}' for i in range(10)]
+    write_images(folder, {'.hidden': [(8, 8)], **{name: [(8, 8)] * 2 for name in names}})
+    write_images(folder / 'class0', {'.thumbnails': [(8, 8)], 'below': [(8, 8)]})
+    (folder / 'class1' / '._0.png').write_text('not an image')
+    (folder / 'class1' / 'notes.txt').write_text('not an image')
+    config = tiny_config(dataset='image_folder', image_size=8, num_workers=0)
+    train, _, test = setup_data_train_and_test(config, CPU)
+    shown = ', '.join([f'class0 3, {", ".join(f"{name} 2" for name in names[1:8])}', 'and 2 more'])
+    assert capsys.readouterr().out == f'image_folder: 19 + 2 images, 10 classes: {shown}\n'
+    assert train.size + test.size == 21 and data_utils.get_dataset(config).num_classes == 10
+
+
+def test_the_fingerprint_of_an_image_folder(tiny_config, tmp_path):
+    """Names and sizes of the files count; where the folder is does not."""
+
+    def of(data_dir):
+        data_utils.open_image_folder.cache_clear()
+        config = tiny_config(dataset='image_folder', image_size=8, num_workers=0, data_dir=str(data_dir))
+        return setup_data_train_and_test(config, CPU)[0].fingerprint
+
+    write_images(tmp_path / 'data' / 'image_folder', {'cat': [(8, 8)] * 6, 'dog': [(8, 8)] * 5})
+    usual = of(tmp_path / 'data')
+    assert usual.startswith('10+1 items, 2 classes, ')
+    (tmp_path / 'data').rename(tmp_path / 'moved')
+    assert of(tmp_path / 'moved') == usual
+    cat = tmp_path / 'moved' / 'image_folder' / 'cat'
+    seen = {usual}
+    for change in (
+        lambda: Image.effect_noise((9, 9), 50).save(cat / '1.png'),
+        lambda: Image.effect_noise((9, 9), 50).save(cat / 'new.png'),
+        lambda: (cat / '2.png').rename(cat / 'other.png'),
+        lambda: (cat / '3.png').rename(cat.parent / 'dog' / '33.png'),
+    ):
+        change()
+        seen.add(of(tmp_path / 'moved'))
+    assert len(seen) == 5
+
+
+def test_a_link_to_nowhere_is_refused_before_training(tiny_config, tmp_path):
+    folder = tmp_path / 'data' / 'image_folder'
+    write_images(folder, {'cat': [(8, 8)] * 3})
+    (folder / 'cat' / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
+    with pytest.raises(SettingError, match=r'cat/gone\.png.*an image cannot be read'):
+        setup_data_train_and_test(tiny_config(dataset='image_folder', image_size=8, num_workers=0), CPU)
+
+
+def test_a_broken_image_is_named_also_where_the_folder_is_linked(tiny_config, tmp_path):
+    write_images(tmp_path / 'own' / 'image_folder', {'cat': [(8, 8)] * 3})
+    (tmp_path / 'linked').symlink_to(tmp_path / 'own')
+    config = tiny_config(dataset='image_folder', image_size=8, data_dir=str(tmp_path / 'linked'))
+    images = data_utils.open_image_folder(config)
+    path = tmp_path / 'own' / 'image_folder' / 'cat' / '1.png'
+    path.write_bytes(path.read_bytes()[:-30])
+    assert images[0][0].shape == (3, 8, 8)
+    with pytest.raises(DataError, match=f'^{path} cannot be read as an image'):
+        images[1]
 
 
 def test_image_folder_crops_the_middle(tiny_config, tmp_path):
@@ -329,26 +310,3 @@ def test_too_few_images_are_an_error_that_says_where_to_put_them(images, tiny_co
     with pytest.raises(SettingError, match='image_folder'):
         train, *_ = setup_data_train_and_test(tiny_config(dataset='image_folder', num_workers=0), CPU)
         next(iter(train))
-
-
-def test_loader_scales_by_the_largest_pixel(tiny_config):
-    images = torch.tensor([0, 8, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    loader = Loader((images, torch.arange(3)), [[2, 0], [1]], tiny_config(), DATASETS['digits'], CPU)
-    assert [(x.flatten().tolist(), label.tolist()) for x, label in loader] == [([1.0, 0.0], [2, 0]), ([0.5], [1])]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_images=st.integers(1, 40),
-    shard_size=st.integers(1, 5),
-    shards=st.sampled_from([1, 2, 4]),
-    step=st.integers(0, 30),
-    seed=st.integers(0, 9),
-)
-def test_a_step_is_a_cut_of_the_stream_of_permutations(num_images, shard_size, shards, step, seed):
-    """Against the stream written out from its beginning, for data sets smaller and larger than a batch."""
-    batch = shards * shard_size
-    epochs = range((step + 1) * batch // num_images + 1)
-    stream = np.concatenate([np.random.default_rng((seed, epoch)).permutation(num_images) for epoch in epochs])
-    sampler = StreamSampler(num_images, Config(seed=seed, global_batch_size=batch, batch_shards=shards))
-    assert take_steps(sampler, step, 1)[0] == stream[step * batch : (step + 1) * batch].tolist()

@@ -1,4 +1,4 @@
-"""Rank, agreement and shares, with one process and with two real ones."""
+"""Rank, agreement and shares, with one process, with two, and with four that take themselves for two machines."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT
 
+from config import SettingError
 from runtime import launch, ranks, stopping
 
-# What each of two processes does; it writes what it saw as JSON. Steps that all ranks take together come in the same order.
+# What each of two processes does; it writes what it saw as JSON. What all ranks do together comes in the same order.
 SCRIPT = """
 import json, os, signal, sys, time
 import torch
@@ -59,18 +60,41 @@ if rank == 0:
 d.barrier()
 seen['waited'] = time.monotonic() - start
 
-def stopped():
+def raised(call, **flags):
     try:
-        stopping.raise_if_stopped()
-    except stopping.Stopped:
-        return True
-    return False
+        call(**flags)
+    except (stopping.Stopped, stopping.RankFailed) as error:
+        return type(error).__name__
+    return ''
 
+seen['agreed'] = [stopping.agree(code) for code in (0, rank, 2 * rank, 1 - rank)]
 stopping.catch_stop_signals()
-seen['stopped'] = [stopped()]
+seen['fine'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), raised(stopping.poll_stop)]
+seen['failed'] = [raised(stopping.raise_if_stopped, failed=rank == r) for r in (0, 1, 2)]
+
+start = time.monotonic()
+if rank == 0:
+    time.sleep(0.3)  # the other rank reads what was begun a step ago, and does not wait for this one
+stopping.poll_stop()
+if rank == 1:
+    seen['polled'] = time.monotonic() - start
+d.barrier()
+
 if rank == 1:
     os.kill(os.getpid(), signal.SIGTERM)
-seen['stopped'] += [stopped(), stopped()]
+seen['polls'] = [raised(stopping.poll_stop) for _ in range(4)]  # each that raises leaves nothing to read
+seen['unread'] = stopping._under_way is not None
+seen['stopped'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
+seen['failed and stopped'] = raised(stopping.raise_if_stopped, failed=rank == 0)
+
+stopping._stop_asked = False
+stopping.poll_stop()
+stopping._stop_asked = rank == 0
+stopping.poll_stop()  # its reduction, not read by a third poll, is read by the next `raise_if_stopped`
+stopping._stop_asked = False
+seen['read by the other'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
+seen['in order'] = d.all_gather_objects(rank)
+stopping.poll_stop()  # begun and never read: the group is left all the same
 with open(f'{sys.argv[1]}/{rank}.json', 'w') as file:
     json.dump(seen, file)
 d.close()
@@ -79,30 +103,42 @@ assert seen == [0, 1], seen
 """
 
 
-@pytest.fixture(scope='module')
-def both(tmp_path_factory):
-    """What rank 0 and rank 1 of SCRIPT saw."""
-    folder = tmp_path_factory.mktemp('ranks')
-    (folder / 'script.py').write_text(SCRIPT)
+def run_ranks(script, folder, local_ranks):
+    """What each of several processes, with these LOCAL_RANKs, wrote as JSON into `folder`."""
+    (folder / 'script.py').write_text(script)
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     shared = os.environ | dict(
-        WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'
+        WORLD_SIZE=str(len(local_ranks)),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        PYTHONPATH=str(ROOT),
+        OMP_NUM_THREADS='1',
+        CUDA_VISIBLE_DEVICES='',
     )
-    shared |= dict(CUDA_VISIBLE_DEVICES='')
-    command = [sys.executable, folder / 'script.py', folder]
     processes = [
-        subprocess.Popen(command, env=shared | dict(RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE, text=True)
-        for r in range(2)
+        subprocess.Popen(
+            [sys.executable, folder / 'script.py', folder],
+            env=shared | dict(RANK=str(rank), LOCAL_RANK=str(local_rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, local_rank in enumerate(local_ranks)
     ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [json.loads((folder / f'{r}.json').read_text()) for r in range(2)]
+    assert {process.returncode for process in processes} == {0}, errors
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(len(local_ranks))]
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    """What rank 0 and rank 1 of SCRIPT saw."""
+    return run_ranks(SCRIPT, tmp_path_factory.mktemp('ranks'), [0, 1])
 
 
 # ---------------------------------------------------------------- two processes
@@ -147,8 +183,73 @@ def test_two_barrier_waits(both):
     assert both[1]['waited'] > 0.2
 
 
+def test_two_agree_on_the_greatest_code(both):
+    assert [seen['agreed'] for seen in both] == [[0, 1, 2, 1]] * 2
+
+
 def test_two_stop_together_when_one_got_the_signal(both):
-    assert [seen['stopped'] for seen in both] == [[False, True, True]] * 2
+    assert [seen['fine'] for seen in both] == [['', '', '']] * 2
+    assert [seen['stopped'] for seen in both] == [['Stopped', 'Stopped']] * 2
+
+
+def test_two_give_up_together_when_one_failed(both):
+    """It ends as many calls as there were, on both: the third call, in which no rank failed, finds them in step."""
+    assert [seen['failed'] for seen in both] == [['RankFailed', 'RankFailed', '']] * 2
+    assert [seen['failed and stopped'] for seen in both] == ['RankFailed'] * 2
+
+
+def test_two_polls_stop_in_the_same_step_one_later_than_the_signal_and_wait_for_nobody(both):
+    assert [seen['polls'] for seen in both] == [['', 'Stopped', '', 'Stopped']] * 2
+    assert [seen['unread'] for seen in both] == [False] * 2
+    assert both[1]['polled'] < 0.25
+
+
+def test_two_polls_leave_nothing_that_disturbs_what_comes_after(both):
+    """Nor the end: SCRIPT leaves the group after a poll whose reduction nobody reads."""
+    assert [seen['read by the other'] for seen in both] == [['Stopped', '']] * 2
+    assert [seen['in order'] for seen in both] == [[0, 1]] * 2
+
+
+# ---------------------------------------------------------------- two machines of two processes each
+
+NODES = """
+import json, os, sys, time
+from pathlib import Path
+from runtime import ranks as d
+
+d.setup()
+rank, folder, seen = d.rank(), Path(sys.argv[1]), {}
+disk = folder / f'disk{rank // 2}'  # a machine's own
+
+def download():
+    if not disk.exists():
+        if os.environ['LOCAL_RANK'] == '0':
+            time.sleep(0.2)
+        disk.write_text(f'by rank {rank}')
+    return disk.read_text()
+
+seen['read'] = d.on_each_node(download)
+
+def fail():
+    if rank in failing:
+        raise OSError(28, f'no room for rank {rank}')
+    return 'fine'
+
+seen['raised'] = []
+for failing in [(2,), (3,), (1, 2), ()]:
+    try:
+        seen['raised'].append(d.on_each_node(fail))
+    except OSError as error:
+        seen['raised'].append(error.strerror)
+(folder / f'{rank}.json').write_text(json.dumps(seen))
+d.close()
+"""
+
+
+def test_one_process_of_each_node_goes_first_and_errors_reach_all(tmp_path):
+    four = run_ranks(NODES, tmp_path, [0, 1, 0, 1])
+    assert [seen['read'] for seen in four] == ['by rank 0'] * 2 + ['by rank 2'] * 2
+    assert [seen['raised'] for seen in four] == [[f'no room for rank {r}' for r in (2, 3, 2)] + ['fine']] * 4
 
 
 # ---------------------------------------------------------------- one process
@@ -171,8 +272,21 @@ def test_one_process_is_its_own_everybody():
     assert [ranks.any_rank(flag) for flag in (True, False)] == [True, False]
     assert ranks.all_gather_objects('x') == ['x']
     assert ranks.on_main(lambda: 5) == 5
-    with pytest.raises(ZeroDivisionError):
-        ranks.on_main(lambda: 1 // 0)
+    assert ranks.on_each_node(lambda: 6) == 6
+    for function in (ranks.on_main, ranks.on_each, ranks.on_each_node):
+        with pytest.raises(ZeroDivisionError):
+            function(lambda: 1 // 0)
+
+
+def test_gpus_that_torch_cannot_use_are_an_error_not_a_run_on_the_cpu(monkeypatch):
+    """As with a driver that is older than torch's CUDA: NVML counts the GPUs, CUDA does not start."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SettingError, match=r'8 GPU.*driver is too old.*nvidia-smi') as error:
+        ranks.setup()
+    assert torch.__version__ in str(error.value) and "CUDA_VISIBLE_DEVICES=''" in str(error.value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)  # as CUDA_VISIBLE_DEVICES='' has it
+    assert ranks.setup() == torch.device('cpu')
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
@@ -195,12 +309,26 @@ def test_shares_cover_all_items_for_any_number_of_processes(monkeypatch, world, 
     assert {i for share in shares for i in share} == set(range(n))
 
 
-def test_raise_if_stopped_only_after_a_signal(monkeypatch):
+@pytest.mark.parametrize('check', [stopping.raise_if_stopped, stopping.poll_stop])
+def test_one_process_stops_at_once_but_only_after_a_signal(monkeypatch, check):
     monkeypatch.setattr(stopping, '_stop_asked', False)
-    stopping.raise_if_stopped()
+    check()
     stopping.ask_to_stop()
     with pytest.raises(stopping.Stopped):
-        stopping.raise_if_stopped()
+        check()
+
+
+def test_one_process_that_failed_gives_up_and_reports_its_own_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(stopping, '_stop_asked', True)
+    monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
+    monkeypatch.setenv('RANK', '3')
+    with pytest.raises(stopping.RankFailed) as failed:
+        try:
+            raise MemoryError('no room for 64 images')
+        except MemoryError:
+            stopping.raise_if_stopped(failed=True)
+    stopping.report_failure(failed.value)
+    assert json.loads((tmp_path / 'failed_3').read_text())['text'] == 'MemoryError: no room for 64 images'
 
 
 @pytest.mark.parametrize('nproc', ['0', '-1', 'two', '1.5'])
@@ -216,4 +344,19 @@ def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path):
     for rank, when, text in ((0, 7.5, 'RuntimeError: connection closed'), (1, 7.4, 'KeyError: broken')):
         (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=when, rank=rank, text=text)))
     assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
+    told = f'runtime.stopping.{stopping.RankFailed.__name__}: another rank failed'
+    (tmp_path / 'failed_2').write_text(json.dumps(dict(time=7.3, rank=2, text=told)))
+    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
     assert 'rank 2 was killed by signal 9 (SIGKILL)' in launch.first_cause({0: 1, 2: -9}, tmp_path)
+
+
+def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch):
+    from torch.distributed.elastic.multiprocessing import api
+
+    before = api._terminate_process_handler
+    monkeypatch.setattr(api, '_terminate_process_handler', before)  # put back at the end
+    launch.patch_signal_handler()
+    assert api._terminate_process_handler is not before
+    monkeypatch.delattr(api, '_terminate_process_handler')
+    with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler.*requirements\.txt'):
+        launch.patch_signal_handler()

@@ -88,3 +88,84 @@ def test_reset_starts_again():
     ema.update(again)
     for average in ema.networks.values():
         assert average.weight.item() == pytest.approx(2 / 11 * 5 + 9 / 11 * 16)
+
+
+class Tied(nn.Module):
+    """A weight that two layers share, and buffers of two types."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.register_buffer('scale', torch.ones(2))
+        self.register_buffer('count', torch.zeros((), dtype=torch.int64))
+
+
+def move_to_double(net, ema):
+    net.double()
+    for average in ema.networks.values():
+        average.double()
+
+
+def load_other_tensors(net, ema):
+    """In place of those that were there."""
+    for module in (net, *ema.networks.values()):
+        module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+        module.b.weight = module.a.weight  # the load undoes it
+
+
+def load(net, ema):
+    other = EMA(Tied(), DECAYS)
+    other.update(Tied())
+    net.load_state_dict(Tied().state_dict())
+    ema.load_state_dict(other.state_dict())
+
+
+def replace_a_buffer(net, ema):
+    net.scale = torch.tensor([5.0, 6.0])
+
+
+@pytest.mark.parametrize('change', [move_to_double, load_other_tensors, load, replace_a_buffer])
+def test_what_was_looked_up_once_stays_right(change):
+    """An average that saw the change goes on as one that is built afterwards from the same weights."""
+    torch.manual_seed(0)
+    net = Tied()
+    ema = EMA(net, DECAYS)
+    ema.update(net)
+    change(net, ema)
+    afresh = EMA(net, DECAYS)
+    afresh.load_state_dict(copy.deepcopy(ema.state_dict()))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p))
+        net.scale += 1
+        net.count += 1
+    before = ema.networks[0.9].a.weight.clone()
+    for either in (ema, afresh):
+        either.update(net)
+    for decay in DECAYS:
+        ours, theirs = ema.networks[decay], afresh.networks[decay]
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[name], value), name
+        assert torch.equal(ours.scale, net.scale) and ours.count == 1
+    d = 3 / 12
+    torch.testing.assert_close(ema.networks[0.9].a.weight, d * before + (1 - d) * net.a.weight)
+
+
+def test_update_does_not_walk_over_the_network(monkeypatch):
+    net = Tied()
+    ema = EMA(net, DECAYS)
+    for walk in ('modules', 'named_modules', 'parameters', 'named_parameters', 'buffers', 'named_buffers'):
+        monkeypatch.setattr(nn.Module, walk, lambda *args, **kwargs: pytest.fail('a walk over all modules'))
+    ema.update(net)
+
+
+def test_no_decays_no_work():
+    ema = EMA(scalar_network(), ())
+    ema.update(scalar_network())
+    assert ema.num_updates == 0 and ema.state_dict() == {'num_updates': 0, 'networks': {}}
+    ema.load_state_dict(ema.state_dict())
+
+
+def test_networks_without_weights_or_buffers():
+    EMA(nn.Identity(), DECAYS).update(nn.Identity())

@@ -1,6 +1,7 @@
-"""What a run survives, with real processes: run.sh, torchrun, two gloo ranks, real signals. README.md's reliability table names these tests.
+"""What a run survives, with real processes: run.sh, torchrun, two gloo ranks, real signals.
 
-Every wait has a limit: a hang is a failure. A run that was harmed and started again must equal `whole`, which nothing happened to, bit for bit.
+README.md's reliability table names these tests. Every wait has a limit: a hang is a failure. A run that was harmed and
+started again must equal `whole`, which nothing happened to, bit for bit.
 """
 
 import ast
@@ -27,6 +28,7 @@ from conftest import (
     start_run_sh,
     wait_until,
 )
+from PIL import Image
 
 import saving
 from config import Config
@@ -230,7 +232,7 @@ def test_restarts_end(tmp_path):
     ],
 )
 def test_stop_signal(tmp_path, whole, fault):
-    """In each phase, to each process, also twice: saved and out within 20 s with code 75, and the same command goes on."""
+    """In each phase, to each process, also twice: saved and out within 20 s with code 75; the same command goes on."""
     phase, name, target = fault.split(':')
     settings = dict(final_eval=True) if phase == 'final' else {}
     job = Job(tmp_path, fault=fault, fault_rank=1 if target == 'worker' and phase == 'training' else 0, **settings)
@@ -279,8 +281,6 @@ def test_nan_batch_on_one_rank_skips_the_step_on_all(tmp_path, whole):
 
 
 def image_files(tmp_path):
-    from PIL import Image
-
     folder = tmp_path / 'data/image_folder/all'
     folder.mkdir(parents=True)
     for i in range(40):
@@ -300,12 +300,24 @@ def test_loader_worker_killed(tmp_path):
     code, _, err = job.run()
     assert code == 1 and job.seconds_since_the_fault() < 60
     assert re.search(
-        r'^rank 1 failed first: RuntimeError: DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)',
+        r'^rank 1 failed first: RuntimeError: DataLoader worker \(pid.*\) '
+        r'(is killed by signal: Killed|exited unexpectedly)',
         err.splitlines()[-1],
     )
     assert saving.load(job.folder / 'last.pt')['step'] in (8, 12)
     code, out, err = job.run()
     assert code == 0 and 'resuming' in out, err
+
+
+def test_a_stop_of_all_processes_spares_the_loaders(tmp_path):
+    """Until the trainers have saved: SIGTERM to the launcher, both trainers and their loader processes."""
+    job = Job(tmp_path, nproc=2, fault='stop of all', **image_files(tmp_path))
+    code, out, err = job.run()
+    assert code == 75 and 'state saved' in out and 'DataLoader' not in err, err
+    step = saving.load(job.folder / 'last.pt')['step']
+    assert 12 <= step < 40
+    code, out, err = job.run()
+    assert code == 0 and f'at step {step}' in out, err
 
 
 def test_data_file_vanishes(tmp_path):
@@ -316,11 +328,34 @@ def test_data_file_vanishes(tmp_path):
     assert saving.load(job.folder / 'last.pt')['step'] in (8, 12)
 
 
+@pytest.mark.parametrize(
+    'kind, nproc, num_workers, check',
+    [('empty', 1, 2, False), ('text', 2, 1, False), ('cut jpeg', 2, 2, False), ('cut jpeg', 1, 0, False),
+     ('cut jpeg', 1, 1, True)],
+)  # fmt: skip
+def test_a_bad_image_ends_the_run_and_is_named(tmp_path, kind, nproc, num_workers, check):
+    settings = image_files(tmp_path) | dict(num_workers=num_workers, check=check)
+    path = tmp_path / 'data/image_folder/all' / ('bad.jpg' if kind == 'cut jpeg' else 'bad.png')
+    if kind == 'cut jpeg':
+        Image.effect_noise((64, 64), 50).save(path)
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_text('not an image' if kind == 'text' else '')
+    code, _, err = Job(tmp_path, nproc=nproc, **settings).run(seconds=60)
+    assert code == 1
+    said = r'rank \d failed first: data_checks\.DataError: ' + re.escape(str(path)) + ' cannot be read as an image .*'
+    assert re.fullmatch(said, err.splitlines()[-1])
+    assert 'Original Traceback' not in err  # of the loader process
+
+
 # ---------------------------------------------------------------- the disk
 
 
 def test_full_disk(tmp_path, whole):
-    """A small tmpfs that another file fills up: the run ends and says why, the last checkpoint is whole, and with room again the run goes on."""
+    """A small tmpfs that another file fills up: the run ends and says why, and the last checkpoint is whole.
+
+    With room again the run goes on.
+    """
     disk = tmp_path / 'disk'
     disk.mkdir()
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True)
@@ -552,7 +587,10 @@ def test_two_runs_in_one_folder(tmp_path, whole):
 
 
 def test_1_2_and_4_processes_see_and_compute_the_same(tmp_path):
-    """Also with accumulation: loss curves agree within 1e-4 over 50 steps, and each process prepares and computes only its share."""
+    """Also with accumulation: loss curves agree within 1e-4 over 50 steps.
+
+    Each process prepares and computes only its share.
+    """
     settings = dict(
         num_training_steps=50,
         save_every=0,

@@ -9,12 +9,14 @@ from conftest import ROOT
 
 # From the lowest up; a file may import those below its own layer, and within a layer those to its left.
 LAYERS = [
-    'config utils',
+    'config_tools utils',
+    'config',
     'runtime.ranks runtime.stopping',
-    'processes prediction time_samplers loss_weights augmentations unet dit mlp data_utils optimizers ema logging_utils',
+    'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders data_utils '
+    'optimizers ema logging_utils',
     'solvers sampling likelihood metrics networks saving',
-    'runtime.run_folder runtime.bad_steps',
-    'pictures evaluation',
+    'runtime.bad_steps runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
+    'batches pictures evaluation',
     'trainer',
     'runtime.dry_run',
     'main',
@@ -45,7 +47,7 @@ def imported_from(node: ast.ImportFrom) -> Iterator[str]:
 
 
 def imports(path: Path) -> set[str]:
-    """Names of all imported modules, also of imports inside functions; not those of `if TYPE_CHECKING`, which never run."""
+    """Names of all imported modules, also of imports in functions; not those of `if TYPE_CHECKING`, which never run."""
     tree = tree_of(path)
     never = {n for node in ast.walk(tree) if isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.dump(node.test)
              for n in ast.walk(node)}  # fmt: skip
@@ -75,6 +77,14 @@ def test_imports_go_down_only(path):
 @pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_no_file_imports_an_example(path):
     assert 'examples' not in imports(path)
+
+
+@pytest.mark.parametrize('path', FILES, ids=name_of)
+def test_no_file_is_too_long_to_be_read(path):
+    """Nor is a line: 120 columns."""
+    lines = path.read_text().splitlines()
+    assert len(lines) < (300 if path.stem == 'trainer' else 401)
+    assert max(map(len, lines)) <= 120
 
 
 def test_what_keeps_a_run_alive_never_uses_the_maths():

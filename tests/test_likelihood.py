@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from oracle import F64, random_mixture
+from oracle import F64, GivenMean, base_noise, random_mixture
+from torch.distributions import Normal
 
 from config import Config, SettingError
 from likelihood import METHODS, PROBES, bits_per_dim, dequantize, log_likelihood
@@ -105,6 +106,31 @@ def test_of_a_class():
         torch.testing.assert_close(result.log_prob, exact(asked), rtol=0, atol=2e-3)
 
 
+def test_given_a_condition():
+    """x0 ~ N(mean, 0.3^2) given the mean, N(0, 0.3^2 + 0.8^2) where it is unknown; also of single numbers, (B,)."""
+    data, process = GivenMean(0.3, 0.8), process_named('rf')
+    mean = 0.8 * base_noise(20, 2)
+    x0 = mean + 0.3 * base_noise(40, 2)[20:]
+    for asked, exact in (
+        (mean, Normal(mean, 0.3)),
+        (torch.full_like(mean, torch.nan), Normal(torch.zeros_like(mean), math.hypot(0.3, 0.8))),
+    ):
+        settings = dict(divergence='exact', tolerance=1e-7)
+        model_fn = data.as_model('velocity', process)
+        result = log_likelihood(model_fn, process, x0, cond={'mean': asked}, **settings)
+        torch.testing.assert_close(result.log_prob, exact.log_prob(x0).sum(1), rtol=0, atol=2e-3)
+
+        def of_numbers(xt, t, label, mean, model_fn=model_fn):
+            return model_fn(xt[:, None], t, label, mean=mean[:, None])[:, 0]
+
+        numbers = log_likelihood(of_numbers, process, x0[:, 0], cond={'mean': asked[:, 0]}, **settings)
+        torch.testing.assert_close(numbers.log_prob, exact.log_prob(x0)[:, 0], rtol=0, atol=1e-3)
+
+
+def test_conditions_of_another_batch_are_refused():
+    refused(r"cond\['ink'\] is shape \(3,\).*2 items", cond={'ink': torch.zeros(3)})
+
+
 def test_images():
     """(B, C, H, W), float32, and a network that says one thing: a Gaussian, of any shape."""
     process = process_named('rf')
@@ -116,7 +142,7 @@ def test_images():
     torch.manual_seed(0)
     x0 = torch.randn(8, 3, 4, 2) / 2
     result = log_likelihood(model_fn, process, x0, num_probes=2)  # the Jacobian is diagonal, so rademacher is exact
-    expected = torch.distributions.Normal(0, 0.5).log_prob(x0).flatten(1).sum(1)
+    expected = Normal(0, 0.5).log_prob(x0).flatten(1).sum(1)
     torch.testing.assert_close(result.log_prob, expected, rtol=1e-3, atol=1e-2)
     assert result.log_prob.dtype == torch.float32 and (result.standard_error < 1e-3).all()
     assert not result.log_prob.requires_grad

@@ -1,5 +1,6 @@
 """The record: metrics.jsonl, running means, and wandb for real, without its server."""
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 
 import logging_utils
 from config import Config, SettingError
-from logging_utils import Logger, Progress, RunningMeans
+from logging_utils import Logger, Progress, RunningMeans, Speedometer
 
 CPU = torch.device('cpu')
 DISABLED = Config(wandb='disabled')
@@ -70,6 +71,16 @@ def test_a_half_written_last_line_is_dropped(tmp_path, half):
         file.write(half)
     Logger(DISABLED, tmp_path, 10).log({'a': 2.0}, 10)
     assert [line['train/step'] for line in lines_of(tmp_path)] == [3, 10]
+
+
+def test_a_line_is_on_the_disk_when_log_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(logging_utils.os, 'fsync', lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    logger = Logger(DISABLED, tmp_path)
+    for step in (1, 2):
+        logger.log({'a': 1.0}, step)
+        assert synced[-1] == (tmp_path / 'metrics.jsonl').stat().st_size > 0
+    assert len(synced) == 3  # and once when the record was opened
 
 
 def test_only_the_first_process_keeps_a_record(tmp_path, monkeypatch, capsys):
@@ -138,8 +149,116 @@ def test_means_go_on_from_a_checkpoint(tmp_path):
 
 def test_values_keep_no_graph():
     means, weight = RunningMeans(CPU), torch.ones(1, requires_grad=True)
-    means.add('x', (3 * weight).sum(), torch.tensor(1.0))
-    assert not means.sums['x'].requires_grad
+    for _ in range(2):
+        means.add('x', (3 * weight).sum(), torch.tensor(1.0))
+        means.add_finite('y', 3 * weight)
+        means.add_by_time('z', 3 * weight, 0.5 * weight)
+        waiting = [x for calls in means.waiting.values() for call in calls for x in call if x is not None]
+        assert not any(x.requires_grad for x in waiting)
+        means.over_ranks()
+        assert means.waiting == {} and not any(pair.requires_grad for pair in means.sums.values())
+
+
+def steps_of_training(n):
+    """(losses, times, gradient norm) as a training step has them; some are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    for step in range(n):
+        losses, t = torch.rand(2, 7 + step % 3, generator=generator)
+        losses = 10.0 ** (step % 9 - 4) * losses
+        if step % 5 == 2:
+            losses[1], losses[3] = torch.nan, torch.inf
+        yield losses, t, losses[0]
+
+
+def fill(means, steps):
+    for losses, t, norm in steps:
+        means.add_finite('loss', losses)
+        means.add_by_time('loss_t', losses, t)
+        means.add_finite('norm', norm)
+        means.add('total', losses[0].double() * 3, torch.tensor(3.0))
+        means.add('lr', 0.1, 1)
+
+
+def test_means_of_a_training_are_those_of_numpy():
+    steps = list(steps_of_training(40))
+    means = RunningMeans(CPU)
+    fill(means, steps)
+    losses, t = (np.concatenate([step[i].numpy() for step in steps]) for i in (0, 1))
+    first = np.array([losses[0].item() for losses, _, _ in steps], np.float64)
+    edges = np.arange(11) / 10
+    ok = np.isfinite(losses)
+    expected = dict(loss=losses[ok].mean(dtype=np.float64), norm=first.mean(), total=first.mean(), lr=0.1)
+    for low, high in itertools.pairwise(edges):
+        expected[f'loss_t_{low:.1f}_{high:.1f}'] = losses[ok & (t >= low) & (t < high)].mean(dtype=np.float64)
+    assert means.means() == pytest.approx(expected, rel=1e-6)
+    assert list(means.over_ranks()) == sorted(expected)
+    counts = {name: pair[1].item() for name, pair in means.over_ranks().items()}
+    assert (counts['loss'], counts['norm'], counts['total'], counts['lr']) == (ok.sum(), 40, 120, 40)
+
+
+@pytest.mark.parametrize('most', [1, 2, 7, 64])
+def test_sums_do_not_depend_on_when_they_are_made(monkeypatch, most):
+    """Bit for bit: neither on how many wait, nor on being saved and loaded in between."""
+    steps = list(steps_of_training(40))
+    whole = RunningMeans(CPU)
+    fill(whole, steps)
+    monkeypatch.setattr(RunningMeans, 'MOST', most)
+    often, saved = RunningMeans(CPU), RunningMeans(CPU)
+    fill(often, steps)
+    fill(saved, steps[:13])
+    resumed = RunningMeans(CPU)
+    fill(resumed, steps[:2])  # forgotten by load
+    resumed.load(saved.over_ranks())
+    fill(resumed, steps[13:])
+    expected = whole.over_ranks()
+    for means in (often, resumed):
+        sums = means.over_ranks()
+        assert sums.keys() == expected.keys()
+        assert all(sums[name].equal(expected[name]) for name in sums)
+
+
+def test_a_step_costs_no_arithmetic_and_what_waits_is_bounded():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operations(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (str(func),)
+            return func(*args, **kwargs or {})
+
+    steps, means = list(steps_of_training(600)), RunningMeans(CPU)
+    with Operations() as seen:
+        for losses, t, norm in steps[:100]:
+            means.add_finite('loss', losses)
+            means.add_by_time('loss_t', losses, t)
+            means.add_finite('norm', norm)
+            means.add('lr', 0.1, 1)
+    assert set(seen.names) <= {'aten.detach.default'}  # which computes nothing
+    for losses, t, norm in steps:
+        fill(means, [(losses, t, norm)])
+        assert sum(map(len, means.waiting.values())) < RunningMeans.MOST
+    assert means.sums  # some were folded
+
+
+def test_numbers_and_tensors_of_one_name_go_together():
+    means = RunningMeans(CPU)
+    means.add('x', 0.1, 1)
+    means.add('x', torch.tensor(0.5), torch.tensor(1.0))
+    means.add('x', 1, 2)
+    assert means.means() == {'x': pytest.approx(1.6 / 4, rel=1e-6)}
+
+
+def test_speed_is_that_since_the_restart(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(logging_utils.time, 'monotonic', lambda: now[0])
+    speed = Speedometer(10)
+    assert speed.images_per_second(10, 128) is None  # no step yet
+    now[0] += 4
+    assert speed.images_per_second(15, 128) == 5 * 128 / 4
+    speed.restart(15)
+    now[0] += 2
+    assert speed.images_per_second(16, 128) == 128 / 2
 
 
 # ---------------------------------------------------------------- the line for people
@@ -159,7 +278,7 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, monkeypatch)
         '100/100',
     ]  # 4 s after a line is too early, the end is not
     assert 'loss 0.1250' in shown[0] and '640 images/s' in shown[0]
-    assert '0.3 min left' in shown[1]  # 30 steps took 12 s, 50 are left: 20 s
+    assert '0.3 min of training left' in shown[1]  # 30 steps took 12 s, 50 are left: 20 s
 
 
 # ---------------------------------------------------------------- wandb
@@ -196,7 +315,8 @@ def history(records: list[dict]) -> list[dict]:
 
 def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
     config = Config(wandb='offline', base_lr=0.125, wandb_project='a-project', experiment_name='a-run')
-    logger = Logger(config, tmp_path, step=100)
+    start = dict(commit='abc', versions=dict(torch='2.15'), argv=['main.py'])
+    logger = Logger(config, tmp_path, step=100, start=start)
     values = [{'train/loss': 0.1, 'eval/loss': 1 / 3}, {'train/loss': 1e-8}]
     logger.log(values[0], 100)
     logger.log(values[1], 200)
@@ -210,6 +330,7 @@ def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
     stored = run['config']['update']
     for name, value in vars(config).items():
         assert stored[name] == (list(value) if isinstance(value, tuple) else value), name
+    assert stored['start'] == start
     rows = history(records)
     for row, given, step in zip(rows, values, (100, 200), strict=False):
         assert row['train/step'] == step

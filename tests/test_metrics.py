@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 from sklearn.datasets import load_digits
 
-from metrics import frechet_distance, label_agreement, nearest_neighbour_ratio, pixel_metrics
+from metrics import describe, frechet_distance, label_agreement, nearest_neighbour_ratio, pixel_metrics
 
 
 def gaussians(n, d, seed):
@@ -72,15 +72,77 @@ def test_label_agreement_on_real_digits(digits):
     assert label_agreement(held_out, (labels + 1) % 10, train, train_labels) < 0.05
 
 
+def images(x):
+    """As data sets and `decode` have them: (N, 1, 8, 8) in [0, 1]."""
+    return x.reshape(-1, 1, 8, 8) / 2 + 0.5
+
+
 def test_pixel_metrics_of_held_out_digits(digits):
     train, train_labels, held_out, labels = digits
-
-    def images(x):
-        return x.reshape(-1, 1, 8, 8)
-
     real = pixel_metrics(images(held_out), labels, images(train), train_labels, images(held_out))
-    noise = pixel_metrics(torch.randn(297, 1, 8, 8), labels, images(train), train_labels, images(held_out))
+    noise = pixel_metrics(images(torch.randn(297, 64)), labels, images(train), train_labels, images(held_out))
     assert real['label_agreement'] > 0.95 and real['nearest_neighbour_ratio'] == pytest.approx(1)
     assert real['frechet_pixels'] < 2 * real['frechet_real'] and noise['frechet_pixels'] > 10 * real['frechet_real']
     assert noise['frechet_real'] == real['frechet_real'] > 0
     assert noise['label_agreement'] < 0.3
+
+
+def test_distances_are_those_of_pixels_between_minus_1_and_1(digits):
+    """The unit of all figures that have been reported."""
+    train, train_labels, held_out, labels = digits
+    values = pixel_metrics(images(held_out), labels, images(train), train_labels, images(held_out))
+    assert values['frechet_pixels'] == pytest.approx(frechet_distance(held_out, train), rel=1e-5)
+    assert values['frechet_pixels'] == pytest.approx(
+        4 * frechet_distance(images(held_out).flatten(1), images(train).flatten(1)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize('missing', ['labels', 'train_labels', 'classes'])
+def test_unlabelled_images_have_no_label_agreement(digits, missing):
+    train, train_labels, held_out, labels = digits
+    whole = pixel_metrics(images(held_out), labels, images(train), train_labels, images(held_out))
+    labels, train_labels = {
+        'labels': (None, train_labels),
+        'train_labels': (labels, None),
+        'classes': (0 * labels, 0 * train_labels),
+    }[missing]
+    values = pixel_metrics(images(held_out), labels, images(train), train_labels, images(held_out))
+    assert values == {name: value for name, value in whole.items() if name != 'label_agreement'}
+
+
+def test_samples_that_no_metric_can_judge_are_refused(digits):
+    train, train_labels, held_out, labels = digits
+    good = dict(train=images(train), train_labels=train_labels, held_out=images(held_out))
+    broken = images(held_out)
+    broken[7, 0, 3, 3] = torch.nan
+    for samples, text in (
+        (images(held_out)[:1], 'at least 2 samples.*not 1'),
+        (broken, '1 values that are not finite'),
+        (images(held_out)[:, :, :4], r'shape \(1, 8, 8\).*of shape \(1, 4, 8\)'),
+    ):
+        with pytest.raises(ValueError, match=text):
+            pixel_metrics(samples=samples, labels=labels[: len(samples)], **good)
+    with pytest.raises(ValueError, match='at least 2 held_out'):
+        pixel_metrics(samples=images(held_out), labels=labels, **(good | dict(held_out=images(held_out)[:0])))
+
+
+@pytest.mark.parametrize('wrong', [lambda x: 2 * x - 1, lambda x: 255 * x])
+def test_other_units_are_refused(digits, wrong):
+    train, train_labels, held_out, labels = digits
+    with pytest.raises(ValueError, match=r'images in \[0, 1\]; the training images lie in'):
+        pixel_metrics(images(held_out), labels, wrong(images(train)), train_labels, images(held_out))
+
+
+def test_two_samples_are_enough(digits):
+    train, train_labels, held_out, labels = digits
+    values = pixel_metrics(images(held_out)[:2], labels[:2], images(train), train_labels, images(held_out))
+    assert np.isfinite(list(values.values())).all()
+
+
+def test_describe_names_what_is_there():
+    values = dict(label_agreement=0.5, frechet_pixels=1.25, frechet_real=0.75, nearest_neighbour_ratio=1.5)
+    text = describe(values)
+    assert len(text.splitlines()) == 4 and all(number in text for number in ('50.0%', '1.250', '0.750', '1.500'))
+    del values['label_agreement']
+    assert describe(values).splitlines() == text.splitlines()[1:]
+    assert describe({}) == '' and describe({'of my own': 1.0}) == ''

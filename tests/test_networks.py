@@ -13,9 +13,9 @@ each_time_input = pytest.mark.parametrize('time_input', TIME_INPUTS)
 SHAPE = (1, 8, 8)
 
 
-def build(randomise=True, **settings):
+def build(randomise=True, cond=None, **settings):
     torch.manual_seed(0)
-    net = get_network(Config(**(dict(channels=8, num_res_blocks=1) | settings)), SHAPE, 10).eval()
+    net = get_network(Config(**(dict(channels=8, num_res_blocks=1) | settings)), SHAPE, 10, cond).eval()
     if randomise:
         with torch.no_grad():
             for p in net.parameters():
@@ -81,9 +81,165 @@ def test_weights_are_a_function_of_the_seed(network):
     assert all(map(torch.equal, first, second))
 
 
+# ---------------------------------------------------------------- conditions
+
+COND = {'ink': (), 's': (), 'text': (6,), 'low': (2, 4, 4), 'type': (3,)}  # `type` is a method of every module
+
+
+def conditions(n=4, **changes):
+    generator = torch.Generator().manual_seed(2)
+    values = {name: torch.rand(n, *shape, generator=generator) for name, shape in COND.items()}
+    return {name: value for name, value in (values | changes).items() if value is not None}
+
+
+@each_network
+@pytest.mark.parametrize('name', COND)
+def test_every_condition_matters_and_images_of_a_batch_do_not_mix(network, name):
+    net = build(network=network, cond=COND)
+    inputs, cond = batch(), conditions()
+    out = net(*inputs, **cond)
+    others = (net(*inputs, **conditions(**{name: cond[name].flip(0)})), net(*inputs, **conditions(**{name: None})))
+    for other in others:
+        assert ((out - other).flatten(1).norm(dim=1) > 1e-3 * out.flatten(1).norm(dim=1)).all()
+    alone = [net(*(x[i : i + 1] for x in inputs), **{n: v[i : i + 1] for n, v in cond.items()}) for i in range(4)]
+    torch.testing.assert_close(out, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@each_network
+def test_gradients_reach_every_parameter_of_conditions(network):
+    net = build(network=network, randomise=False, cond=COND)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(*batch(), **conditions()) - torch.randn(4, *SHAPE)).square().mean().backward()
+        optimizer.step()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@each_network
+def test_numbers_and_vectors_start_neutral(network):
+    """Their last layers are zero: what a new condition does is learned, and nothing is disturbed at first."""
+    net = build(network=network, randomise=False, cond=COND)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if 'conditions' not in name:
+                p.add_(0.05 * torch.randn_like(p))
+    low = conditions()['low'] if network == 'unet' else None  # channels of an image go into the first convolution
+    few = {} if low is None else {'low': low}
+    assert torch.equal(net(*batch(), **conditions(low=low)), net(*batch(), **few))
+    with torch.no_grad():
+        for p in net.net.conditions.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    assert not torch.allclose(net(*batch(), **conditions(low=low)), net(*batch(), **few))
+
+
+def test_conditions_without_any_are_the_same_network():
+    """Weights of the same seed, whatever is declared beside: a run without conditions is what it was before."""
+    plain, told = build(cond={}), build(cond=None)
+    assert plain.state_dict().keys() == told.state_dict().keys()
+    assert all(map(torch.equal, plain.state_dict().values(), told.state_dict().values()))
+
+
+@each_network
+def test_a_condition_that_is_not_given_is_none(network):
+    net = build(network=network, cond=COND)
+    assert torch.equal(net(*batch()), net(*batch(), **dict.fromkeys(COND)))
+
+
+def test_an_absent_image_is_zeros():
+    net = build(cond=COND)
+    black = conditions(low=torch.zeros(4, 2, 8, 8))
+    assert torch.equal(net(*batch(), **conditions(low=None)), net(*batch(), **black))
+
+
+def test_images_are_resized_to_the_sides_of_xt():
+    net = build(cond=COND)
+    low = conditions()['low']
+    large = torch.nn.functional.interpolate(low, size=(8, 8), mode='bilinear')
+    assert torch.equal(net(*batch(), **conditions(low=low)), net(*batch(), **conditions(low=large)))
+
+
+@each_network
+def test_whole_numbers_are_numbers(network):
+    net = build(network=network, cond=COND)
+    whole = torch.tensor([0, 1, 2, 3])
+    expected = net(*batch(), **conditions(ink=whole.float()))
+    assert torch.equal(net(*batch(), **conditions(ink=whole)), expected)
+
+
+@each_network
+def test_near_numbers_are_told_apart(network):
+    """1000 times the value, as the time: 0.40 and 0.42 are not neighbours on a sinusoid of slow waves alone."""
+    net = build(network=network, cond=COND).net.conditions
+    near = net.embed({'s': torch.tensor([0.40, 0.42])})
+    assert (near[0] - near[1]).norm() > 0.1 * near[0].norm()
+
+
+@each_network
+def test_an_unknown_condition_is_an_error_that_lists_the_known(network):
+    with pytest.raises(TypeError, match=r'condition colour.*ink, s, text, low, type'):
+        build(network=network, cond=COND)(*batch(), **conditions(colour=torch.zeros(4)))
+    with pytest.raises(TypeError, match=r'condition ink.*none'):
+        build(network=network)(*batch(), ink=torch.zeros(4))
+
+
+@each_network
+@pytest.mark.parametrize(
+    ('name', 'shape', 'wanted'),
+    [
+        ('ink', (4, 1), r'\(B\)'),
+        ('text', (4, 5), r'\(B, 6\)'),
+        ('low', (4, 3, 4, 4), r'\(B, 2, 4, 4\)'),
+        ('low', (4, 2, 4), r'\(B, 2, 4, 4\)'),
+    ],
+)
+def test_a_condition_of_another_shape_is_an_error_that_names_it(network, name, shape, wanted):
+    with pytest.raises(ValueError, match=f"'{name}'.*{', '.join(map(str, shape))}.*{wanted}"):
+        build(network=network, cond=COND)(*batch(), **conditions(**{name: torch.zeros(shape)}))
+
+
+def test_what_a_unet_cannot_take_is_a_setting_error():
+    with pytest.raises(SettingError, match=r"'pair' has shape \(2, 3\).*vector"):
+        build(cond={'pair': (2, 3)})
+    with pytest.raises(SettingError, match=r"network='unet'.*\(2,\).*--network mlp"):
+        get_network(Config(), (2,), 0)
+    with pytest.raises(ValueError, match=r'\(4, 2\).*\(B, 1, H, W\)'):
+        build()(torch.zeros(4, 2), torch.rand(4))
+
+
+@each_network
+@pytest.mark.parametrize('name', ['xt', 't', 'time', 'label'])
+def test_a_condition_with_the_name_of_an_argument_is_a_setting_error(network, name):
+    with pytest.raises(SettingError, match=f"condition '{name}'.*another name"):
+        build(network=network, cond={name: ()})
+
+
+def test_a_builder_is_told_of_conditions_if_there_are_any(monkeypatch):
+    given = []
+    monkeypatch.setitem(NETWORKS, 'three', lambda config, shape, num_classes: Record())
+    monkeypatch.setitem(NETWORKS, 'four', lambda config, shape, num_classes, cond=None: given.append(cond) or Record())
+    monkeypatch.setitem(NETWORKS, 'any', lambda config, shape, num_classes, **more: given.append(more) or Record())
+    for name in ('three', 'four', 'any'):
+        build(network=name)
+    build(network='four', cond={'ink': ()})
+    build(network='any', cond={'ink': ()})
+    assert given == [None, {}, {'ink': ()}, {'cond': {'ink': ()}}]
+    with pytest.raises(SettingError, match=r"network='three' takes no conditions.*ink.*cond=None"):
+        build(network='three', cond={'ink': ()})
+
+
+def test_the_scaling_hands_conditions_on_unchanged():
+    record, ink = Record(), torch.rand(2)
+    ScaledNetwork(record, get_process(Config()), 't')(torch.zeros(2, 3), torch.rand(2), None, ink=ink)
+    assert record.cond.keys() == {'ink'} and record.cond['ink'] is ink
+
+
+# ---------------------------------------------------------------- scaling
+
+
 class Record(torch.nn.Module):
-    def forward(self, x, time, label):
-        self.x, self.time, self.label = x, time, label
+    def forward(self, x, time, label, **cond):
+        self.x, self.time, self.label, self.cond = x, time, label, cond
         return x
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from config import Config, SettingError
 from networks import NETWORKS, get_network
-from optimizers import LR_SCHEDULES, clip_gradients, get_lr, get_optimizer, set_lr
+from optimizers import LR_SCHEDULES, clip_gradients, get_lr, get_optimizer, set_lr, step_if
 
 each_schedule = pytest.mark.parametrize('schedule', LR_SCHEDULES)
 
@@ -105,13 +106,108 @@ def test_unknown_schedule_lists_the_choices():
 
 def test_set_lr_reaches_every_group():
     net = nn.Linear(2, 2)
-    optimizer = get_optimizer(Config(weight_decay=0.0), net)
-    set_lr(optimizer, 0.125)
+    config = Config(weight_decay=0.0, base_lr=0.25, warmup_steps=2)
+    optimizer = get_optimizer(config, net)
+    assert set_lr([optimizer], config, 0) == 0.125
     before = net.weight.detach().clone(), net.bias.detach().clone()
     net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
     optimizer.step()  # Adam's first step is lr times the gradient's sign
     torch.testing.assert_close(before[0] - net.weight, torch.full((2, 2), 0.125))
     torch.testing.assert_close(before[1] - net.bias, torch.full((2,), 0.125))
+
+
+def test_set_lr_scales_groups_that_have_a_rate_of_their_own():
+    """Two optimizers, and a group in one of them, before and after a checkpoint."""
+    a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    config = Config(base_lr=3e-4, warmup_steps=7, num_training_steps=100)
+
+    def build():
+        adam = torch.optim.AdamW([dict(params=[a]), dict(params=[b], lr=3e-3)], lr=config.base_lr)
+        return adam, torch.optim.SGD([c], lr=0.5)
+
+    optimizers = build()
+    for step in (0, 3, 50, 99):
+        if step == 50:
+            saved = [optimizer.state_dict() for optimizer in optimizers]
+            optimizers = build()
+            for optimizer, state in zip(optimizers, saved, strict=True):
+                optimizer.load_state_dict(state)
+        lr = set_lr(optimizers, config, step)
+        assert lr == get_lr(config, step)
+        rates = [group['lr'] for optimizer in optimizers for group in optimizer.param_groups]
+        assert rates[0] == lr  # to the last bit
+        assert rates[1:] == pytest.approx([10 * lr, 0.5 * lr / 3e-4])
+
+
+# ---------------------------------------------------------------- bad steps
+
+OPTIMIZERS = {
+    'AdamW fused': lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    'AdamW foreach': lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    'AdamW': lambda p: torch.optim.AdamW(p, lr=0.1),
+    'Adam fused amsgrad': lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, fused=True),
+    'Adagrad fused': lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+    'SGD': lambda p: torch.optim.SGD(p, lr=0.1),
+    'SGD momentum': lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    'SGD momentum fused': lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    'RMSprop': lambda p: torch.optim.RMSprop(p, lr=0.1),
+    'half fused': lambda p: torch.optim.AdamW([dict(params=p[:1], fused=True), dict(params=p[1:], fused=False)]),
+}
+if hasattr(torch.optim, 'Muon'):
+    OPTIMIZERS['Muon'] = lambda p: torch.optim.Muon(p, lr=0.1)
+
+
+@pytest.mark.parametrize('bad', [(0,), (2,), (0, 1, 3)])
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_bad_step_changes_nothing(name, bad):
+    """Weights after good and bad steps are, bit for bit, those of plain `step()` with the good ones alone."""
+
+    def parameters():
+        g = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(4, 4, generator=g)) for _ in range(2)]
+
+    ours, plain = parameters(), parameters()
+    optimizer, reference = OPTIMIZERS[name](ours), OPTIMIZERS[name](plain)
+    gradients = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    for i, pair in enumerate(gradients):
+        for p, q, gradient in zip(ours, plain, pair, strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        before = [p.detach().clone() for p in ours]
+        if i in bad:
+            ours[i % 2].grad[0, 0] = torch.nan
+        step_if(torch.tensor(i not in bad), optimizer)
+        if i not in bad:
+            reference.step()
+        for p, q, old in zip(ours, plain, before, strict=True):
+            assert p.isfinite().all() and torch.equal(p, q) and torch.equal(p, old) == (i in bad)
+
+
+def test_a_plain_step_after_a_skipped_one_is_taken():
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([p], lr=0.5, weight_decay=0.0, fused=True)
+    p.grad = torch.ones(1)
+    step_if(torch.tensor(False), optimizer)
+    assert p.item() == 0
+    optimizer.step()
+    assert p.item() == pytest.approx(-0.5)
+
+
+def test_the_default_optimizer_decides_without_a_sync():
+    """On pretended GPU tensors, of which no number can be read."""
+    with FakeTensorMode(), torch.device('cuda'):
+        net = nn.Linear(2, 2)
+        optimizer = get_optimizer(Config(), net)
+        net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
+        step_if(torch.ones((), dtype=torch.bool), optimizer)
+        with pytest.raises(DataDependentOutputException):
+            step_if(torch.ones((), dtype=torch.bool), torch.optim.SGD(net.parameters()))
+
+
+def test_fused_only_where_there_is_a_kernel():
+    assert get_optimizer(Config(), nn.Linear(2, 2)).defaults['fused']
+    assert not get_optimizer(Config(), nn.Linear(2, 2, device='meta')).defaults['fused']
+    net = nn.Linear(2, 2, dtype=torch.complex64)
+    assert not get_optimizer(Config(), net).defaults['fused']
 
 
 @pytest.mark.parametrize(('max_norm', 'after'), [(1.0, 1.0), (4.0, 4.0), (5.5, 5.0), (0.0, 5.0)])

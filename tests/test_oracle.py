@@ -1,4 +1,7 @@
-"""The oracle itself, against torch.distributions, quadrature and the continuity equation; then what a user's process must satisfy with it."""
+"""The oracle itself, against torch.distributions, quadrature and the continuity equation.
+
+Then what a user's process must satisfy with it.
+"""
 
 import pytest
 import torch

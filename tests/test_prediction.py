@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import Config, SettingError
-from prediction import ROWS, Prediction, check_time_range, get_model_convert_fn, get_target_fn
+from prediction import ROWS, Prediction, check_time_range, error_factor, get_model_convert_fn, get_target_fn
 from processes import PROCESSES, Coefs, GaussianProcess, get_process
 
 each_type = pytest.mark.parametrize('model_type', ROWS)
@@ -93,8 +93,8 @@ def test_every_conversion(process_name, model_type, target_type):
 def test_single_precision_towards_the_ends(process_name, model_type, target_type, t):
     """In float32 the error is below 8 roundings, each 2^-24 of the terms that are added.
 
-    With y -> p xt + q y exact in float64, these are |p xt| + |q y|: near an end where an output says little of the target, they are much
-    larger than the target, and no arithmetic in float32 does better.
+    With y -> p xt + q y exact in float64, these are |p xt| + |q y|: near an end where an output says little of the
+    target, they are much larger than the target, and no arithmetic in float32 does better.
     """
     time, xt, x0, x1, coefs = case(process_name, [t])
     y = getattr(get_target_fn()(time, xt, x0, x1, coefs), model_type)
@@ -110,6 +110,31 @@ def test_single_precision_towards_the_ends(process_name, model_type, target_type
     single = getattr(convert(y.float(), time.float(), xt.float(), coefs.to(xt.float())), target_type)
     terms = (of_xt.abs() + of_y.abs()).square().mean().sqrt()
     assert (single - exact).square().mean().sqrt() < 8 * 2**-24 * terms
+
+
+@each_process
+@each_type
+@pytest.mark.parametrize('target_type', ROWS)
+def test_error_factor_is_the_derivative_of_the_conversion(process_name, model_type, target_type):
+    t, xt, x0, x1, coefs = case(process_name, [0.001, 0.2, 0.5, 0.8, 0.999])
+    out = getattr(get_target_fn()(t, xt, x0, x1, coefs), model_type).requires_grad_()
+    target = getattr(get_model_convert_fn(model_type)(out, t, xt, coefs), target_type)
+    (derivative,) = torch.autograd.grad(target.sum(), out)
+    factor = error_factor(model_type, target_type, coefs)
+    assert factor.shape == t.shape
+    torch.testing.assert_close(image(factor).expand_as(out), derivative, rtol=1e-9, atol=0)
+
+
+def test_error_factor_of_the_own_type_is_1_where_it_is_singular_too():
+    coefs = get_process(Config())(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert all(error_factor(name, name, coefs).tolist() == [1, 1] for name in ROWS)
+
+
+def test_first_part_of_a_tuple_is_the_prediction():
+    t, xt, x0, x1, coefs = case('rf', [0.3, 0.6])
+    convert = get_model_convert_fn('velocity')
+    for out in ((x1 - x0, torch.zeros(2)), (x1 - x0,)):
+        assert torch.equal(convert(out, t, xt, coefs).x0, convert(x1 - x0, t, xt, coefs).x0)
 
 
 def test_F_has_unit_variance_and_no_singular_end():
@@ -242,7 +267,10 @@ def test_noise_that_the_sde_cannot_have_is_rejected():
 @each_type
 @pytest.mark.parametrize('target_type', ROWS)
 def test_what_is_accepted_converts(process_name, model_type, target_type):
-    """An exact output at either end gives the exact target, velocity and noise, in float64; 0.001 to 0.999 is always accepted."""
+    """An exact output at either end gives the exact target, velocity and noise, in float64.
+
+    0.001 to 0.999 is always accepted.
+    """
     for t_min, t_max in itertools.product([0.0, 1e-9, 0.001], [1.0, 1 - 1e-9, 0.999]):
         try:
             check(process_name, model_type, target_type, t_min, t_max)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, SettingError
 from processes import PROCESSES, GaussianProcess, LinearVP, VarianceExploding, get_process
@@ -114,6 +115,100 @@ def test_float32_is_kept_and_accurate(name):
         torch.testing.assert_close(value.double(), getattr(double, coefficient), rtol=1e-4, atol=1e-5)
 
 
+class Transcribed(GaussianProcess):
+    """Another process as a user would write it: alpha and sigma, and no closed form of anything else."""
+
+    def __init__(self, process):
+        self.process = process
+
+    def alpha(self, t):
+        return self.process.alpha(t)
+
+    def sigma(self, t):
+        return self.process.sigma(t)
+
+
+ALL_TIMES = torch.cat(
+    [10.0 ** -torch.linspace(1, 8, 100, dtype=torch.float64), T, 1 - 10.0 ** -torch.linspace(2, 6, 50)]
+)
+
+
+@each_process
+def test_time_of_log_snr_without_a_closed_form(name):
+    """To a millionth of t, wherever log-SNR changes by more than 1e-4 per factor e in t: else it says nothing of t."""
+    process = Transcribed(process_named(name))
+    log_snr = process.log_snr(ALL_TIMES)
+    slope = central_difference(lambda x: process.log_snr(x.exp()), ALL_TIMES.log()).abs()
+    there = slope > 1e-4
+    assert there.sum() > 120
+    error = (process.time_of_log_snr(log_snr) - ALL_TIMES).abs() / ALL_TIMES
+    assert error[there].max() < 1e-6
+    single = process.time_of_log_snr(log_snr.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single[100:149], T.float(), rtol=1e-5, atol=1e-6)
+
+
+@each_process
+def test_time_of_log_snr_at_the_ends_without_a_closed_form(name):
+    process = Transcribed(process_named(name))
+    ends = process.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    beyond = torch.tensor([math.inf, 1e5, 200.0, -200.0, -1e5, -math.inf], dtype=torch.float64)
+    assert process.time_of_log_snr(beyond).tolist() == [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(process.time_of_log_snr(ends), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert process.time_of_log_snr(beyond[:1] * math.nan).isnan()
+
+
+def test_time_of_log_snr_where_rounding_spoils_the_ends():
+    """sigma = sqrt(1 - alpha^2) of an alpha that rounds to a little more than 1, and is 0 before t = 1."""
+
+    class Rounded(GaussianProcess):
+        def alpha(self, t):
+            return (torch.cos(HALF_PI * t) - 1e-9).clamp(min=0) * (1 + 2e-9)
+
+        def sigma(self, t):
+            return (1 - self.alpha(t).square()).sqrt()
+
+    assert Rounded().log_snr(torch.tensor([1e-6], dtype=torch.float64)).isnan()
+    torch.testing.assert_close(Rounded().time_of_log_snr(Rounded().log_snr(T)), T, rtol=1e-6, atol=1e-9)
+    ends = Rounded().time_of_log_snr(torch.tensor([1e5, -1e5], dtype=torch.float64))
+    assert ends.tolist() == [0, 1]
+
+
+def test_time_of_log_snr_of_any_shape():
+    log_snr = torch.tensor([[1.0, 0.0], [-3.0, 2.0]])
+    process = Transcribed(process_named('rf'))
+    torch.testing.assert_close(process.time_of_log_snr(log_snr), torch.sigmoid(-log_snr / 2))
+    torch.testing.assert_close(process.time_of_log_snr(log_snr[0, 0]), torch.sigmoid(-log_snr[0, 0] / 2))
+
+
+def test_time_of_log_snr_follows_parameters_that_change():
+    """Numbers, and tensors that are learned in place."""
+    process = Transcribed(VarianceExploding(0.01, 80.0))
+    log_snr = process.log_snr(T)
+    torch.testing.assert_close(process.time_of_log_snr(log_snr), T)
+    process.process.sigma_min = torch.tensor(0.5, requires_grad=True)
+    torch.testing.assert_close(process.time_of_log_snr(process.log_snr(T).detach()), T)
+    with torch.no_grad():
+        process.process.sigma_min.mul_(3)
+    assert not process.time_of_log_snr(process.log_snr(T)).requires_grad
+    torch.testing.assert_close(process.time_of_log_snr(process.log_snr(T).detach()), T)
+
+
+def test_time_of_log_snr_is_few_kernels():
+    """A GPU starts each in microseconds, in every shard of every step with log-normal times; bisection took 700."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.number += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        Transcribed(process_named('rf')).time_of_log_snr(torch.zeros(16))
+    assert Count.number < 80
+
+
 class Power(GaussianProcess):
     """All that a new process writes."""
 
@@ -137,6 +232,13 @@ def test_new_process_needs_only_alpha_and_sigma(grad):
         torch.testing.assert_close(c.sigma_dot, 3 * T**2)
         torch.testing.assert_close(Power().time_of_log_snr(2 * torch.log((1 - T**2) / T**3)), T)
         assert Constant()(T).alpha_dot.eq(0).all()
+
+
+def test_new_process_can_be_differentiated_as_a_whole():
+    """As in a loss with a derivative along t of something that is converted from one prediction type to another."""
+    t = T.clone()
+    _, second = torch.func.jvp(lambda t: Power()(t).sigma_dot, (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(second, 6 * T)
 
 
 def test_new_process_takes_an_expanded_time():

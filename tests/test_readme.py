@@ -1,25 +1,70 @@
-"""What README.md tells a newcomer to type works."""
+"""What README.md and docs/ tell a reader to type works, and what they link to exists."""
 
 import ast
+import importlib.util
+import itertools
+import math
 import re
 import shlex
+import shutil
+import sys
+from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY, as_flags, record_of
 
 from config import Config, parse_config
 
-README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```(\w+)\n(.*?)```', README, re.S)
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+
+
+class Block(NamedTuple):
+    page: str
+    name: str  # its heading and number under it, as 'a-loss-1'
+    language: str
+    code: str
+    comment: str  # the HTML comment in the line before, which no reader sees
+    command: str  # the first `sh run.sh mine.py ...` between it and the next block
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading."""
+    return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
+
+
+def blocks_of(page: str) -> list[Block]:
+    text, found, under = PAGES[page], [], {}
+    fences = list(re.finditer(r'^(<!--.*-->\n)?```(\w*)\n(.*?)^```$', text, re.S | re.M))
+    for fence, following in itertools.zip_longest(fences, fences[1:]):
+        heading = anchor(re.findall(r'^#+ (.*)$', text[: fence.start()], re.M)[-1])
+        under[heading] = under.get(heading, 0) + 1
+        after = text[fence.end() : following.start() if following else None]
+        command = re.search(r'`(sh run\.sh mine\.py[^`]*)`', after)
+        comment, language, code = fence.groups()
+        name = f'{heading}-{under[heading]}'
+        found.append(Block(page, name, language, code, comment or '', command[1] if command else ''))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+PYTHON = [block for block in BLOCKS if block.language == 'python']
+HEART = PYTHON[0]
 COMMANDS = sorted(
     {
         re.sub(r'^\w+=\S+ ', '', line.split('#')[0].strip())
-        for language, block in BLOCKS
-        if language == 'sh'
-        for line in block.splitlines()
+        for block in BLOCKS
+        if block.language == 'sh'
+        for line in block.code.replace('\\\n', ' ').splitlines()
+        if line.split('#')[0].strip()
     }
 )
-SNIPPETS = [block for language, block in BLOCKS if language == 'python']
+
+# ---------------------------------------------------------------- text
+
+
+def test_readme_is_short():
+    assert len(PAGES['README.md'].splitlines()) < 200
 
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('sh run.sh')])
@@ -30,87 +75,286 @@ def test_flags_of_every_command(command):
 
 
 def test_other_commands_are_files_that_exist():
+    assert len(COMMANDS) > 10
     for command in COMMANDS:
         assert (ROOT / shlex.split(command)[1]).is_file(), command
 
 
 def test_every_setting_named_in_a_table_exists():
-    rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \|.*\|.*\|$', README, re.M)
+    rows = re.findall(r'^\| (`\w+`(?:, `\w+`)*) \|.*\|.*\|$', PAGES['docs/settings.md'], re.M)
     names = {name for row in rows for name in re.findall(r'`(\w+)`', row)}
-    assert len(names) > 15 and names <= Config.__dataclass_fields__.keys()
+    assert len(names) > 30 and names <= Config.__dataclass_fields__.keys()
+
+
+def test_choices_of_a_setting_in_its_table_are_all_there_are():
+    from main import choices
+
+    rows = re.findall(r'^\| `(\w+)`[^|]*\|([^|]*)\|', PAGES['docs/settings.md'], re.M)
+    named = {setting: set(re.findall(r'`(\w+)`', cell)) for setting, cell in rows}
+    for setting in ('process_name', 'model_type', 'loss_weight', 'time_sampler', 'solver', 'time_grid'):
+        assert named[setting] == set(choices()[setting]), setting
 
 
 def test_every_file_is_in_the_table():
     for path in ROOT.glob('*.py'):
-        assert f'`{path.name}`' in README, path.name
+        assert f'`{path.name}`' in PAGES['README.md'], path.name
 
 
 def test_every_test_of_the_reliability_table_exists():
-    table = README[README.index('## Reliability') : README.index('Exit codes:')]
     code = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
-    names = re.findall(r'`(test_\w+)`', table)
+    names = re.findall(r'`(test_\w+)`', PAGES['docs/reliability.md'])
     assert len(names) > 25
     for name in names:
         assert f'def {name}(' in code, name
 
 
-def test_pictures_exist():
-    for path in re.findall(r'!\[.*?\]\((.*?)\)', README):
-        assert (ROOT / path).stat().st_size > 1000
+@pytest.mark.parametrize('page', PAGES)
+def test_links_and_pictures_exist(page):
+    text = re.sub(r'^```.*?^```$', '', PAGES[page], flags=re.S | re.M)
+    for target in re.findall(r'\]\(([^)]+)\)', text):
+        if target.startswith('http'):
+            continue
+        path, _, part = target.partition('#')
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.is_file() and file.stat().st_size > 0, target
+        if part:
+            assert part in [anchor(heading) for heading in re.findall(r'^#+ (.*)$', file.read_text(), re.M)], target
 
 
 def test_loss_snippet_is_the_code():
-    """The first snippet is what trainer.py runs, line for line."""
-    code = {line.strip() for line in (ROOT / 'trainer.py').read_text().splitlines()}
-    assert all(line in code for line in SNIPPETS[0].splitlines())
+    """The first block is the end of the example's loss_fn, line for line."""
+    code = [line.strip() for line in (ROOT / 'trainer.py').read_text().splitlines()]
+    lines = HEART.code.splitlines()
+    start = code.index(lines[0])
+    assert len(lines) == 7 and code[start : start + 7] == lines
+    assert any(line.startswith('def loss_fn(') for line in code[start - 5 : start])
 
 
-def test_snippets_run(tmp_path, build_trainer, tiny_config):
-    """Every snippet after the first: a trainer that trains, entries that work, samples from a checkpoint."""
-    import torch
+@pytest.mark.parametrize('block', PYTHON, ids=lambda block: f'{block.page}:{block.name}')
+def test_every_block_is_python(block):
+    ast.parse(block.code if block is not HEART else f'def loss_fn(self):\n    {"    ".join(HEART.code.splitlines(1))}')
 
-    import networks
-    import processes
-    import sampling
-    import solvers
+
+# ---------------------------------------------------------------- recipes: each is a file mine.py
+
+RECIPES = [block for block in PYTHON if block.command]
+SHORT = dict(num_training_steps=4, warmup_steps=1, log_every=2, save_every=2, eval_every=4, sample_every=0)
+
+
+def keys_of(*names):
+    return lambda trainer, module, record: set(names) <= record[-1].keys()
+
+
+def ralston_has_order_2(trainer, module, record):
+    """Exact for a velocity 2 t, whose integral is t^2."""
+    from processes import PROCESSES
+    from sampling import sample
+
+    x1 = torch.randn(4, 1, 8, 8)
+    x = sample(lambda xt, t, label: 2 * t[0] + 0 * xt, PROCESSES['rf'](None), x1, solver='ralston', num_steps=3)
+    return torch.allclose(x, 0.999 * x1 + 0.001**2 - 0.999**2, atol=1e-6)
+
+
+def partners_are_nearer(trainer, module, record):
+    x0, x1 = torch.randn(2, 32, 1, 8, 8)
+    coupled = trainer.couple(x0, x1, None)
+    same_noise = coupled.flatten(1).sum(1).sort().values.equal(x1.flatten(1).sum(1).sort().values)
+    return same_noise and (x0 - coupled).norm() < (x0 - x1).norm() and not trainer.independent
+
+
+def quadratic_times(trainer, module, record):
+    times = module.quadratic(None, 0.9, 0.1, 4)
+    return torch.allclose(times, torch.tensor([0.9, 0.55, 0.3, 0.15, 0.1], dtype=torch.float64))
+
+
+def quadratic_derivative(trainer, module, record):
+    t = torch.rand(3, dtype=torch.float64)
+    return torch.allclose(trainer.process(t).alpha_dot, -2 * t)
+
+
+def guided_by_its_conditions(trainer, module, record):
+    inputs = trainer.sample_inputs(8)
+    names = {'ink', 'text', 'outline'}
+    nulls = []
+
+    def model_fn(xt, t, label, **cond):
+        nulls.append(
+            (len(xt), bool((label[len(xt) // 2 :] == 10).all()), float(cond['ink'][len(xt) // 2 :].abs().max()))
+        )
+        return 0 * xt
+
+    trainer.draw(model_fn, inputs, 'adams')
+    return names == inputs.cond.keys() == trainer.example.cond.keys() and set(nulls) == {(16, True, 0)}
+
+
+# name of a recipe -> what must be true of its trainer, its module and its record after a run
+EXPECTED = {
+    'diffusion-flow-matching-and-stochastic-interpolants-in-files-you-can-read-3': keys_of('train/mean_weight'),
+    'a-loss-1': keys_of('train/rmse', 'eval/rmse', 'eval/rmse_ema_0.999', 'eval/reference'),
+    'a-process-1': quadratic_derivative,
+    'a-data-set-2': lambda trainer, module, record: trainer.shape == (1, 24, 24) and trainer.data.num_classes == 5,
+    'points-and-other-floats-1': lambda trainer, module, record: trainer.shape == (2,),
+    'points-and-other-floats-2': lambda trainer, module, record: trainer.example.x0.abs().max() == 1,
+    'a-network-1': lambda trainer, module, record: type(trainer.network.net).__name__ == 'Small',
+    'settings-of-your-own-1': lambda trainer, module, record: trainer.config.huber == 0.1,
+    'a-solver-1': ralston_has_order_2,
+    'a-time-grid-1': quadratic_times,
+    'conditions-1': guided_by_its_conditions,
+    'conditions-2': lambda trainer, module, record: trainer.sample_inputs(3).cond['text'].shape == (3, 16),
+    'x1-is-data-1': lambda trainer, module, record: len(trainer.sample_inputs(3).beside) == 2,
+    'x1-is-data-2': lambda trainer, module, record: not trainer.independent,
+    'x1-is-data-3': lambda trainer, module, record: trainer.sample_inputs(3).label.tolist() == [3, 3, 3],
+    'latents-1': lambda trainer, module, record: trainer.shape == (4, 4, 4),
+    'coupling-1': partners_are_nearer,
+    'several-networks-1': keys_of('train/critic', 'train/grad_norm_critic', 'eval/critic'),
+    'several-networks-2': lambda trainer, module, record: 'teacher' in trainer.modules,
+    'derivatives-and-a-second-time-1': lambda trainer, module, record: list(trainer.samplers()) == ['mean_flow'],
+    'samplers-metrics-and-pictures-1': lambda trainer, module, record: len(trainer.samplers()) == 3,
+}
+
+
+@pytest.fixture
+def restored_tables():
+    """What a recipe adds to the tables is gone after its test."""
+    from main import choices
+
+    before = [(table, dict(table)) for table in choices().values()]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """`imported(code)`: the module of a file mine.py with this code."""
+
+    def load(code: str):
+        path = tmp_path / 'mine.py'
+        path.write_text(code)
+        spec = importlib.util.spec_from_file_location('mine', path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, 'mine', module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def write_arrays(folder):
+    """What the recipe for arrays reads."""
+    import numpy as np
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(folder / 'mine.npz', images=rng.integers(0, 256, (250, 1, 24, 24), np.uint8), labels=np.arange(250) % 5)
+
+
+@pytest.mark.parametrize('block', RECIPES, ids=lambda block: block.name[-40:])
+def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
+    """Trains by the command below it, evaluates, draws, saves, and goes on from its checkpoint."""
+    import evaluation
+    import pictures
+
+    write_arrays(tmp_path / 'data')
+    module = imported(block.code)
+    folders = dict(ckpt_dir=str(tmp_path / 'ckpts'), data_dir=str(tmp_path / 'data'))
+    flags = as_flags(TINY | SHORT | folders) + shlex.split(block.command)[3:]
+    config = parse_config(flags, getattr(module, 'MyConfig', Config))
+    trainer = build_trainer(config, getattr(module, 'Mine', None))
+    trainer.train_loop()
+
+    record = record_of(config.run_dir)
+    assert record[-1]['train/step'] == 4 and all(math.isfinite(line['train/loss']) for line in record)
+    assert pictures.kind(trainer.decode(trainer.example.x0)) is None or list(
+        config.run_dir.glob('samples/step_0000004_*.png')
+    )
+    if 'sample_metrics' in vars(type(trainer)):
+        numbers = evaluation.final_metrics(trainer, num_samples=16)
+        assert len(numbers) >= len(trainer.samplers()) and all(map(math.isfinite, numbers.values()))
+    assert EXPECTED.get(block.name, lambda *_: True)(trainer, module, record)
+
+    again = build_trainer(config, getattr(module, 'Mine', None))
+    assert again.step == 4 and again.state().keys() == trainer.state().keys()
+    for name, weights in trainer.modules.items():
+        for mine, theirs in zip(weights.state_dict().values(), again.modules[name].state_dict().values(), strict=True):
+            assert mine.equal(theirs), name
+
+
+def test_every_recipe_that_is_expected_exists():
+    assert EXPECTED.keys() <= {block.name for block in RECIPES}
+    not_run = [block.name for block in blocks_of('docs/experiments.md') if block in PYTHON and block not in RECIPES]
+    assert not_run == ['a-data-set-3'], 'each recipe needs a command below it, or a comment why it is not run'
+    assert all(b.comment for b in PYTHON if b.name in not_run)
+
+
+# ---------------------------------------------------------------- notebooks: the blocks of a page, one after the other
+
+
+@pytest.fixture
+def notebook(tmp_path, tiny_config, build_trainer, monkeypatch):
+    """`notebook(page, old, new)`: runs the blocks of a page, with `old` read as `new`, beside a run in ckpts/digits."""
+    import main
+
+    main.train(tiny_config(experiment_name='digits', save_every=4, eval_every=4), None)
+    monkeypatch.chdir(tmp_path)
+
+    def run(page: str, old: str = '', new: str = '') -> dict:
+        names = {'__name__': 'notebook'}
+        for block in blocks_of(page):
+            if block in PYTHON and block is not HEART and block != HEART and not block.command:
+                exec(
+                    compile(block.code.replace(old, new) if old else block.code, f'{page}:{block.name}', 'exec'), names
+                )
+        return names
+
+    return run
+
+
+def test_samples_in_a_notebook(notebook):
     import unet
 
-    for snippet in SNIPPETS:
-        ast.parse(
-            snippet if 'return self.loss' not in snippet else 'def f(self):\n    ' + snippet.replace('\n', '\n    ')
-        )
-    spaces = dict(vars(processes)) | dict(vars(solvers)) | dict(vars(networks))
-    loss, process, _, _, solver, grid, samples, likelihood, floor, replay = SNIPPETS[1:]
-    names = {}
-    exec(loss.replace("if __name__ == '__main__':", 'if False:'), names)
-    config = tiny_config(experiment_name='digits')
-    trainer = build_trainer(config, names['MyTrainer'])
-    trainer.train_loop()
-    exec(process, spaces)
-    exec(solver, spaces)
-    quadratic = processes.PROCESSES.pop('quadratic')(config)
-    t = torch.rand(3, dtype=torch.float64)
-    assert torch.allclose(quadratic(t).alpha_dot, -2 * t)
-    x1 = torch.randn(4, 1, 8, 8)
-    try:
-        x = sampling.sample(lambda xt, t, label: torch.zeros_like(xt), quadratic, x1, solver='ralston', num_steps=3)
-    finally:
-        del solvers.SOLVERS['ralston']
-    assert torch.allclose(x, 0.999 * x1)
-    names = {}
-    exec(samples.replace('ckpts/digits', str(config.run_dir)), names)
+    names = notebook('README.md')
     assert names['x'].shape == (20, 1, 8, 8) and isinstance(names['network'].net, unet.UNet)
-    exec(grid, vars(sampling).copy())
-    times = sampling.TIME_GRIDS.pop('quadratic')(None, 0.9, 0.1, 4)
-    assert torch.allclose(times, torch.tensor([0.9, 0.55, 0.3, 0.15, 0.1], dtype=torch.float64))
-    exec(likelihood, names)
-    exec(floor, names)
-    x0, t = names['x0'], torch.full((4,), 0.01)
-    assert torch.allclose(names['perfect'](0.99 * x0, t, None), x0)
-    assert names['result'].log_prob.shape == (4,)
-    fresh = tiny_config(experiment_name='replay')
-    exec(
-        replay.replace("parse_config(['--experiment_name', 'copy'])", 'config').replace('1234', '5'),
-        names := names | dict(config=fresh, MyTrainer=type(trainer)),
+    assert names['pictures'].shape == (20, 1, 8, 8)
+    assert names['pictures'].min() >= 0 and names['pictures'].max() <= 1
+
+
+def test_sampling_page(notebook):
+    names = notebook('docs/solvers.md')
+    assert len(names['path']) == names['config'].num_sample_steps and names['x'].isfinite().all()
+    assert names['result'].log_prob.shape == (4,) and names['floor'].isfinite().all()
+    x0, t, process = names['x0'], torch.full((4,), 0.01), names['process']
+    xt = process.compute_xt(x0, torch.zeros_like(x0), process(t))  # so near to a training image that it is the answer
+    assert torch.allclose(xt - t[0] * names['perfect'](xt, t, names['labels']), x0, atol=1e-4)
+
+
+def test_settings_page(notebook):
+    assert [step for step, _ in notebook('docs/settings.md')['curve']] == [4, 8, 12]
+
+
+def test_replay_of_a_bad_step(notebook, tmp_path):
+    """After the numbered steps before the block: a copy of the folder, with the save before the last as last.pt."""
+    import saving
+
+    digits, replay = tmp_path / 'ckpts/digits', tmp_path / 'ckpts/replay'
+    shutil.copytree(digits, replay)
+    shutil.copy(replay / 'last-1.pt', replay / 'last.pt')
+    before = {path.name: path.read_bytes() for path in replay.glob('*.*')}
+    names = notebook('docs/reliability.md', '1234', '12')
+    trainer, batch = names['trainer'], names['batch']
+    assert trainer.step == 12 and names['losses'].isfinite().all()
+    for name, weights in saving.load(digits / 'last.pt')['network'].items():  # where the run itself was at this step
+        assert trainer.network.state_dict()[name].equal(weights), name
+    again = trainer.draw_shard(
+        trainer.train_loader.take(shard_indices(trainer, 12)), trainer.config.batch_shards - 1, 12
     )
-    assert names['trainer'].step == 5 and names['losses'].isfinite().all()
+    assert batch.x0.equal(again.x0) and batch.t.equal(again.t) and batch.x1.equal(again.x1)
+    assert {path.name: path.read_bytes() for path in replay.glob('*.*')} == before, 'reading wrote something'
+
+
+def shard_indices(trainer, step):
+    """Indices of the images in the last shard of a step."""
+    trainer.train_sampler.set_step(step)
+    shards = iter(trainer.train_sampler)
+    return [next(shards) for _ in trainer.train_sampler.my_shards][-1]

@@ -1,10 +1,8 @@
 """The launcher and whole runs, with real processes: run.sh, torchrun, gloo, signals."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -201,108 +199,3 @@ def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
     others[batch] = False
     to_others = torch.cdist(samples.flatten(1), digits[others].flatten(1)).min(1).values
     assert (to_batch < to_others).float().mean() > 0.9 and to_batch.mean() < 0.5 * to_others.mean()
-
-
-# ---------------------------------------------------------------- the environment that run.sh makes
-
-
-@pytest.fixture
-def fresh(tmp_path):
-    """A copy of run.sh whose requirements are two tiny wheels, and a function that runs only its set-up."""
-    import zipfile
-
-    folder = tmp_path / 'fresh'
-    folder.mkdir()
-    for name in ('run.sh', 'pyproject.toml'):
-        (folder / name).write_text((ROOT / name).read_text())
-    for name in ('alpha', 'beta'):
-        with zipfile.ZipFile(folder / f'{name}-1.0-py3-none-any.whl', 'w') as wheel:
-            info = f'{name}-1.0.dist-info'
-            wheel.writestr(f'{name}.py', 'value = 1')
-            wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
-            wheel.writestr(
-                f'{info}/WHEEL', 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
-            )
-            wheel.writestr(f'{info}/RECORD', f'{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
-    (folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n')
-
-    def setup(command='echo "uses $python"', **env):
-        clean = {k: v for k, v in os.environ.items() if k not in ('VIRTUAL_ENV', 'CONDA_PREFIX', 'PYTHONPATH')}
-        clean |= {'PYTHON': sys._base_executable, 'PIP_NO_INDEX': '1'} | env
-        return subprocess.run(
-            ['/bin/sh', '-c', f'SETUP_ONLY=1; . ./run.sh; {command}'],
-            cwd=folder,
-            env=clean,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-
-    setup.folder = folder
-    return setup
-
-
-def test_environment_is_made_once_finished_if_cut_off_and_updated(fresh):
-    first = fresh('"$python" -c "import alpha; print(alpha.value)"')
-    assert first.returncode == 0 and '1' in first.stdout.split() and 'installing' in first.stdout, first.stderr
-    second = fresh()
-    assert second.stdout == f'uses {fresh.folder}/.venv/bin/python\n'
-    (fresh.folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n./beta-1.0-py3-none-any.whl\n')
-    assert fresh('"$python" -c "import beta"').returncode == 0
-    # cut off while pip was writing: a package that pip takes for installed, but is not whole
-    (next(fresh.folder.glob('.venv/lib/python*/site-packages/alpha.py'))).unlink()
-    (fresh.folder / '.venv/.installing').touch()
-    again = fresh('"$python" -c "import alpha, beta"')
-    assert again.returncode == 0 and 'installing' in again.stdout, again.stderr
-
-
-def test_no_network_is_one_clear_line(fresh):
-    (fresh.folder / 'requirements.txt').write_text('no-such-package==1.0\n')
-    result = fresh()
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert 'pip could not install' in result.stderr and 'network' in result.stderr
-    assert fresh().returncode == 1  # nothing half-made is trusted
-
-
-@pytest.mark.parametrize(
-    'python, words',
-    [
-        ('/nowhere/python3', ('/nowhere/python3 is not installed', 'PYTHON=')),
-        (
-            '#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac',
-            ('Python 3.8.1 is not 3.10 to 3.13', 'PYTHON='),
-        ),
-        ('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac', ('no venv module', 'apt install python3-venv')),
-    ],
-)
-def test_unusable_python_is_one_clear_line(fresh, python, words):
-    if python.startswith('#!'):
-        fake = fresh.folder / 'python3'
-        fake.write_text(python)
-        fake.chmod(0o755)
-        python = str(fake)
-    result = fresh(PYTHON=python)
-    assert result.returncode == 1 and result.stderr.count('\n') == 1
-    for word in words:
-        assert word in result.stderr
-    assert not (fresh.folder / '.venv').exists()
-
-
-def test_an_environment_of_the_user_is_named_and_left_alone(fresh):
-    mine = fresh.folder / 'mine'
-    subprocess.run([sys._base_executable, '-m', 'venv', '--without-pip', mine], check=True)
-    before = sorted(path.name for path in mine.rglob('*'))
-    result = fresh(VIRTUAL_ENV=str(mine))
-    assert result.returncode == 0 and result.stdout.endswith(f'uses {fresh.folder}/.venv/bin/python\n')
-    assert str(mine) in result.stderr and 'lacks: torch, torchvision' in result.stderr
-    assert sorted(path.name for path in mine.rglob('*')) == before
-    packages = next(mine.glob('lib/python*/site-packages'))
-    (packages / 'torch-2.1.0.dist-info').mkdir()
-    (packages / 'torch-2.1.0.dist-info' / 'METADATA').write_text('Name: torch\nVersion: 2.1.0\n')
-    assert 'torch 2.10 or newer (it has 2.1.0)' in fresh(VIRTUAL_ENV=str(mine)).stderr
-
-
-def test_a_fitting_environment_of_the_user_is_used(fresh):
-    result = fresh(VIRTUAL_ENV=sys.prefix)
-    assert result.stdout == f'uses {sys.prefix}/bin/python\n', result.stderr
-    assert not (fresh.folder / '.venv').exists()

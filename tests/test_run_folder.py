@@ -1,6 +1,7 @@
 """The folder of a run: what it goes on from, who may be in it, and writes in the background."""
 
 import dataclasses
+import itertools
 import json
 import socket
 import subprocess
@@ -13,8 +14,9 @@ from conftest import ROOT
 from torch import nn
 
 import saving
-from config import SettingError
+from config import Config, SettingError, default_experiment_name
 from runtime import run_folder, stopping
+from runtime.run_folder import Identity
 from runtime.stopping import SaveError
 
 
@@ -46,6 +48,173 @@ def test_free_settings_may_change(tiny_config):
     assert run_folder.load_run(changed)['step'] == 4
     assert json.loads((config.run_dir / 'config.json').read_text())['log_every'] == 9
 
+
+# ---------------------------------------------------------------- whose run it is
+
+MINE = Identity('mine.py:Mine', {'mine.py': 'a = 1\nb = 2\n', 'base.py:Base': 'class Base: ...\n'}, '1500 images, f00d')
+
+
+def held(config, identity=MINE, **objects):
+    """The folder of a run after a save, and what is in it."""
+    run_folder.load_run(config, identity)
+    writer = run_folder.Writer(config)
+    writer.write(None, step=4, **vars(identity) | objects)
+    writer.wait()
+    return files(config)
+
+
+def files(config):
+    return {path.name: path.read_bytes() for path in config.run_dir.iterdir() if path.name != 'lock'}
+
+
+@pytest.mark.parametrize('finished', [False, True])
+@pytest.mark.parametrize(
+    'other, words',
+    [
+        (dict(trainer='other.py:Other'), 'another trainer.*mine.py:Mine -> other.py:Other.*--experiment_name'),
+        (dict(data='9 images, beef'), "data_dir='.*f00d -> 9 images, beef.*--experiment_name, or the old data"),
+        (
+            dict(code=MINE.code | {'mine.py': 'a = 1\nb = 3\n'}),
+            r'step 4.*--experiment_name.*--same_code.*\n-b = 2\n\+b = 3',
+        ),
+        (dict(code={'mine.py': MINE.code['mine.py']}), r'\n-class Base'),
+        (dict(code=MINE.code | {'more.py:More': 'c'}), r'\n\+\+\+ more.py:More \(now\)\n.*\n\+c'),
+    ],
+    ids=['trainer', 'data', 'code', 'less code', 'more code'],
+)
+def test_a_run_of_another_is_refused_and_left_as_it_is(tiny_config, other, words, finished):
+    config = tiny_config(experiment_name='run', num_training_steps=4)
+    before = held(config, finished=finished)
+    for now in (config, dataclasses.replace(config, log_every=9)):
+        with pytest.raises(SettingError, match=f'(?s){words}'):
+            run_folder.load_run(now, dataclasses.replace(MINE, **other))
+    assert files(config) == before
+    assert run_folder.load_run(config, MINE)['step'] == 4
+
+
+def test_same_code_goes_on_with_changed_code_and_says_so(tiny_config, capsys):
+    config = tiny_config(experiment_name='run')
+    held(config)
+    changed = dataclasses.replace(MINE, code={'mine.py': 'a = 5\n'})
+    assert run_folder.load_run(dataclasses.replace(config, same_code=True), changed)['step'] == 4
+    assert 'the code has changed since step 4' in capsys.readouterr().out
+    for other in (dict(trainer='x'), dict(data='x')):  # these it does not allow
+        with pytest.raises(SettingError):
+            run_folder.load_run(dataclasses.replace(config, same_code=True), dataclasses.replace(MINE, **other))
+    assert run_folder.load_run(dataclasses.replace(config, same_code=True), MINE)['step'] == 4
+    assert capsys.readouterr().out == ''
+
+
+def test_a_long_diff_is_cut_to_40_lines(tiny_config):
+    config = tiny_config(experiment_name='run')
+    held(config, dataclasses.replace(MINE, code={'mine.py': ''}))
+    with pytest.raises(SettingError) as caught:
+        run_folder.load_run(config, dataclasses.replace(MINE, code={'mine.py': '\n'.join(map(str, range(100)))}))
+    _, *diff, rest = str(caught.value).splitlines()
+    assert len(diff) == 40 and diff[:2] == ['--- mine.py (saved)', '+++ mine.py (now)']
+    assert rest == '... and 63 more lines'  # 3 of the head and 100, less 40
+
+
+def test_checkpoints_without_an_identity_are_accepted(tiny_config):
+    config = tiny_config(experiment_name='run')
+    run_folder.load_run(config)
+    run_folder.save_run(config, None, step=4)
+    assert run_folder.load_run(config, MINE)['step'] == 4
+
+
+def test_a_new_folder_of_a_run_that_is_refused_is_removed_unless_it_was_trained(tiny_config, trained):
+    config = tiny_config(experiment_name='run')
+    run_folder.load_run(config)
+    if trained:
+        run_folder.save_run(config, None, step=4)
+    before = files(config)
+    run_folder.discard_new(config)
+    assert config.run_dir.exists() is trained
+    assert not trained or files(config) == before
+    assert (run_folder.load_run(config) is not None) is trained  # and it can begin again
+    assert (config.run_dir / 'lock').exists()
+
+
+def test_a_folder_that_was_there_is_never_removed(tiny_config):
+    config = tiny_config(experiment_name='run')
+    config.run_dir.mkdir(parents=True)
+    run_folder.load_run(config)
+    run_folder.discard_new(config)
+    assert files(config).keys() == {'config.json'}
+
+
+# ---------------------------------------------------------------- default names
+
+
+def start(config, trainer_class=None):
+    """The name under which a run starts, its folder then being in use."""
+    settled = run_folder.settle_name(config, trainer_class)
+    assert dataclasses.replace(settled, experiment_name=config.experiment_name) == config
+    run_folder.load_run(settled)
+    return settled.experiment_name
+
+
+def edited(**defaults):
+    """Config as if its defaults had been edited."""
+    fields = [(name, type(value), value) for name, value in defaults.items()]
+    return dataclasses.make_dataclass('Config', fields, bases=(Config,), frozen=True)
+
+
+def test_edited_defaults_are_another_run_with_a_name_that_says_what_differs(tmp_path, capsys):
+    folder = dict(ckpt_dir=str(tmp_path))
+    assert start(Config(**folder)) == 'digits' == start(Config(**folder))
+    assert capsys.readouterr().out == ''
+    assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25'
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f'{tmp_path}/digits' in line and 'base_lr: 0.001 -> 0.25' in line and 'called digits_base_lr=0p25' in line
+    assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25'  # the same command goes on
+    assert start(edited(log_every=7)(**folder)) == 'digits'  # no other experiment
+
+
+def test_a_name_that_is_taken_too_is_made_longer(tmp_path):
+    folder = dict(ckpt_dir=str(tmp_path))
+    start(Config(**folder))
+    taken = Config(experiment_name='digits_base_lr=0p25', base_lr=0.25, seed=7, **folder)
+    assert start(taken) == 'digits_base_lr=0p25'
+    assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25_seed=0'
+
+
+def test_many_edits_each_find_a_name_of_their_own(tmp_path):
+    names = set()
+    for lr, seed, channels in itertools.product((0.001, 0.25), (0, 1), (32, 64)):
+        config = edited(base_lr=lr, seed=seed, channels=channels)(ckpt_dir=str(tmp_path))
+        names.add(name := start(config))
+        assert start(config) == name
+    assert len(names) == 8 and all(len(name) <= 120 for name in names)
+
+
+def test_a_name_that_was_given_stays_and_another_config_is_refused(tmp_path):
+    given = Config(experiment_name='mine', ckpt_dir=str(tmp_path))
+    run_folder.load_run(given)
+    run_folder.save_run(given, None, step=4)
+    other = dataclasses.replace(given, seed=5)
+    assert run_folder.settle_name(other, int) is other
+    with pytest.raises(SettingError, match='seed: 0 -> 5'):
+        run_folder.load_run(other)
+
+
+def test_the_trainer_class_is_in_a_default_name(tmp_path):
+    class Coupled: ...
+
+    folder = dict(ckpt_dir=str(tmp_path))
+    assert [start(Config(**folder), cls) for cls in (None, Coupled, Coupled)] == ['digits'] + 2 * ['digits_Coupled']
+    assert start(edited(seed=3)(**folder), Coupled) == 'digits_Coupled_seed=3'
+    assert default_experiment_name(Config(), 'Coupled') == 'digits_Coupled'
+
+
+def test_a_folder_without_a_readable_config_is_no_other_run(tmp_path):
+    (tmp_path / 'digits').mkdir()
+    assert run_folder.settle_name(Config(ckpt_dir=str(tmp_path))).experiment_name == 'digits'
+    (tmp_path / 'digits' / 'config.json').write_text('{"seed')
+    assert run_folder.settle_name(Config(ckpt_dir=str(tmp_path))).experiment_name == 'digits'
+
+
+# ---------------------------------------------------------------- damaged checkpoints
 
 DAMAGE = {
     'empty': lambda raw: b'',
@@ -137,8 +306,8 @@ def test_the_last_k_and_every_mth_are_kept(tiny_config, keep_last):
 
 def test_links_to_one_file_leave_no_rest(tmp_path):
     (tmp_path / 'a').write_text('x')
-    run_folder.keep(tmp_path / 'a', tmp_path / 'b')
-    run_folder.keep(tmp_path / 'a', tmp_path / 'b')  # rename does nothing then, and leaves its source
+    run_folder.link_as(tmp_path / 'a', tmp_path / 'b')
+    run_folder.link_as(tmp_path / 'a', tmp_path / 'b')  # rename does nothing then, and leaves its source
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'b']
 
 

@@ -8,7 +8,9 @@ from torch import nn
 
 import saving
 from config import Config, SettingError
-from networks import get_network
+from networks import NETWORKS, TIME_INPUTS, get_network
+from prediction import ROWS
+from processes import PROCESSES
 from sampling import sample
 
 SHAPE, CLASSES = (1, 8, 8), 10
@@ -166,6 +168,55 @@ def test_weights_of_another_network_name_the_setting(tiny_config):
     assert 'base_lr' not in str(caught.value)
 
 
+def refused_weights(saved_config, config, saved_network, network):
+    with pytest.raises(SettingError) as caught:
+        saved = dataclasses.asdict(saved_config)
+        saving.load_weights(network, saved_network.state_dict(), saved, config, 'ckpts/x/last.pt')
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('network', ['unet', 'mlp'])
+def test_another_number_of_classes_is_said_and_no_setting_is_blamed(tiny_config, network):
+    config, other = tiny_config(network=network), tiny_config(network=network, dataset='mnist')
+    text = refused_weights(config, other, get_network(config, SHAPE, CLASSES), get_network(other, SHAPE, 0))
+    assert 'the class embedding has 11 rows in the checkpoint, 1 now' in text and 'classes' in text.split('. ')[-1]
+    assert 'dataset' not in text and '->' not in text
+
+
+def test_another_shape_or_other_conditions_are_said(tiny_config):
+    config = tiny_config()
+    plain, colour, told = (
+        get_network(config, *rest) for rest in ((SHAPE, CLASSES), ((3, 8, 8), CLASSES), (SHAPE, CLASSES, {'ink': ()}))
+    )
+    text = refused_weights(config, config, plain, colour)
+    assert 'net.stem.weight has shape (8, 1, 3, 3) in the checkpoint, (8, 3, 3, 3) now' in text
+    assert 'net.conditions.mlps.mlp_ink.0.weight is missing in the checkpoint' in refused_weights(
+        config, config, plain, told
+    )
+    assert 'net.conditions.mlps.mlp_ink.0.weight is missing now' in refused_weights(config, config, told, plain)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepConfig(Config):
+    depth: int = 4
+
+
+class Deep(nn.Sequential):
+    def forward(self, xt, time, label):
+        return super().forward(xt.flatten(1)).reshape(xt.shape)
+
+
+def deep(config, shape, num_classes):
+    return Deep(*(nn.Linear(64, 64) for _ in range(config.depth)))
+
+
+def test_own_settings_of_a_network_are_named(tiny_config, monkeypatch):
+    monkeypatch.setitem(NETWORKS, 'deep', deep)
+    four, five = (DeepConfig(**vars(tiny_config(network='deep')) | dict(depth=depth)) for depth in (4, 5))
+    text = refused_weights(four, five, get_network(four, SHAPE, 0), get_network(five, SHAPE, 0))
+    assert 'depth: 4 -> 5 (checkpoint -> now); net.4.weight is missing in the checkpoint' in text
+
+
 def test_weights_that_fit_are_copied(tiny_config):
     config = tiny_config()
     torch.manual_seed(1)
@@ -193,6 +244,78 @@ def test_load_for_sampling_gives_the_averaged_weights(tiny_config, build_trainer
     images = [sample(network, process, x1, label, model_type=its_config.model_type, num_steps=2) for _ in range(2)]
     assert images[0].shape == (4, *SHAPE) and images[0].isfinite().all()
     assert torch.equal(*images)  # no dropout
+
+
+def checkpoint_of(path, config, network, **more):
+    """As a run saves it."""
+    saving.save(
+        path,
+        config=dataclasses.asdict(config),
+        shape=SHAPE,
+        num_classes=CLASSES,
+        network=network,
+        ema=dict(networks={}),
+        **more,
+    )
+    return path
+
+
+@pytest.mark.parametrize('shape', [(6,), [6]], ids=['tuple', 'list'])
+def test_load_for_sampling_gives_a_network_its_conditions(tiny_config, tmp_path, shape):
+    config, cond = tiny_config(), {'ink': (), 'text': shape}
+    network = get_network(config, SHAPE, CLASSES, cond)
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.1)
+    loaded, _, _ = saving.load_for_sampling(checkpoint_of(tmp_path / 'a.pt', config, network, cond=cond))
+    inputs, values = (torch.randn(2, *SHAPE), torch.rand(2)), dict(ink=torch.rand(2), text=torch.randn(2, 6))
+    assert torch.equal(loaded(*inputs, **values), network.eval()(*inputs, **values))
+    assert not torch.equal(loaded(*inputs, **values), loaded(*inputs))
+
+
+@pytest.mark.parametrize(
+    ('setting', 'table'),
+    [('network', NETWORKS), ('process_name', PROCESSES), ('time_input', TIME_INPUTS), ('model_type', ROWS)],
+)
+@pytest.mark.parametrize(
+    ('more', 'file'),
+    [
+        (dict(trainer='e9.py:MyTrainer'), r'e9\.py'),
+        (dict(trainer='trainer.py:ExampleDiffusionTrainer'), 'the script of the run'),
+        (dict(trainer=None), 'the script of the run'),
+        ({}, 'the script of the run'),
+    ],
+    ids=['own trainer', 'trainer of this repo', 'none', 'old'],
+)
+def test_what_the_script_of_the_run_registered_names_the_file_to_import(
+    tiny_config, tmp_path, monkeypatch, setting, table, more, file
+):
+    path = checkpoint_of(tmp_path / 'a.pt', tiny_config(**{setting: 'mine'}), nn.Linear(1, 1), **more)
+    with pytest.raises(
+        SettingError,
+        match=f"a.pt.*{setting}='mine' is registered by {file}: import that file first.*{next(iter(table))}",
+    ):
+        saving.load_for_sampling(path)
+
+
+def test_a_network_with_settings_of_its_own_asks_for_its_config_class(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS, 'deep', deep)
+    config = DeepConfig(**vars(tiny_config(network='deep')) | dict(depth=2))
+    network = get_network(config, SHAPE, CLASSES)
+    path = checkpoint_of(tmp_path / 'a.pt', config, network, trainer='e9.py:MyTrainer')
+    with pytest.raises(SettingError, match=r"'depth', which Config does not have.*config_class.*e9\.py"):
+        saving.load_for_sampling(path)
+    loaded, _, its_config = saving.load_for_sampling(path, config_class=DeepConfig)
+    assert its_config == config and torch.equal(loaded.net[1].weight, network.net[1].weight)
+
+
+def test_an_attribute_error_of_a_network_is_not_taken_for_a_setting(tiny_config, tmp_path, monkeypatch):
+    def broken(config, shape, num_classes):
+        return shape.channels
+
+    monkeypatch.setitem(NETWORKS, 'broken', broken)
+    path = checkpoint_of(tmp_path / 'a.pt', tiny_config(network='broken'), nn.Linear(1, 1))
+    with pytest.raises(AttributeError, match='channels'):
+        saving.load_for_sampling(path)
 
 
 def test_without_averages_the_raw_weights_are_the_best():

@@ -3,10 +3,12 @@ import pytest
 import scipy.stats
 import torch
 from oracle import F64, ring
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from config import Config, SettingError
-from processes import PROCESSES, get_process
+from processes import PROCESSES, GaussianProcess, get_process
 from time_samplers import TIME_SAMPLERS, get_time_sampler
 
 each_sampler = pytest.mark.parametrize('name', TIME_SAMPLERS)
@@ -82,7 +84,7 @@ def test_normal_that_misses_the_range_is_an_error_with_a_remedy_that_works(name,
 @pytest.mark.parametrize('name', ['logit_normal', 'log_normal'])
 @pytest.mark.parametrize('mean', [3.8, -3.8])
 def test_tails_keep_their_digits(name, mean):
-    """Four standard deviations out, in either tail: the densities that are left are those of the truncated normal, mirror images of one another."""
+    """Four standard deviations out, in either tail: what is left of the densities is mirror-symmetric, and right."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     t = get_time_sampler(Config(time_sampler=name, time_mean=mean, time_std=1.0, t_min=0.27, t_max=0.73))(u).logit()
     other = get_time_sampler(Config(time_sampler=name, time_mean=-mean, time_std=1.0, t_min=0.27, t_max=0.73))(
@@ -91,6 +93,45 @@ def test_tails_keep_their_digits(name, mean):
     torch.testing.assert_close(t, -other, rtol=1e-9, atol=1e-9)
     expected = scipy.stats.truncnorm.ppf(u.numpy(), (np.log(0.27 / 0.73) - mean), (np.log(0.73 / 0.27) - mean)) + mean
     np.testing.assert_allclose(t.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+class Transfers(TorchDispatchMode):
+    """Names of the operations that copy between devices, or read a number of a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor) and (x.ndim or x is out)}
+        if name in ('_local_scalar_dense', 'nonzero', 'is_nonzero') or len(devices) > 1:
+            self.seen.append(name)
+        return out
+
+
+class Power(GaussianProcess):
+    """A process without closed forms."""
+
+    def alpha(self, t):
+        return 1 - t**2
+
+    def sigma(self, t):
+        return t**3
+
+
+@each_sampler
+@pytest.mark.parametrize('process_name', [*PROCESSES, 'power'])
+def test_nothing_goes_to_the_device_in_a_call(name, process_name, monkeypatch):
+    """On pretended GPU tensors: a copy from the host would make the processor wait for all that the GPU has to do."""
+    monkeypatch.setitem(PROCESSES, 'power', lambda config: Power())
+    sampler = get_time_sampler(Config(time_sampler=name, process_name=process_name))
+    with FakeTensorMode(), Transfers() as transfers:
+        t = sampler(torch.rand(16, device='cuda'))
+        assert transfers.seen == [] and t.device.type == 'cuda' and t.dtype == torch.float32
+        torch.zeros(3).to('cuda')
+        assert transfers.seen == ['_to_copy']
 
 
 # ---------------------------------------------------------------- where u comes from
@@ -132,8 +173,8 @@ def test_antithetic_comes_in_pairs_and_stratified_in_strata(build_trainer, tiny_
 def test_variance_of_the_loss_estimate(build_trainer, tiny_config, target, antithetic_helps):
     """Of the mean over a batch of 32 of the least loss at each time, for a mixture of Gaussians.
 
-    Strata take nearly all of the variance that comes from the times. Mirrored pairs help a loss that rises or falls with t, and
-    harm one that is high at both ends. The loss at t is E|y - E[y|xt]|^2, by Monte Carlo over 4000 points.
+    Strata take nearly all of the variance that comes from the times. Mirrored pairs help a loss that rises or falls
+    with t, and harm one that is high at both ends. The loss at t is E|y - E[y|xt]|^2, by Monte Carlo over 4000 points.
     """
     mixture, times = ring(8, 0.1), torch.linspace(0.001, 0.999, 200, dtype=F64)
     g = torch.Generator().manual_seed(0)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import assert_same, assert_same_runs, record_of
 
+import evaluation
+import pictures
 import saving
 import utils
 from config import SettingError
@@ -15,7 +17,8 @@ from main import choices
 from prediction import ROWS
 from processes import PROCESSES
 from runtime import run_folder, stopping
-from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, NonFiniteLoss, ProcessedBatch
+from runtime.bad_steps import NonFiniteLoss
+from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, ProcessedBatch
 
 EVERYTHING_RANDOM = dict(
     dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2
@@ -34,18 +37,19 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_at(step, how):
-    """A trainer that is cut off after `step` steps: killed at once, or asked to stop."""
+def cut_off(trainer, step, how):
+    """Train until `step` steps are done, then be killed at once, or be asked to stop."""
+    train_step = trainer.train_step
 
-    class Trainer(ExampleDiffusionTrainer):
-        def train_step(self, batches):
-            super().train_step(batches)
-            if self.step == step and how == 'killed':
-                raise Interrupted
-            if self.step == step:
-                stopping.ask_to_stop()
+    def step_and_end(shards):
+        train_step(shards)
+        if trainer.step == step and how == 'killed':
+            raise Interrupted
+        if trainer.step == step:
+            stopping.ask_to_stop()
 
-    return Trainer
+    trainer.train_step = step_and_end
+    trainer.train_loop()
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +63,7 @@ def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, h
     whole, cut = (tiny_config(experiment_name=name, **EVERYTHING_RANDOM) for name in ('whole', 'cut'))
     build_trainer(whole).train_loop()
     with pytest.raises(error):
-        build_trainer(cut, interrupted_at(step, how)).train_loop()
+        cut_off(build_trainer(cut), step, how)
     monkeypatch.setattr(stopping, '_stop_asked', False)
     again = build_trainer(cut)
     assert again.step == (
@@ -70,15 +74,19 @@ def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, h
 
 
 def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monkeypatch):
-    class StopsInEvaluation(ExampleDiffusionTrainer):
-        def evaluate(self):
-            stopping.ask_to_stop()
-            return super().evaluate()
-
     whole, cut = (tiny_config(experiment_name=name) for name in ('whole', 'cut'))
     build_trainer(whole).train_loop()
+    trainer = build_trainer(cut)
+    loss_fn = trainer.loss_fn
+
+    def stops_in_evaluation(batch, model_fn):
+        if not torch.is_grad_enabled() and trainer.step > 0:
+            stopping.ask_to_stop()
+        return loss_fn(batch, model_fn)
+
+    trainer.loss_fn = stops_in_evaluation
     with pytest.raises(stopping.Stopped):
-        build_trainer(cut, StopsInEvaluation).train_loop()
+        trainer.train_loop()
     monkeypatch.setattr(stopping, '_stop_asked', False)
     build_trainer(cut).train_loop()
     assert_same_run(whole, cut)
@@ -196,7 +204,7 @@ def test_stratified_times_fill_every_stratum_of_the_global_batch(tiny_config, bu
     trainer = build_trainer(tiny_config())
     u = []
     for shard in range(8):
-        trainer.stratum = (shard, 8)
+        trainer.shard_position = (shard, 8)
         u.append(trainer.uniforms(4))
     assert (torch.cat(u) * 32).floor().sort().values.tolist() == list(range(32))
     assert not torch.cat(u).equal(torch.cat(u).sort().values)
@@ -214,7 +222,7 @@ def test_overfit_times_differ_from_step_to_step(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(overfit=True))
     strata = []
     for trainer.step in range(20):
-        trainer.stratum = (0, 8)
+        trainer.shard_position = (0, 8)
         utils.seed_everything(0, 'batch', trainer.step, 0)
         strata.append(int(trainer.uniforms(4)[0] * 4))
     assert set(strata) == {0, 1, 2, 3}
@@ -224,10 +232,12 @@ def test_held_out_loss_has_fixed_noise_and_times(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(dropout=0.5))
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    first = trainer.evaluate()
+    first = evaluation.evaluate(trainer)
     torch.manual_seed(123)
-    assert trainer.evaluate() == first
-    assert set(first) == {'eval/loss', 'eval/loss_ema_0.999'} and first['eval/loss'] != first['eval/loss_ema_0.999']
+    assert evaluation.evaluate(trainer) == first
+    assert {'eval/loss', 'eval/loss_ema_0.999', 'eval/reference'} <= set(first) and first['eval/loss'] != first[
+        'eval/loss_ema_0.999'
+    ]
 
 
 def test_log_averages_over_training_steps(tiny_config, build_trainer):
@@ -266,7 +276,7 @@ def test_learning_rate_is_set_before_the_step(tiny_config, build_trainer):
     class Watches(ExampleDiffusionTrainer):
         def train_step(self, batches):
             super().train_step(batches)
-            rates.append(self.optimizer.param_groups[0]['lr'])
+            rates.append(self.optimizers['network'].param_groups[0]['lr'])
 
     config = tiny_config(base_lr=0.4, warmup_steps=4, lr_schedule_type='constant')
     build_trainer(config, Watches).train_loop()
@@ -293,7 +303,9 @@ def bad_in(steps, where='loss'):
 
 
 def state_of(trainer):
-    return run_folder.to_host({name: getattr(trainer, name).state_dict() for name in ('network', 'optimizer')})
+    return run_folder.to_host(
+        {'network': trainer.network.state_dict(), 'optimizer': trainer.optimizers['network'].state_dict()}
+    )
 
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
@@ -315,7 +327,7 @@ def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trai
         if a.ndim > 1
     )
     assert int(states[4]['optimizer']['state'][0]['step']) == 3
-    assert trainer.bad_steps.tolist() == [0, 2, 3]
+    assert trainer.bad_steps.counts.tolist() == [0, 2, 3]
     assert all(w.isfinite().all() for w in trainer.ema.networks[0.999].state_dict().values())
 
 
@@ -335,7 +347,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_confi
     trainer = build_trainer(config, bad_in({2, 3, 6, 7, 8}))
     with pytest.raises(NonFiniteLoss, match=r'max_bad_steps=3 steps in a row, from step 6 on'):
         trainer.train_loop()
-    assert int(trainer.optimizer.state_dict()['state'][0]['step']) == 4  # steps 0, 1, 4, 5
+    assert int(trainer.optimizers['network'].state_dict()['state'][0]['step']) == 4  # steps 0, 1, 4, 5
     networks = [trainer.network, *trainer.ema.networks.values()]
     assert all(w.isfinite().all() for network in networks for w in network.state_dict().values())
     if log_every == 1:
@@ -346,16 +358,10 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_confi
 def test_bad_steps_in_a_row_are_counted_across_a_restart(tiny_config, build_trainer):
     config = tiny_config(max_bad_steps=3, save_every=1, log_every=1)
 
-    class Killed(bad_in({4, 5, 6})):
-        def train_step(self, shards):
-            super().train_step(shards)
-            if self.step == 6:
-                raise Interrupted
-
     with pytest.raises(Interrupted):
-        build_trainer(config, Killed).train_loop()
+        cut_off(build_trainer(config, bad_in({4, 5, 6})), 6, 'killed')
     again = build_trainer(config, bad_in({4, 5, 6}))
-    assert again.bad_steps.tolist() == [1, 1, 4]  # the save of step 5
+    assert again.bad_steps.counts.tolist() == [1, 1, 4]  # the save of step 5
     with pytest.raises(NonFiniteLoss, match='from step 4 on'):
         again.train_loop()
 
@@ -363,22 +369,26 @@ def test_bad_steps_in_a_row_are_counted_across_a_restart(tiny_config, build_trai
 def test_a_step_can_be_replayed(tiny_config, build_trainer):
     """As README.md says: from the last checkpoint, to the very batch."""
     seen = []
+    config = tiny_config(
+        **EVERYTHING_RANDOM | dict(accumulation_steps=1), num_training_steps=11, save_every=4, experiment_name='run'
+    )
+    first = build_trainer(config)
+    loss_fn = first.loss_fn
 
-    class Watched(ExampleDiffusionTrainer):
-        def loss_fn(self, batch, model_fn):
-            if self.step == 9 and torch.is_grad_enabled():
-                seen.append((batch, {k: v.clone() for k, v in self.network.state_dict().items()}))
-            return super().loss_fn(batch, model_fn)
+    def watched(batch, model_fn):
+        if first.step == 9 and torch.is_grad_enabled():
+            seen.append((batch, {k: v.clone() for k, v in first.network.state_dict().items()}))
+        return loss_fn(batch, model_fn)
 
-    config = tiny_config(**EVERYTHING_RANDOM | dict(accumulation_steps=1), num_training_steps=11, save_every=4)
+    first.loss_fn = watched
     with pytest.raises(Interrupted):
-        build_trainer(config, type('Cut', (Watched, interrupted_at(10, 'killed')), {})).train_loop()
+        cut_off(first, 10, 'killed')
     trainer = build_trainer(config)
     assert trainer.step == 8
     shards = trainer.shards()
     while trainer.step < 9:
         trainer.train_step(shards)
-    batch = ProcessedBatch.cat(list(itertools.islice(shards, trainer.shards_at_once())))
+    batch = utils.concat(list(itertools.islice(shards, trainer.shards_per_micro_step())))
     (then, weights) = seen[0]
     assert_same(vars(batch), vars(then))
     assert_same(dict(trainer.network.state_dict()), dict(weights))
@@ -430,17 +440,22 @@ def test_samples_are_the_same_every_time(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    x1, label = trainer.noise_and_labels(20)
-    first = trainer.generate(trainer.network, x1, label, 'sde_dpmpp_2m')
+    inputs = trainer.sample_inputs(20)
+    assert inputs.label.tolist() == 2 * list(range(10))
+
+    def drawn(solver):
+        return pictures.generate(trainer, functools.partial(trainer.draw, solver=solver), trainer.network, inputs)
+
+    first = drawn('sde_dpmpp_2m')
     torch.manual_seed(99)
-    assert trainer.noise_and_labels(20)[0].equal(x1)
-    assert trainer.generate(trainer.network, x1, label, 'sde_dpmpp_2m').equal(first)
-    assert not first.equal(trainer.generate(trainer.network, x1, label, 'euler'))
+    assert trainer.sample_inputs(20).x1.equal(inputs.x1)
+    assert drawn('sde_dpmpp_2m').equal(first) and first.min() >= 0 and first.max() <= 1
+    assert not first.equal(drawn('euler'))
 
 
 def test_parts_of_a_batch_are_put_together():
     part = ProcessedBatch(*(torch.rand(2, 1, 4, 4) for _ in range(3)), torch.rand(2), None, torch.tensor([True, False]))
-    both = ProcessedBatch.cat([part, part])
+    both = utils.concat([part, part])
     assert (
         both.x0.shape == (4, 1, 4, 4)
         and both.label is None

@@ -49,7 +49,7 @@ def test_odd_sides_repeat_the_last_pixels(shape):
 
 @pytest.mark.parametrize('attention_resolutions', [(), (4,), (8, 2)])
 def test_gradients_reach_every_parameter(attention_resolutions):
-    """None is unused, so that DDP need not look for it; past the zero-initialised layers, after some steps, none is zero."""
+    """None is unused, so DDP need not look for it; after some steps, past the layers that start at zero, none is 0."""
     net = build(randomise=False, attention_resolutions=attention_resolutions)
     xt, time, label = batch()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)

@@ -1,0 +1,239 @@
+"""How a run is judged: held-out losses, the loss that all runs of a data set share, numbers for final samples.
+
+Everything here only reads: a run that is killed in it does it again when it is resumed.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import batches
+import metrics
+import pictures
+import utils
+from batches import ProcessedBatch
+from data_loaders import HeldOutSampler
+from logging_utils import RunningMeans
+from loss_weights import pair_warning
+from prediction import get_model_convert_fn
+from runtime import ranks, stopping
+from runtime.ranks import print_once
+from sampling import ModelFn
+
+if TYPE_CHECKING:
+    from trainer import BaseDiffusionTrainer
+
+T = TypeVar('T')
+GOLDEN = (math.sqrt(5) - 1) / 2
+Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
+
+# ---------------------------------------------------------------- what is due at a step
+
+
+def report(trainer: 'BaseDiffusionTrainer') -> None:
+    """The line of the record, with held-out losses and final metrics, and the pictures that are due at this step."""
+    c, last = trainer.config, trainer.step == trainer.config.num_training_steps
+    values: dict[str, float] = {}
+    if trainer.step == 0:
+        with collected(trainer):
+            pictures.show_data_and_schedule(trainer)
+    try:
+        if trainer.due(c.log_every):
+            trainer.bad_steps.raise_if_too_many()
+            values |= summary(trainer)
+        if trainer.due(c.eval_every):
+            values |= evaluate(trainer)
+        with collected(trainer) as logged:  # by an experiment, while it samples
+            if trainer.due(c.sample_every) and (c.final_pictures or not last):
+                pictures.sample_grids(trainer)
+            if last and c.final_eval:
+                values |= final_metrics(trainer)
+        values |= logged
+    finally:  # when asked to stop: what was computed before it
+        if values:
+            ranks.on_main(lambda: trainer.logger.log(values, trainer.step))  # a full disk is an error on every rank
+    if any(map(trainer.due, (c.log_every, c.eval_every, c.sample_every, c.save_every))):
+        trainer.speed.restart(trainer.step)
+
+
+def summary(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
+    """The means since the last line of the record, speed and memory."""
+    batch = trainer.config.global_batch_size
+    values = trainer.means.means()
+    values |= {'train/images': trainer.step * batch, 'train/memory_gb': utils.peak_memory_gb(trainer.device)}
+    values['train/bad_steps'] = trainer.bad_steps.report()
+    speed = trainer.speed.images_per_second(trainer.step, batch)
+    if speed is not None:  # not in a line that a resumed run writes again
+        values['train/images_per_second'] = speed
+        trainer.progress.show(trainer.step, values.get('train/loss', math.nan), speed)
+    return values
+
+
+@contextlib.contextmanager
+def collected(trainer: 'BaseDiffusionTrainer') -> Iterator[dict[str, float]]:
+    """What the experiment logs meanwhile: apart from the means of training, and in the dict when this is over."""
+    training, trainer.means = trainer.means, RunningMeans(trainer.device)
+    logged: dict[str, float] = {}
+    try:
+        yield logged
+        logged |= trainer.means.means()
+    finally:
+        trainer.means = training
+
+
+# ---------------------------------------------------------------- held-out losses
+
+
+def evaluate(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
+    """`eval/loss` of the raw and the averaged weights, with the same noise and times every time, what loss_fn logs, and
+    `eval/reference` of the weights by which the run is judged."""
+    values: dict[str, float] = {}
+    for name, module in trainer.weights().items():
+        suffix = '' if name == 'raw' else f'_{name}'
+        with collected(trainer) as logged:
+            values[f'eval/loss{suffix}'] = held_out_loss(trainer, module)
+        values |= {f'eval/{key.removeprefix("train/")}{suffix}': value for key, value in logged.items()}
+    if trainer.has_reference:
+        values |= reference(trainer, next(iter(trainer.weights().values())))
+    return values
+
+
+def held_out_loss(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> float:
+    """Mean of `loss_fn` over all held-out images, or those of the first `rounds`, to seven digits."""
+    means = held_out_means(trainer, module, lambda batch, _, fn: (trainer.loss_fn(batch, fn), batch.t), rounds)
+    return means.means()['loss']
+
+
+def reference(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> dict[str, float]:
+    """`eval/reference`, and by time: the one loss that is the same in all runs of a data set.
+
+    It does not depend on a run's process, output, loss and times: the mean square error of the velocity x1 - x0 of the
+    straight line xt = (1 - t) x0 + t x1, at uniform times, without a weight. A network of another process is asked at
+    the time of equal log-SNR.
+    """
+    with collected(trainer):  # what prepare_batch_fn logs is in eval/... already
+        means = held_out_means(trainer, module, functools.partial(reference_errors, trainer), rounds).means()
+    return {name.replace('loss', 'eval/reference', 1): value for name, value in means.items()}
+
+
+def reference_errors(
+    trainer: 'BaseDiffusionTrainer', batch: ProcessedBatch, index: Tensor, model_fn: ModelFn
+) -> tuple[Tensor, Tensor]:
+    """(errors (B,), times (B,) of the straight line) for held-out images number `index` (B,).
+
+    An error e of x0 makes one of -alpha / sigma e in x1 = (xt - alpha x0) / sigma, so the velocity's is
+    1 + alpha / sigma times as large.
+    """
+    t = 0.001 + 0.998 * ((index.double() + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
+    time = trainer.process.time_of_log_snr(2 * (1 / t - 1).log()).to(batch.x0.dtype)
+    coefs = trainer.process(time)
+    x1 = noise_of(index, batch.x0) if trainer.independent else batch.x1
+    xt = trainer.process.compute_xt(batch.x0, x1, coefs)
+    cond = batch.cond | ({'s': time} if 's' in batch.cond else {})  # of two times: the velocity at one
+    out = model_fn(xt, time, batch.label, **cond)
+    x0 = get_model_convert_fn(trainer.config.model_type)(out, time, xt, coefs).x0
+    return utils.image_square_error(x0, batch.x0) * (1 + coefs.alpha / coefs.sigma).square(), t.to(batch.x0.dtype)
+
+
+def noise_of(index: Tensor, like: Tensor) -> Tensor:
+    """N(0, I) of the shape of `like`, for each image a function of its number alone."""
+    noise = torch.empty(like.shape)
+    for i, number in enumerate(index.tolist()):
+        noise[i].normal_(generator=torch.Generator().manual_seed(number))
+    return noise.to(like)
+
+
+def held_out_means(
+    trainer: 'BaseDiffusionTrainer', module: nn.Module, losses_of: Losses, rounds: int | None = None
+) -> RunningMeans:
+    """Means of losses over held-out images, by time too; the processes share the work."""
+    means, model_fn = RunningMeans(trainer.device), trainer.get_model_fn(module)
+    for batch, index in held_out(trainer, rounds):
+        utils.seed_everything(trainer.config.seed, 'evaluate', int(index[0]))
+        losses, t = without_gradients(trainer, lambda batch=batch, index=index: losses_of(batch, index, model_fn))
+        means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
+        means.add_by_time('loss_t', losses.detach(), t)
+    return means
+
+
+def without_gradients(trainer: 'BaseDiffusionTrainer', compute: Callable[[], T]) -> T:
+    """`compute()` under no_grad, unless the loss itself differentiates (score matching, Jacobians)."""
+    if not trainer.loss_needs_gradients:
+        try:
+            with torch.no_grad():
+                return compute()
+        except RuntimeError as error:
+            if 'does not require grad' not in str(error):
+                raise
+            trainer.loss_needs_gradients = True
+    return compute()
+
+
+def held_out(trainer: 'BaseDiffusionTrainer', rounds: int | None) -> Iterator[tuple[ProcessedBatch, Tensor]]:
+    """(prepared batch, numbers (B,) of its images in the held-out part), as many at once as in training."""
+    pieces, loaded = trainer.test_loader.batch_sampler, iter(trainer.test_loader)
+    at_once = trainer.shards_per_micro_step()
+    assert isinstance(pieces, HeldOutSampler)
+    pieces.all_shards = trainer.couples
+    for number in range(min(rounds or pieces.rounds, pieces.rounds)):
+        stopping.raise_if_stopped()
+        numbers = pieces.numbers(number)
+        drawn = [trainer.draw_shard(next(loaded), piece, 'evaluate') for piece in numbers]
+        if trainer.couples:
+            own = trainer.train_sampler.my_shards
+            mine = [i for i, piece in enumerate(numbers) if piece % trainer.config.batch_shards in own]
+            drawn = batches.couple_shards(trainer, drawn, mine, f'evaluate {number}')
+            numbers = [numbers[i] for i in mine]
+        for i in range(0, len(drawn), at_once):  # in the last round some processes have none
+            together = list(zip(numbers[i : i + at_once], drawn[i : i + at_once], strict=True))
+            index = [torch.arange(len(part.t)) + pieces.first_index(piece) for piece, part in together]
+            yield utils.concat([part for _, part in together]), torch.cat(index).to(trainer.device)
+
+
+# ---------------------------------------------------------------- at the start and at the end
+
+
+def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
+    """Before training: say what looks wrong, and try sampling and evaluation, so that they fail now or never."""
+    for warning in (batches.warning_of_scale(trainer), pair_warning(trainer.config, trainer.process)):
+        if warning:
+            print_once(f'warning: {warning}')
+    example, model_fn = trainer.example, trainer.get_model_fn(trainer.network)
+    with collected(trainer):
+        pictures.first_drawing(trainer)
+        without_gradients(trainer, lambda: trainer.loss_fn(example, model_fn))
+    try:
+        with torch.no_grad():
+            reference_errors(trainer, example, torch.arange(len(example.t)), model_fn)
+    except Exception as error:
+        trainer.has_reference = False
+        print_once(f'eval/reference is left out: this network cannot be asked as a denoiser ({error})')
+
+
+def final_metrics(trainer: 'BaseDiffusionTrainer', num_samples: int = 1000) -> dict[str, float]:
+    """`sample_metrics` of the judged weights' samples by every sampler, printed and returned as final/<sampler>/..."""
+    c = trainer.config
+    if not trainer.data.pixel_metrics and not utils.overridden(trainer, 'sample_metrics'):
+        print_once(
+            f'final_eval: pixels say little about {c.dataset!r}, so no metrics; override sample_metrics for yours'
+        )
+        return {}
+    weights, module = next(iter(trainer.weights().items()))
+    inputs = trainer.sample_inputs(num_samples)
+    values: dict[str, float] = {}
+    for name, sampler in trainer.samplers().items():
+        print_once(f'drawing {num_samples} samples: {weights} weights, {name} ...')
+        try:
+            x = pictures.generate(trainer, sampler, module, inputs)
+        except stopping.RankFailed:
+            print_once(pictures.no_memory(trainer, name, 'its metrics are'))
+            continue
+        numbers = ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
+        print_once(metrics.describe(numbers))
+        values |= {f'final/{name}/{key}': float(value) for key, value in numbers.items()}
+    return values

@@ -1,0 +1,191 @@
+"""What a run shows: grids of samples, the data and what augmentation makes of them, scatter plots of points."""
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import utils
+from config import SettingError
+from optimizers import get_lr
+from runtime import ranks, stopping
+from runtime.ranks import print_once
+from sampling import ModelFn
+from solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from batches import SampleInputs
+    from trainer import BaseDiffusionTrainer
+
+Sampler = Callable[[ModelFn, 'SampleInputs'], Tensor]
+POINTS_SHOWN = 1000
+
+# ---------------------------------------------------------------- pictures
+
+
+def kind(x: Tensor) -> str | None:
+    """What decoded samples (n, ...) can be shown as: 'images' (n, 1, 3 or 4, H, W), 'points' (n, 2), or None."""
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        return 'images'
+    return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
+
+
+def picture_of(x: Tensor, beside: list[Tensor], columns: int) -> Tensor | None:
+    """x, right of those of `beside` that are of its kind, as one picture (3, H, W) uint8; None if it cannot be shown.
+
+    Images that leave [0, 1] are scaled, all of one tensor alike: the smallest value is black and the largest white.
+    """
+    shown = [part for part in (*beside, x) if kind(part) == kind(x)]
+    if kind(x) == 'points':
+        return scatter(shown)
+    if kind(x) is None:
+        return None
+    grids = [utils.image_grid(within_unit(part), columns) for part in shown]
+    height = max(grid.shape[1] for grid in grids)
+    return torch.cat([pad_below(grid, height) for grid in grids], 2)
+
+
+def within_unit(x: Tensor) -> Tensor:
+    """x as it is if it lies in [0, 1], else scaled linearly into it."""
+    low, high = x.aminmax()
+    return x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)
+
+
+def pad_below(grid: Tensor, height: int) -> Tensor:
+    return torch.nn.functional.pad(grid, (0, 0, 0, height - grid.shape[1]), value=255)
+
+
+def scatter(sets: list[Tensor]) -> Tensor:
+    """Points (n, 2) of each set in a plot of its own, all with the axes of the last: (3, H, W) uint8."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(4 * len(sets), 4), dpi=100, layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(sets), squeeze=False, sharex=True, sharey=True)[0]
+    for ax, points in zip(axes, sets, strict=True):
+        ax.scatter(*points.double().cpu().T.numpy(), s=4, alpha=0.6, linewidths=0)
+        ax.set_aspect('equal')
+    file = io.BytesIO()
+    figure.savefig(file, format='png')
+    return torch.from_numpy(np.array(Image.open(file).convert('RGB'))).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def columns(trainer: 'BaseDiffusionTrainer') -> int:
+    """Of a grid of samples: one for each class."""
+    return min(10, trainer.data.num_classes) if trainer.data.num_classes > 1 else 8
+
+
+def num_shown(trainer: 'BaseDiffusionTrainer') -> int:
+    """How many samples a picture has: six rows of images, or enough points to see a density."""
+    return POINTS_SHOWN if kind(trainer.decode(trainer.example.x0[:1])) == 'points' else 6 * columns(trainer)
+
+
+def solvers(trainer: 'BaseDiffusionTrainer') -> list[str]:
+    """The config's solver and, where an SDE is right, one of the other kind: ODE and SDE."""
+    mine = trainer.config.solver
+    return [mine, 'adams' if SOLVERS[mine].stochastic else 'sde_dpmpp_2m'] if trainer.independent else [mine]
+
+
+def refuse_score(trainer: 'BaseDiffusionTrainer', solver: str) -> None:
+    """Raise SettingError for an SDE solver where x0 and x1 are not independent."""
+    if solver in SOLVERS and SOLVERS[solver].stochastic and not trainer.independent:
+        raise SettingError(
+            f'solver={solver!r} follows the score, which would be wrong: x0 and x1 are not independent '
+            f'({type(trainer).__name__}.independent is False). Use an ODE solver: --solver adams.'
+        )
+
+
+@torch.no_grad()
+def generate(trainer: 'BaseDiffusionTrainer', sampler: Sampler, module: nn.Module, inputs: 'SampleInputs') -> Tensor:
+    """Decoded samples (n, ...) on every rank, from inputs that every rank has; the work is shared out.
+
+    Raises stopping.Stopped and, on every rank, stopping.RankFailed if one of them ran out of memory.
+    """
+    c, n, model_fn = trainer.config, len(inputs.x1), trainer.get_model_fn(module)
+    mine = torch.tensor(ranks.my_items(n), device=trainer.device)
+    at_once = trainer.shards_per_micro_step() * c.global_batch_size // c.batch_shards  # as many images as in training
+    drawn: list[Tensor] = []
+    try:
+        for i, part in enumerate(mine.split(at_once)):
+            utils.seed_everything(c.seed, 'generate', ranks.rank(), i)  # for the SDE
+            drawn.append(trainer.decode(sampler(model_fn, utils.rows(inputs, part))))
+            stopping.raise_if_stopped()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        drawn.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f'rank {ranks.rank()}: {error}', flush=True)
+        stopping.raise_if_stopped(failed=True)
+    return ranks.gather_items(torch.cat(drawn), n)
+
+
+def ways(trainer: 'BaseDiffusionTrainer') -> Iterator[tuple[str, Sampler, str, nn.Module]]:
+    """(sampler's name, sampler, weights' name, network) of all pictures."""
+    for sampler_name, sampler in trainer.samplers().items():
+        for weights, module in trainer.weights().items():
+            yield sampler_name, sampler, weights, module
+
+
+def no_memory(trainer: 'BaseDiffusionTrainer', sampler: str, what: str) -> str:
+    return (
+        f'step {trainer.step}: not enough memory to draw with {sampler}; {what} left out and training goes on. '
+        'A smaller --global_batch_size or more --accumulation_steps draw fewer at once.'
+    )
+
+
+def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
+    """A picture of the samples of every sampler and all weights, with what they started from on the left."""
+    inputs = trainer.sample_inputs(num_shown(trainer))
+    beside = inputs.beside or [trainer.decode(inputs.x1)]
+    for sampler_name, sampler, weights, module in ways(trainer):
+        try:
+            x = generate(trainer, sampler, module, inputs)
+        except stopping.RankFailed:
+            print_once(no_memory(trainer, sampler_name, 'this picture is'))
+            return
+        show = functools.partial(trainer.show, f'step_{trainer.step:07d}_{sampler_name}_{weights}', x, beside)
+        ranks.on_main(show)
+
+
+def first_drawing(trainer: 'BaseDiffusionTrainer') -> None:
+    """Draw 2 samples in 2 steps with every sampler: a broken one is an error at once, and not after hours."""
+    inputs = trainer.sample_inputs(2)
+    usual = trainer.sample_fn
+    trainer.sample_fn = functools.partial(usual, num_steps=2, nfe=0)
+    try:
+        for name, sampler in trainer.samplers().items():
+            utils.seed_everything(trainer.config.seed, 'first_drawing')
+            with torch.no_grad():
+                x = trainer.decode(sampler(trainer.get_model_fn(trainer.network), inputs))
+            if x.is_floating_point() and not x.isfinite().all():
+                raise SettingError(
+                    f'sampler {name!r} gives values that are not finite, with the weights of step {trainer.step}. '
+                    'Use another --solver or --time_grid.'
+                )
+            picture_of(x, inputs.beside, columns(trainer))
+    finally:
+        trainer.sample_fn = usual
+
+
+def show_data_and_schedule(trainer: 'BaseDiffusionTrainer') -> None:
+    """A picture of the first images as loaded, left, and as training sees them, right; a plot of the learning rate."""
+    if ranks.is_main():
+        n = min(64, trainer.config.global_batch_size)
+        first = trainer.train_loader.take(trainer.train_sampler.permutation(0)[:n].tolist())
+        utils.seed_everything(trainer.config.seed, 'show_data')
+        batch = trainer.prepare_batch_fn(first, is_train=True)
+        picture = picture_of(trainer.decode(batch.x0), [batch.x_original], 8)
+        if picture is not None:
+            trainer.logger.log_picture('data_and_augmented', picture, 0)
+        total = trainer.config.num_training_steps
+        curve = [(step, get_lr(trainer.config, step)) for step in range(0, total, max(1, total // 200))]
+        trainer.logger.log_curve('lr_schedule', curve, 'step', 'lr')

@@ -1,0 +1,208 @@
+"""What a run is made by: its trainer's class and code; in run.json the machine, versions and command of each start."""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, SettingError
+from runtime import ranks
+from runtime.run_folder import Identity
+from runtime.stopping import SaveError
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+LONGEST_DIFF = 200_000  # characters
+
+
+# ---------------------------------------------------------------- the experiment's classes and code
+
+
+def file_of(cls: type) -> Path | None:
+    """The file that a class was read from; None for one that was typed into a notebook or made by `exec`."""
+    try:
+        return Path(inspect.getfile(cls)).resolve()
+    except (OSError, TypeError):
+        return None
+
+
+def users_script() -> Path | None:
+    """The script that this process runs, if that is an experiment: not main.py, `python -m ...`, or a notebook."""
+    main = sys.modules['__main__']
+    path = Path(getattr(main, '__file__', None) or '').resolve()
+    is_script = getattr(main, '__spec__', None) is None and path.suffix == '.py' and path.is_file()
+    return path if is_script and path != ROOT / 'main.py' else None
+
+
+def identity_of(trainer_class: type, fingerprint: str) -> Identity:
+    """The Identity of a run of this trainer on the data set with this fingerprint.
+
+    Its code is the user's script and every class between `trainer_class` and BaseDiffusionTrainer that is in another
+    file; a class that has no source, as in some notebooks, is left out.
+    """
+    script = users_script()
+    code = {} if script is None else {script.name: script.read_text()}
+    base = next((cls for cls in trainer_class.__mro__ if cls.__name__ == 'BaseDiffusionTrainer'), object)
+    for cls in trainer_class.__mro__:
+        file = file_of(cls)
+        if cls not in base.__mro__ and (script is None or file != script):
+            try:
+                code[name_of(cls)] = inspect.getsource(cls)
+            except (OSError, TypeError):
+                continue
+    return Identity(name_of(trainer_class), code, fingerprint)
+
+
+def name_of(cls: type) -> str:
+    """'mine.py:MyTrainer', or the class alone if it has no file."""
+    file = file_of(cls)
+    return f'{file.name}:{cls.__qualname__}' if file else cls.__qualname__
+
+
+def where(cls: type) -> dict[str, str | None]:
+    """What import_class needs to find a class again: its file, relative to the project if it is inside, and name."""
+    file = file_of(cls)
+    inside = file is not None and file.is_relative_to(ROOT)
+    return dict(file=file and str(file.relative_to(ROOT) if inside else file), name=cls.__qualname__)
+
+
+def import_class(file: str | None, name: str) -> type:
+    """The class `name` of `file`, an entry's trainer or config: `import_class(**read_start(run_dir)['trainer'])`.
+
+    The file is imported as a module, if it has not been, with its folder on sys.path as when it is run as a script; its
+    `if __name__ == '__main__'` part does not run. Raises SettingError if the file or the class is gone.
+    """
+    if file is None:
+        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
+    path = (ROOT / file).resolve()
+    found: Any = loaded_module(path)
+    if found is None:
+        if not path.is_file():
+            raise SettingError(f'{path} is gone, in which {name} was defined. Put it back there.')
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None, 'a Python file has a loader'
+        found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(found)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    for part in name.split('.'):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise SettingError(f'{path} has no class {name} at its top level (any more). Put it back there.')
+    return found
+
+
+def loaded_module(path: Path) -> Any:
+    """The module that was imported or is run from this file, if any."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, '__dict__', {}).get('__file__')
+        if isinstance(file, str) and Path(file).name == path.name and Path(file).resolve() == path:
+            return module
+    return None
+
+
+# ---------------------------------------------------------------- run.json
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors='replace').strip()
+
+
+def git_state() -> dict[str, str | None]:
+    """Commit of the project's repository and what differs from it, cut to LONGEST_DIFF; None where it is in none."""
+    if output_of('git', 'ls-files', '--error-unmatch', 'config.py') is None:  # a repository around it is not meant
+        return dict(commit=None, diff=None)
+    diff = output_of('git', '--no-pager', 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
+    if diff is not None and len(diff) > LONGEST_DIFF:
+        diff = f'{diff[:LONGEST_DIFF]}\n... and {len(diff) - LONGEST_DIFF} more characters'
+    return dict(commit=output_of('git', 'rev-parse', 'HEAD'), diff=diff)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of what computes; None for what is not there."""
+    on_gpu = torch.cuda.is_available()
+    query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
+    return dict(
+        python=platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')},
+        cuda=torch.version.cuda,
+        driver=((output_of(*query) if on_gpu else None) or '').split('\n')[0] or None,
+    )
+
+
+def command_line() -> str:
+    """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
+    if 'RUN_REPORTS' not in os.environ:  # of the launcher
+        return shlex.join(['python', *sys.argv])
+    asked = [f'{name}={shlex.quote(os.environ[name])} ' for name in ('NPROC', 'TORCHRUN_ARGS') if name in os.environ]
+    script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
+    return ''.join(asked) + shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])
+
+
+def write_start(config: Config, trainer_class: type, device: torch.device, step: int = 0) -> dict[str, Any]:
+    """Append what is known of this start to the run's run.json, and return it. All ranks must call this together.
+
+    `step`: where the run goes on. Raises SaveError if the file cannot be written.
+    """
+
+    def write() -> dict[str, Any]:
+        entry = dict(
+            time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+            step=step,
+            command=command_line(),
+            argv=sys.argv,
+            **git_state(),
+            versions=versions(),
+            host=socket.gethostname(),
+            device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})',
+            processes=ranks.world_size(),
+            trainer=where(trainer_class),
+            config=where(type(config)),
+        )
+        path = config.run_dir / 'run.json'
+        temporary = path.with_name('.run.json.tmp')
+        try:
+            with open(temporary, 'w') as file:
+                json.dump([*read_starts(config.run_dir), entry], file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise SaveError(f'{path} cannot be written ({error}). Make room there, and run it again.') from error
+        return entry
+
+    return ranks.on_main(write)
+
+
+def read_starts(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The entries of run.json, the first start first; none if there is no such file."""
+    path = Path(run_dir, 'run.json')
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def read_start(run_dir: str | Path) -> dict[str, Any]:
+    """The entry of the run's last start. Raises SettingError if there is none."""
+    starts = read_starts(run_dir)
+    if not starts:
+        raise SettingError(f'{run_dir} has no run.json, which says what trained it. Pass the folder of a run.')
+    return starts[-1]

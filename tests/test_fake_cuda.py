@@ -1,0 +1,137 @@
+"""A training step on pretended CUDA tensors: finds device errors, CPU-GPU syncs and copies on a machine without a GPU.
+
+Tensors on the CPU are real, so that the trainer is built as ever; those on 'cuda' are FakeTensors, which have a shape,
+a type and a device, but no values. What they cannot show: numbers, kernels, the backward pass (it is replaced).
+"""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import utils
+
+# Operations whose result the CPU has to wait for.
+SYNCS = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
+
+
+class PretendCuda(TorchDispatchMode):
+    """Does with FakeTensors what touches 'cuda', all else for real; `watching`: syncs are errors, copies counted."""
+
+    def __init__(self, fake):
+        super().__init__()
+        self.fake = fake
+        self.watching, self.copies, self.pinned, self.precisions = False, Counter(), [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        leaves = tree_leaves((args, kwargs))
+        if name == 'is_pinned':
+            return any(args[0] is tensor for tensor in self.pinned)
+        if name == '_pin_memory':
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        on_cuda = any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == 'cuda') for x in leaves)
+        if not on_cuda:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if self.watching:
+            assert name not in SYNCS, f'CPU-GPU sync: {name} of a tensor on the GPU'
+        out = func(
+            *tree_map_only(torch.Tensor, self.to_fake, args), **tree_map_only(torch.Tensor, self.to_fake, kwargs)
+        )
+        if self.watching and name == 'convolution':
+            self.precisions.add(out.dtype)
+        if self.watching and name in ('_to_copy', 'copy_'):
+            self.watch_copy(name, args, kwargs, out)
+        return out
+
+    def to_fake(self, tensor):
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def watch_copy(self, name, args, kwargs, out):
+        source, target = (args[1], args[0]) if name == 'copy_' else (args[0], out)
+        if source.device == target.device:
+            return
+        assert target.device.type == 'cuda', f'CPU-GPU sync: {tuple(source.shape)} is copied from the GPU to the CPU'
+        non_blocking = kwargs.get('non_blocking', name == 'copy_' and len(args) > 2 and args[2])
+        pinned = any(source is tensor for tensor in self.pinned)
+        assert pinned and non_blocking, f'CPU-GPU sync: {tuple(source.shape)} is copied to the GPU from pageable memory'
+        self.copies[tuple(source.shape)] += 1
+
+
+def leaves_of(loss):
+    """The parameters that `loss` was computed from."""
+    found, todo, seen = [], [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):
+            found.append(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """A PretendCuda at work on what looks like a machine with a GPU. `.trained`: the parameters of the last loss."""
+    pretend = PretendCuda(FakeTensorMode(allow_non_fake_inputs=True))
+
+    def backward(loss, *args, **kwargs):
+        pretend.trained = leaves_of(loss)
+        for parameter in pretend.trained:
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, 'backward', backward)
+    overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a real parameter cannot become a pretended one
+    answers = dict(is_available=True, device_count=1, is_bf16_supported=True, is_current_stream_capturing=False)
+    try:
+        with pretend.fake, pretend:  # which looks whether there is a GPU, and so comes first
+            for name, answer in answers.items():
+                monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+            yield pretend
+    finally:
+        utils._seed_accelerator.cache_clear()
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('time_sampler', ['uniform', 'logit_normal', 'log_normal'])
+def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, monkeypatch, tmp_path, time_sampler, precision):
+    """cifar10 as it is, but smaller: no CPU-GPU sync, and one copy at most, that of the indices of the images."""
+    import batches
+    import data_utils
+    import main
+    from config import PRESETS, Config
+    from runtime import ranks
+
+    images = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
+    spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=lambda config: (images, images))
+    monkeypatch.setitem(data_utils.DATASETS, 'cifar10', spec)
+    monkeypatch.setattr(ranks, 'setup', lambda: torch.device('cuda', 0))
+    monkeypatch.setattr(batches, 'correlation_of_ends', lambda example: 0.0)  # read once, before the first step
+    utils._seed_accelerator.cache_clear()
+    settings = dict(
+        channels=8,
+        num_res_blocks=1,
+        global_batch_size=32,
+        compile=False,
+        time_sampler=time_sampler,
+        precision=precision,
+    )
+    settings |= dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path), wandb='disabled')
+    trainer = main.build(Config(**PRESETS['cifar10'] | settings))
+    shards = trainer.shards()
+    trainer.train_step(shards)  # the optimizer makes its state in the first
+    pretend_cuda.watching = True
+    trainer.train_step(shards)
+    assert len(pretend_cuda.trained) > 50 and {p.device for p in pretend_cuda.trained} == {torch.device('cuda', 0)}
+    assert pretend_cuda.precisions == {getattr(torch, precision)}
+    assert sum(pretend_cuda.copies.values()) <= 1, pretend_cuda.copies

@@ -1,0 +1,93 @@
+"""On a real GPU: training in both precisions and compiled, saving and resuming, no CPU-GPU sync, two ranks by NCCL.
+
+All other tests run on the CPU, also on a machine with GPUs.
+"""
+
+import os
+
+import pytest
+import torch
+from conftest import assert_same, losses
+
+import main
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+STEPS = dict(num_training_steps=20, base_lr=0.005, log_every=5, save_every=0, eval_every=10)
+
+
+@pytest.fixture
+def build(tiny_config):
+    """`build(**settings)`: a trainer on the GPU, as main builds it."""
+    return lambda **settings: main.build(tiny_config(**STEPS | settings))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(precision='float32'),
+        dict(precision='bfloat16'),
+        dict(precision='bfloat16', compile=True),
+        dict(precision='float32', attention_resolutions=(4,), accumulation_steps=2),
+    ],
+    ids=str,
+)
+def test_a_run_learns_evaluates_and_draws(build, settings):
+    trainer = build(**settings)
+    trainer.train_loop()
+    assert trainer.step == 20 and trainer.finished
+    assert all(p.device.type == 'cuda' and p.isfinite().all() for p in trainer.network.parameters())
+    curve = losses(trainer.config.run_dir)
+    assert len(curve) == 4 and curve[-1] < 0.9 * curve[0]
+    assert any((trainer.config.run_dir / 'samples').glob('*0000020*.png'))
+
+
+def test_float32_and_bfloat16_have_the_same_curve_but_for_rounding(build):
+    curves = []
+    for precision in ('float32', 'bfloat16'):
+        trainer = build(precision=precision, experiment_name=precision)
+        trainer.train_loop()
+        curves.append(losses(trainer.config.run_dir))
+    assert curves[0] != curves[1] and curves[0] == pytest.approx(curves[1], rel=0.02)
+
+
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(build):
+    whole = build(experiment_name='whole', precision='float32')
+    whole.train_loop()
+    first = build(precision='float32')
+    shards = first.shards()
+    for _ in range(7):
+        first.train_step(shards)
+    first.save(wait=True)
+    second = build(precision='float32')
+    assert second.step == 7
+    assert_same(second.network.state_dict(), first.network.state_dict())
+    second.train_loop()
+    for mine, other in zip(second.network.parameters(), whole.network.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)  # not bit for bit: some of CUDA's sums have no fixed order
+
+
+@pytest.mark.parametrize('time_sampler', ['uniform', 'logit_normal', 'log_normal'])
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_a_step_waits_for_nothing(build, time_sampler, precision):
+    trainer = build(time_sampler=time_sampler, precision=precision)
+    shards = trainer.shards()
+    for _ in range(3):  # libraries load, the optimizer makes its state
+        trainer.train_step(shards)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        trainer.train_step(shards)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_two_gpus_give_the_loss_curve_of_one(run_sh, tmp_path):
+    """The same images, noise and times; gradients averaged by NCCL, agreement by gloo."""
+    gpus = os.environ.get('CUDA_VISIBLE_DEVICES', '0,1')
+    for name, nproc in (('one', 1), ('two', 2)):
+        result = run_sh(
+            nproc=nproc, env={'CUDA_VISIBLE_DEVICES': gpus}, experiment_name=name, precision='float32', **STEPS
+        )
+        assert result.returncode == 0 and f'on {nproc} x cuda' in result.stdout, result.stderr
+    assert losses(tmp_path / 'ckpts/one') == pytest.approx(losses(tmp_path / 'ckpts/two'), rel=1e-3)

@@ -1,0 +1,155 @@
+"""eval/reference: one held-out loss for all runs of a data set, whatever they learn and however."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import record_of
+
+import evaluation
+from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
+from processes import PROCESSES
+from utils import bcast_right
+
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+# linear_vp and ve as wide as the straight line, whose times 0.001 and 0.999 have sigma / alpha 0.001 and 999: their usual
+# ends are nearer, and stand for the times beyond them. t_min and t_max matter to training alone
+WIDE = dict(beta_max=40.0, sigma_min=0.0005, sigma_max=1500.0, t_min=0.01, t_max=0.8)
+
+
+def scramble(module, std=0.05):
+    """Weights with which a network is far from 0."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=std, generator=generator)
+
+
+def straight_line(trainer):
+    """(x0, x1, t, label) of the held-out images as documented: noise by number, times from Weyl's sequence."""
+    images, label = trainer.test_loader.everything()
+    numbers = range(len(images))
+    noise = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(i)) for i in numbers]
+    t = torch.tensor([0.001 + 0.998 * ((i + 0.5) / GOLDEN_RATIO % 1) for i in numbers], dtype=torch.float64)
+    return 2 * images - 1, torch.stack(noise), t, label
+
+
+def reference_of(trainer, module=None):
+    return evaluation.reference(trainer, module or trainer.network)
+
+
+def test_it_is_the_mean_square_error_of_the_velocity(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    scramble(trainer.network)
+    x0, x1, t, label = straight_line(trainer)
+    time = t.float()[:, None, None, None]
+    with torch.no_grad():
+        velocity = trainer.network.eval()((1 - time) * x0 + time * x1, t.float(), label)
+    errors = (velocity - (x1 - x0)).double().square().mean((1, 2, 3))
+    values = reference_of(trainer)
+    assert values['eval/reference'] == pytest.approx(errors.mean().item(), rel=1e-5)
+    for i in range(10):
+        mine = values[f'eval/reference_t_{i / 10:.1f}_{(i + 1) / 10:.1f}']
+        assert mine == pytest.approx(errors[(t * 10).long() == i].mean().item(), rel=1e-5)
+
+
+def test_bins_average_to_the_whole(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    values = reference_of(trainer)
+    counts = (straight_line(trainer)[2] * 10).long().bincount(minlength=10)
+    assert counts.min() >= 28  # spread evenly: 29.7 each
+    bins = [values[f'eval/reference_t_{i / 10:.1f}_{(i + 1) / 10:.1f}'] for i in range(10)]
+    assert len(values) == 11
+    whole = sum(count * value for count, value in zip(counts.tolist(), bins, strict=True)) / 297
+    assert values['eval/reference'] == pytest.approx(whole, rel=1e-5)
+
+
+def test_it_does_not_depend_on_how_a_run_is_trained(tiny_config, build_trainer):
+    settings = [
+        {},
+        dict(time_sampler='logit_normal', time_std=2.0),
+        dict(loss_weight='min_snr'),
+        dict(target_type='x0'),
+        dict(target_type='score', stratified=False),
+        dict(seed=5, dequantize=False, label_dropout=0.5),
+        dict(global_batch_size=64, batch_shards=4),
+        dict(global_batch_size=40, batch_shards=2, accumulation_steps=2),
+        dict(t_min=0.1, t_max=0.8),
+        dict(translate_prob=1.0, antithetic=True, stratified=False),
+    ]
+    found = []
+    for i, changed in enumerate(settings):
+        trainer = build_trainer(tiny_config(experiment_name=f'run{i}', **changed))
+        scramble(trainer.network)
+        found.append(reference_of(trainer))
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-5)
+
+
+class Knows(torch.nn.Module):
+    """A network that outputs, in the type that is asked for, what the best denoiser of a few images says."""
+
+    def __init__(self, process, model_type, denoise):
+        super().__init__()
+        self.process, self.model_type, self.denoise = process, model_type, denoise
+
+    def forward(self, xt, t, label=None):
+        coefs = self.process(t.double())
+        x0 = self.denoise(xt.double(), coefs)
+        alpha, sigma = (bcast_right(value, xt.ndim) for value in (coefs.alpha, coefs.sigma))
+        known = Prediction(xt.double(), coefs, x0=x0, x1=(xt.double() - alpha * x0) / sigma)
+        return getattr(known, self.model_type).float()
+
+
+@pytest.fixture(scope='module')
+def by_hand():
+    """The reference loss of the best denoiser of 20 digits, from a loop of its own over the straight line."""
+    return {}
+
+
+@pytest.mark.parametrize('process_name, model_type', itertools.product(PROCESSES, ROWS))
+def test_one_denoiser_has_one_value_whatever_it_is_read_through(
+    tiny_config, build_trainer, by_hand, process_name, model_type
+):
+    trainer = build_trainer(tiny_config(process_name=process_name, model_type=model_type, **WIDE))
+    x0, x1, t, _ = straight_line(trainer)
+    denoise = optimal_denoiser(x0[:20])  # of images that are near the held-out ones, and no more than that
+    if not by_hand:
+        time = t[:, None, None, None]
+        xt = (1 - time) * x0.double() + time * x1.double()
+        weights = -(xt[:, None] - (1 - time[:, None]) * x0[:20].double()).square().sum((2, 3, 4)) / 2 / t[:, None] ** 2
+        best = torch.einsum('bn,nchw->bchw', weights.softmax(1), x0[:20].double())
+        velocity = (xt - best) / time
+        by_hand['value'] = (velocity - (x1 - x0)).square().mean().item()
+    values = reference_of(trainer, Knows(trainer.process, model_type, denoise))
+    assert values['eval/reference'] == pytest.approx(by_hand['value'], rel=0.02)
+
+
+@pytest.mark.parametrize('process_name', PROCESSES)
+def test_who_knows_the_image_has_no_loss(tiny_config, build_trainer, process_name):
+    trainer = build_trainer(tiny_config(process_name=process_name))
+    batches = iter(list(evaluation.held_out(trainer, None)))
+
+    class Truth(torch.nn.Module):
+        def forward(self, xt, t, label=None):
+            batch, coefs = next(batches)[0], trainer.process(t)
+            alpha, sigma = (bcast_right(value, xt.ndim) for value in (coefs.alpha, coefs.sigma))
+            x1 = (xt - alpha * batch.x0) / sigma
+            return get_target_fn()(t, xt, batch.x0, x1, coefs).velocity
+
+    assert reference_of(trainer, Truth())['eval/reference'] < 1e-4
+
+
+def test_two_processes_find_what_one_does(tiny_config, build_trainer, run_sh, tmp_path):
+    done = run_sh(nproc=2, ema_decays=(0.9,), base_lr=0.01)
+    assert done.returncode == 0, done.stderr
+    config = tiny_config(ema_decays=(0.9,), base_lr=0.01, experiment_name='one')
+    build_trainer(config).train_loop()
+    one, both = (
+        [{k: v for k, v in line.items() if k.startswith('eval/reference')} for line in record_of(folder)]
+        for folder in (config.run_dir, tmp_path / 'ckpts/run')
+    )
+    assert [len(line) for line in one] == [0, 11, 0, 11]
+    for mine, theirs in zip(one, both, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-3)  # the weights differ by the order of summation

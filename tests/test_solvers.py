@@ -1,0 +1,372 @@
+"""Solvers against a mixture of Gaussians, of which the exact solution and distribution are known.
+
+Tables are gone through: a solver, noise or process of yours is tested as soon as it is in its table.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from oracle import F64, RING, GaussianMixture, at, base_noise, process_named, random_mixture
+
+from processes import PROCESSES, GaussianProcess
+from sampling import TIME_GRIDS, get_predict, sample
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, multistep
+
+ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
+SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
+each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
+
+# Solvers that are no linear multistep in the log-SNR or the angle step in t itself; for these, equal steps of t are a
+# fair choice on any process.
+STEPS_IN_T = [name for name, solver in SOLVERS.items() if getattr(solver.step, 'func', None) is not multistep]
+SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
+
+
+# ---------------------------------------------------------------- order of convergence
+
+
+def exact_predict(process, mixture, memory=0):
+    return get_predict(mixture.as_model('x0', process), process, None, model_type='x0', memory=memory)
+
+
+def rk4_path(process, mixture, x, t, s, n=40):
+    """The exact solution from t to s, by a method that the code under test is not asked for."""
+    h = (s - t) / n
+
+    def velocity(x, t):
+        return mixture.prediction(x, at(process, t, len(x))).velocity
+
+    for i in range(n):
+        now = t + i * h
+        k1 = velocity(x, now)
+        k2 = velocity(x + h / 2 * k1, now + h / 2)
+        k3 = velocity(x + h / 2 * k2, now + h / 2)
+        k4 = velocity(x + h * k3, now + h)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return x
+
+
+@each_process
+@pytest.mark.parametrize('solver', [name for name in ODE if SOLVERS[name].nfe])
+def test_order_of_convergence(solver, process_name):
+    """The error falls by 2^order when steps are halved.
+
+    On a stretch of path, with as many exact earlier values as the solver looks back at.
+    """
+    process, method = process_named(process_name), SOLVERS[solver]
+    angle_of = torch.tensor([1.0, 0.5], dtype=F64)  # between data and noise
+    start, end = process.time_of_log_snr(-2 * angle_of.tan().log()).tolist()
+    x_start = process.compute_xt(base_noise(20) / 2, base_noise(40)[20:], at(process, start, 20))
+
+    def error(n):
+        h = (start - end) / n
+        predict = exact_predict(process, SMOOTH, method.memory)
+        x = x_start
+        for i in range(method.memory):  # exact earlier values
+            predict(x, start - i * h)
+            x = rk4_path(process, SMOOTH, x, start - i * h, start - (i + 1) * h)
+        exact = rk4_path(process, SMOOTH, x, start - method.memory * h, end, 400)
+        for i in range(method.memory, n):
+            x = method.step(x, start - i * h, start - (i + 1) * h, predict, None)
+        return (x - exact).square().mean().sqrt().item()
+
+    n = {1: 256, 2: 128, 3: 128, 4: 64}.get(method.order, 96)
+    observed = math.log2(error(n) / error(2 * n))
+    assert observed == pytest.approx(method.order, abs=0.15)
+
+
+@each_process
+def test_a_converged_default_is_exact(process_name):
+    """From the first step on, without help: the default solver and grid, against a method of another kind."""
+    process = process_named(process_name)
+    settings = dict(process=process, x1=base_noise(50), model_type='v')
+    model_fn = RING.as_model('v', process)
+    fine = sample(model_fn, **settings, solver='rk4', num_steps=500)
+    torch.testing.assert_close(sample(model_fn, **settings, num_steps=150), fine, rtol=1e-4, atol=1e-4)
+
+
+@each_process
+def test_adaptive_steps_keep_their_tolerance(process_name):
+    process = process_named(process_name)
+    model_fn = RING.as_model('velocity', process)
+    fine = sample(model_fn, process, base_noise(50), solver='rk4', num_steps=500)
+    coarse = sample(model_fn, process, base_noise(50), solver='dopri5', num_steps=1)
+    assert 1e-9 < (coarse - fine).square().mean().sqrt() < 1e-3
+
+
+# ---------------------------------------------------------------- closed forms and published formulas
+
+
+@each_process
+@pytest.mark.parametrize('solver', [name for name in ODE if SOLVERS[name].nfe == 1])
+def test_multistep_is_the_same_on_all_paths(solver, process_name):
+    """On the same log-SNRs, methods in the log-SNR or the angle give the same on every process; Euler does not."""
+    if solver in STEPS_IN_T:
+        pytest.skip('a step in t')
+    trained, other = process_named('rf'), process_named(process_name)
+    other_model = RING.as_model('velocity', other)
+    t_max, t_min = other.time_of_log_snr(trained.log_snr(torch.tensor([0.98, 0.02], dtype=F64))).tolist()
+    x = sample(
+        RING.as_model('velocity', trained), trained, base_noise(20), solver=solver, num_steps=12, t_min=0.02, t_max=0.98
+    )
+    start, end = at(other, t_max), at(other, t_min)
+    x1 = base_noise(20) * 0.98 / math.hypot(0.98, 0.02) * torch.hypot(start.alpha, start.sigma) / start.sigma
+    y = sample(other_model, other, x1, solver=solver, num_steps=12, t_min=t_min, t_max=t_max)
+    torch.testing.assert_close(y / torch.hypot(end.alpha, end.sigma), x / math.hypot(0.02, 0.98), rtol=1e-6, atol=1e-8)
+
+
+def dpm_solver(model_fn, process, x1, times, order):
+    """DPM-Solver++ for x0 by divided differences (Lu et al. 2022b, section 4), written for itself."""
+    alpha, sigma = process.alpha(times), process.sigma(times)
+    lam = (alpha / sigma).log()
+    x, past = sigma[0] * x1, []
+    for i in range(len(times) - 1):
+        past.insert(0, model_fn(x, times[i].expand(len(x)), None))
+        h = lam[i + 1] - lam[i]
+        phi_1, phi_2 = -torch.expm1(-h), h - 1 + (-h).exp()
+        phi_3 = h**2 / 2 - phi_2
+        change = phi_1 * past[0]
+        if order > 1 and i > 0:
+            r0 = lam[i] - lam[i - 1]
+            d0 = (past[0] - past[1]) / r0
+            first = d0
+            if order > 2 and i > 1:
+                r1 = lam[i - 1] - lam[i - 2]
+                d1 = (past[1] - past[2]) / r1
+                second = (d0 - d1) / (r0 + r1)
+                first = d0 + r0 * second
+                change = change + 2 * phi_3 * second
+            change = change + phi_2 * first
+        x = sigma[i + 1] / sigma[i] * x + alpha[i + 1] * change
+    return x
+
+
+@each_process
+@pytest.mark.parametrize(('solver', 'order'), [('ddim', 1), ('dpmpp_2m', 2), ('dpmpp_3m', 3)])
+def test_exponential_methods_are_the_published_ones(solver, order, process_name):
+    process, n = process_named(process_name), 9
+    model_fn = RING.as_model('x0', process)
+    times = TIME_GRIDS['logistic'](process, 0.999, 0.001, n)
+    x = sample(model_fn, process, base_noise(20), solver=solver, num_steps=n, model_type='x0')
+    torch.testing.assert_close(x, dpm_solver(model_fn, process, base_noise(20), times, order), rtol=1e-8, atol=1e-10)
+
+
+@each_process
+@pytest.mark.parametrize('scale', [0.0, 1.0])
+def test_stochastic_ddim(process_name, scale, monkeypatch):
+    """With the natural noise, one step of sde_dpmpp_2m is the posterior of the forward process given x0.
+
+    Song et al. 2021a, eq. 12 and 16.
+    """
+    process, z = process_named(process_name), base_noise(60)[40:]
+    monkeypatch.setattr(torch, 'randn_like', lambda x: z)
+    predict = exact_predict(process, RING, 1)
+    x, t, s = base_noise(20), 0.6, 0.5
+    y = SOLVERS['sde_dpmpp_2m'].step(x, t, s, predict, Noise(SDE_NOISES['natural'], scale))
+    c, d, truth = at(process, t), at(process, s), RING.prediction(x, at(process, t, 20))
+    ratio = c.alpha / d.alpha
+    std = scale * d.sigma / c.sigma * (c.sigma**2 - ratio**2 * d.sigma**2).sqrt()
+    torch.testing.assert_close(
+        y, d.alpha * truth.x0 + (d.sigma**2 - std**2).sqrt() * truth.x1 + std * z, rtol=1e-8, atol=1e-8
+    )
+
+
+@each_process
+@each_noise
+def test_euler_maruyama_is_euler_maruyama_in_the_limit(process_name, sde_noise, monkeypatch):
+    process, z = process_named(process_name), base_noise(60)[40:]
+    monkeypatch.setattr(torch, 'randn_like', lambda x: z)
+    x, t, h = base_noise(20), 0.5, 1e-7
+    y = SOLVERS['euler_maruyama'].step(x, t, t - h, exact_predict(process, RING), Noise(SDE_NOISES[sde_noise]))
+    c = at(process, t)
+    w = (2 * c.sigma * SDE_NOISES[sde_noise](c)).sqrt()
+    truth = RING.prediction(x, at(process, t, 20))
+    expected = -h * (truth.velocity - w**2 / 2 * truth.score) + w * math.sqrt(h) * z
+    assert (y - x - expected).abs().max() < 1e-3 * h * (1 + w.item() ** 2 + truth.velocity.abs().max()) + 3 * h**1.5 * (
+        1 + w.item() ** 3
+    )
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def sliced_wasserstein(a, b, directions=64):
+    """Mean over directions of the distance W2 between projections; a and b have as many points."""
+    angle = math.pi * torch.arange(directions, dtype=F64) / directions
+    axes = torch.stack([angle.cos(), angle.sin()])
+    return ((a @ axes).sort(0).values - (b @ axes).sort(0).values).square().mean(0).sqrt().mean().item()
+
+
+def turned(x):
+    """All eight turns of the points: the ring looks the same in all, so each mode has as many points."""
+    turns = 2 * math.pi * torch.arange(8, dtype=F64) / 8
+    rotations = torch.stack(
+        [torch.stack([turns.cos(), -turns.sin()]), torch.stack([turns.sin(), turns.cos()])]
+    ).permute(2, 0, 1)
+    return (x @ rotations).flatten(0, 1)
+
+
+def exact_samples(n, process, t, seed):
+    g = torch.Generator().manual_seed(seed)
+    return process.compute_xt(RING.sample(n, g)[0], torch.randn(n, 2, generator=g, dtype=F64), at(process, t, n))
+
+
+def assert_distributed(samples, process, t_min=0.001):
+    """As near to exact samples as these are to one another."""
+    samples, sets = turned(samples), range(1, 7)
+    exact = {seed: exact_samples(len(samples), process, t_min, seed) for seed in sets}
+    floor = [sliced_wasserstein(exact[i], exact[j]) for i, j in itertools.combinations(sets, 2)]
+    distance = sum(sliced_wasserstein(samples, x) for x in exact.values()) / len(exact)
+    assert distance < sum(floor) / len(floor), (distance, sorted(floor))
+
+
+@each_process
+@each_noise
+@pytest.mark.parametrize('solver', SDE)
+def test_every_noise_leaves_the_marginals_right(solver, sde_noise, process_name):
+    torch.manual_seed(0)
+    process = process_named(process_name)
+    assert_distributed(
+        sample(
+            RING.as_model('velocity', process),
+            process,
+            base_noise(400),
+            solver=solver,
+            num_steps=500,
+            sde_noise=sde_noise,
+        ),
+        process,
+    )
+
+
+@pytest.mark.parametrize('sde_noise_scale', [0.25, 4.0])
+@pytest.mark.parametrize('sde_last_step', LAST_STEPS)
+def test_any_noise_scale_and_last_step_keep_the_distribution(sde_noise_scale, sde_last_step):
+    torch.manual_seed(0)
+    process = process_named('cosine')
+    settings = dict(solver='sde_dpmpp_2m', num_steps=500, sde_noise_scale=sde_noise_scale, sde_last_step=sde_last_step)
+    assert_distributed(sample(RING.as_model('velocity', process), process, base_noise(400), **settings), process)
+
+
+@each_process
+@pytest.mark.parametrize('solver', ODE)
+def test_ode_samples_have_the_data_distribution(solver, process_name):
+    process, nfe = process_named(process_name), SOLVERS[solver].nfe
+    steps = dict(num_steps=1) if nfe is None else dict(nfe=300 if SOLVERS[solver].order == 1 else 120)
+    if solver in STEPS_IN_T:
+        steps['time_grid'] = 'uniform'
+    assert_distributed(
+        sample(RING.as_model('velocity', process), process, base_noise(400), solver=solver, **steps), process
+    )
+
+
+@pytest.mark.parametrize('solver', [s for s in SOLVERS if SOLVERS[s].nfe])
+def test_new_process_can_be_sampled(solver):
+    class Circle(GaussianProcess):
+        def alpha(self, t):
+            return 1 - t**2
+
+        def sigma(self, t):
+            return t * (2 - t**2).sqrt()
+
+    torch.manual_seed(0)
+    assert_distributed(
+        sample(
+            RING.as_model('velocity', Circle()),
+            Circle(),
+            base_noise(400),
+            solver=solver,
+            nfe=300 if SOLVERS[solver].order == 1 else 120,
+        ),
+        Circle(),
+    )
+
+
+@each_process
+@pytest.mark.parametrize('trained', PROCESSES)
+@pytest.mark.parametrize('solver', ['heun', 'sde_dpmpp_2m'])
+def test_sampling_under_another_process(trained, process_name, solver):
+    """What was trained on one path gives the same distribution on another."""
+    torch.manual_seed(0)
+    trained, other = process_named(trained), process_named(process_name)
+    x = sample(
+        RING.as_model('v', trained),
+        trained,
+        base_noise(400),
+        model_type='v',
+        solver=solver,
+        num_steps=100,
+        time_grid='uniform',
+        sampling_process=other,
+    )
+    end = other.time_of_log_snr(trained.log_snr(torch.tensor([0.001], dtype=F64))).item()
+    assert_distributed(x, other, end)
+
+
+def test_sampling_under_another_process_asks_the_network_at_the_same_log_snr():
+    rf, ve, seen = process_named('rf'), process_named('ve'), []
+
+    def model_fn(xt, t, label):
+        seen.append((xt, t))
+        return torch.zeros_like(xt)
+
+    predict = get_predict(model_fn, rf, None, model_type='x0', sampling_process=ve)
+    x = base_noise(3)
+    prediction = predict(x, 0.5)
+    sigma = at(ve, 0.5).sigma
+    (xt, t), time = seen[0], sigma / (1 + sigma)
+    torch.testing.assert_close(t, time.expand(3))
+    torch.testing.assert_close(xt, x * (1 - time), rtol=1e-10, atol=0)
+    torch.testing.assert_close(prediction.x1, x / sigma, rtol=1e-10, atol=0)
+
+
+def output_variance(solver, n, monkeypatch, process, t_max, **settings):
+    """Exact variance of the samples for data N(0, 0.3^2).
+
+    A sample is linear in the start and in each noise drawn, so one image for each of them tells all.
+    """
+    drawn, start = itertools.count(1), at(process, t_max)
+    mixture = GaussianMixture(torch.zeros(1, 1), torch.full((1, 1, 1), 0.3**2, dtype=F64))
+
+    def one_hot(x):
+        noise = torch.zeros_like(x)
+        noise[next(drawn)] = 1
+        return noise
+
+    monkeypatch.setattr(torch, 'randn_like', one_hot)
+    x1 = torch.zeros(n + 2, 1, dtype=F64)
+    x1[0] = (
+        (0.3 * start.alpha).square() + start.sigma.square()
+    ).sqrt() / start.sigma  # the exact variance to begin with
+    return (
+        sample(
+            mixture.as_model('v', process),
+            process,
+            x1,
+            model_type='v',
+            solver=solver,
+            num_steps=n,
+            t_max=t_max,
+            **settings,
+        )
+        .square()
+        .sum()
+        .item()
+    )
+
+
+@each_noise
+@pytest.mark.parametrize('solver', SDE)
+@each_process
+def test_weak_order(solver, sde_noise, process_name, monkeypatch):
+    """The error of the variance, free of sampling noise."""
+    process = process_named(process_name)
+    t_max, t_min = process.time_of_log_snr(-2 * torch.tensor([1.2, 0.4], dtype=F64).tan().log()).tolist()
+    end = at(process, t_min)
+    exact = ((end.alpha * 0.3).square() + end.sigma.square()).item()
+    settings = dict(sde_noise=sde_noise, sde_last_step='ode', t_max=t_max, t_min=t_min)
+    errors = [abs(output_variance(solver, n, monkeypatch, process, **settings) - exact) for n in (200, 400)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[solver].order, abs=0.15)
