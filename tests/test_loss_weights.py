@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+import loss_weights
 from config import PRESETS, Config, SettingError
 from loss_weights import LOSS_WEIGHTS, drawn_weights, effective_weight, get_loss_weight, is_uneven, pair_warning
 from networks import ScaledNetwork
 from prediction import ROWS, get_model_convert_fn, get_target_fn
 from processes import PROCESSES, get_process
-from time_samplers import get_time_sampler
+from time_samplers import TIME_SAMPLERS, get_time_sampler
 
 T = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
@@ -203,10 +204,13 @@ def test_every_warning_has_a_remedy_that_works(process_name, model_type, target_
         assert changed != config and pair_warning(changed, get_process(changed)) is None
 
 
-def test_remedy_drops_a_weight_that_fits_no_more():
-    """The weight edm of a score that is compared with itself would still be uneven."""
+def test_remedy_drops_a_weight_that_fits_no_more(monkeypatch):
+    """Where no times help, another target; and a weight that would be as uneven for it goes too."""
+    monkeypatch.setattr(loss_weights, 'TIME_SAMPLERS', {'uniform': TIME_SAMPLERS['uniform']})
     settings = dict(process_name='ve', model_type='score', target_type='x0', loss_weight='edm')
-    assert warning_of(**settings).endswith('Use --target_type score --loss_weight none.')
+    text = warning_of(**settings)
+    flags = dict(flag.split() for flag in text.split('Use --')[1].rstrip('.').split(' --'))
+    assert flags['loss_weight'] != 'edm' and warning_of(**settings | flags) is None
 
 
 def test_weights_are_drawn_as_the_sampler_draws_times():
