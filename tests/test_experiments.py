@@ -68,6 +68,7 @@ def test_it_trains_evaluates_draws_and_resumes(experiment, name):
         assert value.equal(trainer.example.cond[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MADE_OF_BOTH)
 def test_two_processes_learn_what_one_does(experiment, run_sh, tmp_path, name):
     """Derivatives through the network, a second network, conditions, data as x1 and a coupling of the whole batch."""

@@ -13,6 +13,8 @@ from config import SettingError
 from main import load_run
 from runtime import run_folder
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import os
 from dataclasses import dataclass, replace

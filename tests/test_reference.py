@@ -141,6 +141,7 @@ def test_who_knows_the_image_has_no_loss(tiny_config, build_trainer, process_nam
     assert reference_of(trainer, Truth())['eval/reference'] < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tiny_config, build_trainer, run_sh, tmp_path):
     done = run_sh(nproc=2, ema_decays=(0.9,), base_lr=0.01)
     assert done.returncode == 0, done.stderr

@@ -122,6 +122,7 @@ def test_checkpoints_without_an_identity_are_accepted(tiny_config):
     assert run_folder.load_run(config, MINE)['step'] == 4
 
 
+@pytest.mark.parametrize('trained', [False, True])
 def test_a_new_folder_of_a_run_that_is_refused_is_removed_unless_it_was_trained(tiny_config, trained):
     config = tiny_config(experiment_name='run')
     run_folder.load_run(config)

@@ -73,6 +73,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_too_little_memory_to_draw_costs_the_drawing_alone(tiny_config, build_trainer, run_sh, tmp_path, nproc):
     """On the last rank alone: all the others give up that drawing too, also that of the final metrics."""
