@@ -14,17 +14,22 @@ between output and target, too. `effective_weight` is the product; `pair_warning
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from prediction import ROWS, error_factor
+from prediction import ROWS, determinant, error_factor
 from processes import Coefs, GaussianProcess, get_process
 from time_samplers import TIME_SAMPLERS, get_time_sampler
 
 LossWeight = Callable[[Coefs], Tensor]
+# beyond these, pair_warning says so
+LEAST_NOISY_SHARE = 0.05
+LARGEST_ERROR_AT_NOISE = 2.0
 
 
 def min_snr(c: Coefs, gamma: float = 5.0) -> Tensor:
@@ -88,18 +93,26 @@ def effective_weight(config: Config, process: GaussianProcess, t: Tensor) -> Ten
     return weight * error_factor(config.model_type, config.target_type, coefs).square()
 
 
-def drawn_weights(config: Config, process: GaussianProcess, n: int = 20_000) -> Tensor:
-    """The share of n times, as the time sampler draws them, in the loss of a new network, (n,) float64, largest first.
+def drawn_times(config: Config, n: int = 20_000) -> Tensor:
+    """n times with the density of the run's time sampler, (n,) float64."""
+    return get_time_sampler(config)((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+
+
+def drawn_weights(config: Config, process: GaussianProcess) -> Tensor:
+    """The share of each of many times, as the time sampler draws them, in the loss of a new network, largest first.
 
     That is the effective weight times the mean square of what the network should output, as it outputs 0 at first: a
     score of 1 / sigma is large where sigma is small, and its errors are too.
     """
-    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    t = get_time_sampler(config)(u)
-    coefs = process(t)
+    t = drawn_times(config)
+    weights = effective_weight(config, process, t) * mean_square_of_output(config, process(t))
+    return weights.sort(descending=True).values
+
+
+def mean_square_of_output(config: Config, coefs: Coefs) -> Tensor:
+    """(B,): of what the network should output, for x0 and x1 of mean 0 and standard deviation sigma_data and 1."""
     a, b = (0.0 if k is None else k for k in ROWS[config.model_type](coefs))
-    mean_square = a**2 * config.sigma_data**2 + b**2
-    return (effective_weight(config, process, t) * mean_square).sort(descending=True).values
+    return (a**2 * config.sigma_data**2 + b**2) * torch.ones_like(coefs.alpha)
 
 
 def is_uneven(weights: Tensor) -> bool:
@@ -107,40 +120,83 @@ def is_uneven(weights: Tensor) -> bool:
     return not 20 * weights.median() >= weights.mean()
 
 
+def noisy_share(config: Config, process: GaussianProcess) -> float:
+    """The share of noisy times, sigma > 3 alpha, in the loss of a network that errs alike at all times.
+
+    Alike: in x1 - x0, the velocity of the straight line, which no time makes small. A loss of x1 has the factor
+    alpha / (alpha + sigma) on an error of it, and is nearly blind there, where it is decided what an image shows.
+    """
+    coefs = process(drawn_times(config))
+    factor = determinant(config.target_type, coefs) / (coefs.alpha + coefs.sigma)
+    weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)(coefs) * factor.square()
+    return (weight[coefs.sigma > 3 * coefs.alpha].sum() / weight.sum()).item()
+
+
+def error_at_noise(config: Config, process: GaussianProcess, ratio: float = 10.0) -> float:
+    """The error of x1 - x0 at sigma = `ratio` alpha that is made by an output wrong by its own size (its root mean
+    square over the drawn times): 1 / alpha on the straight line for an x1, and about one half for F."""
+    size = mean_square_of_output(config, process(drawn_times(config))).mean().sqrt()
+    noisy = process(process.time_of_log_snr(torch.tensor([-2 * math.log(ratio)], dtype=torch.float64)))
+    return (size * ((noisy.alpha + noisy.sigma) / determinant(config.model_type, noisy)).abs()).item()
+
+
 def pair_warning(config: Config, process: GaussianProcess) -> str | None:
-    """None, or why a network of this output learns badly from this target's loss, and the first change that helps.
+    """None, or why a network of this output learns badly from this target's loss, and the first changes that help.
 
     A few times near an end may hold nearly all weight, and the optimizer then serves these alone: where the network
-    predicts x1 and the loss compares velocities, an error of the output is multiplied by 1 / alpha.
+    predicts x1 and the loss compares velocities, an error of the output is multiplied by 1 / alpha. The noisy times may
+    have so little of it that a short run never learns what is decided there. Or the output is one whose small errors
+    are large ones of what an image shows. docs/pairs.md has all of them measured.
     """
+    reasons, remedies = [], []
     weights = drawn_weights(config, process)
-    if not is_uneven(weights):
+    share, error = noisy_share(config, process), error_at_noise(config, process)
+    if is_uneven(weights):
+        times = [config.t_min, (config.t_min + config.t_max) / 2, config.t_max]
+        at = effective_weight(config, process, torch.tensor(times, dtype=torch.float64)).tolist()
+        shares = weights.cumsum(0) / weights.sum()
+        reasons.append(
+            f"may learn badly or not at all: the loss weighs a squared error of the network's output by {at[0]:.3g} at "
+            f't={times[0]:g}, {at[1]:.3g} at t={times[1]:g}, {at[2]:.3g} at t={times[2]:g}. '
+            f'{shares[len(shares) // 100 - 1]:.0%} of all weight falls on 1% of the times that are drawn, '
+            f'{1 - shares[len(shares) // 2 - 1]:.1g} of it on half of them.'
+        )
+    elif share < LEAST_NOISY_SHARE:
+        reasons.append(
+            'learns slowly what an image shows: that is decided at noisy times (sigma > 3 alpha), which have '
+            f'{share:.1%} of the weight in this loss.'
+        )
+    if reasons:
+        remedies.append(find_remedy(config, process))
+    if error > LARGEST_ERROR_AT_NOISE:
+        reasons.append(
+            f'{"It" if reasons else "learns slowly what an image shows: it"} needs an exact output: at noise of sigma '
+            f'= 10 alpha, an output that is wrong by 1% of its size makes x1 - x0 wrong by {error:.2g}%.'
+        )
+        with_f = dataclasses.replace(config, model_type='F')
+        remedies.append(' '.join(['--model_type F', *filter(None, [find_remedy(with_f, process)])]))
+    if not reasons:
         return None
-    times = [config.t_min, (config.t_min + config.t_max) / 2, config.t_max]
-    at = effective_weight(config, process, torch.tensor(times, dtype=torch.float64)).tolist()
-    shares = weights.cumsum(0) / weights.sum()
     names = ('model_type', 'target_type', 'loss_weight', 'time_sampler')
-    return (
-        f'{", ".join(f"{name}={getattr(config, name)!r}" for name in names)} may learn badly or not at all: the loss '
-        f"weighs a squared error of the network's output by {at[0]:.3g} at t={times[0]:g}, {at[1]:.3g} at "
-        f't={times[1]:g}, {at[2]:.3g} at t={times[2]:g}. {shares[len(shares) // 100 - 1]:.0%} of all weight falls on '
-        f'1% of the times that are drawn, {1 - shares[len(shares) // 2 - 1]:.1g} of it on half of them. '
-        f'Use {find_remedy(config, process)}.'
-    )
+    given = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
+    return f'{given} {" ".join(reasons)} Use {", or better ".join(remedies)}.'
 
 
 def find_remedy(config: Config, process: GaussianProcess) -> str:
-    """The first flags with which the weight is even enough: other times, another weight, or the output's own loss."""
-    changes = [dict(time_sampler=name) for name in TIME_SAMPLERS] + [dict(loss_weight=name) for name in LOSS_WEIGHTS]
-    own_first = (config.model_type, *ROWS)
-    changes += [
-        dict(target_type=name, loss_weight=weight) for weight in (config.loss_weight, 'none') for name in own_first
-    ]
-    for change in changes:
+    """The first flags with which the weight is well spread, '' if it is so already: other times, the output's own loss,
+    another loss or weight, or two of these. The fewest changes come first."""
+    times = [{}, *(dict(time_sampler=name) for name in TIME_SAMPLERS), dict(time_sampler='logit_normal', time_mean=1.0)]
+    losses = [{}, *(dict(target_type=name) for name in (config.model_type, *ROWS))]
+    losses += [dict(loss_weight=name) for name in LOSS_WEIGHTS]
+    pairs = sorted(itertools.product(losses, times), key=lambda pair: len(pair[0]) + bool(pair[1]))
+    change = {}
+    for loss, time in pairs:
+        change = loss | time
         changed = dataclasses.replace(config, **change)
         try:
             get_loss_weight(changed)
-            if not is_uneven(drawn_weights(changed, process)):
+            even = not is_uneven(drawn_weights(changed, process))
+            if even and noisy_share(changed, process) >= LEAST_NOISY_SHARE:
                 break
         except SettingError:  # infinite at an end of the range, or no time of the sampler is in it
             continue

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.svm import SVC
 from torch import Tensor
 
 
@@ -37,6 +36,8 @@ def label_agreement(samples: Tensor, labels: Tensor, train: Tensor, train_labels
 
     It is a support-vector classifier, trained on at most `limit` images, of two classes or more.
     """
+    from sklearn.svm import SVC  # a second to import, and needed once
+
     classifier = SVC(gamma='scale').fit(train[:limit].numpy(), train_labels[:limit].numpy())
     return float(np.mean(classifier.predict(samples.numpy()) == labels.numpy()))
 

@@ -109,19 +109,21 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
     return target_fn
 
 
+def determinant(name: str, coefs: Coefs) -> Tensor:
+    """alpha b - sigma a of the row y = a x0 + b x1, (B,): how far y moves where x0 and x1 move by (-sigma, alpha)."""
+    a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
+    return coefs.alpha * b - coefs.sigma * a
+
+
 def error_factor(model_type: str, target_type: str, coefs: Coefs) -> Tensor:
     """d target / d output, (B,): by how much an error of the output is multiplied when it is read as the target.
 
-    At a given xt, x0 and x1 move along (-sigma, alpha) / det, so the factor is the quotient of the two types' det.
+    At a given xt, x0 and x1 move along (-sigma, alpha), so the factor is the quotient of the two determinants.
     """
     if model_type == target_type:
         return torch.ones_like(coefs.alpha)
 
-    def det(name: str) -> Tensor:
-        a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
-        return coefs.alpha * b - coefs.sigma * a
-
-    return det(target_type) / det(model_type)
+    return determinant(target_type, coefs) / determinant(model_type, coefs)
 
 
 def first_singular(

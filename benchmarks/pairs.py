@@ -1,13 +1,15 @@
 """Which outputs learn from which targets: all 36 pairs on the four processes, on digits, as a heat map and a page.
 
-    python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only unwarned]      about 20 s a run on one core
+    python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      20 s a run on one core
 
-A cell is the share of 500 samples in which a support-vector classifier of real digits sees the asked digit. Each run is
-one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is docs/pairs.md, the picture
-docs/pairs.png.
+A cell is the share of 500 samples in which a support-vector classifier of real digits sees the asked digit. A pair that
+the program warns of runs with one seed, as it is and with the remedy that the warning names; one that is refused does
+not run. Each run is one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is
+docs/pairs.md, the picture docs/pairs.png.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,7 +28,7 @@ import main  # noqa: E402
 import metrics  # noqa: E402
 import pictures  # noqa: E402
 from config import Config, SettingError  # noqa: E402
-from loss_weights import pair_warning  # noqa: E402
+from loss_weights import find_remedy, pair_warning  # noqa: E402
 from prediction import ROWS, check_time_range  # noqa: E402
 from processes import PROCESSES, get_process  # noqa: E402
 
@@ -51,12 +53,20 @@ def verdict(cell: Cell) -> str:
     return 'warned' if pair_warning(config, get_process(config)) else 'fine'
 
 
-def train(cell: Cell, seed: int, steps: int) -> dict:
+def remedy_of(cell: Cell) -> dict:
+    """The flags that the warning of this pair names, as settings."""
+    config = config_of(cell)
+    settings: dict = dict(flag.split() for flag in find_remedy(config, get_process(config))[2:].split(' --'))
+    return settings | ({'time_mean': float(settings['time_mean'])} if 'time_mean' in settings else {})
+
+
+def train(cell: Cell, seed: int, steps: int, remedy: dict) -> dict:
     """One run: label agreement of samples of the averaged weights, and seconds."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         grid = dict(solver='dpmpp_2m', time_grid='log_snr') if cell[0] == 've' else {}
         config = config_of(cell, seed=seed, ckpt_dir=folder, num_training_steps=steps, **grid)
+        config = dataclasses.replace(config, **remedy)
         trainer = main.build(config)
         shards = trainer.shards()
         while trainer.step < steps:
@@ -67,23 +77,27 @@ def train(cell: Cell, seed: int, steps: int) -> dict:
         x = pictures.generate(trainer, sampler, module, inputs)
         images, labels, *_ = trainer.train_loader.everything()
         agreement = metrics.label_agreement(x.flatten(1), inputs.label, images.flatten(1), labels)
-    return dict(cell=cell, seed=seed, steps=steps, agreement=agreement, seconds=time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return dict(cell=cell, seed=seed, steps=steps, remedy=remedy, agreement=agreement, seconds=seconds)
 
 
-def summary(runs: list[dict]) -> dict[Cell, list[float]]:
+def means_of(runs: list[dict], remedied: bool) -> dict[Cell, float]:
+    """Mean label agreement of each cell over its seeds, as it is or with its remedy."""
     cells: dict[Cell, list[float]] = {}
     for run in runs:
-        cells.setdefault(tuple(run['cell']), []).append(run['agreement'])
-    return cells
+        cell = tuple(run['cell'])
+        if bool(run['remedy']) == remedied and (not remedied or run['remedy'] == remedy_of(cell)):
+            cells.setdefault(cell, []).append(run['agreement'])
+    return {cell: statistics.mean(values) for cell, values in cells.items()}
 
 
-def draw_picture(cells: dict[Cell, list[float]]) -> None:
+def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
     """A heat map for each process; a cell that is warned of is in brackets, one that is refused is empty."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.9), dpi=100, layout='constrained')
     for ax, process in zip(figure.subplots(1, len(PROCESSES)), PROCESSES, strict=True):
-        table = [[statistics.mean(cells.get((process, m, t), [float('nan')])) for t in ROWS] for m in ROWS]
+        table = [[cells.get((process, m, t), float('nan')) for t in ROWS] for m in ROWS]
         ax.imshow(table, vmin=0.1, vmax=1, cmap='RdYlGn')
         ax.set(title=process, xlabel='loss compares', ylabel='network outputs')
         ax.set_xticks(range(len(ROWS)), ROWS, rotation=45)
@@ -91,63 +105,78 @@ def draw_picture(cells: dict[Cell, list[float]]) -> None:
         for (i, m), (j, t) in itertools.product(enumerate(ROWS), enumerate(ROWS)):
             if (process, m, t) in cells:
                 text = f'{100 * table[i][j]:.0f}'
-                warned = verdict((process, m, t)) == 'warned'
+                warned = verdicts[process, m, t] == 'warned'
                 ax.text(j, i, f'({text})' if warned else text, ha='center', va='center', fontsize=9)
     figure.savefig(PICTURE)
 
 
-def write_page(cells: dict[Cell, list[float]], steps: int) -> None:
-    seeds = sorted({len(values) for values in cells.values()})
+def write_page(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts: dict[Cell, str], args) -> None:
+    def text_of(cell: Cell) -> str:
+        if cell not in cells:
+            return ''
+        if verdicts[cell] == 'fine':
+            return f'{100 * cells[cell]:.1f}'
+        better = f' → {100 * remedied[cell]:.0f}' if cell in remedied else ''
+        return f'({100 * cells[cell]:.0f}{better})'
+
     settings = ' '.join(f'--{name} {value}' for name, value in SETTINGS.items() if not isinstance(value, tuple))
     lines = [
         '# Which outputs learn from which targets',
         '',
-        f'Digits, {steps} steps, uniform times in [0.001, 0.999], no loss weight. A number is the percentage of '
-        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit,',
-        f'a mean over {" or ".join(map(str, seeds))} seed(s). Guessing gives 10. In brackets: the program warns of '
-        'this pair before it trains, with the remedy. Empty: refused, or not run.',
+        f'Digits, {args.steps} steps, uniform times in [0.001, 0.999], no loss weight. A number is the percentage of',
+        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit. Guessing gives 10.',
+        '',
+        f'- A plain number is a pair without a warning: the mean over {args.seeds} seeds.',
+        '- In brackets is a pair that the program warns of before it trains: one seed, first as it is, then with the',
+        '  flags that the warning names (other times, a loss weight, or another target).',
+        '- An empty cell was not run, or is refused.',
         '',
         '![label agreement of every pair](pairs.png)',
         '',
-        f'Made by `python benchmarks/pairs.py` ({settings} --ema_decays 0.97; '
-        'on `ve` with dpmpp_2m on the log_snr grid).',
+        'Made by `python benchmarks/pairs.py`. The network is small, so that all of this takes two hours:',
+        f'`{settings} --ema_decays 0.97`.',
+        'On `ve`, samples are drawn with `--solver dpmpp_2m --time_grid log_snr`.',
     ]
     for process in PROCESSES:
         lines += ['', f'## {process}', '', '| output \\ target | ' + ' | '.join(ROWS) + ' |', '|---' * 7 + '|']
-        for m in ROWS:
-            row = []
-            for t in ROWS:
-                values = cells.get((process, m, t))
-                text = f'{100 * statistics.mean(values):.1f}' if values else ''
-                row.append(f'({text})' if values and verdict((process, m, t)) == 'warned' else text)
-            lines.append(f'| {m} | ' + ' | '.join(row) + ' |')
+        lines += [f'| {m} | ' + ' | '.join(text_of((process, m, t)) for t in ROWS) + ' |' for m in ROWS]
     PAGE.write_text('\n'.join(lines) + '\n')
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--seeds', type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=3, help='of pairs without a warning')
     parser.add_argument('--steps', type=int, default=300)
-    parser.add_argument('--only', choices=('unwarned', 'nothing'), help='leave out pairs that are warned of, or all')
+    parser.add_argument('--only', choices=('fine', 'warned', 'remedied', 'none'), help='run these; none: draw the page')
+    parser.add_argument('--process', choices=PROCESSES, help='run those of this process')
     args = parser.parse_args()
-    runs = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
-    done = {(tuple(run['cell']), run['seed']) for run in runs if run['steps'] == args.steps}
     cells = list(itertools.product(PROCESSES, ROWS, ROWS))
     verdicts = {cell: verdict(cell) for cell in cells}
-    wanted = {'unwarned': ('fine',), 'nothing': (), None: ('fine', 'warned')}[args.only]
-    for kind, seed in itertools.product(wanted, range(args.seeds)):
-        for cell in cells:
-            if verdicts[cell] == kind and (cell, seed) not in done:
-                runs.append(train(cell, seed, args.steps))
-                with open(RECORD, 'a') as file:
-                    file.write(json.dumps(runs[-1]) + '\n')
-                print(*cell, f'{runs[-1]["agreement"]:.3f}, {runs[-1]["seconds"]:.0f} s', flush=True)
-    table = summary([run for run in runs if run['steps'] == args.steps])
-    draw_picture(table)
-    write_page(table, args.steps)
-    fine = {cell: statistics.mean(values) for cell, values in table.items() if verdicts[cell] == 'fine'}
-    print(f'{sum(value >= 0.9 for value in fine.values())} of {len(fine)} pairs without a warning reach 90%')
-    print('below:', {'/'.join(cell): round(value, 3) for cell, value in fine.items() if value < 0.9})
+    wanted = [
+        (kind, cell, seed, remedy_of(cell) if kind == 'remedied' else {})
+        for kind, seeds in (('fine', args.seeds), ('warned', 1), ('remedied', 1))
+        for seed in range(seeds)
+        for cell in cells
+        if verdicts[cell] == ('fine' if kind == 'fine' else 'warned')
+    ]
+    runs = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
+    runs = [run for run in runs if run['steps'] == args.steps]
+    done = [(tuple(run['cell']), run['seed'], run['remedy']) for run in runs]
+    for kind, cell, seed, remedy in wanted:
+        if (args.only or kind) == kind and (args.process or cell[0]) == cell[0] and (cell, seed, remedy) not in done:
+            runs.append(train(cell, seed, args.steps, remedy))
+            with open(RECORD, 'a') as file:
+                file.write(json.dumps(runs[-1]) + '\n')
+            print(kind, *cell, f'{runs[-1]["agreement"]:.3f}, {runs[-1]["seconds"]:.0f} s', remedy or '', flush=True)
+    means, remedied = means_of(runs, False), means_of(runs, True)
+    draw_picture(means, verdicts)
+    write_page(means, remedied, verdicts, args)
+    for what, table in (
+        ('pairs without a warning', {cell: mean for cell, mean in means.items() if verdicts[cell] == 'fine'}),
+        ('remedies', {cell: mean for cell, mean in remedied.items() if verdicts[cell] == 'warned'}),
+    ):
+        print(f'{what}: {sum(mean >= 0.9 for mean in table.values())} of {len(table)} reach 90%; below:')
+        print({'/'.join(cell): round(mean, 3) for cell, mean in table.items() if mean < 0.9})
 
 
 if __name__ == '__main__':

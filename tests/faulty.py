@@ -147,11 +147,11 @@ if __name__ == '__main__':
     counted: dict[int, int] = {}
     if 'COUNT_IMAGES' in os.environ:  # that this process computes on, by step
 
-        def prepare(self, batch, is_train, original=FaultyTrainer.prepare_batch_fn):
-            if is_train:
-                counted[self.step] = counted.get(self.step, 0) + len(batch[0])
+        def draw_shard(self, batch, shard, step, original=FaultyTrainer.draw_shard):
+            if step != 'evaluate':
+                counted[step] = counted.get(step, 0) + len(batch[0])
                 Path(f'{os.environ["COUNT_IMAGES"]}{ranks.rank()}').write_text(repr(counted))
-            return original(self, batch, is_train)
+            return original(self, batch, shard, step)
 
-        FaultyTrainer.prepare_batch_fn = prepare
+        FaultyTrainer.draw_shard = draw_shard
     main(trainer_class=FaultyTrainer, config_class=FaultyConfig)

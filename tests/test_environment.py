@@ -65,7 +65,7 @@ def test_no_network_is_one_clear_line(fresh):
     result = fresh()
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert 'pip could not install' in result.stderr and 'network' in result.stderr
-    assert fresh().returncode == 1  # nothing half-made is trusted
+    assert (fresh.folder / '.venv/.installing').exists()  # so nothing half-made is trusted
 
 
 @pytest.mark.parametrize(
@@ -106,16 +106,12 @@ def test_an_environment_of_the_user_is_named_and_left_alone(fresh):
     assert 'torch 2.10 or newer (it has 2.1.0)' in fresh(VIRTUAL_ENV=str(mine)).stderr
 
 
-def test_a_fitting_environment_of_the_user_is_used(fresh):
-    result = fresh(VIRTUAL_ENV=sys.prefix)
-    assert result.stdout == f'uses {sys.prefix}/bin/python\n', result.stderr
-    assert not (fresh.folder / '.venv').exists()
-
-
-def test_what_a_start_up_file_prints_is_no_lack(fresh, tmp_path):
+def test_a_fitting_environment_of_the_user_is_used(fresh, tmp_path):
+    """Also where a start-up file prints something into what its python says."""
     (tmp_path / 'sitecustomize.py').write_text('print("welcome to the cluster")')
     result = fresh(VIRTUAL_ENV=sys.prefix, PYTHONPATH=str(tmp_path))
     assert result.stdout == f'uses {sys.prefix}/bin/python\n' and not result.stderr
+    assert not (fresh.folder / '.venv').exists()
 
 
 def test_a_venv_of_the_user_in_the_folder_is_never_replaced(fresh):

@@ -123,6 +123,19 @@ def test_guidance_rescale(rescale):
     assert (ratio < 0.99).any()
 
 
+def test_guidance_rescale_leaves_a_predicted_x0_without_contrast_alone():
+    """Its standard deviation is 0, and nothing can be divided by it."""
+    flat = torch.tensor([[0.25, 0.25], [0.5, -0.5]], dtype=F64)  # one x0 without contrast, one with
+
+    def model_fn(xt, t, label):
+        return torch.cat([flat, flat / 2])
+
+    settings = dict(model_type='x0', null_label=2, guidance_scale=3.0, guidance_rescale=1.0)
+    x0 = get_predict(model_fn, process_named('rf'), torch.tensor([0, 1]), **settings)(base_noise(2), 0.6).x0
+    guided = flat / 2 + 3 * (flat - flat / 2)
+    torch.testing.assert_close(x0, torch.stack([guided[0], flat[1]]))
+
+
 # ---------------------------------------------------------------- conditions
 
 GIVEN, NAN = GivenMean(), float('nan')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,11 +10,21 @@ from torch import nn
 
 import loss_weights
 from config import PRESETS, Config, SettingError
-from loss_weights import LOSS_WEIGHTS, drawn_weights, effective_weight, get_loss_weight, is_uneven, pair_warning
+from loss_weights import (
+    LOSS_WEIGHTS,
+    drawn_weights,
+    effective_weight,
+    error_at_noise,
+    find_remedy,
+    get_loss_weight,
+    is_uneven,
+    noisy_share,
+    pair_warning,
+)
 from networks import ScaledNetwork
 from prediction import ROWS, get_model_convert_fn, get_target_fn
 from processes import PROCESSES, get_process
-from time_samplers import TIME_SAMPLERS, get_time_sampler
+from time_samplers import get_time_sampler
 
 T = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
@@ -150,6 +161,13 @@ def warning_of(**settings):
     return pair_warning(config, get_process(config))
 
 
+def remedies_in(text):
+    """The flags at the end of a warning, as settings; two sets of them if there is a better way."""
+    for words in text.removesuffix('.').split('Use --')[1].split(', or better --'):
+        flags = dict(flag.split() for flag in words.split(' --'))
+        yield {name: float(value) if name == 'time_mean' else value for name, value in flags.items()}
+
+
 X1_VELOCITY = dict(model_type='x1', target_type='velocity')
 EDM = dict(process_name='ve', sigma_min=0.002, sigma_max=80.0, t_min=0.0, t_max=1.0,
            time_sampler='log_normal', time_mean=-1.2, time_std=1.2)  # fmt: skip
@@ -163,16 +181,25 @@ def test_the_pair_that_did_not_learn_is_warned_of():
     text = warning_of(**X1_VELOCITY)
     assert all(f'{k}={v!r}' in text for k, v in dict(X1_VELOCITY, loss_weight='none', time_sampler='uniform').items())
     assert '1 at t=0.001, 4 at t=0.5, 1e+06 at t=0.999' in text and '91% of all weight' in text
-    assert text.endswith('Use --time_sampler logit_normal.')
-    assert warning_of(**X1_VELOCITY, time_sampler='logit_normal') is None
+    assert text.endswith('Use --time_sampler logit_normal, or better --model_type F.')
+    text = warning_of(**X1_VELOCITY, time_sampler='logit_normal')
+    assert 'may learn badly' not in text and text.endswith('wrong by 11%. Use --model_type F.')
 
 
 @pytest.mark.parametrize('process_name', ['rf', 'cosine', 'linear_vp'])
 @pytest.mark.parametrize('model_type', ROWS)
 def test_an_output_compared_with_its_own_type(process_name, model_type):
-    """Only a score and linear_vp's velocity are far from one size. Recorded: score as score on rf, 300 steps: 10.4%."""
+    """A score's size changes with t by decades, and so does linear_vp's velocity; x1 is nearly blind at noisy times.
+
+    Recorded on rf after 300 steps: score as score 10.4% of the asked digit; x1 as x1 62.4%, with other times 89.2%.
+    """
     text = warning_of(process_name=process_name, model_type=model_type, target_type=model_type)
-    assert (text is not None) == (model_type == 'score')
+    expected = {'score': 'may learn badly', 'x1': 'learns slowly'}.get(model_type)
+    if (process_name, model_type) == ('linear_vp', 'velocity'):
+        expected = 'wrong by 2.6%'
+    assert expected in text if expected else text is None
+    if model_type == 'x1':
+        assert 'Use --time_sampler logit_normal' in text and 'wrong by 11%' in text
 
 
 @pytest.mark.parametrize(
@@ -199,18 +226,27 @@ def test_every_warning_has_a_remedy_that_works(process_name, model_type, target_
     config = Config(process_name=process_name, model_type=model_type, target_type=target_type)
     text = pair_warning(config, get_process(config))
     if text is not None:
-        flags = text.split('Use --')[1].rstrip('.').split(' --')
-        changed = dataclasses.replace(config, **dict(flag.split() for flag in flags))
-        assert changed != config and pair_warning(changed, get_process(changed)) is None
+        for flags in remedies_in(text):
+            changed = dataclasses.replace(config, **flags)
+            left = pair_warning(changed, get_process(changed))
+            assert changed != config and (left is None or ('model_type' not in flags and 'it needs an exact' in left))
 
 
-def test_remedy_drops_a_weight_that_fits_no_more(monkeypatch):
-    """Where no times help, another target; and a weight that would be as uneven for it goes too."""
-    monkeypatch.setattr(loss_weights, 'TIME_SAMPLERS', {'uniform': TIME_SAMPLERS['uniform']})
-    settings = dict(process_name='ve', model_type='score', target_type='x0', loss_weight='edm')
-    text = warning_of(**settings)
-    flags = dict(flag.split() for flag in text.split('Use --')[1].rstrip('.').split(' --'))
-    assert flags['loss_weight'] != 'edm' and warning_of(**settings | flags) is None
+def test_the_remedy_for_a_weight_that_does_not_fit_is_none():
+    """min_snr is made for target x0 (Hang et al. 2023); on velocities it leaves the noisy times out."""
+    assert warning_of(loss_weight='min_snr').endswith('Use --loss_weight none.')
+
+
+@pytest.mark.parametrize('process_name', ['rf', 've'])
+@pytest.mark.parametrize('model_type', ['score', 'F'])
+@pytest.mark.parametrize('target_type', ROWS)
+@pytest.mark.parametrize('name', ['min_snr', 'edm'])
+def test_there_is_always_a_remedy(process_name, model_type, target_type, name):
+    config = Config(process_name=process_name, model_type=model_type, target_type=target_type, loss_weight=name)
+    flags = find_remedy(config, get_process(config))
+    changed = dataclasses.replace(config, **next(remedies_in(f'Use {flags}.'))) if flags else config
+    assert not is_uneven(drawn_weights(changed, get_process(changed)))
+    assert noisy_share(changed, get_process(changed)) >= loss_weights.LEAST_NOISY_SHARE
 
 
 def test_weights_are_drawn_as_the_sampler_draws_times():
@@ -220,6 +256,58 @@ def test_weights_are_drawn_as_the_sampler_draws_times():
     assert weights.mean().item() == pytest.approx(1 + 2 * math.exp(0.5) + math.exp(2), rel=0.01)  # and x1^2 is 1
     assert weights.median().item() == pytest.approx(4, rel=1e-3)
     assert (weights.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'share'),
+    [
+        (dict(target_type='velocity'), 0.25 - 1 / 4000),  # all alike
+        (dict(target_type='x0'), 1 - 0.75**3),  # t^2
+        (dict(target_type='x1'), 0.25**3),  # (1 - t)^2
+        (dict(target_type='x0', loss_weight='min_snr'), 0.25**3 / (5 * (r := 1 / (1 + 5**0.5)) ** 3 + (1 - r) ** 3)),
+        (dict(time_sampler='logit_normal'), 1 - NormalDist().cdf(math.log(3))),
+        (dict(time_sampler='logit_normal', time_mean=1.0), 1 - NormalDist(1).cdf(math.log(3))),
+    ],
+)
+def test_share_of_noisy_times_on_the_straight_line(settings, share):
+    """There sigma > 3 alpha means t > 3/4: integrals of the weight on an error of the velocity."""
+    assert noisy_share(Config(**settings), process_named('rf')) == pytest.approx(share, rel=0.01)
+
+
+@each_process
+@pytest.mark.parametrize('target_type', ROWS)
+def test_share_of_noisy_times_is_that_of_real_losses(process_name, target_type):
+    """Against the losses of predictions whose velocity of the straight line, x1 - x0, is wrong by 1."""
+    process, u = process_named(process_name), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    config = Config(process_name=process_name, target_type=target_type)
+    t = get_time_sampler(config)(u)
+    c = process(t)
+    x0, x1 = torch.zeros(2, 20_000, 1, dtype=torch.float64)
+    wrong_x0 = -(c.sigma / (c.alpha + c.sigma))[:, None]  # at the same xt, so that x1 - x0 is wrong by 1
+    wrong_x1 = (c.alpha / (c.alpha + c.sigma))[:, None]
+    torch.testing.assert_close(process.compute_xt(wrong_x0, wrong_x1, c), torch.zeros_like(x0))
+    truth, guess = (getattr(get_target_fn()(t, x0, a, b, c), target_type) for a, b in ((x0, x1), (wrong_x0, wrong_x1)))
+    losses = (guess - truth).square().flatten()
+    share = losses[c.sigma > 3 * c.alpha].sum() / losses.sum()
+    assert noisy_share(config, process) == pytest.approx(share.item(), rel=1e-6)
+
+
+@each_process
+@pytest.mark.parametrize('model_type', ROWS)
+def test_error_at_noise_is_that_of_a_wrong_output(process_name, model_type):
+    """x1 - x0 of an output that is off by its size, at sigma = 10 alpha; the size of a unit x1 and an x0 of 0.5."""
+    process, config = process_named(process_name), Config(process_name=process_name, model_type=model_type)
+    t = process.time_of_log_snr(torch.tensor([-2 * math.log(10)], dtype=torch.float64))
+    c, zero = process(t), torch.zeros(1, 1, dtype=torch.float64)
+    assert (c.sigma / c.alpha).item() == pytest.approx(10)
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, 200_000, 1, generator=g, dtype=torch.float64)
+    times = get_time_sampler(config)(torch.rand(200_000, generator=g, dtype=torch.float64))
+    xt = process.compute_xt(0.5 * x0, x1, process(times))
+    size = getattr(get_target_fn()(times, xt, 0.5 * x0, x1, process(times)), model_type).square().mean().sqrt()
+    wrong = get_model_convert_fn(model_type)(zero + size, t, zero, c)
+    error = (wrong.x1 - wrong.x0).abs().item()
+    assert error_at_noise(config, process) == pytest.approx(error, rel=0.2 if model_type == 'score' else 0.02)
 
 
 def test_uneven_means_that_half_have_less_than_a_twentieth():

@@ -36,9 +36,7 @@ def test_a_wrong_flag_gives_one_message(run_sh):
     'settings, words',
     [
         (dict(solver='hein'), ('solver', 'hein', 'heun', 'euler_maruyama')),
-        (dict(batch_shards=7), ('global_batch_size=32', 'batch_shards=7', 'divisible')),
         (dict(batch_shards=1), ('batch_shards=1', '2 processes', '--batch_shards')),
-        (dict(process_name='linear_vp', t_min=0.0), ('t_min=0', 'linear_vp', '--t_min 0.001')),
         (dict(attention_resolutions=(5,)), ('attention_resolutions', '5', '[8, 4]')),
         (dict(flip_prob=0.5), ('flip_prob=0.5', 'digits', '--flip_prob 0')),
         (dict(ckpt_dir='/dev/null/ckpts'), ('ckpt_dir', '/dev/null/ckpts', '--ckpt_dir')),

@@ -154,6 +154,31 @@ def test_exponential_methods_are_the_published_ones(solver, order, process_name)
     torch.testing.assert_close(x, dpm_solver(model_fn, process, base_noise(20), times, order), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize(('solver', 'lower', 'num_steps'), [('dpmpp_2m', 'ddim', 2), ('dpmpp_3m', 'dpmpp_2m', 3)])
+def test_a_value_at_infinite_noise_is_not_looked_back_at(solver, lower, num_steps):
+    """At t = 1 the log-SNR is infinite: the step after it can use no past, and the one after that only one value."""
+    process = process_named('rf')
+    settings = dict(process=process, x1=base_noise(20), model_type='x0', t_max=1.0, num_steps=num_steps)
+    x, y = (sample(RING.as_model('x0', process), **settings, solver=name) for name in (solver, lower))
+    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_noise_levels_are_the_published_ones():
+    """w^2 = 2 sigma level: g^2 (Song et al. 2021, eq. 6), 2 sigma^2, and 1 on rf or pi / 2 on cosine."""
+    t = torch.linspace(0.05, 0.95, 7, dtype=F64)
+    rf, cosine, vp = (process_named(name)(t) for name in ('rf', 'cosine', 'linear_vp'))
+
+    def w2(name, coefs):
+        return 2 * coefs.sigma * SDE_NOISES[name](coefs)
+
+    torch.testing.assert_close(w2('natural', rf), 2 * t / (1 - t))
+    torch.testing.assert_close(w2('natural', vp), 0.1 + t * (20 - 0.1))  # beta(t)
+    torch.testing.assert_close(w2('sigma', rf), 2 * t**2)
+    torch.testing.assert_close(w2('constant', rf), torch.ones_like(t))
+    torch.testing.assert_close(w2('constant', cosine), torch.full_like(t, math.pi / 2))
+    torch.testing.assert_close(w2('constant', vp), vp.alpha * vp.sigma_dot - vp.sigma * vp.alpha_dot)
+
+
 @each_process
 @pytest.mark.parametrize('scale', [0.0, 1.0])
 def test_stochastic_ddim(process_name, scale, monkeypatch):
