@@ -126,7 +126,7 @@ def example(trainer: 'BaseDiffusionTrainer') -> ProcessedBatch:
     utils.seed_everything(trainer.config.seed, 'example')
     prepared = trainer.prepare_batch_fn(trainer.train_loader.take(range(n)), is_train=False)
     trainer.means.clear()  # what it logged is of no step
-    return prepared
+    return drop_conditions(trainer, prepared, is_train=False)
 
 
 def sample_inputs(trainer: 'BaseDiffusionTrainer', n: int) -> SampleInputs:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Sampler = Callable[[ModelFn, 'SampleInputs'], Tensor]
 POINTS_SHOWN = 1000
+GAP = 16  # pixels between grids side by side
 
 # ---------------------------------------------------------------- pictures
 
@@ -45,17 +46,15 @@ def picture_of(x: Tensor, beside: list[Tensor], columns: int) -> Tensor | None:
         return None
     grids = [utils.image_grid(within_unit(part), columns) for part in shown]
     height = max(grid.shape[1] for grid in grids)
-    return torch.cat([pad_below(grid, height) for grid in grids], 2)
+    apart = [GAP] * (len(grids) - 1) + [0]
+    white = [(0, right, 0, height - grid.shape[1]) for grid, right in zip(grids, apart, strict=True)]
+    return torch.cat([torch.nn.functional.pad(grid, pad, value=255) for grid, pad in zip(grids, white, strict=True)], 2)
 
 
 def within_unit(x: Tensor) -> Tensor:
     """x as it is if it lies in [0, 1], else scaled linearly into it."""
     low, high = x.aminmax()
     return x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)
-
-
-def pad_below(grid: Tensor, height: int) -> Tensor:
-    return torch.nn.functional.pad(grid, (0, 0, 0, height - grid.shape[1]), value=255)
 
 
 def scatter(sets: list[Tensor]) -> Tensor:
@@ -137,7 +136,7 @@ def ways(trainer: 'BaseDiffusionTrainer') -> Iterator[tuple[str, Sampler, str, n
 
 def no_memory(trainer: 'BaseDiffusionTrainer', sampler: str, what: str) -> str:
     return (
-        f'step {trainer.step}: not enough memory to draw with {sampler}; {what} left out and training goes on. '
+        f'step {trainer.step}: not enough memory to draw with {sampler}; {what} left out, and the run goes on. '
         'A smaller --global_batch_size or more --accumulation_steps draw fewer at once.'
     )
 

@@ -1,8 +1,12 @@
 """Checkpoints: one file of named objects, written atomically and loadable with weights_only=True.
 
-A training checkpoint holds: version, config (dict), trainer ('file.py:Class'), shape, num_classes and cond of the
-network, step, finished, wandb_id, bad_steps, network, ema, optimizer, record; old ones lack trainer and cond. Nothing
-random is stored: randomness is a function of (seed, step).
+A training checkpoint holds:
+version, config        of the format; the settings, as a dict
+trainer, code, data    what made it: 'file.py:Class', a hash of the experiment's code, the data's fingerprint
+shape, num_classes, cond                  what the network was built for
+step, finished, wandb_id, bad_steps, record
+network, ema, optimizer                   and modules, emas, optimizers: what an experiment adds; state: its `state()`
+Nothing random is stored: randomness is a function of (seed, step).
 """
 
 import contextlib

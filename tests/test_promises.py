@@ -225,6 +225,7 @@ def test_without_labels_the_network_meets_the_null_class_alone(tiny_config, buil
     trainer.train_loop()
     seen = [label for step, label in labels if step > 0]
     assert len(seen) > 100 and all((label == 10).all() for label in seen)
+    assert (trainer.example.label == 10).all()
     last = record_of(config.run_dir)[-1]
     assert np.isfinite(last['eval/loss']) and any(name.startswith('final/adams/') for name in last)
 
