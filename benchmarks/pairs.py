@@ -9,7 +9,6 @@ docs/pairs.md, the picture docs/pairs.png.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -53,20 +52,24 @@ def verdict(cell: Cell) -> str:
     return 'warned' if pair_warning(config, get_process(config)) else 'fine'
 
 
-def remedy_of(cell: Cell) -> dict:
-    """The flags that the warning of this pair names, as settings."""
+def run_of(cell: Cell, remedied: bool) -> tuple[Cell, dict]:
+    """What is trained for a cell, as it is or with the settings that its warning names: a cell, and further settings.
+
+    A remedy may be another output or target: that is another cell, and its runs serve both.
+    """
     config = config_of(cell)
-    settings: dict = dict(flag.split() for flag in find_remedy(config, get_process(config))[2:].split(' --'))
-    return settings | ({'time_mean': float(settings['time_mean'])} if 'time_mean' in settings else {})
+    change = (find_remedy(config, get_process(config)) if remedied else None) or {}
+    process, output, target = cell
+    cell = (process, change.pop('model_type', output), change.pop('target_type', target))
+    return cell, change
 
 
-def train(cell: Cell, seed: int, steps: int, remedy: dict) -> dict:
+def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
     """One run: label agreement of samples of the averaged weights, and seconds."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         grid = dict(solver='dpmpp_2m', time_grid='log_snr') if cell[0] == 've' else {}
-        config = config_of(cell, seed=seed, ckpt_dir=folder, num_training_steps=steps, **grid)
-        config = dataclasses.replace(config, **remedy)
+        config = config_of(cell, seed=seed, ckpt_dir=folder, num_training_steps=steps, **grid, **more)
         trainer = main.build(config)
         shards = trainer.shards()
         while trainer.step < steps:
@@ -78,17 +81,17 @@ def train(cell: Cell, seed: int, steps: int, remedy: dict) -> dict:
         images, labels, *_ = trainer.train_loader.everything()
         agreement = metrics.label_agreement(x.flatten(1), inputs.label, images.flatten(1), labels)
     seconds = time.monotonic() - began
-    return dict(cell=cell, seed=seed, steps=steps, remedy=remedy, agreement=agreement, seconds=seconds)
+    return dict(cell=cell, seed=seed, steps=steps, more=more, agreement=agreement, seconds=seconds)
 
 
-def means_of(runs: list[dict], remedied: bool) -> dict[Cell, float]:
-    """Mean label agreement of each cell over its seeds, as it is or with its remedy."""
-    cells: dict[Cell, list[float]] = {}
-    for run in runs:
-        cell = tuple(run['cell'])
-        if bool(run['remedy']) == remedied and (not remedied or run['remedy'] == remedy_of(cell)):
-            cells.setdefault(cell, []).append(run['agreement'])
-    return {cell: statistics.mean(values) for cell, values in cells.items()}
+def means_of(runs: list[dict], cells: list[Cell], remedied: bool) -> dict[Cell, float]:
+    """Mean label agreement of each cell over its seeds, as it is or with its remedy; without those that did not run."""
+    means = {}
+    for cell in cells:
+        wanted = run_of(cell, remedied)
+        values = [run['agreement'] for run in runs if (tuple(run['cell']), run['more']) == wanted]
+        means |= {cell: statistics.mean(values)} if values else {}
+    return means
 
 
 def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
@@ -127,8 +130,8 @@ def write_page(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts: 
         f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit. Guessing gives 10.',
         '',
         f'- A plain number is a pair without a warning: the mean over {args.seeds} seeds.',
-        '- In brackets is a pair that the program warns of before it trains: one seed, first as it is, then with the',
-        '  flags that the warning names (other times, a loss weight, or another target).',
+        '- In brackets is a pair that the program warns of before it trains: first as it is, one seed, then with the',
+        '  flags that the warning names (other times, a loss weight, another output or target).',
         '- An empty cell was not run, or is refused.',
         '',
         '![label agreement of every pair](pairs.png)',
@@ -153,7 +156,7 @@ def run() -> None:
     cells = list(itertools.product(PROCESSES, ROWS, ROWS))
     verdicts = {cell: verdict(cell) for cell in cells}
     wanted = [
-        (kind, cell, seed, remedy_of(cell) if kind == 'remedied' else {})
+        (kind, *run_of(cell, kind == 'remedied'), seed)
         for kind, seeds in (('fine', args.seeds), ('warned', 1), ('remedied', 1))
         for seed in range(seeds)
         for cell in cells
@@ -161,20 +164,20 @@ def run() -> None:
     ]
     runs = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     runs = [run for run in runs if run['steps'] == args.steps]
-    done = [(tuple(run['cell']), run['seed'], run['remedy']) for run in runs]
-    for kind, cell, seed, remedy in wanted:
-        if (args.only or kind) == kind and (args.process or cell[0]) == cell[0] and (cell, seed, remedy) not in done:
-            runs.append(train(cell, seed, args.steps, remedy))
+    for kind, cell, more, seed in wanted:
+        done = [(tuple(run['cell']), run['more'], run['seed']) for run in runs]
+        chosen = (args.only or kind) == kind and (args.process or cell[0]) == cell[0]
+        if chosen and (cell, more, seed) not in done:
+            runs.append(train(cell, seed, args.steps, more))
             with open(RECORD, 'a') as file:
                 file.write(json.dumps(runs[-1]) + '\n')
-            print(kind, *cell, f'{runs[-1]["agreement"]:.3f}, {runs[-1]["seconds"]:.0f} s', remedy or '', flush=True)
-    means, remedied = means_of(runs, False), means_of(runs, True)
+            print(kind, *cell, f'{runs[-1]["agreement"]:.3f}, {runs[-1]["seconds"]:.0f} s', more or '', flush=True)
+    means = means_of(runs, cells, False)
+    remedied = means_of(runs, [cell for cell in cells if verdicts[cell] == 'warned'], True)
     draw_picture(means, verdicts)
     write_page(means, remedied, verdicts, args)
-    for what, table in (
-        ('pairs without a warning', {cell: mean for cell, mean in means.items() if verdicts[cell] == 'fine'}),
-        ('remedies', {cell: mean for cell, mean in remedied.items() if verdicts[cell] == 'warned'}),
-    ):
+    fine = {cell: mean for cell, mean in means.items() if verdicts[cell] == 'fine'}
+    for what, table in (('pairs without a warning', fine), ('remedies', remedied)):
         print(f'{what}: {sum(mean >= 0.9 for mean in table.values())} of {len(table)} reach 90%; below:')
         print({'/'.join(cell): round(mean, 3) for cell, mean in table.items() if mean < 0.9})
 
