@@ -51,11 +51,12 @@ AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, 
 }
 
 
-def get_augmenter(config: Config, allowed: dict[str, bool]) -> Augmenter:
+def get_augmenter(config: Config, allowed: dict[str, bool], pairs: bool = False) -> Augmenter:
     """The augmentations whose probability is above 0, in the order of the table.
 
     `allowed` says of each property of the data set (`flip_keeps_label`, ...) whether it holds.
-    Raises SettingError for an augmentation that would change the data set's meaning.
+    Raises SettingError for an augmentation that would change the data set's meaning, and for any where the data are
+    `pairs` (x0, x1), of which only x0 would be changed.
     """
     active = []
     for setting, (fn, needs) in AUGMENTATIONS.items():
@@ -64,6 +65,11 @@ def get_augmenter(config: Config, allowed: dict[str, bool]) -> Augmenter:
             raise SettingError(
                 f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. '
                 f'Use --{setting} 0.'
+            )
+        if prob > 0 and pairs:
+            raise SettingError(
+                f'{setting}={prob:g} would change x0 and not x1 of the pairs of dataset={config.dataset!r}. '
+                f'Use --{setting} 0, and augment both alike in prepare_batch_fn.'
             )
         if prob > 0:
             active.append((fn, prob))

@@ -19,6 +19,7 @@ from torch import Tensor
 import utils
 from data_loaders import Loader
 from runtime.ranks import print_once
+from sampling import nulled
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
@@ -97,14 +98,13 @@ def drop_conditions(trainer: 'BaseDiffusionTrainer', batch: ProcessedBatch, is_t
     label = batch.label
     if label is not None and label.ndim == 1 and not label.is_floating_point():
         label = torch.where(dropped, trainer.data.num_classes, label)
-    cond = {}
-    for name, value in batch.cond.items():
-        null = trainer.null_cond.get(name)
-        cond[name] = (
-            value
-            if null is None
-            else torch.where(utils.bcast_right(dropped, value.ndim), torch.as_tensor(null).to(value), value)
-        )
+    nulls = nulled(batch.cond, trainer.null_cond)
+    cond = {
+        name: torch.where(utils.bcast_right(dropped, value.ndim), nulls[name], value)
+        if name in trainer.null_cond
+        else value
+        for name, value in batch.cond.items()
+    }
     return dataclasses.replace(batch, label=label, cond=cond)
 
 
@@ -120,10 +120,10 @@ def uniforms(trainer: 'BaseDiffusionTrainer', n: int) -> Tensor:
     return (shard + of * torch.randperm(n, device=trainer.device) + u) / (of * n)
 
 
-def example(trainer: 'BaseDiffusionTrainer') -> ProcessedBatch:
-    """A prepared batch of the first images."""
+def example(trainer: 'BaseDiffusionTrainer', draw: str = 'first') -> ProcessedBatch:
+    """A prepared batch of the first images; another `draw` has other noise, times and conditions for them."""
     n = min(64, trainer.config.global_batch_size, trainer.train_loader.size)
-    utils.seed_everything(trainer.config.seed, 'example')
+    utils.seed_everything(trainer.config.seed, 'example', draw)
     prepared = trainer.prepare_batch_fn(trainer.train_loader.take(range(n)), is_train=False)
     trainer.means.clear()  # what it logged is of no step
     return drop_conditions(trainer, prepared, is_train=False)
@@ -162,32 +162,46 @@ def classes_in_turn(loader: Loader, n: int) -> list[int]:
 
 
 def is_independent(trainer: 'BaseDiffusionTrainer') -> bool:
-    """Whether x0 and x1 are independent: as a subclass says, else as can be seen. Prints what it sees in the data."""
-    correlation = correlation_of_ends(trainer.example)
-    goes_together = correlation**2 * len(trainer.example.t) > 16  # four standard deviations of chance
-    name = type(trainer).__name__
+    """Whether x1 is the process's base, drawn anew for each image: as a subclass says, else as can be seen. Prints what
+    it sees in the data."""
+    seen, name = signs_of_dependence(trainer), type(trainer).__name__
     if utils.overridden(trainer, 'independent'):
-        if trainer.independent and goes_together:
+        if trainer.independent and seen:
             print_once(
-                f'warning: {name}.independent is True, but x1 goes with x0 (correlation {correlation:.2f}). Samples '
-                'start from noise and SDE solvers follow a wrong score. Set independent = False.'
+                f'warning: {name}.independent is True, but {seen}. Samples start from noise and SDE solvers follow a '
+                'wrong score. Set independent = False.'
             )
         return trainer.independent
-    if goes_together:
+    if seen:
         print_once(
-            f'x1 goes with x0 (correlation {correlation:.2f}), so {name}.independent is False: samples start from x1 '
-            'of held-out data, and there are no SDE samples. Set `independent` in the class to decide this yourself.'
+            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and there are no '
+            'SDE samples. Set `independent` in the class to decide this yourself.'
         )
-    return not (goes_together or trainer.couples or trainer.train_loader.has_pairs)
+    return not (seen or trainer.couples or trainer.train_loader.has_pairs)
 
 
-def correlation_of_ends(batch: ProcessedBatch) -> float:
-    """Of x0 and x1, over images, less the mean image; 0 where they differ in shape or are the same in all images."""
-    if batch.x0.shape != batch.x1.shape or len(batch.t) < 2 or not batch.x0.is_floating_point():
-        return 0.0
-    x0, x1 = ((x - x.mean(0)).flatten().double() for x in (batch.x0, batch.x1))
-    product = x0.norm() * x1.norm()
-    return float(x0 @ x1 / product) if product > 0 and product.isfinite() else 0.0
+def signs_of_dependence(trainer: 'BaseDiffusionTrainer') -> str | None:
+    """What shows in the first images that x1 is not drawn from the process's base for each image anew; None if nothing.
+
+    Two preparations of the same images are compared: where x1 is made of x0, it is alike in both.
+    """
+    x0, x1, again = trainer.example.x0, trainer.example.x1, example(trainer, 'again').x1
+    if not x1.is_floating_point() or len(x1) < 8 or x1.shape != again.shape:
+        return None
+    first, second = ((x - x.mean(0)).flatten(1).double() for x in (x1, again))
+    products = (first * second).sum(1)  # (n,), of mean 0 if the two have nothing in common
+    if products.mean() > 5 * products.std() / len(products) ** 0.5:
+        correlation = float(products.sum() / (first.norm() * second.norm()))
+        return f'x1 goes with x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
+    base = trainer.process.sample_base(x0)
+    (mean, std), (usual_mean, usual_std) = ((float(x.mean()), float(x.std())) for x in (x1, base))
+    chance = max(0.05, 5 / x1.numel() ** 0.5)
+    if abs(mean - usual_mean) > chance * usual_std or abs(std / usual_std - 1) > chance:
+        return (
+            f'x1 has mean {mean:.2f} and standard deviation {std:.2f}, and the base of process '
+            f'{trainer.config.process_name!r} has {usual_mean:.2f} and {usual_std:.2f}'
+        )
+    return None
 
 
 def warning_of_scale(trainer: 'BaseDiffusionTrainer') -> str | None:

@@ -280,6 +280,11 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
         )
     spec = ranks.on_each(lambda: get_dataset(config))
     spec, train, test = load_in_turns(config, spec)
+    if spec.scale == 'float' and config.dequantize:
+        raise SettingError(
+            f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
+            'Use --no_dequantize.'
+        )
     mark = agreed_fingerprint(config, [train, test], spec.num_classes)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
     sampler = StreamSampler(train_size, config)

@@ -21,7 +21,7 @@ from data_loaders import HeldOutSampler
 from logging_utils import RunningMeans
 from loss_weights import pair_warning
 from prediction import get_model_convert_fn
-from runtime import ranks, stopping
+from runtime import ranks, resume, stopping
 from runtime.ranks import print_once
 from sampling import ModelFn
 
@@ -203,6 +203,7 @@ def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
     for warning in (batches.warning_of_scale(trainer), pair_warning(trainer.config, trainer.process)):
         if warning:
             print_once(f'warning: {warning}')
+    resume.check_state(trainer)
     example, model_fn = trainer.example, trainer.get_model_fn(trainer.network)
     with collected(trainer):
         pictures.first_drawing(trainer)

@@ -130,6 +130,8 @@ def load_run(run_dir: str | Path, weights: str = 'ema') -> 'BaseDiffusionTrainer
     checkpoint = path if path.suffix == '.pt' else path / 'last.pt'
     folder = checkpoint.parent
     start = run_record.read_start(folder)
+    if start.get('script'):
+        run_record.import_file(start['script'])
     trainer_class = run_record.import_class(**start['trainer'])
     config_class = run_record.import_class(**start['config'])
     config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)

@@ -59,7 +59,7 @@ class MLP(nn.Module):
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         if xt.shape[1:] != self.shape:
             raise ValueError(f'xt has shape {tuple(xt.shape)}; this MLP wants (B, {", ".join(map(str, self.shape))})')
-        if label is None:
+        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
             label = torch.full((len(xt),), self.num_classes, device=xt.device)
         emb = self.time_mlp(sinusoid(time, self.stem.out_features)) + self.class_embedding(label)
         emb = F.silu(emb + self.conditions.embed(cond))

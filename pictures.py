@@ -150,7 +150,7 @@ def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
             x = generate(trainer, sampler, module, inputs)
         except stopping.RankFailed:
             print_once(no_memory(trainer, sampler_name, 'this picture is'))
-            return
+            continue
         show = functools.partial(trainer.show, f'step_{trainer.step:07d}_{sampler_name}_{weights}', x, beside)
         ranks.on_main(show)
 

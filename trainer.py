@@ -142,7 +142,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         check_time_range(config, self.process)
         self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
         self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)
-        self.augmenter = get_augmenter(config, vars(self.data))
+        self.augmenter = get_augmenter(config, vars(self.data), train_loader.has_pairs)
         self.autocast_dtype = networks.autocast_dtype(config.precision, device)
 
         self.build_network = network if not isinstance(network, nn.Module) else lambda example: network
@@ -186,10 +186,10 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.optimizers = {'network': get_optimizer(self.config, self.network)} | self.optimizers
         self.emas = {'network': EMA(self.network, self.config.ema_decays)} | self.emas
         self.parameters = utils.moved_parameters(self.modules, self.optimizers)
+        utils.quiet_frozen(self.modules)
         resume.restore(self)
         network = torch.compile(self.network) if self.config.compile else self.network
-        model_fn = self.get_model_fn(network, train=True)  # pyright: ignore[reportArgumentType]
-        self.parallel = Parallel(self.modules, lambda batch: self.loss_fn(batch, model_fn), self.device)
+        self.parallel = Parallel(self, self.get_model_fn(network, train=True))  # pyright: ignore[reportArgumentType]
 
     # ---------------------------------------------------------------- training
 

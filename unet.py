@@ -218,7 +218,7 @@ class UNet(nn.Module):
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.in_channels:
             raise ValueError(f'xt has shape {tuple(xt.shape)}; this UNet wants images (B, {self.in_channels}, H, W)')
-        if label is None:
+        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
             label = torch.full((len(xt),), self.num_classes, device=xt.device)
         emb = self.time_mlp(sinusoid(time, self.stem.out_channels)) + self.class_embedding(label)
         emb = F.silu(emb + self.conditions.embed(cond))

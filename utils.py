@@ -179,18 +179,35 @@ class BeginsWhenBuilt(type):
 
 
 def overridden(thing: object, name: str, base: str = 'BaseDiffusionTrainer') -> bool:
-    """Whether the attribute or method `name` of `thing` comes from a subclass of the class named `base`."""
-    return next(cls.__name__ for cls in type(thing).__mro__ if name in vars(cls)) != base
+    """Whether the attribute or method `name` of `thing` is its own or of a subclass of the class named `base`."""
+    return name in vars(thing) or next(cls.__name__ for cls in type(thing).__mro__ if name in vars(cls)) != base
+
+
+def quiet_frozen(modules: dict[str, nn.Module]) -> None:
+    """Put modules that nothing trains, a teacher or an autoencoder, into eval mode: no dropout, no batch statistics."""
+    for module in modules.values():
+        if not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def moved_parameters(
     modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
 ) -> dict[str, list[nn.Parameter]]:
-    """The parameters that each optimizer moves. Raises SettingError for one that two move, or that none does."""
+    """The parameters that each optimizer moves.
+
+    Raises ValueError for one that two move, that none does, or that is in no module: it would be neither saved nor
+    averaged over the processes.
+    """
     moved = {name: [p for g in optimizer.param_groups for p in g['params']] for name, optimizer in optimizers.items()}
     owner: dict[int, str] = {}
+    known = {id(p) for module in modules.values() for p in module.parameters()}
     for name, parameters in moved.items():
         for p in parameters:
+            if id(p) not in known:
+                raise ValueError(
+                    f'optimizers[{name!r}] moves a parameter of shape {tuple(p.shape)} that is in no module. Put its '
+                    'module into self.modules (for a lone parameter: torch.nn.ParameterList([p])).'
+                )
             if owner.setdefault(id(p), name) != name:
                 raise ValueError(
                     f'optimizers {owner[id(p)]!r} and {name!r} move the same parameter of shape {tuple(p.shape)}'

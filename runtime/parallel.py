@@ -31,17 +31,24 @@ class Losses(nn.Module):
 
 
 class Parallel:
-    """`parallel(batch)` is the loss of each image, (B,), whose backward pass averages gradients over the processes."""
+    """`parallel(batch)` is the loss of each image, (B,), whose backward pass averages gradients over the processes.
 
-    def __init__(self, modules: dict[str, nn.Module], loss_fn: Callable[[Any], Tensor], device: torch.device):
-        self.losses: Losses | DistributedDataParallel = Losses(modules, loss_fn)
+    `trainer` is a BaseDiffusionTrainer, and `model_fn` its network as the loss calls it in training.
+    """
+
+    def __init__(self, trainer: Any, model_fn: Callable[..., Any]):
+        losses = Losses(trainer.modules, lambda batch: trainer.loss_fn(batch, model_fn))
+        self.losses: Losses | DistributedDataParallel = losses
+        device = trainer.device
         if ranks.world_size() > 1:
+            # one of several modules need not take part in every step; of one, a part may have no use at all
+            unused = len(trainer.modules) > 1 or has_unused(trainer)
             self.losses = DistributedDataParallel(
-                self.losses,
+                losses,
                 # the local rank: the global one does not exist as a device on the second node
                 device_ids=[device.index] if device.type == 'cuda' else None,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=len(modules) > 1,  # one of several need not take part in every step
+                find_unused_parameters=unused,
             )
 
     def __call__(self, batch: Any) -> Tensor:
@@ -52,3 +59,13 @@ class Parallel:
         if isinstance(self.losses, DistributedDataParallel) and not now:
             return self.losses.no_sync()
         return contextlib.nullcontext()
+
+
+def has_unused(trainer: Any) -> bool:
+    """Whether the loss of the example leaves out parameters that are to be trained, such as those of a second output of
+    the network: DistributedDataParallel would wait for their gradients."""
+    parameters = [p for module in trainer.modules.values() for p in module.parameters() if p.requires_grad]
+    losses = trainer.loss_fn(trainer.example, trainer.get_model_fn(trainer.network))
+    trainer.means.clear()  # what it logged is of no step
+    gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+    return any(gradient is None for gradient in gradients)

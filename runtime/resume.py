@@ -5,9 +5,13 @@ declare: `identity` and `writer`.
 """
 
 import contextlib
+import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import saving
 from config import SettingError
@@ -56,6 +60,22 @@ def objects_of(trainer: Any) -> dict[str, Any]:
     )
 
 
+def check_state(trainer: Any) -> None:
+    """Raise SettingError if what an experiment adds to the checkpoint could be written and never be read again."""
+    for name in ('state', 'optimizers', 'emas'):
+        file = io.BytesIO()
+        torch.save(objects_of(trainer)[name], file)
+        file.seek(0)
+        try:
+            torch.load(file, weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).split('WeightsUnpickler error: ')[-1].splitlines()[0]
+            raise SettingError(
+                f'{type(trainer).__name__}: a checkpoint cannot hold what `{name}` gives ({reason}). It holds tensors, '
+                'numbers, strings, lists and dicts of them: write float(x) for a number of numpy.'
+            ) from None
+
+
 def save(trainer: Any, wait: bool = False) -> None:
     """Write last.pt, and step_N.pt at every keep_every-th step: the state as it is now.
 
@@ -83,9 +103,14 @@ def restore(trainer: Any) -> None:
     trainer.writer = run_folder.Writer(c)
     if _reading is not None:
         trainer.train_loop = trainer.save = refuse
-    checkpoint = run_folder.load_run(c, trainer.identity) if _reading is None else saving.load_checkpoint(_reading)
+    if _reading is None:
+        path, checkpoint = run_folder.last_path(c), run_folder.load_run(c, trainer.identity)
+    else:
+        path, checkpoint = _reading, saving.load_checkpoint(_reading)
+        if checkpoint.get('data', trainer.identity.data) != trainer.identity.data:
+            print_once(f'warning: {path} was trained on other data than are here now: look at dataset and data_dir')
     if checkpoint is not None:
-        load(trainer, checkpoint)
+        load(trainer, checkpoint, path)
         trainer.finished = checkpoint['finished'] and trainer.step >= c.num_training_steps
         print_once(f'{"resuming" if _reading is None else "reading"} {c.run_dir} at step {trainer.step}')
     elif c.init_from:
@@ -95,9 +120,8 @@ def restore(trainer: Any) -> None:
         print_once(f'starting from the weights of {c.init_from}')
 
 
-def load(trainer: Any, checkpoint: dict[str, Any]) -> None:
-    """Put all that `objects_of` gave back in its place."""
-    path = run_folder.last_path(trainer.config)
+def load(trainer: Any, checkpoint: dict[str, Any], path: Path) -> None:
+    """Put all that `objects_of` gave back in its place; `path` is for messages."""
     saving.load_weights(trainer.network, checkpoint['network'], checkpoint['config'], trainer.config, path)
     trainer.ema.load_state_dict(checkpoint['ema'])
     trainer.optimizers['network'].load_state_dict(checkpoint['optimizer'])

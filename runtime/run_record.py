@@ -71,24 +71,40 @@ def name_of(cls: type) -> str:
 
 def where(cls: type) -> dict[str, str | None]:
     """What import_class needs to find a class again: its file, relative to the project if it is inside, and name."""
-    file = file_of(cls)
-    inside = file is not None and file.is_relative_to(ROOT)
-    return dict(file=file and str(file.relative_to(ROOT) if inside else file), name=cls.__qualname__)
+    return dict(file=from_root(file_of(cls)), name=cls.__qualname__)
+
+
+def from_root(file: Path | None) -> str | None:
+    """A path as run.json has it: relative to the project if it is inside."""
+    return file and str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
 
 
 def import_class(file: str | None, name: str) -> type:
     """The class `name` of `file`, an entry's trainer or config: `import_class(**read_start(run_dir)['trainer'])`.
 
-    The file is imported as a module, if it has not been, with its folder on sys.path as when it is run as a script; its
-    `if __name__ == '__main__'` part does not run. Raises SettingError if the file or the class is gone.
+    Raises SettingError if the file or the class is gone.
     """
     if file is None:
         raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
+    found: Any = import_file(file)
+    for part in name.split('.'):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
+    return found
+
+
+def import_file(file: str) -> Any:
+    """A file, relative to the project if it is inside, as a module: that of an earlier import or run, if there was one.
+
+    Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
+    Raises SettingError if it is gone.
+    """
     path = (ROOT / file).resolve()
-    found: Any = loaded_module(path)
+    found = loaded_module(path)
     if found is None:
         if not path.is_file():
-            raise SettingError(f'{path} is gone, in which {name} was defined. Put it back there.')
+            raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
         if str(path.parent) not in sys.path:
             sys.path.insert(0, str(path.parent))
         module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
@@ -100,10 +116,6 @@ def import_class(file: str | None, name: str) -> type:
         except BaseException:
             del sys.modules[module_name]
             raise
-    for part in name.split('.'):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise SettingError(f'{path} has no class {name} at its top level (any more). Put it back there.')
     return found
 
 
@@ -176,6 +188,7 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
             host=socket.gethostname(),
             device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})',
             processes=ranks.world_size(),
+            script=from_root(users_script()),
             trainer=where(trainer_class),
             config=where(type(config)),
         )

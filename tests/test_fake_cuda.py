@@ -116,7 +116,7 @@ def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, monkeypatch, tmp_path
     spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=lambda config: (images, images))
     monkeypatch.setitem(data_utils.DATASETS, 'cifar10', spec)
     monkeypatch.setattr(ranks, 'setup', lambda: torch.device('cuda', 0))
-    monkeypatch.setattr(batches, 'correlation_of_ends', lambda example: 0.0)  # read once, before the first step
+    monkeypatch.setattr(batches, 'signs_of_dependence', lambda trainer: None)  # read once, before the first step
     utils._seed_accelerator.cache_clear()
     settings = dict(
         channels=8,

@@ -211,10 +211,73 @@ def test_a_run_whose_script_is_gone_says_so(made, tmp_path):
     shutil.copytree(run, tmp_path / 'run')
     path = tmp_path / 'run/run.json'
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'gone.py')))
-    with pytest.raises(SettingError, match=r'gone\.py is gone, in which Mine was defined\. Put it back there'):
+    with pytest.raises(SettingError, match=r'gone\.py is gone, with which the run was started\. Put it back there'):
         load_run(tmp_path / 'run')
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(SettingError, match=r'has no run\.json'):
         load_run(tmp_path)
+
+
+TABLES = """
+from main import main
+from processes import PROCESSES, GaussianProcess
+
+
+class Quadratic(GaussianProcess):
+    def alpha(self, t):
+        return 1 - t**2
+
+    def sigma(self, t):
+        return t
+
+
+PROCESSES['quadratic'] = lambda config: Quadratic()
+
+if __name__ == '__main__':
+    main()
+"""
+
+
+def test_a_script_that_only_fills_tables_is_imported_too(tmp_path, run_sh):
+    """The trainer's class is then in trainer.py, and run.json names the script beside it."""
+    script = tmp_path / 'tables_of_mine.py'
+    script.write_text(TABLES)
+    result = run_sh(str(script), process_name='quadratic')
+    assert result.returncode == 0, result.stderr
+    read = f'import main; print(type(main.load_run({str(tmp_path / "ckpts/run")!r}).process).__name__)'
+    reader = subprocess.run([sys.executable, '-c', read], cwd=ROOT, env=launch_env(1), capture_output=True, text=True)
+    assert reader.returncode == 0 and reader.stdout.endswith('Quadratic\n'), reader.stderr
+
+
+UNUSED = """
+import torch
+from torch import nn
+
+from main import main
+from networks import NETWORKS
+from mlp import MLP
+
+
+class WithUnused(MLP):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.second = nn.Linear(64, 3)
+
+    def forward(self, xt, time, label=None):
+        return super().forward(xt, time, label), self.second(xt.flatten(1))
+
+
+NETWORKS['unused'] = lambda config, shape, num_classes: WithUnused(shape, num_classes, 32)
+
+if __name__ == '__main__':
+    main()
+"""
+
+
+def test_an_output_that_the_loss_leaves_out_trains_on_two_processes(tmp_path, run_sh):
+    script = tmp_path / 'unused_output.py'
+    script.write_text(UNUSED)
+    result = run_sh(str(script), nproc=2, network='unused')
+    assert result.returncode == 0, result.stderr

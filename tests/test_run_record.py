@@ -130,7 +130,7 @@ def test_what_is_gone_is_named(experiment):
         import_class(str(experiment), 'Missing')
     with pytest.raises(SettingError, match=r'mine\.py has no class helped'):
         import_class(str(experiment), 'helped')  # a function
-    with pytest.raises(SettingError, match=r'gone\.py is gone, in which Mine was defined'):
+    with pytest.raises(SettingError, match=r'gone\.py is gone, with which'):
         import_class(str(experiment.with_name('gone.py')), 'Mine')
 
 
