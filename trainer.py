@@ -117,7 +117,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
 
     def log(self, name: str, value: Tensor | float) -> None:
         """The mean over elements, ranks and steps goes into the record's next line; while evaluating, as eval/name."""
-        self.means.add(name, value.float().mean() if isinstance(value, Tensor) else value, 1)
+        self.means.add(name, *((value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)))
 
     def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn:
         """`module` as a function of (xt, t, label, **cond), which hides train/eval mode and autocast in each call."""

@@ -65,7 +65,8 @@ def has_unused(trainer: Any) -> bool:
     """Whether the loss of the example leaves out parameters that are to be trained, such as those of a second output of
     the network: DistributedDataParallel would wait for their gradients."""
     parameters = [p for module in trainer.modules.values() for p in module.parameters() if p.requires_grad]
+    means, trainer.means = trainer.means, type(trainer.means)(trainer.device)  # what it logs is of no step
     losses = trainer.loss_fn(trainer.example, trainer.get_model_fn(trainer.network))
-    trainer.means.clear()  # what it logged is of no step
+    trainer.means = means
     gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
     return any(gradient is None for gradient in gradients)

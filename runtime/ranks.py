@@ -146,16 +146,6 @@ def on_each(fn: Callable[[], T]) -> T:
     return result
 
 
-def on_each_node(fn: Callable[[], T]) -> T:
-    """The result of `fn`, run on every rank: first on LOCAL_RANK 0 of each node (machine), then on all others.
-
-    For what the processes of a node share, such as a download to its disk. What any rank raises is raised on all.
-    """
-    goes_first = os.environ.get('LOCAL_RANK', '0') == '0'
-    result: Any = on_each(fn if goes_first else lambda: None)
-    return on_each((lambda: result) if goes_first else fn)
-
-
 def my_items(n: int) -> list[int]:
     """This process's items of n: rank, rank + world size, ... The last item pads all to equal length."""
     return [min(i, n - 1) for i in range(rank(), -(-n // world_size()) * world_size(), world_size())]

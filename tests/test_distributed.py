@@ -212,46 +212,6 @@ def test_two_polls_leave_nothing_that_disturbs_what_comes_after(both):
 
 # ---------------------------------------------------------------- two machines of two processes each
 
-NODES = """
-import json, os, sys, time
-from pathlib import Path
-from runtime import ranks as d
-
-d.setup()
-rank, folder, seen = d.rank(), Path(sys.argv[1]), {}
-disk = folder / f'disk{rank // 2}'  # a machine's own
-
-def download():
-    if not disk.exists():
-        if os.environ['LOCAL_RANK'] == '0':
-            time.sleep(0.2)
-        disk.write_text(f'by rank {rank}')
-    return disk.read_text()
-
-seen['read'] = d.on_each_node(download)
-
-def fail():
-    if rank in failing:
-        raise OSError(28, f'no room for rank {rank}')
-    return 'fine'
-
-seen['raised'] = []
-for failing in [(2,), (3,), (1, 2), ()]:
-    try:
-        seen['raised'].append(d.on_each_node(fail))
-    except OSError as error:
-        seen['raised'].append(error.strerror)
-(folder / f'{rank}.json').write_text(json.dumps(seen))
-d.close()
-"""
-
-
-def test_one_process_of_each_node_goes_first_and_errors_reach_all(tmp_path):
-    four = run_ranks(NODES, tmp_path, [0, 1, 0, 1])
-    assert [seen['read'] for seen in four] == ['by rank 0'] * 2 + ['by rank 2'] * 2
-    assert [seen['raised'] for seen in four] == [[f'no room for rank {r}' for r in (2, 3, 2)] + ['fine']] * 4
-
-
 # ---------------------------------------------------------------- one process
 
 
@@ -272,8 +232,8 @@ def test_one_process_is_its_own_everybody():
     assert [ranks.any_rank(flag) for flag in (True, False)] == [True, False]
     assert ranks.all_gather_objects('x') == ['x']
     assert ranks.on_main(lambda: 5) == 5
-    assert ranks.on_each_node(lambda: 6) == 6
-    for function in (ranks.on_main, ranks.on_each, ranks.on_each_node):
+    assert ranks.on_each(lambda: 6) == 6
+    for function in (ranks.on_main, ranks.on_each):
         with pytest.raises(ZeroDivisionError):
             function(lambda: 1 // 0)
 

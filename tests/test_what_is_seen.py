@@ -159,7 +159,9 @@ def test_a_condition_is_dropped_to_the_value_that_guidance_gives(tiny_config, bu
 def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, build_trainer):
     """Two processes would wait for their gradients for ever, or end with an error, if this were not known."""
     trainer = build_trainer(tiny_config())
+    trainer.log('train/before', 3.0)  # as in a checkpoint that a run resumes from
     assert not parallel.has_unused(trainer)
+    assert trainer.means.means() == {'train/before': 3.0}
     trainer.network.add_module('auxiliary', nn.Linear(3, 3))
     assert parallel.has_unused(trainer)
     assert all(p.grad is None for p in trainer.network.parameters())
