@@ -109,7 +109,8 @@ def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
             if (process, m, t) in cells:
                 text = f'{100 * table[i][j]:.0f}'
                 warned = verdicts[process, m, t] == 'warned'
-                ax.text(j, i, f'({text})' if warned else text, ha='center', va='center', fontsize=9)
+                color = 'white' if table[i][j] < 0.25 else 'black'
+                ax.text(j, i, f'({text})' if warned else text, color=color, ha='center', va='center', fontsize=9)
     figure.savefig(PICTURE)
 
 

@@ -9,6 +9,8 @@ import time
 import pytest
 from conftest import ROOT, launch_env, wait_until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fresh(tmp_path):
