@@ -110,7 +110,7 @@ def held_out_loss(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: in
 
 
 def reference(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> dict[str, float]:
-    """`eval/reference`, and by time: the one loss that is the same in all runs of a data set.
+    """`eval/reference`, and by time: the one loss that is the same in all runs of a data set whose x1 is noise.
 
     It does not depend on a run's process, output, loss and times: the mean square error of the velocity x1 - x0 of the
     straight line xt = (1 - t) x0 + t x1, at uniform times, without a weight. A network of another process is asked at

@@ -169,8 +169,8 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
         )
     if error > LARGEST_ERROR_AT_NOISE:
         reasons.append(
-            f'{"It" if reasons else "learns slowly what an image shows: it"} needs an exact output: at noise of sigma '
-            f'= 10 alpha, an output that is wrong by 1% of its size makes x1 - x0 wrong by {error:.2g}%.'
+            f'{"This output" if reasons else "learns slowly what an image shows: this output"} enlarges small errors: '
+            f'where it is wrong by 1% of its size, at sigma = 10 alpha, x1 - x0 is wrong by {error:.2g}%.'
         )
     if not reasons:
         return None
@@ -180,7 +180,7 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
     if best is None:
         remedy = 'Let more noise in: raise --t_max, or the --sigma_max or --beta_max of the process.'
     elif kept and 'model_type' in best:
-        remedy = f'Use {as_flags(best)}, or, if the output has to stay, {as_flags(kept)}.'
+        remedy = f'Use {as_flags(best)}, or, if the output has to stay, many more steps and {as_flags(kept)}.'
     else:
         remedy = f'Use {as_flags(best)}.'
     return f'{given} {" ".join(reasons)} {remedy}'

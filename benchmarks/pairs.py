@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -114,7 +115,15 @@ def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
     figure.savefig(PICTURE)
 
 
-def write_page(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts: dict[Cell, str], args) -> None:
+def kept_outputs(runs: list[dict]) -> Iterator[str]:
+    """A sentence for each output that enlarges errors, of the runs that keep it and take other times."""
+    for output in ('x1', 'score'):
+        kept = [100 * run['agreement'] for run in runs if run['cell'][:2] == ['rf', output] and run['more']]
+        if kept:
+            yield f'With output {output} kept and logit-normal times, `rf` reaches {min(kept):.0f} to {max(kept):.0f}.'
+
+
+def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> None:
     def text_of(cell: Cell) -> str:
         if cell not in cells:
             return ''
@@ -132,8 +141,12 @@ def write_page(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts: 
         '',
         f'- A plain number is a pair without a warning: the mean over {args.seeds} seeds.',
         '- In brackets is a pair that the program warns of before it trains: first as it is, one seed, then with the',
-        '  flags that the warning names (other times, a loss weight, another output or target).',
+        '  flags that the warning names first: other times, a loss weight, another target, or output F, as for x1 and',
+        '  score, whose second number is then one of F.',
         '- An empty cell was not run, or is refused.',
+        '',
+        *kept_outputs(runs),
+        'The classifier sees which digit it is, and not whether its shades are right: look at pictures, too.',
         '',
         '![label agreement of every pair](pairs.png)',
         '',
@@ -176,7 +189,7 @@ def run() -> None:
     means = means_of(runs, cells, False)
     remedied = means_of(runs, [cell for cell in cells if verdicts[cell] == 'warned'], True)
     draw_picture(means, verdicts)
-    write_page(means, remedied, verdicts, args)
+    write_page(runs, means, remedied, verdicts, args)
     fine = {cell: mean for cell, mean in means.items() if verdicts[cell] == 'fine'}
     for what, table in (('pairs without a warning', fine), ('remedies', remedied)):
         print(f'{what}: {sum(mean >= 0.9 for mean in table.values())} of {len(table)} reach 90%; below:')

@@ -140,6 +140,11 @@ def run_workers(arguments: list[str], reports: Path) -> int:
             return stopping.EXIT_STOPPED
         print(first_cause(codes, reports), file=sys.stderr, flush=True)
         return 1
+    if (reports / 'outcome').read_text() == str(stopping.EXIT_STOPPED):  # as it was before: no worker told of an end
+        script = next((word for word in arguments if word.endswith('.py')), 'the script')
+        print(
+            f'{script} ended without a run: it has to call main(), see the first example of README.md', file=sys.stderr
+        )
     return 0
 
 

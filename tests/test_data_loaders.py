@@ -388,6 +388,7 @@ ranks.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_one_process_of_each_machine_downloads_and_all_agree(tmp_path):
     with socket.socket() as probe:

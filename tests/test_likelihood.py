@@ -28,7 +28,9 @@ def case(dim, n, classes=2):
     return mixture, x0, label, lambda label=None: mixture.log_prob(x0, clean, label)
 
 
-@pytest.mark.parametrize(('process_name', 'dim'), [*itertools.product(PROCESSES, [2, 16]), ('rf', 64)])
+@pytest.mark.parametrize(
+    ('process_name', 'dim'), [*itertools.product(PROCESSES, [2, 16]), pytest.param('rf', 64, marks=pytest.mark.slow)]
+)
 def test_exact_divergence(process_name, dim):
     """Within 1e-3 nats a dimension, for every point."""
     mixture, x0, _, exact = case(dim, 20)

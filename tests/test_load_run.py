@@ -281,3 +281,13 @@ def test_an_output_that_the_loss_leaves_out_trains_on_two_processes(tmp_path, ru
     script.write_text(UNUSED)
     result = run_sh(str(script), nproc=2, network='unused')
     assert result.returncode == 0, result.stderr
+
+
+def test_a_script_that_never_calls_main_is_told_so(tmp_path, run_sh):
+    script = tmp_path / 'forgotten.py'
+    script.write_text(
+        'from trainer import ExampleDiffusionTrainer\n\n\nclass Mine(ExampleDiffusionTrainer):\n    pass\n'
+    )
+    result = run_sh(str(script))
+    assert 'forgotten.py ended without a run: it has to call main()' in result.stderr
+    assert 'ended without a run' not in run_sh(num_training_steps=3).stderr

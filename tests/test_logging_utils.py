@@ -398,6 +398,7 @@ def test_a_malformed_key_is_an_error_with_a_remedy(tmp_path, no_account, monkeyp
         Logger(Config(wandb=mode), tmp_path)
 
 
+@pytest.mark.slow
 def test_auto_with_a_key_but_no_server_records_offline(tmp_path, no_account, monkeypatch, capsys):
     monkeypatch.setenv('WANDB_API_KEY', 40 * 'a')
     monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')

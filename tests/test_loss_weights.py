@@ -162,7 +162,9 @@ def warning_of(**settings):
 
 def remedies_in(text):
     """The flags at the end of a warning, as settings; two sets of them if the second keeps the output."""
-    for words in text.removesuffix('.').split('Use --')[1].split(', or, if the output has to stay, --'):
+    for words in (
+        text.removesuffix('.').split('Use --')[1].split(', or, if the output has to stay, many more steps and --')
+    ):
         flags = dict(flag.split() for flag in words.split(' --'))
         yield {name: float(value) if name == 'time_mean' else value for name, value in flags.items()}
 
@@ -180,7 +182,9 @@ def test_the_pair_that_did_not_learn_is_warned_of():
     text = warning_of(**X1_VELOCITY)
     assert all(f'{k}={v!r}' in text for k, v in dict(X1_VELOCITY, loss_weight='none', time_sampler='uniform').items())
     assert '1 at t=0.001, 4 at t=0.5, 1e+06 at t=0.999' in text and '91% of all weight' in text
-    assert text.endswith('Use --model_type F, or, if the output has to stay, --time_sampler logit_normal.')
+    assert text.endswith(
+        'Use --model_type F, or, if the output has to stay, many more steps and --time_sampler logit_normal.'
+    )
     text = warning_of(**X1_VELOCITY, time_sampler='logit_normal')
     assert 'may learn badly' not in text and text.endswith('wrong by 11%. Use --model_type F.')
 
@@ -228,7 +232,9 @@ def test_every_warning_has_a_remedy_that_works(process_name, model_type, target_
         for flags in remedies_in(text):
             changed = dataclasses.replace(config, **flags)
             left = pair_warning(changed, get_process(changed))
-            assert changed != config and (left is None or ('model_type' not in flags and 'it needs an exact' in left))
+            assert changed != config and (
+                left is None or ('model_type' not in flags and 'enlarges small errors' in left)
+            )
 
 
 def test_the_remedy_for_a_weight_that_does_not_fit_is_none():

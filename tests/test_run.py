@@ -37,8 +37,6 @@ def test_a_wrong_flag_gives_one_message(run_sh):
     [
         (dict(solver='hein'), ('solver', 'hein', 'heun', 'euler_maruyama')),
         (dict(batch_shards=1), ('batch_shards=1', '2 processes', '--batch_shards')),
-        (dict(attention_resolutions=(5,)), ('attention_resolutions', '5', '[8, 4]')),
-        (dict(flip_prob=0.5), ('flip_prob=0.5', 'digits', '--flip_prob 0')),
         (dict(ckpt_dir='/dev/null/ckpts'), ('ckpt_dir', '/dev/null/ckpts', '--ckpt_dir')),
         (dict(data_dir='/dev/null/data'), ('data_dir', '/dev/null/data', '--data_dir')),
     ],

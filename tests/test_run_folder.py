@@ -459,6 +459,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     def start():
         process = subprocess.Popen(

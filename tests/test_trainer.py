@@ -474,6 +474,7 @@ def test_checkpoint_needs_no_trust(tiny_config, build_trainer):
     assert (config.run_dir / 'step_0000012.pt').exists()
 
 
+@pytest.mark.slow
 def test_compiled_run_learns_the_same(tiny_config, build_trainer, monkeypatch):
     """With dynamo's own backend, which takes seconds: the compiled module is the trained, saved and averaged one."""
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
