@@ -147,7 +147,7 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
     A few times near an end may hold nearly all weight, and the optimizer then serves these alone: where the network
     predicts x1 and the loss compares velocities, an error of the output is multiplied by 1 / alpha. The noisy times may
     have so little of it that a short run never learns what is decided there. Or the output is one whose small errors
-    are large ones of what an image shows. docs/pairs.md has all of them measured.
+    are large ones of what an image shows. docs/pairs.md has measurements.
     """
     reasons: list[str] = []
     weights = drawn_weights(config, process)

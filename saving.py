@@ -2,7 +2,7 @@
 
 A training checkpoint holds:
 version, config        of the format; the settings, as a dict
-trainer, code, data    what made it: 'file.py:Class', a hash of the experiment's code, the data's fingerprint
+trainer, code, data    what made it: 'file.py:Class', the experiment's source text, the data's fingerprint
 shape, num_classes, cond                  what the network was built for
 step, finished, wandb_id, bad_steps, record
 network, ema, optimizer                   and modules, emas, optimizers: what an experiment adds; state: its `state()`

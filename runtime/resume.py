@@ -62,9 +62,10 @@ def objects_of(trainer: Any) -> dict[str, Any]:
 
 def check_state(trainer: Any) -> None:
     """Raise SettingError if what an experiment adds to the checkpoint could be written and never be read again."""
-    for name in ('state', 'optimizers', 'emas'):
+    objects = objects_of(trainer)
+    for name in ('state', 'optimizers'):
         file = io.BytesIO()
-        torch.save(objects_of(trainer)[name], file)
+        torch.save(objects[name], file)
         file.seek(0)
         try:
             torch.load(file, weights_only=True)
@@ -101,11 +102,10 @@ def restore(trainer: Any) -> None:
     c = trainer.config
     trainer.identity = run_record.identity_of(type(trainer), trainer.train_loader.fingerprint)
     trainer.writer = run_folder.Writer(c)
-    if _reading is not None:
-        trainer.train_loop = trainer.save = refuse
     if _reading is None:
         path, checkpoint = run_folder.last_path(c), run_folder.load_run(c, trainer.identity)
     else:
+        trainer.train_loop = trainer.save = refuse
         path, checkpoint = _reading, saving.load_checkpoint(_reading)
         if checkpoint.get('data', trainer.identity.data) != trainer.identity.data:
             print_once(f'warning: {path} was trained on other data than are here now: look at dataset and data_dir')
