@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import utils
+from config import SettingError
 from data_loaders import Loader
 from runtime.ranks import print_once
 from sampling import nulled
@@ -121,12 +122,29 @@ def uniforms(trainer: 'BaseDiffusionTrainer', n: int) -> Tensor:
 
 
 def example(trainer: 'BaseDiffusionTrainer', draw: str = 'first') -> ProcessedBatch:
-    """A prepared batch of the first images; another `draw` has other noise, times and conditions for them."""
+    """A prepared batch of the first images; another `draw` has other noise, times and conditions for them.
+
+    Raises SettingError if its parts do not fit together.
+    """
     n = min(64, trainer.config.global_batch_size, trainer.train_loader.size)
     utils.seed_everything(trainer.config.seed, 'example', draw)
     prepared = trainer.prepare_batch_fn(trainer.train_loader.take(range(n)), is_train=False)
     trainer.means.clear()  # what it logged is of no step
+    check_shapes(prepared, f'{type(trainer).__name__}.prepare_batch_fn')
     return drop_conditions(trainer, prepared, is_train=False)
+
+
+def check_shapes(batch: ProcessedBatch, made_by: str) -> None:
+    """Raise SettingError if a part of the batch does not have one row for each x0, x1 not its shape, or t not (B,)."""
+    rows, shape = len(batch.x0), tuple(batch.x0.shape)
+    parts = {'t': batch.t, 'x1': batch.x1, 'label': batch.label}
+    for name, value in {**parts, **{f'cond[{key!r}]': value for key, value in batch.cond.items()}}.items():
+        wanted = {'t': (rows,), 'x1': shape}.get(name, (rows, *value.shape[1:]) if value is not None else None)
+        if value is not None and tuple(value.shape) != wanted:
+            raise SettingError(
+                f'{made_by} gives {name} of shape {tuple(value.shape)}, and x0 of shape {shape}: {name} must be '
+                f'{wanted if name in ("t", "x1") else f"({rows}, ...), one value for each x0"}'
+            )
 
 
 def sample_inputs(trainer: 'BaseDiffusionTrainer', n: int) -> SampleInputs:

@@ -27,6 +27,9 @@ def main(
 
     What the user can mend is said once, without a traceback; exit codes are those of runtime/stopping.py.
     """
+    importing = getattr(sys.modules.get('runtime.run_record'), 'importing', None)
+    if importing:
+        raise SettingError(f"{importing} trains when it is imported: put its main(...) under if __name__ == '__main__'")
     is_rank_0 = os.environ.get('RANK', '0') == '0'
     try:
         # one message, not one for each process

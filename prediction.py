@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from processes import Coefs, GaussianProcess
+from processes import Coefs, GaussianProcess, check_process
 from utils import bcast_right
 
 # type -> (a, b) of y = a x0 + b x1; each a number, a (B,) tensor, or None for a structural zero.
@@ -159,11 +159,12 @@ def check_ends(
 
 
 def check_time_range(config: Config, process: GaussianProcess) -> None:
-    """Raise SettingError if the network's output, at t_min or t_max, cannot become what training and sampling need.
+    """Raise SettingError for a bad process, or an output that cannot become what is needed at t_min or at t_max.
 
     The output itself must be finite; training needs the target, the ODE the velocity and the SDE x1.
     """
     choose('target_type', config.target_type, ROWS)
+    check_process(process, config.t_min, config.t_max)
     for setting in ('t_min', 't_max'):
         time = getattr(config, setting)
         needed = first_singular(

@@ -1,7 +1,7 @@
 """Gaussian processes between data and noise: xt = alpha(t) x0 + sigma(t) x1.
 
 x0 is the data (t = 0), x1 ~ N(0, I) the noise (t = 1), t in [0, 1] has shape (B,). alpha falls, sigma rises, so the
-log-SNR log(alpha^2 / sigma^2) falls with t. Dots are derivatives with respect to t.
+log-SNR log(alpha^2 / sigma^2) falls with t; alpha(0) = 1 (`check_process`). Dots are derivatives with respect to t.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import Config, choose
+from config import Config, SettingError, choose
 from utils import bcast_right
 
 
@@ -240,6 +240,29 @@ PROCESSES: dict[str, Callable[[Config], GaussianProcess]] = {
     'linear_vp': lambda config: LinearVP(config.beta_min, config.beta_max),
     've': lambda config: VarianceExploding(config.sigma_min, config.sigma_max),
 }
+
+
+def check_process(process: GaussianProcess, t_min: float, t_max: float) -> None:
+    """Raise SettingError if alpha and sigma do not lead from data at t = 0 to noise, at 65 times of [t_min, t_max]."""
+    t = torch.linspace(t_min, t_max, 65, dtype=torch.float64)
+    name = f'the process {type(process).__name__}'
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    for what, value in {'alpha': alpha, 'sigma': sigma}.items():
+        if not isinstance(value, Tensor) or value.shape != t.shape:
+            raise SettingError(f'{what} of {name} must give a tensor of the shape of t, (B,)')
+        bad = ~(value.isfinite() & (value >= 0))
+        if bad.any():
+            raise SettingError(
+                f'{what} of {name} must be finite and not negative: it is {value[bad][0]:g} at t={t[bad][0]:g}'
+            )
+    rises = ~(log_snr(alpha, sigma).diff() < 0)
+    start = process.alpha(0 * t[:1]).item()
+    if rises.any() or abs(start - 1) > 0.05:
+        why = f'alpha / sigma does not fall at t={t[:-1][rises][0]:g}' if rises.any() else f'alpha(0) is {start:g}'
+        raise SettingError(
+            f'{name} does not lead from data at t = 0 to noise at t = 1: {why}. alpha must be 1 at t = 0, and '
+            'alpha / sigma must fall with t. Where t = 1 is the data, write 1 - t for t; scale the data in encode.'
+        )
 
 
 def get_process(config: Config) -> GaussianProcess:

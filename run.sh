@@ -40,7 +40,8 @@ case ${1:-} in
         esac
         ;;
 esac
-[ -f "$script" ] || fail "there is no script $script in $caller or $root"
+[ "$caller" = "$root" ] || root="$caller or $root"
+[ -f "$script" ] || fail "there is no script $script in $root"
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
 code=0

@@ -3,9 +3,9 @@
     python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      20 s a run on one core
 
 A cell is the share of 500 samples in which a support-vector classifier of real digits sees the asked digit. A pair that
-the program warns of runs with one seed, as it is and with the remedy that the warning names; one that is refused does
-not run. Each run is one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is
-docs/pairs.md, the picture docs/pairs.png.
+the program warns of runs as it is and with the remedy that the warning names; one that is refused does not run. Each
+run is one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is docs/pairs.md, the
+picture docs/pairs.png.
 """
 
 import argparse
@@ -137,12 +137,13 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         '# Which outputs learn from which targets',
         '',
         f'Digits, {args.steps} steps, uniform times in [0.001, 0.999], no loss weight. A number is the percentage of',
-        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit. Guessing gives 10.',
+        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit: the mean over',
+        f'{args.seeds} seeds. Guessing gives 10.',
         '',
-        f'- A plain number is a pair without a warning: the mean over {args.seeds} seeds.',
-        '- In brackets is a pair that the program warns of before it trains: first as it is, one seed, then with the',
-        '  flags that the warning names first: other times, a loss weight, another target, or output F, as for x1 and',
-        '  score, whose second number is then one of F.',
+        '- A plain number is a pair without a warning.',
+        '- In brackets is a pair that the program warns of before it trains: first as it is, then with the flags that',
+        '  the warning names first: other times, a loss weight, another target, or output F, as for x1 and score,',
+        '  whose second number is then one of F.',
         '- An empty cell was not run, or is refused.',
         '',
         *kept_outputs(runs),
@@ -162,7 +163,7 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=3, help='of pairs without a warning')
+    parser.add_argument('--seeds', type=int, default=3, help='of every cell, and of every remedy')
     parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--only', choices=('fine', 'warned', 'remedied', 'none'), help='run these; none: draw the page')
     parser.add_argument('--process', choices=PROCESSES, help='run those of this process')
@@ -171,8 +172,8 @@ def run() -> None:
     verdicts = {cell: verdict(cell) for cell in cells}
     wanted = [
         (kind, *run_of(cell, kind == 'remedied'), seed)
-        for kind, seeds in (('fine', args.seeds), ('warned', 1), ('remedied', 1))
-        for seed in range(seeds)
+        for seed in range(args.seeds)
+        for kind in ('fine', 'warned', 'remedied')
         for cell in cells
         if verdicts[cell] == ('fine' if kind == 'fine' else 'warned')
     ]

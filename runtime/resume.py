@@ -112,7 +112,8 @@ def restore(trainer: Any) -> None:
     if checkpoint is not None:
         load(trainer, checkpoint, path)
         trainer.finished = checkpoint['finished'] and trainer.step >= c.num_training_steps
-        print_once(f'{"resuming" if _reading is None else "reading"} {c.run_dir} at step {trainer.step}')
+        if _reading is not None or not trainer.finished:
+            print_once(f'{"resuming" if _reading is None else "reading"} {c.run_dir} at step {trainer.step}')
     elif c.init_from:
         other = saving.load_checkpoint(c.init_from)
         saving.load_weights(trainer.network, saving.best_weights(other), other['config'], c, c.init_from)

@@ -244,7 +244,7 @@ def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity 
             + '\n'.join(diff[:40] + more)
         )
     if diff:
-        print_once(f'the code has changed since step {checkpoint["step"]}: going on with it, as --same_code says')
+        print_once(f'the code has changed since step {checkpoint["step"]}: taken as it is now, as --same_code says')
 
 
 def code_diff(saved: dict[str, str], now: dict[str, str]) -> list[str]:

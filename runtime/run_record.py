@@ -24,6 +24,8 @@ from runtime.stopping import SaveError
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
 
+importing: Path | None = None  # the script that is being imported to read its run: it must not train
+
 
 # ---------------------------------------------------------------- the experiment's classes and code
 
@@ -98,8 +100,9 @@ def import_file(file: str) -> Any:
     """A file, relative to the project if it is inside, as a module: that of an earlier import or run, if there was one.
 
     Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
-    Raises SettingError if it is gone.
+    Raises SettingError if it is gone, or calls `main` outside that part.
     """
+    global importing
     path = (ROOT / file).resolve()
     found = loaded_module(path)
     if found is None:
@@ -111,11 +114,14 @@ def import_file(file: str) -> Any:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None, 'a Python file has a loader'
         found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        importing = path
         try:
             spec.loader.exec_module(found)
         except BaseException:
             del sys.modules[module_name]
             raise
+        finally:
+            importing = None
     return found
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, launch_env, record_of
 
 from config import SettingError
 from main import load_run
-from runtime import run_folder
+from runtime import run_folder, run_record
 
 pytestmark = pytest.mark.slow
 
@@ -213,6 +213,17 @@ def test_a_run_whose_script_is_gone_says_so(made, tmp_path):
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'gone.py')))
     with pytest.raises(SettingError, match=r'gone\.py is gone, with which the run was started\. Put it back there'):
         load_run(tmp_path / 'run')
+
+
+def test_a_script_that_would_train_when_it_is_imported_says_so(made, tmp_path):
+    run, script, _ = made
+    shutil.copytree(run, tmp_path / 'run')
+    (tmp_path / 'unguarded.py').write_text(script.read_text().replace("if __name__ == '__main__':", 'if True:'))
+    path = tmp_path / 'run/run.json'
+    path.write_text(path.read_text().replace(str(script), str(tmp_path / 'unguarded.py')))
+    with pytest.raises(SettingError, match=r'unguarded\.py trains when it is imported: put its main'):
+        load_run(tmp_path / 'run')
+    assert run_record.importing is None
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, SettingError
-from processes import PROCESSES, GaussianProcess, LinearVP, VarianceExploding, get_process
+from processes import PROCESSES, GaussianProcess, LinearVP, VarianceExploding, check_process, get_process
 
 T = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
 HALF_PI = math.pi / 2
@@ -291,3 +291,31 @@ def test_settings_reach_the_process():
 def test_unknown_process_lists_the_choices():
     with pytest.raises(SettingError, match='linear_vp'):
         get_process(Config(process_name='linear'))
+
+
+class Given(GaussianProcess):
+    def __init__(self, alpha, sigma):
+        self.alpha, self.sigma = alpha, sigma
+
+
+@pytest.mark.parametrize(
+    ('alpha', 'sigma', 'words'),
+    [
+        (lambda t: t, lambda t: 1 - t, 'alpha / sigma does not fall at t=0.001.*write 1 - t for t'),  # data at t = 1
+        (lambda t: 0.8 * (1 - t), lambda t: t, 'alpha.0. is 0.8.*scale the data in encode'),
+        (lambda t: 1 - 2 * t, lambda t: t, r'alpha of the process Given must be finite.*-0.0311875 at t=0.515594'),
+        (lambda t: 1 - t, lambda t: (0.5 - t).sqrt(), 'sigma of the process Given must be finite.*nan at t=0.515594'),
+        (lambda t: 1.0, lambda t: t, 'alpha of the process Given must give a tensor'),
+        (lambda t: 1 - t, lambda t: t.mean(), 'sigma of the process Given must give a tensor'),
+        (lambda t: 1 - t, lambda t: (1 - t) * (0.5 - (t - 0.5).abs()), 'does not fall at t=0.5'),
+    ],
+)
+def test_a_process_that_does_not_lead_from_data_to_noise_is_refused(alpha, sigma, words):
+    with pytest.raises(SettingError, match=words):
+        check_process(Given(alpha, sigma), 0.001, 0.999)
+
+
+@each_process
+@pytest.mark.parametrize('ends', [(0.0, 1.0), (0.001, 0.999), (0.3, 0.7)])
+def test_every_process_of_the_table_leads_from_data_to_noise(name, ends):
+    check_process(process_named(name), *ends)

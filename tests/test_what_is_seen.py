@@ -165,3 +165,29 @@ def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, buil
     trainer.network.add_module('auxiliary', nn.Linear(3, 3))
     assert parallel.has_unused(trainer)
     assert all(p.grad is None for p in trainer.network.parameters())
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        (lambda p: dict(x1=p.x1.flatten(1)), r'gives x1 of shape \(32, 64\), and x0 of shape \(32, 1, 8, 8\)'),
+        (lambda p: dict(x1=p.x1[:1]), r'gives x1 of shape \(1, 1, 8, 8\).*x1 must be \(32, 1, 8, 8\)'),
+        (lambda p: dict(t=p.t[:, None, None, None]), r'gives t of shape \(32, 1, 1, 1\).*t must be \(32,\)'),
+        (
+            lambda p: dict(label=p.label[0]),
+            r'gives label of shape \(\).*label must be \(32, ...\), one value for each x0',
+        ),
+        (
+            lambda p: dict(cond={'ink': torch.zeros(3)}),
+            r"gives cond\['ink'\] of shape \(3,\).*must be \(32, ...\), one",
+        ),
+    ],
+)
+def test_parts_of_a_batch_that_do_not_fit_are_named(tiny_config, build_trainer, changes, words):
+    class Odd(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            prepared = super().prepare_batch_fn(batch, is_train)
+            return dataclasses.replace(prepared, **changes(prepared))
+
+    with pytest.raises(SettingError, match='Odd.prepare_batch_fn ' + words):
+        build_trainer(tiny_config(), Odd)
