@@ -282,3 +282,15 @@ def test_what_is_accepted_converts(process_name, model_type, target_type):
         converted = get_model_convert_fn(model_type)(getattr(truth, model_type), t, xt, coefs)
         for needed in (target_type, 'velocity', 'x1'):
             torch.testing.assert_close(getattr(converted, needed), getattr(truth, needed), rtol=1e-6, atol=1e-6)
+
+
+def test_a_process_that_runs_the_other_way_is_said_to_do_so():
+    class DataAtOne(GaussianProcess):
+        def alpha(self, t):
+            return t
+
+        def sigma(self, t):
+            return 1 - t
+
+    with pytest.raises(SettingError, match='does not lead from data at t = 0 to noise at t = 1'):
+        check_time_range(Config(), DataAtOne())
