@@ -99,6 +99,13 @@ def test_closed_forms():
     assert get_lr(Config(lr_schedule_type='constant', **settings), 10**6) == 0.4
 
 
+@pytest.mark.parametrize('schedule', LR_SCHEDULES)
+def test_without_a_warmup_the_first_step_has_the_whole_rate(schedule):
+    config = Config(lr_schedule_type=schedule, warmup_steps=0, base_lr=0.4)
+    assert get_lr(config, 0) == 0.4
+    assert schedule != 'inverse_sqrt' or get_lr(config, 15) == pytest.approx(0.1)  # after 16 steps, 1 / sqrt(16)
+
+
 def test_unknown_schedule_lists_the_choices():
     with pytest.raises(SettingError, match='constant, cosine, inverse_sqrt'):
         get_lr(Config(lr_schedule_type='linear'), 0)

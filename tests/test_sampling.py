@@ -1,6 +1,8 @@
 """What every sampler must do: cost, times, ends, settings. Entries of yours in the tables are tested too."""
 
+import dataclasses
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -308,6 +310,14 @@ def test_settings_are_checked_before_there_is_anything_to_sample():
     for bad in (dict(solver='rk4', sample_nfe=3), dict(time_grid='log_snr', t_min=0.0)):
         with pytest.raises(SettingError):
             get_sample_fn(Config(**bad), process_named('rf'), null_label=10)
+
+
+def test_a_notebook_samples_as_a_run_does():
+    """Every setting that `sample` shares with the config has the config's default."""
+    renamed = {'num_steps': 'num_sample_steps', 'nfe': 'sample_nfe'}
+    parameters = {renamed.get(name, name): p.default for name, p in inspect.signature(sample).parameters.items()}
+    shared = {name: value for name, value in dataclasses.asdict(Config()).items() if name in parameters}
+    assert len(shared) == 13 and {name: parameters[name] for name in shared} == shared
 
 
 def test_config_reaches_the_sampler():
