@@ -390,3 +390,15 @@ def test_coefs_of_one_time_are_double():
     c = coefs_at(process_named('cosine'), 0.5)
     assert isinstance(c, Coefs) and c.alpha.dtype == F64 and c.alpha.shape == (1,)
     assert c.to(torch.zeros(1)).alpha.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ('solver', 'nfe', 'words'),
+    [
+        ('heun', 1, 'which needs at least 2 evaluations a step. Use 2 or more'),
+        ('dopri5', 40, 'which needs as many evaluations as its tolerance asks for. Set a number of steps'),
+    ],
+)
+def test_too_few_evaluations_are_refused_with_what_the_solver_needs(solver, nfe, words):
+    with pytest.raises(SettingError, match=words):
+        sample(None, process_named('rf'), torch.zeros(1, 2), solver=solver, nfe=nfe)
