@@ -111,6 +111,27 @@ def test_a_finished_run_can_be_prolonged_under_a_constant_schedule(tiny_config, 
     assert_same_run(tiny_config(**longer), tiny_config(**short))
 
 
+@pytest.mark.timeout(60)
+def test_a_run_that_was_stopped_beyond_a_new_end_trains_no_more(tiny_config, build_trainer):
+    config = tiny_config(lr_schedule_type='constant')
+    trainer = build_trainer(config)
+    shards = trainer.shards()
+    for _ in range(8):
+        trainer.train_step(shards)
+    trainer.save(wait=True)
+    shorter = build_trainer(tiny_config(lr_schedule_type='constant', num_training_steps=6))
+    assert shorter.step == 8
+    shorter.train_loop()
+    assert shorter.step == 8
+
+
+def test_times_of_the_first_example_are_spread_over_the_whole_range(tiny_config, build_trainer):
+    """One in each of equal intervals, though it is no shard of a step."""
+    t = build_trainer(tiny_config(t_min=0.2, t_max=0.7)).example.t.sort().values
+    bounds = torch.linspace(0.2, 0.7, len(t) + 1)
+    assert (t >= bounds[:-1]).all() and (t <= bounds[1:]).all()
+
+
 @pytest.mark.parametrize('process_name', PROCESSES)
 def test_every_output_with_every_target(tiny_config, build_trainer, process_name):
     """A network that outputs the truth has no loss, and any other has a finite one with finite gradients."""
