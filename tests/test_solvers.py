@@ -12,7 +12,7 @@ from oracle import F64, RING, GaussianMixture, at, base_noise, process_named, ra
 
 from processes import PROCESSES, GaussianProcess
 from sampling import TIME_GRIDS, get_predict, sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, multistep
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, multistep, relative_noise
 
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
@@ -398,3 +398,18 @@ def test_weak_order(solver, sde_noise, process_name, monkeypatch):
     settings = dict(sde_noise=sde_noise, sde_last_step='ode', t_max=t_max, t_min=t_min)
     errors = [abs(output_variance(solver, n, monkeypatch, process, **settings) - exact) for n in (200, 400)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[solver].order, abs=0.15)
+
+
+@pytest.mark.parametrize(('t', 's'), [(0.05, 0.048), (0.05, 0.03)])
+def test_near_the_data_a_step_exchanges_no_more_noise_than_it_can_bear(t, s):
+    """There the constant level asks for more: it is lowered to eta = 0.1, or to the process's own if that is more."""
+    process = process_named('rf')
+    predict = Predict(lambda x, t: None, process)
+    step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
+    tau2 = relative_noise(predict, t, s, Noise(SDE_NOISES['constant'], 1.0))
+    middle = coefs_at(process, (t + s) / 2)
+    assert (SDE_NOISES['constant'](middle) * middle.sigma / middle.delta).item() * step > 2 * max(
+        0.1, step
+    )  # what it asks for
+    assert tau2 * step == pytest.approx(max(0.1, step))
+    assert relative_noise(predict, t, s, Noise(SDE_NOISES['constant'], 0.5)) == pytest.approx(tau2 / 2)
