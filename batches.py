@@ -147,19 +147,21 @@ def check_shapes(batch: ProcessedBatch, made_by: str) -> None:
             )
 
 
-def sample_inputs(trainer: 'BaseDiffusionTrainer', n: int) -> SampleInputs:
-    """What n samples start from, the same every time.
+def sample_inputs(trainer: 'BaseDiffusionTrainer', n: int, numbers: Sequence[int] | None = None) -> SampleInputs:
+    """What n samples start from, the same every time; `numbers` are theirs among many, by default 0 to n - 1.
 
     Noise, and the classes in turn. Where the network has other conditions, these are of held-out data; where x1 is data
     (`independent` is False) x1 is held out too, and shown left of the samples.
     """
     classes, unlabelled = trainer.data.num_classes, trainer.config.label_dropout == 1
+    numbers = range(n) if numbers is None else numbers
     utils.seed_everything(trainer.config.seed, 'sample_inputs')
     if trainer.independent and not trainer.example.cond:
         x1 = trainer.process.sample_base(torch.zeros(n, *trainer.shape, device=trainer.device))
-        label = torch.arange(n, device=trainer.device) % max(1, classes)
+        label = torch.tensor(list(numbers), device=trainer.device) % max(1, classes)
         return SampleInputs(x1, torch.full_like(label, classes) if unlabelled else label)
-    batch = trainer.test_loader.take(classes_in_turn(trainer.test_loader, n))
+    turns = classes_in_turn(trainer.test_loader, max(numbers) + 1)
+    batch = trainer.test_loader.take([turns[i] for i in numbers])
     utils.seed_everything(trainer.config.seed, 'sample_inputs')
     batch = drop_conditions(trainer, trainer.prepare_batch_fn(batch, is_train=False), is_train=False)
     if trainer.independent:

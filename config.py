@@ -53,7 +53,7 @@ class Config:
     overfit: bool = False
     """Train on the first global batch of images again and again."""
     init_from: str = ''
-    """Checkpoint whose EMA weights (raw ones if it has none) start this new run; empty: random weights."""
+    """Checkpoint whose EMA weights (raw ones if it has none) and network settings start this new run; empty: none."""
     same_code: bool = False
     """Go on with a run although the code of its experiment has changed since."""
     check: bool = False
@@ -67,9 +67,21 @@ class Config:
     dataset: str = 'digits'
     """Key of DATASETS in data_utils.py."""
     data_dir: str = 'data'
-    """Folder that data sets are downloaded to and read from."""
-    image_size: int = 64
-    """Side in pixels to which dataset image_folder is resized and cropped (other data sets: their own size)."""
+    """Folder that data sets are downloaded to and read from, and that has the cache of decoded images."""
+    data_path: str = ''
+    """Your data: a folder (image_folder; empty: data_dir/image_folder), a file (arrays), a name or folder (hub)."""
+    held_out: int = 0
+    """How many images are held out; 0: the data set's own, else a tenth and at most 1000."""
+    image_size: tuple[int, ...] = (64,)
+    """image_folder, hub: height and width in pixels to which images are resized and cropped; one number is both."""
+    background: str = 'white'
+    """image_folder, hub: colour behind transparent parts, a name or #rrggbb."""
+    columns: tuple[str, ...] = ()
+    """hub: the names of its column of images and, if it has classes, of theirs; empty: the only ones of their kind."""
+    skip_unreadable: bool = False
+    """image_folder, hub: leave out files that cannot be read, instead of refusing to train."""
+    cache: bool = True
+    """image_folder, hub: decode once into data_dir/cache; off: decode in every epoch anew."""
     num_workers: int = 4
     """Loader processes per training process, for data sets too large to live on the device."""
     flip_prob: float = 0.0
@@ -251,7 +263,8 @@ DEBUG: dict[str, Any] = (
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir debug check same_code final_eval final_pictures num_workers '
+    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable cache debug check same_code '
+    'final_eval final_pictures num_workers '
     'accumulation_steps max_bad_steps log_every save_every keep_last keep_every sample_every eval_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
@@ -313,9 +326,10 @@ def default_experiment_name(config: Config, *more: str) -> str:
         parts = [config.dataset, *([f'preset={config.preset}'] if needs_preset else [])]
     parts += ['debug'] if config.debug else []
     for name, usual in baseline(config).items():
-        told = name == 'data_dir' or (name != 'dataset' and defines_experiment(name, config))
-        if told and getattr(config, name) != usual:
-            parts.append(in_name(name, getattr(config, name)))
+        told = name in ('data_dir', 'data_path') or (name != 'dataset' and defines_experiment(name, config))
+        value = getattr(config, name)
+        if told and value != usual:
+            parts.append(in_name(name, Path(value).name if name == 'data_path' else value))
     return folder_name([*parts, *more])
 
 
@@ -340,8 +354,14 @@ def differences(saved: Mapping[str, Any], config: Config, only: Collection[str] 
     return [f'{name}: {before} -> {after}' for name, (before, after) in changes(saved, config, only).items()]
 
 
-def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
+def parse_config(
+    argv: Sequence[str] | None = None,
+    config_class: type[Config] = Config,
+    settings_in: Callable[[str], dict[str, Any]] | None = None,
+) -> Config:
     """Flags to settings. `argv` defaults to `sys.argv[1:]`.
+
+    `settings_in` gives settings that a file holds: those in the checkpoint of --init_from replace the preset's.
 
     Raises SettingError for values that cannot be right; a wrong flag or type prints its message and exits with 2.
     """
@@ -349,11 +369,14 @@ def parse_config(argv: Sequence[str] | None = None, config_class: type[Config] =
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('--preset', default=config_class.preset)
+    first.add_argument('--init_from', '--init-from', default=config_class.init_from)
     first.add_argument('--debug', action='store_true', default=config_class.debug)
     first.add_argument('--no_debug', '--no-debug', dest='debug', action='store_false')
     known, _ = first.parse_known_args(argv)
 
     values = dict(preset=known.preset, debug=known.debug) | choose('preset', known.preset, PRESETS)
+    if settings_in is not None and known.init_from:
+        values |= settings_in(known.init_from)
     defaults = config_class(**(values | (DEBUG if known.debug else {})))
     object.__setattr__(defaults, 'experiment_name', config_class.experiment_name)  # to be derived from the flags too
     shown = io.StringIO()

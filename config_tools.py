@@ -10,8 +10,10 @@ from typing import Any
 # Rules that each of some settings keeps by itself: (settings, does this value keep it?, the rule in words).
 RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('global_batch_size batch_shards accumulation_steps num_training_steps', lambda n: n >= 1, 'must be at least 1'),
-    ('max_bad_steps keep_last num_sample_steps num_res_blocks image_size', lambda n: n >= 1, 'must be at least 1'),
-    ('seed log_every save_every keep_every sample_every eval_every', lambda n: n >= 0, 'must be 0 or more'),
+    ('max_bad_steps keep_last num_sample_steps num_res_blocks', lambda n: n >= 1, 'must be at least 1'),
+    ('columns', lambda names: len(names) <= 2, 'must be one or two names: of images, and of classes'),
+    ('image_size', lambda ns: len(ns) in (1, 2) and min(ns) >= 1, 'must be one or two positive numbers of pixels'),
+    ('seed held_out log_every save_every keep_every sample_every eval_every', lambda n: n >= 0, 'must be 0 or more'),
     ('warmup_steps num_workers max_translation sample_nfe', lambda n: n >= 0, 'must be 0 or more'),
     ('flip_prob rotate_prob translate_prob label_dropout', lambda p: 0 <= p <= 1, 'must lie between 0 and 1'),
     ('guidance_rescale', lambda x: 0 <= x <= 1, 'must lie between 0 and 1'),

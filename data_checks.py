@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from config import Config, SettingError
 
@@ -23,6 +23,24 @@ class SizedDataset(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Rows(Dataset):
+    """Items `start` to `stop` of a Dataset, with its fingerprint and labels if it has them."""
+
+    def __init__(self, items: SizedDataset, start: int, stop: int):
+        self.items, self.rows = items, range(start, stop)
+        whole: Any = items
+        if hasattr(whole, 'fingerprint'):
+            self.fingerprint = lambda: f'{whole.fingerprint()} {self.rows}'
+        if hasattr(whole, 'labels'):
+            self.labels = whole.labels[start:stop]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.items[self.rows[i]]
 
 
 HOW_TO_RETURN = (
@@ -220,14 +238,32 @@ def check_labels(label: Tensor, num_classes: int, where: str) -> Tensor:
     return label
 
 
-def fingerprint(parts: list[Arrays | SizedDataset], num_classes: int) -> str:
+def describe_counts(dataset: str, parts: list[Arrays | SizedDataset], spec: 'DataSpec') -> str:
+    """How many items and classes there are, in one line: with the names of the first classes, and how many of each."""
+    sizes = [len(part[0]) if isinstance(part, tuple) else len(part) for part in parts]
+    text = f'{dataset}: {sizes[0]:,} + {sizes[1]:,} held-out items of shape {"x".join(map(str, spec.shape or ()))}'
+    if not spec.num_classes:
+        return f'{text}, no classes'
+    labels = [part[1].tolist() if isinstance(part, tuple) else getattr(part, 'labels', []) for part in parts]
+    counts = np.bincount([*labels[0], *labels[1]], minlength=spec.num_classes)
+    names = spec.classes or [str(i) for i in range(spec.num_classes)]
+    shown = [f'{name} {count}' if counts.any() else name for name, count in zip(names, counts, strict=False)]
+    more = [f'and {len(shown) - 12} more'] if len(shown) > 12 else []
+    return f'{text}, {spec.num_classes} classes: {", ".join(shown[:12] + more)}'
+
+
+def fingerprint(parts: list[Arrays | SizedDataset], spec: 'DataSpec') -> str:
     """A short text that other data would change: how many items and classes, and a hash of the data of all parts.
 
-    Of arrays all bytes count. A Dataset may have a method `fingerprint() -> str`; else its first and last item count.
+    Of arrays all bytes count, unless `spec` has their digest. A Dataset may have a method `fingerprint() -> str`; else
+    its first and last item count.
     """
     digest = hashlib.blake2b(digest_size=6)
     sizes = [len(part[0]) if isinstance(part, tuple) else len(part) for part in parts]
+    digest.update(spec.digest.encode())
     for part, size in zip(parts, sizes, strict=True):
+        if spec.digest:
+            continue
         its_own = getattr(part, 'fingerprint', None)
         if its_own is not None:
             digest.update(its_own().encode())
@@ -238,4 +274,4 @@ def fingerprint(parts: list[Arrays | SizedDataset], num_classes: int) -> str:
         for array in itertools.chain.from_iterable(batches):
             digest.update(describe(array).encode())
             digest.update(array.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f'{"+".join(map(str, sizes))} items, {num_classes} classes, {digest.hexdigest()}'
+    return f'{"+".join(map(str, sizes))} items, {spec.num_classes} classes, {digest.hexdigest()}'

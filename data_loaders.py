@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from config import Config
 from data_checks import Arrays, SizedDataset, collate
@@ -131,12 +132,22 @@ def cores_per_process() -> int:
     return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
+def fits(arrays: Arrays, device: torch.device) -> bool:
+    """Whether data may live on the device: on a GPU they may take a quarter of the memory that is free. On the CPU
+    they stay where they are; of a file that is read in place, the system keeps in memory what it can."""
+    size = sum(array.numel() * array.element_size() for array in arrays)
+    if device.type != 'cuda' or not torch.cuda.is_available():
+        return True
+    return size < torch.cuda.mem_get_info(device)[0] / 4
+
+
 class Loader:
     """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
 
     Iterating yields what `batch_sampler` says: the training data without end, the held-out data once. `take` reads any
-    items, of which there are `size`. A part made of arrays lives on the device, and its classes, if it has any, are in
-    `labels`, on the CPU; a part that is a Dataset is read by loader processes, and its `labels` are None.
+    items, of which there are `size`. A part made of arrays lives on the device if it fits; its classes, if it has any,
+    are in `labels`, on the CPU. A part that is a Dataset, or does not fit, is read by loader processes, ahead of use
+    and into pinned memory; the `labels` of a Dataset are None.
     """
 
     def __init__(
@@ -151,17 +162,19 @@ class Loader:
         self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
         self.fingerprint = fingerprint  # of the data of both parts
         self.resident = self.labels = self.workers = None
+        self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
+        self.size = len(source[0]) if isinstance(source, tuple) else len(source)
         if isinstance(source, tuple):
-            self.size = len(source[0])
-            self.resident = tuple(array.to(device) for array in source)
             self.labels = source[1].cpu() if spec.num_classes else None  # (N,) int64
+        if isinstance(source, tuple) and fits(source, device):
+            self.resident = tuple(array.to(device) for array in source)
         else:
-            self.size, self.source = len(source), source
+            self.source = cast(SizedDataset, TensorDataset(*source)) if isinstance(source, tuple) else source
             # `load` is left out: where processes are spawned, a lambda could not be sent to them
             self.collate = partial(collate, spec=replace(spec, load=None), where=f'dataset={config.dataset!r}')
             workers = min(config.num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
-                cast(Dataset, source),
+                cast(Dataset, self.source),
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
                 num_workers=workers,
@@ -182,7 +195,13 @@ class Loader:
         return len(self.source[0] if self.resident is None else self.resident) == 3
 
     def __iter__(self) -> Iterator[Arrays]:
-        for arrays in self._from_resident() if self.workers is None else self.workers:
+        batches = iter(self._from_resident() if self.workers is None else self.workers)
+        while True:
+            began = time.monotonic()
+            arrays = next(batches, None)
+            self.waited += time.monotonic() - began
+            if arrays is None:
+                return
             yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
 
     def take(self, indices: Sequence[int] | Tensor) -> Arrays:
@@ -197,6 +216,20 @@ class Loader:
         """All items as `take` gives them, but on the CPU; only of a part made of arrays."""
         assert self.resident is not None, 'a Dataset may not fit into memory'
         return self._scaled(*(array.cpu() for array in self.resident))
+
+    def place(self) -> str:
+        """Where the data are, in words; of those on the device, with the measured rate at which they are read."""
+        if self.resident is None:
+            assert self.workers is not None
+            number = self.workers.num_workers or 'no'
+            return f'read by {number} loader processes; the time spent waiting for them is train/waiting in the record'
+        rows = torch.arange(min(64, self.size), device=self.device)
+        for _ in range(2):  # the first time is not the usual one
+            began = time.monotonic()
+            _ = [array[rows].cpu() for array in self.resident]
+            seconds = time.monotonic() - began
+        megabytes = sum(array.numel() * array.element_size() for array in self.resident) / 1e6
+        return f'{megabytes:,.1f} MB on the {self.device.type}, read at {len(rows) / seconds:,.0f} items/s'
 
     def start_workers(self) -> None:
         """Fork the loader processes now.

@@ -6,20 +6,23 @@ What `load` returns is checked by data_checks.py, and read in the order of data_
 import importlib.util
 import os
 import urllib.error
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
+import packed
+from array_files import load_arrays
 from config import Config, SettingError, choose
-from data_checks import Arrays, DataError, SizedDataset, check_parts, fingerprint
+from data_checks import Arrays, Rows, SizedDataset, check_parts, describe_counts, fingerprint
 from data_loaders import HeldOutSampler, Loader, StreamSampler
+from hub_images import open_hub
+from image_files import list_images
 from runtime import ranks
 
 
@@ -34,11 +37,12 @@ class DataSpec:
     label      (N,) whole numbers from 0 to num_classes - 1; if num_classes is 0, anything with N rows
     x1         optional, like x: the data are pairs, and a loader yields (x, label, x1)
 
+    A third entry beside the two parts, a dict, says what was found out about the data: it replaces fields of this.
     A Dataset must give the same item each time: augmentation belongs into the trainer. `load` runs first on one process
     of each machine, which may download.
     """
 
-    load: Callable[[Config], tuple[Any, Any]]
+    load: Callable[[Config], tuple[Any, ...]]
     shape: tuple[int, ...] | None = None  # of one x, (C, H, W) for images; None: that of the data
     num_classes: int = 0  # 0: the data have no classes
     max_value: int = 255  # of a pixel: images are divided by it
@@ -48,6 +52,10 @@ class DataSpec:
     rotation_keeps_label: bool = True
     translation_keeps_label: bool = True
     pixel_metrics: bool = False  # small grey images, which metrics.py can judge by their pixels
+    classes: tuple[str, ...] = ()  # their names, in order; empty: numbers
+    mean: tuple[float, ...] = ()  # of each channel of latents that prepare.py has stored
+    std: tuple[float, ...] = ()
+    digest: str = ''  # a hash of all data, if `load` knows it already
 
 
 def load_digits(config: Config) -> tuple[Arrays, Arrays]:
@@ -90,110 +98,63 @@ def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
         ) from error
 
 
-def load_mnist(config: Config) -> tuple[Arrays, Arrays]:
-    train, test = (
-        (part.data[:, None], part.targets.long()) for part in from_torchvision(config, 'MNIST', 'MNIST/raw/*.gz')
-    )
-    return train, test
+def load_mnist(name: str, config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """MNIST, or a data set of torchvision in its format."""
+    parts = from_torchvision(config, name, f'{name}/raw/*.gz')
+    train, test = ((part.data[:, None], part.targets.long()) for part in parts)
+    return train, test, dict(classes=tuple(parts[0].classes))
 
 
-def load_cifar10(config: Config) -> tuple[Arrays, Arrays]:
-    parts = from_torchvision(config, 'CIFAR10', 'cifar-10-python.tar.gz')
+def load_cifar(name: str, file: str, config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """CIFAR-10 or CIFAR-100, of which `file` is the archive."""
+    parts = from_torchvision(config, name, file)
     train, test = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
     )
-    return train, test
+    return train, test, dict(classes=tuple(parts[0].classes))
 
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """A folder of images (image_files.py), of which a tenth is held out."""
+    images = list_images(config)
+    facts = dict(classes=tuple(images.classes), num_classes=len(images.classes))
+    return decoded_once(config, images, 0, facts, images.state(), f'image_folder {images.root.resolve().name}')
 
 
-@dataclass(frozen=True, eq=False)
-class ImageFiles(Dataset):
-    """Images of any size, resized and cropped: (uint8 (3, side, side), class). Raises DataError for a broken file."""
-
-    root: Path
-    classes: list[str]
-    files: list[tuple[str, int]]  # path below root, class
-    side: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        from PIL import Image
-        from torchvision.transforms import functional
-
-        name, label = self.files[i]
-        path = self.root / name
-        try:
-            with Image.open(path) as image:
-                rgb = cast(Any, image.convert('RGB'))  # torchvision's annotations know tensors alone
-                square = functional.center_crop(functional.resize(rgb, [self.side]), [self.side])
-            return functional.pil_to_tensor(square), label
-        except Exception as error:  # what PIL raises depends on the format
-            path = path.parent.resolve() / path.name  # in the user's folder, also where --check has linked it
-            raise DataError(
-                f'{path} cannot be read as an image ({type(error).__name__}: {error}). '
-                'Replace it by a whole one, or remove it from the data.'
-            ) from None
-
-    def part(self, chosen: Iterable[int]) -> 'ImageFiles':
-        return replace(self, files=[self.files[i] for i in chosen])
-
-    def fingerprint(self) -> str:
-        """The names and sizes of all files, wherever the folder is."""
-        try:
-            return repr(sorted((name, (self.root / name).stat().st_size) for name, _ in self.files))
-        except OSError as error:
-            raise SettingError(f'{error}: an image cannot be read. Mend or remove it.') from None
+def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """A data set of Hugging Face `datasets` (hub_images.py)."""
+    items, held_out, facts, state = open_hub(config)
+    return decoded_once(config, items, held_out, facts, state, f'hub {Path(config.data_path).name}')
 
 
-def is_hidden(path: str) -> bool:
-    return any(name.startswith('.') for name in path.split(os.sep))
+def decoded_once(
+    config: Config, items: SizedDataset, held_out: int, facts: dict[str, Any], state: str, title: str
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
+    there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
 
+    Held out are the first `held_out` items, 0: a tenth; or as many as the config says.
+    """
+    mark = blake2b(state.encode(), digest_size=8).hexdigest()
+    path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
 
-@lru_cache(maxsize=1)  # listing a large folder takes long
-def open_image_folder(config: Config) -> ImageFiles:
-    """Images in data_dir/image_folder/<class>/ and the folders below, without hidden ones. Raises SettingError."""
-    root = Path(config.data_dir, 'image_folder')
-    name = f"dataset='image_folder', data_dir={config.data_dir!r}"
-    remedy = f'Put images into {root}/<class>/, also if there is one class.'
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name))
-    except OSError as error:
-        raise SettingError(f'{name}: {error}. {remedy}') from None
-    if not classes:
-        raise SettingError(f'{name}: there is no folder of a class in {root}. {remedy}')
-    files = []
-    for label, of_class in enumerate(classes):
-        before = len(files)
-        for folder, _, names in sorted(os.walk(root / of_class, followlinks=True)):
-            below = (os.path.relpath(os.path.join(folder, name), root) for name in sorted(names))
-            files += [(path, label) for path in below if path.lower().endswith(IMAGE_ENDINGS) and not is_hidden(path)]
-        if len(files) == before:
-            raise SettingError(
-                f'{name}: no image in {root / of_class}. Put some into it ({", ".join(IMAGE_ENDINGS)}), or remove it.'
-            )
-    return ImageFiles(root, classes, files, config.image_size)
+    def held_out_of(n: int) -> int:
+        return packed.held_out_rows(config.held_out or held_out, n, f'dataset={config.dataset!r}')
 
-
-def load_image_folder(config: Config) -> tuple[ImageFiles, ImageFiles]:
-    """A fixed tenth of the images, at most 1000 of them, is held out. Prints what was found."""
-    images = open_image_folder(config)
-    if len(images) < 2:
-        raise SettingError(
-            f"dataset='image_folder' needs two or more images, there is {len(images)} in data_dir={config.data_dir!r}. "
-            'Put more into image_folder/<class>/.'
-        )
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    held_out = min(1000, max(1, len(order) // 10))
-    counts = np.bincount([label for _, label in images.files])
-    shown = [f'{name} {count}' for name, count in zip(images.classes, counts, strict=True)]
-    more = [f'and {len(shown) - 8} more'] if len(shown) > 8 else []
-    size = f'{len(order) - held_out} + {held_out} images, {len(shown)} classes'
-    ranks.print_once(f'image_folder: {size}: {", ".join(shown[:8] + more)}')
-    return images.part(order[held_out:]), images.part(order[:held_out])
+    found = None
+    if config.cache:
+        with packed.alone(path):
+            found = packed.cached(path)
+            if found is None:
+                try:
+                    packed.build(items, path, config.skip_unreadable, title, **facts)
+                    found = packed.read(path)
+                except packed.NoRoomError as error:
+                    ranks.print_once(f'no room for a cache, so that images are decoded in every epoch anew: {error}')
+    if found is not None:
+        return *packed.parts_of(found, held_out_of(len(found['x']))), facts | dict(digest=found['digest'])
+    n = held_out_of(len(items))
+    return Rows(items, n, len(items)), Rows(items, 0, n), facts
 
 
 GREY_SYMBOLS: dict[str, Any] = dict(
@@ -201,22 +162,19 @@ GREY_SYMBOLS: dict[str, Any] = dict(
 )
 DATASETS: dict[str, DataSpec] = {
     'digits': DataSpec(load_digits, (1, 8, 8), max_value=16, **GREY_SYMBOLS),
-    'mnist': DataSpec(load_mnist, (1, 28, 28), **GREY_SYMBOLS),
-    'cifar10': DataSpec(load_cifar10, (3, 32, 32), num_classes=10),
-    'image_folder': DataSpec(load_image_folder, (3, 0, 0)),  # sides and classes: see get_dataset
+    'mnist': DataSpec(partial(load_mnist, 'MNIST'), (1, 28, 28), **GREY_SYMBOLS),
+    'fashion_mnist': DataSpec(partial(load_mnist, 'FashionMNIST'), (1, 28, 28), num_classes=10, pixel_metrics=True),
+    'cifar10': DataSpec(partial(load_cifar, 'CIFAR10', 'cifar-10-python.tar.gz'), (3, 32, 32), num_classes=10),
+    'cifar100': DataSpec(partial(load_cifar, 'CIFAR100', 'cifar-100-python.tar.gz'), (3, 32, 32), num_classes=100),
+    'image_folder': DataSpec(load_image_folder),  # what they are is read off the files
+    'arrays': DataSpec(load_arrays),
+    'hub': DataSpec(load_hub),
 }
 
 
 def get_dataset(config: Config) -> DataSpec:
-    """The entry of DATASETS; a Loader's `spec` has a shape also where the entry has None.
-
-    Raises SettingError for an unknown `dataset`, and for an image folder that is not there.
-    """
-    spec = choose('dataset', config.dataset, DATASETS)
-    if config.dataset == 'image_folder':
-        classes = len(open_image_folder(config).classes)
-        spec = replace(spec, shape=(3, config.image_size, config.image_size), num_classes=classes)
-    return spec
+    """The entry of DATASETS, which may have less in it than the `spec` of a Loader. Raises SettingError."""
+    return choose('dataset', config.dataset, DATASETS)
 
 
 def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Arrays | SizedDataset, Arrays | SizedDataset]:
@@ -230,29 +188,41 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Arrays | Si
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             loaded = spec.load(config)
+            facts = loaded[2] if isinstance(loaded, tuple) and isinstance(loaded[-1], dict) else {}
         except OSError as error:
             raise SettingError(
                 f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
                 'Pass a folder of yours as --data_dir.'
             ) from error
-        return check_parts(spec, loaded, config)
+        known, *parts = check_parts(replace(spec, **facts), loaded[:2] if facts else loaded, config)
+        return known, parts[0], with_held_out(parts[1], config)
 
     turn = 0 if ranks.is_main() else 1 if os.environ.get('LOCAL_RANK', '0') == '0' else 2
-    loaded = [ranks.on_each(lambda now=now: load() if turn == now else None) for now in range(3)]
+    loaded = [ranks.on_each(lambda now=now: load() if turn == now else None, patient=True) for now in range(3)]
     mine = loaded[turn]
     assert mine is not None
     return mine
 
 
-def agreed_fingerprint(config: Config, parts: list[Arrays | SizedDataset], num_classes: int) -> str:
+def with_held_out(part: Arrays | SizedDataset, config: Config) -> Arrays | SizedDataset:
+    """The held-out part, or its first `config.held_out` items if that is not 0. Raises SettingError."""
+    n, size = config.held_out, len(part[0]) if isinstance(part, tuple) else len(part)
+    if n > size:
+        raise SettingError(f'held_out={n}: dataset={config.dataset!r} has {size} held-out images. Ask for no more.')
+    if n == 0 or n == size:
+        return part
+    return tuple(array[:n] for array in part) if isinstance(part, tuple) else Rows(part, 0, n)
+
+
+def agreed_fingerprint(config: Config, parts: list[Arrays | SizedDataset], spec: DataSpec) -> str:
     """`fingerprint` of rank 0. Raises SettingError on every rank if another machine has other data."""
-    mine = ranks.on_main(lambda: fingerprint(parts, num_classes))
+    mine = ranks.on_main(lambda: fingerprint(parts, spec))
 
     def compare() -> None:
         machine = os.environ.get('GROUP_RANK', '0')  # torchrun's
         if machine == '0' or os.environ['LOCAL_RANK'] != '0':
             return
-        here = fingerprint(parts, num_classes)
+        here = fingerprint(parts, spec)
         if here != mine:
             raise SettingError(
                 f'data_dir={config.data_dir!r}: on machine {machine} it holds other data ({here}) than on machine 0 '
@@ -285,8 +255,11 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
             'Use --no_dequantize.'
         )
-    mark = agreed_fingerprint(config, [train, test], spec.num_classes)
+    mark = agreed_fingerprint(config, [train, test], spec)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
+    ranks.print_once(describe_counts(config.dataset, [train, test], spec))
     sampler = StreamSampler(train_size, config)
     test_loader = Loader(test, HeldOutSampler(test_size, config), config, spec, device, mark)
-    return Loader(train, sampler, config, spec, device, mark), sampler, test_loader
+    train_loader = Loader(train, sampler, config, spec, device, mark)
+    ranks.print_once(f'  {train_loader.place()}')
+    return train_loader, sampler, test_loader

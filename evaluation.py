@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import batches
 import metrics
 import pictures
+import report as run_report
 import utils
 from batches import ProcessedBatch
 from data_loaders import HeldOutSampler
@@ -57,8 +58,11 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
     finally:  # when asked to stop: what was computed before it
         if values:
             ranks.on_main(lambda: trainer.logger.log(values, trainer.step))  # a full disk is an error on every rank
+    if trainer.due(c.sample_every):
+        ranks.on_main(lambda: run_report.update(c.run_dir))
     if any(map(trainer.due, (c.log_every, c.eval_every, c.sample_every, c.save_every))):
         trainer.speed.restart(trainer.step)
+        trainer.train_loader.waited = 0.0
 
 
 def summary(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
@@ -70,6 +74,7 @@ def summary(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
     speed = trainer.speed.images_per_second(trainer.step, batch)
     if speed is not None:  # not in a line that a resumed run writes again
         values['train/images_per_second'] = speed
+        values['train/waiting'] = trainer.train_loader.waited / trainer.speed.seconds()
         trainer.progress.show(trainer.step, values.get('train/loss', math.nan), speed)
     return values
 

@@ -320,7 +320,11 @@ class Speedometer:
     def images_per_second(self, step: int, batch: int) -> float | None:
         """The speed of the steps up to `step`, of `batch` images each; None if there was none since the restart."""
         steps = step - self.first
-        return steps * batch / (time.monotonic() - self.began) if steps > 0 else None
+        return steps * batch / self.seconds() if steps > 0 else None
+
+    def seconds(self) -> float:
+        """Since the last restart."""
+        return time.monotonic() - self.began
 
 
 class Progress:

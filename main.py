@@ -3,18 +3,14 @@
 Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the trainer, and `main(trainer_class=Mine)`.
 """
 
-import atexit
-import contextlib
 import dataclasses
-import io
-import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from config import Config, SettingError, choose, parse_config
+from config import FREE_ON_RESUME, Config, SettingError, choose, parse_config
+from runtime import command
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
@@ -30,35 +26,18 @@ def main(
     importing = getattr(sys.modules.get('runtime.run_record'), 'importing', None)
     if importing:
         raise SettingError(f"{importing} trains when it is imported: put its main(...) under if __name__ == '__main__'")
-    is_rank_0 = os.environ.get('RANK', '0') == '0'
-    try:
-        # one message, not one for each process
-        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(io.StringIO()):
-            config = parse_config(argv, config_class)
-    except (SettingError, SystemExit) as error:
-        if not is_rank_0:
-            time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
-        if isinstance(error, SystemExit):
-            raise
-        show(error)
-        sys.exit(2)  # EXIT_BAD_SETTING
 
-    exit_code = 1
-    if 'RANK' in os.environ:
-        # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group.
-        # (Registered early, so run late: after what registers itself from here on.)
-        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
-    from runtime import ranks, run_folder, stopping  # they import torch, which --help need not wait for
+    def settings_in(path: str) -> dict[str, Any]:
+        from saving import network_settings  # with torch, for which `--help` need not wait
 
-    stopping.end_with_parent()
-    stopping.die_of_stop_signals()
-    import logging_utils
-    from data_checks import DataError
-    from runtime.bad_steps import NonFiniteLoss
+        return network_settings(path)
 
-    error = None
-    try:
-        ranks.setup()
+    config = command.parsed(lambda: parse_config(argv, config_class, settings_in))
+
+    def work() -> None:
+        nonlocal config
+        from runtime import run_folder
+
         config = run_folder.settle_name(config, trainer_class)
         if config.check:
             from runtime.dry_run import dry_run
@@ -66,31 +45,13 @@ def main(
             dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
         else:
             train(config, trainer_class)
-        exit_code = 0
-    except SettingError as bad:
+
+    def undo() -> None:
+        from runtime import run_folder
+
         run_folder.discard_new(config)
-        error, exit_code = bad, stopping.EXIT_BAD_SETTING
-    except NonFiniteLoss as diverged:
-        error, exit_code = diverged, stopping.EXIT_NOT_FINITE
-    except stopping.Stopped:
-        exit_code = stopping.EXIT_STOPPED
-    except stopping.SaveError as failed:
-        error = failed
-    except DataError as failed:  # a file, read by this rank alone: it leaves without waiting for the others
-        if not stopping.report_failure(failed):
-            show(failed)
-        sys.exit(1)
-    except Exception as failed:
-        stopping.report_failure(failed)
-        raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
-    stopping.set_outcome(exit_code)
-    if error is not None and not (stopping.report_failure(error) and exit_code == 1):  # which the launcher shows last
-        show(error)
-    ranks.close(exit_code)
-    if logging_utils.wandb_hangs:
-        stopping.end_soon(exit_code)
-    if exit_code:
-        sys.exit(exit_code)
+
+    command.run(work, undo)
 
 
 def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
@@ -116,15 +77,16 @@ def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTr
     return (trainer_class or ExampleDiffusionTrainer)(config, device, network, train_loader, train_sampler, test_loader)
 
 
-def load_run(run_dir: str | Path, weights: str = 'ema') -> 'BaseDiffusionTrainer':
+def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'BaseDiffusionTrainer':
     """The trainer of a finished or running run at its last checkpoint, read-only: nothing is locked or written.
 
     `run_dir` is the run's folder, or one of its .pt files for an earlier step.
 
     Its class, config class and table entries are those of the script that made it, which is imported. `network` has the
     first moving average of the weights, another by its name (`ema_0.99`), or the raw ones, which replaying a step
-    needs. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises SettingError if the run, its script or
-    the weights are not there.
+    needs. `settings` take the place of those of the run, such as solver='heun' or guidance_scale=2; they must be among
+    those that do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
+    SettingError if the run, its script or the weights are not there, or a setting cannot be changed.
     """
     import saving
     from runtime import resume, run_record
@@ -138,7 +100,10 @@ def load_run(run_dir: str | Path, weights: str = 'ema') -> 'BaseDiffusionTrainer
     trainer_class = run_record.import_class(**start['trainer'])
     config_class = run_record.import_class(**start['config'])
     config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)
-    config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name)
+    fixed = [name for name in settings if name not in FREE_ON_RESUME]
+    if fixed:
+        raise SettingError(f'{", ".join(fixed)}: this belongs to what {path} has learned. Change settings of sampling.')
+    config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
     with resume.reading(checkpoint):
         trainer = build(config, trainer_class)
     found = trainer.weights()
@@ -169,7 +134,8 @@ def train(config: Config, trainer_class: type | None) -> None:
         trainer.start = run_record.write_start(config, type(trainer), trainer.device, trainer.step)
         trainer.train_loop()
     print_once(
-        f'  pictures    {config.run_dir}/samples\n  checkpoint  {config.run_dir}/last.pt\n'
+        f'  report      {config.run_dir}/report.html\n  pictures    {config.run_dir}/samples\n'
+        f'  checkpoint  {config.run_dir}/last.pt\n'
         f'  log         {config.run_dir}/metrics.jsonl'
     )
 
@@ -201,12 +167,6 @@ def choices() -> dict[str, Mapping[str, object]]:
         sde_noise=SDE_NOISES,
         sde_last_step=LAST_STEPS,
     )
-
-
-def show(message: BaseException) -> None:
-    """Say why it ends, on the first process."""
-    if os.environ.get('RANK', '0') == '0':
-        print(f'{type(message).__name__}: {message}', file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

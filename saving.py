@@ -27,6 +27,7 @@ from config import Config, SettingError, differences
 from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
+from runtime.ranks import print_once
 
 VERSION = 1  # of the format; a file without one is of version 1
 
@@ -139,9 +140,26 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(
-    network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path
+    network: nn.Module,
+    weights: dict[str, Any],
+    saved_config: dict[str, Any],
+    config: Config,
+    path: str | Path,
+    other_classes: bool = False,
 ) -> None:
-    """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit."""
+    """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit.
+
+    With `other_classes` the class embedding of another number of classes is left as it is in `network`, and said so.
+    """
+    now = network.state_dict()
+    other = [
+        name
+        for name in weights.keys() & now.keys()
+        if name.endswith('class_embedding.weight') and weights[name].shape[0] != now[name].shape[0]
+    ]
+    if other and other_classes:
+        print_once(f'warning: {misfits(weights, now)[0]}: it begins anew, and the rest comes from {path}')
+        weights = weights | {name: now[name] for name in other}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -168,6 +186,15 @@ def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif old != new:
             found.append(f'{name} has shape {old} in the checkpoint, {new} now')
     return found
+
+
+def network_settings(path: str) -> dict[str, Any]:
+    """The settings of the network in a checkpoint, for `parse_config`: a run that begins with its weights must have
+    them. None of them if there is no such file, which the run will say itself. Raises SettingError."""
+    if not Path(path).is_file():
+        return {}
+    saved = load_checkpoint(path)['config']
+    return {name: saved[name] for name in (*NETWORK_SETTINGS, 'time_input', 'model_type') if name in saved}
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:

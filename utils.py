@@ -8,12 +8,13 @@ import resource
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Bundle = TypeVar('Bundle')  # an instance of a dataclass of tensors
 
@@ -128,17 +129,52 @@ def _seed_accelerator() -> Callable[[int], None]:
     return getattr(module, 'manual_seed_all', module.manual_seed)
 
 
+def hashed(*key: int | str) -> int:
+    """A seed of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
+
+
 def seed_everything(*key: int | str) -> None:
     """Seed torch (all devices), numpy and random from a hash of `key`.
 
     A hash, because torch's CPU generator keeps only the low 32 bits of a seed: sums and shifts of keys would collide.
     """
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
+    seed = hashed(*key)
     # What torch.manual_seed does for the devices there are; for each kind there is not, it formats a stack trace.
     torch.default_generator.manual_seed(seed)
     _seed_accelerator()(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+class NoiseOfEach(TorchFunctionMode):
+    """While this is entered, the random numbers of row i of a batch are a function of (*key, indices[i]) alone.
+
+    So a sample does not depend on the batch it is drawn in, or on the device. It holds for rand, randn and their
+    _like forms, of results with len(indices) rows; other random functions are seeded for the batch.
+    """
+
+    RANDOM: ClassVar[dict[Callable, str]] = {
+        torch.randn: 'normal', torch.randn_like: 'normal', torch.rand: 'uniform', torch.rand_like: 'uniform'
+    }  # fmt: skip
+
+    def __init__(self, *key: Any):
+        super().__init__()
+        *self.key, self.indices = key
+
+    def __enter__(self) -> 'NoiseOfEach':
+        seed_everything(*self.key, 'batch', *self.indices[:1])
+        self.generators = [torch.Generator().manual_seed(hashed(*self.key, i)) for i in self.indices]
+        return super().__enter__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        draw = self.RANDOM.get(func)
+        if draw is None or len(out) != len(self.generators):
+            return out
+        row = torch.empty(out.shape[1:], dtype=torch.float32)
+        rows = [getattr(row, f'{draw}_')(generator=generator).clone() for generator in self.generators]
+        return torch.stack(rows).to(out)
 
 
 def peak_memory_gb(device: torch.device) -> float:

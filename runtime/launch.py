@@ -59,6 +59,7 @@ def launch(argv: list[str]) -> int:
             *flags,
             f'--nproc-per-node={nproc}',
             '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1',
+            '--',  # torchrun would take a flag of ours for one of its own that begins alike
             *argv,
         ]
         try:

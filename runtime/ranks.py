@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -95,12 +96,12 @@ def any_rank(flag: bool) -> bool:
     return bool(all_reduce(torch.tensor(float(flag)), 'MAX'))
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """The processes' values, in order of rank. Small picklable objects only."""
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The processes' values, in order of rank. Small picklable objects only. `group`: of all processes, too."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -130,17 +131,23 @@ def portable(error: Exception) -> Exception:
         return RuntimeError(f'{type(error).__name__}: {error}')
 
 
-def on_each(fn: Callable[[], T]) -> T:
-    """The result of `fn`, run on every rank; if it raises on any, the first such error is raised on all."""
+def on_each(fn: Callable[[], T], patient: bool = False) -> T:
+    """The result of `fn`, run on every rank; if it raises on any, the first such error is raised on all.
+
+    A rank waits for the others half an hour at most, or as long as it takes if `patient`: for a download, say.
+    """
     if world_size() == 1:
         return fn()
+    group: Any = dist.new_group(backend='gloo', timeout=timedelta(days=30)) if patient else None
     result: Any = None
     error: Exception | None = None
     try:
         result = fn()
     except Exception as caught:
         error = portable(caught)
-    errors = [e for e in all_gather_objects(error) if e is not None]
+    errors = [e for e in all_gather_objects(error, group) if e is not None]
+    if group is not None:
+        dist.destroy_process_group(group)
     if errors:
         raise errors[0]
     return result

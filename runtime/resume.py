@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import saving
-from config import SettingError
+from config import SettingError, differences
 from runtime import ranks, run_folder, run_record
 from runtime.ranks import print_once
 
@@ -116,9 +116,14 @@ def restore(trainer: Any) -> None:
             print_once(f'{"resuming" if _reading is None else "reading"} {c.run_dir} at step {trainer.step}')
     elif c.init_from:
         other = saving.load_checkpoint(c.init_from)
-        saving.load_weights(trainer.network, saving.best_weights(other), other['config'], c, c.init_from)
+        saving.load_weights(
+            trainer.network, saving.best_weights(other), other['config'], c, c.init_from, other_classes=True
+        )
         trainer.ema.reset(trainer.network)
         print_once(f'starting from the weights of {c.init_from}')
+        changed = differences(other['config'], c, only=('model_type', 'time_input', 'process_name', 'sigma_data'))
+        if changed:
+            print_once(f'warning: they were trained with other settings (then -> now): {"; ".join(changed)}')
 
 
 def load(trainer: Any, checkpoint: dict[str, Any], path: Path) -> None:

@@ -30,6 +30,9 @@ TINY = dict(
     wandb='disabled',
 )
 
+# names of the record that are not the same when a run is repeated
+NOT_REPEATED = ('train/images_per_second', 'train/memory_gb', 'train/waiting')
+
 torch.set_num_threads(1)
 # a shell ignores for ever what was ignored when it began, as in a job behind &
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +55,13 @@ def on_the_cpu(request, monkeypatch):
     if request.module.__name__ not in ('test_gpu', 'test_fake_cuda'):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def without_reports(request, monkeypatch):
+    """Runs in this process write no report.html, which takes as long as the whole tiny run, but in the tests of it."""
+    if request.module.__name__ != 'test_report':
+        monkeypatch.setattr('report.update', lambda folder: None)
 
 
 @pytest.fixture
@@ -116,9 +126,7 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
 def record_of(folder: Path) -> list[dict]:
     """The whole lines of a run's record, without what differs from time to time."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
-    return [
-        {k: v for k, v in line.items() if k not in ('train/images_per_second', 'train/memory_gb')} for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in NOT_REPEATED} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:

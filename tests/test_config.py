@@ -241,8 +241,10 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(ema_decays=(0.9, math.nan)), 'ema_decays'),
     *(({name: 0}, name) for name in 'global_batch_size batch_shards accumulation_steps num_training_steps'.split()),
     *(({name: 0}, name) for name in 'num_sample_steps max_bad_steps keep_last'.split()),
-    *(({name: 0}, name) for name in 'channels num_res_blocks image_size'.split()),
-    *(({name: -1}, name) for name in 'seed log_every save_every keep_every sample_every eval_every'.split()),
+    *(({name: 0}, name) for name in 'channels num_res_blocks'.split()),
+    (dict(columns=('a', 'b', 'c')), 'columns'),
+    *((dict(image_size=value), 'image_size') for value in ((), (0,), (8, 8, 8))),
+    *(({name: -1}, name) for name in 'seed held_out log_every save_every keep_every sample_every eval_every'.split()),
     *(({name: -1}, name) for name in 'warmup_steps num_workers max_translation sample_nfe'.split()),
     *(
         ({name: value}, name)

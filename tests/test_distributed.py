@@ -45,6 +45,12 @@ value = torch.tensor([1.0 + rank, 10.0 * rank])
 seen['reduced'] = [d.all_reduce(value.clone(), op).tolist() for op in ('SUM', 'MAX', 'MIN')]
 seen['objects'] = d.all_gather_objects({'rank': rank})
 
+seen['patient'] = d.on_each(lambda: time.sleep(0.2 * rank) or 10 * rank, patient=True)
+try:
+    d.on_each(fail if rank == 1 else lambda: None, patient=True)
+except FileNotFoundError as error:
+    seen['patient raised'] = error.filename
+
 means = RunningMeans(device)  # ranks have logged other names, and other counts
 means.add('both', torch.tensor(3.0 + 4 * rank), torch.tensor(1.0 + rank))
 means.add(f'only {rank}', torch.tensor(5.0 + rank), torch.tensor(1.0))
@@ -169,6 +175,7 @@ def test_two_any_rank(both):
 
 def test_two_reductions_and_objects(both):
     assert [seen['reduced'] for seen in both] == [[[3.0, 10.0], [2.0, 10.0], [1.0, 0.0]]] * 2
+    assert [(seen['patient'], seen['patient raised']) for seen in both] == [(0, 'rank1'), (10, 'rank1')]
     assert [seen['objects'] for seen in both] == [[{'rank': 0}, {'rank': 1}]] * 2
 
 

@@ -91,7 +91,13 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a real parameter cannot become a pretended one
-    answers = dict(is_available=True, device_count=1, is_bf16_supported=True, is_current_stream_capturing=False)
+    answers = dict(
+        mem_get_info=(10**10, 10**10),
+        is_available=True,
+        device_count=1,
+        is_bf16_supported=True,
+        is_current_stream_capturing=False,
+    )
     try:
         with pretend.fake, pretend:  # which looks whether there is a GPU, and so comes first
             for name, answer in answers.items():

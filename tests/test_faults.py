@@ -284,6 +284,7 @@ def image_files(tmp_path):
     return dict(
         dataset='image_folder',
         image_size=8,
+        cache=False,  # so that loader processes decode the files
         num_workers=2,
         data_dir=str(tmp_path / 'data'),
         label_dropout=0.0,

@@ -12,11 +12,12 @@ LAYERS = [
     'config_tools utils',
     'config',
     'runtime.ranks runtime.stopping',
-    'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders data_utils '
+    'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders '
+    'packed image_files array_files hub_images data_utils '
     'optimizers ema logging_utils',
-    'solvers sampling likelihood metrics networks saving',
-    'runtime.bad_steps runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
-    'batches pictures evaluation',
+    'solvers sampling likelihood metrics distances detectors networks saving',
+    'runtime.bad_steps runtime.command runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
+    'batches report pictures evaluation',
     'trainer',
     'runtime.dry_run',
     'main',

@@ -63,13 +63,12 @@ def test_stop_reaches_the_trainer_past_its_loaders(run_sh, tmp_path):
     folder.mkdir(parents=True)
     for i in range(40):
         Image.new('RGB', (12, 10), (i, 2 * i, 3 * i)).save(folder / f'{i}.png')
-    settings = dict(
-        dataset='image_folder', image_size=8, num_workers=2, data_dir=str(tmp_path / 'data'), num_training_steps=100000
-    )
+    settings = dict(dataset='image_folder', image_size=8, cache=False, num_workers=2, data_dir=str(tmp_path / 'data'))
     flags = as_flags(
         TINY
         | settings
         | dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='run', save_every=0, log_every=1, eval_every=0)
+        | dict(num_training_steps=100000)
     )
     run = subprocess.Popen(
         ['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -13,7 +13,8 @@ import main
 import pictures
 import saving
 import utils
-from config import Config, SettingError
+from config import Config, SettingError, parse_config
+from data_utils import DATASETS, DataSpec
 from main import choices
 from prediction import ROWS
 from processes import PROCESSES
@@ -438,6 +439,38 @@ def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
     assert trainer.step == 0
     with pytest.raises(SettingError, match=r'another network: channels: 8 -> 16'):
         build_trainer(tiny_config(experiment_name='third', init_from=str(path), channels=16))
+    assert (
+        parse_config(['--init_from', str(path)], settings_in=saving.network_settings).channels == 8
+    )  # the network is that of the weights,
+    assert (
+        parse_config(['--init_from', str(path), '--channels', '16'], settings_in=saving.network_settings).channels == 16
+    )  # but for flags
+    assert (
+        parse_config(['--init_from', str(path)], settings_in=saving.network_settings).num_training_steps
+        == Config().num_training_steps
+    )
+
+
+def test_init_from_another_number_of_classes_leaves_the_class_embedding_out(
+    tiny_config, build_trainer, monkeypatch, capsys
+):
+    config = tiny_config(experiment_name='first')
+    build_trainer(config).train_loop()
+    old = saving.best_weights(saving.load(run_folder.last_path(config)))
+
+    def load(config):
+        return tuple((x, label % 4) for x, label in DATASETS['digits'].load(config))
+
+    monkeypatch.setitem(DATASETS, 'four', DataSpec(load, (1, 8, 8), num_classes=4, max_value=16))
+    trainer = build_trainer(
+        tiny_config(experiment_name='second', dataset='four', init_from=str(run_folder.last_path(config)))
+    )
+    new = trainer.network.state_dict()
+    (name,) = [name for name in new if name.endswith('class_embedding.weight')]
+    assert old[name].shape[0] == 11 and new[name].shape[0] == 5
+    assert all(torch.equal(new[other], old[other]) for other in new if other != name)
+    assert 'the class embedding has 11 rows in the checkpoint, 5 now' in capsys.readouterr().out
+    trainer.train_loop()
 
 
 def test_pictures_of_both_solvers_and_all_weights(tiny_config, build_trainer):

@@ -1,0 +1,161 @@
+"""What looks at images in place of a person: networks whose features are compared between samples and data."""
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import utils
+from config import SettingError
+from runtime import ranks
+
+if TYPE_CHECKING:
+    from trainer import BaseDiffusionTrainer
+
+CLASSIFIER_STEPS = 800  # a minute on two CPU cores for images of 28 x 28
+
+
+@dataclass(frozen=True)
+class Detector:
+    """`features(x)` of decoded images (B, C, H, W) in [0, 1], (B, D) float32."""
+
+    features: Callable[[Tensor], Tensor]
+    digest: str  # of its weights: numbers of other weights are not comparable
+    about: str
+    predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows those of the data
+
+
+def pixels(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
+    """The pixels themselves, in [-1, 1]."""
+    return Detector(lambda x: 2 * x.flatten(1) - 1, 'pixels', 'pixels in [-1, 1]')
+
+
+def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
+    """A feature extractor of torch-fidelity (Obukhov et al. 2020), from the file `weights` or its own download.
+
+    Grey images become three equal channels. Raises SettingError if the weights cannot be had.
+    """
+    import torch_fidelity.feature_extractor_dinov2 as dino
+    import torch_fidelity.feature_extractor_inceptionv3 as inception
+
+    kind = dict(inception=inception.FeatureExtractorInceptionV3, dinov2=dino.FeatureExtractorDinoV2)[name]
+    names = dict(inception='inception-v3-compat', dinov2='dinov2-vit-l-14')
+    path = str(Path(weights).expanduser()) if weights else None
+    try:
+        network = ranks.on_each(lambda: kind(names[name], [layer], feature_extractor_weights_path=path))
+    except Exception as error:  # no file, another network's, no network to download from
+        text = ' '.join(str(error).split())[:300]
+        raise SettingError(
+            f'detector={name!r}: its weights cannot be had ({type(error).__name__}: {text}). Download them by hand '
+            'and pass the file as --detector_weights PATH; or use --detector classifier or pixels, which need none.'
+        ) from None
+    network = network.to(trainer.device)
+
+    def features(x: Tensor) -> Tensor:
+        x = (x.clamp(0, 1) * 255).round().byte().to(trainer.device)
+        return network(x.expand(-1, 3, -1, -1))[0].float()
+
+    return Detector(features, digest_of(network), f'torch-fidelity {names[name]}, layer {layer}')
+
+
+def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
+    """A small network that has learned the classes of the data themselves: 64 features before its last layer.
+
+    It is trained once for a data set, in a minute or two, and kept with its accuracy in data_dir/cache. Raises
+    SettingError if the data have no classes.
+    """
+    spec, config = trainer.data, trainer.config
+    if spec.num_classes < 2 or not spec.shape or len(spec.shape) != 3:
+        raise SettingError("detector='classifier' needs images of two or more classes. Use --detector pixels.")
+    mark = hashlib.blake2b(trainer.train_loader.fingerprint.encode(), digest_size=8).hexdigest()
+    path = Path(config.data_dir, 'cache', f'classifier-{mark}.pt')
+    if not ranks.on_main(path.is_file):
+        ranks.on_main(lambda: torch.save(train_classifier(trainer), utils_path(path)))
+        ranks.on_main(lambda: utils_path(path).replace(path))
+    found = torch.load(path, weights_only=True)
+    network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
+    network.load_state_dict(found['network'])
+    about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
+    return Detector(network.features, digest_of(network), about, lambda x: network(x).argmax(1))
+
+
+class Classifier(nn.Module):
+    """Four convolutions, each of half the size of the one before, and a linear layer on their mean."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        widths = (channels, 32, 64, 64, 64)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(8, b), nn.SiLU())
+            for a, b in itertools.pairwise(widths)
+        )
+        self.last = nn.Linear(widths[-1], num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        for block in self.blocks:
+            x = block(x)
+            if min(x.shape[2:]) > 4:
+                x = nn.functional.avg_pool2d(x, 2)
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x))
+
+
+def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
+    """Weights, and accuracy on the held-out images."""
+    spec, loader, device = trainer.data, trainer.train_loader, trainer.device
+    utils.seed_everything(0, 'classifier')
+    network = Classifier(spec.shape[0] if spec.shape else 1, spec.num_classes).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
+    ranks.print_once(f'training a classifier of {trainer.config.dataset} to judge samples by, once for this data set')
+    began = time.monotonic()
+    for step in range(CLASSIFIER_STEPS):
+        for group in optimizer.param_groups:
+            group['lr'] = 3e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / CLASSIFIER_STEPS)) / 2
+        x, label, *_ = loader.take(torch.randint(loader.size, (128,)))
+        x = trainer.augmenter(x)[0]
+        loss = nn.functional.cross_entropy(network(x), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    network.eval()
+    test, right = trainer.test_loader, 0
+    with torch.no_grad():
+        for rows in torch.arange(test.size).split(256):
+            x, label, *_ = test.take(rows)
+            right += int((network(x).argmax(1) == label).sum())
+    accuracy = right / test.size
+    ranks.print_once(f'  {accuracy:.1%} of {test.size} held-out images right after {time.monotonic() - began:.0f} s')
+    return dict(network=network.cpu().state_dict(), accuracy=accuracy)
+
+
+def utils_path(path: Path) -> Path:
+    """Where `path` is written before it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f'.{path.name}.unfinished')
+
+
+def digest_of(network: nn.Module) -> str:
+    """A hash of all weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+DETECTORS: dict[str, Callable[['BaseDiffusionTrainer', str], Detector]] = {
+    'inception': lambda trainer, weights: from_torch_fidelity('inception', '2048', trainer, weights),
+    'dinov2': lambda trainer, weights: from_torch_fidelity('dinov2', 'dinov2', trainer, weights),
+    'classifier': classifier,
+    'pixels': pixels,
+}

@@ -1,0 +1,93 @@
+"""How far samples are from data, by features (N, D) of both: for publishable numbers, see detectors.py."""
+
+import torch
+from torch import Tensor
+
+from config import SettingError
+
+CHUNK = 2048  # rows of a table of distances at once
+
+
+class Moments:
+    """Mean and covariance of rows that come in parts, in float64."""
+
+    def __init__(self, features: Tensor):
+        """`features` (N, D), N at least 2."""
+        self.n = len(features)
+        parts = features.split(CHUNK)
+        self.mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / self.n
+        products = (part.double() - self.mean for part in parts)
+        self.cov = torch.stack([sum_of_products(part) for part in products]).sum(0) / (self.n - 1)
+
+
+def sum_of_products(x: Tensor) -> Tensor:
+    """x^T x."""
+    return x.T @ x
+
+
+def frechet(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by symmetric eigenvalues in float64.
+
+    The FID, if the features are Inception's (Heusel et al. 2017, eq. 6; Dowson and Landau 1982, eq. 16).
+    """
+    values, vectors = torch.linalg.eigh(a.cov)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross)
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """(N,): the distance of each row to its k-th nearest other row."""
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(CHUNK)])
+
+
+def density_coverage(samples: Tensor, data: Tensor, k: int = 5) -> tuple[float, float]:
+    """(density, coverage) of samples (N, D) by data (M, D) (Naeem et al. 2020, eq. 4 and 5).
+
+    Density is the mean number, over k, of balls around data points, as far as their k-th neighbour, that a sample lies
+    in; coverage is the share of the balls that hold a sample.
+    """
+    reach = radii(data, k)
+    inside, nearest = 0, torch.full((len(data),), torch.inf)
+    for part in samples.split(CHUNK):
+        distance = torch.cdist(part, data)
+        inside += int((distance < reach).sum())
+        nearest = torch.minimum(nearest, distance.min(0).values)
+    return inside / (k * len(samples)), float((nearest < reach).float().mean())
+
+
+def nearest(x: Tensor, data: Tensor) -> float:
+    """Mean distance of a row of x to the nearest row of data."""
+    return float(torch.cat([torch.cdist(part, data).min(1).values for part in x.split(CHUNK)]).mean())
+
+
+def compare(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+    """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
+
+    frechet and kid (mean over subsets, and its standard deviation; Binkowski et al. 2018); precision and recall with 3
+    neighbours (Kynkaanniemi et al. 2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to
+    the nearest training image over that of held-out images, below 1 where training images were memorised. kid,
+    precision and recall are those of torch-fidelity. Raises SettingError for fewer than 10 rows of a kind.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if min(len(samples), len(train), len(held_out)) < 10:
+        raise SettingError(
+            f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images: at least 10 of each '
+            'are needed to compare. Draw more by --num.'
+        )
+    size = min(1000, len(samples), len(train))
+    kid = kid_features_to_metric(samples.double(), train.double(), kid_subset_size=size, kid_subsets=100, verbose=False)
+    prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
+    density, coverage = density_coverage(samples, train)
+    return {
+        'frechet': frechet(Moments(samples), Moments(train)),
+        'kid': kid['kernel_inception_distance_mean'],
+        'kid_std': kid['kernel_inception_distance_std'],
+        'precision': prc['precision'],
+        'recall': prc['recall'],
+        'density': density,
+        'coverage': coverage,
+        'nearest_neighbour_ratio': nearest(samples, train) / nearest(held_out, train),
+    }

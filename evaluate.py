@@ -1,0 +1,281 @@
+"""Numbers for a trained run: distances of its samples from the data, held-out losses, bits per dimension.
+
+    sh run.sh evaluate.py --run ckpts/NAME --num 10000 --detector inception
+    sh run.sh evaluate.py --run ckpts/NAME --weights ema raw --guidance_scale 1 2 --nfe 10 20 50
+
+Every combination of the values given is evaluated. Each result is a line of evaluation.jsonl in the run's folder, with
+all that made it; the same line is not computed again.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import SettingError
+from runtime import command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from detectors import Detector
+    from trainer import BaseDiffusionTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a trained run."""
+
+    run: str
+    """Folder of the run, or one of its .pt files."""
+    num: int = 1000
+    """Samples for each combination; published FIDs use 50000."""
+    detector: str = 'classifier'
+    """Key of DETECTORS in detectors.py: inception (FID), dinov2, classifier or pixels."""
+    detector_weights: str = ''
+    """File of the detector's weights; empty: its own download. For inception and dinov2."""
+    weights: tuple[str, ...] = ('ema',)
+    """ema (the run's first moving average), others by name (ema_0.999), raw."""
+    solver: tuple[str, ...] = ()
+    """Keys of SOLVERS in solvers.py; empty: that of the run."""
+    nfe: tuple[int, ...] = ()
+    """Network evaluations for each sample; empty: as in the run."""
+    guidance_scale: tuple[float, ...] = ()
+    """Strengths of guidance; empty: that of the run."""
+    bits: int = 0
+    """Bits per dimension of this many held-out images, with the standard error; 0: not computed."""
+    seed: int = 0
+    """Another seed gives other samples."""
+    batch_size: int = 64
+    """Samples that each process draws at once."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the flags say."""
+    import tyro
+
+    options = command.parsed(lambda: tyro.cli(Evaluate, args=argv, use_underscores=True, description=__doc__))
+    command.run(lambda: print_all(evaluate(options)))
+
+
+def evaluate(options: Evaluate) -> list[dict[str, Any]]:
+    """The lines of all combinations, on every rank. Raises SettingError."""
+    from config import choose
+    from detectors import DETECTORS
+    from main import load_run
+    from runtime import ranks, stopping
+
+    make = choose('detector', options.detector, DETECTORS)
+    if options.num < 10:
+        raise SettingError(f'num={options.num}: at least 10 samples are needed to compare.')
+    folder = Path(options.run).parent if options.run.endswith('.pt') else Path(options.run)
+    record = folder / 'evaluation.jsonl'
+    lines: list[dict[str, Any]] = []
+    detector = reference = None
+    stopping.catch_stop_signals()
+    for weights in options.weights:
+        trainer = load_run(options.run, weights)
+        if detector is None:
+            detector = make(trainer, options.detector_weights)
+            ranks.print_once(f'judged by {detector.about}')
+        losses = None
+        for solver, nfe, scale in itertools.product(options.solver or (None,), options.nfe or (None,),
+                                                    options.guidance_scale or (None,)):  # fmt: skip
+            given = {'solver': solver, 'sample_nfe': nfe, 'guidance_scale': scale}
+            sample_with(trainer, {name: value for name, value in given.items() if value is not None})
+            made_by = description(options, trainer, weights, detector)
+            known = ranks.on_main(lambda made_by=made_by: find(record, made_by))
+            if known is None:
+                reference = reference or features_of_data(trainer, detector)
+                losses = losses or held_out_losses(trainer, options)
+                known = made_by | judge(options, trainer, detector, reference) | losses
+                ranks.on_main(lambda line=known: append(record, line))
+            lines.append(known)
+    return lines
+
+
+def sample_with(trainer: 'BaseDiffusionTrainer', settings: dict[str, Any]) -> None:
+    """Let the trainer sample with these settings in place of its own. Raises SettingError."""
+    from sampling import get_sample_fn
+
+    trainer.config = dataclasses.replace(trainer.config, **settings)
+    trainer.sample_fn = get_sample_fn(trainer.config, trainer.process, trainer.data.num_classes, trainer.null_cond)
+
+
+def description(
+    options: Evaluate, trainer: 'BaseDiffusionTrainer', weights: str, detector: 'Detector'
+) -> dict[str, Any]:
+    """All that a result depends on."""
+    from runtime import run_record
+
+    c = trainer.config
+    return dict(
+        step=trainer.step, weights=weights, solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
+        time_grid=c.time_grid, guidance_scale=c.guidance_scale, guidance_interval=list(c.guidance_interval),
+        guidance_rescale=c.guidance_rescale, num=options.num, seed=options.seed, bits=options.bits,
+        detector=options.detector, detector_digest=detector.digest, data=trainer.train_loader.fingerprint,
+        train_images=trainer.train_loader.size, held_out_images=trainer.test_loader.size,
+        commit=run_record.git_state()['commit'],
+    )  # fmt: skip
+
+
+def find(record: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
+    """The line of the record that was made by the same, if there is one."""
+    lines = record.read_text().splitlines() if record.exists() else []
+    same = (
+        line for line in map(json.loads, lines) if all(line.get(k) == v for k, v in made_by.items() if k != 'commit')
+    )
+    return next(same, None)
+
+
+def append(record: Path, line: dict[str, Any]) -> None:
+    with open(record, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def features_of_data(trainer: 'BaseDiffusionTrainer', detector: 'Detector') -> tuple['Tensor', 'Tensor']:
+    """Features of the training and of the held-out images, as they are decoded; those of training are kept in
+    data_dir/cache."""
+    import hashlib
+
+    import torch
+
+    import packed
+    from runtime import ranks
+
+    def features(loader: Any) -> 'Tensor':
+        parts = []
+        mine = ranks.my_items(loader.size)
+        for rows in torch.tensor(mine).split(256):
+            x, *_ = loader.take(rows)
+            with torch.no_grad():
+                parts.append(detector.features(trainer.decode(trainer.encode(x))).cpu())
+        return ranks.gather_items(torch.cat(parts), loader.size)
+
+    def kept(loader: Any, part: str) -> 'Tensor':
+        mark = f'{detector.digest} {loader.fingerprint} {part} {type(trainer).__name__}'
+        name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
+        path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
+        if ranks.on_main(lambda: packed.cached(path) is None):
+            found = features(loader)
+            ranks.on_main(lambda: packed.write(path, found, torch.zeros(len(found), dtype=torch.int64)))
+        return packed.read(path)['x']
+
+    return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')
+
+
+def judge(
+    options: Evaluate, trainer: 'BaseDiffusionTrainer', detector: 'Detector', reference: tuple['Tensor', 'Tensor']
+) -> dict[str, float]:
+    """Distances of new samples, and of as many training images, drawn at random, as a floor (`real_...`)."""
+    import torch
+    from tqdm import tqdm
+
+    from distances import compare
+    from generate import Generate, inputs_of
+    from runtime import ranks, stopping
+    from utils import NoiseOfEach
+
+    drawing = Generate(run=options.run, out='', num=options.num, seed=options.seed)
+    model_fn, features, right = trainer.get_model_fn(trainer.network), [], []
+    predict = detector.predict
+    began = time.monotonic()
+    mine = ranks.my_items(options.num)
+    batches = [mine[i : i + options.batch_size] for i in range(0, len(mine), options.batch_size)]
+    for indices in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
+        stopping.raise_if_stopped()
+        inputs = inputs_of(trainer, indices, [], drawing)
+        with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+            x = trainer.decode(trainer.draw(model_fn, inputs, trainer.config.solver))
+        with torch.no_grad():
+            features.append(detector.features(x).cpu())
+            if predict is not None and inputs.label is not None:
+                right.append((predict(x) == inputs.label).float().cpu())
+    rate = options.num / (time.monotonic() - began)
+    mine_done = ranks.gather_items(torch.cat(features), options.num)
+    values: dict[str, float] = {}
+    if right and trainer.config.label_dropout < 1:
+        values['label_agreement'] = float(ranks.gather_items(torch.cat(right), options.num).mean())
+    train, held_out = reference
+
+    def distances() -> dict[str, float]:
+        drawn = torch.randint(len(train), (options.num,), generator=torch.Generator().manual_seed(0))
+        real = compare(train[drawn], train, held_out)
+        return compare(mine_done, train, held_out) | {f'real_{k}': real[k] for k in ('frechet', 'kid')}
+
+    return values | ranks.on_main(distances) | dict(images_per_second=rate)
+
+
+def held_out_losses(trainer: 'BaseDiffusionTrainer', options: Evaluate) -> dict[str, float]:
+    """The held-out loss of the run and the reference loss, by time, of these weights; and bits per dimension."""
+    import evaluation
+
+    values = {'eval/loss': evaluation.held_out_loss(trainer, trainer.network)}
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a network that is no denoiser
+        values |= evaluation.reference(trainer, trainer.network)
+    return values | (bits(trainer, options.bits) if options.bits else {})
+
+
+def bits(trainer: 'BaseDiffusionTrainer', n: int, batch_size: int = 32) -> dict[str, float]:
+    """Bits per dimension of n held-out images, dequantized, and the standard error of this mean.
+
+    Raises SettingError where no density is defined: floats, x1 that is data, guidance.
+    """
+    import torch
+
+    import utils
+    from likelihood import bits_per_dim, dequantize, log_likelihood
+    from runtime import ranks
+
+    c, spec, loader = trainer.config, trainer.data, trainer.test_loader
+    if spec.scale != 'image' or not trainer.independent or c.guidance_scale != 1 or utils.overridden(trainer, 'encode'):
+        raise SettingError('bits: needs images, the usual encode, noise as x1, and guidance_scale=1.')
+    if not c.dequantize:
+        ranks.print_once('warning: the run was trained without --dequantize, so that its density is one of grey levels '
+                         'and bits per dimension may be any number')  # fmt: skip
+    n = min(n, loader.size)
+    levels, shape = spec.max_value + 1, spec.shape or ()
+    values = []
+    for rows in torch.tensor(ranks.my_items(n)).split(batch_size):
+        x, label, *_ = loader.take(rows)
+        with utils.NoiseOfEach(0, 'bits', rows.tolist()):
+            x = dequantize((x * spec.max_value).round(), levels)
+        found = log_likelihood(
+            trainer.get_model_fn(trainer.network), trainer.process, x, label if spec.num_classes else None,
+            model_type=c.model_type, t_min=c.t_min, t_max=c.t_max,
+        )  # fmt: skip
+        values.append(bits_per_dim(found.log_prob, shape, levels).cpu())
+    each = ranks.gather_items(torch.cat(values), n)
+    return {'bits_per_dim': float(each.mean()), 'bits_per_dim_error': float(each.std() / n**0.5), 'bits_images': n}
+
+
+COLUMNS = (
+    'weights solver nfe guidance_scale label_agreement frechet real_frechet kid precision recall density coverage '
+    'nearest_neighbour_ratio eval/reference bits_per_dim'
+).split()
+
+
+def print_all(lines: list[dict[str, Any]]) -> None:
+    from runtime.ranks import print_once
+
+    print_once(table(lines))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The main numbers, a row for each combination."""
+    columns = [name for name in COLUMNS if any(name in line for line in lines)]
+    rows = [columns] + [[text_of(line.get(name)) for name in columns] for line in lines]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def text_of(value: Any) -> str:
+    return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,323 @@
+"""Samples of a trained run, as PNGs in a folder or as one .npz.
+
+    sh run.sh generate.py --run ckpts/NAME --num 50000 --out samples/
+    NPROC=4 sh run.sh generate.py --run ckpts/NAME --num 50000 --out samples.npz --solver adams --nfe 20
+
+Sample i starts from noise of its own, a function of (seed, i), so that it is the same for any number of processes and
+any batch size, to float32 rounding. Cut off, the same command goes on, and draws nothing twice.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import SettingError
+from runtime import command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from batches import SampleInputs
+    from trainer import BaseDiffusionTrainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Draw samples of a trained run."""
+
+    run: str
+    """Folder of the run, or one of its .pt files."""
+    out: str
+    """Folder for PNGs, 1000 in each folder below it, or a file FILE.npz."""
+    num: int = 64
+    """How many samples."""
+    weights: str = 'ema'
+    """ema (the run's first moving average), another by its name (ema_0.999), or raw."""
+    labels: str = ''
+    """Classes in turn, such as 3,5; empty: all of them."""
+    solver: str | None = None
+    """Key of SOLVERS in solvers.py; as in the run if it is not given, as all that follow."""
+    nfe: int | None = None
+    """Network evaluations for each sample; 0: num_sample_steps steps."""
+    num_sample_steps: int | None = None
+    """Steps for each sample, if nfe is 0."""
+    time_grid: str | None = None
+    """Key of TIME_GRIDS in sampling.py."""
+    guidance_scale: float | None = None
+    """Strength of classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Another seed gives other samples."""
+    batch_size: int = 64
+    """Samples that each process draws at once."""
+    trajectory: bool = False
+    """Also show how the first samples come about: path.png, a row for each, and path.gif."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate as the flags say."""
+    import tyro
+
+    options = command.parsed(lambda: tyro.cli(Generate, args=argv, use_underscores=True, description=__doc__))
+    command.run(lambda: generate(options))
+
+
+def generate(options: Generate) -> None:
+    """Draw what is not there yet, all processes together. Raises SettingError and stopping.Stopped."""
+    import torch
+    from tqdm import tqdm
+
+    from main import load_run
+    from runtime import ranks, stopping
+    from utils import NoiseOfEach
+
+    if options.num < 1 or options.batch_size < 1:
+        raise SettingError(f'num={options.num}, batch_size={options.batch_size}: must be at least 1.')
+    trainer = load_run(options.run, options.weights, **sampling_settings(options))
+    labels = labels_of(options, trainer)
+    out = ranks.on_each(lambda: Output(options, trainer))
+    todo = sorted(set(range(options.num)) - ranks.on_main(out.drawn))
+    batches = [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]
+    already = f', {options.num - len(todo)} of them are there' if len(todo) < options.num else ''
+    ranks.print_once(
+        f'{options.run} at step {trainer.step}, weights {options.weights}, solver {trainer.config.solver}: '
+        f'{options.num} samples to {options.out}{already}'
+    )
+    stopping.catch_stop_signals()
+    model_fn = trainer.get_model_fn(trainer.network)
+    began = time.monotonic()
+    with tqdm(total=len(todo), unit='image', disable=None if ranks.is_main() else True) as bar:
+        for i in range(0, len(batches), ranks.world_size()):
+            stopping.raise_if_stopped()
+            for indices in batches[i + ranks.rank() : i + ranks.rank() + 1]:  # one, or none in the last round
+                inputs = inputs_of(trainer, indices, labels, options)
+                with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+                    x = trainer.decode(trainer.draw(model_fn, inputs, trainer.config.solver))
+                out.add(indices, x, inputs.label)
+            bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
+    stopping.raise_if_stopped()
+    speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
+    ranks.on_main(out.finish)
+    if options.trajectory:
+        ranks.on_main(lambda: show_path(options, trainer, labels, out))
+    ranks.print_once(f'{options.num} samples in {options.out}{speed}')
+
+
+def sampling_settings(options: Generate) -> dict[str, Any]:
+    """The settings of sampling that were given."""
+    names = dict(solver='solver', nfe='sample_nfe', num_sample_steps='num_sample_steps', time_grid='time_grid')
+    names |= dict(guidance_scale='guidance_scale')
+    return {setting: getattr(options, name) for name, setting in names.items() if getattr(options, name) is not None}
+
+
+def labels_of(options: Generate, trainer: 'BaseDiffusionTrainer') -> list[int]:
+    """The classes that were asked for, empty for all. Raises SettingError."""
+    classes = trainer.data.num_classes
+    words = options.labels.replace(',', ' ').split()
+    if not all(word.isdigit() and int(word) < classes for word in words):
+        has = f'classes 0 to {classes - 1}' if classes else 'no classes'
+        raise SettingError(f'labels={options.labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
+    return [int(word) for word in words]
+
+
+def inputs_of(
+    trainer: 'BaseDiffusionTrainer', indices: Sequence[int], labels: list[int], options: Generate
+) -> 'SampleInputs':
+    """What the samples of these indices start from. An experiment's own `sample_inputs` is asked for all samples."""
+    import torch
+
+    import utils
+    from batches import sample_inputs
+
+    if utils.overridden(trainer, 'sample_inputs'):
+        whole = trainer.sample_inputs(options.num)
+        inputs = utils.rows(whole, torch.tensor(indices, device=whole.x1.device))
+    else:
+        with utils.NoiseOfEach(options.seed, 'sample_inputs', indices):
+            inputs = sample_inputs(trainer, len(indices), indices)
+    if labels:
+        label = torch.tensor([labels[i % len(labels)] for i in indices], device=trainer.device)
+        inputs = dataclasses.replace(inputs, label=label)
+    return inputs
+
+
+class Output:
+    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
+
+    def __init__(self, options: Generate, trainer: 'BaseDiffusionTrainer'):
+        """Raises SettingError if `out` cannot hold the samples, or holds those of another run or other settings."""
+        import pictures
+
+        self.options, self.path = options, Path(options.out).expanduser()
+        self.one_file = self.path.suffix == '.npz'
+        self.images = pictures.kind(trainer.decode(trainer.example.x0[:1])) == 'images'
+        self.columns = pictures.columns(trainer)
+        self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
+        if not self.images and not self.one_file:
+            raise SettingError(f'out={options.out!r}: these samples are no images. Pass a file, such as --out x.npz.')
+        told = dataclasses.asdict(options) | dict(step=trainer.step, **vars(trainer.config))
+        free = ('num', 'out', 'batch_size', 'trajectory', 'run')
+        self.made_by = {name: value for name, value in told.items() if name not in free}
+        self.made_by = json.loads(json.dumps(self.made_by))
+        record = self.folder / 'generate.json'
+        if record.exists():
+            before = json.loads(record.read_text())
+            other = [f'{k}: {before.get(k)} -> {v}' for k, v in self.made_by.items() if before.get(k) != v]
+            if other:
+                raise SettingError(
+                    f'out={options.out!r} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
+                    'Pass another --out, or remove it.'
+                )
+        elif self.path.exists() and (self.one_file or any(self.path.iterdir())):
+            raise SettingError(f'out={options.out!r} is there already, and not of this program. Pass another --out.')
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(self.made_by, indent=1))
+
+    def drawn(self) -> set[int]:
+        """Indices of the samples that are there."""
+        if self.one_file:
+            return {int(i) for part in self.parts() for i in part['index']}
+        return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """x, label and index of the samples that are there: the finished file, and batches that are not in it yet."""
+        import numpy as np
+
+        parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
+        if self.path.exists():
+            whole = arrays_of(self.path)
+            count = np.arange(len(whole['arr_0']))
+            parts = [part for part in parts if not set(part['index']) & set(count)]
+            parts.append(dict(x=whole['arr_0'], label=whole['arr_1'], index=count))
+        return parts
+
+    def add(self, indices: Sequence[int], x: 'Tensor', label: 'Tensor | None') -> None:
+        """Write these samples; each file is there whole or not at all."""
+        import numpy as np
+        from PIL import Image
+
+        array = as_bytes(x) if self.images else x.float().cpu().numpy()
+        if self.one_file:
+            labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
+            target = self.folder / f'{indices[0]:08d}.npz'
+            partial = target.with_suffix('.unfinished')
+            with open(partial, 'wb') as file:
+                np.savez(file, x=array, label=labels, index=np.array(indices))
+            partial.replace(target)
+            return
+        for i, image in zip(indices, array, strict=True):
+            target = self.png(i)
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_suffix('.unfinished')
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, 'png')
+            partial.replace(target)
+
+    def png(self, i: int) -> Path:
+        return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
+
+    def beside(self, name: str) -> Path:
+        """A picture of the samples: in the folder, or with the name of the file in front."""
+        return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
+
+    def finish(self) -> None:
+        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first samples."""
+        import numpy as np
+
+        n = 6 * self.columns
+        if self.one_file:
+            parts = self.parts()
+            index = np.concatenate([part['index'] for part in parts])
+            order = np.argsort(index)
+            x, label = (np.concatenate([part[name] for part in parts])[order] for name in ('x', 'label'))
+            partial = self.path.with_suffix('.unfinished')
+            with open(partial, 'wb') as file:
+                np.savez(file, arr_0=x, arr_1=label)
+            partial.replace(self.path)
+            for path in self.folder.glob('*.npz'):
+                path.unlink()
+            first = x[:n]
+        else:
+            from PIL import Image
+
+            first = [np.array(Image.open(self.png(i))) for i in range(min(n, self.options.num))]
+            first = np.stack(first)
+        if self.images:
+            write_grid(first, self.columns, self.beside('grid.png'))
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """The arrays in an .npz."""
+    import numpy as np
+
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def as_bytes(x: 'Tensor') -> Any:
+    """Images (n, C, H, W) in [0, 1] as uint8 (n, H, W, C)."""
+    return (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_grid(images: Any, columns: int, path: Path) -> None:
+    """uint8 images (n, H, W) or (n, H, W, C) as one PNG."""
+    import torch
+    import torchvision
+
+    import utils
+
+    x = torch.from_numpy(images)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    torchvision.io.write_png(utils.image_grid(x.float() / 255, columns), str(path))
+
+
+def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[int], out: Output) -> None:
+    """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid as it comes about.
+
+    What is shown is x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError for samples that are no images, and
+    where `draw` does not use the trainer's `sample_fn`.
+    """
+    import torch
+    import torchvision
+    from PIL import Image
+
+    import utils
+    from utils import NoiseOfEach
+
+    if not out.images:
+        raise SettingError('trajectory=True: these samples are no images.')
+    frames: list[Tensor] = []
+    usual = trainer.sample_fn
+
+    def recorded(*args: Any, callback: Any = None, **kwargs: Any) -> 'Tensor':
+        def record(i: int, t: float, x: 'Tensor') -> None:
+            coefs = trainer.process(torch.tensor([t], dtype=torch.float64))
+            frames.append(trainer.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
+            if callback is not None:
+                callback(i, t, x)
+
+        return usual(*args, callback=record, **kwargs)
+
+    indices = list(range(min(options.num, 3 * out.columns)))
+    trainer.sample_fn = recorded
+    try:
+        inputs = inputs_of(trainer, indices, labels, options)
+        with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+            trainer.draw(trainer.get_model_fn(trainer.network), inputs, trainer.config.solver)
+    finally:
+        trainer.sample_fn = usual
+    if not frames:
+        raise SettingError(f'trajectory=True: {type(trainer).__name__}.draw does not call self.sample_fn.')
+    frames.insert(0, trainer.decode(inputs.x1).cpu())
+    rows = torch.stack(frames, 1)[: min(len(indices), 8)]  # (n, steps, C, H, W)
+    shown = rows[:, torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], 12)).round().long()]
+    torchvision.io.write_png(utils.image_grid(shown.flatten(0, 1), shown.shape[1]), str(out.beside('path.png')))
+    grids = [Image.fromarray(utils.image_grid(x, out.columns).permute(1, 2, 0).numpy()) for x in frames]
+    durations = [100] * (len(grids) - 1) + [1500]
+    grids[0].save(out.beside('path.gif'), save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+
+if __name__ == '__main__':
+    main()

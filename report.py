@@ -1,0 +1,229 @@
+"""What a run's folder holds, as one page that needs no server and no network: curves, pictures, settings, numbers.
+
+A run rewrites its own report.html whenever it draws samples. `compare.py` puts several runs on one page.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import SettingError
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #222; --line: #ccc; --faint: #777 }
+@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #ddd; --line: #444; --faint: #999 } }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2em auto;
+       max-width: 78em; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } figcaption, .faint { color: var(--faint) }
+table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top;
+       border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+.row { display: flex; flex-wrap: wrap; gap: 1em 2em } figure { margin: 0 }
+img { max-width: 100%; image-rendering: pixelated }
+svg { max-width: 100%; height: auto; color: var(--text) } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+# Curves of a report: title -> names in the record; * stands for the rest of a name.
+CURVES: dict[str, tuple[str, ...]] = {
+    'loss': ('train/loss', 'eval/loss*', 'eval/reference'),
+    'training loss by time': ('train/loss_t_*',),
+    'reference loss by time': ('eval/reference_t_*',),
+    'gradient norm': ('train/grad_norm*',),
+    'learning rate': ('train/lr',),
+    'images per second': ('train/images_per_second',),
+    'share of time waiting for data': ('train/waiting',),
+}
+LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
+STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
+
+
+@dataclass
+class Run:
+    """What the folder of a run holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    starts: list[dict[str, Any]] = field(default_factory=list)  # of run.json
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # of evaluation.jsonl
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one name of the record."""
+        points = [(line['train/step'], line[name]) for line in self.lines if isinstance(line.get(name), (int, float))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def names(self, patterns: Sequence[str]) -> list[str]:
+        """Names of the record that are among `patterns`; a * at the end stands for any rest but one by time."""
+        found = list(dict.fromkeys(name for line in self.lines for name in line))
+        return [
+            name
+            for pattern in patterns
+            for name in found
+            if name == pattern
+            or (pattern[-1] == '*' and name.startswith(pattern[:-1]) and ('_t_' in pattern) == ('_t_' in name))
+        ]
+
+    def final(self) -> dict[str, float]:
+        """The last value of each name of the record that tells how good the run is."""
+        found: dict[str, float] = {}
+        for line in self.lines:
+            found |= {name: value for name, value in line.items() if name.startswith(('eval/', 'final/'))}
+        return {name: value for name, value in found.items() if '_t_' not in name}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not those of the preset."""
+        from config import PRESETS, Config
+
+        usual = vars(Config()) | PRESETS.get(self.config['preset'], {})
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        names = ('experiment_name', 'ckpt_dir')
+        return {k: v for k, v in self.config.items() if k not in names and (k not in plain or plain[k] != v)}
+
+    def pictures(self) -> list[Path]:
+        """All sample pictures, the oldest first."""
+        return sorted((self.folder / 'samples').glob('step_*.png'))
+
+
+def read(folder: str | Path) -> Run:
+    """Raises SettingError if the folder is not that of a run."""
+    folder = Path(folder)
+
+    def lines_of(name: str) -> list[dict[str, Any]]:
+        path = folder / name
+        return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+        starts = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else []
+        return Run(folder, config, lines_of('metrics.jsonl'), starts, lines_of('evaluation.jsonl'))
+    except (OSError, ValueError) as error:
+        raise SettingError(f'{str(folder)!r} is not the folder of a run ({error}). Pass ckpts/NAME.') from None
+
+
+# ---------------------------------------------------------------- parts of a page
+
+
+def plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, band: float | None = None) -> str:
+    """Curves (x, y) as SVG on no background; empty if there is no point. `band`: a level that is drawn, too."""
+    from matplotlib import colormaps, rc_context
+    from matplotlib.figure import Figure
+
+    curves = {name: xy for name, xy in curves.items() if len(xy[0])}
+    if not curves:
+        return ''
+    grey = '#808080'  # seen on white and on black
+    figure = Figure(figsize=(5.4, 3.2), layout='constrained')
+    figure.patch.set_alpha(0)
+    ax = figure.subplots()
+    ax.patch.set_alpha(0)
+    by_time = all('_t_' in name for name in curves)
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
+        label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name
+        ax.plot(x, y, color=color, label=label, linewidth=1.3, marker='.' if len(x) < 3 else None)
+    if band is not None:
+        ax.axhline(band, color=grey, linestyle=':', label='best possible')
+    if title not in LINEAR and all(value > 0 for _, y in curves.values() for value in y):
+        ax.set_yscale('log')
+    ax.set_title(title, color=grey)
+    ax.tick_params(colors=grey, which='both')
+    for spine in ax.spines.values():
+        spine.set_color(grey)
+    if len(curves) > 1:
+        place = dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}
+        ax.legend(fontsize=7, framealpha=0, labelcolor=grey, **place)
+    file = io.StringIO()
+    with rc_context({'svg.fonttype': 'none'}):  # letters stay letters
+        figure.savefig(file, format='svg', metadata={'Date': None})
+    text = file.getvalue()
+    return text[text.index('<svg') :]
+
+
+def image(path: Path, caption: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>' \
+           f'{html.escape(caption)}</figcaption></figure>'  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    """Rows of cells, escaped."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return '<tr>' + ''.join(f'<{tag}>{html.escape(text_of(cell))}</{tag}>' for cell in cells) + '</tr>'
+
+    return '<table>' + (line(head, 'th') if head else '') + ''.join(line(row, 'td') for row in rows) + '</table>'
+
+
+def text_of(value: Any) -> str:
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else '' if value is None else str(value)
+
+
+def row(parts: Sequence[str]) -> str:
+    return '<div class="row">' + ''.join(parts) + '</div>'
+
+
+def page(title: str, sections: Mapping[str, str]) -> str:
+    """The whole document; sections that are empty are left out."""
+    body = ''.join(f'<h2>{html.escape(name)}</h2>{text}' for name, text in sections.items() if text)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n'
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page, whole or not at all."""
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    partial.write_text(text)
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------- the report of one run
+
+
+def report(run: Run) -> str:
+    """The page of one run."""
+    step = run.lines[-1]['train/step'] if run.lines else 0
+    total = run.config.get('num_training_steps', 0)
+    start = run.starts[-1] if run.starts else {}
+    plots = [plot({name: run.curve(name) for name in run.names(names)}, title) for title, names in CURVES.items()]
+    pictures, by_step = run.pictures(), {}
+    for path in pictures:
+        by_step.setdefault(path.name.split('_')[1], []).append(path)
+    steps = list(by_step)
+    data = run.folder / 'samples/data_and_augmented.png'
+    columns = 'weights solver nfe guidance_scale num detector frechet real_frechet label_agreement'.split()
+    return page(
+        f'{run.name}: step {step} of {total}',
+        {
+            'Numbers': table(sorted(run.final().items())),
+            'Evaluations': table([[e.get(c) for c in columns] for e in run.evaluations], columns)
+            if run.evaluations
+            else '',
+            'Curves': row(plots),
+            'Newest samples': row([image(path, path.stem) for path in by_step[steps[-1]]]) if steps else '',
+            'First samples': row([image(path, path.stem) for path in by_step[steps[0]]]) if len(steps) > 1 else '',
+            'Data': row([image(data, 'as loaded, and as training sees them')]) if data.exists() else '',
+            'Settings that differ from the preset': table(sorted(run.changed().items())),
+            'Started': table([(name, start[name]) for name in STARTED if name in start]),
+        },
+    )
+
+
+def update(folder: Path) -> None:
+    """Write report.html of a run. What fails is said, and the run goes on."""
+    try:
+        write(folder / 'report.html', report(read(folder)))
+    except Exception as error:  # a page is not worth a run
+        print(f'warning: {folder}/report.html could not be written ({type(error).__name__}: {error})', flush=True)

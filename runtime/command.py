@@ -1,0 +1,81 @@
+"""How every program of this project begins and ends: its flags are read, and what the user can mend is said once,
+without a traceback. Exit codes are those of runtime/stopping.py."""
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from config import SettingError
+
+T = TypeVar('T')
+
+
+def parsed(parse: Callable[[], T]) -> T:
+    """What `parse` makes of the flags; a wrong one is said once, not once for each process, and ends the program."""
+    is_rank_0 = os.environ.get('RANK', '0') == '0'
+    try:
+        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(io.StringIO()):
+            return parse()
+    except (SettingError, SystemExit) as error:
+        if not is_rank_0:
+            time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
+        if isinstance(error, SystemExit):
+            raise
+        show(error)
+        sys.exit(2)  # EXIT_BAD_SETTING
+
+
+def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
+    """Join the other processes, `do` the work and end, with `undo` if a setting was wrong."""
+    exit_code = 1
+    if 'RANK' in os.environ:
+        # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group.
+        # (Registered early, so run late: after what registers itself from here on.)
+        atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
+    from runtime import ranks, stopping  # they import torch, which --help need not wait for
+
+    stopping.end_with_parent()
+    stopping.die_of_stop_signals()
+    from data_checks import DataError
+    from runtime.bad_steps import NonFiniteLoss
+
+    error = None
+    try:
+        ranks.setup()
+        do()
+        exit_code = 0
+    except SettingError as bad:
+        undo()
+        error, exit_code = bad, stopping.EXIT_BAD_SETTING
+    except NonFiniteLoss as diverged:
+        error, exit_code = diverged, stopping.EXIT_NOT_FINITE
+    except stopping.Stopped:
+        exit_code = stopping.EXIT_STOPPED
+    except stopping.SaveError as failed:
+        error = failed
+    except DataError as failed:  # a file, read by this rank alone: it leaves without waiting for the others
+        if not stopping.report_failure(failed):
+            show(failed)
+        sys.exit(1)
+    except Exception as failed:
+        stopping.report_failure(failed)
+        raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
+    stopping.set_outcome(exit_code)
+    if error is not None and not (stopping.report_failure(error) and exit_code == 1):  # which the launcher shows last
+        show(error)
+    ranks.close(exit_code)
+    if getattr(sys.modules.get('logging_utils'), 'wandb_hangs', False):
+        stopping.end_soon(exit_code)
+    if exit_code:
+        sys.exit(exit_code)
+
+
+def show(message: BaseException) -> None:
+    """Say why it ends, on the first process."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{type(message).__name__}: {message}', file=sys.stderr, flush=True)

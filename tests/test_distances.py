@@ -1,0 +1,89 @@
+"""Distances between sets of features, against closed forms, torch-fidelity and counting by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from config import SettingError
+from distances import Moments, compare, density_coverage, frechet, nearest, radii
+
+GEN = torch.Generator().manual_seed(0)
+
+
+def normal(n, d, std=1.0, mean=0.0):
+    return mean + std * torch.randn(n, d, generator=GEN)
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    """|m|^2 + sum (s - r)^2 for diagonal covariances, up to the error of 200,000 points."""
+    std = torch.tensor([0.5, 1.0, 2.0])
+    a, b = normal(200_000, 3, std), normal(200_000, 3, 1.0, torch.tensor([1.0, 0.0, -2.0]))
+    assert frechet(Moments(a), Moments(b)) == pytest.approx(5 + 0.25 + 0 + 1, rel=0.01)
+    assert frechet(Moments(a), Moments(a)) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize('shape', [(500, 8), (5000, 64), (40, 64)])
+def test_frechet_distance_is_that_of_torch_fidelity(shape):
+    """Also with fewer points than dimensions, where covariances are singular."""
+    mix = torch.randn(shape[1], shape[1], generator=GEN)
+    a, b = normal(*shape) @ mix, 1.3 * normal(*shape) @ mix + 0.2
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False)
+    assert frechet(Moments(a), Moments(b)) == pytest.approx(theirs['frechet_inception_distance'], rel=1e-6)
+
+
+def test_moments_do_not_lose_digits_far_from_zero():
+    x = normal(6000, 4, 0.01) + 1000
+    moments = Moments(x)
+    assert np.allclose(moments.cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-9)
+    assert np.allclose(moments.mean, x.double().mean(0))
+
+
+def test_density_and_coverage_by_counting():
+    data, samples = normal(40, 2), normal(30, 2, 0.7)
+    distance = torch.cdist(samples, data)
+    own = torch.cdist(data, data)
+    reach = [sorted(own[j].tolist())[5] for j in range(40)]
+    inside = [[distance[i, j].item() < reach[j] for j in range(40)] for i in range(30)]
+    density, coverage = density_coverage(samples, data)
+    assert density == pytest.approx(sum(map(sum, inside)) / (5 * 30))
+    assert coverage == pytest.approx(sum(any(row[j] for row in inside) for j in range(40)) / 40)
+    assert torch.allclose(radii(data, 5), torch.tensor(reach), atol=1e-6)
+
+
+def test_samples_of_the_same_kind_are_good_in_every_respect():
+    values = compare(normal(2000, 8), normal(2000, 8), normal(2000, 8))
+    assert abs(values['kid']) < 3 * values['kid_std'] and values['frechet'] < 0.05
+    assert values['precision'] > 0.85 and values['recall'] > 0.85
+    assert values['density'] == pytest.approx(1, abs=0.05) and values['coverage'] > 0.95
+    assert values['nearest_neighbour_ratio'] == pytest.approx(1, abs=0.03)
+
+
+def test_each_number_sees_its_own_fault():
+    data, held_out = normal(2000, 8), normal(2000, 8)
+    narrow = compare(normal(2000, 8, 0.3), data, held_out)
+    wide = compare(normal(2000, 8, 3.0), data, held_out)
+    copied = compare(data[torch.randperm(2000, generator=GEN)] + 1e-3, data, held_out)
+    assert narrow['precision'] > 0.95 and narrow['recall'] < 0.2 and narrow['density'] > 1.5
+    assert wide['precision'] < 0.2 and wide['density'] < 0.1
+    assert copied['nearest_neighbour_ratio'] < 0.01 and copied['frechet'] < 0.001
+    assert narrow['frechet'] == pytest.approx(8 * 0.49, rel=0.1) and wide['frechet'] == pytest.approx(32, rel=0.1)
+
+
+def test_nearest():
+    assert nearest(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), torch.zeros(1, 2)) == pytest.approx(3.5)
+
+
+def test_too_few_are_refused():
+    with pytest.raises(SettingError, match='9 samples, 20 training and 20 held-out images: at least 10'):
+        compare(normal(9, 2), normal(20, 2), normal(20, 2))
+
+
+def test_a_shift_is_the_same_in_every_direction():
+    """The distance does not change when both sets are turned."""
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=GEN)).Q
+    a, b = normal(500, 6, torch.linspace(0.1, 3, 6)), normal(500, 6) + 1
+    assert frechet(Moments(a @ turn), Moments(b @ turn)) == pytest.approx(frechet(Moments(a), Moments(b)), rel=1e-5)
+    assert math.isclose(frechet(Moments(a), Moments(b)), frechet(Moments(b), Moments(a)), rel_tol=1e-9)
