@@ -77,7 +77,8 @@ def generate(options: Generate) -> None:
         raise SettingError(f'num={options.num}, batch_size={options.batch_size}: must be at least 1.')
     trainer = load_run(options.run, options.weights, **sampling_settings(options))
     labels = labels_of(options, trainer)
-    out = ranks.on_each(lambda: Output(options, trainer))
+    out = Output(options, trainer)
+    ranks.on_main(out.claim)
     todo = sorted(set(range(options.num)) - ranks.on_main(out.drawn))
     batches = [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]
     already = f', {options.num - len(todo)} of them are there' if len(todo) < options.num else ''
@@ -147,7 +148,7 @@ class Output:
     """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
 
     def __init__(self, options: Generate, trainer: 'BaseDiffusionTrainer'):
-        """Raises SettingError if `out` cannot hold the samples, or holds those of another run or other settings."""
+        """Raises SettingError if `out` cannot hold the samples."""
         import pictures
 
         self.options, self.path = options, Path(options.out).expanduser()
@@ -157,21 +158,24 @@ class Output:
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
             raise SettingError(f'out={options.out!r}: these samples are no images. Pass a file, such as --out x.npz.')
-        told = dataclasses.asdict(options) | dict(step=trainer.step, **vars(trainer.config))
-        free = ('num', 'out', 'batch_size', 'trajectory', 'run')
-        self.made_by = {name: value for name, value in told.items() if name not in free}
-        self.made_by = json.loads(json.dumps(self.made_by))
+        mine = dict(step=trainer.step, weights=options.weights, labels=options.labels, sample_seed=options.seed)
+        self.made_by = json.loads(json.dumps(vars(trainer.config) | mine))
+
+    def claim(self) -> None:
+        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
         record = self.folder / 'generate.json'
         if record.exists():
             before = json.loads(record.read_text())
             other = [f'{k}: {before.get(k)} -> {v}' for k, v in self.made_by.items() if before.get(k) != v]
             if other:
                 raise SettingError(
-                    f'out={options.out!r} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
+                    f'out={self.options.out!r} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
                     'Pass another --out, or remove it.'
                 )
         elif self.path.exists() and (self.one_file or any(self.path.iterdir())):
-            raise SettingError(f'out={options.out!r} is there already, and not of this program. Pass another --out.')
+            raise SettingError(
+                f'out={self.options.out!r} is there already, and not of this program. Pass another --out.'
+            )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(self.made_by, indent=1))

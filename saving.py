@@ -98,7 +98,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
             ]
         if damaged is not None or odd:  # zip directory fields without a checksum that change how torch reads an entry
             raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return renewed(torch.load(path, map_location=map_location, weights_only=True))
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -115,6 +115,14 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         raise DamagedCheckpoint(
             f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.'
         ) from error
+
+
+def renewed(found: Any) -> Any:
+    """What was loaded, with settings of older versions as they are now."""
+    config = found.get('config') if isinstance(found, dict) else None
+    if isinstance(config, dict) and isinstance(config.get('image_size'), int):
+        config['image_size'] = (config['image_size'],)
+    return found
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

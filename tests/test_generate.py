@@ -117,8 +117,13 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
     added.clear()
     more = images(draw('x.npz', num=25))
     assert added == [20, 21, 22, 23, 24] and np.array_equal(more[:20], first) and len(more) == 25
-    with pytest.raises(SettingError, match=r'samples of other settings \(there -> now\): guidance_scale: 1.0 -> 2.0'):
-        draw('folder', guidance_scale=2.0)
+    for options, words in (
+        (dict(guidance_scale=2.0), 'guidance_scale: 1.0 -> 2.0'),
+        (dict(seed=1), 'sample_seed: 0 -> 1'),
+        (dict(weights='raw'), 'weights: ema -> raw'),
+    ):
+        with pytest.raises(SettingError, match=r'samples of other settings \(there -> now\): ' + words):
+            draw('folder', **options)
 
 
 @pytest.mark.slow
@@ -180,7 +185,7 @@ def test_pictures_and_the_record(draw, run):
         assert grid.width > 400 and path.width > 100 and path.height > path.width
         assert gif.is_animated and gif.n_frames == 4  # the noise, and three steps
     made_by = json.loads((out / 'generate.json').read_text())
-    assert (made_by['step'], made_by['seed'], made_by['num_sample_steps']) == (12, 0, 3)
+    assert (made_by['step'], made_by['sample_seed'], made_by['num_sample_steps']) == (12, 0, 3)
 
 
 # ---------------------------------------------------------------- noise of each

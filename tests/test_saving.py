@@ -328,3 +328,8 @@ def test_the_config_of_a_checkpoint_leaves_out_what_a_subclass_added(tiny_config
     config = tiny_config(channel_mults=(1, 3))
     assert saving.config_of(dict(config=dataclasses.asdict(config) | dict(num_pairs=4))) == config
     assert isinstance(saving.config_of(dict(config=dataclasses.asdict(config))), Config)
+
+
+def test_a_setting_of_an_older_version_is_read_as_it_is_now(tmp_path):
+    saving.save(tmp_path / 'x.pt', config=dict(image_size=32, seed=3))
+    assert saving.load(tmp_path / 'x.pt') == dict(config=dict(image_size=(32,), seed=3))
