@@ -53,8 +53,6 @@ def prepare(config: PrepareConfig) -> None:
         raise SettingError(f'out={config.out!r}: pass the file to write, as --out FILE.pt.')
     if path.exists():
         raise SettingError(f'out={config.out!r} is there already. Remove it, or pass another name.')
-    if ranks.world_size() > 1:
-        raise SettingError(f'prepare.py uses all cores by itself: run it with NPROC=1, not {ranks.world_size()}.')
     spec, train, test = data_utils.load_in_turns(
         dataclasses.replace(config, cache=False), data_utils.get_dataset(config)
     )

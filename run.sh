@@ -42,6 +42,9 @@ case ${1:-} in
 esac
 [ "$caller" = "$root" ] || root="$caller or $root"
 [ -f "$script" ] || fail "there is no script $script in $root"
+case $script in
+    compare.py | prepare.py | sweep.py) help=yes ;; # they are one process, whatever NPROC says
+esac
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
 code=0

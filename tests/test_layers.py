@@ -21,7 +21,7 @@ LAYERS = [
     'trainer',
     'runtime.dry_run',
     'main',
-    'generate evaluate compare prepare runtime.launch',
+    'generate evaluate compare prepare sweep runtime.launch',
 ]
 PLACE = {name: (i, k) for i, names in enumerate(LAYERS) for k, name in enumerate(names.split())}
 MATHS = 'processes prediction time_samplers loss_weights solvers sampling likelihood'.split()

@@ -19,6 +19,7 @@ from config import Config, parse_config
 from evaluate import Evaluate
 from generate import Generate
 from prepare import PrepareConfig
+from sweep import combinations
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
 
@@ -77,7 +78,11 @@ def test_flags_of_every_command(command):
     if '--help' in words:
         return
     words = words or ['']
-    if words[0] in ('generate.py', 'evaluate.py'):
+    if words[0] == 'sweep.py':
+        assert combinations(words[1:])
+    elif words[0] == 'compare.py':
+        assert len(words) > 2
+    elif words[0] in ('generate.py', 'evaluate.py'):
         tyro.cli(Generate if words[0] == 'generate.py' else Evaluate, args=words[1:], use_underscores=True)
     else:
         parse_config(words[words[0] in ('', 'prepare.py') :], PrepareConfig if words[0] == 'prepare.py' else Config)
