@@ -1,13 +1,17 @@
 """Arrays in files as a data set: .npy, .npz, and what prepare.py wrote (.pt)."""
 
+import zipfile
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 import packed
 from config import Config, SettingError
+from runtime.ranks import print_once
 
 NAMES_OF_X = ('images', 'x', 'data', 'samples', 'arr_0')
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'arr_1')
@@ -31,8 +35,9 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
         why = 'there is no such file' if not path.is_file() else 'its ending is none of .npy, .npz and .pt'
         raise SettingError(f'{where}: {why}. Pass X.npy, an .npz with images and labels, or a file of prepare.py.')
     if path.suffix == '.pt':
-        return load_packed(path, config.held_out)
+        return load_packed(path)
     x, label = read_numpy(path, where)
+    held_out = packed.held_out_rows(config.held_out, len(x), where)
     facts: dict[str, Any] = dict(scale='image' if x.dtype == np.uint8 else 'float')
     if facts['scale'] == 'image':
         x = channels_first(x, where)
@@ -42,15 +47,15 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
             found = f'{label.dtype} {label.shape}' + (f', from {label.min()}' if whole else '')
             raise SettingError(f'{where}: labels are {found}. One whole number from 0 for each of {len(x)} is needed.')
         facts['num_classes'] = int(label.max()) + 1
-    held_out = packed.held_out_rows(config.held_out, len(x), where)
-    if x.nbytes > LARGEST_SHUFFLED:
-        raise SettingError(
-            f'{where}: {x.nbytes / 1e9:.3g} GB are too many to be shuffled in memory. Write them into one file that is '
-            f'read in place: sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
-        )
     order = np.random.default_rng(0).permutation(len(x))
     label = np.zeros(len(x), np.int64) if label is None else label
     chosen = order[held_out:], order[:held_out]
+    if x.nbytes > LARGEST_SHUFFLED:
+        print_once(
+            f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one prepared file: '
+            f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
+        )
+        return ShuffledRows(x, label, chosen[0]), ShuffledRows(x, label, chosen[1]), facts
     train, test = ((torch.from_numpy(x[rows]), torch.from_numpy(label[rows])) for rows in chosen)
     return train, test, facts
 
@@ -65,7 +70,7 @@ def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
             arrays = {name: found[name] for name in found.files}
             x = next((arrays[name] for name in NAMES_OF_X if name in arrays), None)
             label = next((arrays[name] for name in NAMES_OF_LABEL if name in arrays), None)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise SettingError(f'{where} cannot be read ({error}). Write plain numbers by np.save or np.savez.') from None
     if x is None:
         raise SettingError(f'{where} holds {", ".join(arrays)}. Name the data one of {", ".join(NAMES_OF_X)}.')
@@ -74,7 +79,7 @@ def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
             f'{where}: the data are {x.dtype} {x.shape}. They must be uint8 images or floats, with the items along the '
             'first of two or more axes.'
         )
-    return x, label
+    return (x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('='))), label
 
 
 def channels_first(x: np.ndarray, where: str) -> np.ndarray:
@@ -91,10 +96,26 @@ def channels_first(x: np.ndarray, where: str) -> np.ndarray:
     return x
 
 
-def load_packed(path: Path, held_out: int) -> tuple[Any, Any, dict[str, Any]]:
+def load_packed(path: Path) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of a file of prepare.py, memory-mapped. Raises SettingError."""
     found = packed.read(path)
-    held_out = packed.held_out_rows(held_out or found['held_out'], len(found['x']), f'data_path={str(path)!r}')
     known = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
-    facts = {name: found[name] for name in known if name in found}
-    return *packed.parts_of(found, held_out), facts
+    return *packed.parts_of(found), {name: found[name] for name in known if name in found}
+
+
+class ShuffledRows(Dataset):
+    """Rows of a file that is too large to be shuffled in memory, in this order."""
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray, order: np.ndarray):
+        self.x, self.labels, self.order = x, labels[order].tolist(), order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(np.array(self.x[self.order[i]])), self.labels[i]
+
+    def fingerprint(self) -> str:
+        """Of the first, the last and a thousand rows between them."""
+        rows = np.linspace(0, len(self.x) - 1, min(1000, len(self.x))).astype(int)
+        return blake2b(np.ascontiguousarray(self.x[rows]).tobytes()).hexdigest()

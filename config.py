@@ -263,7 +263,7 @@ DEBUG: dict[str, Any] = (
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable cache debug check same_code '
+    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code '
     'final_eval final_pictures num_workers '
     'accumulation_steps max_bad_steps log_every save_every keep_last keep_every sample_every eval_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '

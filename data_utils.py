@@ -133,27 +133,24 @@ def decoded_once(
     """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
     there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
 
-    Held out are the first `held_out` items, 0: a tenth; or as many as the config says.
+    Held out are the first `held_out` items; if that is 0, as many as the config says, or a tenth.
     """
-    mark = blake2b(state.encode(), digest_size=8).hexdigest()
+    mark = blake2b(repr((state, held_out, config.held_out, config.skip_unreadable)).encode(), digest_size=8).hexdigest()
     path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
 
-    def held_out_of(n: int) -> int:
-        return packed.held_out_rows(config.held_out or held_out, n, f'dataset={config.dataset!r}')
-
+    n = held_out or packed.held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
     found = None
     if config.cache:
         with packed.alone(path):
             found = packed.cached(path)
             if found is None:
                 try:
-                    packed.build(items, path, config.skip_unreadable, title, **facts)
+                    packed.build(items, path, n, config.skip_unreadable, title, **facts)
                     found = packed.read(path)
                 except packed.NoRoomError as error:
                     ranks.print_once(f'no room for a cache, so that images are decoded in every epoch anew: {error}')
     if found is not None:
-        return *packed.parts_of(found, held_out_of(len(found['x']))), facts | dict(digest=found['digest'])
-    n = held_out_of(len(items))
+        return *packed.parts_of(found), facts | dict(digest=found['digest'])
     return Rows(items, n, len(items)), Rows(items, 0, n), facts
 
 
@@ -188,13 +185,14 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Arrays | Si
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             loaded = spec.load(config)
-            facts = loaded[2] if isinstance(loaded, tuple) and isinstance(loaded[-1], dict) else {}
+            has_facts = isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict)
+            facts = loaded[2] if has_facts else {}
         except OSError as error:
             raise SettingError(
                 f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
                 'Pass a folder of yours as --data_dir.'
             ) from error
-        known, *parts = check_parts(replace(spec, **facts), loaded[:2] if facts else loaded, config)
+        known, *parts = check_parts(replace(spec, **facts), loaded[:2] if has_facts else loaded, config)
         return known, parts[0], with_held_out(parts[1], config)
 
     turn = 0 if ranks.is_main() else 1 if os.environ.get('LOCAL_RANK', '0') == '0' else 2

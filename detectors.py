@@ -49,7 +49,14 @@ def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', 
     names = dict(inception='inception-v3-compat', dinov2='dinov2-vit-l-14')
     path = str(Path(weights).expanduser()) if weights else None
     try:
-        network = ranks.on_each(lambda: kind(names[name], [layer], feature_extractor_weights_path=path))
+        network: Any = None
+        for first in (True, False):  # one process downloads, the others find the file
+            network = ranks.on_each(
+                lambda now=first, made=network: (
+                    kind(names[name], [layer], feature_extractor_weights_path=path) if ranks.is_main() == now else made
+                ),
+                patient=True,
+            )
     except Exception as error:  # no file, another network's, no network to download from
         text = ' '.join(str(error).split())[:300]
         raise SettingError(
@@ -57,6 +64,9 @@ def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', 
             'and pass the file as --detector_weights PATH; or use --detector classifier or pixels, which need none.'
         ) from None
     network = network.to(trainer.device)
+    channels = tuple(trainer.decode(trainer.example.x0[:1]).shape[1:2])
+    if channels not in ((1,), (3,)):
+        raise SettingError(f'detector={name!r} looks at images of one or three channels. Use --detector pixels.')
 
     def features(x: Tensor) -> Tensor:
         x = (x.clamp(0, 1) * 255).round().byte().to(trainer.device)
@@ -77,7 +87,9 @@ def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
     mark = hashlib.blake2b(trainer.train_loader.fingerprint.encode(), digest_size=8).hexdigest()
     path = Path(config.data_dir, 'cache', f'classifier-{mark}.pt')
     if not ranks.on_main(path.is_file):
-        ranks.on_main(lambda: torch.save(train_classifier(trainer), utils_path(path)))
+        ranks.on_each(
+            lambda: torch.save(train_classifier(trainer), utils_path(path)) if ranks.is_main() else None, patient=True
+        )
         ranks.on_main(lambda: utils_path(path).replace(path))
     found = torch.load(path, weights_only=True)
     network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
@@ -122,7 +134,6 @@ def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
         for group in optimizer.param_groups:
             group['lr'] = 3e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / CLASSIFIER_STEPS)) / 2
         x, label, *_ = loader.take(torch.randint(loader.size, (128,)))
-        x = trainer.augmenter(x)[0]
         loss = nn.functional.cross_entropy(network(x), label)
         optimizer.zero_grad()
         loss.backward()

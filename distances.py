@@ -17,12 +17,10 @@ class Moments:
         parts = features.split(CHUNK)
         self.mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / self.n
         products = (part.double() - self.mean for part in parts)
-        self.cov = torch.stack([sum_of_products(part) for part in products]).sum(0) / (self.n - 1)
-
-
-def sum_of_products(x: Tensor) -> Tensor:
-    """x^T x."""
-    return x.T @ x
+        total = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        for part in products:
+            total += part.T @ part
+        self.cov = total / (self.n - 1)
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -89,5 +87,5 @@ def compare(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float
         'recall': prc['recall'],
         'density': density,
         'coverage': coverage,
-        'nearest_neighbour_ratio': nearest(samples, train) / nearest(held_out, train),
+        'nearest_neighbour_ratio': nearest(samples, train) / max(nearest(held_out, train), 1e-12),
     }

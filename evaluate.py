@@ -7,7 +7,6 @@ Every combination of the values given is evaluated. Each result is a line of eva
 all that made it; the same line is not computed again.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -68,10 +67,13 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     from detectors import DETECTORS
     from main import load_run
     from runtime import ranks, stopping
+    from solvers import SOLVERS
 
     make = choose('detector', options.detector, DETECTORS)
     if options.num < 10:
         raise SettingError(f'num={options.num}: at least 10 samples are needed to compare.')
+    for solver in options.solver:
+        choose('solver', solver, SOLVERS)
     folder = Path(options.run).parent if options.run.endswith('.pt') else Path(options.run)
     record = folder / 'evaluation.jsonl'
     lines: list[dict[str, Any]] = []
@@ -82,6 +84,9 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
         if detector is None:
             detector = make(trainer, options.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
+            few = min(trainer.train_loader.size, trainer.test_loader.size)
+            if few < 10:
+                raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
         losses = None
         for solver, nfe, scale in itertools.product(options.solver or (None,), options.nfe or (None,),
                                                     options.guidance_scale or (None,)):  # fmt: skip
@@ -157,7 +162,9 @@ def features_of_data(trainer: 'BaseDiffusionTrainer', detector: 'Detector') -> t
         return ranks.gather_items(torch.cat(parts), loader.size)
 
     def kept(loader: Any, part: str) -> 'Tensor':
-        mark = f'{detector.digest} {loader.fingerprint} {part} {type(trainer).__name__}'
+        first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
+        pixels = (first.double().cpu() * 1000).round().flatten().tolist()  # of another encoder they are others
+        mark = f'{detector.digest} {loader.fingerprint} {part} {pixels}'
         name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
         path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
         if ranks.on_main(lambda: packed.cached(path) is None):
@@ -175,7 +182,7 @@ def judge(
     import torch
     from tqdm import tqdm
 
-    from distances import compare
+    from distances import Moments, compare, frechet
     from generate import Generate, inputs_of
     from runtime import ranks, stopping
     from utils import NoiseOfEach
@@ -189,7 +196,7 @@ def judge(
     for indices in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
         stopping.raise_if_stopped()
         inputs = inputs_of(trainer, indices, [], drawing)
-        with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+        with torch.no_grad(), stopping.asking_nobody(), NoiseOfEach(options.seed, 'draw', indices):
             x = trainer.decode(trainer.draw(model_fn, inputs, trainer.config.solver))
         with torch.no_grad():
             features.append(detector.features(x).cpu())
@@ -204,10 +211,16 @@ def judge(
 
     def distances() -> dict[str, float]:
         drawn = torch.randint(len(train), (options.num,), generator=torch.Generator().manual_seed(0))
-        real = compare(train[drawn], train, held_out)
-        return compare(mine_done, train, held_out) | {f'real_{k}': real[k] for k in ('frechet', 'kid')}
+        real = frechet(Moments(train[drawn]), Moments(train))
+        return compare(mine_done, train, held_out) | {'real_frechet': real}
 
-    return values | ranks.on_main(distances) | dict(images_per_second=rate)
+    if options.num <= mine_done.shape[1]:
+        ranks.print_once(
+            f'warning: {options.num} samples for {mine_done.shape[1]} features: frechet is far from its value for many '
+            'samples, so look at real_frechet beside it, or draw more'
+        )
+    computed = ranks.on_each(lambda: distances() if ranks.is_main() else {}, patient=True)
+    return values | ranks.on_main(lambda: computed) | dict(images_per_second=rate)
 
 
 def held_out_losses(trainer: 'BaseDiffusionTrainer', options: Evaluate) -> dict[str, float]:
@@ -215,7 +228,8 @@ def held_out_losses(trainer: 'BaseDiffusionTrainer', options: Evaluate) -> dict[
     import evaluation
 
     values = {'eval/loss': evaluation.held_out_loss(trainer, trainer.network)}
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a network that is no denoiser
+    evaluation.find_reference(trainer)
+    if trainer.has_reference:
         values |= evaluation.reference(trainer, trainer.network)
     return values | (bits(trainer, options.bits) if options.bits else {})
 
@@ -223,7 +237,7 @@ def held_out_losses(trainer: 'BaseDiffusionTrainer', options: Evaluate) -> dict[
 def bits(trainer: 'BaseDiffusionTrainer', n: int, batch_size: int = 32) -> dict[str, float]:
     """Bits per dimension of n held-out images, dequantized, and the standard error of this mean.
 
-    Raises SettingError where no density is defined: floats, x1 that is data, guidance.
+    Without guidance. Raises SettingError where no density is defined: floats, x1 that is data.
     """
     import torch
 
@@ -232,24 +246,32 @@ def bits(trainer: 'BaseDiffusionTrainer', n: int, batch_size: int = 32) -> dict[
     from runtime import ranks
 
     c, spec, loader = trainer.config, trainer.data, trainer.test_loader
-    if spec.scale != 'image' or not trainer.independent or c.guidance_scale != 1 or utils.overridden(trainer, 'encode'):
-        raise SettingError('bits: needs images, the usual encode, noise as x1, and guidance_scale=1.')
+    if spec.scale != 'image' or not trainer.independent or utils.overridden(trainer, 'encode'):
+        raise SettingError('bits: needs images, the usual encode, and noise as x1.')
     if not c.dequantize:
         ranks.print_once('warning: the run was trained without --dequantize, so that its density is one of grey levels '
                          'and bits per dimension may be any number')  # fmt: skip
     n = min(n, loader.size)
     levels, shape = spec.max_value + 1, spec.shape or ()
-    values = []
-    for rows in torch.tensor(ranks.my_items(n)).split(batch_size):
+    found: dict[int, Any] = {}
+    blocks = list(enumerate(torch.arange(n).split(batch_size)))  # the same on any number of processes
+    for number, rows in blocks[ranks.rank() :: ranks.world_size()]:
         x, label, *_ = loader.take(rows)
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
             x = dequantize((x * spec.max_value).round(), levels)
-        found = log_likelihood(
-            trainer.get_model_fn(trainer.network), trainer.process, x, label if spec.num_classes else None,
-            model_type=c.model_type, t_min=c.t_min, t_max=c.t_max,
-        )  # fmt: skip
-        values.append(bits_per_dim(found.log_prob, shape, levels).cpu())
-    each = ranks.gather_items(torch.cat(values), n)
+        utils.seed_everything(0, 'probes', number)
+        log_prob = log_likelihood(
+            trainer.get_model_fn(trainer.network),
+            trainer.process,
+            x,
+            label if spec.num_classes else None,
+            model_type=c.model_type,
+            t_min=c.t_min,
+            t_max=c.t_max,
+        ).log_prob
+        found[number] = bits_per_dim(log_prob, shape, levels).tolist()
+    together = {number: values for part in ranks.all_gather_objects(found) for number, values in part.items()}
+    each = torch.tensor([value for number in sorted(together) for value in together[number]])
     return {'bits_per_dim': float(each.mean()), 'bits_per_dim_error': float(each.std() / n**0.5), 'bits_images': n}
 
 

@@ -213,6 +213,12 @@ def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
     with collected(trainer):
         pictures.first_drawing(trainer)
         without_gradients(trainer, lambda: trainer.loss_fn(example, model_fn))
+    find_reference(trainer)
+
+
+def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
+    """Set `trainer.has_reference`: whether the network can be asked as a denoiser."""
+    example, model_fn = trainer.example, trainer.get_model_fn(trainer.network)
     try:
         with torch.no_grad():
             reference_errors(trainer, example, torch.arange(len(example.t)), model_fn)

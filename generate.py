@@ -8,6 +8,7 @@ any batch size, to float32 rounding. Cut off, the same command goes on, and draw
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def generate(options: Generate) -> None:
             stopping.raise_if_stopped()
             for indices in batches[i + ranks.rank() : i + ranks.rank() + 1]:  # one, or none in the last round
                 inputs = inputs_of(trainer, indices, labels, options)
-                with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+                with torch.no_grad(), stopping.asking_nobody(), NoiseOfEach(options.seed, 'draw', indices):
                     x = trainer.decode(trainer.draw(model_fn, inputs, trainer.config.solver))
                 out.add(indices, x, inputs.label)
             bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
@@ -120,6 +121,10 @@ def labels_of(options: Generate, trainer: 'BaseDiffusionTrainer') -> list[int]:
     if not all(word.isdigit() and int(word) < classes for word in words):
         has = f'classes 0 to {classes - 1}' if classes else 'no classes'
         raise SettingError(f'labels={options.labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
+    if words and trainer.config.label_dropout == 1:
+        raise SettingError(
+            f'labels={options.labels!r}: the run has learned no classes (label_dropout=1). Leave it out.'
+        )
     return [int(word) for word in words]
 
 
@@ -133,7 +138,7 @@ def inputs_of(
     from batches import sample_inputs
 
     if utils.overridden(trainer, 'sample_inputs'):
-        whole = trainer.sample_inputs(options.num)
+        whole = all_inputs(trainer, options.num)
         inputs = utils.rows(whole, torch.tensor(indices, device=whole.x1.device))
     else:
         with utils.NoiseOfEach(options.seed, 'sample_inputs', indices):
@@ -142,6 +147,12 @@ def inputs_of(
         label = torch.tensor([labels[i % len(labels)] for i in indices], device=trainer.device)
         inputs = dataclasses.replace(inputs, label=label)
     return inputs
+
+
+@functools.lru_cache(maxsize=1)
+def all_inputs(trainer: 'BaseDiffusionTrainer', n: int) -> 'SampleInputs':
+    """An experiment's own inputs of all samples."""
+    return trainer.sample_inputs(n)
 
 
 class Output:
@@ -158,6 +169,8 @@ class Output:
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
             raise SettingError(f'out={options.out!r}: these samples are no images. Pass a file, such as --out x.npz.')
+        if not self.images and options.trajectory:
+            raise SettingError('trajectory=True: these samples are no images.')
         mine = dict(step=trainer.step, weights=options.weights, labels=options.labels, sample_seed=options.seed)
         self.made_by = json.loads(json.dumps(vars(trainer.config) | mine))
 
@@ -234,14 +247,16 @@ class Output:
         if self.one_file:
             parts = self.parts()
             index = np.concatenate([part['index'] for part in parts])
-            order = np.argsort(index)
-            x, label = (np.concatenate([part[name] for part in parts])[order] for name in ('x', 'label'))
+            index, rows = np.unique(index, return_index=True)
+            there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
+            x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
             partial = self.path.with_suffix('.unfinished')
             with open(partial, 'wb') as file:
                 np.savez(file, arr_0=x, arr_1=label)
             partial.replace(self.path)
             for path in self.folder.glob('*.npz'):
-                path.unlink()
+                if arrays_of(path)['index'].max() < there:
+                    path.unlink()
             first = x[:n]
         else:
             from PIL import Image
@@ -280,18 +295,17 @@ def write_grid(images: Any, columns: int, path: Path) -> None:
 def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[int], out: Output) -> None:
     """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid as it comes about.
 
-    What is shown is x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError for samples that are no images, and
-    where `draw` does not use the trainer's `sample_fn`.
+    What is shown is x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError where `draw` does not use the
+    trainer's `sample_fn`.
     """
     import torch
     import torchvision
     from PIL import Image
 
     import utils
+    from runtime import stopping
     from utils import NoiseOfEach
 
-    if not out.images:
-        raise SettingError('trajectory=True: these samples are no images.')
     frames: list[Tensor] = []
     usual = trainer.sample_fn
 
@@ -308,7 +322,7 @@ def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[i
     trainer.sample_fn = recorded
     try:
         inputs = inputs_of(trainer, indices, labels, options)
-        with torch.no_grad(), NoiseOfEach(options.seed, 'draw', indices):
+        with torch.no_grad(), stopping.asking_nobody(), NoiseOfEach(options.seed, 'draw', indices):
             trainer.draw(trainer.get_model_fn(trainer.network), inputs, trainer.config.solver)
     finally:
         trainer.sample_fn = usual

@@ -41,8 +41,10 @@ class HubImages(Dataset):
             ) from None
 
 
-def file_of(image: dict[str, Any]) -> Path | io.BytesIO:
-    """An image that was not decoded: its bytes, or the file that it is in."""
+def file_of(image: dict[str, Any] | None) -> Path | io.BytesIO:
+    """An image that was not decoded: its bytes, or the file that it is in; no bytes for one that is missing."""
+    if image is None:
+        return io.BytesIO()
     return io.BytesIO(image['bytes']) if image.get('bytes') else Path(image['path'])
 
 

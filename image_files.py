@@ -57,8 +57,8 @@ class ImageFiles(Dataset):
     def stat(self, name: str) -> os.stat_result:
         try:
             return (self.root / name).stat()
-        except OSError as error:
-            raise SettingError(f'{error}: an image cannot be read. Mend or remove it.') from None
+        except OSError:  # a link to nowhere: decoding says so
+            return os.stat_result((0,) * 10)
 
 
 def pixels_of(path: Path | BytesIO, size: tuple[int, int], channels: int, background: tuple[int, int, int]) -> Tensor:
@@ -171,7 +171,7 @@ def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
                 files.append(path)
             else:
                 others[Path(name).suffix or name] += 1
-    return sorted(files, key=lambda name: blake2b(name.encode()).digest()), others
+    return sorted(files, key=lambda name: blake2b(os.fsencode(name)).digest()), others
 
 
 def counts_in_words(counts: Counter[str]) -> str:

@@ -5,6 +5,7 @@ The file is torch's own: `torch.load(path, mmap=True)` is a dict with x (N, ...)
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import math
@@ -50,11 +51,11 @@ class Attempts(Dataset):
             return str(error)
 
 
-def build(items: SizedDataset, path: Path, skip: bool, title: str, **facts: Any) -> None:
+def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
     """Read all items (x, label), x of one shape and type, in parallel and with a bar, and write them to `path`.
 
     Items that cannot be read are an error after the last has been tried, which names them; with `skip` they are left
-    out, counted and named. Raises SettingError.
+    out, counted and named. What is left of the first `held_out` items is the held-out part. Raises SettingError.
     """
     loader = DataLoader(
         Attempts(items),
@@ -64,11 +65,13 @@ def build(items: SizedDataset, path: Path, skip: bool, title: str, **facts: Any)
         worker_init_fn=obey_the_parent_alone,
     )
     unread: list[str] = []
+    facts['held_out'] = held_out
 
     def readable() -> Iterator[tuple[Tensor, int]]:
-        for item in (item for batch in loader for item in batch):
+        for i, item in enumerate(item for batch in loader for item in batch):
             if isinstance(item, str):
                 unread.append(item)
+                facts['held_out'] -= i < held_out
             else:
                 yield item
         named = ' '.join(unread[:3]) + (f' And {len(unread) - 3} more.' if len(unread) > 3 else '')
@@ -163,9 +166,11 @@ def alone(path: Path) -> Iterator[None]:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # a file system without locks: each builds for itself, and the last one stays
                 if not said:
-                    print_once(f'waiting for another process of this machine, which builds {path}')
+                    print(f'waiting for another process of this machine, which builds {path}', flush=True)
                 said = True
                 time.sleep(0.5)
         yield
@@ -180,7 +185,11 @@ def held_out_rows(asked: int, n: int, where: str) -> int:
     return asked or min(1000, max(1, n // 10))
 
 
-def parts_of(found: dict[str, Any], held_out: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def parts_of(found: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(training, held-out) part of a packed file, memory-mapped."""
-    x, label = cast(Tensor, found['x']), cast(Tensor, found['label'])
+    x, label, held_out = cast(Tensor, found['x']), cast(Tensor, found['label']), found['held_out']
+    if not 0 < held_out < len(x):
+        raise SettingError(
+            f'{held_out} of {len(x)} images are held out: at least one, and not all, must be left. Add some.'
+        )
     return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out])

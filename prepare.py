@@ -72,7 +72,8 @@ def prepare(config: PrepareConfig) -> None:
         rows = latents(items, function_of(config.latents), spec, facts)
         packed.write_rows(path, rows, len(items), path.name, facts)
     else:
-        packed.build(items, path, config.skip_unreadable, path.name, **facts)
+        del facts['held_out']
+        packed.build(items, path, held_out, config.skip_unreadable, path.name, **facts)
     found = packed.read(path)
     ranks.print_once(
         f'{path}: {len(found["x"]):,} items of shape {tuple(found["x"].shape[1:])}, {held_out} held out, '

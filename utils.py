@@ -170,7 +170,7 @@ class NoiseOfEach(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         draw = self.RANDOM.get(func)
-        if draw is None or len(out) != len(self.generators):
+        if draw is None or out.ndim == 0 or len(out) != len(self.generators):
             return out
         row = torch.empty(out.shape[1:], dtype=torch.float32)
         rows = [getattr(row, f'{draw}_')(generator=generator).clone() for generator in self.generators]

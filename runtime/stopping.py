@@ -1,11 +1,13 @@
 """How a process ends: signals that ask it to stop, exit codes, and what it tells the launcher."""
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ class SaveError(RuntimeError):
 
 
 _stop_asked = False
+_asks_nobody = False  # see asking_nobody
 _under_way: tuple[Tensor, dist.Work] | None = None  # the reduction that `poll_stop` began and has not read yet
 
 
@@ -79,11 +82,24 @@ def raise_if_stopped(failed: bool = False) -> None:
     round, a rank that cannot go on (out of memory, say) makes its next call with `failed=True`, and so ends the loop of
     all the others, which would else wait for it.
     """
+    if _asks_nobody and not failed:
+        return
     code = max(agree(FAILED if failed else int(_stop_asked)), finish_poll())
     if code == FAILED:
         raise RankFailed('this rank or another one failed, and all give up; the error of that rank says why')
     if code == STOP_ASKED:
         raise Stopped
+
+
+@contextlib.contextmanager
+def asking_nobody() -> Iterator[None]:
+    """Within, `raise_if_stopped` does nothing: for work that not all ranks do, or not equally often."""
+    global _asks_nobody
+    _asks_nobody = True
+    try:
+        yield
+    finally:
+        _asks_nobody = False
 
 
 def poll_stop() -> None:

@@ -84,6 +84,7 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\)'),
         (dict(x=np.zeros((8, 4)), y=np.arange(8) - 1), r'labels are int64 \(8,\), from -1'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
+        (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'there are 0 images'),
         (dict(x=np.zeros((1, 4))), 'there are 1 images, and at least two'),
     ],
 )
@@ -113,11 +114,16 @@ def test_files_that_are_none(load, tmp_path):
         load(tmp_path / 'checkpoint.pt')
 
 
-def test_more_than_fits_into_memory_is_to_be_prepared(load, tmp_path, monkeypatch):
-    np.save(tmp_path / 'x.npy', np.zeros((40, 2), np.float32))
+def test_more_than_fits_into_memory_is_read_row_by_row(load, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / 'x.npz', x=np.arange(80, dtype=np.float32).reshape(40, 2), y=np.arange(40) % 4)
+    whole = load(tmp_path / 'x.npz', num_workers=0)
     monkeypatch.setattr(array_files, 'LARGEST_SHUFFLED', 100)
-    with pytest.raises(SettingError, match=r'sh run\.sh prepare\.py --dataset arrays'):
-        load(tmp_path / 'x.npy')
+    parts = load(tmp_path / 'x.npz', num_workers=0)
+    for k in (0, 2):
+        assert parts[k].resident is None
+        for a, b in zip(parts[k].take(range(4)), whole[k].take(range(4)), strict=True):
+            assert torch.equal(a, b)
+    assert 'sh run.sh prepare.py --dataset arrays' in capsys.readouterr().out
 
 
 def test_a_packed_file_is_read_in_place(load, tmp_path):
@@ -127,7 +133,10 @@ def test_a_packed_file_is_read_in_place(load, tmp_path):
     train, _, test = load(tmp_path / 'x.pt')
     assert torch.equal((test.everything()[0] * 255).round().byte(), x[:5])
     assert torch.equal((train.everything()[0] * 255).round().byte(), x[5:]) and train.spec.classes == ('no', 'yes')
-    assert load(tmp_path / 'x.pt', held_out=7)[2].size == 7
+    fewer = load(tmp_path / 'x.pt', held_out=3)
+    assert (fewer[0].size, fewer[2].size) == (15, 3)  # what was held out is never trained on
+    with pytest.raises(SettingError, match='has 5 held-out images'):
+        load(tmp_path / 'x.pt', held_out=7)
     mark = train.fingerprint
     packed.write(tmp_path / 'x.pt', x.flip(0), label, **facts)
     assert load(tmp_path / 'x.pt')[0].fingerprint != mark

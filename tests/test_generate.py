@@ -127,6 +127,30 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize('num', [3, 10])
+def test_processes_without_work_wait_for_the_others(run, tmp_path, num):
+    """An odd number of batches on two processes, and a path that one of them draws."""
+    flags = ['--run', run, '--out', tmp_path / 'x', '--num', num, '--num_sample_steps', '3', '--batch_size', '4']
+    command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--trajectory']
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and (tmp_path / 'x/path.gif').is_file(), done.stderr
+    assert len(list((tmp_path / 'x').glob('0*/*.png'))) == num
+
+
+def test_a_gap_in_an_unfinished_file_is_filled(draw, tmp_path):
+    whole = images(draw('whole.npz', num=30))
+    draw('x.npz', num=30, batch_size=5)
+    parts = tmp_path / 'x.npz.parts'
+    label = np.arange(30) % 10
+    (tmp_path / 'x.npz').unlink()  # as if it was cut off: samples 0 to 4 and 20 to 29 are there
+    for rows in (np.arange(5), np.arange(20, 30)):
+        np.savez(parts / f'{rows[0]:08d}.npz', x=whole[rows][..., None], label=label[rows], index=rows)
+    assert np.array_equal(images(draw('x.npz', num=10)), whole[:10])
+    assert np.array_equal(images(draw('x.npz', num=30)), whole)
+
+
+@pytest.mark.slow
 def test_cut_off_and_gone_on(run, draw, tmp_path):
     flags = ['--run', run, '--out', tmp_path / 'x.npz', '--num', '400', '--num_sample_steps', '3', '--batch_size', '2']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags)]

@@ -138,3 +138,11 @@ def test_the_package_is_optional(load, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'datasets', None)
     with pytest.raises(SettingError, match='pip install datasets'):
         load()
+
+
+def test_a_held_out_split_is_never_trained_on(load, tmp_path):
+    write(tmp_path / 'hub', {'train': 20, 'test': 9})
+    train, _, test = load(held_out=4)
+    assert (train.size, test.size) == (20, 4)
+    with pytest.raises(SettingError, match='has 9 held-out images'):
+        load(held_out=10)
