@@ -355,7 +355,7 @@ def test_full_disk(tmp_path, whole):
     """
     disk = tmp_path / 'disk'
     disk.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True)
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', disk], capture_output=True)
     if mounted.returncode:
         pytest.skip('needs to mount a tmpfs')
     try:
@@ -411,7 +411,7 @@ def test_a_full_disk_that_gets_room_again_heals(tmp_path, whole):
     """A save that fails is tried again behind the training."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True).returncode:
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', disk], capture_output=True).returncode:
         pytest.skip('needs to mount a tmpfs')
     try:
         job = Job(disk)
