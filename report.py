@@ -120,9 +120,9 @@ def plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: s
     if not curves:
         return ''
     grey = '#808080'  # seen on white and on black
-    figure = Figure(figsize=(5.4, 3.2), layout='constrained')
+    figure = Figure(figsize=(5.4, 3.2))
     figure.patch.set_alpha(0)
-    ax = figure.subplots()
+    ax = figure.add_axes((0.13, 0.1, 0.66 if all('_t_' in name for name in curves) else 0.85, 0.8))
     ax.patch.set_alpha(0)
     by_time = all('_t_' in name for name in curves)
     for i, (name, (x, y)) in enumerate(curves.items()):
