@@ -88,9 +88,9 @@ def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
     path = Path(config.data_dir, 'cache', f'classifier-{mark}.pt')
     if not ranks.on_main(path.is_file):
         ranks.on_each(
-            lambda: torch.save(train_classifier(trainer), utils_path(path)) if ranks.is_main() else None, patient=True
+            lambda: torch.save(train_classifier(trainer), unfinished(path)) if ranks.is_main() else None, patient=True
         )
-        ranks.on_main(lambda: utils_path(path).replace(path))
+        ranks.on_main(lambda: unfinished(path).replace(path))
     found = torch.load(path, weights_only=True)
     network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
     network.load_state_dict(found['network'])
@@ -149,7 +149,7 @@ def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
-def utils_path(path: Path) -> Path:
+def unfinished(path: Path) -> Path:
     """Where `path` is written before it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f'.{path.name}.unfinished')

@@ -289,14 +289,12 @@ def print_all(lines: list[dict[str, Any]]) -> None:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The main numbers, a row for each combination."""
+    from report import text_of
+
     columns = [name for name in COLUMNS if any(name in line for line in lines)]
     rows = [columns] + [[text_of(line.get(name)) for name in columns] for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def text_of(value: Any) -> str:
-    return '' if value is None else f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 if __name__ == '__main__':

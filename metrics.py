@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distances import Moments, frechet
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of Gaussians fitted to two sets (N, D), (M, D), in squared units.
@@ -11,12 +13,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     |mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in float64 (Dowson and Landau 1982, eq. 16).
     A set needs two points.
     """
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+    return frechet(Moments(a), Moments(b))
 
 
 def nearest_neighbour_ratio(samples: Tensor, train: Tensor, held_out: Tensor) -> float:

@@ -15,7 +15,7 @@ LAYERS = [
     'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders '
     'packed image_files array_files hub_images data_utils '
     'optimizers ema logging_utils',
-    'solvers sampling likelihood metrics distances detectors networks saving',
+    'solvers sampling likelihood distances metrics detectors networks saving',
     'runtime.bad_steps runtime.command runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
     'batches report pictures evaluation',
     'trainer',
