@@ -41,7 +41,7 @@ def choose(setting: str, value: str, table: Mapping[str, T]) -> T:
 class Config:
     # ---------------------------------------------------------------- the run
     preset: str = 'digits'
-    """Named group of settings, a key of PRESETS in config.py: digits, mnist or cifar10."""
+    """Named group of settings, a key of PRESETS in config.py."""
     experiment_name: str = ''
     """Folder of the run inside ckpt_dir; empty: preset (or data set) and the settings that differ from the preset."""
     ckpt_dir: str = 'ckpts'
@@ -59,9 +59,9 @@ class Config:
     check: bool = False
     """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
     final_eval: bool = True
-    """At the end, draw 1000 samples and compare them with the data (data sets of small grey images only)."""
+    """At the end, draw 1000 samples and compare them with the data."""
     final_pictures: bool = True
-    """Draw the sample grids of the last step; with this off and sample_every 0 none are drawn."""
+    """Draw the sample grids of the last step."""
 
     # ---------------------------------------------------------------- data
     dataset: str = 'digits'
@@ -194,6 +194,8 @@ class Config:
     """Steps between sample grids."""
     eval_every: int = 250
     """Steps between held-out losses."""
+    eval_metrics_every: int = 0
+    """Steps between comparisons of 1000 samples with the data, as at the end."""
     wandb: str = 'auto'
     """auto (online when logged in, else disabled), online, offline or disabled."""
     wandb_project: str = 'diffusion'
@@ -241,12 +243,19 @@ class Config:
         return Path(self.ckpt_dir, self.experiment_name)
 
 
+AN_HOUR = dict(channel_mults=(1, 2, 2), global_batch_size=64, num_training_steps=3000, keep_every=3000, eval_every=500)
 # What each preset changes. They share one flat list of settings, so a preset reads as a diff from the digits run.
 PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
+    'toy2d': dict(dataset='moons', network='mlp', channels=16, global_batch_size=512, num_training_steps=2000),
     'mnist': dict(dataset='mnist', label_dropout=0.1, translate_prob=0.5)
     | dict(channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,))
     | dict(num_training_steps=20_000, save_every=1000, keep_every=10_000, sample_every=2000, eval_every=2000),
+    'fashion_mnist': dict(
+        AN_HOUR, dataset='fashion_mnist', held_out=1000, label_dropout=0.1, attention_resolutions=(7,)
+    ),
+    'image_folder': dict(AN_HOUR, dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
+    | dict(flip_prob=0.5, translate_prob=0.5, max_translation=2),
     'cifar10': dict(dataset='cifar10', label_dropout=0.1, flip_prob=0.5)
     | dict(channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1)
     | dict(num_training_steps=200_000, base_lr=2e-4, warmup_steps=5000, lr_schedule_type='constant')
@@ -263,22 +272,20 @@ DEBUG: dict[str, Any] = (
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
 # and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code '
-    'final_eval final_pictures num_workers '
-    'accumulation_steps max_bad_steps log_every save_every keep_last keep_every sample_every eval_every '
+    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
+    'final_pictures num_workers accumulation_steps max_bad_steps '
+    'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
-PRECISIONS = ('auto', 'float32', 'tf32', 'bfloat16')
-WANDB_MODES = ('auto', 'online', 'offline', 'disabled')
 
 
 def validate(config: Config) -> None:
     """Raise SettingError for the first value that breaks a rule."""
     choose('preset', config.preset, PRESETS)
-    choose('precision', config.precision, dict.fromkeys(PRECISIONS))
-    choose('wandb', config.wandb, dict.fromkeys(WANDB_MODES))
+    choose('precision', config.precision, dict.fromkeys(('auto', 'float32', 'tf32', 'bfloat16')))
+    choose('wandb', config.wandb, dict.fromkeys(('auto', 'online', 'offline', 'disabled')))
 
     def require(kept: object, names: str, rule: str | Callable[[Config], str]) -> None:
         if not kept:

@@ -161,6 +161,7 @@ class Loader:
     ):
         self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
         self.fingerprint = fingerprint  # of the data of both parts
+        self.about = ''  # both parts in words
         self.resident = self.labels = self.workers = None
         self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
         self.size = len(source[0]) if isinstance(source, tuple) else len(source)

@@ -24,6 +24,7 @@ from data_loaders import HeldOutSampler, Loader, StreamSampler
 from hub_images import open_hub
 from image_files import list_images
 from runtime import ranks
+from toy2d import LOADERS
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class DataSpec:
     classes: tuple[str, ...] = ()  # their names, in order; empty: numbers
     mean: tuple[float, ...] = ()  # of each channel of latents that prepare.py has stored
     std: tuple[float, ...] = ()
+    passed_over: str = ''  # in words, what of the files was left out
     digest: str = ''  # a hash of all data, if `load` knows it already
 
 
@@ -117,7 +119,7 @@ def load_cifar(name: str, file: str, config: Config) -> tuple[Any, Any, dict[str
 def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     """A folder of images (image_files.py), of which a tenth is held out."""
     images = list_images(config)
-    facts = dict(classes=tuple(images.classes), num_classes=len(images.classes))
+    facts = dict(classes=tuple(images.classes), num_classes=len(images.classes), passed_over=images.passed_over)
     return decoded_once(config, images, 0, facts, images.state(), f'image_folder {images.root.resolve().name}')
 
 
@@ -163,6 +165,7 @@ DATASETS: dict[str, DataSpec] = {
     'fashion_mnist': DataSpec(partial(load_mnist, 'FashionMNIST'), (1, 28, 28), num_classes=10, pixel_metrics=True),
     'cifar10': DataSpec(partial(load_cifar, 'CIFAR10', 'cifar-10-python.tar.gz'), (3, 32, 32), num_classes=10),
     'cifar100': DataSpec(partial(load_cifar, 'CIFAR100', 'cifar-100-python.tar.gz'), (3, 32, 32), num_classes=100),
+    **{name: DataSpec(load, (2,), classes, scale='float') for name, (load, classes) in LOADERS.items()},
     'image_folder': DataSpec(load_image_folder),  # what they are is read off the files
     'arrays': DataSpec(load_arrays),
     'hub': DataSpec(load_hub),
@@ -255,9 +258,11 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
         )
     mark = agreed_fingerprint(config, [train, test], spec)
     train_size, test_size = (len(part[0]) if isinstance(part, tuple) else len(part) for part in (train, test))
-    ranks.print_once(describe_counts(config.dataset, [train, test], spec))
+    counts = describe_counts(config.dataset, [train, test], spec)
+    ranks.print_once(counts)
     sampler = StreamSampler(train_size, config)
     test_loader = Loader(test, HeldOutSampler(test_size, config), config, spec, device, mark)
     train_loader = Loader(train, sampler, config, spec, device, mark)
+    train_loader.about = '; '.join(filter(None, [counts, spec.passed_over]))
     ranks.print_once(f'  {train_loader.place()}')
     return train_loader, sampler, test_loader

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import packed
 import utils
 from config import SettingError
+from data_loaders import Loader
 from runtime import ranks
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
 
+MOST_PIXELS = 1024  # features of which a covariance is quickly computed
 CLASSIFIER_STEPS = 800  # a minute on two CPU cores for images of 28 x 28
 
 
@@ -33,8 +36,15 @@ class Detector:
 
 
 def pixels(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
-    """The pixels themselves, in [-1, 1]."""
-    return Detector(lambda x: 2 * x.flatten(1) - 1, 'pixels', 'pixels in [-1, 1]')
+    """The pixels themselves, in [-1, 1]; images of more than MOST_PIXELS values are averaged to 16 x 16 first. Of what
+    is no image, the values as they are."""
+    shape = trainer.decode(trainer.example.x0[:1]).shape
+    if len(shape) != 4:
+        return Detector(lambda x: x.flatten(1), 'values', 'the values as they are')
+    if math.prod(shape) <= MOST_PIXELS:
+        return Detector(lambda x: 2 * x.flatten(1) - 1, 'pixels', 'pixels in [-1, 1]')
+    small = nn.functional.adaptive_avg_pool2d
+    return Detector(lambda x: 2 * small(x, 16).flatten(1) - 1, 'pixels 16', 'pixels in [-1, 1], averaged to 16 x 16')
 
 
 def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
@@ -162,6 +172,32 @@ def digest_of(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def features_of_data(trainer: 'BaseDiffusionTrainer', detector: Detector) -> tuple[Tensor, Tensor]:
+    """Features of the training and of the held-out images, as they are decoded, on every rank; the processes share the
+    work. They are kept in data_dir/cache."""
+
+    def features(loader: Loader) -> Tensor:
+        parts = []
+        for rows in torch.tensor(ranks.my_items(loader.size)).split(256):
+            x, *_ = loader.take(rows)
+            with torch.no_grad():
+                parts.append(detector.features(trainer.decode(trainer.encode(x))).cpu())
+        return ranks.gather_items(torch.cat(parts), loader.size)
+
+    def kept(loader: Loader, part: str) -> Tensor:
+        first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
+        values = (first.double().cpu() * 1000).round().flatten().tolist()  # of another encoder they are others
+        mark = f'{detector.digest} {loader.fingerprint} {part} {values}'
+        name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
+        path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
+        if ranks.on_main(lambda: packed.cached(path) is None):
+            found = features(loader)
+            ranks.on_main(lambda: packed.write(path, found, torch.zeros(len(found), dtype=torch.int64)))
+        return packed.read(path)['x']
+
+    return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')
 
 
 DETECTORS: dict[str, Callable[['BaseDiffusionTrainer', str], Detector]] = {

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from config import SettingError
 
+MOST_ROWS = 50_000  # training images of which distances between pairs are computed
 CHUNK = 2048  # rows of a table of distances at once
 
 
@@ -59,8 +60,11 @@ def nearest(x: Tensor, data: Tensor) -> float:
     return float(torch.cat([torch.cdist(part, data).min(1).values for part in x.split(CHUNK)]).mean())
 
 
-def compare(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int = MOST_ROWS) -> dict[str, float]:
     """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
+
+    frechet is of all training images, the others of `most` at most. real_frechet is that of as many training images as
+    there are samples, drawn at random: what a perfect sampler of the training data would get.
 
     frechet and kid (mean over subsets, and its standard deviation; Binkowski et al. 2018); precision and recall with 3
     neighbours (Kynkaanniemi et al. 2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to
@@ -75,12 +79,17 @@ def compare(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float
             f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images: at least 10 of each '
             'are needed to compare. Draw more by --num.'
         )
+    draw = torch.Generator().manual_seed(0)
+    real = train[torch.randint(len(train), (len(samples),), generator=draw)]
+    moments = Moments(train)
+    far = {'frechet': frechet(Moments(samples), moments), 'real_frechet': frechet(Moments(real), moments)}
+    if len(train) > most:
+        train = train[torch.randperm(len(train), generator=draw)[:most]]
     size = min(1000, len(samples), len(train))
     kid = kid_features_to_metric(samples.double(), train.double(), kid_subset_size=size, kid_subsets=100, verbose=False)
     prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     density, coverage = density_coverage(samples, train)
-    return {
-        'frechet': frechet(Moments(samples), Moments(train)),
+    return far | {
         'kid': kid['kernel_inception_distance_mean'],
         'kid_std': kid['kernel_inception_distance_std'],
         'precision': prc['precision'],

@@ -1,9 +1,11 @@
-"""Exponential moving averages of a network's weights, each a network that can be called."""
+"""Exponential moving averages of a network's weights, each a network that can be called; and, after training, averages
+of other lengths from those that were saved."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,40 @@ class EMA:
         self.num_updates = state['num_updates']
         for decay, average in self.networks.items():
             average.load_state_dict(state['networks'][decay])
+
+
+def weights_of_steps(decay: float, n: int) -> np.ndarray:
+    """How much the weights after update 1, ..., n count in the average at update n, (n,); the rest is the start's."""
+    update = np.arange(1, n + 1)
+    decays = np.minimum(decay, (1 + update) / (10 + update))
+    later = np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # product of the decays after each update
+    return (1 - decays) * later
+
+
+def power_profile(relative_width: float, n: int) -> np.ndarray:
+    """The same for an average whose length grows with the training: update k counts as k^gamma, of a standard deviation
+    of `relative_width` of all n updates (Karras et al. 2024, eq. 2 and algorithm 2)."""
+    inverse = relative_width**-2
+    gamma = np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()
+    counts = (np.arange(1, n + 1) / n) ** gamma
+    return counts / counts.sum()
+
+
+def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n: int) -> tuple[np.ndarray, float]:
+    """(factors, error): the sum of saved averages, each (decay, number of its update; 0 for raw weights), that comes
+    nearest to the power profile at update n. The factors sum to 1. `error` is the norm of what is left of the profile,
+    in units of its own norm.
+
+    The mixture of Karras et al. 2024, section 3.2, made from ordinary averages, whose weights of steps are known.
+    """
+    profiles = np.zeros((len(saved), n))
+    for row, (decay, updates) in zip(profiles, saved, strict=True):
+        row[:updates] = weights_of_steps(decay, updates)
+    target = power_profile(relative_width, n)
+    free = profiles[1:] - profiles[0]  # with factors that sum to 1
+    factors = np.linalg.lstsq(free.T, target - profiles[0], rcond=1e-10)[0]
+    factors = np.concatenate([[1 - factors.sum()], factors])
+    return factors, float(np.linalg.norm(factors @ profiles - target) / np.linalg.norm(target))
 
 
 class Tensors:

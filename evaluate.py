@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
+    import report
     from config import choose
-    from detectors import DETECTORS
+    from detectors import DETECTORS, features_of_data
     from main import load_run
     from runtime import ranks, stopping
     from solvers import SOLVERS
@@ -100,6 +101,8 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
                 known = made_by | judge(options, trainer, detector, reference) | losses
                 ranks.on_main(lambda line=known: append(record, line))
             lines.append(known)
+    ranks.on_main(lambda: report.update(folder))
+    ranks.print_once(f'all evaluations, with plots: {folder}/report.html')
     return lines
 
 
@@ -142,39 +145,6 @@ def append(record: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + '\n')
 
 
-def features_of_data(trainer: 'BaseDiffusionTrainer', detector: 'Detector') -> tuple['Tensor', 'Tensor']:
-    """Features of the training and of the held-out images, as they are decoded; those of training are kept in
-    data_dir/cache."""
-    import hashlib
-
-    import torch
-
-    import packed
-    from runtime import ranks
-
-    def features(loader: Any) -> 'Tensor':
-        parts = []
-        mine = ranks.my_items(loader.size)
-        for rows in torch.tensor(mine).split(256):
-            x, *_ = loader.take(rows)
-            with torch.no_grad():
-                parts.append(detector.features(trainer.decode(trainer.encode(x))).cpu())
-        return ranks.gather_items(torch.cat(parts), loader.size)
-
-    def kept(loader: Any, part: str) -> 'Tensor':
-        first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
-        pixels = (first.double().cpu() * 1000).round().flatten().tolist()  # of another encoder they are others
-        mark = f'{detector.digest} {loader.fingerprint} {part} {pixels}'
-        name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
-        path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
-        if ranks.on_main(lambda: packed.cached(path) is None):
-            found = features(loader)
-            ranks.on_main(lambda: packed.write(path, found, torch.zeros(len(found), dtype=torch.int64)))
-        return packed.read(path)['x']
-
-    return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')
-
-
 def judge(
     options: Evaluate, trainer: 'BaseDiffusionTrainer', detector: 'Detector', reference: tuple['Tensor', 'Tensor']
 ) -> dict[str, float]:
@@ -182,7 +152,7 @@ def judge(
     import torch
     from tqdm import tqdm
 
-    from distances import Moments, compare, frechet
+    from distances import compare
     from generate import Generate, inputs_of
     from runtime import ranks, stopping
     from utils import NoiseOfEach
@@ -207,19 +177,12 @@ def judge(
     values: dict[str, float] = {}
     if right and trainer.config.label_dropout < 1:
         values['label_agreement'] = float(ranks.gather_items(torch.cat(right), options.num).mean())
-    train, held_out = reference
-
-    def distances() -> dict[str, float]:
-        drawn = torch.randint(len(train), (options.num,), generator=torch.Generator().manual_seed(0))
-        real = frechet(Moments(train[drawn]), Moments(train))
-        return compare(mine_done, train, held_out) | {'real_frechet': real}
-
     if options.num <= mine_done.shape[1]:
         ranks.print_once(
             f'warning: {options.num} samples for {mine_done.shape[1]} features: frechet is far from its value for many '
             'samples, so look at real_frechet beside it, or draw more'
         )
-    computed = ranks.on_each(lambda: distances() if ranks.is_main() else {}, patient=True)
+    computed = ranks.on_each(lambda: compare(mine_done, *reference) if ranks.is_main() else {}, patient=True)
     return values | ranks.on_main(lambda: computed) | dict(images_per_second=rate)
 
 

@@ -19,9 +19,11 @@ import report as run_report
 import utils
 from batches import ProcessedBatch
 from data_loaders import HeldOutSampler
+from detectors import DETECTORS, MOST_PIXELS, features_of_data
+from distances import compare
 from logging_utils import RunningMeans
 from loss_weights import pair_warning
-from prediction import get_model_convert_fn
+from reference import bounds, reference_errors
 from runtime import ranks, resume, stopping
 from runtime.ranks import print_once
 from sampling import ModelFn
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
 
 T = TypeVar('T')
-GOLDEN = (math.sqrt(5) - 1) / 2
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
 # ---------------------------------------------------------------- what is due at a step
@@ -54,13 +55,16 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
                 pictures.sample_grids(trainer)
             if last and c.final_eval:
                 values |= final_metrics(trainer)
+            elif trainer.due(c.eval_metrics_every) and not last and is_judged(trainer):
+                name = next(iter(trainer.samplers()))
+                values |= {f'eval/{name}/{key}': value for key, value in judged(trainer, name).items()}
         values |= logged
     finally:  # when asked to stop: what was computed before it
         if values:
             ranks.on_main(lambda: trainer.logger.log(values, trainer.step))  # a full disk is an error on every rank
     if trainer.due(c.sample_every):
         ranks.on_main(lambda: run_report.update(c.run_dir))
-    if any(map(trainer.due, (c.log_every, c.eval_every, c.sample_every, c.save_every))):
+    if any(map(trainer.due, (c.log_every, c.eval_every, c.eval_metrics_every, c.sample_every, c.save_every))):
         trainer.speed.restart(trainer.step)
         trainer.train_loader.waited = 0.0
 
@@ -75,7 +79,7 @@ def summary(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
     if speed is not None:  # not in a line that a resumed run writes again
         values['train/images_per_second'] = speed
         values['train/waiting'] = trainer.train_loader.waited / trainer.speed.seconds()
-        trainer.progress.show(trainer.step, values.get('train/loss', math.nan), speed)
+        trainer.progress.show(trainer.step, values.get('train/loss', math.nan), speed, seconds_at_end(trainer))
     return values
 
 
@@ -105,7 +109,9 @@ def evaluate(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
         values |= {f'eval/{key.removeprefix("train/")}{suffix}': value for key, value in logged.items()}
     if trainer.has_reference:
         values |= reference(trainer, next(iter(trainer.weights().values())))
-    return values
+    if trainer.bounds is None:
+        trainer.bounds = bounds(trainer)
+    return values | trainer.bounds
 
 
 def held_out_loss(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> float:
@@ -124,33 +130,6 @@ def reference(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | 
     with collected(trainer):  # what prepare_batch_fn logs is in eval/... already
         means = held_out_means(trainer, module, functools.partial(reference_errors, trainer), rounds).means()
     return {name.replace('loss', 'eval/reference', 1): value for name, value in means.items()}
-
-
-def reference_errors(
-    trainer: 'BaseDiffusionTrainer', batch: ProcessedBatch, index: Tensor, model_fn: ModelFn
-) -> tuple[Tensor, Tensor]:
-    """(errors (B,), times (B,) of the straight line) for held-out images number `index` (B,).
-
-    An error e of x0 makes one of -alpha / sigma e in x1 = (xt - alpha x0) / sigma, so the velocity's is
-    1 + alpha / sigma times as large.
-    """
-    t = 0.001 + 0.998 * ((index.double() + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
-    time = trainer.process.time_of_log_snr(2 * (1 / t - 1).log()).to(batch.x0.dtype)
-    coefs = trainer.process(time)
-    x1 = noise_of(index, batch.x0) if trainer.independent else batch.x1
-    xt = trainer.process.compute_xt(batch.x0, x1, coefs)
-    cond = batch.cond | ({'s': time} if 's' in batch.cond else {})  # of two times: the velocity at one
-    out = model_fn(xt, time, batch.label, **cond)
-    x0 = get_model_convert_fn(trainer.config.model_type)(out, time, xt, coefs).x0
-    return utils.image_square_error(x0, batch.x0) * (1 + coefs.alpha / coefs.sigma).square(), t.to(batch.x0.dtype)
-
-
-def noise_of(index: Tensor, like: Tensor) -> Tensor:
-    """N(0, I) of the shape of `like`, for each image a function of its number alone."""
-    noise = torch.empty(like.shape)
-    for i, number in enumerate(index.tolist()):
-        noise[i].normal_(generator=torch.Generator().manual_seed(number))
-    return noise.to(like)
 
 
 def held_out_means(
@@ -227,25 +206,67 @@ def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
         print_once(f'eval/reference is left out: this network cannot be asked as a denoiser ({error})')
 
 
-def final_metrics(trainer: 'BaseDiffusionTrainer', num_samples: int = 1000) -> dict[str, float]:
-    """`sample_metrics` of the judged weights' samples by every sampler, printed and returned as final/<sampler>/..."""
-    c = trainer.config
-    if not trainer.data.pixel_metrics and not utils.overridden(trainer, 'sample_metrics'):
-        print_once(
-            f'final_eval: pixels say little about {c.dataset!r}, so no metrics; override sample_metrics for yours'
-        )
-        return {}
-    weights, module = next(iter(trainer.weights().items()))
-    inputs = trainer.sample_inputs(num_samples)
+NUM_JUDGED = 1000  # samples
+
+
+def final_metrics(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
+    """final/<sampler>/...: numbers for the judged weights' samples by every sampler, printed too."""
     values: dict[str, float] = {}
-    for name, sampler in trainer.samplers().items():
-        print_once(f'drawing {num_samples} samples: {weights} weights, {name} ...')
-        try:
-            x = pictures.generate(trainer, sampler, module, inputs)
-        except stopping.RankFailed:
-            print_once(pictures.no_memory(trainer, name, 'its metrics are'))
-            continue
-        numbers = ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
-        print_once(metrics.describe(numbers))
-        values |= {f'final/{name}/{key}': float(value) for key, value in numbers.items()}
+    if not is_judged(trainer):
+        print_once(f'final_eval: nothing here can judge samples of {trainer.config.dataset!r}: override sample_metrics')
+        return values
+    for name in trainer.samplers():
+        values |= {f'final/{name}/{key}': value for key, value in judged(trainer, name).items()}
     return values
+
+
+def is_judged(trainer: 'BaseDiffusionTrainer') -> bool:
+    """Whether samples can be compared with the data: images or few numbers, and enough of them; or as an experiment
+    says."""
+    if trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics'):
+        return True
+    x = trainer.decode(trainer.example.x0[:1])
+    few = x.is_floating_point() and x.numel() <= MOST_PIXELS
+    return (pictures.kind(x) == 'images' or few) and min(trainer.train_loader.size, trainer.test_loader.size) >= 10
+
+
+def judged(trainer: 'BaseDiffusionTrainer', sampler: str) -> dict[str, float]:
+    """Numbers for samples of the judged weights by the sampler of this name, printed too, on every rank."""
+    weights, module = next(iter(trainer.weights().items()))
+    inputs = trainer.sample_inputs(NUM_JUDGED)
+    print_once(f'drawing {NUM_JUDGED} samples: {weights} weights, {sampler} ...')
+    try:
+        x = pictures.generate(trainer, trainer.samplers()[sampler], module, inputs)
+    except stopping.RankFailed:
+        print_once(pictures.no_memory(trainer, sampler, 'its metrics are'))
+        return {}
+    if trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics'):
+        numbers = ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
+    else:
+        numbers = compared(trainer, x, inputs.label)
+    print_once(metrics.describe(numbers))
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def compared(trainer: 'BaseDiffusionTrainer', x: Tensor, label: Tensor | None) -> dict[str, float]:
+    """Distances of decoded samples (n, ...) from the training data, by a classifier of these, or by their values where
+    there are no images or no classes. For numbers to publish there is evaluate.py."""
+    images = x.ndim == 4 and trainer.data.scale == 'image'
+    detector = DETECTORS['classifier' if images and trainer.data.num_classes > 1 else 'pixels'](trainer, '')
+    print_once(f'  judged by {detector.about}')
+    reference = features_of_data(trainer, detector)
+    values = {}
+    with torch.no_grad():
+        features = torch.cat([detector.features(part.to(trainer.device)).cpu() for part in x.split(256)])
+        if detector.predict is not None and label is not None and trainer.config.label_dropout < 1:
+            seen = torch.cat([detector.predict(part.to(trainer.device)) for part in x.split(256)])
+            values['label_agreement'] = float((seen == label).float().mean())
+    return values | ranks.on_main(lambda: compare(features, *reference, most=5000))
+
+
+def seconds_at_end(trainer: 'BaseDiffusionTrainer') -> float | None:
+    """What the samples at the end will take, as far as is known; None before the first were drawn."""
+    c, samplers = trainer.config, len(trainer.samplers())
+    n = c.final_pictures * samplers * len(trainer.weights()) * pictures.num_shown(trainer)
+    n += c.final_eval * is_judged(trainer) * samplers * NUM_JUDGED
+    return n * trainer.seconds_a_sample if n == 0 or trainer.seconds_a_sample else None

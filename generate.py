@@ -302,36 +302,20 @@ def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[i
     import torchvision
     from PIL import Image
 
+    import pictures
     import utils
     from runtime import stopping
     from utils import NoiseOfEach
 
-    frames: list[Tensor] = []
-    usual = trainer.sample_fn
-
-    def recorded(*args: Any, callback: Any = None, **kwargs: Any) -> 'Tensor':
-        def record(i: int, t: float, x: 'Tensor') -> None:
-            coefs = trainer.process(torch.tensor([t], dtype=torch.float64))
-            frames.append(trainer.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
-            if callback is not None:
-                callback(i, t, x)
-
-        return usual(*args, callback=record, **kwargs)
-
     indices = list(range(min(options.num, 3 * out.columns)))
-    trainer.sample_fn = recorded
-    try:
-        inputs = inputs_of(trainer, indices, labels, options)
-        with torch.no_grad(), stopping.asking_nobody(), NoiseOfEach(options.seed, 'draw', indices):
-            trainer.draw(trainer.get_model_fn(trainer.network), inputs, trainer.config.solver)
-    finally:
-        trainer.sample_fn = usual
+    inputs = inputs_of(trainer, indices, labels, options)
+    model_fn = trainer.get_model_fn(trainer.network)
+    with torch.no_grad(), stopping.asking_nobody(), NoiseOfEach(options.seed, 'draw', indices):
+        frames = pictures.path(trainer, lambda: trainer.draw(model_fn, inputs, trainer.config.solver))
     if not frames:
         raise SettingError(f'trajectory=True: {type(trainer).__name__}.draw does not call self.sample_fn.')
     frames.insert(0, trainer.decode(inputs.x1).cpu())
-    rows = torch.stack(frames, 1)[: min(len(indices), 8)]  # (n, steps, C, H, W)
-    shown = rows[:, torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], 12)).round().long()]
-    torchvision.io.write_png(utils.image_grid(shown.flatten(0, 1), shown.shape[1]), str(out.beside('path.png')))
+    torchvision.io.write_png(pictures.in_rows([x[:8] for x in frames]), str(out.beside('path.png')))
     grids = [Image.fromarray(utils.image_grid(x, out.columns).permute(1, 2, 0).numpy()) for x in frames]
     durations = [100] * (len(grids) - 1) + [1500]
     grids[0].save(out.beside('path.gif'), save_all=True, append_images=grids[1:], duration=durations, loop=0)

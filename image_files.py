@@ -30,6 +30,7 @@ class ImageFiles(Dataset):
     size: tuple[int, int]  # H, W
     channels: int
     background: tuple[int, int, int]
+    passed_over: str = ''  # in words
 
     def __len__(self) -> int:
         return len(self.files)
@@ -134,13 +135,13 @@ def list_images(config: Config) -> ImageFiles:
     labels = [classes.index(folder) if classes else 0 for folder in folders]
     size = (config.image_size[0], config.image_size[-1])
     channels = 1 if all(is_grey(root / name) for name in files) else 3
+    passed_over = ''
     if others:
         from runtime.ranks import print_once
 
-        print_once(
-            f'image_folder: passed over {sum(others.values())} files that are no images: {counts_in_words(others)}'
-        )
-    return ImageFiles(root, files, labels, classes, size, channels, background_of(config))
+        passed_over = f'passed over {sum(others.values())} files that are no images: {counts_in_words(others)}'
+        print_once(f'image_folder: {passed_over}')
+    return ImageFiles(root, files, labels, classes, size, channels, background_of(config), passed_over)
 
 
 def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:

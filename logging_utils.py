@@ -340,16 +340,18 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def show(self, step: int, loss: float, images_per_second: float) -> None:
-        """The time left is that of the steps, with what is drawn and evaluated between them, not of what follows."""
+    def show(self, step: int, loss: float, images_per_second: float, after: float | None = None) -> None:
+        """The time left is that of the steps, with what is drawn and evaluated between them, and `after`, the seconds
+        of what follows the last step; None: they are not known yet."""
         speed = f'{images_per_second:.0f} images/s'
         if self.bar is not None:
             self.bar.set_postfix_str(f'loss {loss:.4f}, {speed}')
         elif time.monotonic() - self.last >= self.every or step == self.total:
             began, first = self.start
             self.last = time.monotonic()
-            minutes = (self.last - began) / max(step - first, 1) * (self.total - step) / 60
-            print_once(f'step {step}/{self.total}  loss {loss:.4f}  {speed}  {minutes:.1f} min of training left')
+            seconds = (self.last - began) / max(step - first, 1) * (self.total - step) + (after or 0)
+            left = 'min of training left, then samples' if after is None else 'min left'
+            print_once(f'step {step}/{self.total}  loss {loss:.4f}  {speed}  {seconds / 60:.1f} {left}')
 
     def close(self) -> None:
         if self.bar is not None:

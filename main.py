@@ -83,10 +83,11 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     `run_dir` is the run's folder, or one of its .pt files for an earlier step.
 
     Its class, config class and table entries are those of the script that made it, which is imported. `network` has the
-    first moving average of the weights, another by its name (`ema_0.99`), or the raw ones, which replaying a step
-    needs. `settings` take the place of those of the run, such as solver='heun' or guidance_scale=2; they must be among
-    those that do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
-    SettingError if the run, its script or the weights are not there, or a setting cannot be changed.
+    first moving average of the weights, another by its name (`ema_0.99`), one of a length that is chosen now
+    (`posthoc_0.1`, see saving.posthoc_weights), or the raw ones, which replaying a step needs. `settings` take the
+    place of those of the run, such as solver='heun' or guidance_scale=2; they must be among those that do not change
+    what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises SettingError if the run, its
+    script or the weights are not there, or a setting cannot be changed.
     """
     import saving
     from runtime import resume, run_record
@@ -106,6 +107,9 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
     with resume.reading(checkpoint):
         trainer = build(config, trainer_class)
+    if weights.startswith(saving.POSTHOC):
+        trainer.network.load_state_dict(saving.posthoc_weights(checkpoint, weights))
+        return trainer
     found = trainer.weights()
     name = next(iter(found)) if weights == 'ema' else weights
     if name not in found:

@@ -75,6 +75,10 @@ def pixel_metrics(
 
 # what `describe` says of each value; others are left to the reader
 SENTENCES = {
+    'frechet': 'Frechet distance to the training images: {:.4g}',
+    'real_frechet': 'the same distance of as many real images: {:.4g}',
+    'precision': 'samples that look like data (precision): {:.1%}',
+    'recall': 'data that look like samples (recall): {:.1%}',
     'label_agreement': 'a classifier of real images sees the asked label in {:.1%}',
     'frechet_pixels': 'Frechet distance to the training images, in pixels: {:.3f}',
     'frechet_real': 'the same distance of as many real images: {:.3f}',

@@ -2,8 +2,9 @@
 
 import functools
 import io
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ def kind(x: Tensor) -> str | None:
     return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
 
-def picture_of(x: Tensor, beside: list[Tensor], columns: int) -> Tensor | None:
+def picture_of(x: Tensor, beside: list[Tensor], columns: int, names: Sequence[str] = ()) -> Tensor | None:
     """x, right of those of `beside` that are of its kind, as one picture (3, H, W) uint8; None if it cannot be shown.
+
+    `names` stand at images: one for each of x, and for each of those of `beside` that are as many.
 
     Images that leave [0, 1] are scaled, all of one tensor alike: the smallest value is black and the largest white.
     """
@@ -44,7 +47,9 @@ def picture_of(x: Tensor, beside: list[Tensor], columns: int) -> Tensor | None:
         return scatter(shown)
     if kind(x) is None:
         return None
-    grids = [utils.image_grid(within_unit(part), columns) for part in shown]
+    grids = [
+        utils.image_grid(within_unit(part), columns, names=names if len(part) == len(names) else ()) for part in shown
+    ]
     height = max(grid.shape[1] for grid in grids)
     apart = [GAP] * (len(grids) - 1) + [0]
     white = [(0, right, 0, height - grid.shape[1]) for grid, right in zip(grids, apart, strict=True)]
@@ -79,13 +84,38 @@ def scatter(sets: list[Tensor]) -> Tensor:
 
 
 def columns(trainer: 'BaseDiffusionTrainer') -> int:
-    """Of a grid of samples: one for each class."""
-    return min(10, trainer.data.num_classes) if trainer.data.num_classes > 1 else 8
+    """Of a grid of samples: a class a column, if there are 2 to 20; of few classes, all of them several times."""
+    classes = trainer.data.num_classes
+    return classes * max(1, 10 // classes) if 2 <= classes <= 20 else 10 if classes > 20 else 8
 
 
 def num_shown(trainer: 'BaseDiffusionTrainer') -> int:
-    """How many samples a picture has: six rows of images, or enough points to see a density."""
-    return POINTS_SHOWN if kind(trainer.decode(trainer.example.x0[:1])) == 'points' else 6 * columns(trainer)
+    """How many samples a picture has: about 60 images, but at least one of each of up to 100 classes, or enough points
+    to see a density."""
+    if kind(trainer.decode(trainer.example.x0[:1])) == 'points':
+        return POINTS_SHOWN
+    row, classes = columns(trainer), trainer.data.num_classes
+    if classes > 20:
+        return -(-min(classes, 100) // row) * row
+    return row * max(3, 60 // row)
+
+
+def names_of(trainer: 'BaseDiffusionTrainer', label: Tensor | None) -> list[str]:
+    """The names of the classes of samples (n,), to stand at them; empty if the network has learned none."""
+    data = trainer.data
+    if label is None or label.ndim != 1 or data.num_classes < 2 or trainer.config.label_dropout == 1:
+        return []
+    names = [*(data.classes or map(str, range(data.num_classes))), 'none']
+    return [names[i] for i in label.tolist()]
+
+
+def show(
+    trainer: 'BaseDiffusionTrainer', name: str, x: Tensor, beside: list[Tensor], label: Tensor | None = None
+) -> None:
+    """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
+    picture = picture_of(x, beside, columns(trainer), names_of(trainer, label))
+    if picture is not None:
+        trainer.logger.log_picture(name, picture, trainer.step)
 
 
 def solvers(trainer: 'BaseDiffusionTrainer') -> list[str]:
@@ -113,6 +143,7 @@ def generate(trainer: 'BaseDiffusionTrainer', sampler: Sampler, module: nn.Modul
     mine = torch.tensor(ranks.my_items(n), device=trainer.device)
     at_once = trainer.shards_per_micro_step() * c.global_batch_size // c.batch_shards  # as many images as in training
     drawn: list[Tensor] = []
+    began = time.monotonic()
     try:
         for i, part in enumerate(mine.split(at_once)):
             utils.seed_everything(c.seed, 'generate', ranks.rank(), i)  # for the SDE
@@ -124,7 +155,9 @@ def generate(trainer: 'BaseDiffusionTrainer', sampler: Sampler, module: nn.Modul
             torch.cuda.empty_cache()
         print(f'rank {ranks.rank()}: {error}', flush=True)
         stopping.raise_if_stopped(failed=True)
-    return ranks.gather_items(torch.cat(drawn), n)
+    samples = ranks.gather_items(torch.cat(drawn), n)
+    trainer.seconds_a_sample = (time.monotonic() - began) / n
+    return samples
 
 
 def ways(trainer: 'BaseDiffusionTrainer') -> Iterator[tuple[str, Sampler, str, nn.Module]]:
@@ -142,17 +175,64 @@ def no_memory(trainer: 'BaseDiffusionTrainer', sampler: str, what: str) -> str:
 
 
 def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
-    """A picture of the samples of every sampler and all weights, with what they started from on the left."""
+    """A picture of the samples of every sampler and all weights, with what they started from on the left; and one of
+    the paths on which the first of them came about."""
     inputs = trainer.sample_inputs(num_shown(trainer))
     beside = inputs.beside or [trainer.decode(inputs.x1)]
+    own = utils.overridden(trainer, 'show')
+    to_show = trainer.show if own else functools.partial(show, trainer, label=inputs.label)
     for sampler_name, sampler, weights, module in ways(trainer):
         try:
             x = generate(trainer, sampler, module, inputs)
         except stopping.RankFailed:
             print_once(no_memory(trainer, sampler_name, 'this picture is'))
             continue
-        show = functools.partial(trainer.show, f'step_{trainer.step:07d}_{sampler_name}_{weights}', x, beside)
-        ranks.on_main(show)
+        ranks.on_main(functools.partial(to_show, f'step_{trainer.step:07d}_{sampler_name}_{weights}', x, beside))
+    if kind(beside[0]) == 'images':
+        show_paths(trainer, inputs)
+
+
+def show_paths(trainer: 'BaseDiffusionTrainer', inputs: 'SampleInputs') -> None:
+    """A picture with a row for each of the first samples, from what they started from to the image, by the first
+    sampler and the weights by which the run is judged. Every process draws them all."""
+    _, sampler, _, module = next(ways(trainer))
+    few = utils.rows(inputs, torch.arange(min(6, trainer.config.global_batch_size // trainer.config.batch_shards)))
+    utils.seed_everything(trainer.config.seed, 'show_paths')
+    with torch.no_grad():
+        frames = path(trainer, lambda: sampler(trainer.get_model_fn(module), few))
+    if frames:
+        frames = [trainer.decode(few.x1).cpu(), *frames]
+        picture = in_rows(frames)
+        ranks.on_main(lambda: trainer.logger.log_picture(f'step_{trainer.step:07d}_path', picture, trainer.step))
+
+
+def path(trainer: 'BaseDiffusionTrainer', draw: Callable[[], Tensor]) -> list[Tensor]:
+    """x(t) / sqrt(alpha^2 + sigma^2), decoded, (n, ...) after each step of the solver while `draw()` runs; empty if it
+    does not use the trainer's `sample_fn`."""
+    usual, frames = trainer.sample_fn, []
+
+    def recorded(*args: Any, callback: Any = None, **kwargs: Any) -> Tensor:
+        def record(i: int, t: float, x: Tensor) -> None:
+            coefs = trainer.process(torch.tensor([t], dtype=torch.float64))
+            frames.append(trainer.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
+            if callback is not None:
+                callback(i, t, x)
+
+        return usual(*args, callback=record, **kwargs)
+
+    trainer.sample_fn = recorded
+    try:
+        draw()
+    finally:
+        trainer.sample_fn = usual
+    return frames
+
+
+def in_rows(frames: list[Tensor], at_most: int = 12) -> Tensor:
+    """Frames, each of images (n, C, H, W), as a picture (3, H', W') uint8 with a row for each image."""
+    rows = torch.stack(frames, 1)  # (n, frames, C, H, W)
+    shown = rows[:, torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], at_most)).round().long()]
+    return utils.image_grid(shown.flatten(0, 1), shown.shape[1])
 
 
 def first_drawing(trainer: 'BaseDiffusionTrainer') -> None:

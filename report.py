@@ -29,7 +29,8 @@ svg { max-width: 100%; height: auto; color: var(--text) } pre { white-space: pre
 """
 # Curves of a report: title -> names in the record; * stands for the rest of a name.
 CURVES: dict[str, tuple[str, ...]] = {
-    'loss': ('train/loss', 'eval/loss*', 'eval/reference'),
+    'loss': ('train/loss', 'eval/loss*'),
+    'reference loss': ('eval/reference',),
     'training loss by time': ('train/loss_t_*',),
     'reference loss by time': ('eval/reference_t_*',),
     'gradient norm': ('train/grad_norm*',),
@@ -71,6 +72,15 @@ class Run:
             or (pattern[-1] == '*' and name.startswith(pattern[:-1]) and ('_t_' in pattern) == ('_t_' in name))
         ]
 
+    def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
+        """(floors of the curves that have one, the reference loss of what has learned nothing), see reference.py."""
+        last: dict[str, Any] = {}
+        for line in self.lines:
+            last |= {name: value for name, value in line.items() if 'floor' in name or 'gaussian' in name}
+        floor_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
+        floors = {name: last[floor] for name, floor in floor_of.items() if floor in last}
+        return floors, last.get('eval/reference_gaussian') if list(names) == ['eval/reference'] else None
+
     def final(self) -> dict[str, float]:
         """The last value of each name of the record that tells how good the run is."""
         found: dict[str, float] = {}
@@ -111,33 +121,42 @@ def read(folder: str | Path) -> Run:
 # ---------------------------------------------------------------- parts of a page
 
 
-def plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, band: float | None = None) -> str:
-    """Curves (x, y) as SVG on no background; empty if there is no point. `band`: a level that is drawn, too."""
+def plot(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    floors: Mapping[str, float] | None = None,
+    ceiling: float | None = None,
+) -> str:
+    """Curves (x, y) as SVG on no background; empty if there is no point. `floors`: for some of the curves, the level
+    that they cannot get below, dotted. `ceiling`: with one floor, all between the two is shaded."""
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
-    curves = {name: xy for name, xy in curves.items() if len(xy[0])}
+    curves, floors = {name: xy for name, xy in curves.items() if len(xy[0])}, floors or {}
     if not curves:
         return ''
     grey = '#808080'  # seen on white and on black
     figure = Figure(figsize=(5.4, 3.2))
     figure.patch.set_alpha(0)
-    ax = figure.add_axes((0.13, 0.1, 0.66 if all('_t_' in name for name in curves) else 0.85, 0.8))
-    ax.patch.set_alpha(0)
     by_time = all('_t_' in name for name in curves)
+    ax = figure.add_axes((0.13, 0.1, 0.66 if by_time else 0.85, 0.8))
+    ax.patch.set_alpha(0)
+    lowest = min(value for _, y in curves.values() for value in y)
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
         label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name
         ax.plot(x, y, color=color, label=label, linewidth=1.3, marker='.' if len(x) < 3 else None)
-    if band is not None:
-        ax.axhline(band, color=grey, linestyle=':', label='best possible')
+        if floors.get(name, 0) > lowest / 20:  # a floor of next to nothing would squeeze the curves
+            ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
+    if ceiling is not None:
+        ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='of what can be learned')
     if title not in LINEAR and all(value > 0 for _, y in curves.values() for value in y):
         ax.set_yscale('log')
-    ax.set_title(title, color=grey)
+    ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)
     ax.tick_params(colors=grey, which='both')
     for spine in ax.spines.values():
         spine.set_color(grey)
-    if len(curves) > 1:
+    if len(curves) > 1 or floors:
         place = dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}
         ax.legend(fontsize=7, framealpha=0, labelcolor=grey, **place)
     file = io.StringIO()
@@ -145,6 +164,25 @@ def plot(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: s
         figure.savefig(file, format='svg', metadata={'Date': None})
     text = file.getvalue()
     return text[text.index('<svg') :]
+
+
+def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of evaluation.jsonl that differ in evaluations or guidance: the Frechet distance against these, with a
+    curve for each choice of the rest. Only lines that compare with the last: detector, counts and seed are the same."""
+    alike = [x for x in lines if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
+    rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
+    varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
+    plots = []
+    for along in ('nfe', 'guidance_scale'):
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for x in sorted(rows, key=lambda x: x.get(along, 0)):
+            name = ', '.join(f'{k} {text_of(x.get(k))}' for k in varied if k != along) or 'frechet'
+            xs, ys = curves.setdefault(name, ([], []))
+            xs.append(x.get(along, 0))
+            ys.append(x['frechet'])
+        if along in varied:
+            plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
+    return plots
 
 
 def image(path: Path, caption: str) -> str:
@@ -197,20 +235,20 @@ def report(run: Run) -> str:
     step = run.lines[-1]['train/step'] if run.lines else 0
     total = run.config.get('num_training_steps', 0)
     start = run.starts[-1] if run.starts else {}
-    plots = [plot({name: run.curve(name) for name in run.names(names)}, title) for title, names in CURVES.items()]
+    plots = [
+        plot({name: run.curve(name) for name in run.names(names)}, title, *run.bounds(run.names(names)))
+        for title, names in CURVES.items()
+    ]
     pictures, by_step = run.pictures(), {}
     for path in pictures:
         by_step.setdefault(path.name.split('_')[1], []).append(path)
     steps = list(by_step)
     data = run.folder / 'samples/data_and_augmented.png'
-    columns = 'weights solver nfe guidance_scale num detector frechet real_frechet label_agreement'.split()
     return page(
         f'{run.name}: step {step} of {total}',
         {
             'Numbers': table(sorted(run.final().items())),
-            'Evaluations': table([[e.get(c) for c in columns] for e in run.evaluations], columns)
-            if run.evaluations
-            else '',
+            'Evaluations': evaluations_of(run),
             'Curves': row(plots),
             'Newest samples': row([image(path, path.stem) for path in by_step[steps[-1]]]) if steps else '',
             'First samples': row([image(path, path.stem) for path in by_step[steps[0]]]) if len(steps) > 1 else '',
@@ -219,6 +257,13 @@ def report(run: Run) -> str:
             'Started': table([(name, start[name]) for name in STARTED if name in start]),
         },
     )
+
+
+def evaluations_of(run: Run) -> str:
+    """What evaluate.py has found out: a table, and plots of sweeps."""
+    columns = 'weights solver nfe guidance_scale num detector frechet real_frechet label_agreement'.split()
+    rows = [[line.get(c) for c in columns] for line in run.evaluations]
+    return table(rows, columns) + row(sweep_plots(run.evaluations)) if rows else ''
 
 
 def update(folder: Path) -> None:

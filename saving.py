@@ -4,6 +4,7 @@ A training checkpoint holds:
 version, config        of the format; the settings, as a dict
 trainer, code, data    what made it: 'file.py:Class', the experiment's source text, the data's fingerprint
 shape, num_classes, cond                  what the network was built for
+classes, about_data                       the names of the classes; sizes and counts in words
 step, finished, wandb_id, bad_steps, record
 network, ema, optimizer                   and modules, emas, optimizers: what an experiment adds; state: its `state()`
 Nothing random is stored: randomness is a function of (seed, step).
@@ -14,16 +15,19 @@ import dataclasses
 import errno
 import os
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from config import Config, SettingError, differences
+from ema import posthoc_mixture
 from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
@@ -209,6 +213,47 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The weights of the first moving average, the raw ones if there is none."""
     averages = checkpoint['ema']['networks']
     return next(iter(averages.values())) if averages else checkpoint['network']
+
+
+POSTHOC = 'posthoc_'  # posthoc_0.1: weights by the name of their relative width
+
+
+def posthoc_weights(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Averaged weights of a length chosen after training: `name` is posthoc_WIDTH, WIDTH the standard deviation of the
+    averaged steps in units of the training so far, as 0.1. They are mixed from all averages in the run's checkpoints up
+    to this one (ema.posthoc_mixture), and how well that went is printed.
+
+    Raises SettingError if the name is not such, or there are too few averages for this width.
+    """
+    width = float(name.removeprefix(POSTHOC)) if re.fullmatch(r'posthoc_0?[.]\d+', name) else 0.0
+    if not 0.01 <= width <= 0.25:
+        raise SettingError(f'weights={name!r}: write posthoc_ and a width from 0.01 to 0.25, such as posthoc_0.1.')
+    last = load_checkpoint(checkpoint)
+    n = last['ema']['num_updates']
+    others = sorted({*checkpoint.parent.glob('step_*.pt'), *checkpoint.parent.glob('last*.pt')} - {checkpoint})
+    saved: dict[tuple[float, int], Path] = {}
+    for path in [checkpoint, *others]:
+        ema = (last if path == checkpoint else load_checkpoint(path))['ema']
+        if ema['num_updates'] <= n:
+            saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks']) if ema['num_updates']}
+    keys = list(saved)
+    factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
+    print_once(f'{name}: {len(keys)} averages of {checkpoint.parent} come within {error:.1%} of this profile')
+    if error > 0.3:
+        raise SettingError(
+            f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
+            'Choose another width, or save more in training: a lower --keep_every, two --ema_decays.'
+        )
+    total: dict[str, Any] = {}
+    for path in dict.fromkeys(saved.values()):
+        found = load_checkpoint(path)
+        for (decay, updates), factor in zip(keys, factors, strict=True):
+            if saved[decay, updates] == path:
+                weights = found['ema']['networks'][decay] if decay else found['network']
+                for key, value in weights.items():
+                    usual = value.is_floating_point()
+                    total[key] = total.get(key, 0) + factor * value.double() if usual else last['network'][key]
+    return {key: value.to(last['network'][key].dtype) for key, value in total.items()}
 
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:

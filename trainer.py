@@ -100,9 +100,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
 
     def show(self, name: str, x: Tensor, beside: list[Tensor]) -> None:
         """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
-        picture = pictures.picture_of(x, beside, pictures.columns(self))
-        if picture is not None:
-            self.logger.log_picture(name, picture, self.step)
+        pictures.show(self, name, x, beside)
 
     def state(self) -> dict:
         """What a checkpoint holds beside modules and optimizers: tensors, numbers, strings, lists and dicts of them."""
@@ -152,9 +150,11 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.step, self.finished, self.wandb_id = 0, False, None
         self.start: dict | None = None  # the entry of this start in run.json
         self.means = RunningMeans(device)  # since the last line of the record
+        self.seconds_a_sample = 0.0  # when samples were last drawn
         self.bad_steps = BadSteps(config, device)
         self.shard_position: tuple[int, int] = (0, 1)  # which shard of how many is being prepared
         self.loss_needs_gradients, self.has_reference = False, True  # found out by evaluation.rehearse
+        self.bounds: dict[str, float] | None = None  # of the losses, once they are known
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
 
     @cached_property

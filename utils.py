@@ -185,24 +185,52 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2) -> Tensor:
+def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, names: Sequence[str] = ()) -> Tensor:
     """Images (B, C, H, W) in [0, 1], row by row, as one picture (3, H', W') uint8.
 
     Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay
-    white.
+    white. `names`, one for each image, stand above the columns if all images of a column have the same, else below
+    each image.
     """
     b, _, h, w = images.shape
     factor = -(-min_side // min(h, w))
     cells = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     cells = cells[:, :3] if cells.shape[1] >= 3 else cells[:, :1].expand(-1, 3, -1, -1)
     cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    by_column = all(name == names[i % columns] for i, name in enumerate(names))
+    height = 0 if by_column or not names else LINE_HEIGHT  # of a line below each image
     h, w = h * factor + gap, w * factor + gap
     rows = -(-b // columns)
-    picture = torch.full((3, rows * h + gap, columns * w + gap), 255, dtype=torch.uint8)
+    picture = torch.full((3, rows * (h + height) + gap, columns * w + gap), 255, dtype=torch.uint8)
     for i, cell in enumerate(cells):
-        y, x = gap + i // columns * h, gap + i % columns * w
+        y, x = gap + i // columns * (h + height), gap + i % columns * w
         picture[:, y : y + h - gap, x : x + w - gap] = cell
+        if height:
+            picture[:, y + h - gap : y + h - gap + height, x : x + w - gap] = written(names[i], w - gap)
+    if names and by_column:
+        above = [written(name, w - gap) for name in names[:columns]]
+        top = torch.full((3, LINE_HEIGHT, picture.shape[2]), 255, dtype=torch.uint8)
+        for i, line in enumerate(above):
+            top[:, :, gap + i * w : (i + 1) * w] = line
+        picture = torch.cat([top, picture], 1)
     return picture
+
+
+LINE_HEIGHT = 13  # pixels of a line of text in a picture
+
+
+def written(text: str, width: int) -> Tensor:
+    """One line of text in black on white, (3, LINE_HEIGHT, width) uint8; what does not fit is cut off."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new('RGB', (width, LINE_HEIGHT), 'white')
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(10)
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(text + '\u2026', font) > width:
+            text = text[:-1]
+        text += '\u2026'
+    draw.text((width / 2, LINE_HEIGHT / 2), text, 'black', font, anchor='mm')
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class BeginsWhenBuilt(type):

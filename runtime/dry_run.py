@@ -152,8 +152,13 @@ def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
         return -(-steps_left // every) if every else 1
 
     grids = sum(per_image.values()) * shown * len(weights) * (times(config.sample_every) - (not config.final_pictures))
-    judged = trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics')
-    final = sum(per_image.values()) * 1000 if config.final_eval and judged else 0
+    final = sum(per_image.values()) * evaluation.NUM_JUDGED * config.final_eval * evaluation.is_judged(trainer)
+    final += (
+        per_image[next(iter(per_image))]
+        * evaluation.NUM_JUDGED
+        * (config.eval_metrics_every > 0)
+        * (times(config.eval_metrics_every) - 1)
+    )
     saves = stall * times(config.save_every)
     hours = (step * steps_left + grids + final + saves + held_out * times(config.eval_every)) / 3600
     every = config.keep_every

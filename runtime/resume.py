@@ -45,6 +45,8 @@ def objects_of(trainer: Any) -> dict[str, Any]:
     return dict(
         shape=trainer.shape,
         num_classes=trainer.data.num_classes,
+        classes=list(trainer.data.classes),
+        about_data=trainer.train_loader.about,
         cond={name: tuple(value.shape[1:]) for name, value in trainer.example.cond.items()},
         step=trainer.step,
         finished=trainer.finished,

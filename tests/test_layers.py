@@ -13,11 +13,11 @@ LAYERS = [
     'config',
     'runtime.ranks runtime.stopping',
     'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders '
-    'packed image_files array_files hub_images data_utils '
+    'packed image_files array_files hub_images toy2d data_utils '
     'optimizers ema logging_utils',
     'solvers sampling likelihood distances metrics detectors networks saving',
     'runtime.bad_steps runtime.command runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
-    'batches report pictures evaluation',
+    'batches report pictures reference evaluation',
     'trainer',
     'runtime.dry_run',
     'main',
