@@ -3,7 +3,6 @@
 The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --base_lr 3e-4`).
 Later wins: field default < PRESETS[preset] < DEBUG (with --debug) < command line.
 A setting that names a choice (`process_name`, `solver`, ...) is looked up in the table at the end of its file.
-
 This file imports no torch, so `--help` is quick. config_tools.py says which values can be right.
 """
 

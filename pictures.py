@@ -203,7 +203,7 @@ def show_paths(trainer: 'BaseDiffusionTrainer', inputs: 'SampleInputs') -> None:
     if frames:
         frames = [trainer.decode(few.x1).cpu(), *frames]
         picture = in_rows(frames)
-        ranks.on_main(lambda: trainer.logger.log_picture(f'step_{trainer.step:07d}_path', picture, trainer.step))
+        ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step))
 
 
 def path(trainer: 'BaseDiffusionTrainer', draw: Callable[[], Tensor]) -> list[Tensor]:

@@ -240,18 +240,21 @@ def report(run: Run) -> str:
         for title, names in CURVES.items()
     ]
     pictures, by_step = run.pictures(), {}
-    for path in pictures:
-        by_step.setdefault(path.name.split('_')[1], []).append(path)
+    for picture in pictures:
+        by_step.setdefault(picture.name.split('_')[1], []).append(picture)
     steps = list(by_step)
-    data = run.folder / 'samples/data_and_augmented.png'
+    data, path = (run.folder / f'samples/{name}.png' for name in ('data_and_augmented', 'path'))
     return page(
         f'{run.name}: step {step} of {total}',
         {
             'Numbers': table(sorted(run.final().items())),
             'Evaluations': evaluations_of(run),
             'Curves': row(plots),
-            'Newest samples': row([image(path, path.stem) for path in by_step[steps[-1]]]) if steps else '',
-            'First samples': row([image(path, path.stem) for path in by_step[steps[0]]]) if len(steps) > 1 else '',
+            'Newest samples': row([image(each, each.stem) for each in by_step[steps[-1]]]) if steps else '',
+            'First samples': row([image(each, each.stem) for each in by_step[steps[0]]]) if len(steps) > 1 else '',
+            'Newest samples on their way': row([image(path, 'from what they started from, left')])
+            if path.exists()
+            else '',
             'Data': row([image(data, 'as loaded, and as training sees them')]) if data.exists() else '',
             'Settings that differ from the preset': table(sorted(run.changed().items())),
             'Started': table([(name, start[name]) for name in STARTED if name in start]),

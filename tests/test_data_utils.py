@@ -22,6 +22,7 @@ import torchvision
 import data_utils
 from config import SettingError
 from data_utils import DATASETS, setup_data_train_and_test
+from toy2d import TOY2D
 
 CPU = torch.device('cpu')
 
@@ -43,11 +44,33 @@ def test_digits_is_the_agreed_split(tiny_config):
 def test_specs_are_sensible(name):
     spec = DATASETS[name]
     assert (spec.shape is None) == (name in ('image_folder', 'arrays', 'hub'))  # what is read off the files
+    if spec.scale == 'float':
+        assert name in TOY2D and spec.shape == (2,)
+        return
     channels, height, width = spec.shape or (3, 1, 1)
     assert channels in (1, 3) and height == width
     assert name not in ('digits', 'mnist') or not (spec.flip_keeps_label or spec.rotation_keeps_label)
     assert spec.max_value == (16 if name == 'digits' else 255)
     assert not spec.pixel_metrics or channels == 1
+
+
+@pytest.mark.parametrize('name', TOY2D)
+def test_points_are_centred_and_a_function_of_the_seed(name, tiny_config):
+    (x, label), (held_out, _) = DATASETS[name].load(tiny_config(seed=3))
+    assert x.shape == (20_000, 2) and held_out.shape == (2_000, 2)
+    assert x.mean(0).abs().max() < 0.03 and 0.4 < x.std() < 0.6
+    assert sorted(label.unique().tolist()) == list(range(max(1, DATASETS[name].num_classes)))
+    again, other = (DATASETS[name].load(tiny_config(seed=seed))[0][0] for seed in (3, 4))
+    assert torch.equal(x, again) and not torch.equal(x, other) and not torch.equal(x[:2000], held_out)
+
+
+def test_points_lie_where_they_are_said_to(tiny_config):
+    x, label = DATASETS['eight_gaussians'].load(tiny_config())[0]
+    nearest = torch.atan2(x[:, 1], x[:, 0]).div(torch.pi / 4).round().long() % 8
+    assert torch.equal(nearest, label) and (x.norm(dim=1) - 0.7).std() < 0.06
+    x, _ = DATASETS['checkerboard'].load(tiny_config())[0]
+    square = ((x + 0.9) / 0.45).floor().long()
+    assert ((square.sum(1) % 2) == 0).all() and len(square.unique(dim=0)) == 8
 
 
 def test_an_unknown_data_set_lists_the_choices(tiny_config):

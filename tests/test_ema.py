@@ -1,10 +1,11 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ema import EMA
+from ema import EMA, posthoc_mixture, power_profile, weights_of_steps
 
 DECAYS = (0.5, 0.9, 0.99)
 
@@ -169,3 +170,39 @@ def test_no_decays_no_work():
 
 def test_networks_without_weights_or_buffers():
     EMA(nn.Identity(), DECAYS).update(nn.Identity())
+
+
+# ---------------------------------------------------------------- averages of a length that is chosen afterwards
+
+
+@pytest.mark.parametrize('decay', [0.0, 0.5, 0.99])
+def test_the_weights_of_steps_are_those_of_the_average(decay):
+    """An average of a network whose only weight is a unit vector in turn."""
+    network, n = nn.Linear(30, 1, bias=False).requires_grad_(False), 30
+    network.weight.zero_()
+    ema = EMA(network, (decay,))
+    for k in range(n):
+        network.weight.copy_(torch.eye(n)[k : k + 1])
+        ema.update(network)
+    assert np.allclose(weights_of_steps(decay, n), ema.networks[decay].weight[0].numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize(('width', 'gamma'), [(0.05, 16.97), (0.10, 6.94)])
+def test_the_power_profile_has_the_width_and_the_exponent_of_the_paper(width, gamma):
+    """Karras et al. 2024 name gamma 16.97 and 6.94 for these two."""
+    n = 20_000
+    profile, at = power_profile(width, n), np.arange(1, n + 1) / n
+    assert profile.sum() == pytest.approx(1)
+    assert np.sqrt(profile @ at**2 - (profile @ at) ** 2) == pytest.approx(width, rel=1e-3)
+    slope = np.polyfit(np.log(at[n // 2 :]), np.log(profile[n // 2 :]), 1)[0]
+    assert slope == pytest.approx(gamma, abs=0.01)
+
+
+def test_the_mixture_comes_near_the_profile():
+    saved = [(decay, n) for n in range(250, 2001, 250) for decay in (0.0, 0.99, 0.999)]
+    factors, error = posthoc_mixture(saved, 0.1, 2000)
+    assert factors.sum() == pytest.approx(1) and error < 0.05
+    by_hand = sum(f * np.pad(weights_of_steps(d, n), (0, 2000 - n)) for f, (d, n) in zip(factors, saved, strict=True))
+    target = power_profile(0.1, 2000)
+    assert np.linalg.norm(by_hand - target) / np.linalg.norm(target) == pytest.approx(error)
+    assert posthoc_mixture(saved[-3:], 0.1, 2000)[1] > error  # fewer do worse

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import pictures
+from data_utils import DATASETS, DataSpec
 from pictures import GAP, kind, picture_of
-from utils import image_grid
+from utils import LINE_HEIGHT, image_grid, written
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,85 @@ def test_points_of_all_sets_are_in_one_picture():
     alone, both = picture_of(x, [], 3), picture_of(x, [beside], 3)
     assert alone.shape == (3, 400, 400) and both.shape == (3, 400, 800)
     assert both[:, :, :400].float().std() > 10 and both[:, :, 400:].float().std() > 10
+
+
+# ---------------------------------------------------------------- names of classes
+
+
+def test_names_stand_above_the_columns_or_below_each_image():
+    x = torch.zeros(6, 1, 48, 48)
+    plain = image_grid(x, 3)
+    above = image_grid(x, 3, names=['cat', 'dog', 'eel'] * 2)
+    assert torch.equal(above[:, LINE_HEIGHT:], plain)
+    for i, name in enumerate(('cat', 'dog', 'eel')):
+        assert torch.equal(above[:, :LINE_HEIGHT, 2 + 50 * i : 50 + 50 * i], written(name, 48))
+    below = image_grid(x, 3, names=['cat', 'dog', 'eel', 'fox', 'gnu', 'hen'])
+    assert below.shape == (3, plain.shape[1] + 2 * LINE_HEIGHT, plain.shape[2])
+    assert torch.equal(below[:, 50 : 50 + LINE_HEIGHT, 52:100], written('dog', 48))
+    assert torch.equal(below[:, 113 : 113 + LINE_HEIGHT, 52:100], written('gnu', 48))
+    assert (below[:, 63 + 2 : 63 + 50, 2:50] == 0).all()  # the second row of images
+
+
+def test_a_name_that_does_not_fit_is_cut():
+    def ink(text):
+        return written(text, 60) < 128
+
+    assert ink('an').any() and ink('an animal').sum() > ink('an').sum()
+    assert torch.equal(written('a long name of an animal', 60), written('a long name of an aardvark', 60))
+    assert not torch.equal(written('a long name', 200), written('a long nose', 200))
+
+
+@pytest.mark.parametrize(
+    ('classes', 'columns', 'shown'),
+    [(0, 8, 56), (2, 10, 60), (3, 9, 54), (10, 10, 60), (17, 17, 51), (20, 20, 60), (37, 10, 40), (1000, 10, 100)],
+)
+def test_all_classes_are_shown(tiny_config, build_trainer, monkeypatch, classes, columns, shown):
+    """Each as often as the others, and one a column where they are few."""
+
+    def load(config):
+        (x, label), held_out = DATASETS['digits'].load(config)
+        return (x, label % max(1, classes)), held_out if classes >= 10 else (held_out[0], held_out[1] % max(1, classes))
+
+    monkeypatch.setitem(DATASETS, 'some', DataSpec(load, (1, 8, 8), classes, 16))
+    trainer = build_trainer(tiny_config(dataset='some'))
+    assert (pictures.columns(trainer), pictures.num_shown(trainer)) == (columns, shown)
+    label = trainer.sample_inputs(shown).label
+    assert len(label.unique()) >= min(classes, 100)
+    names = pictures.names_of(trainer, label)
+    assert names == ([] if classes == 0 else [str(i % classes) for i in range(shown)])
+
+
+def test_the_picture_of_a_run_has_the_names_of_its_classes(tiny_config, build_trainer, monkeypatch):
+    seen = {}
+    spec = DATASETS['digits']
+    names = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+    monkeypatch.setitem(DATASETS, 'digits', DataSpec(spec.load, (1, 8, 8), 10, 16, classes=names))
+    trainer = build_trainer(tiny_config(num_training_steps=3, warmup_steps=1, sample_every=3))
+    monkeypatch.setattr('logging_utils.Logger.log_picture', lambda self, name, x, step: seen.update({name: x}))
+    trainer.train_loop()
+    grid = seen['step_0000003_adams_ema_0.999']
+    first = grid.shape[2] - (2 + 10 * 50)  # the samples are on the right
+    for i, name in enumerate(names):
+        for left in (0, first):
+            assert torch.equal(grid[:, :LINE_HEIGHT, left + 2 + 50 * i : left + 50 + 50 * i], written(name, 48))
+    assert 'data_and_augmented' in seen and seen['path'].shape == (3, 2 + 4 * 50, 2 + 3 * 50)  # 4 images, 2 steps
+
+
+def test_an_unconditional_run_has_no_names(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(label_dropout=1.0))
+    assert pictures.names_of(trainer, trainer.sample_inputs(4).label) == []
+    some = build_trainer(tiny_config(label_dropout=0.5))
+    assert pictures.names_of(some, torch.tensor([3, 10])) == ['3', 'none']
+
+
+def test_a_path_begins_with_noise_and_ends_with_the_samples(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    inputs, fn = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network)
+    usual, drawn = trainer.sample_fn, []
+    with torch.no_grad():
+        frames = pictures.path(trainer, lambda: drawn.append(trainer.draw(fn, inputs, 'adams')))
+    assert trainer.sample_fn is usual and len(frames) == 2
+    end = trainer.process(torch.tensor([trainer.config.t_min]))
+    scale = torch.hypot(end.alpha, end.sigma)
+    assert torch.allclose(frames[-1], trainer.decode(drawn[0] / scale), atol=0.01)
+    assert pictures.path(trainer, lambda: torch.zeros(3)) == []

@@ -3,13 +3,17 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import record_of
 
 import evaluation
+from data_utils import DATASETS, DataSpec
 from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
 from processes import PROCESSES
+from reference import bounds
+from trainer import ExampleDiffusionTrainer
 from utils import bcast_right
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
@@ -154,3 +158,86 @@ def test_two_processes_find_what_one_does(tiny_config, build_trainer, run_sh, tm
     assert [len(line) for line in one] == [0, 11, 0, 11]
     for mine, theirs in zip(one, both, strict=True):
         assert theirs == pytest.approx(mine, rel=1e-3)  # the weights differ by the order of summation
+
+
+# ---------------------------------------------------------------- levels that losses are seen against
+
+
+def two_points(config):
+    x = torch.tensor([[-1.0], [1.0]]).repeat(400, 1)
+    return (x, torch.zeros(len(x), dtype=torch.int64)), (x[:100], torch.zeros(100, dtype=torch.int64))
+
+
+def test_the_floor_of_two_points_is_that_of_an_integral(tiny_config, build_trainer, monkeypatch):
+    """E[x0 | xt] is tanh(alpha xt / sigma^2), and the velocity's error is that of x0 over t."""
+    monkeypatch.setitem(DATASETS, 'two', DataSpec(two_points, (1,), scale='float'))
+    trainer = build_trainer(tiny_config(dataset='two', network='mlp', t_min=0.01, global_batch_size=64))
+    values = bounds(trainer)
+    noise = torch.from_numpy(np.random.default_rng(1).normal(size=(2000, 1)))
+    t = torch.linspace(0.01, 0.999, 2001, dtype=torch.float64)[None]
+    xt = (1 - t) + t * noise  # of the point 1: the other is its mirror image
+    errors = ((1 - torch.tanh((1 - t) * xt / t**2)) / t).square().mean(0)
+    assert values['train/floor'] == pytest.approx(errors.mean().item(), rel=0.1)
+    late = (t[0] >= 0.8) & (t[0] < 0.9)
+    assert values['train/floor_t_0.8_0.9'] == pytest.approx(errors[late].mean().item(), rel=0.15)
+    t = 0.001 + 0.998 * torch.linspace(0, 1, 2001, dtype=torch.float64)
+    linear = t**2 / ((1 - t) ** 2 + t**2) / t**2  # what a linear denoiser of variance 1 leaves, over t^2
+    assert values['eval/reference_gaussian'] == pytest.approx(linear.mean().item(), rel=0.1)
+    assert values['eval/reference_floor'] < values['eval/reference_gaussian']
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(model_type='x0', target_type='x0', process_name='cosine'),
+        dict(label_dropout=0.5, time_sampler='logit_normal', loss_weight='edm'),
+    ],
+)
+def test_no_training_loss_is_below_the_floor_and_one_that_knows_all_is_at_it(tiny_config, build_trainer, settings):
+    trainer = build_trainer(tiny_config(global_batch_size=1024, num_training_steps=4, **settings))
+    floor = bounds(trainer)['train/floor']
+    x, label, *_ = trainer.train_loader.everything()
+    denoise = optimal_denoiser(2 * x - 1, label)
+
+    def knows(xt, t, label):
+        coefs = trainer.process(t)
+        x0 = denoise(xt, coefs, label)
+        alpha, sigma = (bcast_right(value, xt.ndim) for value in (coefs.alpha, coefs.sigma))
+        return getattr(Prediction(xt, coefs, x0=x0, x1=(xt - alpha * x0) / sigma), trainer.config.model_type)
+
+    shards = trainer.shards()
+    losses = torch.cat([trainer.loss_fn(next(shards), knows) for _ in range(8)])
+    assert losses.mean().item() == pytest.approx(floor, rel=0.1)
+    with torch.no_grad():
+        untrained = torch.cat([trainer.loss_fn(next(shards), trainer.get_model_fn(trainer.network)) for _ in range(8)])
+    assert untrained.mean().item() > 1.5 * floor
+
+
+def test_the_levels_do_not_depend_on_the_process_or_output(tiny_config, build_trainer):
+    found = []
+    for i, settings in enumerate([{}, dict(process_name='cosine', model_type='v'), dict(model_type='x0')]):
+        values = bounds(build_trainer(tiny_config(experiment_name=f'run{i}', **settings)))
+        found.append({name: values[name] for name in ('eval/reference_floor', 'eval/reference_gaussian')})
+    for values in found[1:]:
+        assert values == pytest.approx(found[0], rel=1e-3)
+
+
+class OwnLoss(ExampleDiffusionTrainer):
+    def loss_fn(self, batch, model_fn):
+        return 2 * super().loss_fn(batch, model_fn)
+
+
+def test_there_is_no_floor_where_none_is_known(tiny_config, build_trainer):
+    """Another loss, images that are changed: what is best is another."""
+    assert bounds(build_trainer(tiny_config(), OwnLoss)) == {}
+    for i, settings in enumerate([dict(translate_prob=0.5), dict(dequantize=True), dict(overfit=True)]):
+        assert bounds(build_trainer(tiny_config(experiment_name=f'run{i}', **settings))) == {}
+
+
+def test_the_levels_are_in_the_record(tiny_config, build_trainer):
+    config = tiny_config()
+    build_trainer(config).train_loop()
+    lines = {line['train/step']: line for line in record_of(config.run_dir)}
+    assert [step for step, line in lines.items() if 'train/floor' in line] == [6, 12]
+    assert lines[6]['train/floor'] == lines[12]['train/floor'] < lines[12]['train/loss']
