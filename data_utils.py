@@ -143,11 +143,14 @@ def decoded_once(
     n = held_out or packed.held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
     found = None
     if config.cache:
-        with packed.alone(path):
+        stored = {name: fact for name, fact in facts.items() if name != 'passed_over'}  # it is not of the data
+        with packed.alone(path) as locked:
             found = packed.cached(path)
             if found is None:
+                if locked:
+                    packed.remove_remains(path)
                 try:
-                    packed.build(items, path, n, config.skip_unreadable, title, **facts)
+                    packed.build(items, path, n, config.skip_unreadable, title, **stored)
                     found = packed.read(path)
                 except packed.NoRoomError as error:
                     ranks.print_once(f'no room for a cache, so that images are decoded in every epoch anew: {error}')

@@ -8,6 +8,7 @@ all that made it; the same line is not computed again.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -66,6 +67,7 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     import report
     from config import choose
     from detectors import DETECTORS, features_of_data
+    from logging_utils import log_table
     from main import load_run
     from runtime import ranks, stopping
     from solvers import SOLVERS
@@ -73,16 +75,19 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     make = choose('detector', options.detector, DETECTORS)
     if options.num < 10:
         raise SettingError(f'num={options.num}: at least 10 samples are needed to compare.')
+    if not options.weights:
+        raise SettingError('weights: name at least one set, such as --weights ema.')
     for solver in options.solver:
         choose('solver', solver, SOLVERS)
     folder = Path(options.run).parent if options.run.endswith('.pt') else Path(options.run)
     record = folder / 'evaluation.jsonl'
     lines: list[dict[str, Any]] = []
-    detector = reference = None
+    detector = reference = config = wandb_id = None
     stopping.catch_stop_signals()
     for weights in options.weights:
         trainer = load_run(options.run, weights)
         if detector is None:
+            config, wandb_id = trainer.config, trainer.wandb_id
             detector = make(trainer, options.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
             few = min(trainer.train_loader.size, trainer.test_loader.size)
@@ -102,6 +107,9 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
                 ranks.on_main(lambda line=known: append(record, line))
             lines.append(known)
     ranks.on_main(lambda: report.update(folder))
+    if config is not None and wandb_id is not None:
+        rows = [{name: str(x) if isinstance(x, list) else x for name, x in line.items()} for line in lines]
+        ranks.on_main(functools.partial(log_table, config, folder, wandb_id, 'evaluation', rows))
     ranks.print_once(f'all evaluations, with plots: {folder}/report.html')
     return lines
 

@@ -54,13 +54,14 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
             if trainer.due(c.sample_every) and (c.final_pictures or not last):
                 pictures.sample_grids(trainer)
             if last and c.final_eval:
-                values |= final_metrics(trainer)
+                values |= final_metrics(trainer, NUM_JUDGED)
             elif trainer.due(c.eval_metrics_every) and not last and is_judged(trainer):
                 name = next(iter(trainer.samplers()))
-                values |= {f'eval/{name}/{key}': value for key, value in judged(trainer, name).items()}
+                values |= {f'eval/{name}/{key}': value for key, value in judged(trainer, name, NUM_JUDGED).items()}
         values |= logged
     finally:  # when asked to stop: what was computed before it
         if values:
+            values = {'train/images': trainer.step * c.global_batch_size} | values
             ranks.on_main(lambda: trainer.logger.log(values, trainer.step))  # a full disk is an error on every rank
     if trainer.due(c.sample_every):
         ranks.on_main(lambda: run_report.update(c.run_dir))
@@ -73,7 +74,7 @@ def summary(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
     """The means since the last line of the record, speed and memory."""
     batch = trainer.config.global_batch_size
     values = trainer.means.means()
-    values |= {'train/images': trainer.step * batch, 'train/memory_gb': utils.peak_memory_gb(trainer.device)}
+    values['train/memory_gb'] = utils.peak_memory_gb(trainer.device)
     values['train/bad_steps'] = trainer.bad_steps.report()
     speed = trainer.speed.images_per_second(trainer.step, batch)
     if speed is not None:  # not in a line that a resumed run writes again
@@ -209,14 +210,14 @@ def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
 NUM_JUDGED = 1000  # samples
 
 
-def final_metrics(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
+def final_metrics(trainer: 'BaseDiffusionTrainer', num_samples: int = NUM_JUDGED) -> dict[str, float]:
     """final/<sampler>/...: numbers for the judged weights' samples by every sampler, printed too."""
     values: dict[str, float] = {}
     if not is_judged(trainer):
         print_once(f'final_eval: nothing here can judge samples of {trainer.config.dataset!r}: override sample_metrics')
         return values
     for name in trainer.samplers():
-        values |= {f'final/{name}/{key}': value for key, value in judged(trainer, name).items()}
+        values |= {f'final/{name}/{key}': value for key, value in judged(trainer, name, num_samples).items()}
     return values
 
 
@@ -230,11 +231,11 @@ def is_judged(trainer: 'BaseDiffusionTrainer') -> bool:
     return (pictures.kind(x) == 'images' or few) and min(trainer.train_loader.size, trainer.test_loader.size) >= 10
 
 
-def judged(trainer: 'BaseDiffusionTrainer', sampler: str) -> dict[str, float]:
+def judged(trainer: 'BaseDiffusionTrainer', sampler: str, num_samples: int) -> dict[str, float]:
     """Numbers for samples of the judged weights by the sampler of this name, printed too, on every rank."""
     weights, module = next(iter(trainer.weights().items()))
-    inputs = trainer.sample_inputs(NUM_JUDGED)
-    print_once(f'drawing {NUM_JUDGED} samples: {weights} weights, {sampler} ...')
+    inputs = trainer.sample_inputs(num_samples)
+    print_once(f'drawing {num_samples} samples: {weights} weights, {sampler} ...')
     try:
         x = pictures.generate(trainer, trainer.samplers()[sampler], module, inputs)
     except stopping.RankFailed:

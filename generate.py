@@ -9,19 +9,16 @@ any batch size, to float32 rounding. Cut off, the same command goes on, and draw
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import SettingError
 from runtime import command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from batches import SampleInputs
+    from sample_files import Output
     from trainer import BaseDiffusionTrainer
 
 
@@ -70,15 +67,20 @@ def generate(options: Generate) -> None:
     import torch
     from tqdm import tqdm
 
+    import pictures
     from main import load_run
     from runtime import ranks, stopping
+    from sample_files import Output
     from utils import NoiseOfEach
 
     if options.num < 1 or options.batch_size < 1:
         raise SettingError(f'num={options.num}, batch_size={options.batch_size}: must be at least 1.')
     trainer = load_run(options.run, options.weights, **sampling_settings(options))
     labels = labels_of(options, trainer)
-    out = Output(options, trainer)
+    mine = dict(step=trainer.step, weights=options.weights, labels=options.labels, sample_seed=options.seed)
+    out = Output(options.out, options.num, trainer, mine)
+    if options.trajectory and not out.images:
+        raise SettingError('trajectory=True: these samples are no images.')
     ranks.on_main(out.claim)
     todo = sorted(set(range(options.num)) - ranks.on_main(out.drawn))
     batches = [todo[i : i + options.batch_size] for i in range(0, len(todo), options.batch_size)]
@@ -101,7 +103,8 @@ def generate(options: Generate) -> None:
             bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
     stopping.raise_if_stopped()
     speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
-    ranks.on_main(out.finish)
+    label = inputs_of(trainer, range(out.shown), labels, options).label
+    ranks.on_main(lambda: out.finish(pictures.names_of(trainer, label)))
     if options.trajectory:
         ranks.on_main(lambda: show_path(options, trainer, labels, out))
     ranks.print_once(f'{options.num} samples in {options.out}{speed}')
@@ -155,144 +158,7 @@ def all_inputs(trainer: 'BaseDiffusionTrainer', n: int) -> 'SampleInputs':
     return trainer.sample_inputs(n)
 
 
-class Output:
-    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
-
-    def __init__(self, options: Generate, trainer: 'BaseDiffusionTrainer'):
-        """Raises SettingError if `out` cannot hold the samples."""
-        import pictures
-
-        self.options, self.path = options, Path(options.out).expanduser()
-        self.one_file = self.path.suffix == '.npz'
-        self.images = pictures.kind(trainer.decode(trainer.example.x0[:1])) == 'images'
-        self.columns = pictures.columns(trainer)
-        self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
-        if not self.images and not self.one_file:
-            raise SettingError(f'out={options.out!r}: these samples are no images. Pass a file, such as --out x.npz.')
-        if not self.images and options.trajectory:
-            raise SettingError('trajectory=True: these samples are no images.')
-        mine = dict(step=trainer.step, weights=options.weights, labels=options.labels, sample_seed=options.seed)
-        self.made_by = json.loads(json.dumps(vars(trainer.config) | mine))
-
-    def claim(self) -> None:
-        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
-        record = self.folder / 'generate.json'
-        if record.exists():
-            before = json.loads(record.read_text())
-            other = [f'{k}: {before.get(k)} -> {v}' for k, v in self.made_by.items() if before.get(k) != v]
-            if other:
-                raise SettingError(
-                    f'out={self.options.out!r} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
-                    'Pass another --out, or remove it.'
-                )
-        elif self.path.exists() and (self.one_file or any(self.path.iterdir())):
-            raise SettingError(
-                f'out={self.options.out!r} is there already, and not of this program. Pass another --out.'
-            )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(self.made_by, indent=1))
-
-    def drawn(self) -> set[int]:
-        """Indices of the samples that are there."""
-        if self.one_file:
-            return {int(i) for part in self.parts() for i in part['index']}
-        return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
-
-    def parts(self) -> list[dict[str, Any]]:
-        """x, label and index of the samples that are there: the finished file, and batches that are not in it yet."""
-        import numpy as np
-
-        parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
-        if self.path.exists():
-            whole = arrays_of(self.path)
-            count = np.arange(len(whole['arr_0']))
-            parts = [part for part in parts if not set(part['index']) & set(count)]
-            parts.append(dict(x=whole['arr_0'], label=whole['arr_1'], index=count))
-        return parts
-
-    def add(self, indices: Sequence[int], x: 'Tensor', label: 'Tensor | None') -> None:
-        """Write these samples; each file is there whole or not at all."""
-        import numpy as np
-        from PIL import Image
-
-        array = as_bytes(x) if self.images else x.float().cpu().numpy()
-        if self.one_file:
-            labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
-            target = self.folder / f'{indices[0]:08d}.npz'
-            partial = target.with_suffix('.unfinished')
-            with open(partial, 'wb') as file:
-                np.savez(file, x=array, label=labels, index=np.array(indices))
-            partial.replace(target)
-            return
-        for i, image in zip(indices, array, strict=True):
-            target = self.png(i)
-            target.parent.mkdir(exist_ok=True)
-            partial = target.with_suffix('.unfinished')
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, 'png')
-            partial.replace(target)
-
-    def png(self, i: int) -> Path:
-        return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
-
-    def beside(self, name: str) -> Path:
-        """A picture of the samples: in the folder, or with the name of the file in front."""
-        return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
-
-    def finish(self) -> None:
-        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first samples."""
-        import numpy as np
-
-        n = 6 * self.columns
-        if self.one_file:
-            parts = self.parts()
-            index = np.concatenate([part['index'] for part in parts])
-            index, rows = np.unique(index, return_index=True)
-            there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
-            x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
-            partial = self.path.with_suffix('.unfinished')
-            with open(partial, 'wb') as file:
-                np.savez(file, arr_0=x, arr_1=label)
-            partial.replace(self.path)
-            for path in self.folder.glob('*.npz'):
-                if arrays_of(path)['index'].max() < there:
-                    path.unlink()
-            first = x[:n]
-        else:
-            from PIL import Image
-
-            first = [np.array(Image.open(self.png(i))) for i in range(min(n, self.options.num))]
-            first = np.stack(first)
-        if self.images:
-            write_grid(first, self.columns, self.beside('grid.png'))
-
-
-def arrays_of(path: Path) -> dict[str, Any]:
-    """The arrays in an .npz."""
-    import numpy as np
-
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def as_bytes(x: 'Tensor') -> Any:
-    """Images (n, C, H, W) in [0, 1] as uint8 (n, H, W, C)."""
-    return (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def write_grid(images: Any, columns: int, path: Path) -> None:
-    """uint8 images (n, H, W) or (n, H, W, C) as one PNG."""
-    import torch
-    import torchvision
-
-    import utils
-
-    x = torch.from_numpy(images)
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    torchvision.io.write_png(utils.image_grid(x.float() / 255, columns), str(path))
-
-
-def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[int], out: Output) -> None:
+def show_path(options: Generate, trainer: 'BaseDiffusionTrainer', labels: list[int], out: 'Output') -> None:
     """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid as it comes about.
 
     What is shown is x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError where `draw` does not use the

@@ -86,6 +86,21 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[s
     return run
 
 
+def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Add a table to the wandb run of this id, of which `run_dir` holds the record; what fails is said. Offline it is
+    another folder of the same run, and `wandb sync` sends both."""
+    import wandb
+
+    columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        run = start_wandb(config, run_dir, run_id)
+        if run is not None:
+            run.log({name: wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])})
+            run.finish()
+    except Exception as error:
+        print_once(f'wandb failed ({type(error).__name__}: {error}); the table is on disk')
+
+
 def write_through(file: IO[str], text: str) -> None:
     """Write `text` so that it survives a power cut."""
     file.write(text)

@@ -101,7 +101,7 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
             f'{space_for(path) / 1e9:.3g} GB are free there. Make room, or take another place.'
         )
     labels: list[int] = []
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.building-') as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=building(path)) as folder:
         whole = torch.from_file(f'{folder}/x', True, most * x.numel(), dtype=x.dtype).view(most, *x.shape)
         with tqdm(total=most, desc=title, unit='item', disable=None, leave=False) as bar:
             for value, label in itertools.chain([first], rows):
@@ -111,6 +111,17 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
         # a second view of the same file, as long as what is in it: torch.save would write the whole of a slice
         kept = torch.from_file(f'{folder}/x', True, len(labels) * x.numel(), dtype=x.dtype).view(-1, *x.shape)
         write(path, kept, torch.tensor(labels), **facts)
+
+
+def building(path: Path) -> str:
+    """How the names of the folders begin in which `path` is built."""
+    return f'.building-{path.name}-'
+
+
+def remove_remains(path: Path) -> None:
+    """Remove what a build of `path` that was killed has left. For a process that is alone with it."""
+    for folder in path.parent.glob(f'{building(path)}*'):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
@@ -157,23 +168,25 @@ def space_for(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """While one process of this machine builds `path`, others wait here, and say so."""
+def alone(path: Path) -> Iterator[bool]:
+    """While one process of this machine builds `path`, others wait here, and say so. Yields whether it is alone: a file
+    system may have no locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f'.{path.name}.lock'), 'a') as lock:
-        said = False
+        said, locked = False, True
         while True:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break  # a file system without locks: each builds for itself, and the last one stays
+                    locked = False  # each builds for itself, and the last one stays
+                    break
                 if not said:
                     print(f'waiting for another process of this machine, which builds {path}', flush=True)
                 said = True
                 time.sleep(0.5)
-        yield
+        yield locked
 
 
 def held_out_rows(asked: int, n: int, where: str) -> int:

@@ -14,6 +14,9 @@ from config import SettingError
 
 T = TypeVar('T')
 
+# As runtime/launch.py does for its workers: of use in a notebook, if torch is imported later.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
 
 def parsed(parse: Callable[[], T]) -> T:
     """What `parse` makes of the flags; a wrong one is said once, not once for each process, and ends the program."""

@@ -102,6 +102,24 @@ def run_sh(tmp_path):
     return run
 
 
+@pytest.fixture(scope='session')
+def short_run(tmp_path_factory):
+    """A finished run of 12 steps on digits, with a cache of its own."""
+    folder = tmp_path_factory.mktemp('runs')
+    settings = dict(experiment_name='run', ema_decays=(0.5, 0.9), attention_resolutions=(4,))
+    settings |= dict(label_dropout=0.2, dequantize=True, ckpt_dir=folder, data_dir=folder / 'data')
+    done = subprocess.run(
+        ['sh', 'run.sh', *as_flags(TINY | settings)],
+        cwd=ROOT,
+        env=launch_env(1),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / 'run'
+
+
 def launch_env(nproc: int) -> dict[str, str]:
     """The environment for run.sh: these tests' own python, one thread for each process, no GPU."""
     hidden = {'CUDA_VISIBLE_DEVICES': ''}

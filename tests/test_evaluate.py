@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, as_flags, launch_env
+from conftest import ROOT, launch_env
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import detectors
@@ -18,17 +18,9 @@ from generate import Generate, generate
 from main import load_run
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    """A run of 12 steps on digits, with a cache of its own."""
-    folder = tmp_path_factory.mktemp('runs')
-    settings = TINY | dict(ckpt_dir=folder, experiment_name='run', ema_decays=(0.5, 0.9), data_dir=folder / 'data')
-    flags = as_flags(settings | dict(attention_resolutions=(4,), dequantize=True))
-    done = subprocess.run(
-        ['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+@pytest.fixture
+def run(short_run):
+    return short_run
 
 
 @pytest.fixture
@@ -146,7 +138,7 @@ def test_fid_is_that_of_torch_fidelity(run, stand_in):
         (dict(solver=('adam',)), "solver='adam' is not a choice"),
         (dict(weights=('ema_0.99',)), 'has ema_0.5, ema_0.9, raw'),
         (dict(detector='inception', detector_weights='gone.pth'), r"detector='inception': its weights cannot be had"),
-        (dict(guidance_scale=(2.0,)), 'guidance'),
+        (dict(weights=()), 'weights: name at least one'),
         (dict(run='nowhere'), 'nowhere'),
     ],
 )

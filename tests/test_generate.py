@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, as_flags, launch_env, wait_until
+from conftest import ROOT, launch_env, wait_until
 from PIL import Image
 
 import generate as program
@@ -16,20 +16,13 @@ from config import SettingError
 from generate import Generate
 from main import load_run
 from runtime import stopping
+from sample_files import Output
 from utils import NoiseOfEach
 
 
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    """A run of 12 steps on digits."""
-    folder = tmp_path_factory.mktemp('runs')
-    settings = TINY | dict(ckpt_dir=folder, experiment_name='run', label_dropout=0.2, ema_decays=(0.5, 0.9))
-    flags = as_flags(settings | dict(attention_resolutions=(4,)))
-    done = subprocess.run(
-        ['sh', 'run.sh', *flags], cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / 'run'
+@pytest.fixture
+def run(short_run):
+    return short_run
 
 
 @pytest.fixture
@@ -106,9 +99,9 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
     for i in (3, 17):
         (out / f'000/{i:06d}.png').unlink()
     added = []
-    usual = program.Output.add
+    usual = Output.add
     monkeypatch.setattr(
-        program.Output, 'add', lambda self, indices, *rest: added.extend(indices) or usual(self, indices, *rest)
+        Output, 'add', lambda self, indices, *rest: added.extend(indices) or usual(self, indices, *rest)
     )
     draw('folder', num=25)
     assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them are there' in capsys.readouterr().out

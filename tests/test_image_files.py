@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from PIL import Image
 
 import image_files
@@ -355,6 +355,24 @@ def test_two_runs_at_once_build_one_cache(folder, config_of, tmp_path):
     out = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and out[0].split('\n')[-2] == out[1].split('\n')[-2]
     assert len(list((tmp_path / 'cache').glob('*.pt'))) == 1 and not list((tmp_path / 'cache').glob('.building*'))
+
+
+@pytest.mark.slow
+def test_what_a_killed_build_leaves_is_removed_by_the_next(folder, config_of, tmp_path):
+    write_images(folder, {'a': [(2000, 2000)] * 40, 'b': [(2000, 2000)] * 40})
+    code = (
+        'import sys, torch; from config import Config; from data_utils import setup_data_train_and_test as setup\n'
+        f'c = Config(dataset="image_folder", data_path={str(folder)!r}, image_size=(8,), data_dir={str(tmp_path)!r})\n'
+        'setup(c, torch.device("cpu"))'
+    )
+    first = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    remains = tmp_path / 'cache'
+    assert wait_until(lambda: list(remains.glob('.building-*')), 60)
+    first.kill()
+    first.wait()
+    assert list(remains.glob('.building-*')) and not list(remains.glob('*.pt'))
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120, check=True)
+    assert not list(remains.glob('.building-*')) and len(list(remains.glob('*.pt'))) == 1
 
 
 def test_images_that_are_added_leave_the_held_out_ones_there(folder, config_of):

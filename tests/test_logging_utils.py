@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import logging_utils
-from config import Config, SettingError
+from config import Config, SettingError, parse_config
 from logging_utils import Logger, Progress, RunningMeans, Speedometer
 
 CPU = torch.device('cpu')
@@ -346,6 +346,40 @@ def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
     metric = next(record['metric'] for record in records if record['type'] == 'metric')
     assert (metric['glob_name'], metric['step_metric']) == ('*', 'train/step')
     assert records[-1]['exit']['exit_code'] == 0
+
+
+def test_a_table_of_evaluations_joins_the_run(tmp_path, no_account):
+    config = Config(wandb='offline', experiment_name='a-run')
+    logger = Logger(config, tmp_path)
+    logger.close()
+    (before,) = (tmp_path / 'wandb').glob('offline-run-*')
+    time.sleep(1.1)  # wandb names folders by the second
+    rows = [dict(weights='ema', frechet=0.5), dict(weights='raw', kid=1.5)]
+    logging_utils.log_table(config, tmp_path, logger.wandb_id, 'evaluation', rows)
+    (new,) = {*(tmp_path / 'wandb').glob('offline-run-*')} - {before}
+    assert new.name.endswith(logger.wandb_id)  # the same run
+    (table,) = new.glob('files/media/table/evaluation*.json')
+    found = json.loads(table.read_text())
+    assert found['columns'] == ['weights', 'frechet', 'kid']
+    assert found['data'] == [['ema', 0.5, None], ['raw', None, 1.5]]
+
+
+def test_a_wandb_sweep_starts_runs(monkeypatch):
+    """The command of the page about settings, filled in as wandb's agent does it."""
+    import yaml
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    text = (Path(__file__).parent.parent / 'docs/settings.md').read_text()
+    sweep = yaml.safe_load(text.split('```yaml\n')[1].split('```')[0])
+    given = dict(base_lr=0.0007, time_sampler='logit_normal')
+    assert sweep['parameters'].keys() == given.keys()
+    flags = create_sweep_command_args({'args': {name: {'value': value} for name, value in given.items()}})['args']
+    words = [w for word in create_sweep_command(sweep['command']) for w in (flags if word == '${args}' else [word])]
+    assert words[:2] == ['sh', 'run.sh']
+    config = parse_config(words[2:])
+    assert {name: getattr(config, name) for name in given} == given and not config.final_pictures
+    assert sweep['metric']['name'] == 'eval/reference'
+    assert config.experiment_name == 'digits_time_sampler=logit_normal_base_lr=0p0007'
 
 
 def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_account):
