@@ -201,19 +201,15 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Arrays | Si
         known, *parts = check_parts(replace(spec, **facts), loaded[:2] if has_facts else loaded, config)
         return known, parts[0], with_held_out(parts[1], config)
 
-    turn = 0 if ranks.is_main() else 1 if os.environ.get('LOCAL_RANK', '0') == '0' else 2
-    loaded = [ranks.on_each(lambda now=now: load() if turn == now else None, patient=True) for now in range(3)]
-    mine = loaded[turn]
-    assert mine is not None
-    return mine
+    return ranks.in_turns(load)
 
 
 def with_held_out(part: Arrays | SizedDataset, config: Config) -> Arrays | SizedDataset:
     """The held-out part, or its first `config.held_out` items if that is not 0. Raises SettingError."""
     n, size = config.held_out, len(part[0]) if isinstance(part, tuple) else len(part)
-    if n > size:
+    if n > size and not config.skip_unreadable:  # with it, some of them may have been left out
         raise SettingError(f'held_out={n}: dataset={config.dataset!r} has {size} held-out images. Ask for no more.')
-    if n == 0 or n == size:
+    if n == 0 or n >= size:
         return part
     return tuple(array[:n] for array in part) if isinstance(part, tuple) else Rows(part, 0, n)
 

@@ -59,14 +59,7 @@ def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', 
     names = dict(inception='inception-v3-compat', dinov2='dinov2-vit-l-14')
     path = str(Path(weights).expanduser()) if weights else None
     try:
-        network: Any = None
-        for first in (True, False):  # one process downloads, the others find the file
-            network = ranks.on_each(
-                lambda now=first, made=network: (
-                    kind(names[name], [layer], feature_extractor_weights_path=path) if ranks.is_main() == now else made
-                ),
-                patient=True,
-            )
+        network: Any = ranks.in_turns(lambda: kind(names[name], [layer], feature_extractor_weights_path=path))
     except Exception as error:  # no file, another network's, no network to download from
         text = ' '.join(str(error).split())[:300]
         raise SettingError(
@@ -101,7 +94,7 @@ def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
             lambda: torch.save(train_classifier(trainer), unfinished(path)) if ranks.is_main() else None, patient=True
         )
         ranks.on_main(lambda: unfinished(path).replace(path))
-    found = torch.load(path, weights_only=True)
+    found = ranks.on_main(lambda: torch.load(path, weights_only=True))  # also for machines with a disk of their own
     network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
     network.load_state_dict(found['network'])
     about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
@@ -192,9 +185,9 @@ def features_of_data(trainer: 'BaseDiffusionTrainer', detector: Detector) -> tup
         mark = f'{detector.digest} {loader.fingerprint} {part} {values}'
         name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
         path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
-        if ranks.on_main(lambda: packed.cached(path) is None):
-            found = features(loader)
-            ranks.on_main(lambda: packed.write(path, found, torch.zeros(len(found), dtype=torch.int64)))
+        if ranks.any_rank(packed.cached(path) is None):
+            found, none = features(loader), torch.zeros(loader.size, dtype=torch.int64)
+            ranks.on_each(lambda: packed.write(path, found, none) if ranks.is_first_of_machine() else None)
         return packed.read(path)['x']
 
     return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')

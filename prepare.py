@@ -53,9 +53,9 @@ def prepare(config: PrepareConfig) -> None:
         raise SettingError(f'out={config.out!r}: pass the file to write, as --out FILE.pt.')
     if path.exists():
         raise SettingError(f'out={config.out!r} is there already. Remove it, or pass another name.')
-    spec, train, test = data_utils.load_in_turns(
-        dataclasses.replace(config, cache=False), data_utils.get_dataset(config)
-    )
+    # a second copy on the disk is needed only to find out first what cannot be read
+    once = dataclasses.replace(config, cache=config.skip_unreadable)
+    spec, train, test = data_utils.load_in_turns(once, data_utils.get_dataset(config))
     held_out = len(test[0] if isinstance(test, tuple) else test)
     parts: list[Any] = [TensorDataset(*part) if isinstance(part, tuple) else part for part in (test, train)]
     if len(parts[0][0]) != 2:

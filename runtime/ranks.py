@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -151,6 +151,19 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
     if errors:
         raise errors[0]
     return result
+
+
+def is_first_of_machine() -> bool:
+    """Whether this is the process of its machine that writes what all of them read."""
+    return os.environ.get('LOCAL_RANK', '0') == '0'
+
+
+def in_turns(fn: Callable[[], T]) -> T:
+    """The result of `fn`, run on rank 0 first, then on the first process of each other machine, whose disk may be its
+    own, then on all others: one process downloads, the others find the files. What it raises is raised on all."""
+    turn = 0 if is_main() else 1 if is_first_of_machine() else 2
+    results = [on_each(lambda now=now: fn() if turn == now else None, patient=True) for now in range(3)]
+    return cast(T, results[turn])
 
 
 def my_items(n: int) -> list[int]:

@@ -147,6 +147,11 @@ def test_what_cannot_be_evaluated_is_refused(judge, options, words):
         judge(**options)
 
 
+def test_fewer_samples_than_features_are_said(judge, run, capsys):
+    judge(num=20, nfe=(3,))
+    assert 'warning: 20 samples for 64 features: frechet is far from its value' in capsys.readouterr().out
+
+
 def test_weights_of_another_network_are_refused(judge, run):
     with pytest.raises(SettingError, match=r'its weights cannot be had .*--detector_weights PATH'):
         judge(detector='inception', detector_weights=str(run / 'last.pt'))

@@ -12,6 +12,7 @@ from test_image_files import write_images
 import packed
 from config import SettingError
 from data_utils import setup_data_train_and_test
+from image_files import list_images
 from prepare import PrepareConfig, prepare
 
 CPU = torch.device('cpu')
@@ -53,6 +54,23 @@ def test_a_prepared_folder_is_what_the_folder_is(tiny_config, tmp_path):
     train, test = load(tiny_config, tmp_path / 'x.pt')
     assert (train.size, test.size) == (30, 5) and train.spec.classes == ('cat', 'dog') and train.spec.shape == (3, 8, 6)
     assert same(train, direct[0]) and same(test, direct[2])
+
+
+@pytest.mark.parametrize('latents', [False, True])
+def test_unreadable_images_are_left_out_wherever_they_are(tiny_config, tmp_path, encoder, latents):
+    write_images(tmp_path / 'images', {'cat': [(9, 9)] * 20, 'dog': [(9, 9)] * 20})
+    given = dict(dataset='image_folder', data_path=str(tmp_path / 'images'), image_size=(8,), held_out=5)
+    given['data_dir'] = str(tmp_path / 'data')
+    names = list_images(tiny_config(**given)).files
+    for i in (0, 7, 39):  # the first held-out one, a training one and the last
+        (tmp_path / 'images' / names[i]).write_bytes(b'no image')
+    more = dict(latents=f'{encoder}:encode') if latents else {}
+    prepare(PrepareConfig(**given, **more, skip_unreadable=True, out=str(tmp_path / 'x.pt')))
+    train, test = load(tiny_config, tmp_path / 'x.pt')
+    assert (train.size, test.size) == (33, 4)
+    with pytest.raises(SettingError, match='cannot be read'):
+        prepare(PrepareConfig(**given, **more, out=str(tmp_path / 'y.pt')))
+    assert not (tmp_path / 'y.pt').exists()
 
 
 def test_a_data_set_with_a_held_out_part_keeps_it(tiny_config, tmp_path):
