@@ -99,9 +99,8 @@ def log_likelihood(
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             velocity = predict(x, t.item()).velocity
-            products = [torch.autograd.grad(velocity, x, e, retain_graph=True)[0] * e for e in probes]
-            terms = [product.reshape(len(x), -1).sum(1) for product in products]
-        terms = torch.stack(terms)  # (P, B)
+            products = gradients(velocity, x, probes) * probes
+        terms = products.reshape(len(probes), len(x), -1).sum(2)  # (P, B)
         return velocity.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
 
     start, end = process(times[:1]), process(times[-1:])
@@ -132,6 +131,23 @@ def log_likelihood(
         return LogLikelihood(log_prob, torch.zeros_like(prior), predict.nfe)
     spread = total.std(0) if num_probes > 1 else torch.full_like(prior, torch.nan)
     return LogLikelihood(log_prob, spread / math.sqrt(num_probes), predict.nfe)
+
+
+def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:
+    """(P, *x.shape): the gradient of the sum of y e with respect to x for each e of `vectors` (P, *y.shape).
+
+    `at_once` of them share one backward pass, if the network's operations can be batched.
+    """
+    if len(vectors) == 1:
+        return torch.autograd.grad(y, x, vectors[0])[0][None]
+    try:
+        parts = [
+            torch.autograd.grad(y, x, part, retain_graph=True, is_grads_batched=True)[0]
+            for part in vectors.split(at_once)
+        ]
+        return torch.cat(parts)
+    except RuntimeError:  # a function of one's own, for instance, that torch.vmap does not know
+        return torch.stack([torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in vectors])
 
 
 def dequantize(images: Tensor, levels: int = 256) -> Tensor:

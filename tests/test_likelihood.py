@@ -9,7 +9,7 @@ from oracle import F64, GivenMean, base_noise, random_mixture
 from torch.distributions import Normal
 
 from config import Config, SettingError
-from likelihood import METHODS, PROBES, bits_per_dim, dequantize, log_likelihood
+from likelihood import METHODS, PROBES, bits_per_dim, dequantize, gradients, log_likelihood
 from prediction import ROWS
 from processes import PROCESSES, Coefs, get_process
 from solvers import SOLVERS
@@ -194,3 +194,24 @@ def test_no_probes_are_refused():
 
 def test_singular_end_is_refused():
     refused("'x1' cannot give the velocity at t=1", model_type='x1', t_max=1.0)
+
+
+class Squared(torch.autograd.Function):
+    """An operation of one's own, which torch.vmap does not know."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+@pytest.mark.parametrize('square', [torch.square, Squared.apply])
+def test_gradients_of_several_vectors_are_those_of_each(square):
+    """d/dx of the sum of e y, y = A x^2, is 2 x (A^T e)."""
+    x, a = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
+    y, vectors = square(x) @ a.T, torch.randn(37, 3, 5, dtype=torch.float64)
+    assert torch.allclose(gradients(y, x, vectors, at_once=10), 2 * x * (vectors @ a))
