@@ -94,8 +94,7 @@ def over(runs: Sequence, labels: Sequence[str], title: str, patterns: Sequence[s
 
     curves = {}
     for run, label in zip(runs, labels, strict=True):
-        wanted = run.names(patterns)[:1]
-        for name in wanted:
+        for name in run.names(patterns)[:1]:
             curves[f'{label} {name}'] = run.curve(name)
     return report.plot(curves, title) if 'by time' not in title else ''
 

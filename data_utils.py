@@ -155,7 +155,9 @@ def decoded_once(
                 except packed.NoRoomError as error:
                     ranks.print_once(f'no room for a cache, so that images are decoded in every epoch anew: {error}')
     if found is not None:
-        return *packed.parts_of(found), facts | dict(digest=found['digest'])
+        left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
+        passed_over = '; '.join(filter(None, [facts.get('passed_over'), left_out]))
+        return *packed.parts_of(found), facts | dict(digest=found['digest'], passed_over=passed_over)
     return Rows(items, n, len(items)), Rows(items, 0, n), facts
 
 

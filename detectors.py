@@ -1,8 +1,10 @@
 """What looks at images in place of a person: networks whose features are compared between samples and data."""
 
+import contextlib
 import hashlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,11 +39,11 @@ class Detector:
 
 def pixels(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
     """The pixels themselves, in [-1, 1]; images of more than MOST_PIXELS values are averaged to 16 x 16 first. Of what
-    is no image, the values as they are."""
-    shape = trainer.decode(trainer.example.x0[:1]).shape
-    if len(shape) != 4:
-        return Detector(lambda x: x.flatten(1), 'values', 'the values as they are')
-    if math.prod(shape) <= MOST_PIXELS:
+    is no image in [0, 1], the values as they are."""
+    x = trainer.decode(trainer.example.x0)
+    if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or x.min() < 0 or x.max() > 1:
+        return Detector(lambda x: x.flatten(1).float(), 'values', 'the values as they are')
+    if x[0].numel() <= MOST_PIXELS:
         return Detector(lambda x: 2 * x.flatten(1) - 1, 'pixels', 'pixels in [-1, 1]')
     small = nn.functional.adaptive_avg_pool2d
     return Detector(lambda x: 2 * small(x, 16).flatten(1) - 1, 'pixels 16', 'pixels in [-1, 1], averaged to 16 x 16')
@@ -89,12 +91,12 @@ def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
         raise SettingError("detector='classifier' needs images of two or more classes. Use --detector pixels.")
     mark = hashlib.blake2b(trainer.train_loader.fingerprint.encode(), digest_size=8).hexdigest()
     path = Path(config.data_dir, 'cache', f'classifier-{mark}.pt')
-    if not ranks.on_main(path.is_file):
-        ranks.on_each(
-            lambda: torch.save(train_classifier(trainer), unfinished(path)) if ranks.is_main() else None, patient=True
-        )
-        ranks.on_main(lambda: unfinished(path).replace(path))
-    found = ranks.on_main(lambda: torch.load(path, weights_only=True))  # also for machines with a disk of their own
+    kept = ranks.on_main(lambda: classifier_in(path))
+    if kept is None:
+        kept = ranks.on_each(lambda: train_classifier(trainer) if ranks.is_main() else None, patient=True)
+        ranks.on_main(lambda: keep(lambda unfinished: torch.save(kept, unfinished), path))
+    found = ranks.on_main(lambda: kept)
+    assert found is not None
     network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
     network.load_state_dict(found['network'])
     about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
@@ -152,10 +154,25 @@ def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
-def unfinished(path: Path) -> Path:
-    """Where `path` is written before it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f'.{path.name}.unfinished')
+def classifier_in(path: Path) -> dict[str, Any] | None:
+    """What `train_classifier` once found out about these data; None if that is not there, or damaged."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception:
+        return None
+
+
+def keep(write: Callable[[Path], object], path: Path) -> None:
+    """Let `write` write a file that becomes `path` when it is whole. What cannot be kept is said, and made anew."""
+    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        print(f'{path} cannot be kept for the next time: {error}', flush=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def digest_of(network: nn.Module) -> str:
@@ -167,28 +184,38 @@ def digest_of(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def features_of_data(trainer: 'BaseDiffusionTrainer', detector: Detector) -> tuple[Tensor, Tensor]:
-    """Features of the training and of the held-out images, as they are decoded, on every rank; the processes share the
-    work. They are kept in data_dir/cache."""
+def features_of_data(
+    trainer: 'BaseDiffusionTrainer', detector: Detector, most: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features of the training images, or of `most` of them, and of the held-out ones, as they are decoded, on every
+    rank; the processes share the work. They are kept in data_dir/cache."""
 
-    def features(loader: Loader) -> Tensor:
+    def features(loader: Loader, rows: Tensor) -> Tensor:
         parts = []
-        for rows in torch.tensor(ranks.my_items(loader.size)).split(256):
-            x, *_ = loader.take(rows)
-            with torch.no_grad():
+        with torch.no_grad():
+            for mine in rows[ranks.my_items(len(rows))].split(256):
+                x, *_ = loader.take(mine)
                 parts.append(detector.features(trainer.decode(trainer.encode(x))).cpu())
-        return ranks.gather_items(torch.cat(parts), loader.size)
+        return ranks.gather_items(torch.cat(parts), len(rows))
 
     def kept(loader: Loader, part: str) -> Tensor:
-        first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
+        rows = torch.arange(loader.size)
+        if most is not None and len(rows) > most:
+            rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+        with torch.no_grad():
+            first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
         values = (first.double().cpu() * 1000).round().flatten().tolist()  # of another encoder they are others
-        mark = f'{detector.digest} {loader.fingerprint} {part} {values}'
+        mark = f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}'
         name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
         path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
-        if ranks.any_rank(packed.cached(path) is None):
-            found, none = features(loader), torch.zeros(loader.size, dtype=torch.int64)
-            ranks.on_each(lambda: packed.write(path, found, none) if ranks.is_first_of_machine() else None)
-        return packed.read(path)['x']
+        known = packed.cached(path)
+        if not ranks.any_rank(known is None):
+            assert known is not None
+            return known['x']
+        found = features(loader, rows)
+        if ranks.is_first_of_machine():
+            keep(lambda unfinished: packed.write(unfinished, found, torch.zeros(len(found), dtype=torch.int64)), path)
+        return found
 
     return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')
 

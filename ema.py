@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+MOST_STEPS = 20_000  # of which weights are told apart in a mixture
 lerp_, copy_ = torch._foreach_lerp_, torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -83,10 +84,11 @@ def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n
 
     The mixture of Karras et al. 2024, section 3.2, made from ordinary averages, whose weights of steps are known.
     """
-    profiles = np.zeros((len(saved), n))
+    blocks = np.arange(0, n, -(-n // MOST_STEPS))  # steps of a long training are taken together
+    profiles = np.zeros((len(saved), len(blocks)))
     for row, (decay, updates) in zip(profiles, saved, strict=True):
-        row[:updates] = weights_of_steps(decay, updates)
-    target = power_profile(relative_width, n)
+        row[:] = np.add.reduceat(np.pad(weights_of_steps(decay, updates), (0, n - updates)), blocks)
+    target = np.add.reduceat(power_profile(relative_width, n), blocks)
     free = profiles[1:] - profiles[0]  # with factors that sum to 1
     factors = np.linalg.lstsq(free.T, target - profiles[0], rcond=1e-10)[0]
     factors = np.concatenate([[1 - factors.sum()], factors])

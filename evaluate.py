@@ -83,6 +83,7 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     record = folder / 'evaluation.jsonl'
     lines: list[dict[str, Any]] = []
     detector = reference = config = wandb_id = None
+    new = False
     stopping.catch_stop_signals()
     for weights in options.weights:
         trainer = load_run(options.run, weights)
@@ -105,9 +106,10 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
                 losses = losses or held_out_losses(trainer, options)
                 known = made_by | judge(options, trainer, detector, reference) | losses
                 ranks.on_main(lambda line=known: append(record, line))
+                new = True
             lines.append(known)
     ranks.on_main(lambda: report.update(folder))
-    if config is not None and wandb_id is not None:
+    if new and config is not None and wandb_id is not None:
         rows = [{name: str(x) if isinstance(x, list) else x for name, x in line.items()} for line in lines]
         ranks.on_main(functools.partial(log_table, config, folder, wandb_id, 'evaluation', rows))
     ranks.print_once(f'all evaluations, with plots: {folder}/report.html')
@@ -126,11 +128,13 @@ def description(
     options: Evaluate, trainer: 'BaseDiffusionTrainer', weights: str, detector: 'Detector'
 ) -> dict[str, Any]:
     """All that a result depends on."""
+    from detectors import digest_of
     from runtime import run_record
 
     c = trainer.config
     return dict(
-        step=trainer.step, weights=weights, solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
+        step=trainer.step, weights=weights, weights_digest=digest_of(trainer.network),
+        solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
         time_grid=c.time_grid, guidance_scale=c.guidance_scale, guidance_interval=list(c.guidance_interval),
         guidance_rescale=c.guidance_rescale, num=options.num, seed=options.seed, bits=options.bits,
         detector=options.detector, detector_digest=detector.digest, data=trainer.train_loader.fingerprint,

@@ -23,7 +23,7 @@ from detectors import DETECTORS, MOST_PIXELS, features_of_data
 from distances import compare
 from logging_utils import RunningMeans
 from loss_weights import pair_warning
-from reference import bounds, reference_errors
+from reference import levels, reference_errors
 from runtime import ranks, resume, stopping
 from runtime.ranks import print_once
 from sampling import ModelFn
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
 
 T = TypeVar('T')
+NUM_JUDGED = 1000  # samples that are compared with the data
+MOST_COMPARED = 20_000  # training images that they are compared with
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
 # ---------------------------------------------------------------- what is due at a step
@@ -54,7 +56,7 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
             if trainer.due(c.sample_every) and (c.final_pictures or not last):
                 pictures.sample_grids(trainer)
             if last and c.final_eval:
-                values |= final_metrics(trainer, NUM_JUDGED)
+                values |= final_metrics(trainer)
             elif trainer.due(c.eval_metrics_every) and not last and is_judged(trainer):
                 name = next(iter(trainer.samplers()))
                 values |= {f'eval/{name}/{key}': value for key, value in judged(trainer, name, NUM_JUDGED).items()}
@@ -110,9 +112,8 @@ def evaluate(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
         values |= {f'eval/{key.removeprefix("train/")}{suffix}': value for key, value in logged.items()}
     if trainer.has_reference:
         values |= reference(trainer, next(iter(trainer.weights().values())))
-    if trainer.bounds is None:
-        trainer.bounds = bounds(trainer)
-    return values | trainer.bounds
+    first = trainer.step == min(trainer.config.eval_every or math.inf, trainer.config.num_training_steps)
+    return values | (trainer.levels if first else {})
 
 
 def held_out_loss(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> float:
@@ -194,6 +195,8 @@ def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
         pictures.first_drawing(trainer)
         without_gradients(trainer, lambda: trainer.loss_fn(example, model_fn))
     find_reference(trainer)
+    trainer.levels = levels(trainer)
+    trainer.drawing.at_end = drawn_at_end(trainer)
 
 
 def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
@@ -207,17 +210,16 @@ def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
         print_once(f'eval/reference is left out: this network cannot be asked as a denoiser ({error})')
 
 
-NUM_JUDGED = 1000  # samples
-
-
-def final_metrics(trainer: 'BaseDiffusionTrainer', num_samples: int = NUM_JUDGED) -> dict[str, float]:
+def final_metrics(trainer: 'BaseDiffusionTrainer', num_samples: int | None = None) -> dict[str, float]:
     """final/<sampler>/...: numbers for the judged weights' samples by every sampler, printed too."""
     values: dict[str, float] = {}
     if not is_judged(trainer):
         print_once(f'final_eval: nothing here can judge samples of {trainer.config.dataset!r}: override sample_metrics')
         return values
     for name in trainer.samplers():
-        values |= {f'final/{name}/{key}': value for key, value in judged(trainer, name, num_samples).items()}
+        values |= {
+            f'final/{name}/{key}': value for key, value in judged(trainer, name, num_samples or NUM_JUDGED).items()
+        }
     return values
 
 
@@ -244,30 +246,36 @@ def judged(trainer: 'BaseDiffusionTrainer', sampler: str, num_samples: int) -> d
     if trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics'):
         numbers = ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
     else:
-        numbers = compared(trainer, x, inputs.label)
+        numbers = distances_of(trainer, x, inputs.label)
     print_once(metrics.describe(numbers))
     return {name: float(value) for name, value in numbers.items()}
 
 
-def compared(trainer: 'BaseDiffusionTrainer', x: Tensor, label: Tensor | None) -> dict[str, float]:
+def distances_of(trainer: 'BaseDiffusionTrainer', x: Tensor, label: Tensor | None) -> dict[str, float]:
     """Distances of decoded samples (n, ...) from the training data, by a classifier of these, or by their values where
     there are no images or no classes. For numbers to publish there is evaluate.py."""
-    images = x.ndim == 4 and trainer.data.scale == 'image'
+    images = x.ndim == 4 and trainer.data.scale == 'image' and x.shape[1:] == trainer.data.shape
     detector = DETECTORS['classifier' if images and trainer.data.num_classes > 1 else 'pixels'](trainer, '')
     print_once(f'  judged by {detector.about}')
-    reference = features_of_data(trainer, detector)
-    values = {}
+    reference = features_of_data(trainer, detector, most=MOST_COMPARED)
+    values, asked = {}, pictures.classes_of(trainer, label)
     with torch.no_grad():
         features = torch.cat([detector.features(part.to(trainer.device)).cpu() for part in x.split(256)])
-        if detector.predict is not None and label is not None and trainer.config.label_dropout < 1:
+        if detector.predict is not None and asked is not None:
             seen = torch.cat([detector.predict(part.to(trainer.device)) for part in x.split(256)])
-            values['label_agreement'] = float((seen == label).float().mean())
+            values['label_agreement'] = float((seen == asked).float().mean())
     return values | ranks.on_main(lambda: compare(features, *reference, most=5000))
 
 
-def seconds_at_end(trainer: 'BaseDiffusionTrainer') -> float | None:
-    """What the samples at the end will take, as far as is known; None before the first were drawn."""
+def drawn_at_end(trainer: 'BaseDiffusionTrainer') -> int:
+    """How many samples are drawn after the last step, for pictures and numbers."""
     c, samplers = trainer.config, len(trainer.samplers())
     n = c.final_pictures * samplers * len(trainer.weights()) * pictures.num_shown(trainer)
-    n += c.final_eval * is_judged(trainer) * samplers * NUM_JUDGED
-    return n * trainer.seconds_a_sample if n == 0 or trainer.seconds_a_sample else None
+    return n + c.final_eval * is_judged(trainer) * samplers * NUM_JUDGED
+
+
+def seconds_at_end(trainer: 'BaseDiffusionTrainer') -> float | None:
+    """What these samples will take, and judging them, as far as it is known; None before the first were drawn."""
+    if trainer.drawing.at_end and not trainer.drawing.seconds:
+        return None
+    return trainer.drawing.at_end * trainer.drawing.seconds

@@ -68,6 +68,7 @@ def generate(options: Generate) -> None:
     from tqdm import tqdm
 
     import pictures
+    from detectors import digest_of
     from main import load_run
     from runtime import ranks, stopping
     from sample_files import Output
@@ -78,6 +79,7 @@ def generate(options: Generate) -> None:
     trainer = load_run(options.run, options.weights, **sampling_settings(options))
     labels = labels_of(options, trainer)
     mine = dict(step=trainer.step, weights=options.weights, labels=options.labels, sample_seed=options.seed)
+    mine['weights_digest'] = digest_of(trainer.network)
     out = Output(options.out, options.num, trainer, mine)
     if options.trajectory and not out.images:
         raise SettingError('trajectory=True: these samples are no images.')

@@ -89,10 +89,10 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[s
 def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Add a table to the wandb run of this id, of which `run_dir` holds the record; what fails is said. Offline it is
     another folder of the same run, and `wandb sync` sends both."""
-    import wandb
-
     columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
     try:
+        import wandb
+
         run = start_wandb(config, run_dir, run_id)
         if run is not None:
             run.log({name: wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])})

@@ -108,7 +108,7 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     with resume.reading(checkpoint):
         trainer = build(config, trainer_class)
     if weights.startswith(saving.POSTHOC):
-        trainer.network.load_state_dict(saving.posthoc_weights(checkpoint, weights))
+        trainer.network.load_state_dict(saving.posthoc_weights(checkpoint, weights, trainer.network))
         return trainer
     found = trainer.weights()
     name = next(iter(found)) if weights == 'ema' else weights

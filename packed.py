@@ -7,6 +7,7 @@ The file is torch's own: `torch.load(path, mmap=True)` is a dict with x (N, ...)
 import contextlib
 import errno
 import fcntl
+import glob
 import itertools
 import math
 import os
@@ -77,6 +78,7 @@ def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str
         named = ' '.join(unread[:3]) + (f' And {len(unread) - 3} more.' if len(unread) > 3 else '')
         if unread and not skip:
             raise SettingError(f'{title}: {len(unread)} of {len(items)} cannot be read. {named}')
+        facts['left_out'] = len(unread)
         if unread:
             print_once(f'{title}: left out {len(unread)} that cannot be read. {named}')
 
@@ -119,9 +121,12 @@ def building(path: Path) -> str:
 
 
 def remove_remains(path: Path) -> None:
-    """Remove what a build of `path` that was killed has left. For a process that is alone with it."""
-    for folder in path.parent.glob(f'{building(path)}*'):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what a build of `path` that was killed has left: nothing has been written there for an hour. For a process
+    that is alone with it; where locks are those of a machine, another may still build."""
+    for folder in path.parent.glob(f'{glob.escape(building(path))}*'):
+        with contextlib.suppress(OSError):
+            if time.time() - max(file.stat().st_mtime for file in (folder, *folder.iterdir())) > 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:

@@ -4,6 +4,7 @@ import functools
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 Sampler = Callable[[ModelFn, 'SampleInputs'], Tensor]
 POINTS_SHOWN = 1000
 GAP = 16  # pixels between grids side by side
+
+
+@dataclass
+class Drawing:
+    """What a trainer knows of its drawing of samples."""
+
+    seconds: float = 0.0  # that a sample took when some were last drawn
+    at_end: int = 0  # how many will be drawn after the last step, for pictures and numbers
+    label: Tensor | None = None  # classes of the samples that `show` is asked to show
+
 
 # ---------------------------------------------------------------- pictures
 
@@ -100,20 +111,25 @@ def num_shown(trainer: 'BaseDiffusionTrainer') -> int:
     return row * max(3, 60 // row)
 
 
+def classes_of(trainer: 'BaseDiffusionTrainer', label: Tensor | None) -> Tensor | None:
+    """`label` (n,) if it holds classes that the network has learned, or num_classes (none of them); else None."""
+    classes = trainer.data.num_classes
+    if label is None or label.ndim != 1 or classes < 2 or trainer.config.label_dropout == 1:
+        return None
+    whole = not (label.is_floating_point() or label.is_complex()) and len(label) > 0
+    return label if whole and label.min() >= 0 and label.max() <= classes else None
+
+
 def names_of(trainer: 'BaseDiffusionTrainer', label: Tensor | None) -> list[str]:
     """The names of the classes of samples (n,), to stand at them; empty if the network has learned none."""
-    data = trainer.data
-    if label is None or label.ndim != 1 or data.num_classes < 2 or trainer.config.label_dropout == 1:
-        return []
+    data, classes = trainer.data, classes_of(trainer, label)
     names = [*(data.classes or map(str, range(data.num_classes))), 'none']
-    return [names[i] for i in label.tolist()]
+    return [] if classes is None else [names[i] for i in classes.tolist()]
 
 
-def show(
-    trainer: 'BaseDiffusionTrainer', name: str, x: Tensor, beside: list[Tensor], label: Tensor | None = None
-) -> None:
+def show(trainer: 'BaseDiffusionTrainer', name: str, x: Tensor, beside: list[Tensor]) -> None:
     """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
-    picture = picture_of(x, beside, columns(trainer), names_of(trainer, label))
+    picture = picture_of(x, beside, columns(trainer), names_of(trainer, trainer.drawing.label))
     if picture is not None:
         trainer.logger.log_picture(name, picture, trainer.step)
 
@@ -156,7 +172,7 @@ def generate(trainer: 'BaseDiffusionTrainer', sampler: Sampler, module: nn.Modul
         print(f'rank {ranks.rank()}: {error}', flush=True)
         stopping.raise_if_stopped(failed=True)
     samples = ranks.gather_items(torch.cat(drawn), n)
-    trainer.seconds_a_sample = (time.monotonic() - began) / n
+    trainer.drawing.seconds = (time.monotonic() - began) / n
     return samples
 
 
@@ -179,15 +195,16 @@ def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
     the paths on which the first of them came about."""
     inputs = trainer.sample_inputs(num_shown(trainer))
     beside = inputs.beside or [trainer.decode(inputs.x1)]
-    own = utils.overridden(trainer, 'show')
-    to_show = trainer.show if own else functools.partial(show, trainer, label=inputs.label)
+    trainer.drawing.label = inputs.label
     for sampler_name, sampler, weights, module in ways(trainer):
         try:
             x = generate(trainer, sampler, module, inputs)
         except stopping.RankFailed:
             print_once(no_memory(trainer, sampler_name, 'this picture is'))
             continue
-        ranks.on_main(functools.partial(to_show, f'step_{trainer.step:07d}_{sampler_name}_{weights}', x, beside))
+        name = f'step_{trainer.step:07d}_{sampler_name}_{weights}'
+        ranks.on_main(functools.partial(trainer.show, name, x, beside))
+    trainer.drawing.label = None
     if kind(beside[0]) == 'images':
         show_paths(trainer, inputs)
 
@@ -200,9 +217,9 @@ def show_paths(trainer: 'BaseDiffusionTrainer', inputs: 'SampleInputs') -> None:
     utils.seed_everything(trainer.config.seed, 'show_paths')
     with torch.no_grad():
         frames = path(trainer, lambda: sampler(trainer.get_model_fn(module), few))
-    if frames:
-        frames = [trainer.decode(few.x1).cpu(), *frames]
-        picture = in_rows(frames)
+    if frames and kind(frames[0]) == 'images':
+        start = trainer.decode(few.x1).cpu()
+        picture = in_rows([start, *frames] if start.shape == frames[0].shape else frames)
         ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step))
 
 
@@ -215,6 +232,8 @@ def path(trainer: 'BaseDiffusionTrainer', draw: Callable[[], Tensor]) -> list[Te
         def record(i: int, t: float, x: Tensor) -> None:
             coefs = trainer.process(torch.tensor([t], dtype=torch.float64))
             frames.append(trainer.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
+            if frames[-1].shape != frames[0].shape:  # a sampler of several stages: the path of the last one
+                del frames[:-1]
             if callback is not None:
                 callback(i, t, x)
 

@@ -1,9 +1,10 @@
 """The loss that all runs of a data set share, and levels that losses are seen against: what no network can beat, and
 what one reaches that knows next to nothing."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,14 +14,17 @@ import utils
 from batches import ProcessedBatch
 from logging_utils import RunningMeans
 from prediction import get_model_convert_fn, optimal_denoiser
+from processes import Coefs
+from runtime import ranks, stopping
 from sampling import ModelFn
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-MOST_IMAGES = 1024  # whose loss is averaged
-MOST_PRODUCTS = 2e10  # of pixels of these and of all images: seconds on a CPU
+MOST_DRAWS, LEAST_DRAWS = 8192, 1000  # of noisy images over which a level is averaged
+MOST_VALUES = 2e8  # of a data set that every draw is compared with
+AT_ONCE = 256  # draws
 
 
 def reference_errors(
@@ -50,74 +54,95 @@ def noise_of(index: Tensor, like: Tensor) -> Tensor:
     return noise.to(like)
 
 
-def bounds(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
-    """Levels for the record, the same on every rank; empty where they do not hold. The processes share the work.
+def levels(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
+    """Levels for the record, the same on every rank; those that are not known are left out. The processes share the
+    work. Estimated from up to MOST_DRAWS draws, of digits to a percent.
 
     train/floor                the training loss of the optimal denoiser of the training images, which has learned them
-                               by heart, also by time: no network can be below it
+                               by heart, also by time: no network has a smaller one
     eval/reference_floor       the same of the reference loss, on training images
     eval/reference_gaussian    the reference loss of a network that knows only mean and variance of each pixel: one that
                                has learned something is below it
     """
-    n = number_of_images(trainer)
-    return computed(trainer, n) if n else {}
+    c, n = trainer.config, number_of_draws(trainer)
+    if n == 0:
+        return {}
+    changed = c.flip_prob or c.rotate_prob or c.translate_prob or c.dequantize or c.overfit
+    wanted = {'eval/reference_floor': 'optimal', 'eval/reference_gaussian': 'gaussian'}
+    if not changed and type(trainer).loss_fn.__module__ == 'trainer':
+        wanted['train/floor'] = 'optimal'
+    means = RunningMeans(trainer.device)
+    try:
+        with torch.no_grad():
+            denoisers = known_denoisers(trainer)
+            for name, denoiser in wanted.items():
+                add_losses(trainer, means, n, name, denoisers[denoiser])
+        stopping.raise_if_stopped()
+    except stopping.RankFailed:
+        return {}
+    except (torch.OutOfMemoryError, MemoryError):
+        with contextlib.suppress(stopping.RankFailed):
+            stopping.raise_if_stopped(failed=True)
+        return {}
+    return {name: value for name, value in means.means().items() if 'gaussian_t_' not in name}
 
 
-def number_of_images(trainer: 'BaseDiffusionTrainer') -> int:
-    """How many images are averaged over; 0 where the optimal denoiser is not known or takes too long."""
+def number_of_draws(trainer: 'BaseDiffusionTrainer') -> int:
+    """How many noisy images the levels are means over; 0 where the optimal denoiser is not known or takes too long."""
     c, loader = trainer.config, trainer.train_loader
-    usual = all(getattr(type(trainer), name).__module__ == 'trainer' for name in ('loss_fn', 'prepare_batch_fn'))
-    usual &= trainer.independent and not trainer.example.cond and trainer.has_reference
-    usual &= type(trainer.process).sample_base.__module__ == 'processes'
-    usual &= not (c.flip_prob or c.rotate_prob or c.translate_prob or c.dequantize or c.overfit)
-    size = loader.size * trainer.example.x0[0].numel()
-    n = int(min(MOST_IMAGES, MOST_PRODUCTS // size))
-    return n // c.batch_shards * c.batch_shards if usual and n >= 128 and loader.resident is not None else 0
+    known = trainer.independent and trainer.has_reference and not (trainer.couples or loader.has_pairs)
+    known &= not trainer.example.cond and type(trainer.process).sample_base.__module__ == 'processes'
+    known &= type(trainer).prepare_batch_fn.__module__ == 'trainer' and loader.size >= 16
+    if ranks.any_rank(not known or loader.resident is None):
+        return 0
+    first = loader.take(range(16))[0]
+    with torch.no_grad():
+        known &= torch.equal(trainer.encode(first), trainer.encode(first))
+    products = loader.size * trainer.example.x0[0].numel()  # for one draw
+    budget = 2e10 if trainer.device.type == 'cpu' else 1e12
+    n = int(min(MOST_DRAWS, budget // products)) if known and products <= MOST_VALUES else 0
+    n = n // c.batch_shards * c.batch_shards
+    return n if n >= min(LEAST_DRAWS, MOST_DRAWS) else 0
 
 
-def computed(trainer: 'BaseDiffusionTrainer', n: int) -> dict[str, float]:
-    """`bounds`, from n images."""
+def known_denoisers(trainer: 'BaseDiffusionTrainer') -> dict[str, ModelFn]:
+    """The optimal denoiser of the training images, and that of a Gaussian with the mean and variance of each pixel, as
+    networks that output what the config says."""
     x, label, *_ = trainer.train_loader.everything()
-    x0 = trainer.encode(x.to(trainer.device))
+    x0 = torch.cat([trainer.encode(part) for part in x.split(1024)])
     labels = label.to(trainer.device) if trainer.data.num_classes and trainer.config.label_dropout < 1 else None
     mean, variance = x0.mean(0), x0.var(0)
     optimal = optimal_denoiser(x0, labels)
 
-    def model_fn(kind: str, xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def gaussian(xt: Tensor, coefs: Coefs, label: Tensor | None) -> Tensor:
+        alpha, sigma = (utils.bcast_right(v, xt.ndim) for v in (coefs.alpha, coefs.sigma))
+        return mean + alpha * variance / (alpha.square() * variance + sigma.square()) * (xt - alpha * mean)
+
+    def as_network(denoise: Callable[..., Tensor], xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         coefs = trainer.process(t)
-        if kind == 'optimal':
-            clean = optimal(xt, coefs, label)
-        else:
-            alpha, sigma = (utils.bcast_right(v, xt.ndim) for v in (coefs.alpha, coefs.sigma))
-            gain = alpha * variance / (alpha.square() * variance + sigma.square())
-            clean = mean + gain * (xt - alpha * mean)
-        return getattr(get_model_convert_fn('x0')(clean, t, xt, coefs), trainer.config.model_type)
+        clean = get_model_convert_fn('x0')(denoise(xt, coefs, label), t, xt, coefs)
+        return getattr(clean, trainer.config.model_type)
 
-    with torch.no_grad():
-        values = averaged(trainer, n, 'train/floor', functools.partial(model_fn, 'optimal'), reference=False)
-        values |= averaged(trainer, n, 'eval/reference_floor', functools.partial(model_fn, 'optimal'))
-        gaussian = averaged(trainer, n, 'eval/reference_gaussian', functools.partial(model_fn, 'gaussian'))
-    return values | {name: value for name, value in gaussian.items() if '_t_' not in name}
+    return {
+        'optimal': functools.partial(as_network, optimal),
+        'gaussian': functools.partial(as_network, gaussian),
+    }
 
 
-def averaged(
-    trainer: 'BaseDiffusionTrainer', n: int, name: str, model_fn: ModelFn, reference: bool = True
-) -> dict[str, float]:
-    """The mean of the reference loss or of the run's own, also by time, over the first n training images."""
-    means = RunningMeans(trainer.device)
-    for batch, index in prepared(trainer, n):
-        if reference:
-            losses, t = reference_errors(trainer, batch, index, model_fn)
-        else:
-            losses, t = trainer.loss_fn(batch, model_fn), batch.t
-        means.add('', losses.double().sum(), len(losses))
-        means.add_by_time('_t', losses, t)
-    return {name + key: value for key, value in means.means().items()}
-
-
-def prepared(trainer: 'BaseDiffusionTrainer', n: int) -> Iterator[tuple[ProcessedBatch, Tensor]]:
-    """The first n training images as shards, prepared as in training, and their numbers: those of this process."""
-    rows = (torch.arange(n) % trainer.train_loader.size).view(trainer.config.batch_shards, -1)
+def add_losses(trainer: 'BaseDiffusionTrainer', means: RunningMeans, n: int, name: str, model_fn: ModelFn) -> None:
+    """Add to the means what n draws of noisy training images give: the reference loss, or the run's own if `name` is
+    one of training. This process takes its shards of them."""
+    training = name.startswith('train/')
+    numbers = torch.arange(n).view(trainer.config.batch_shards, -1)
     for shard in trainer.train_sampler.my_shards:
-        batch = trainer.train_loader.take(rows[shard].tolist())
-        yield trainer.draw_shard(batch, shard, 'bounds'), rows[shard].to(trainer.device)
+        for i, draws in enumerate(numbers[shard].split(AT_ONCE)):
+            stopping.raise_if_stopped()
+            loaded = trainer.train_loader.take((draws % trainer.train_loader.size).tolist())
+            step = f'levels {i}' if training else 'evaluate'
+            batch = trainer.draw_shard(loaded, shard, step)
+            if training:
+                losses, t = trainer.loss_fn(batch, model_fn), batch.t
+            else:
+                losses, t = reference_errors(trainer, batch, draws.to(trainer.device), model_fn)
+            means.add(name, losses.double().sum(), len(losses))
+            means.add_by_time(f'{name}_t', losses, t)

@@ -38,6 +38,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     'images per second': ('train/images_per_second',),
     'share of time waiting for data': ('train/waiting',),
 }
+GAUSSIAN = 'eval/reference_gaussian'
 LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
 STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
 
@@ -74,19 +75,17 @@ class Run:
 
     def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
         """(floors of the curves that have one, the reference loss of what has learned nothing), see reference.py."""
-        last: dict[str, Any] = {}
-        for line in self.lines:
-            last |= {name: value for name, value in line.items() if 'floor' in name or 'gaussian' in name}
-        floor_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
-        floors = {name: last[floor] for name, floor in floor_of.items() if floor in last}
-        return floors, last.get('eval/reference_gaussian') if list(names) == ['eval/reference'] else None
+        level_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
+        found = {level: self.curve(level)[1][-1:] for level in (*level_of.values(), GAUSSIAN)}  # [value] or []
+        floors = {name: found[level][0] for name, level in level_of.items() if level != name and found[level]}
+        return floors, next(iter(found[GAUSSIAN]), None) if list(names) == ['eval/reference'] else None
 
     def final(self) -> dict[str, float]:
         """The last value of each name of the record that tells how good the run is."""
         found: dict[str, float] = {}
         for line in self.lines:
             found |= {name: value for name, value in line.items() if name.startswith(('eval/', 'final/'))}
-        return {name: value for name, value in found.items() if '_t_' not in name}
+        return {k: v for k, v in found.items() if '_t_' not in k and k not in (GAUSSIAN, 'eval/reference_floor')}
 
     def changed(self) -> dict[str, Any]:
         """The settings that are not those of the preset."""

@@ -218,10 +218,11 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 POSTHOC = 'posthoc_'  # posthoc_0.1: weights by the name of their relative width
 
 
-def posthoc_weights(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Averaged weights of a length chosen after training: `name` is posthoc_WIDTH, WIDTH the standard deviation of the
-    averaged steps in units of the training so far, as 0.1. They are mixed from all averages in the run's checkpoints up
-    to this one (ema.posthoc_mixture), and how well that went is printed.
+def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str, Any]:
+    """Averaged weights of `network` of a length chosen after training: `name` is posthoc_WIDTH, WIDTH the standard
+    deviation of the averaged steps in units of the training so far, as 0.1. They are mixed from all averages in the
+    run's checkpoints up to this one (ema.posthoc_mixture), and how well that went is printed. Buffers are those of the
+    checkpoint.
 
     Raises SettingError if the name is not such, or there are too few averages for this width.
     """
@@ -232,27 +233,27 @@ def posthoc_weights(checkpoint: Path, name: str) -> dict[str, Any]:
     n = last['ema']['num_updates']
     others = sorted({*checkpoint.parent.glob('step_*.pt'), *checkpoint.parent.glob('last*.pt')} - {checkpoint})
     saved: dict[tuple[float, int], Path] = {}
-    for path in [checkpoint, *others]:
+    for path in [*others, checkpoint]:
         ema = (last if path == checkpoint else load_checkpoint(path))['ema']
-        if ema['num_updates'] <= n:
-            saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks']) if ema['num_updates']}
+        if 0 < ema['num_updates'] <= n:
+            saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks'])}
     keys = list(saved)
     factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
     print_once(f'{name}: {len(keys)} averages of {checkpoint.parent} come within {error:.1%} of this profile')
     if error > 0.3:
         raise SettingError(
             f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
-            'Choose another width, or save more in training: a lower --keep_every, two --ema_decays.'
+            'Choose another width, or save more in training: a lower --keep_every, or --ema_decays as long as that.'
         )
-    total: dict[str, Any] = {}
+    mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
+    total = {key: value.double() * 0 if key in mixed else value for key, value in last['network'].items()}
     for path in dict.fromkeys(saved.values()):
-        found = load_checkpoint(path)
+        found = last if path == checkpoint else load_checkpoint(path)
         for (decay, updates), factor in zip(keys, factors, strict=True):
             if saved[decay, updates] == path:
                 weights = found['ema']['networks'][decay] if decay else found['network']
-                for key, value in weights.items():
-                    usual = value.is_floating_point()
-                    total[key] = total.get(key, 0) + factor * value.double() if usual else last['network'][key]
+                for key in mixed:
+                    total[key] = total[key] + factor * weights[key].double()
     return {key: value.to(last['network'][key].dtype) for key, value in total.items()}
 
 

@@ -150,11 +150,11 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.step, self.finished, self.wandb_id = 0, False, None
         self.start: dict | None = None  # the entry of this start in run.json
         self.means = RunningMeans(device)  # since the last line of the record
-        self.seconds_a_sample = 0.0  # when samples were last drawn
+        self.drawing = pictures.Drawing()
         self.bad_steps = BadSteps(config, device)
         self.shard_position: tuple[int, int] = (0, 1)  # which shard of how many is being prepared
         self.loss_needs_gradients, self.has_reference = False, True  # found out by evaluation.rehearse
-        self.bounds: dict[str, float] | None = None  # of the losses, once they are known
+        self.levels: dict[str, float] = {}  # that losses are seen against: see reference.py
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
 
     @cached_property

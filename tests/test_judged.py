@@ -1,6 +1,7 @@
 """Numbers for samples that a run computes itself: for all images, at the end and in between, and the time they take."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,23 +46,23 @@ def test_a_run_on_colour_images_ends_with_numbers(tiny_config, build_trainer, co
 def test_the_data_themselves_are_judged_as_good(tiny_config, build_trainer, colour):
     trainer = build_trainer(tiny_config(dataset='colour'))
     x, label, *_ = trainer.test_loader.everything()
-    values = evaluation.compared(trainer, x, label)
+    values = evaluation.distances_of(trainer, x, label)
     assert values['frechet'] < 3 * values['real_frechet'] and values['nearest_neighbour_ratio'] == pytest.approx(1)
     assert values['label_agreement'] > 0.8 and values['coverage'] > 0.5
-    swapped = evaluation.compared(trainer, x, (label + 1) % 10)
+    swapped = evaluation.distances_of(trainer, x, (label + 1) % 10)
     assert swapped['label_agreement'] < 0.2
 
 
 def test_images_without_classes_and_points_are_judged_by_their_values(tiny_config, build_trainer, colour):
     trainer = build_trainer(tiny_config(dataset='plain'))
     x, label, *_ = trainer.test_loader.everything()
-    values = evaluation.compared(trainer, x, label)
+    values = evaluation.distances_of(trainer, x, label)
     flat, train = (2 * part.flatten(1).numpy() - 1 for part in (x, trainer.train_loader.everything()[0]))
     gap = np.square(flat.mean(0) - train.mean(0)).sum()
     assert values['frechet'] > gap > 0 and 'label_agreement' not in values
     points = build_trainer(tiny_config(dataset='moons', network='mlp', experiment_name='points'))
     assert evaluation.is_judged(points)
-    assert evaluation.compared(points, points.test_loader.everything()[0], None)['frechet'] < 0.01
+    assert evaluation.distances_of(points, points.test_loader.everything()[0], None)['frechet'] < 0.01
 
 
 def test_large_images_are_judged_by_small_ones(tiny_config, build_trainer, monkeypatch):
@@ -102,14 +103,44 @@ def test_too_few_images_are_said_not_to_be_judged(tiny_config, build_trainer, mo
     assert 'override sample_metrics' in capsys.readouterr().out
 
 
+def test_a_cache_that_cannot_be_written_does_not_end_a_run(tiny_config, build_trainer, colour, capsys):
+    config = tiny_config(dataset='colour', final_eval=True, num_training_steps=3)
+    (Path(config.data_dir)).mkdir(parents=True)
+    (Path(config.data_dir) / 'cache').write_text('a file')
+    build_trainer(config).train_loop()
+    assert 'final/sde_dpmpp_2m/frechet' in record_of(config.run_dir)[-1]
+    assert 'cannot be kept for the next time' in capsys.readouterr().out
+
+
+def test_a_damaged_classifier_is_trained_anew(tiny_config, build_trainer, colour):
+    trainer = build_trainer(tiny_config(dataset='colour'))
+    first = detectors.classifier(trainer, '')
+    (path,) = Path(trainer.config.data_dir, 'cache').glob('classifier-*.pt')
+    path.write_bytes(path.read_bytes()[:1000])
+    assert detectors.classifier(trainer, '').digest == first.digest  # the same network, from the same seed
+    assert torch.load(path, weights_only=True)['accuracy'] > 0.5
+
+
+def test_of_many_training_images_some_are_compared(tiny_config, build_trainer, colour, monkeypatch):
+    trainer = build_trainer(tiny_config(dataset='colour'))
+    detector = detectors.pixels(trainer, '')
+    train, held_out = detectors.features_of_data(trainer, detector, most=200)
+    whole, _ = detectors.features_of_data(trainer, detector)
+    assert len(train) == 200 and len(held_out) == 200 and len(whole) == 1500
+    assert (torch.cdist(train, whole).min(1).values == 0).all() and len(train.unique(dim=0)) > 190
+    again, _ = detectors.features_of_data(trainer, detector, most=200)
+    assert torch.equal(train, again)
+
+
 # ---------------------------------------------------------------- the time that is left
 
 
 def test_the_time_left_counts_the_samples_at_the_end(tiny_config, build_trainer):
     settings = dict(sample_every=6, num_sample_steps=4)
     trainer = build_trainer(tiny_config(final_eval=True, **settings))
+    trainer.drawing.at_end = evaluation.drawn_at_end(trainer)
     assert evaluation.seconds_at_end(trainer) is None  # nothing was drawn yet
-    trainer.seconds_a_sample = 0.5
+    trainer.drawing.seconds = 0.5
     assert evaluation.seconds_at_end(trainer) == 0.5 * (1000 * 2 + 60 * 2 * 2)
     plain = tiny_config(experiment_name='plain', final_pictures=False, **settings)
     assert evaluation.seconds_at_end(build_trainer(plain)) == 0
@@ -120,7 +151,7 @@ def test_drawing_is_timed(tiny_config, build_trainer, capsys):
     trainer = build_trainer(config)
     trainer.train_loop()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
-    assert 0 < trainer.seconds_a_sample < 1
+    assert 0 < trainer.drawing.seconds < 1
     assert printed[0].endswith('min of training left, then samples') and printed[-1].endswith('min left')
 
 
@@ -141,22 +172,24 @@ def test_weights_of_another_length_are_mixed_from_those_that_were_saved(tiny_con
     trainer = build_trainer(config, Watched)
     trainer.start = None
     trainer.train_loop()
-    found = posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.15')
+    found = posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.15', trainer.network)
     assert int(re.search(r'(\d+) averages', capsys.readouterr().out)[1]) >= 24  # 8 saves, two averages, raw weights
     target = sum(w * x for w, x in zip(power_profile(0.15, 40), seen, strict=True))
     mine = found['net.stem.weight'].double()
     raw = saving_error(seen[-1], target)
     assert saving_error(mine, target) < 0.1 * raw
-    early = posthoc_weights(config.run_dir / 'step_0000020.pt', 'posthoc_0.15')['net.stem.weight'].double()
+    early = posthoc_weights(config.run_dir / 'step_0000020.pt', 'posthoc_0.15', trainer.network)[
+        'net.stem.weight'
+    ].double()
     target = sum(w * x for w, x in zip(power_profile(0.15, 20), seen[:20], strict=True))
     assert saving_error(early, target) < 0.1 * saving_error(seen[19], target)
     for name in ('posthoc_', 'posthoc_2', 'posthoc_0.5', 'posthoc_x'):
         with pytest.raises(SettingError, match='write posthoc_ and a width'):
-            posthoc_weights(config.run_dir / 'last.pt', name)
+            posthoc_weights(config.run_dir / 'last.pt', name, trainer.network)
     for path in config.run_dir.glob('step_*.pt'):
         path.unlink()
     with pytest.raises(SettingError, match='Choose another width, or save more'):
-        posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.25')
+        posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.25', trainer.network)
 
 
 def saving_error(a, b):

@@ -124,3 +124,23 @@ def test_a_path_begins_with_noise_and_ends_with_the_samples(tiny_config, build_t
     scale = torch.hypot(end.alpha, end.sigma)
     assert torch.allclose(frames[-1], trainer.decode(drawn[0] / scale), atol=0.01)
     assert pictures.path(trainer, lambda: torch.zeros(3)) == []
+
+
+def test_labels_that_are_no_classes_have_no_names(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    for label in (torch.rand(4), torch.tensor([1, 11]), torch.tensor([-1, 1]), torch.zeros(4, 2).long(), None):
+        assert pictures.names_of(trainer, label) == []
+
+
+def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    inputs, fn = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network)
+    usual = dict(label=inputs.label, solver='euler')
+
+    def stages():
+        trainer.sample_fn(lambda x, t, label: x, x1=inputs.x1[..., :4, :4], **usual)
+        trainer.sample_fn(fn, x1=inputs.x1, **usual)
+
+    with torch.no_grad():
+        frames = pictures.path(trainer, stages)
+    assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 2
