@@ -46,7 +46,13 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
         if not whole or label.min() < 0:
             found = f'{label.dtype} {label.shape}' + (f', from {label.min()}' if whole else '')
             raise SettingError(f'{where}: labels are {found}. One whole number from 0 for each of {len(x)} is needed.')
-        facts['num_classes'] = int(label.max()) + 1
+        classes, there = int(label.max()) + 1, len(np.unique(label))
+        if classes > 2 * there + 10:
+            raise SettingError(
+                f'{where}: labels go up to {label.max()}, and only {there} of {classes} classes occur. Number those '
+                'that occur from 0: np.unique(labels, return_inverse=True)[1].'
+            )
+        facts['num_classes'] = classes
     order = np.random.default_rng(0).permutation(len(x))
     label = np.zeros(len(x), np.int64) if label is None else label
     chosen = order[held_out:], order[:held_out]

@@ -1,6 +1,6 @@
 """Several runs on one page: curves over each other, settings that differ, final numbers and samples side by side.
 
-sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in compare.html
+sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
 """
 
 import dataclasses
@@ -11,7 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from config import Config, SettingError
+import report
+from config import FREE_ON_RESUME, Config, SettingError
+from config_tools import cut_middle
 from runtime import command
 
 
@@ -21,8 +23,8 @@ class Compare:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of the runs."""
-    out: str = 'compare.html'
-    """Page to write."""
+    out: str = ''
+    """Page to write; empty: compare.html beside the first run."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,27 +35,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare(options: Compare) -> None:
     """Raises SettingError."""
-    import report
     from runtime.ranks import print_once
 
     if len(options.runs) < 2:
         raise SettingError('Pass two or more folders of runs: compare.py ckpts/a ckpts/b.')
     runs = [report.read(folder) for folder in options.runs]
-    labels = names_of(options.runs)
-    rows = [*differences(runs), *numbers(runs)]
+    if len({run.config.get('dataset') for run in runs}) > 1:
+        print_once('warning: these runs are of different data sets, so that their numbers do not compare')
+    names = names_of(options.runs)
+    labels = labels_of(runs, names)
+    rows = [*([['run', *names]] if labels != names else []), *differences(runs), *numbers(runs)]
     text = [['', *labels], *[[report.text_of(cell) for cell in row] for row in rows]]
     widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
     print_once('\n'.join('  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in text))
     plots = [over(runs, labels, title, names) for title, names in report.CURVES.items()]
     newest = [(label, run.pictures()[-1]) for run, label in zip(runs, labels, strict=True) if run.pictures()]
     sections = {
-        'Settings that differ': report.table(differences(runs), ['', *labels]),
+        'Settings that differ': report.table([['run', *names], *differences(runs)], ['', *labels]),
         'Numbers at the end': report.table(numbers(runs), ['', *labels]),
         'Curves': report.row([text for text in plots if text]),
         'Newest samples': report.row([report.image(path, f'{label}: {path.stem}') for label, path in newest]),
     }
-    path = Path(options.out).expanduser()
-    report.write(path, report.page(' against '.join(labels), sections))
+    path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
+    report.write(path, report.page(f'{len(runs)} runs', sections))
     print_once(f'\n  page        {path}')
 
 
@@ -64,6 +68,16 @@ def names_of(folders: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise SettingError('The same folder is given twice.')
+
+
+def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
+    """What a legend calls the runs: the settings that differ, if that is short, else their names, cut in the middle."""
+    told = [row for row in differences(runs) if row[0] not in FREE_ON_RESUME]
+    labels = [', '.join(f'{name}={report.text_of(v[i])}' for name, *v in told) for i in range(len(runs))]
+    if len(set(labels)) == len(labels) and max(map(len, labels)) <= 60:
+        return labels
+    cut = [cut_middle(name, 40) for name in names]
+    return cut if len(set(cut)) == len(cut) else list(names)
 
 
 def differences(runs: Sequence) -> list[list]:
@@ -90,13 +104,11 @@ def numbers(runs: Sequence) -> list[list]:
 
 def over(runs: Sequence, labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
     """One plot of a curve of all runs: of those that a report shows together, the first that a run has."""
-    import report
-
-    curves = {}
+    curves, metric = {}, ''
     for run, label in zip(runs, labels, strict=True):
         for name in run.names(patterns)[:1]:
-            curves[f'{label} {name}'] = run.curve(name)
-    return report.plot(curves, title) if 'by time' not in title else ''
+            curves[label], metric = run.curve(name), name
+    return report.plot(curves, f'{title}: {metric}') if curves and 'by time' not in title else ''
 
 
 if __name__ == '__main__':

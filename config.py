@@ -253,7 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'fashion_mnist': dict(
         AN_HOUR, dataset='fashion_mnist', held_out=1000, label_dropout=0.1, attention_resolutions=(7,)
     ),
-    'image_folder': dict(AN_HOUR, dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
+    'small_images': dict(AN_HOUR, dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
     | dict(flip_prob=0.5, translate_prob=0.5, max_translation=2),
     'cifar10': dict(dataset='cifar10', label_dropout=0.1, flip_prob=0.5)
     | dict(channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1)

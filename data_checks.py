@@ -247,9 +247,10 @@ def describe_counts(dataset: str, parts: list[Arrays | SizedDataset], spec: 'Dat
     labels = [part[1].tolist() if isinstance(part, tuple) else getattr(part, 'labels', []) for part in parts]
     counts = np.bincount([*labels[0], *labels[1]], minlength=spec.num_classes)
     names = spec.classes or [str(i) for i in range(spec.num_classes)]
-    shown = [f'{name} {count}' if counts.any() else name for name, count in zip(names, counts, strict=False)]
-    more = [f'and {len(shown) - 12} more'] if len(shown) > 12 else []
-    return f'{text}, {spec.num_classes} classes: {", ".join(shown[:12] + more)}'
+    known = bool(counts.any())
+    shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
+    more = [f'and {spec.num_classes - 12} more'] if spec.num_classes > 12 else []
+    return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
 
 
 def fingerprint(parts: list[Arrays | SizedDataset], spec: 'DataSpec') -> str:

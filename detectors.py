@@ -60,6 +60,8 @@ def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', 
     kind = dict(inception=inception.FeatureExtractorInceptionV3, dinov2=dino.FeatureExtractorDinoV2)[name]
     names = dict(inception='inception-v3-compat', dinov2='dinov2-vit-l-14')
     path = str(Path(weights).expanduser()) if weights else None
+    if path is not None and not Path(path).is_file():
+        raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to have it downloaded.')
     try:
         network: Any = ranks.in_turns(lambda: kind(names[name], [layer], feature_extractor_weights_path=path))
     except Exception as error:  # no file, another network's, no network to download from
@@ -133,7 +135,9 @@ def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
     utils.seed_everything(0, 'classifier')
     network = Classifier(spec.shape[0] if spec.shape else 1, spec.num_classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-    ranks.print_once(f'training a classifier of {trainer.config.dataset} to judge samples by, once for this data set')
+    ranks.print_once(
+        f'training a classifier of {trainer.config.dataset} to judge samples by, once for this data set: a few minutes'
+    )
     began = time.monotonic()
     for step in range(CLASSIFIER_STEPS):
         for group in optimizer.param_groups:

@@ -39,7 +39,7 @@ class Evaluate:
     detector_weights: str = ''
     """File of the detector's weights; empty: its own download. For inception and dinov2."""
     weights: tuple[str, ...] = ('ema',)
-    """ema (the run's first moving average), others by name (ema_0.999), raw."""
+    """ema (the run's first moving average), others by name (ema_0.999), raw, or posthoc_0.1 (docs/numbers.md)."""
     solver: tuple[str, ...] = ()
     """Keys of SOLVERS in solvers.py; empty: that of the run."""
     nfe: tuple[int, ...] = ()
@@ -250,12 +250,6 @@ def bits(trainer: 'BaseDiffusionTrainer', n: int, batch_size: int = 32) -> dict[
     return {'bits_per_dim': float(each.mean()), 'bits_per_dim_error': float(each.std() / n**0.5), 'bits_images': n}
 
 
-COLUMNS = (
-    'weights solver nfe guidance_scale label_agreement frechet real_frechet kid precision recall density coverage '
-    'nearest_neighbour_ratio eval/reference bits_per_dim'
-).split()
-
-
 def print_all(lines: list[dict[str, Any]]) -> None:
     from runtime.ranks import print_once
 
@@ -264,10 +258,10 @@ def print_all(lines: list[dict[str, Any]]) -> None:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The main numbers, a row for each combination."""
-    from report import text_of
+    from report import COLUMNS, cell_of, text_of
 
     columns = [name for name in COLUMNS if any(name in line for line in lines)]
-    rows = [columns] + [[text_of(line.get(name)) for name in columns] for line in lines]
+    rows = [columns] + [[text_of(cell_of(line, name)) for name in columns] for line in lines]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

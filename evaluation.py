@@ -57,6 +57,9 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
                 pictures.sample_grids(trainer)
             if last and c.final_eval:
                 values |= final_metrics(trainer)
+                if c.eval_metrics_every:  # the last point of their curve
+                    name = f'final/{next(iter(trainer.samplers()))}/'
+                    values |= {k.replace('final', 'eval', 1): v for k, v in values.items() if k.startswith(name)}
             elif trainer.due(c.eval_metrics_every) and not last and is_judged(trainer):
                 name = next(iter(trainer.samplers()))
                 values |= {f'eval/{name}/{key}': value for key, value in judged(trainer, name, NUM_JUDGED).items()}

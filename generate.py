@@ -33,7 +33,7 @@ class Generate:
     num: int = 64
     """How many samples."""
     weights: str = 'ema'
-    """ema (the run's first moving average), another by its name (ema_0.999), or raw."""
+    """ema (the run's first moving average), another by its name (ema_0.999), raw, or posthoc_0.1 (docs/numbers.md)."""
     labels: str = ''
     """Classes in turn, such as 3,5; empty: all of them."""
     solver: str | None = None
@@ -94,7 +94,8 @@ def generate(options: Generate) -> None:
     stopping.catch_stop_signals()
     model_fn = trainer.get_model_fn(trainer.network)
     began = time.monotonic()
-    with tqdm(total=len(todo), unit='image', disable=None if ranks.is_main() else True) as bar:
+    bar = tqdm(total=len(todo), unit='image', disable=None if ranks.is_main() else True)
+    try:
         for i in range(0, len(batches), ranks.world_size()):
             stopping.raise_if_stopped()
             for indices in batches[i + ranks.rank() : i + ranks.rank() + 1]:  # one, or none in the last round
@@ -103,7 +104,12 @@ def generate(options: Generate) -> None:
                     x = trainer.decode(trainer.draw(model_fn, inputs, trainer.config.solver))
                 out.add(indices, x, inputs.label)
             bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
-    stopping.raise_if_stopped()
+        stopping.raise_if_stopped()
+    except stopping.Stopped:
+        ranks.print_once('stopped: the same command goes on, and draws nothing twice')
+        raise
+    finally:
+        bar.close()
     speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
     label = inputs_of(trainer, range(out.shown), labels, options).label
     ranks.on_main(lambda: out.finish(pictures.names_of(trainer, label)))

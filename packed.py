@@ -80,7 +80,8 @@ def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str
             raise SettingError(f'{title}: {len(unread)} of {len(items)} cannot be read. {named}')
         facts['left_out'] = len(unread)
         if unread:
-            print_once(f'{title}: left out {len(unread)} that cannot be read. {named}')
+            cut = [text.split(' Replace it')[0].split(' Mend it')[0] for text in unread[:3]]  # the remedy was taken
+            print_once(f'{title}: left out {len(unread)} that cannot be read. {" ".join(cut)}')
 
     write_rows(path, readable(), len(items), title, facts)
 

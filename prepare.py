@@ -78,8 +78,13 @@ def prepare(config: PrepareConfig) -> None:
     ranks.print_once(
         f'{path}: {len(found["x"]):,} items of shape {tuple(found["x"].shape[1:])}, {held_out} held out, '
         f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
-        f'train on it: sh run.sh --dataset arrays --data_path {config.out}'
+        f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention_of(tuple(found["x"].shape[1:]))}'
     )
+
+
+def attention_of(shape: tuple[int, ...]) -> str:
+    """The flag with which the default UNet takes images of this shape: attention on its second level."""
+    return f' --attention_resolutions {max(shape[1:]) // 2}' if len(shape) == 3 and min(shape[1:]) > 1 else ''
 
 
 def latents(items: Any, encode: Callable, spec: Any, facts: dict[str, Any]) -> Iterator[tuple['Tensor', int]]:

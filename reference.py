@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import utils
+from augmentations import AUGMENTATIONS
 from batches import ProcessedBatch
 from logging_utils import RunningMeans
 from prediction import get_model_convert_fn, optimal_denoiser
@@ -67,7 +68,7 @@ def levels(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
     c, n = trainer.config, number_of_draws(trainer)
     if n == 0:
         return {}
-    changed = c.flip_prob or c.rotate_prob or c.translate_prob or c.dequantize or c.overfit
+    changed = c.dequantize or c.overfit or any(getattr(c, probability) for probability in AUGMENTATIONS)
     wanted = {'eval/reference_floor': 'optimal', 'eval/reference_gaussian': 'gaussian'}
     if not changed and type(trainer).loss_fn.__module__ == 'trainer':
         wanted['train/floor'] = 'optimal'

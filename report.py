@@ -4,6 +4,7 @@ A run rewrites its own report.html whenever it draws samples. `compare.py` puts 
 """
 
 import base64
+import fnmatch
 import html
 import io
 import json
@@ -24,13 +25,14 @@ h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } figcaption, .f
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top;
        border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
 .row { display: flex; flex-wrap: wrap; gap: 1em 2em } figure { margin: 0 }
-img { max-width: 100%; image-rendering: pixelated }
+figure { overflow-x: auto; max-width: 100% } img { image-rendering: pixelated }
 svg { max-width: 100%; height: auto; color: var(--text) } pre { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 # Curves of a report: title -> names in the record; * stands for the rest of a name.
 CURVES: dict[str, tuple[str, ...]] = {
     'loss': ('train/loss', 'eval/loss*'),
     'reference loss': ('eval/reference',),
+    'Frechet distance of samples': ('eval/*/frechet*',),
     'training loss by time': ('train/loss_t_*',),
     'reference loss by time': ('eval/reference_t_*',),
     'gradient norm': ('train/grad_norm*',),
@@ -40,6 +42,11 @@ CURVES: dict[str, tuple[str, ...]] = {
 }
 GAUSSIAN = 'eval/reference_gaussian'
 LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
+# Of a table of evaluations.
+COLUMNS = (
+    'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet kid precision recall density '
+    'coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
+).split()
 STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
 
 
@@ -63,14 +70,13 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def names(self, patterns: Sequence[str]) -> list[str]:
-        """Names of the record that are among `patterns`; a * at the end stands for any rest but one by time."""
+        """Names of the record that are among `patterns`, in which a * stands for anything but times."""
         found = list(dict.fromkeys(name for line in self.lines for name in line))
         return [
             name
             for pattern in patterns
             for name in found
-            if name == pattern
-            or (pattern[-1] == '*' and name.startswith(pattern[:-1]) and ('_t_' in pattern) == ('_t_' in name))
+            if fnmatch.fnmatchcase(name, pattern) and ('_t_' in pattern) == ('_t_' in name)
         ]
 
     def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
@@ -138,7 +144,7 @@ def plot(
     figure = Figure(figsize=(5.4, 3.2))
     figure.patch.set_alpha(0)
     by_time = all('_t_' in name for name in curves)
-    ax = figure.add_axes((0.13, 0.1, 0.66 if by_time else 0.85, 0.8))
+    ax = figure.add_axes((0.15, 0.1, 0.64 if by_time else 0.83, 0.8))
     ax.patch.set_alpha(0)
     lowest = min(value for _, y in curves.values() for value in y)
     for i, (name, (x, y)) in enumerate(curves.items()):
@@ -149,8 +155,12 @@ def plot(
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
         ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='of what can be learned')
-    if title not in LINEAR and all(value > 0 for _, y in curves.values() for value in y):
+    if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
         ax.set_yscale('log')
+        for axis_part in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis_part(lambda value, _: f'{value:.3g}')
+        if max(map(max, (y for _, y in curves.values()))) > 10 * lowest:  # labels of each power of ten are enough
+            ax.yaxis.set_minor_formatter(lambda value, _: '')
     ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)
     ax.tick_params(colors=grey, which='both')
     for spine in ax.spines.values():
@@ -263,9 +273,16 @@ def report(run: Run) -> str:
 
 def evaluations_of(run: Run) -> str:
     """What evaluate.py has found out: a table, and plots of sweeps."""
-    columns = 'weights solver nfe guidance_scale num detector frechet real_frechet label_agreement'.split()
-    rows = [[line.get(c) for c in columns] for line in run.evaluations]
+    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in run.evaluations)]
+    rows = [[cell_of(line, name) for name in columns] for line in run.evaluations]
     return table(rows, columns) + row(sweep_plots(run.evaluations)) if rows else ''
+
+
+def cell_of(line: Mapping[str, Any], name: str) -> Any:
+    """A number of a line of evaluation.jsonl for a table. Where steps were given, they stand for evaluations."""
+    if name == 'nfe' and not line.get('nfe'):
+        return f'{line.get("num_sample_steps")} steps'
+    return line.get(name)
 
 
 def update(folder: Path) -> None:

@@ -90,7 +90,8 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
     path = Path(path)
     if not path.is_file():
         raise SettingError(
-            f'checkpoint {str(path)!r} does not exist. Pass the path of a .pt file of ckpts/<experiment_name>/.'
+            f'checkpoint {str(path)!r} does not exist. Pass the path of a .pt file of ckpts/<experiment_name>/, or '
+            'wait until this run has saved one.'
         )
     try:
         with zipfile.ZipFile(path) as archive:

@@ -223,5 +223,6 @@ def read_start(run_dir: str | Path) -> dict[str, Any]:
     """The entry of the run's last start. Raises SettingError if there is none."""
     starts = read_starts(run_dir)
     if not starts:
-        raise SettingError(f'{run_dir} has no run.json, which says what trained it. Pass the folder of a run.')
+        what = 'has no run.json, which says what trained it' if Path(run_dir).is_dir() else 'does not exist'
+        raise SettingError(f'{run_dir} {what}. Pass the folder of a run.')
     return starts[-1]

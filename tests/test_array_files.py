@@ -83,6 +83,7 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(x=np.zeros((8, 4)), y=np.zeros(7, int)), r'labels are int64 \(7,\).*for each of 8'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\)'),
         (dict(x=np.zeros((8, 4)), y=np.arange(8) - 1), r'labels are int64 \(8,\), from -1'),
+        (dict(x=np.zeros((8, 4)), y=np.array([1_000_000, *range(7)])), r'only 8 of 1000001 classes occur'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
         (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'there are 0 images'),
         (dict(x=np.zeros((1, 4))), 'there are 1 images, and at least two'),

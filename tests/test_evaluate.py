@@ -137,7 +137,7 @@ def test_fid_is_that_of_torch_fidelity(run, stand_in):
         (dict(num=3), 'num=3: at least 10 samples'),
         (dict(solver=('adam',)), "solver='adam' is not a choice"),
         (dict(weights=('ema_0.99',)), 'has ema_0.5, ema_0.9, raw'),
-        (dict(detector='inception', detector_weights='gone.pth'), r"detector='inception': its weights cannot be had"),
+        (dict(detector='inception', detector_weights='gone.pth'), "detector_weights='gone.pth': there is no such file"),
         (dict(weights=()), 'weights: name at least one'),
         (dict(run='nowhere'), 'nowhere'),
     ],

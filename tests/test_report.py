@@ -12,8 +12,9 @@ import pytest
 from conftest import record_of
 
 import report
-from compare import Compare, compare
+from compare import Compare, compare, labels_of
 from config import SettingError
+from config_tools import cut_middle
 
 
 class Page(html.parser.HTMLParser):
@@ -73,12 +74,74 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     inside = [base64.b64decode(image.split(',')[1]) for image in page.images]
     assert {path.read_bytes() for path in pictures} <= set(inside)
     for title in report.CURVES:
-        assert title in page.text or title == 'share of time waiting for data', title
+        assert title in page.text or title in ('share of time waiting for data', 'Frechet distance of samples'), title
     last = record_of(folder)[-1]
     assert f'{last["eval/reference"]:.4g}' in page.text and f'{last["eval/loss"]:.4g}' in page.text
     assert page.text.count('<svg') == 0 and (folder / 'report.html').read_text().count('<svg') >= 6
     settings = dict(re.findall(r'<tr><td>(\w+)</td><td>([^<]*)</td></tr>', (folder / 'report.html').read_text()))
     assert settings['channels'] == '16' and settings['num_training_steps'] == '12' and 'seed' not in settings
+
+
+def run_of(lines, **config):
+    return report.Run(Path('ckpts/a'), dict(preset='digits', **config), lines)
+
+
+def test_the_curves_of_a_page_are_found_by_their_names():
+    names = (
+        'eval/loss eval/loss_ema_0.9 eval/loss_t_0.0_0.1 eval/adams/frechet_pixels eval/adams/kid final/adams/frechet'
+    )
+    run = run_of([{'train/step': 1, **dict.fromkeys(names.split(), 1.0)}])
+    assert run.names(report.CURVES['loss']) == ['eval/loss', 'eval/loss_ema_0.9']
+    assert run.names(report.CURVES['Frechet distance of samples']) == ['eval/adams/frechet_pixels']
+    assert run.names(('eval/loss_t_*',)) == ['eval/loss_t_0.0_0.1']
+
+
+def test_levels_belong_to_their_curves():
+    first = {
+        'train/floor': 0.5,
+        'train/floor_t_0.0_0.1': 0.1,
+        'eval/reference_floor': 0.2,
+        'eval/reference_gaussian': 0.9,
+    }
+    later = {'train/loss': 1.0, 'eval/floor_of_mine': 3.0, 'eval/reference': 0.4}
+    run = run_of([{'train/step': 1, **first}, {'train/step': 2, **later}])
+    assert run.bounds(['train/loss', 'eval/loss']) == ({'train/loss': 0.5}, None)
+    assert run.bounds(['train/loss_t_0.0_0.1', 'train/loss_t_0.1_0.2']) == ({'train/loss_t_0.0_0.1': 0.1}, None)
+    assert run.bounds(['eval/reference']) == ({'eval/reference': 0.2}, 0.9)
+    assert run.bounds(['train/lr']) == ({}, None)
+    assert run.final() == {'eval/reference': 0.4, 'eval/floor_of_mine': 3.0}
+
+
+def numbers_in(svg):
+    return set(re.findall(r'>([^<>]+)</text>', svg))
+
+
+def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
+    def line(nfe, weights='ema', guidance=1.0, **other):
+        same = dict(detector='pixels', detector_digest='a', num=10, seed=0, step=5, solver='adams')
+        return same | dict(nfe=nfe, weights=weights, guidance_scale=guidance, frechet=1 / nfe) | other
+
+    lines = [line(n, w) for n in (4, 8) for w in ('ema', 'raw')]
+    (plot,) = report.sweep_plots(lines)
+    assert {'Frechet distance (pixels) by nfe', 'weights ema', 'weights raw'} <= numbers_in(plot)
+    assert report.sweep_plots([line(4), line(8, step=4)]) == []  # of another step: not to be compared
+    both = report.sweep_plots([line(n, guidance=g) for n in (4, 8) for g in (1.0, 2.0)])
+    assert len(both) == 2 and {'guidance_scale 1', 'guidance_scale 2'} <= numbers_in(both[0])
+    assert {'nfe 4', 'nfe 8'} <= numbers_in(both[1])
+    assert report.cell_of(dict(nfe=0, num_sample_steps=7), 'nfe') == '7 steps'
+
+
+def test_numbers_on_axes_are_plain():
+    svg = report.plot({'train/loss': ([1, 2, 3], [1.28, 1.3, 1.34])}, 'loss')
+    ticks = [text for text in numbers_in(svg) if text.startswith('1.')]
+    assert ticks and all(re.fullmatch(r'1[.]\d+', text) for text in ticks)
+
+
+def test_compared_runs_are_called_by_what_differs():
+    runs = [run_of([], base_lr=lr, log_every=i) for i, lr in enumerate((0.1, 0.2))]
+    assert labels_of(runs, ['a' * 50, 'b' * 50]) == ['base_lr=0.1', 'base_lr=0.2']
+    alike = [run_of([], log_every=i) for i in range(2)]
+    assert labels_of(alike, ['a' * 50, 'b' * 50]) == [cut_middle('a' * 50, 40), cut_middle('b' * 50, 40)]
 
 
 def test_evaluations_are_on_the_page(trained):
@@ -117,7 +180,8 @@ def test_runs_are_compared_by_what_differs(trained, tmp_path, capsys):
     finals = [f'{record_of(folder)[-1]["eval/reference"]:.4g}' for folder in (a, b)]
     assert rows['eval/reference'] == finals
     page = Page(tmp_path / 'x.html')
-    assert not page.outside and len(page.images) == 2 and 'a train/loss' in (tmp_path / 'x.html').read_text()
+    assert not page.outside and len(page.images) == 2
+    assert {'loss: train/loss', 'channels=16, base_lr=0.001'} <= numbers_in((tmp_path / 'x.html').read_text())
 
 
 def test_runs_of_one_name_are_told_apart(trained, tmp_path, capsys):
