@@ -55,6 +55,7 @@ def report(trainer: 'BaseDiffusionTrainer') -> None:
         with collected(trainer) as logged:  # by an experiment, while it samples
             if trainer.due(c.sample_every) and (c.final_pictures or not last):
                 pictures.sample_grids(trainer)
+                pictures.show_paths(trainer)
             if last and c.final_eval:
                 values |= final_metrics(trainer)
                 if c.eval_metrics_every:  # the last point of their curve

@@ -169,12 +169,12 @@ class Logger:
                 'on from the last checkpoint.'
             ) from error
 
-    def log_picture(self, name: str, picture: Tensor, step: int) -> None:
-        """Write picture (3, H, W) uint8 to samples/`name`.png; wandb has one panel for each name without `step_...`."""
+    def log_picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
+        """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""
         if not self.active:
             return
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        path = self.run_dir / 'samples' / f'{name}.png'
+        path = self.run_dir / folder / f'{name}.png'
         with self._disk():
             path.parent.mkdir(exist_ok=True)
             image.save(path)

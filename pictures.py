@@ -191,8 +191,7 @@ def no_memory(trainer: 'BaseDiffusionTrainer', sampler: str, what: str) -> str:
 
 
 def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
-    """A picture of the samples of every sampler and all weights, with what they started from on the left; and one of
-    the paths on which the first of them came about."""
+    """A picture of the samples of every sampler and all weights, with what they started from on the left."""
     inputs = trainer.sample_inputs(num_shown(trainer))
     beside = inputs.beside or [trainer.decode(inputs.x1)]
     trainer.drawing.label = inputs.label
@@ -205,22 +204,22 @@ def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
         name = f'step_{trainer.step:07d}_{sampler_name}_{weights}'
         ranks.on_main(functools.partial(trainer.show, name, x, beside))
     trainer.drawing.label = None
-    if kind(beside[0]) == 'images':
-        show_paths(trainer, inputs)
 
 
-def show_paths(trainer: 'BaseDiffusionTrainer', inputs: 'SampleInputs') -> None:
+def show_paths(trainer: 'BaseDiffusionTrainer') -> None:
     """A picture with a row for each of the first samples, from what they started from to the image, by the first
     sampler and the weights by which the run is judged. Every process draws them all."""
+    if kind(trainer.decode(trainer.example.x0[:1])) != 'images':
+        return
     _, sampler, _, module = next(ways(trainer))
-    few = utils.rows(inputs, torch.arange(min(6, trainer.config.global_batch_size // trainer.config.batch_shards)))
+    few = trainer.sample_inputs(min(6, trainer.config.global_batch_size // trainer.config.batch_shards))
     utils.seed_everything(trainer.config.seed, 'show_paths')
     with torch.no_grad():
         frames = path(trainer, lambda: sampler(trainer.get_model_fn(module), few))
     if frames and kind(frames[0]) == 'images':
         start = trainer.decode(few.x1).cpu()
         picture = in_rows([start, *frames] if start.shape == frames[0].shape else frames)
-        ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step))
+        ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step, '.'))
 
 
 def path(trainer: 'BaseDiffusionTrainer', draw: Callable[[], Tensor]) -> list[Tensor]:

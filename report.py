@@ -252,7 +252,7 @@ def report(run: Run) -> str:
     for picture in pictures:
         by_step.setdefault(picture.name.split('_')[1], []).append(picture)
     steps = list(by_step)
-    data, path = (run.folder / f'samples/{name}.png' for name in ('data_and_augmented', 'path'))
+    data, path = run.folder / 'samples/data_and_augmented.png', run.folder / 'path.png'
     return page(
         f'{run.name}: step {step} of {total}',
         {

@@ -64,11 +64,12 @@ def without_reports(request, monkeypatch):
         monkeypatch.setattr('report.update', lambda folder: None)
 
 
-@pytest.fixture(autouse=True)
-def without_levels(request, monkeypatch):
+@pytest.fixture(autouse=True, scope='session')
+def without_levels():
     """Runs in this process do without the levels of losses, half a second each, but in the tests of them."""
-    if request.module.__name__ not in ('test_reference', 'test_report'):
-        monkeypatch.setattr('reference.MOST_DRAWS', 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('reference.MOST_DRAWS', 0)
+        yield
 
 
 @pytest.fixture

@@ -141,3 +141,31 @@ def test_a_packed_file_is_read_in_place(load, tmp_path):
     mark = train.fingerprint
     packed.write(tmp_path / 'x.pt', x.flip(0), label, **facts)
     assert load(tmp_path / 'x.pt')[0].fingerprint != mark
+
+
+def test_arrays_without_names_are_images_and_classes(tiny_config, tmp_path):
+    np.savez(tmp_path / 'x.npz', np.zeros((40, 8, 8), np.uint8), np.arange(40) % 3)
+    train, _, _ = setup_data_train_and_test(tiny_config(dataset='arrays', data_path=str(tmp_path / 'x.npz')), CPU)
+    assert train.spec.num_classes == 3
+
+
+def test_bytes_in_the_other_order_are_the_same_numbers(tiny_config, tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    found = []
+    for kind in ('<f4', '>f4'):
+        np.save(tmp_path / 'x.npy', x.astype(kind))
+        settings = dict(dataset='arrays', data_path=str(tmp_path / 'x.npy'))
+        found.append(setup_data_train_and_test(tiny_config(**settings), CPU)[0].everything()[0])
+    assert torch.equal(*found)
+
+
+def test_channels_may_be_last():
+    assert array_files.channels_first(np.zeros((9, 6, 5, 4), np.uint8), '').shape == (9, 4, 6, 5)
+
+
+def test_the_fingerprint_of_rows_sees_the_last():
+    x = np.zeros((30, 2), np.float32)
+    other = x.copy()
+    other[-1] = 1
+    made = [array_files.ShuffledRows(a, np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other)]
+    assert made[0] != made[1]

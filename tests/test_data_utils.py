@@ -237,3 +237,27 @@ def test_real_fashion_mnist(tiny_config, capsys):
     assert 'T-shirt/top 6' in capsys.readouterr().out and train.spec.classes[9] == 'Ankle boot'
     with pytest.raises(SettingError, match=r"held_out=10001: dataset='fashion_mnist' has 10000 held-out images"):
         setup_data_train_and_test(tiny_config(dataset='fashion_mnist', held_out=10_001), CPU)
+
+
+def test_the_moons_are_half_circles_of_the_said_size(tiny_config):
+    x, label = DATASETS['moons'].load(tiny_config())[0]
+    distance = (x[label == 0] - 0.65 * torch.tensor([-0.5, -0.25])).norm(dim=1)
+    assert distance.mean() == pytest.approx(0.651, abs=0.004) and distance.std() == pytest.approx(0.04, rel=0.05)
+
+
+def test_the_spirals_wind_as_said(tiny_config):
+    x, label = DATASETS['spirals'].load(tiny_config())[0]
+    assert x.square().sum(1).mean() == pytest.approx(0.511, abs=0.01)
+    r, angle = x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
+    on_arm = torch.cos(angle - 3 * torch.pi * r - torch.pi * label) > 0.8
+    assert on_arm[r > 0.3].float().mean() > 0.99
+
+
+def test_the_gaussians_are_as_wide_as_said(tiny_config):
+    x, _ = DATASETS['eight_gaussians'].load(tiny_config())[0]
+    assert (x.norm(dim=1) - 0.7).std() == pytest.approx(0.05, rel=0.05)
+
+
+def test_held_out_are_the_first_of_the_held_out_part(tiny_config):
+    few, whole = (setup_data_train_and_test(tiny_config(held_out=n), torch.device('cpu'))[2] for n in (10, 0))
+    assert few.size == 10 and torch.equal(few.everything()[0], whole.take(range(10))[0])

@@ -87,3 +87,42 @@ def test_a_shift_is_the_same_in_every_direction():
     a, b = normal(500, 6, torch.linspace(0.1, 3, 6)), normal(500, 6) + 1
     assert frechet(Moments(a @ turn), Moments(b @ turn)) == pytest.approx(frechet(Moments(a), Moments(b)), rel=1e-5)
     assert math.isclose(frechet(Moments(a), Moments(b)), frechet(Moments(b), Moments(a)), rel_tol=1e-9)
+
+
+def two_clusters(n):
+    """n points about 0, then n about 5 in every dimension."""
+    return torch.cat([normal(n, 4), normal(n, 4, mean=5.0)])
+
+
+def test_the_real_distance_is_of_images_from_all_of_the_data():
+    train = two_clusters(500)
+    assert compare(normal(500, 4), train, train)['real_frechet'] < 1
+
+
+def test_of_much_data_a_part_of_all_is_compared():
+    train = two_clusters(500)
+    part = compare(normal(500, 4), train, train, most=500)
+    assert part['coverage'] < 0.7 and part['recall'] < 0.7
+    assert part['frechet'] == compare(normal(500, 4), train, train)['frechet'] or part['frechet'] > 10
+
+
+def test_kid_of_one_subset_is_the_unbiased_estimate_by_hand():
+    """MMD^2 with the kernel (x y / d + 1)^3 (Binkowski et al. 2018)."""
+    x, y = normal(40, 6).double(), normal(40, 6, mean=0.5).double()
+    values = compare(x.float(), y.float(), y.float())
+    xx, yy, xy = ((a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    off = [(k.sum() - k.trace()) / (40 * 39) for k in (xx, yy)]
+    assert values['kid'] == pytest.approx(float(sum(off) - 2 * xy.mean()), rel=1e-4)
+    assert values['kid_std'] == pytest.approx(0, abs=1e-9)
+
+
+def test_precision_and_recall_by_counting():
+    data, samples = normal(60, 2), normal(60, 2, 0.6)
+    values = compare(samples, data, data)
+
+    def share(points, of):
+        reach = torch.cdist(of, of).sort(1).values[:, 3]  # the third neighbour, after the point itself
+        return (torch.cdist(points, of) <= reach).any(1).float().mean().item()
+
+    assert values['precision'] == pytest.approx(share(samples, data), abs=1e-6)
+    assert values['recall'] == pytest.approx(share(data, samples), abs=1e-6)

@@ -206,3 +206,18 @@ def test_the_mixture_comes_near_the_profile():
     target = power_profile(0.1, 2000)
     assert np.linalg.norm(by_hand - target) / np.linalg.norm(target) == pytest.approx(error)
     assert posthoc_mixture(saved[-3:], 0.1, 2000)[1] > error  # fewer do worse
+
+
+def test_the_power_profile_of_a_short_training():
+    profile = power_profile(0.1, 50)
+    assert profile[49] / profile[24] == pytest.approx(2**6.937, rel=0.005)
+
+
+def test_the_mixture_of_a_long_training_takes_steps_together():
+    saved = [(decay, n) for n in range(5000, 50_001, 5000) for decay in (0.0, 0.998, 0.9998)]
+    factors, error = posthoc_mixture(saved, 0.1, 50_000)
+    assert factors.sum() == pytest.approx(1) and error < 0.06
+    profile = sum(f * np.pad(weights_of_steps(d, n), (0, 50_000 - n)) for f, (d, n) in zip(factors, saved, strict=True))
+    target = power_profile(0.1, 50_000)
+    parts = [np.add.reduceat(x, np.arange(0, 50_000, 1000)) for x in (profile, target)]
+    assert np.linalg.norm(parts[0] - parts[1]) / np.linalg.norm(parts[1]) < 0.06

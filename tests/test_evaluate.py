@@ -1,7 +1,10 @@
 """evaluate.py and what looks at the images: numbers that others can compute again."""
 
+import dataclasses
 import json
+import math
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -169,3 +172,30 @@ def test_two_processes_find_what_one_finds(judge, run):
     both = json.loads((run / 'evaluation.jsonl').read_text())
     for name in ('frechet', 'kid', 'precision', 'coverage', 'eval/loss', 'eval/reference'):
         assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_bits_are_those_of_the_likelihood_of_the_held_out_images(run, monkeypatch):
+    """-log p / (64 ln 2) + log2(17 / 2), the pixels dequantized, each with its class."""
+    seen = {}
+
+    def likelihood(model_fn, process, x, label, **settings):
+        seen.update(x=x, label=label)
+        return types.SimpleNamespace(log_prob=-64 * math.log(2) * torch.arange(6.0))
+
+    monkeypatch.setattr('likelihood.log_likelihood', likelihood)
+    trainer = load_run(run)
+    found = program.bits(trainer, 6)
+    assert found['bits_per_dim'] == pytest.approx(2.5 + math.log2(17 / 2))
+    assert found['bits_per_dim_error'] == pytest.approx(np.std(np.arange(6), ddof=1) / 6**0.5)
+    x, label, *_ = trainer.test_loader.take(range(6))
+    assert torch.equal(seen['label'], label) and torch.equal(((seen['x'] + 1) / 2 * 17).floor(), (x * 16).round())
+
+
+def test_agreement_is_with_the_asked_classes(judge, monkeypatch):
+    def three(trainer, weights):
+        about = detectors.pixels(trainer, weights)
+        return dataclasses.replace(about, digest='three', predict=lambda x: torch.full((len(x),), 3))
+
+    monkeypatch.setitem(detectors.DETECTORS, 'pixels', three)
+    (line,) = judge()
+    assert line['label_agreement'] == pytest.approx(0.1)  # of classes in turn

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, launch_env, wait_until
 from PIL import Image
 
 import generate as program
+import utils
 from config import SettingError
 from generate import Generate
 from main import load_run
@@ -243,3 +245,23 @@ def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, m
     program.generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=30, batch_size=7))
     assert set(asked) == {30}
     assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
+
+
+def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, tmp_path):
+    arrays = np.load(draw('x.npz', labels='3,5', batch_size=7))
+    assert arrays['arr_1'].tolist() == [3, 5] * 15
+    x = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2) / 255
+    grid = utils.image_grid(x, 10, names=[str(k) for k in arrays['arr_1']])
+    assert np.array_equal(np.array(Image.open(tmp_path / 'x_grid.png')), grid.permute(1, 2, 0).numpy())
+
+
+def test_files_are_found_by_number(run, tmp_path):
+    out = Output(str(tmp_path / 'x'), 2000, load_run(run), {})
+    assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
+
+
+def test_classes_of_a_run_without_any_are_refused():
+    config = types.SimpleNamespace(label_dropout=1)
+    trainer = types.SimpleNamespace(data=types.SimpleNamespace(num_classes=10), config=config)
+    with pytest.raises(SettingError, match='the run has learned no classes'):
+        program.labels_of(Generate('', '', labels='3'), trainer)

@@ -146,3 +146,21 @@ def test_a_held_out_split_is_never_trained_on(load, tmp_path):
     assert (train.size, test.size) == (20, 4)
     with pytest.raises(SettingError, match='has 9 held-out images'):
         load(held_out=10)
+
+
+def test_where_there_are_both_the_validation_split_is_held_out(load, tmp_path):
+    write(tmp_path / 'hub', {'train': 20, 'validation': 5, 'test': 9})
+    assert load()[2].size == 5
+
+
+def test_height_comes_before_width_and_other_sizes_are_decoded_anew(load, tmp_path):
+    write(tmp_path / 'hub', {'train': 20})
+    assert load(image_size=(8, 6))[0].spec.shape == (3, 8, 6)
+    assert load(image_size=(4,))[0].spec.shape == (3, 4, 4)
+
+
+def test_other_files_are_decoded_anew(load, tmp_path):
+    write(tmp_path / 'hub', {'train': 20})
+    first = load()[0]
+    write(tmp_path / 'hub', {'train': 20}, mode='L')
+    assert load()[0].spec.shape == (1, 8, 8) and first.spec.shape == (3, 8, 8)

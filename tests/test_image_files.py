@@ -409,3 +409,45 @@ def test_real_pictures_of_odd_sizes_with_transparency(config_of, capsys):
     x, _ = train.everything()
     black = (x.flatten(1).max(1).values < 0.05).sum()  # 44 if transparency is dropped, of pictures of black lines
     assert black <= 3 and x[:, :, 0, 0].mean() > 0.8  # letters i and l are black in the middle; corners are empty
+
+
+def test_grey_is_what_has_one_channel(tmp_path):
+    for mode, grey in dict.fromkeys(['1', 'L', 'LA', 'I;16'], True).items() | {('RGB', False), ('RGBA', False)}:
+        Image.new(mode, (4, 4)).save(tmp_path / f'{mode[:4].replace(";", "")}.png')
+        assert image_files.is_grey(tmp_path / f'{mode[:4].replace(";", "")}.png') == grey, mode
+
+
+def test_another_background_is_decoded_anew(folder, config_of):
+    for i in range(20):
+        Image.new('RGBA', (8, 8), (0, 0, 0, 0)).save(folder / f'{i}.png')
+    for colour, value in (('white', 1), ('black', 0)):
+        assert setup_data_train_and_test(config_of(background=colour), CPU)[0].everything()[0].mean() == value
+
+
+def test_held_out_images_are_of_all_folders(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 30, 'b': [(9, 9)] * 30})
+    assert setup_data_train_and_test(config_of(), CPU)[2].labels.unique().tolist() == [0, 1]
+
+
+def test_with_skip_and_without_it_are_two_caches(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 10, 'b': [(9, 9)] * 10})
+    (folder / 'a/0.png').write_bytes(b'no image')
+    train, _, test = setup_data_train_and_test(config_of(skip_unreadable=True), CPU)
+    assert train.size + test.size == 19
+    with pytest.raises(SettingError, match='cannot be read'):
+        setup_data_train_and_test(config_of(), CPU)
+
+
+def test_the_digest_of_a_file_knows_pixels_classes_and_names():
+    x, label = torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6) % 2
+    usual = packed.digest_of(x, label, dict(classes=('a', 'b')))
+    assert usual == packed.digest_of(x.clone(), label.clone(), dict(classes=('a', 'b')))
+    other = x.clone()
+    other[5, 2, 3, 3] = 1
+    assert packed.digest_of(other, label, dict(classes=('a', 'b'))) != usual
+    assert packed.digest_of(x, 1 - label, dict(classes=('a', 'b'))) != usual
+    assert packed.digest_of(x, label, dict(classes=('a', 'c'))) != usual
+
+
+def test_how_many_are_held_out_by_default():
+    assert [packed.held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]

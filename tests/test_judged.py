@@ -194,3 +194,71 @@ def test_weights_of_another_length_are_mixed_from_those_that_were_saved(tiny_con
 
 def saving_error(a, b):
     return float((a - b).norm())
+
+
+def test_what_counts_as_near_the_profile(tiny_config, build_trainer, monkeypatch, capsys):
+    config = tiny_config(keep_every=0, save_every=4, keep_last=3, ema_decays=(0.5, 0.9))
+    trainer = build_trainer(config)
+    trainer.train_loop()
+    error = 0.29
+
+    def mixture(keys, width, n):
+        return np.eye(len(keys))[0], error
+
+    monkeypatch.setattr('saving.posthoc_mixture', mixture)
+    posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.1', trainer.network)
+    assert '9 averages' in capsys.readouterr().out  # of three saves
+    error = 0.31
+    with pytest.raises(SettingError, match='an error of 31%'):
+        posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.1', trainer.network)
+
+
+def test_long_vectors_are_not_judged_and_small_floats_not_by_a_classifier(tiny_config, build_trainer, monkeypatch):
+    def floats(*shape):
+        x = torch.randn(60, *shape)
+        return DataSpec(lambda config: ((x, torch.arange(60) % 2),) * 2, shape, 2, scale='float')
+
+    monkeypatch.setitem(DATASETS, 'long', floats(2000))
+    monkeypatch.setitem(DATASETS, 'small', floats(4, 4, 4))
+    long = build_trainer(tiny_config(dataset='long', network='mlp'))
+    small = build_trainer(tiny_config(dataset='small', network='mlp', experiment_name='small'))
+    assert not evaluation.is_judged(long) and evaluation.is_judged(small)
+    monkeypatch.setitem(detectors.DETECTORS, 'classifier', lambda *_: pytest.fail('a classifier'))
+    x, label, *_ = small.test_loader.everything()
+    assert 'label_agreement' not in evaluation.distances_of(small, x, label)
+
+
+def test_without_classes_in_the_network_none_agree(tiny_config, build_trainer, colour):
+    trainer = build_trainer(tiny_config(dataset='colour', label_dropout=1.0))
+    x, label, *_ = trainer.test_loader.everything()
+    assert 'label_agreement' not in evaluation.distances_of(trainer, x, label)
+
+
+def test_a_digest_of_weights_sees_one_of_them():
+    network = torch.nn.Linear(3, 2)
+    before = detectors.digest_of(network)
+    assert before == detectors.digest_of(network)
+    with torch.no_grad():
+        network.weight[1, 2] += 1e-3
+    assert detectors.digest_of(network) != before
+
+
+def test_features_are_kept_for_these_data_and_this_decoder(tiny_config, build_trainer, monkeypatch):
+    class Darker(ExampleDiffusionTrainer):
+        def decode(self, x0):
+            return super().decode(x0) / 2
+
+    trainer, darker = build_trainer(tiny_config()), build_trainer(tiny_config(experiment_name='darker'), Darker)
+    detector = detectors.pixels(trainer, '')
+    usual, dark = (detectors.features_of_data(each, detector)[0] for each in (trainer, darker))
+    assert torch.allclose(dark + 1, (usual + 1) / 2)
+    load = DATASETS['digits'].load
+
+    def other(config):
+        (x, label), held_out = load(config)
+        return (torch.cat([x[:8], x[8:].flip(3)]), label), held_out
+
+    monkeypatch.setitem(DATASETS, 'other', DataSpec(other, (1, 8, 8), 10, 16))
+    trainer = build_trainer(tiny_config(dataset='other', experiment_name='other'))
+    found = detectors.features_of_data(trainer, detector)[0]
+    assert torch.equal(found, detector.features(trainer.train_loader.everything()[0]))

@@ -299,10 +299,11 @@ def test_number_of_parameters(preset, low, high):
 def test_every_preset_fits_its_data(preset):
     config = Config(**PRESETS[preset])
     spec = DATASETS[config.dataset]
+    shape = spec.shape or (3, *2 * config.image_size)
     with torch.device('meta'):
-        net = get_network(config, spec.shape, spec.num_classes)
-        out = net(torch.randn(2, *spec.shape), torch.rand(2), torch.zeros(2, dtype=torch.int64))
-    assert out.shape == (2, *spec.shape)
+        net = get_network(config, shape, spec.num_classes)
+        out = net(torch.randn(2, *shape), torch.rand(2), torch.zeros(2, dtype=torch.int64))
+    assert out.shape == (2, *shape)
 
 
 def test_attention_at_no_level_is_a_setting_error():

@@ -5,6 +5,7 @@ import torch
 
 import pictures
 from data_utils import DATASETS, DataSpec
+from optimizers import get_lr
 from pictures import GAP, kind, picture_of
 from utils import LINE_HEIGHT, image_grid, written
 
@@ -96,7 +97,7 @@ def test_the_picture_of_a_run_has_the_names_of_its_classes(tiny_config, build_tr
     names = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
     monkeypatch.setitem(DATASETS, 'digits', DataSpec(spec.load, (1, 8, 8), 10, 16, classes=names))
     trainer = build_trainer(tiny_config(num_training_steps=3, warmup_steps=1, sample_every=3))
-    monkeypatch.setattr('logging_utils.Logger.log_picture', lambda self, name, x, step: seen.update({name: x}))
+    monkeypatch.setattr('logging_utils.Logger.log_picture', lambda self, name, x, *_: seen.update({name: x}))
     trainer.train_loop()
     grid = seen['step_0000003_adams_ema_0.999']
     first = grid.shape[2] - (2 + 10 * 50)  # the samples are on the right
@@ -144,3 +145,44 @@ def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, bu
     with torch.no_grad():
         frames = pictures.path(trainer, stages)
     assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 2
+
+
+def test_the_x_axis_of_a_scatter_plot_is_the_first_number():
+    points = torch.stack([torch.linspace(-1, 1, 50), torch.zeros(50)], 1)
+    picture = picture_of(points, [], 3).int()
+    coloured = (picture.amax(0) - picture.amin(0) > 60).nonzero()
+    assert coloured[:, 1].max() - coloured[:, 1].min() > 200 > 20 > coloured[:, 0].max() - coloured[:, 0].min()
+
+
+def test_images_beyond_1_are_scaled():
+    picture = picture_of(torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 48, 48), [], 3)
+    assert [picture[0, 20, 20 + 50 * i].item() for i in range(3)] == [0, 128, 255]
+
+
+def test_a_path_is_scaled_to_the_width_of_noise(tiny_config, build_trainer):
+    trainer, x = build_trainer(tiny_config()), torch.rand(2, 1, 8, 8) / 4
+    trainer.sample_fn = lambda callback=None: callback(0, 0.5, x)
+    (frame,) = pictures.path(trainer, lambda: trainer.sample_fn())
+    assert torch.allclose(frame, trainer.decode(x / 0.5**0.5))
+
+
+def test_rows_hold_the_first_and_the_last_frame():
+    frames = [torch.full((2, 1, 48, 48), k / 19) for k in range(20)]
+    row = pictures.in_rows(frames)[0, 20, 20::50].tolist()
+    assert row[0] == 0 and row[-1] == 255 and len(row) == 12 and sorted(set(row)) == row
+
+
+def test_the_data_are_on_the_left_and_what_training_sees_on_the_right(tiny_config, build_trainer, monkeypatch):
+    seen, curves = {}, {}
+    trainer = build_trainer(tiny_config(num_training_steps=3, warmup_steps=2, translate_prob=1.0))
+    monkeypatch.setattr('logging_utils.Logger.log_picture', lambda self, name, x, *_: seen.update({name: x}))
+    monkeypatch.setattr(
+        'logging_utils.Logger.log_curve', lambda self, name, points, x, y: curves.update({name: points})
+    )
+    trainer.train_loop()
+    first = trainer.train_loader.take(trainer.train_sampler.permutation(0)[:32].tolist())[0]
+    picture, left = seen['data_and_augmented'], image_grid(first, 8)
+    assert torch.equal(picture[:, :, : left.shape[2]], left)
+    right = picture[:, :, -left.shape[2] :]
+    assert 0.05 < (right != left).float().mean() < 0.9
+    assert curves['lr_schedule'] == [(k, get_lr(trainer.config, k)) for k in range(3)]

@@ -144,3 +144,17 @@ def test_as_a_command(tmp_path):
     assert 'digest' in done.stdout and Path(tmp_path / 'x.pt').stat().st_size < 200_000
     again = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=100)
     assert again.returncode == 2 and again.stderr.startswith('SettingError: out=') and 'Traceback' not in again.stderr
+
+
+def test_latents_keep_their_classes_and_of_constant_ones_the_std_is_0(tiny_config, tmp_path):
+    (tmp_path / 'e.py').write_text(
+        'import torch\ndef encode(x):\n'
+        '    constant = torch.linspace(0.1, 1, 50).view(-1, 1, 1).expand(len(x), 50, *x.shape[2:])\n'
+        '    return torch.cat([x[:, :1], constant], 1)\n'
+    )
+    prepare(PrepareConfig(dataset='digits', latents=f'{tmp_path}/e.py:encode', out=str(tmp_path / 'z.pt')))
+    train, _ = load(tiny_config, tmp_path / 'z.pt')
+    direct = setup_data_train_and_test(tiny_config(), CPU)[0]
+    (z, label), (x, asked) = train.everything(), direct.everything()
+    assert torch.equal(label, asked) and torch.allclose(z[:, :1], x)  # of 16 grey levels, in [0, 1]
+    assert np.isfinite(train.spec.std).all() and max(train.spec.std[1:]) < 1e-6

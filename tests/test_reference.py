@@ -1,5 +1,6 @@
 """eval/reference: one held-out loss for all runs of a data set, whatever they learn and however."""
 
+import dataclasses
 import itertools
 import math
 
@@ -12,7 +13,7 @@ import evaluation
 from data_utils import DATASETS, DataSpec
 from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
 from processes import PROCESSES
-from reference import levels
+from reference import levels, reference_errors
 from trainer import ExampleDiffusionTrainer
 from utils import bcast_right
 
@@ -278,3 +279,47 @@ def test_the_levels_are_in_the_record(tiny_config, build_trainer):
     lines = {line['train/step']: line for line in record_of(config.run_dir)}
     assert [step for step, line in lines.items() if 'train/floor' in line] == [6]  # once
     assert lines[6]['train/floor'] < lines[12]['train/loss']
+
+
+def seen_by_the_network(trainer, batch):
+    seen = {}
+
+    def network(xt, t, label, **cond):
+        seen.update(xt=xt, t=t, **cond)
+        return torch.zeros_like(xt)
+
+    reference_errors(trainer, batch, torch.arange(len(batch.t)), network)
+    return seen
+
+
+def test_where_x1_is_data_it_is_taken_for_the_noise_and_a_second_time_is_the_first(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    batch = dataclasses.replace(trainer.example, cond={'s': torch.zeros(len(trainer.example.t))})
+    trainer.independent = False
+    seen = seen_by_the_network(trainer, batch)
+    alpha, sigma = (bcast_right(v, 4) for v in (trainer.process(seen['t']).alpha, trainer.process(seen['t']).sigma))
+    assert torch.allclose((seen['xt'] - alpha * batch.x0) / sigma, batch.x1, atol=1e-2)
+    assert torch.equal(seen['s'], seen['t'])
+
+
+def test_the_gaussian_level_knows_each_pixel(tiny_config, build_trainer):
+    """By hand, of the best linear estimate of each pixel by itself."""
+    trainer = build_trainer(tiny_config())
+    x0 = 2 * trainer.train_loader.everything()[0].double() - 1
+    n = 2048
+    rows = torch.arange(n) % len(x0)
+    noise = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(n)]).double()
+    t = torch.tensor([0.001 + 0.998 * ((i + 0.5) / GOLDEN_RATIO % 1) for i in range(n)], dtype=torch.float64)
+    t = t[:, None, None, None]
+    mean, variance, clean = x0.mean(0), x0.var(0), x0[rows]
+    xt = (1 - t) * clean + t * noise
+    guess = mean + (1 - t) * variance / ((1 - t) ** 2 * variance + t**2) * (xt - (1 - t) * mean)
+    by_hand = ((guess - clean) / t).square().mean().item()
+    assert levels(trainer)['eval/reference_gaussian'] == pytest.approx(by_hand, rel=1e-3)
+
+
+@pytest.mark.parametrize('setting', ['flip_prob', 'rotate_prob'])
+def test_turned_images_have_no_floor(tiny_config, build_trainer, monkeypatch, setting):
+    spec = dataclasses.replace(DATASETS['digits'], flip_keeps_label=True, rotation_keeps_label=True)
+    monkeypatch.setitem(DATASETS, 'digits', spec)
+    assert 'train/floor' not in levels(build_trainer(tiny_config(**{setting: 0.5})))

@@ -217,3 +217,19 @@ def test_a_browser_shows_it(trained, tmp_path):
             grey = image.convert('L')
             assert len(image.convert('RGB').getcolors(10**7)) > 50
             assert (grey.getpixel((5, 5)) > 200) == (scheme == 1)
+
+
+def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path, capsys):
+    folders = [trained(name, grad_clip_norm=norm) for name, norm in (('a', 1.0), ('b', 1.0), ('c', 2.0))]
+    settings = json.loads((folders[0] / 'config.json').read_text())
+    del settings['seed']
+    (folders[0] / 'config.json').write_text(json.dumps(settings))
+    same = dict(detector='pixels', weights='ema', solver='adams', nfe=0, num=10)
+    lines = [same | dict(guidance_scale=g, frechet=f) for g, f in ((1.0, 0.25), (2.0, 0.5))]
+    (folders[1] / 'evaluation.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    compare(Compare(tuple(map(str, folders)), str(tmp_path / 'x.html')))
+    out = capsys.readouterr().out
+    assert 'grad_clip_norm' in out and 'seed' not in out
+    assert 'adams 0 1.0 10)' in out and 'adams 0 2.0 10)' in out and '0.25' in out and '0.5' in out
+    page = (tmp_path / 'x.html').read_text()
+    assert 'step_0000012' in page and 'step_0000006' not in page

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, TINY, as_flags, launch_env, record_of, wait_until
 
 from config import SettingError
-from sweep import combinations
+from sweep import combinations, sweep
 
 
 def test_every_combination_once():
@@ -67,3 +67,24 @@ def test_one_task_of_an_array_does_one_run_and_a_failed_run_is_named(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and '1 of 1 runs failed' in done.stderr and 't_max=1 touches' in done.stderr
     assert os.listdir(tmp_path) == [folder.parent.name]
+
+
+def test_a_task_of_an_array_does_its_own_run(monkeypatch):
+    done = []
+    monkeypatch.setattr('sweep.run_one', lambda flags: done.append(flags) or 0)
+    runs = combinations(['--seed', '1', '2', '3'])
+    monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '1')
+    sweep(runs)
+    assert done == [runs[1]]
+    monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '3')
+    with pytest.raises(SettingError, match='there are runs 0 to 2'):
+        sweep(runs)
+
+
+def test_runs_that_failed_are_named_after_the_last(monkeypatch, tmp_path):
+    monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
+    codes = iter((0, 2, 0))
+    monkeypatch.setattr('sweep.run_one', lambda flags: next(codes))
+    with pytest.raises(SettingError, match=r'1 of 3 runs failed, see above: .*--seed 2'):
+        sweep(combinations(['--seed', '1', '2', '3', '--', '--ckpt_dir', str(tmp_path)]))
+    assert next(codes, None) is None

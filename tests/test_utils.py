@@ -10,7 +10,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import utils
 from unet import UNet
-from utils import bcast_right, concat, frozen, image_grid, image_square_error, jvp, rows, seed_everything
+from utils import (
+    LINE_HEIGHT,
+    bcast_right,
+    concat,
+    frozen,
+    image_grid,
+    image_square_error,
+    jvp,
+    rows,
+    seed_everything,
+    written,
+)
 
 
 @pytest.mark.parametrize('ndim', [1, 2, 4])
@@ -324,3 +335,21 @@ def test_image_grid_clamps_and_leaves_large_images_alone():
     picture = image_grid(images, columns=2, gap=0)
     assert picture.shape == (3, 50, 120)
     assert (picture[:, :, :60] == 255).all() and (picture[:, :, 60:] == 0).all()
+
+
+def test_every_grey_level_of_a_grid_is_exact():
+    levels = torch.arange(256)
+    images = (levels / 255).view(-1, 1, 1, 1).expand(-1, 1, 48, 48)
+    assert torch.equal(image_grid(images, columns=16, gap=0)[0, ::48, ::48].flatten().long(), levels)
+
+
+def test_of_four_channels_the_first_three_are_shown():
+    images = torch.rand(3, 4, 48, 48)
+    assert torch.equal(image_grid(images, 2), image_grid(images[:, :3], 2))
+
+
+def test_the_headings_are_those_of_the_first_row_and_centred():
+    grid = image_grid(torch.zeros(5, 1, 48, 48), 3, names=['cat', 'dog', 'eel', 'cat', 'dog'])
+    assert torch.equal(grid[:, :LINE_HEIGHT, 2:50], written('cat', 48))
+    dark = (written('an', 60) < 128).any(0).any(0).nonzero()
+    assert abs((dark[0] + dark[-1]).item() / 2 - 29.5) <= 2
