@@ -157,10 +157,10 @@ def plot(
         ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='of what can be learned')
     if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
         ax.set_yscale('log')
-        for axis_part in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis_part(lambda value, _: f'{value:.3g}')
-        if max(map(max, (y for _, y in curves.values()))) > 10 * lowest:  # labels of each power of ten are enough
-            ax.yaxis.set_minor_formatter(lambda value, _: '')
+        low, high = ax.get_ylim()
+        few = '25' if high > 3 * low else '23456789'  # of many ticks between powers of ten, some have a number
+        ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
+        ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
     ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)
     ax.tick_params(colors=grey, which='both')
     for spine in ax.spines.values():

@@ -31,6 +31,7 @@ TINY = dict(
 )
 
 # names of the record that are not the same when a run is repeated
+LEVELS = ('train/floor', 'eval/reference_floor', 'eval/reference_gaussian')
 NOT_REPEATED = ('train/images_per_second', 'train/memory_gb', 'train/waiting')
 
 torch.set_num_threads(1)
@@ -149,10 +150,12 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
     )
 
 
-def record_of(folder: Path) -> list[dict]:
-    """The whole lines of a run's record, without what differs from time to time."""
+def record_of(folder: Path, levels: bool = False) -> list[dict]:
+    """The whole lines of a run's record, without what differs from time to time, and without the levels of losses,
+    which runs in this process do without."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
-    return [{k: v for k, v in line.items() if k not in NOT_REPEATED} for line in lines]
+    left_out = NOT_REPEATED if levels else (*NOT_REPEATED, *LEVELS)
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def losses(folder: Path) -> list[float]:

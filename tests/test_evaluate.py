@@ -74,6 +74,7 @@ def test_losses_and_bits_per_dimension(judge):
     assert 0 < line['bits_per_dim'] < 20 and 0 < line['bits_per_dim_error'] < 2
 
 
+@pytest.mark.slow
 def test_the_classifier_knows_the_digits_and_is_trained_once(run, monkeypatch, capsys):
     trainer = load_run(run)
     judged = detectors.classifier(trainer, '')

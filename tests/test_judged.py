@@ -103,6 +103,7 @@ def test_too_few_images_are_said_not_to_be_judged(tiny_config, build_trainer, mo
     assert 'override sample_metrics' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_does_not_end_a_run(tiny_config, build_trainer, colour, capsys):
     config = tiny_config(dataset='colour', final_eval=True, num_training_steps=3)
     (Path(config.data_dir)).mkdir(parents=True)
@@ -112,6 +113,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run(tiny_config, build_tr
     assert 'cannot be kept for the next time' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_damaged_classifier_is_trained_anew(tiny_config, build_trainer, colour):
     trainer = build_trainer(tiny_config(dataset='colour'))
     first = detectors.classifier(trainer, '')
@@ -146,6 +148,7 @@ def test_the_time_left_counts_the_samples_at_the_end(tiny_config, build_trainer)
     assert evaluation.seconds_at_end(build_trainer(plain)) == 0
 
 
+@pytest.mark.slow
 def test_drawing_is_timed(tiny_config, build_trainer, capsys):
     config = tiny_config(sample_every=6, final_eval=True)
     trainer = build_trainer(config)
@@ -158,6 +161,7 @@ def test_drawing_is_timed(tiny_config, build_trainer, capsys):
 # ---------------------------------------------------------------- averages of another length
 
 
+@pytest.mark.slow
 def test_weights_of_another_length_are_mixed_from_those_that_were_saved(tiny_config, build_trainer, capsys):
     """Each weight is the same linear function of the weights after each step."""
     seen = []
@@ -196,6 +200,7 @@ def saving_error(a, b):
     return float((a - b).norm())
 
 
+@pytest.mark.slow
 def test_what_counts_as_near_the_profile(tiny_config, build_trainer, monkeypatch, capsys):
     config = tiny_config(keep_every=0, save_every=4, keep_last=3, ema_decays=(0.5, 0.9))
     trainer = build_trainer(config)

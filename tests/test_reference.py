@@ -276,7 +276,7 @@ def test_where_memory_is_short_the_levels_are_left_out(tiny_config, build_traine
 def test_the_levels_are_in_the_record(tiny_config, build_trainer):
     config = tiny_config()
     build_trainer(config).train_loop()
-    lines = {line['train/step']: line for line in record_of(config.run_dir)}
+    lines = {line['train/step']: line for line in record_of(config.run_dir, levels=True)}
     assert [step for step, line in lines.items() if 'train/floor' in line] == [6]  # once
     assert lines[6]['train/floor'] < lines[12]['train/loss']
 

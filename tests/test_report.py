@@ -219,6 +219,7 @@ def test_a_browser_shows_it(trained, tmp_path):
             assert (grey.getpixel((5, 5)) > 200) == (scheme == 1)
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path, capsys):
     folders = [trained(name, grad_clip_norm=norm) for name, norm in (('a', 1.0), ('b', 1.0), ('c', 2.0))]
     settings = json.loads((folders[0] / 'config.json').read_text())
