@@ -279,7 +279,7 @@ def drawn_at_end(trainer: 'BaseDiffusionTrainer') -> int:
 
 
 def seconds_at_end(trainer: 'BaseDiffusionTrainer') -> float | None:
-    """What these samples will take, and judging them, as far as it is known; None before the first were drawn."""
+    """What drawing these samples will take, without judging them; None before the first were drawn."""
     if trainer.drawing.at_end and not trainer.drawing.seconds:
         return None
     return trainer.drawing.at_end * trainer.drawing.seconds

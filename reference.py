@@ -103,7 +103,7 @@ def number_of_draws(trainer: 'BaseDiffusionTrainer') -> int:
     budget = 2e10 if trainer.device.type == 'cpu' else 1e12
     n = int(min(MOST_DRAWS, budget // products)) if known and products <= MOST_VALUES else 0
     n = n // c.batch_shards * c.batch_shards
-    return n if n >= min(LEAST_DRAWS, MOST_DRAWS) else 0
+    return n if n >= LEAST_DRAWS else 0
 
 
 def known_denoisers(trainer: 'BaseDiffusionTrainer') -> dict[str, ModelFn]:

@@ -154,7 +154,7 @@ def plot(
         if floors.get(name, 0) > lowest / 20:  # a floor of next to nothing would squeeze the curves
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
-        ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='of what can be learned')
+        ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='what can be learned')
     if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
         ax.set_yscale('log')
         low, high = ax.get_ylim()
