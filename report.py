@@ -158,7 +158,7 @@ def plot(
     if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
         ax.set_yscale('log')
         low, high = ax.get_ylim()
-        few = '25' if high > 3 * low else '23456789'  # of many ticks between powers of ten, some have a number
+        few = '25' if high > 3 * low else '123456789'  # of many ticks between powers of ten, some have a number
         ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
         ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
     ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)

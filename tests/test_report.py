@@ -132,7 +132,7 @@ def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
 
 
 def test_numbers_on_axes_are_plain():
-    svg = report.plot({'train/loss': ([1, 2, 3], [1.28, 1.3, 1.34])}, 'loss')
+    svg = report.plot({'train/loss': ([10, 20, 30], [1.28, 1.3, 1.34])}, 'loss')
     ticks = [text for text in numbers_in(svg) if text.startswith('1.')]
     assert ticks and all(re.fullmatch(r'1[.]\d+', text) for text in ticks)
 
