@@ -1,5 +1,6 @@
 """What a run shows: grids of samples, the data and what augmentation makes of them, scatter plots of points."""
 
+import contextlib
 import functools
 import io
 import time
@@ -160,20 +161,27 @@ def generate(trainer: 'BaseDiffusionTrainer', sampler: Sampler, module: nn.Modul
     at_once = trainer.shards_per_micro_step() * c.global_batch_size // c.batch_shards  # as many images as in training
     drawn: list[Tensor] = []
     began = time.monotonic()
-    try:
+    with short_of_memory_together():
         for i, part in enumerate(mine.split(at_once)):
             utils.seed_everything(c.seed, 'generate', ranks.rank(), i)  # for the SDE
             drawn.append(trainer.decode(sampler(model_fn, utils.rows(inputs, part))))
             stopping.raise_if_stopped()
+    samples = ranks.gather_items(torch.cat(drawn), n)
+    trainer.drawing.seconds = (time.monotonic() - began) / n
+    return samples
+
+
+@contextlib.contextmanager
+def short_of_memory_together() -> Iterator[None]:
+    """Around drawing that calls stopping.raise_if_stopped: who runs out of memory tells the others by it, so that
+    stopping.RankFailed is raised on every rank."""
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        drawn.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(f'rank {ranks.rank()}: {error}', flush=True)
         stopping.raise_if_stopped(failed=True)
-    samples = ranks.gather_items(torch.cat(drawn), n)
-    trainer.drawing.seconds = (time.monotonic() - began) / n
-    return samples
 
 
 def ways(trainer: 'BaseDiffusionTrainer') -> Iterator[tuple[str, Sampler, str, nn.Module]]:
@@ -211,11 +219,16 @@ def show_paths(trainer: 'BaseDiffusionTrainer') -> None:
     sampler and the weights by which the run is judged. Every process draws them all."""
     if kind(trainer.decode(trainer.example.x0[:1])) != 'images':
         return
-    _, sampler, _, module = next(ways(trainer))
+    sampler_name, sampler, _, module = next(ways(trainer))
     few = trainer.sample_inputs(min(6, trainer.config.global_batch_size // trainer.config.batch_shards))
     utils.seed_everything(trainer.config.seed, 'show_paths')
-    with torch.no_grad():
-        frames = path(trainer, lambda: sampler(trainer.get_model_fn(module), few))
+    try:
+        with torch.no_grad(), short_of_memory_together():
+            frames = path(trainer, lambda: sampler(trainer.get_model_fn(module), few))
+            stopping.raise_if_stopped()
+    except stopping.RankFailed:
+        print_once(no_memory(trainer, sampler_name, 'the picture of the path is'))
+        return
     if frames and kind(frames[0]) == 'images':
         start = trainer.decode(few.x1).cpu()
         picture = in_rows([start, *frames] if start.shape == frames[0].shape else frames)
