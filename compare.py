@@ -1,19 +1,23 @@
 """Several runs on one page: curves over each other, settings that differ, final numbers and samples side by side.
 
 sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
+
+`side_by_side` trains them first: an idea beside what it claims to improve, as in examples/.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 import report
-from config import FREE_ON_RESUME, Config, SettingError
-from config_tools import cut_middle
+from config import Config, SettingError, default_experiment_name
+from config_tools import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name
 from runtime import command
 
 
@@ -45,9 +49,79 @@ def compare(options: Compare) -> None:
     names = names_of(options.runs)
     labels = labels_of(runs, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(runs), *numbers(runs)]
-    text = [['', *labels], *[[report.text_of(cell) for cell in row] for row in rows]]
+    print_once(aligned([['', *labels], *rows]))
+    path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
+    write_page(path, runs, names, labels)
+    print_once(f'\n  page        {path}')
+
+
+def side_by_side(
+    parts: Mapping[str, Mapping[str, Any]],
+    numbers: Sequence[str] = ('final/*',),
+    usual: str = '',
+    argv: Sequence[str] | None = None,
+    config_class: type[Config] = Config,
+) -> None:
+    """Train several runs, one after the other, with the same seed, data and flags, and print their numbers.
+
+    `parts`: name of a run -> the settings in which it differs, and its `trainer_class`. `numbers`: which of the numbers
+    of the record are shown, * stands for anything. `usual`: flags that come before those of the command line, which
+    win. The runs are called after the script, the flags that are not as usual, and the part. The same command again
+    goes on where it was stopped. Ends as main.main does.
+    """
+    from main import flags, start
+
+    config = flags([*usual.split(), *(sys.argv[1:] if argv is None else argv)], config_class)
+    if config.experiment_name == default_experiment_name(config):
+        before = dataclasses.asdict(flags(usual.split(), config_class))
+        changed = [in_name(name, now) for name, (_, now) in changes(before, config).items()]
+        config = dataclasses.replace(config, experiment_name=folder_name([Path(sys.argv[0]).stem, *changed]))
+    current = config
+
+    def work() -> None:
+        nonlocal current
+        from runtime import ranks
+
+        folders = []
+        for part, changed in parts.items():
+            settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
+            trainer_class = settings.pop('trainer_class', None)
+            current = dataclasses.replace(config, **settings)
+            ranks.print_once(f'\n{part}: {current.run_dir}')
+            start(current, trainer_class)
+            folders.append(str(current.run_dir))
+        if not config.check:
+            ranks.on_main(lambda: show(folders, list(parts), numbers))
+
+    def undo() -> None:
+        from runtime import run_folder
+
+        run_folder.discard_new(current)
+
+    command.run(work, undo)
+
+
+def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
+    """Print the numbers of these runs, called `names`, and write their page beside them."""
+    runs = [report.read(folder) for folder in folders]
+    final = [run.final() for run in runs]
+    shown = [name for name in dict.fromkeys(n for f in final for n in f) if any(fnmatch(name, p) for p in numbers)]
+    rows = [[name.removeprefix('final/'), *[f.get(name) for f in final]] for name in shown]
+    print(f'\n{aligned([["", *names], *rows])}', flush=True)
+    path = Path(f'{folders[0].removesuffix(names[0])}compared.html')
+    write_page(path, runs, names_of(folders), names)
+    print(f'\n  page        {path}', flush=True)
+
+
+def aligned(rows: Sequence[Sequence[Any]]) -> str:
+    """A table as text; the first row is its head."""
+    text = [[report.text_of(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
-    print_once('\n'.join('  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in text))
+    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in text)
+
+
+def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:
+    """`names` are those of the folders, `labels` what a legend calls them."""
     plots = [over(runs, labels, title, names) for title, names in report.CURVES.items()]
     newest = [(label, run.pictures()[-1]) for run, label in zip(runs, labels, strict=True) if run.pictures()]
     sections = {
@@ -56,9 +130,7 @@ def compare(options: Compare) -> None:
         'Curves': report.row([text for text in plots if text]),
         'Newest samples': report.row([report.image(path, f'{label}: {path.stem}') for label, path in newest]),
     }
-    path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     report.write(path, report.page(f'{len(runs)} runs', sections))
-    print_once(f'\n  page        {path}')
 
 
 def names_of(folders: Sequence[str]) -> list[str]:

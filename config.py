@@ -13,12 +13,12 @@ import difflib
 import io
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from config_tools import RULES, RULES_OF_SEVERAL, folder_name, in_name
+from config_tools import RULES, RULES_OF_SEVERAL, class_defaults, defines_experiment, folder_name, in_name
 
 T = TypeVar('T')
 
@@ -141,6 +141,16 @@ class Config:
     """Residual blocks per level."""
     attention_resolutions: tuple[int, ...] = (4,)
     """Levels, by their longer side in pixels, that have self-attention."""
+    dit_size: str = 'S'
+    """Depth, width and heads of the paper, a key of DIT_SIZES in dit.py (S, B, L, XL)."""
+    dit_depth: int = 0
+    """Transformer blocks; 0: those of dit_size."""
+    dit_width: int = 0
+    """Channels of a token; 0: those of dit_size."""
+    dit_heads: int = 0
+    """Attention heads; 0: those of dit_size."""
+    dit_patch: int = 2
+    """Side of a patch in pixels; each patch is a token."""
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
     time_input: str = 't'
@@ -268,17 +278,6 @@ DEBUG: dict[str, Any] = (
     | dict(log_every=20, save_every=200, keep_every=0, sample_every=200, eval_every=200)
 )  # fmt: skip
 
-# Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
-# and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
-FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
-    'final_pictures num_workers accumulation_steps max_bad_steps '
-    'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
-    'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
-    'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
-)
-SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
-
 
 def validate(config: Config) -> None:
     """Raise SettingError for the first value that breaks a rule."""
@@ -303,22 +302,9 @@ def validate(config: Config) -> None:
         require(keeps(config), names, rule)
 
 
-def class_defaults(config: Config) -> dict[str, Any]:
-    """The default of every setting, as its class has it."""
-    fields = dataclasses.fields(config)
-    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
-
-
 def baseline(config: Config) -> dict[str, Any]:
     """The values `config` would have with its preset and `debug` alone."""
     return class_defaults(config) | PRESETS[config.preset] | (DEBUG if config.debug else {})
-
-
-def defines_experiment(name: str, config: Config) -> bool:
-    """Whether another value of setting `name` would make this another experiment."""
-    if name == 'num_training_steps':
-        return config.lr_schedule_type not in SCHEDULES_WITHOUT_END
-    return name not in FREE_ON_RESUME
 
 
 def default_experiment_name(config: Config, *more: str) -> str:
@@ -337,27 +323,6 @@ def default_experiment_name(config: Config, *more: str) -> str:
         if told and value != usual:
             parts.append(in_name(name, Path(value).name if name == 'data_path' else value))
     return folder_name([*parts, *more])
-
-
-def changes(saved: Mapping[str, Any], config: Config, only: Collection[str] | None = None) -> dict[str, tuple]:
-    """Setting -> (saved, now) where the values (of `only`, if given) make these two configs different experiments.
-
-    `saved` is `dataclasses.asdict` of the other config, perhaps after a trip through JSON (tuples are lists then).
-    A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
-    """
-    saved, now = class_defaults(config) | dict(saved), dataclasses.asdict(config)
-    names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
-    pairs = {name: (saved[name], now.get(name, 'absent')) for name in names}
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return {name: pair for name, pair in pairs.items() if name not in now or plain(pair[0]) != plain(pair[1])}
-
-
-def differences(saved: Mapping[str, Any], config: Config, only: Collection[str] | None = None) -> list[str]:
-    """`changes` as lines 'name: saved -> now'."""
-    return [f'{name}: {before} -> {after}' for name, (before, after) in changes(saved, config, only).items()]
 
 
 def parse_config(

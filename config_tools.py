@@ -1,8 +1,10 @@
-"""What config.py needs beside the settings: rules that their values keep, and names of runs."""
+"""What config.py needs beside the settings: rules that their values keep, what makes two configs different experiments,
+and names of runs."""
 
+import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 # ---------------------------------------------------------------- rules
@@ -22,6 +24,8 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('base_lr time_std sigma_data sigma_min adam_eps', lambda x: x > 0, 'must be positive'),
     ('weight_decay grad_clip_norm min_lr sde_noise_scale', lambda x: x >= 0, 'must not be negative'),
     ('guidance_scale beta_min', lambda x: x >= 0, 'must not be negative'),
+    ('dit_depth dit_width dit_heads', lambda n: n >= 0, 'must be 0 or more'),
+    ('dit_patch', lambda n: n >= 1, 'must be at least 1'),
     ('channels', lambda n: n >= 2 and n % 2 == 0, 'must be positive and even: half of them are cosines of the time'),
     ('channel_mults', lambda ms: len(ms) > 0 and min(ms) >= 1, 'needs one or more positive whole numbers'),
     ('adam_betas', lambda bs: len(bs) == 2 and all(0 <= b < 1 for b in bs), 'must be two numbers in [0, 1)'),
@@ -91,11 +95,64 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
         'times are drawn in one way or the other: add --no_stratified',
     ),
     (
+        'dit_size dit_depth dit_width dit_heads',
+        lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
+        'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size',
+    ),
+    (
         'guidance_scale label_dropout',
         lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
         'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1',
     ),
 ]
+
+
+# ---------------------------------------------------------------- what makes two configs different experiments
+
+# Settings that do not change what a run has learned so far: a run may be resumed with other values of these,
+# and they do not show in its default name. num_training_steps joins them under a schedule that never looks at it.
+FREE_ON_RESUME = frozenset(
+    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
+    'final_pictures num_workers accumulation_steps max_bad_steps '
+    'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
+    'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
+    'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
+)
+SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
+
+
+def defines_experiment(name: str, config: Any) -> bool:
+    """Whether another value of setting `name` would make this another experiment."""
+    if name == 'num_training_steps':
+        return config.lr_schedule_type not in SCHEDULES_WITHOUT_END
+    return name not in FREE_ON_RESUME
+
+
+def class_defaults(config: Any) -> dict[str, Any]:
+    """The default of every setting, as its class has it."""
+    fields = dataclasses.fields(config)
+    return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
+
+
+def changes(saved: Mapping[str, Any], config: Any, only: Collection[str] | None = None) -> dict[str, tuple]:
+    """Setting -> (saved, now) where the values (of `only`, if given) make these two configs different experiments.
+
+    `saved` is `dataclasses.asdict` of the other config, perhaps after a trip through JSON (tuples are lists then).
+    A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
+    """
+    saved, now = class_defaults(config) | dict(saved), dataclasses.asdict(config)
+    names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
+    pairs = {name: (saved[name], now.get(name, 'absent')) for name in names}
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return {name: pair for name, pair in pairs.items() if name not in now or plain(pair[0]) != plain(pair[1])}
+
+
+def differences(saved: Mapping[str, Any], config: Any, only: Collection[str] | None = None) -> list[str]:
+    """`changes` as lines 'name: saved -> now'."""
+    return [f'{name}: {before} -> {after}' for name, (before, after) in changes(saved, config, only).items()]
 
 
 # ---------------------------------------------------------------- names of runs

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import FREE_ON_RESUME, Config, SettingError, choose, parse_config
+from config import Config, SettingError, choose, parse_config
+from config_tools import FREE_ON_RESUME
 from runtime import command
 
 if TYPE_CHECKING:
@@ -27,24 +28,14 @@ def main(
     if importing:
         raise SettingError(f"{importing} trains when it is imported: put its main(...) under if __name__ == '__main__'")
 
-    def settings_in(path: str) -> dict[str, Any]:
-        from saving import network_settings  # with torch, for which `--help` need not wait
-
-        return network_settings(path)
-
-    config = command.parsed(lambda: parse_config(argv, config_class, settings_in))
+    config = flags(argv, config_class)
 
     def work() -> None:
         nonlocal config
         from runtime import run_folder
 
         config = run_folder.settle_name(config, trainer_class)
-        if config.check:
-            from runtime.dry_run import dry_run
-
-            dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
-        else:
-            train(config, trainer_class)
+        start(config, trainer_class)
 
     def undo() -> None:
         from runtime import run_folder
@@ -52,6 +43,27 @@ def main(
         run_folder.discard_new(config)
 
     command.run(work, undo)
+
+
+def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
+    """Command-line flags as settings; a wrong one ends the program with its message."""
+
+    def settings_in(path: str) -> dict[str, Any]:
+        from saving import network_settings  # with torch, for which `--help` need not wait
+
+        return network_settings(path)
+
+    return command.parsed(lambda: parse_config(argv, config_class, settings_in))
+
+
+def start(config: Config, trainer_class: type | None) -> None:
+    """The run, or with `check` its rehearsal."""
+    if config.check:
+        from runtime.dry_run import dry_run
+
+        dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
+    else:
+        train(config, trainer_class)
 
 
 def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
@@ -147,6 +159,7 @@ def train(config: Config, trainer_class: type | None) -> None:
 def choices() -> dict[str, Mapping[str, object]]:
     """Setting -> the table whose keys are its choices."""
     from data_utils import DATASETS
+    from dit import DIT_SIZES
     from loss_weights import LOSS_WEIGHTS
     from networks import NETWORKS, TIME_INPUTS
     from optimizers import LR_SCHEDULES
@@ -159,6 +172,7 @@ def choices() -> dict[str, Mapping[str, object]]:
     return dict(
         dataset=DATASETS,
         network=NETWORKS,
+        dit_size=DIT_SIZES,
         time_input=TIME_INPUTS,
         process_name=PROCESSES,
         model_type=ROWS,

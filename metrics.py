@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distances import Moments, frechet
+from distances import Moments, frechet, wasserstein
+from toy2d import TOY2D
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -73,10 +74,19 @@ def pixel_metrics(
     }
 
 
-# what `describe` says of each value; others are left to the reader
+def distance_from_set(x: Tensor, name: str, end: str = '') -> dict[str, float]:
+    """wasserstein: that of points (n, 2) from as many new ones of the set in toy2d.py; real_wasserstein: that of other
+    new ones. `end` is added to the names."""
+    new, other = (torch.from_numpy(TOY2D[name].draw(np.random.default_rng(seed), len(x))[0]) for seed in (1, 2))
+    return {f'wasserstein{end}': wasserstein(x.cpu(), new), f'real_wasserstein{end}': wasserstein(other, new)}
+
+
+# what `describe` says of each value
 SENTENCES = {
     'frechet': 'Frechet distance to the training images: {:.4g}',
     'real_frechet': 'the same distance of as many real images: {:.4g}',
+    'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',
+    'real_wasserstein': 'the same distance of as many held-out points: {:.4g}',
     'precision': 'samples that look like data (precision): {:.1%}',
     'recall': 'data that look like samples (recall): {:.1%}',
     'label_agreement': 'a classifier of real images sees the asked label in {:.1%}',
@@ -84,8 +94,10 @@ SENTENCES = {
     'frechet_real': 'the same distance of as many real images: {:.3f}',
     'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',
 }
+UNSAID = ('kid', 'kid_std', 'density', 'coverage')  # left to the reader of the record
 
 
 def describe(values: dict[str, float]) -> str:
-    """`pixel_metrics` in words, one line for each value that is there."""
-    return '\n'.join(f'  {text.format(values[name])}' for name, text in SENTENCES.items() if name in values)
+    """Numbers for samples, a line each: of this module and distances.py in words, those of an experiment by name."""
+    own = [f'  {name}: {value:.4g}' for name, value in values.items() if name not in UNSAID and name not in SENTENCES]
+    return '\n'.join([f'  {text.format(values[k])}' for k, text in SENTENCES.items() if k in values] + own)

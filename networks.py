@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, SettingError, choose
+from dit import DIT_SIZES, DiT
 from mlp import MLP
 from processes import GaussianProcess, c_in, get_process
 from sampling import ModelFn
@@ -56,6 +57,16 @@ def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shap
         raise SettingError(f'network={config.network!r}: {error}.') from None
 
 
+def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> DiT:
+    usual = choose('dit_size', config.dit_size, DIT_SIZES)
+    given = config.dit_depth, config.dit_width, config.dit_heads
+    depth, width, heads = (value or of_size for value, of_size in zip(given, usual, strict=True))
+    try:
+        return DiT(shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
+    except ValueError as error:
+        raise SettingError(f'network={config.network!r}: {error}.') from None
+
+
 def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:
     width = 8 * config.channels
     return MLP(shape, num_classes, width, num_blocks=config.num_res_blocks, dropout=config.dropout, cond=cond)
@@ -66,10 +77,22 @@ def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     'unet': unet,
     'mlp': mlp,
+    'dit': dit,
 }
 
 # The settings that shape a network's weights; saving.py names those that differ when weights do not fit.
-NETWORK_SETTINGS = ('network', 'channels', 'channel_mults', 'num_res_blocks', 'attention_resolutions')
+NETWORK_SETTINGS = (
+    'network',
+    'channels',
+    'channel_mults',
+    'num_res_blocks',
+    'attention_resolutions',
+    'dit_size',
+    'depth',
+    'width',
+    'heads',
+    'patch_size',
+)
 
 
 def get_network(
@@ -92,7 +115,7 @@ def get_network(
             raise SettingError(
                 f'network={config.network!r} takes no conditions, and there are some: {", ".join(cond)}. Give its '
                 'builder in NETWORKS a fourth parameter, cond=None (a dict from name to shape of one item), and its '
-                'network forward(self, xt, time, label, **cond); or use --network unet or mlp.'
+                'network forward(self, xt, time, label, **cond); or use --network unet, dit or mlp.'
             )
         net = build(config, shape, num_classes, cond=cond)
     else:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import points
 import utils
 from config import SettingError
 from optimizers import get_lr
@@ -18,6 +18,7 @@ from runtime import ranks, stopping
 from runtime.ranks import print_once
 from sampling import ModelFn
 from solvers import SOLVERS
+from toy2d import TOY2D
 
 if TYPE_CHECKING:
     from batches import SampleInputs
@@ -47,16 +48,25 @@ def kind(x: Tensor) -> str | None:
     return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
 
-def picture_of(x: Tensor, beside: list[Tensor], columns: int, names: Sequence[str] = ()) -> Tensor | None:
+def picture_of(
+    x: Tensor,
+    beside: list[Tensor],
+    columns: int,
+    names: Sequence[str] = (),
+    label: Tensor | None = None,
+    density: points.Density | None = None,
+) -> Tensor | None:
     """x, right of those of `beside` that are of its kind, as one picture (3, H, W) uint8; None if it cannot be shown.
 
-    `names` stand at images: one for each of x, and for each of those of `beside` that are as many.
+    `names` stand at images: one for each of x, and for each of those of `beside` that are as many. Points are coloured
+    by `label`, and beside them is the density that they should have.
 
     Images that leave [0, 1] are scaled, all of one tensor alike: the smallest value is black and the largest white.
     """
     shown = [part for part in (*beside, x) if kind(part) == kind(x)]
     if kind(x) == 'points':
-        return scatter(shown)
+        titles = {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}
+        return points.scatter(shown, titles.get(len(shown), ()), label, density)
     if kind(x) is None:
         return None
     grids = [
@@ -72,24 +82,6 @@ def within_unit(x: Tensor) -> Tensor:
     """x as it is if it lies in [0, 1], else scaled linearly into it."""
     low, high = x.aminmax()
     return x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)
-
-
-def scatter(sets: list[Tensor]) -> Tensor:
-    """Points (n, 2) of each set in a plot of its own, all with the axes of the last: (3, H, W) uint8."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(4 * len(sets), 4), dpi=100, layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(sets), squeeze=False, sharex=True, sharey=True)[0]
-    for ax, points in zip(axes, sets, strict=True):
-        ax.scatter(*points.double().cpu().T.numpy(), s=4, alpha=0.6, linewidths=0)
-        ax.set_aspect('equal')
-    file = io.BytesIO()
-    figure.savefig(file, format='png')
-    return torch.from_numpy(np.array(Image.open(file).convert('RGB'))).permute(2, 0, 1)
 
 
 # ---------------------------------------------------------------- samples
@@ -130,7 +122,9 @@ def names_of(trainer: 'BaseDiffusionTrainer', label: Tensor | None) -> list[str]
 
 def show(trainer: 'BaseDiffusionTrainer', name: str, x: Tensor, beside: list[Tensor]) -> None:
     """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
-    picture = picture_of(x, beside, columns(trainer), names_of(trainer, trainer.drawing.label))
+    label, toy = trainer.drawing.label, TOY2D.get(trainer.config.dataset)
+    names, density = names_of(trainer, label), toy.density if toy else None
+    picture = picture_of(x, beside, columns(trainer), names, classes_of(trainer, label), density)
     if picture is not None:
         trainer.logger.log_picture(name, picture, trainer.step)
 
@@ -215,12 +209,14 @@ def sample_grids(trainer: 'BaseDiffusionTrainer') -> None:
 
 
 def show_paths(trainer: 'BaseDiffusionTrainer') -> None:
-    """A picture with a row for each of the first samples, from what they started from to the image, by the first
-    sampler and the weights by which the run is judged. Every process draws them all."""
-    if kind(trainer.decode(trainer.example.x0[:1])) != 'images':
+    """A picture of the way of some samples, from what they start from, by the first sampler and the weights by which
+    the run is judged: a row for each image, a line for each point. Every process draws them all."""
+    shown = kind(trainer.decode(trainer.example.x0[:1]))
+    if shown is None:
         return
     sampler_name, sampler, _, module = next(ways(trainer))
-    few = trainer.sample_inputs(min(6, trainer.config.global_batch_size // trainer.config.batch_shards))
+    most = 6 if shown == 'images' else 200
+    few = trainer.sample_inputs(min(most, trainer.config.global_batch_size // trainer.config.batch_shards))
     utils.seed_everything(trainer.config.seed, 'show_paths')
     try:
         with torch.no_grad(), short_of_memory_together():
@@ -229,9 +225,10 @@ def show_paths(trainer: 'BaseDiffusionTrainer') -> None:
     except stopping.RankFailed:
         print_once(no_memory(trainer, sampler_name, 'the picture of the path is'))
         return
-    if frames and kind(frames[0]) == 'images':
+    if frames and kind(frames[0]) == shown:
         start = trainer.decode(few.x1).cpu()
-        picture = in_rows([start, *frames] if start.shape == frames[0].shape else frames)
+        frames = [start, *frames] if start.shape == frames[0].shape else frames
+        picture = in_rows(frames) if shown == 'images' else points.paths(frames, classes_of(trainer, few.label))
         ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step, '.'))
 
 

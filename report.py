@@ -44,8 +44,8 @@ GAUSSIAN = 'eval/reference_gaussian'
 LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
 # Of a table of evaluations.
 COLUMNS = (
-    'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet kid precision recall density '
-    'coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
+    'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet wasserstein real_wasserstein '
+    'kid precision recall density coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
 ).split()
 STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
 

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import Config, SettingError, differences
+from config import Config, SettingError
+from config_tools import differences
 from ema import posthoc_mixture
 from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS

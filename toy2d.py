@@ -1,10 +1,11 @@
 """Points in the plane, drawn from the seed: distributions that are quickly learned and easily looked at.
 
-Each is centred and has a standard deviation of about 0.5, as the settings assume.
+Each is centred, has a standard deviation of about 0.5, as the settings assume, and a density that is known.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,51 +15,85 @@ from torch import Tensor
 from config import Config
 
 SIZES = 20_000, 2_000  # points to train on, held out
-Points = tuple[np.ndarray, np.ndarray]  # (N, 2), classes (N,)
 
 
-def moons(rng: np.random.Generator, n: int) -> Points:
-    """Two half circles that reach into each other, one a class, with a little noise."""
-    label, angle = rng.integers(2, size=n), rng.uniform(0, math.pi, n)
-    upper = np.stack([np.cos(angle) - 0.5, np.sin(angle) - 0.25], 1)
-    x = np.where(label[:, None] == 0, upper, -upper)
-    return 0.65 * x + rng.normal(0, 0.04, (n, 2)), label
+@dataclass(frozen=True)
+class Curves:
+    """One curve for each class, on which points lie with Gaussian noise: `curve(label, u)` (..., 2), u in [0, 1]."""
+
+    curve: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    noise: float
+    num_classes: int
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Points (n, 2) and their classes (n,)."""
+        label, u = rng.integers(self.num_classes, size=n), rng.uniform(0, 1, n)
+        return self.curve(label, u) + rng.normal(0, self.noise, (n, 2)), label
+
+    def density(self, x: Tensor) -> Tensor:
+        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, by a sum over 1000 of each."""
+        label, u = np.meshgrid(np.arange(self.num_classes), (np.arange(1000) + 0.5) / 1000)
+        centres = torch.from_numpy(self.curve(label, u)).reshape(-1, 2)
+        sums = [
+            (-torch.cdist(part, centres).square() / (2 * self.noise**2)).exp().mean(1)
+            for part in x.double().split(4096)
+        ]
+        return torch.cat(sums) / (2 * math.pi * self.noise**2)
 
 
-def spirals(rng: np.random.Generator, n: int) -> Points:
-    """Two arms of a spiral, one a class, of one and a half turns."""
-    label, along = rng.integers(2, size=n), np.sqrt(rng.uniform(0.02, 1, n))
-    angle = 3 * math.pi * along + math.pi * label
-    return along[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1) + rng.normal(0, 0.02, (n, 2)), label
-
-
-def checkerboard(rng: np.random.Generator, n: int) -> Points:
+class Checkerboard:
     """The eight dark squares of a board of four by four, which fills [-0.9, 0.9]^2; no classes."""
-    row, pair = rng.integers(4, size=n), rng.integers(2, size=n)
-    corner = np.stack([2 * pair + row % 2, row], 1)
-    return 0.45 * (corner + rng.uniform(0, 1, (n, 2))) - 0.9, np.zeros(n, int)
+
+    num_classes = 0
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        row, pair = rng.integers(4, size=n), rng.integers(2, size=n)
+        corner = np.stack([2 * pair + row % 2, row], 1)
+        return 0.45 * (corner + rng.uniform(0, 1, (n, 2))) - 0.9, np.zeros(n, int)
+
+    def density(self, x: Tensor) -> Tensor:
+        square = ((x.double() + 0.9) / 0.45).floor()
+        inside = ((square >= 0) & (square < 4)).all(1) & (square.sum(1) % 2 == 0)
+        return inside.double() / (8 * 0.45**2)
 
 
-def eight_gaussians(rng: np.random.Generator, n: int) -> Points:
-    """Eight Gaussians of standard deviation 0.05 on a circle of radius 0.7, one a class."""
-    label = rng.integers(8, size=n)
-    centre = 0.7 * np.stack([np.cos(label * math.pi / 4), np.sin(label * math.pi / 4)], 1)
-    return centre + rng.normal(0, 0.05, (n, 2)), label
+def moons(label: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Two half circles that reach into each other."""
+    upper = np.stack([np.cos(math.pi * u) - 0.5, np.sin(math.pi * u) - 0.25], -1)
+    return 0.65 * np.where(label[..., None] == 0, upper, -upper)
 
 
-TOY2D: dict[str, tuple[Callable[[np.random.Generator, int], Points], int]] = {  # and the number of classes
-    'moons': (moons, 2),
-    'spirals': (spirals, 2),
-    'checkerboard': (checkerboard, 0),
-    'eight_gaussians': (eight_gaussians, 8),
+def spirals(label: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Two arms of a spiral, of one and a half turns."""
+    along = np.sqrt(0.02 + 0.98 * u)
+    angle = 3 * math.pi * along + math.pi * label
+    return along[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+
+
+def eight_gaussians(label: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Eight points on a circle of radius 0.7."""
+    return 0.7 * np.stack([np.cos(label * math.pi / 4), np.sin(label * math.pi / 4)], -1)
+
+
+TOY2D: dict[str, Curves | Checkerboard] = {
+    'moons': Curves(moons, noise=0.04, num_classes=2),
+    'spirals': Curves(spirals, noise=0.02, num_classes=2),
+    'checkerboard': Checkerboard(),
+    'eight_gaussians': Curves(eight_gaussians, noise=0.05, num_classes=8),
 }
 
 
 def load_points(name: str, config: Config) -> tuple[tuple[Tensor, Tensor], ...]:
     """The training and the held-out part, each points (N, 2) and classes (N,): a function of the seed."""
     rng = np.random.default_rng([config.seed, list(TOY2D).index(name)])
-    parts = (TOY2D[name][0](rng, n) for n in SIZES)
+    parts = (TOY2D[name].draw(rng, n) for n in SIZES)
     return tuple((torch.from_numpy(x).float(), torch.from_numpy(label).long()) for x, label in parts)
 
 
-LOADERS = {name: (partial(load_points, name), num_classes) for name, (_, num_classes) in TOY2D.items()}
+def load_pairs(first: str, second: str, config: Config) -> tuple[tuple[Tensor, ...], ...]:
+    """Like load_points, of pairs (x0, class of x0, x1) of two of the sets, which have nothing to do with each other."""
+    ends = zip(load_points(first, config), load_points(second, config), strict=True)
+    return tuple((x0, label, x1) for (x0, label), (x1, _) in ends)
+
+
+LOADERS = {name: (partial(load_points, name), points.num_classes) for name, points in TOY2D.items()}

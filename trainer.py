@@ -80,11 +80,11 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         """What n samples start from, the same every time: noise and the classes in turn, or else held-out data."""
         return batches.sample_inputs(self, n)
 
-    def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str) -> Tensor:
-        """x0 (n, ...) by the solver of that name, with the settings of the config."""
+    def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: object) -> Tensor:
+        """x0 (n, ...) by the solver of that name, with the config's settings of sampling.sample, or others by name."""
         pictures.refuse_score(self, solver)
-        start = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond)
-        return self.sample_fn(model_fn, **start, solver=solver, callback=lambda *_: stopping.raise_if_stopped())
+        start = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
+        return self.sample_fn(model_fn, **start | settings, callback=lambda *_: stopping.raise_if_stopped())
 
     def samplers(self) -> dict[str, Callable[[ModelFn, SampleInputs], Tensor]]:
         """Name -> way of sampling, for grids and final metrics: the config's solver, and one of the other kind."""

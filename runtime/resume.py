@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import saving
-from config import SettingError, differences
+from config import SettingError
+from config_tools import differences
 from runtime import ranks, run_folder, run_record
 from runtime.ranks import print_once
 

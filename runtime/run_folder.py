@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import saving
-from config import Config, SettingError, changes, default_experiment_name, differences
-from config_tools import in_name
+from config import Config, SettingError, default_experiment_name
+from config_tools import changes, differences, in_name
 from runtime import ranks, stopping
 from runtime.ranks import print_once
 from runtime.stopping import SaveError

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT, as_flags
 
-from config import DEBUG, FREE_ON_RESUME, PRESETS, Config, SettingError, baseline, choose, differences, parse_config
-from config_tools import RULES, RULES_OF_SEVERAL, folder_name
+from config import DEBUG, PRESETS, Config, SettingError, baseline, choose, parse_config
+from config_tools import FREE_ON_RESUME, RULES, RULES_OF_SEVERAL, differences, folder_name
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
@@ -258,6 +258,8 @@ BROKEN = [  # (settings, those that the message must show)
     *(({name: -0.1}, name) for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale'.split()),
     *(({name: -0.1}, name) for name in 'guidance_scale beta_min'.split()),
     (dict(channels=7), 'channels'),
+    *(({name: -1}, name) for name in 'dit_depth dit_width dit_heads'.split()),
+    (dict(dit_patch=0), 'dit_patch'),
     (dict(dropout=1.0), 'dropout'),
     (dict(dropout=-0.1), 'dropout'),
     (dict(channel_mults=()), 'channel_mults'),
@@ -278,6 +280,7 @@ BROKEN = [  # (settings, those that the message must show)
     (dict(global_batch_size=100, batch_shards=8), 'global_batch_size batch_shards'),
     (dict(batch_shards=8, accumulation_steps=3), 'batch_shards accumulation_steps'),
     *((dict(guidance_interval=value), 'guidance_interval') for value in ((0.6, 0.3), (-0.1, 0.5), (0.5, 1.1))),
+    (dict(dit_size='B', dit_depth=2, dit_width=32, dit_heads=2), 'dit_size dit_depth dit_width dit_heads'),
     (dict(antithetic=True), 'stratified antithetic'),
     (dict(antithetic=True, stratified=False, global_batch_size=24), 'antithetic global_batch_size batch_shards'),
     (dict(guidance_scale=2.0, label_dropout=0.0), 'guidance_scale label_dropout'),

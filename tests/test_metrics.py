@@ -145,4 +145,4 @@ def test_describe_names_what_is_there():
     assert len(text.splitlines()) == 4 and all(number in text for number in ('50.0%', '1.250', '0.750', '1.500'))
     del values['label_agreement']
     assert describe(values).splitlines() == text.splitlines()[1:]
-    assert describe({}) == '' and describe({'of my own': 1.0}) == ''
+    assert describe({}) == '' and describe({'of my own': 1.0, 'kid': 0.1}) == '  of my own: 1'

@@ -11,11 +11,12 @@ each_network = pytest.mark.parametrize('network', NETWORKS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
 each_time_input = pytest.mark.parametrize('time_input', TIME_INPUTS)
 SHAPE = (1, 8, 8)
+SMALL = dict(channels=8, num_res_blocks=1, dit_depth=2, dit_width=32, dit_heads=2)
 
 
 def build(randomise=True, cond=None, **settings):
     torch.manual_seed(0)
-    net = get_network(Config(**(dict(channels=8, num_res_blocks=1) | settings)), SHAPE, 10, cond).eval()
+    net = get_network(Config(**(SMALL | settings)), SHAPE, 10, cond).eval()
     if randomise:
         with torch.no_grad():
             for p in net.parameters():

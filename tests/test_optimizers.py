@@ -15,7 +15,7 @@ each_schedule = pytest.mark.parametrize('schedule', LR_SCHEDULES)
 
 @pytest.mark.parametrize('network', NETWORKS)
 def test_only_matrices_and_kernels_are_decayed(network):
-    config = Config(network=network, channels=8, weight_decay=0.3)
+    config = Config(network=network, channels=8, dit_depth=1, dit_width=32, dit_heads=1, weight_decay=0.3)
     net = get_network(config, (1, 8, 8), 10)
     groups = get_optimizer(config, net).param_groups
     decay_of = {id(p): group['weight_decay'] for group in groups for p in group['params']}

@@ -175,7 +175,7 @@ def refused_weights(saved_config, config, saved_network, network):
     return str(caught.value)
 
 
-@pytest.mark.parametrize('network', ['unet', 'mlp'])
+@pytest.mark.parametrize('network', ['unet', 'mlp', 'dit'])
 def test_another_number_of_classes_is_said_and_no_setting_is_blamed(tiny_config, network):
     config, other = tiny_config(network=network), tiny_config(network=network, dataset='mnist')
     text = refused_weights(config, other, get_network(config, SHAPE, CLASSES), get_network(other, SHAPE, 0))

@@ -134,7 +134,7 @@ def test_a_module_that_nothing_trains_is_in_eval_mode(tiny_config, build_trainer
 
 def test_labels_without_classes_are_not_looked_up(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setitem(DATASETS, 'unnamed', dataclasses.replace(DATASETS['digits'], num_classes=0))
-    for network in ('unet', 'mlp'):
+    for network in ('unet', 'mlp', 'dit'):
         trainer = build_trainer(tiny_config(dataset='unnamed', network=network, experiment_name=network))
         batch = next(trainer.shards())
         assert batch.label.max() > 0 and trainer.loss_fn(batch, trainer.get_model_fn(trainer.network)).isfinite().all()

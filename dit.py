@@ -1,0 +1,154 @@
+"""A diffusion transformer for images of any channels and size: forward(xt, time, label, **cond) -> (B, C, H, W).
+
+Peebles and Xie 2023 (DiT), with what plain transformers have learned since, as in Li and He 2025 (JiT). Notable
+features:
+- patches of more than 128 values enter through a bottleneck of 128
+- time, class and conditions steer each block by scale, shift and gate, which start at zero (adaLN-Zero): at first each
+  block is the identity, and the output is 0
+- RMS norms without weights, queries and keys normalised, SwiGLU in place of an MLP with GELU
+- positions twice: sines added to the tokens say where a patch is, rotations of queries and keys how far two are apart
+- fused attention; under `utils.jvp` plain products, which have a forward mode
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet import Conditions, sinusoid, zero_init
+
+BOTTLENECK = 128
+DIT_SIZES = {  # Peebles and Xie 2023, table 1: depth, width, heads
+    'S': (12, 384, 6),
+    'B': (12, 768, 12),
+    'L': (24, 1024, 16),
+    'XL': (28, 1152, 16),
+}
+
+
+def angles(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """(height x width, dim): the angles of each place, row by row; half of the dimensions turn with its row, half with
+    its column, at frequencies from 1 down to 1/10000. `dim` is even."""
+    places = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
+    frequencies = 10_000 ** -torch.linspace(0, 1, dim // 2, device=device)
+    return (places[:, :, None] * frequencies).flatten(1)
+
+
+def turn(x: Tensor, angle: Tensor) -> Tensor:
+    """x (..., N, D) with the pairs (x_i, x_{i + D/2}) of each token rotated by its angles (N, D/2) (Su et al. 2021)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square, over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens (B, N, width), with normalised queries and keys that turn with their places."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_scale, self.k_scale = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        b, n, width = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = turn(rms_norm(q) * self.q_scale, angle), turn(rms_norm(k) * self.k_scale, angle)
+        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # (B, heads, N, width / heads)
+        return self.out(y.transpose(1, 2).reshape(b, n, width))
+
+
+class SwiGLU(nn.Module):
+    """W (silu(U x) * V x), with as many weights as an MLP of four times the width (Shazeer 2020)."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        hidden = -(-8 * width // 3 // 8) * 8
+        self.gate_and_value, self.out = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(x).chunk(2, -1)
+        return self.out(self.dropout(F.silu(gate) * value))
+
+
+class Block(nn.Module):
+    """x + gate * f(scale * norm(x) + shift), for attention and then for the SwiGLU."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention, self.mlp = Attention(width, heads), SwiGLU(width, dropout)
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, emb: Tensor, angle: Tensor) -> Tensor:
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(emb)[:, None].chunk(6, -1)  # (B, 1, width)
+        x = x + gate1 * self.attention(rms_norm(x) * (1 + scale1) + shift1, angle)
+        return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
+
+
+class DiT(nn.Module):
+    """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
+
+    Label `num_classes` is the null class, which None means too. `patch`: side of a patch in pixels; sides that are no
+    multiple of it are padded, and the output cropped. `cond`: name -> shape of one item, see `unet.Conditions`.
+    Raises ValueError for data that are not images, and if a head's width is not a multiple of 4.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int,
+        depth: int = 12,
+        width: int = 384,
+        heads: int = 6,
+        patch: int = 2,
+        dropout: float = 0.0,
+        cond: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f'a DiT is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
+        if width % (4 * heads):
+            raise ValueError(f'width={width} with heads={heads}: the width must be a multiple of 4 x heads')
+        self.in_channels, self.num_classes, self.patch = shape[0], num_classes, patch
+        self.conditions = Conditions(cond, width)
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+
+        channels = shape[0] + self.conditions.channels  # conditions that are images come beside xt
+        self.patchify = nn.Conv2d(channels, width, patch, stride=patch)
+        if channels * patch**2 > BOTTLENECK:
+            narrow = nn.Conv2d(channels, BOTTLENECK, patch, stride=patch, bias=False)
+            self.patchify = nn.Sequential(narrow, nn.Conv2d(BOTTLENECK, width, 1))
+        self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(depth)])
+        self.modulation = zero_init(nn.Linear(width, 2 * width))
+        self.head = zero_init(nn.Linear(width, shape[0] * patch**2))
+
+    def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
+        if xt.ndim != 4 or xt.shape[1] != self.in_channels:
+            raise ValueError(f'xt has shape {tuple(xt.shape)}; this DiT wants images (B, {self.in_channels}, H, W)')
+        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
+            label = torch.full((len(xt),), self.num_classes, device=xt.device)
+        emb = self.time_mlp(sinusoid(time, 256)) + self.class_embedding(label)
+        emb = F.silu(emb + self.conditions.embed(cond))
+
+        height, width = xt.shape[2:]
+        x = F.pad(self.conditions.beside(xt, cond), (0, -width % self.patch, 0, -height % self.patch), mode='replicate')
+        x = self.patchify(x)  # (B, width, rows, columns)
+        rows, columns = x.shape[2:]
+        attention = self.blocks[0].attention
+        place = angles(rows, columns, x.shape[1] // 2, x.device)
+        angle = angles(rows, columns, x.shape[1] // attention.heads // 2, x.device)
+        x = x.flatten(2).transpose(1, 2) + torch.cat([place.cos(), place.sin()], 1)  # (B, rows x columns, width)
+        for block in self.blocks:
+            x = block(x, emb, angle)
+        scale, shift = self.modulation(emb)[:, None].chunk(2, -1)
+        x = self.head(rms_norm(x) * (1 + scale) + shift)  # a patch a token
+        x = x.transpose(1, 2).reshape(len(xt), -1, rows, columns)
+        return F.pixel_shuffle(x, self.patch)[:, :, :height, :width]
