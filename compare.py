@@ -104,9 +104,9 @@ def side_by_side(
 def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
     """Print the numbers of these runs, called `names`, and write their page beside them."""
     runs = [report.read(folder) for folder in folders]
-    final = [run.final() for run in runs]
-    shown = [name for name in dict.fromkeys(n for f in final for n in f) if any(fnmatch(name, p) for p in numbers)]
-    rows = [[name.removeprefix('final/'), *[f.get(name) for f in final]] for name in shown]
+    last = [{name: value for line in run.lines for name, value in line.items()} for run in runs]
+    shown = [name for name in dict.fromkeys(n for f in last for n in f) if any(fnmatch(name, p) for p in numbers)]
+    rows = [[name.removeprefix('final/'), *[f.get(name) for f in last]] for name in shown]
     print(f'\n{aligned([["", *names], *rows])}', flush=True)
     path = Path(f'{folders[0].removesuffix(names[0])}compared.html')
     write_page(path, runs, names_of(folders), names)

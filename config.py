@@ -256,6 +256,7 @@ AN_HOUR = dict(channel_mults=(1, 2, 2), global_batch_size=64, num_training_steps
 # What each preset changes. They share one flat list of settings, so a preset reads as a diff from the digits run.
 PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
+    'digits_dit': dict(network='dit', dit_depth=4, dit_width=96, dit_heads=4, base_lr=2e-3),
     'toy2d': dict(dataset='moons', network='mlp', channels=16, global_batch_size=512, num_training_steps=2000),
     'mnist': dict(dataset='mnist', label_dropout=0.1, translate_prob=0.5)
     | dict(channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,))

@@ -204,7 +204,9 @@ def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
 
 
 def find_reference(trainer: 'BaseDiffusionTrainer') -> None:
-    """Set `trainer.has_reference`: whether the network can be asked as a denoiser."""
+    """Set `trainer.has_reference` to whether the network can be asked as a denoiser, if no subclass says that not."""
+    if not trainer.has_reference:
+        return
     example, model_fn = trainer.example, trainer.get_model_fn(trainer.network)
     try:
         with torch.no_grad():

@@ -82,17 +82,9 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 # The settings that shape a network's weights; saving.py names those that differ when weights do not fit.
 NETWORK_SETTINGS = (
-    'network',
-    'channels',
-    'channel_mults',
-    'num_res_blocks',
-    'attention_resolutions',
-    'dit_size',
-    'depth',
-    'width',
-    'heads',
-    'patch_size',
-)
+    'network channels channel_mults num_res_blocks attention_resolutions '
+    'dit_size dit_depth dit_width dit_heads dit_patch'
+).split()
 
 
 def get_network(

@@ -31,14 +31,12 @@ class Curves:
         return self.curve(label, u) + rng.normal(0, self.noise, (n, 2)), label
 
     def density(self, x: Tensor) -> Tensor:
-        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, by a sum over 1000 of each."""
-        label, u = np.meshgrid(np.arange(self.num_classes), (np.arange(1000) + 0.5) / 1000)
-        centres = torch.from_numpy(self.curve(label, u)).reshape(-1, 2)
-        sums = [
-            (-torch.cdist(part, centres).square() / (2 * self.noise**2)).exp().mean(1)
-            for part in x.double().split(4096)
-        ]
-        return torch.cat(sums) / (2 * math.pi * self.noise**2)
+        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, by a sum over 500 of each."""
+        label, u = np.meshgrid(np.arange(self.num_classes), (np.arange(500) + 0.5) / 500)
+        centres, counts = torch.from_numpy(self.curve(label, u)).reshape(-1, 2).unique(dim=0, return_counts=True)
+        distances = (torch.cdist(part, centres) / self.noise for part in x.double().split(4096))
+        sums = torch.cat([(-d.square() / 2).exp() @ counts.double() for d in distances])
+        return sums / (counts.sum() * 2 * math.pi * self.noise**2)
 
 
 class Checkerboard:

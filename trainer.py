@@ -45,6 +45,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
     # Are x0 and x1 independent? False refuses SDE solvers, whose score would be wrong. Where no subclass sets it, it is
     # False if `couple` is overridden, if the data are pairs (x0, x1), and if x1 plainly goes with x0.
     independent = True
+    has_reference = True  # can the network be asked as a denoiser of noise? False leaves out eval/reference
     # The value for 'not given' of conditions that label_dropout and guidance drop together with the label.
     null_cond: Mapping[str, Tensor | float] = {}
 
@@ -150,10 +151,9 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.step, self.finished, self.wandb_id = 0, False, None
         self.start: dict | None = None  # the entry of this start in run.json
         self.means = RunningMeans(device)  # since the last line of the record
-        self.drawing = pictures.Drawing()
-        self.bad_steps = BadSteps(config, device)
+        self.drawing, self.bad_steps = pictures.Drawing(), BadSteps(config, device)
         self.shard_position: tuple[int, int] = (0, 1)  # which shard of how many is being prepared
-        self.loss_needs_gradients, self.has_reference = False, True  # found out by evaluation.rehearse
+        self.loss_needs_gradients = False  # found out by evaluation.rehearse
         self.levels: dict[str, float] = {}  # that losses are seen against: see reference.py
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
 

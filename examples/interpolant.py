@@ -51,7 +51,7 @@ class Interpolant(ExampleDiffusionTrainer):
         out = model_fn(torch.stack([xt, xt], 1), batch.t)  # (B, 2, 2): v and eta
         return utils.image_square_error(out, torch.stack([batch.x1 - batch.x0, batch.z], 1))
 
-    def travel(self, model_fn, inputs, start, noise, steps=100):
+    def draw(self, model_fn, inputs, solver, start=1, noise=0.5, steps=100):
         x = inputs.x1 if start else inputs.beside[1].to(inputs.x1)
         for t, s in itertools.pairwise(torch.linspace(start, 1 - start, steps + 1).tolist()):
             middle, dt = (t + s) / 2, abs(s - t)  # the middle of a step, where nothing is singular
@@ -61,8 +61,8 @@ class Interpolant(ExampleDiffusionTrainer):
         return x
 
     def samplers(self):
-        down = {f'down_{e:g}': partial(self.travel, start=1, noise=e) for e in self.noises}
-        return down | {f'up_{e:g}': partial(self.travel, start=0, noise=e) for e in self.noises}
+        down = {f'down_{e:g}': partial(self.draw, solver='', start=1, noise=e) for e in self.noises}
+        return down | {f'up_{e:g}': partial(self.draw, solver='', start=0, noise=e) for e in self.noises}
 
     def sample_metrics(self, x, inputs):
         return metrics.distance_from_set(x, 'moons', '_x0') | metrics.distance_from_set(x, 'eight_gaussians', '_x1')

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import math
 import pickle
 import re
 import socket
@@ -22,7 +23,7 @@ import torchvision
 import data_utils
 from config import SettingError
 from data_utils import DATASETS, setup_data_train_and_test
-from toy2d import TOY2D
+from toy2d import TOY2D, load_pairs, load_points
 
 CPU = torch.device('cpu')
 
@@ -62,6 +63,41 @@ def test_points_are_centred_and_a_function_of_the_seed(name, tiny_config):
     assert sorted(label.unique().tolist()) == list(range(max(1, DATASETS[name].num_classes)))
     again, other = (DATASETS[name].load(tiny_config(seed=seed))[0][0] for seed in (3, 4))
     assert torch.equal(x, again) and not torch.equal(x, other) and not torch.equal(x[:2000], held_out)
+
+
+@pytest.mark.parametrize('name', TOY2D)
+def test_densities_are_those_of_the_points(name, tiny_config):
+    """They sum to 1, and tell how many of 20,000 points lie in each square of a fine grid."""
+    side = torch.linspace(-1.3, 1.3, 261, dtype=torch.float64)
+    middle, cell = (side[1:] + side[:-1]) / 2, 0.01**2
+    density = TOY2D[name].density(torch.cartesian_prod(middle, middle)).reshape(260, 260)
+    assert density.sum() * cell == pytest.approx(1, abs=0.01)
+    (x, _), _ = DATASETS[name].load(tiny_config())
+    expected = density.reshape(26, 10, 26, 10).sum((1, 3)) * cell * len(x)  # squares of 0.1
+    place = ((x + 1.3) / 0.1).floor().long().clamp(0, 25)
+    counts = torch.bincount(place[:, 0] * 26 + place[:, 1], minlength=676).reshape(26, 26)
+    some = expected > 20
+    deviation = (counts - expected)[some] / expected[some].sqrt()  # about standard normal
+    assert deviation.abs().max() < 5 and deviation.square().mean() < 1.6
+
+
+def test_the_density_of_eight_gaussians_by_hand():
+    x = torch.tensor([[0.7, 0.0], [0.71, 0.03], [0.0, 0.0]], dtype=torch.float64)
+    centres = [(0.7 * math.cos(i * math.pi / 4), 0.7 * math.sin(i * math.pi / 4)) for i in range(8)]
+    by_hand = [
+        sum(math.exp(-((a - c) ** 2 + (b - d) ** 2) / 0.005) for c, d in centres) / (8 * math.pi * 0.005)
+        for a, b in x.tolist()
+    ]
+    assert TOY2D['eight_gaussians'].density(x).tolist() == pytest.approx(by_hand)
+
+
+def test_pairs_of_two_sets_are_these_sets(tiny_config):
+    config = tiny_config()
+    parts = load_pairs('moons', 'spirals', config)
+    for (x0, label, x1), (first, classes), (second, _) in zip(
+        parts, load_points('moons', config), load_points('spirals', config), strict=True
+    ):
+        assert x0.equal(first) and label.equal(classes) and x1.equal(second)
 
 
 def test_points_lie_where_they_are_said_to(tiny_config):

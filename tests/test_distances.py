@@ -1,5 +1,6 @@
 """Distances between sets of features, against closed forms, torch-fidelity and counting by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from config import SettingError
-from distances import Moments, compare, density_coverage, frechet, nearest, radii
+from distances import Moments, compare, density_coverage, frechet, nearest, radii, wasserstein
 
 GEN = torch.Generator().manual_seed(0)
 
@@ -126,3 +127,24 @@ def test_precision_and_recall_by_counting():
 
     assert values['precision'] == pytest.approx(share(samples, data), abs=1e-6)
     assert values['recall'] == pytest.approx(share(data, samples), abs=1e-6)
+
+
+def test_wasserstein_distance_against_what_is_known():
+    """Of moved points it is the move; on a line the sorted pairs are best; the order of the points does not matter."""
+    x = normal(300, 2)
+    move = torch.tensor([0.3, -0.4])
+    assert wasserstein(x, (x + move)[torch.randperm(300, generator=GEN)]) == pytest.approx(0.5, rel=1e-5)
+    a, b = normal(200, 1), normal(200, 1, 2.0, 1.0)
+    by_rank = (a[:, 0].sort().values - b[:, 0].sort().values).square().mean().sqrt()
+    assert wasserstein(a, b) == pytest.approx(by_rank.item(), rel=1e-6)
+    five, other = normal(5, 3), normal(5, 3)
+    plans = (torch.tensor(plan) for plan in itertools.permutations(range(5)))
+    best = min((five - other[plan]).square().sum(1).mean().sqrt().item() for plan in plans)
+    assert wasserstein(five, other) == pytest.approx(best, rel=1e-6)
+
+
+def test_only_points_in_the_plane_have_a_wasserstein_distance():
+    data, held_out = normal(3000, 2), normal(400, 2)
+    values = compare(normal(500, 2, 1.0, 2.0), data, held_out)
+    assert values['wasserstein'] == pytest.approx(math.sqrt(8), rel=0.1) and values['real_wasserstein'] < 0.5
+    assert not any('wasserstein' in name for name in compare(normal(50, 3), normal(50, 3), normal(50, 3)))

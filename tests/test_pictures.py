@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pictures
+import points as plots
 from data_utils import DATASETS, DataSpec
 from optimizers import get_lr
 from pictures import GAP, kind, picture_of
@@ -145,6 +146,49 @@ def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, bu
     with torch.no_grad():
         frames = pictures.path(trainer, stages)
     assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 2
+
+
+def test_classes_of_points_have_colours_and_the_density_is_beside():
+    x, label = torch.randn(200, 2), torch.arange(200) % 2
+    plain, told = (picture_of(x, [x], 3, label=classes) for classes in (None, label))
+    assert plain.shape == told.shape == (3, 400, 800) and not plain.equal(told)
+
+    def orange(picture):  # the second colour of tab10
+        return int(((picture[0] > 200) & (picture[1] > 90) & (picture[1] < 200) & (picture[2] < 120)).sum())
+
+    assert orange(plain) == 0 < orange(told)
+    both = picture_of(x, [x], 3, label=label, density=lambda x: (x[:, 0] > 0).double())
+    assert both.shape == (3, 400, 1200) and both[:, :, :800].float().std() > 10
+    dark = (both[:, 50:350, 820:].sum(0) < 30).float().mean(0)  # the left half of the last plot is black
+    assert dark[60:150].min() > 0.9 and dark[230:340].max() < 0.1
+
+
+def test_points_that_are_not_finite_leave_the_others_to_be_seen():
+    x = torch.cat([torch.randn(50, 2), torch.full((1, 2), torch.nan), torch.full((1, 2), torch.inf)])
+    assert picture_of(x, [], 3).float().std() > 10
+
+
+def test_ways_are_lines_from_start_to_end():
+    """All from the left to the right: ink in every column between."""
+    start = torch.stack([torch.full((20,), -1.0), torch.linspace(-1, 1, 20)], 1)
+    frames = [start + torch.tensor([step, 0.0]) for step in (0.0, 1.0, 2.0)]
+    picture = plots.paths(frames, torch.zeros(20).long())
+    assert picture.shape == (3, 400, 400)
+    ink = (picture.float().mean(0) < 250)[40:360].sum(0)
+    assert (ink[80:320] >= 20).all()
+
+
+def test_a_run_on_points_shows_their_ways(tiny_config, build_trainer, monkeypatch):
+    monkeypatch.setattr(pictures, 'POINTS_SHOWN', 50)
+    drawn = []
+    monkeypatch.setattr(
+        plots, 'paths', lambda frames, label: drawn.append((frames, label)) or torch.zeros(3, 9, 9).byte()
+    )
+    config = tiny_config(dataset='moons', network='mlp', num_training_steps=3, warmup_steps=1, sample_every=3)
+    build_trainer(config).train_loop()
+    ((frames, label),) = drawn
+    assert len(frames) == 1 + config.num_sample_steps and frames[0].shape == (4, 2) and label.tolist() == [0, 1, 0, 1]
+    assert (config.run_dir / 'path.png').exists()
 
 
 def test_the_x_axis_of_a_scatter_plot_is_the_first_number():

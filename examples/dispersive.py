@@ -1,0 +1,35 @@
+"""Dispersive loss: the features of different pictures should lie far apart (Wang and He 2025, eq. 6).
+
+    loss + 0.5 log mean exp(-|z_i - z_j|^2 / tau),    z: features in the middle of the network, tau = 0.5
+
+The mean is over the pairs of pictures that one process has in its batch, so it depends on the number of processes.
+
+    sh run.sh examples/dispersive.py                      digits, after few steps
+"""
+
+import torch
+
+from compare import side_by_side
+from trainer import ExampleDiffusionTrainer
+
+
+class Dispersive(ExampleDiffusionTrainer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.network.net.middle[0].register_forward_hook(lambda module, inputs, out: setattr(self, 'features', out))
+
+    def loss_fn(self, batch, model_fn):
+        loss = super().loss_fn(batch, model_fn)
+        z = self.features.flatten(1)
+        distances = torch.cdist(z, z).square() / z.shape[1]
+        dispersion = (-distances / 0.5).exp().mean().log()
+        self.log('train/dispersion', dispersion.detach())
+        return loss + 0.5 * dispersion
+
+
+if __name__ == '__main__':
+    side_by_side(
+        {'plain': {}, 'dispersive': dict(trainer_class=Dispersive)},
+        numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
+        usual='--num_training_steps 400',
+    )

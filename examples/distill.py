@@ -1,0 +1,72 @@
+"""A student that draws in one step, taught by the scores of two flows (Yin et al. 2024, eq. 7 and algorithm 1).
+
+`teacher` is a plain run. In the second run, `network` is the student: its prediction of x0 from pure noise is a sample.
+A second network, `fake`, is a flow of the student's samples, trained all the while. At a noisy xt of a sample, the two
+flows predict x0 where data and where samples are likely, and the student moves its sample by the difference. Both start
+as copies of the teacher. The two optimizers step together: each term of the loss moves one network alone.
+
+    sh run.sh examples/distill.py                         on moons
+"""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import utils
+from compare import side_by_side
+from main import load_run
+from optimizers import get_optimizer
+from trainer import ExampleDiffusionTrainer
+
+
+class Flow(ExampleDiffusionTrainer):
+    def samplers(self):
+        return {f'steps_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 20)}
+
+
+class Student(ExampleDiffusionTrainer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        teacher = load_run(Path(self.config.ckpt_dir, self.config.experiment_name.replace('_student', '_teacher')))
+        self.network.load_state_dict(teacher.network.state_dict())
+        self.modules['teacher'] = copy.deepcopy(self.network).requires_grad_(False)
+        self.modules['fake'] = copy.deepcopy(self.network)
+        self.optimizers['fake'] = get_optimizer(self.config, self.modules['fake'])
+
+    def sample(self, model_fn, x1, label):
+        t = torch.full((len(x1),), self.config.t_max, device=x1.device)
+        return self.model_convert_fn(model_fn(x1, t, label), t, x1, self.process(t)).x0
+
+    def loss_fn(self, batch, model_fn):
+        coefs = self.process(batch.t)
+        x = self.sample(model_fn, batch.x1, batch.label)
+        noise = batch.x1.roll(1, 0)  # other noise than the sample was made of
+        xt = self.process.compute_xt(x.detach(), noise, coefs)
+
+        def x0(name):
+            out = self.get_model_fn(self.modules[name], train=name == 'fake')(xt, batch.t, batch.label)
+            return self.model_convert_fn(out, batch.t, xt, coefs).x0
+
+        fake = x0('fake')
+        with torch.no_grad():
+            real = x0('teacher')
+            direction = (fake - real) / (x - real).abs().flatten(1).mean(1)[:, None].clamp(min=1e-3)
+        learn_fake = utils.image_square_error(fake, x.detach()) / coefs.sigma.clamp(min=0.1) ** 2
+        self.log('train/fake', learn_fake.detach())
+        return utils.image_square_error(x, (x - direction).detach()) + learn_fake
+
+    def draw(self, model_fn, inputs, solver):
+        return self.sample(model_fn, inputs.x1, inputs.label)
+
+    def samplers(self):
+        return {'steps_1': partial(self.draw, solver='')}
+
+
+if __name__ == '__main__':
+    side_by_side(
+        {'teacher': dict(trainer_class=Flow), 'student': dict(trainer_class=Student, base_lr=2e-4)},
+        numbers=('final/*/*wasserstein', 'final/*/recall'),
+        usual='--preset toy2d',
+    )

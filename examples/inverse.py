@@ -1,0 +1,70 @@
+"""What was measured guides an unconditional model while it samples (Song et al. 2023, PiGDM; Rozet et al. 2024, MMPS).
+
+Of points of eight Gaussians we measure the first coordinate, y = x_1 + noise, and draw points that agree with it. The
+network knows nothing of y. With g the gradient of its x0_1 by xt, and r = sigma^2 / alpha, the score of y moves its x0:
+
+    x0 + r g (y - x0_1) / (noise^2 + V)
+
+V is the variance of x_1 given xt. `pigdm` takes that of a Gaussian as wide as the data; `mmps` takes r g_1, which is
+exact (Rozet et al. 2024, eq. 10). `none` ignores y. All take 100 steps of an SDE, with one evaluation and one gradient.
+`wasserstein` is the distance from the exact posterior, a mixture of Gaussians; `real` that of other draws from it.
+
+    sh run.sh examples/inverse.py                         one run, three ways to draw
+"""
+
+from functools import partial
+
+import torch
+
+from compare import side_by_side
+from distances import wasserstein
+from prediction import Prediction
+from trainer import ExampleDiffusionTrainer
+
+Y, NOISE = 0.6, 0.1  # right of the two Gaussians at 0.495, left of the one at 0.7
+
+
+def posterior(n, seed):
+    """n points (n, 2) of the eight Gaussians, given that the first coordinate was measured."""
+    draw = torch.Generator().manual_seed(seed)
+    angle = torch.arange(8) * torch.pi / 4
+    means, var = 0.7 * torch.stack([angle.cos(), angle.sin()], 1), 0.05**2
+    weights = (-((Y - means[:, 0]) ** 2) / (2 * (var + NOISE**2))).softmax(0)
+    x = means[weights.multinomial(n, replacement=True, generator=draw)]
+    gain = var / (var + NOISE**2)
+    x[:, 0] += gain * (Y - x[:, 0])
+    return x + torch.tensor([var * (1 - gain), var]).sqrt() * torch.randn(n, 2, generator=draw)
+
+
+VARIANCES = {  # of x_1 given xt: (coefs, sigma^2 / alpha, g_1), each (B,)
+    'pigdm': lambda c, r, g: (c.sigma * c.sigma_data * c.c_in) ** 2,
+    'mmps': lambda c, r, g: r * g.clamp(min=0),
+}
+
+
+class Inverse(ExampleDiffusionTrainer):
+    def told(self, model_fn, inputs, way):
+        def moved(xt, t, label=None):
+            coefs = self.process(t)
+            with torch.enable_grad():
+                xt = xt.detach().requires_grad_()
+                x0 = self.model_convert_fn(model_fn(xt, t, label), t, xt, coefs).x0
+                g = torch.autograd.grad(x0[:, 0].sum(), xt)[0]
+            r = coefs.sigma**2 / coefs.alpha
+            gain = r * (Y - x0.detach()[:, 0]) / (NOISE**2 + VARIANCES[way](coefs, r, g[:, 0]))
+            return Prediction(xt.detach(), coefs, x0=x0.detach() + gain[:, None] * g).velocity
+
+        return self.draw(moved, inputs, 'sde_dpmpp_2m', num_steps=100)
+
+    def samplers(self):
+        none = partial(self.draw, solver='sde_dpmpp_2m', num_steps=100)
+        return {'none': none} | {way: partial(self.told, way=way) for way in VARIANCES}
+
+    def sample_metrics(self, x, inputs):
+        exact = posterior(len(x), seed=1)
+        return {'wasserstein': wasserstein(x.cpu(), exact), 'real': wasserstein(posterior(len(x), 2), exact)}
+
+
+if __name__ == '__main__':
+    usual = '--preset toy2d --dataset eight_gaussians --label_dropout 1'
+    side_by_side({'unconditional': dict(trainer_class=Inverse)}, usual=usual)

@@ -1,0 +1,80 @@
+"""Diffusion of latents: pictures become small tensors, which are cached, and samples are decoded (Rombach et al. 2022).
+
+`encode` and `decode` may be any two functions; here they are an autoencoder that is trained on the spot. `load` encodes
+all pictures once, into a file, with the mean and standard deviation of each channel, which scale the latents to mean 0
+and standard deviation 0.5. To the trainer they are data of floats, and `decode` is all that an experiment adds. Both
+runs are judged by their samples in pixels, against the real pictures; `pixels` trains on these, for as many steps.
+    sh run.sh examples/latent.py                          Fashion-MNIST: 784 pixels become 196 numbers
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn import Conv2d, ConvTranspose2d, ModuleDict, Sequential, SiLU
+
+import metrics
+import utils
+from compare import side_by_side
+from data_utils import DATASETS, DataSpec
+from trainer import ExampleDiffusionTrainer
+
+SOURCE = 'fashion_mnist'
+
+
+def pictures(config):  # x (N, 1, H, W) in [0, 1] and labels (N,), to train and held out
+    return [(x.float() / DATASETS[SOURCE].max_value, labels) for x, labels in DATASETS[SOURCE].load(config)[:2]]
+
+
+def autoencoder(k=4, width=64):  # (N, 1, H, W) <-> (N, k, H / k, W / k)
+    down = Conv2d(1, width, k, k), SiLU(), Conv2d(width, width, 3, padding=1), SiLU(), Conv2d(width, k, 1)
+    up = Conv2d(k, width, 3, padding=1), SiLU(), ConvTranspose2d(width, width, k, k), SiLU()
+    return ModuleDict(dict(encode=Sequential(*down), decode=Sequential(*up, Conv2d(width, 1, 3, padding=1))))
+
+
+def stored(config):
+    file = Path(config.data_dir, f'latents_of_{SOURCE}.pt')  # computed once
+    if not file.exists():
+        utils.seed_everything(config.seed, 'autoencoder')
+        parts, net = pictures(config), autoencoder()
+        optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+        for _ in range(1000):
+            x = parts[0][0][torch.randint(len(parts[0][0]), (64,))]
+            loss = (net['decode'](net['encode'](x)) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            z = [torch.cat([net['encode'](some) for some in x.split(500)]) for x, _ in parts]
+        mean, std = z[0].mean((0, 2, 3), keepdim=True), z[0].std((0, 2, 3), keepdim=True)
+        parts = [((latents - mean) / (2 * std), labels) for latents, (_, labels) in zip(z, parts, strict=True)]
+        torch.save(dict(parts=parts, mean=mean, std=std, net=net.state_dict()), file)
+    return torch.load(file)
+
+
+DATASETS['latents'] = DataSpec(lambda config: tuple(stored(config)['parts']), num_classes=10, scale='float')
+
+
+class Pixels(ExampleDiffusionTrainer):
+    def sample_metrics(self, x, inputs):
+        (train, labels), (held_out, _) = pictures(self.config)
+        return metrics.pixel_metrics(x, inputs.label, train[:10_000], labels[:10_000], held_out[:1000])
+
+
+class Latents(Pixels):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.latents = {name: value for name, value in stored(self.config).items() if name != 'parts'}
+        self.modules['autoencoder'] = autoencoder().to(self.device).requires_grad_(False)
+        self.modules['autoencoder'].load_state_dict(self.latents['net'])
+
+    def decode(self, x0):
+        z = 2 * self.latents['std'].to(x0) * x0 + self.latents['mean'].to(x0)
+        return self.modules['autoencoder']['decode'](z).clamp(0, 1)
+
+
+if __name__ == '__main__':
+    side_by_side(
+        {'pixels': dict(trainer_class=Pixels), 'latents': dict(trainer_class=Latents, dataset='latents')},
+        numbers=('final/adams/*', 'train/images_per_second'),
+        usual='--preset fashion_mnist --num_training_steps 400',
+    )
