@@ -188,6 +188,14 @@ def digest_of(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def usual(trainer: 'BaseDiffusionTrainer') -> str:
+    """The detector for samples that nobody asked another for: classifier where the data are images of classes and are
+    decoded as such, else pixels."""
+    data, shape = trainer.data, tuple(trainer.decode(trainer.example.x0[:1]).shape[1:])
+    images = data.scale == 'image' and len(shape) == 3 and shape == data.shape
+    return 'classifier' if images and data.num_classes > 1 else 'pixels'
+
+
 def features_of_data(
     trainer: 'BaseDiffusionTrainer', detector: Detector, most: int | None = None
 ) -> tuple[Tensor, Tensor]:

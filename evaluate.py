@@ -34,8 +34,8 @@ class Evaluate:
     """Folder of the run, or one of its .pt files."""
     num: int = 1000
     """Samples for each combination; published FIDs use 50000."""
-    detector: str = 'classifier'
-    """Key of DETECTORS in detectors.py: inception (FID), dinov2, classifier or pixels."""
+    detector: str = ''
+    """Key of DETECTORS: inception (FID), dinov2, classifier or pixels; empty: classifier for images with classes."""
     detector_weights: str = ''
     """File of the detector's weights; empty: its own download. For inception and dinov2."""
     weights: tuple[str, ...] = ('ema',)
@@ -66,13 +66,13 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
     import report
     from config import choose
-    from detectors import DETECTORS, features_of_data
+    from detectors import DETECTORS, features_of_data, usual
     from logging_utils import log_table
     from main import load_run
     from runtime import ranks, stopping
     from solvers import SOLVERS
 
-    make = choose('detector', options.detector, DETECTORS)
+    choose('detector', options.detector or 'pixels', DETECTORS)
     if options.num < 10:
         raise SettingError(f'num={options.num}: at least 10 samples are needed to compare.')
     if not options.weights:
@@ -89,7 +89,8 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
         trainer = load_run(options.run, weights)
         if detector is None:
             config, wandb_id = trainer.config, trainer.wandb_id
-            detector = make(trainer, options.detector_weights)
+            options = dataclasses.replace(options, detector=options.detector or usual(trainer))
+            detector = DETECTORS[options.detector](trainer, options.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
             few = min(trainer.train_loader.size, trainer.test_loader.size)
             if few < 10:

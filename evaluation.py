@@ -19,7 +19,7 @@ import report as run_report
 import utils
 from batches import ProcessedBatch
 from data_loaders import HeldOutSampler
-from detectors import DETECTORS, MOST_PIXELS, features_of_data
+from detectors import DETECTORS, MOST_PIXELS, features_of_data, usual
 from distances import compare
 from logging_utils import RunningMeans
 from loss_weights import pair_warning
@@ -260,8 +260,7 @@ def judged(trainer: 'BaseDiffusionTrainer', sampler: str, num_samples: int) -> d
 def distances_of(trainer: 'BaseDiffusionTrainer', x: Tensor, label: Tensor | None) -> dict[str, float]:
     """Distances of decoded samples (n, ...) from the training data, by a classifier of these, or by their values where
     there are no images or no classes. For numbers to publish there is evaluate.py."""
-    images = x.ndim == 4 and trainer.data.scale == 'image' and x.shape[1:] == trainer.data.shape
-    detector = DETECTORS['classifier' if images and trainer.data.num_classes > 1 else 'pixels'](trainer, '')
+    detector = DETECTORS[usual(trainer)](trainer, '')
     print_once(f'  judged by {detector.about}')
     reference = features_of_data(trainer, detector, most=MOST_COMPARED)
     values, asked = {}, pictures.classes_of(trainer, label)

@@ -26,11 +26,11 @@ _reading: Path | None = None  # the checkpoint of trainers that are built now
 def reading(checkpoint: Path) -> Iterator[None]:
     """Trainers built meanwhile are those of a checkpoint: they lock nothing, write nothing and cannot be trained."""
     global _reading
-    _reading = checkpoint
+    before, _reading = _reading, checkpoint  # one may open another, as a student its teacher
     try:
         yield
     finally:
-        _reading = None
+        _reading = before
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,8 @@ from generate import Generate
 from prepare import PrepareConfig
 from sweep import combinations
 
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / 'README.md', *ROOT.glob('docs/*.md'))}
+TEXTS = ROOT / 'README.md', ROOT / 'examples/README.md', *ROOT.glob('docs/*.md')
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
 
 
 class Block(NamedTuple):
@@ -85,7 +86,8 @@ def test_flags_of_every_command(command):
     elif words[0] in ('generate.py', 'evaluate.py'):
         tyro.cli(Generate if words[0] == 'generate.py' else Evaluate, args=words[1:], use_underscores=True)
     else:
-        parse_config(words[words[0] in ('', 'prepare.py') :], PrepareConfig if words[0] == 'prepare.py' else Config)
+        program = words[0] in ('', 'prepare.py') or words[0].startswith('examples/')
+        parse_config(words[program:], PrepareConfig if words[0] == 'prepare.py' else Config)
 
 
 def test_other_commands_are_files_that_exist():
@@ -105,7 +107,7 @@ def test_choices_of_a_setting_in_its_table_are_all_there_are():
 
     rows = re.findall(r'^\| `(\w+)`[^|]*\|([^|]*)\|', PAGES['docs/settings.md'], re.M)
     named = {setting: set(re.findall(r'`(\w+)`', cell)) for setting, cell in rows}
-    for setting in ('process_name', 'model_type', 'loss_weight', 'time_sampler', 'solver', 'time_grid'):
+    for setting in ('process_name', 'model_type', 'loss_weight', 'time_sampler', 'solver', 'time_grid', 'network'):
         assert named[setting] == set(choices()[setting]), setting
 
 
