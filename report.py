@@ -151,7 +151,7 @@ def plot(
         color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
         label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name
         ax.plot(x, y, color=color, label=label, linewidth=1.3, marker='.' if len(x) < 3 else None)
-        if floors.get(name, 0) > lowest / 20:  # a floor of next to nothing would squeeze the curves
+        if name in floors and floors[name] > lowest / 20:  # a floor of next to nothing would squeeze the curves
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
         ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='what can be learned')

@@ -234,3 +234,9 @@ def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path
     assert 'adams 0 1.0 10)' in out and 'adams 0 2.0 10)' in out and '0.25' in out and '0.5' in out
     page = (tmp_path / 'x.html').read_text()
     assert 'step_0000012' in page and 'step_0000006' not in page
+
+
+def test_losses_below_zero_have_a_plot(tmp_path):
+    """As those of a run whose loss has a negative part."""
+    below = report.plot({'a': ([1, 2], [0.5, -0.1]), 'b': ([1, 2], [0.4, 0.3])}, 'loss')
+    assert below.startswith('<svg') and 'floor' not in below
