@@ -64,17 +64,18 @@ def side_by_side(
 ) -> None:
     """Train several runs, one after the other, with the same seed, data and flags, and print their numbers.
 
-    `parts`: name of a run -> the settings in which it differs, and its `trainer_class`. `numbers`: which of the numbers
-    of the record are shown, * stands for anything. `usual`: flags that come before those of the command line, which
-    win. The runs are called after the script, the flags that are not as usual, and the part. The same command again
-    goes on where it was stopped. Ends as main.main does.
+    `parts`: name of a run -> the settings in which it differs, and its `trainer_class`; a setting may be a function of
+    the config that all share. `numbers`: which of the numbers of the record are shown, * stands for anything. `usual`:
+    flags that come before those of the command line, which win. The runs are called after the script, the flags that
+    are not as usual, and the part. The same command again goes on where it was stopped. Ends as main.main does, with
+    SettingError also for a flag that a part would overrule.
     """
     from main import flags, start
 
     config = flags([*usual.split(), *(sys.argv[1:] if argv is None else argv)], config_class)
+    before = flags(usual.split(), config_class)
     if config.experiment_name == default_experiment_name(config):
-        before = dataclasses.asdict(flags(usual.split(), config_class))
-        changed = [in_name(name, now) for name, (_, now) in changes(before, config).items()]
+        changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
         config = dataclasses.replace(config, experiment_name=folder_name([Path(sys.argv[0]).stem, *changed]))
     current = config
 
@@ -84,8 +85,15 @@ def side_by_side(
 
         folders = []
         for part, changed in parts.items():
+            for name in changed.keys() - {'trainer_class'}:
+                if getattr(config, name) != getattr(before, name):
+                    raise SettingError(
+                        f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
+                        f'Leave out --{name}, or change the file.'
+                    )
             settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
             trainer_class = settings.pop('trainer_class', None)
+            settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
             current = dataclasses.replace(config, **settings)
             ranks.print_once(f'\n{part}: {current.run_dir}')
             start(current, trainer_class)

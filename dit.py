@@ -116,7 +116,7 @@ class DiT(nn.Module):
             raise ValueError(f'a DiT is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         if width % (4 * heads):
             raise ValueError(f'width={width} with heads={heads}: the width must be a multiple of 4 x heads')
-        self.in_channels, self.num_classes, self.patch = shape[0], num_classes, patch
+        self.in_channels, self.num_classes, self.patch, self.heads = shape[0], num_classes, patch, heads
         self.conditions = Conditions(cond, width)
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width)
@@ -142,9 +142,8 @@ class DiT(nn.Module):
         x = F.pad(self.conditions.beside(xt, cond), (0, -width % self.patch, 0, -height % self.patch), mode='replicate')
         x = self.patchify(x)  # (B, width, rows, columns)
         rows, columns = x.shape[2:]
-        attention = self.blocks[0].attention
         place = angles(rows, columns, x.shape[1] // 2, x.device)
-        angle = angles(rows, columns, x.shape[1] // attention.heads // 2, x.device)
+        angle = angles(rows, columns, x.shape[1] // self.heads // 2, x.device)
         x = x.flatten(2).transpose(1, 2) + torch.cat([place.cos(), place.sin()], 1)  # (B, rows x columns, width)
         for block in self.blocks:
             x = block(x, emb, angle)

@@ -28,7 +28,8 @@ def scatter(
         limit(ax, points if i == 0 and len(sets) > 1 else torch.cat([points, sets[-1].to(points)]))
         ax.set_title(titles[i] if titles else '', fontsize=10)
     if density is not None:
-        x, y = (np.linspace(*axes[len(sets) - 1].get_xlim(), 100), np.linspace(*axes[len(sets) - 1].get_ylim(), 100))
+        (left, right), (low, high) = axes[len(sets) - 1].get_xlim(), axes[len(sets) - 1].get_ylim()
+        x, y = np.linspace(left, right, 100), np.linspace(low, high, 100)
         grid = torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)
         axes[-1].pcolormesh(x, y, density(grid).reshape(100, 100).numpy(), cmap='magma', shading='nearest')
         axes[-1].set_title('exact density', fontsize=10)

@@ -22,8 +22,8 @@ from distances import wasserstein
 from toy2d import load_pairs
 from trainer import ExampleDiffusionTrainer
 
-DATASETS['moons_to_gaussians'] = DataSpec(partial(load_pairs, 'moons', 'eight_gaussians'), (2,), 2, scale='float')
-S, STEPS = 0.4, 20
+DATA, S, STEPS = 'moons_and_gaussians', 0.4, 20
+DATASETS[DATA] = DataSpec(partial(load_pairs, 'moons', 'eight_gaussians'), (2,), 2, scale='float')
 
 
 class Plain(ExampleDiffusionTrainer):
@@ -32,7 +32,7 @@ class Plain(ExampleDiffusionTrainer):
     def prepare_batch_fn(self, batch, is_train):
         x0, _, x1 = batch
         way = torch.arange(len(x0), device=self.device) % 2
-        prepared = super().prepare_batch_fn((x0, way, x1[torch.randperm(len(x1))]), is_train)
+        prepared = super().prepare_batch_fn((x0, way, x1[torch.randperm(len(x1))] if is_train else x1), is_train)
         x0, x1, up = prepared.x0, prepared.x1, (prepared.label == 1)[:, None]
         if is_train and self.step > self.first * self.config.num_training_steps:
             model_fn = self.get_model_fn(next(iter(self.ema.networks.values())))
@@ -40,7 +40,7 @@ class Plain(ExampleDiffusionTrainer):
                 drawn = self.travel(model_fn, torch.where(up, x1, x0), 1 - prepared.label)
             x0, x1 = torch.where(up, drawn, x0), torch.where(up, x1, drawn)
         noise = S * (prepared.t * (1 - prepared.t)).sqrt()[:, None] * torch.randn_like(x0)
-        return dataclasses.replace(prepared, x0=x0, x1=x1, x_original=noise)
+        return dataclasses.replace(prepared, x0=x0, x1=x1, x_original=noise)  # a place for the noise
 
     def loss_fn(self, batch, model_fn):
         xt = self.process.compute_xt(batch.x0, batch.x1, self.process(batch.t)) + batch.x_original
@@ -62,7 +62,7 @@ class Plain(ExampleDiffusionTrainer):
         return {'down': partial(self.draw, solver='', way=0), 'up': partial(self.draw, solver='', way=1)}
 
     def sample_metrics(self, x, inputs):
-        down, up = (float((x - start.to(x)).square().sum(1).mean()) for start in inputs.beside)
+        down, up = (float((x - start.to(x)).square().sum(1).mean()) for start in inputs.beside)  # one of them counts
         least = wasserstein(*(end.cpu() for end in inputs.beside)) ** 2
         to_x0, to_x1 = (metrics.distance_from_set(x, *end) for end in (('moons', '_x0'), ('eight_gaussians', '_x1')))
         return {'cost_down': down, 'cost_up': up, 'least': least, **to_x0, **to_x1}
@@ -74,7 +74,7 @@ class Bridge(Plain):
 
 if __name__ == '__main__':
     side_by_side(
-        {'plain': dict(trainer_class=Plain), 'bridge': dict(trainer_class=Bridge)},
+        {name: dict(trainer_class=c, dataset=DATA) for name, c in (('plain', Plain), ('bridge', Bridge))},
         numbers=('final/down/*_x0', 'final/down/cost_down', 'final/up/*_x1', 'final/up/cost_up', 'final/up/least'),
-        usual='--preset toy2d --dataset moons_to_gaussians',
+        usual='--preset toy2d',
     )

@@ -48,7 +48,7 @@ class Plain(Told):
 
     def get_model_fn(self, module, train=False):
         model_fn = super().get_model_fn(module, train)
-        return lambda xt, t, label=None, measured=None: model_fn(xt, t, label, measured=0 * measured)
+        return lambda xt, t, label=None, measured=None: model_fn(xt, t, label)
 
 
 if __name__ == '__main__':

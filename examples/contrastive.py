@@ -1,8 +1,10 @@
-"""Contrastive flow matching: away from the velocities of other pictures, too (Stoica et al. 2025, eq. 6).
+"""Contrastive flow matching: away from the velocities of other pictures, too (Stoica et al. 2025).
 
-|v(xt, t) - u|^2 - lambda |v(xt, t) - u of the next picture in the batch|^2,    lambda = 0.05
+    |v(xt, t) - u|^2 - lambda |v(xt, t) - u of another picture|^2,    lambda = 0.05
 
-sh run.sh examples/contrastive.py                     digits, after few steps
+The other picture is a neighbour in the batch of one process, so it depends on the number of processes.
+
+    sh run.sh examples/contrastive.py                     digits, after few steps
 """
 
 import utils

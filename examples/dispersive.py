@@ -1,6 +1,6 @@
 """Dispersive loss: the features of different pictures should lie far apart (Wang and He 2025, eq. 6).
 
-    loss + 0.5 log mean exp(-|z_i - z_j|^2 / tau),    z: features in the middle of the network, tau = 0.5
+    loss + 0.5 log mean exp(-|z_i - z_j|^2 / (dim tau)),    z: dim features in the middle of the network, tau = 0.5
 
 The mean is over the pairs of pictures that one process has in its batch, so it depends on the number of processes.
 
@@ -16,11 +16,13 @@ from trainer import ExampleDiffusionTrainer
 class Dispersive(ExampleDiffusionTrainer):
     def __init__(self, *args):
         super().__init__(*args)
-        self.network.net.middle[0].register_forward_hook(lambda module, inputs, out: setattr(self, 'features', out))
+        net = self.network.net
+        middle = net.middle[0] if hasattr(net, 'middle') else net.blocks[len(net.blocks) // 2]
+        middle.register_forward_hook(lambda module, inputs, out: setattr(self, 'features', out))
 
     def loss_fn(self, batch, model_fn):
         loss = super().loss_fn(batch, model_fn)
-        z = self.features.flatten(1)
+        z = self.features.flatten(1).float()
         distances = torch.cdist(z, z).square() / z.shape[1]
         dispersion = (-distances / 0.5).exp().mean().log()
         self.log('train/dispersion', dispersion.detach())

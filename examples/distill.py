@@ -9,16 +9,22 @@ as copies of the teacher. The two optimizers step together: each term of the los
 """
 
 import copy
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import utils
 from compare import side_by_side
+from config import Config
 from main import load_run
 from optimizers import get_optimizer
 from trainer import ExampleDiffusionTrainer
+
+
+@dataclass(frozen=True)
+class Settings(Config):
+    teacher: str = ''  # folder of the run that teaches
 
 
 class Flow(ExampleDiffusionTrainer):
@@ -27,10 +33,11 @@ class Flow(ExampleDiffusionTrainer):
 
 
 class Student(ExampleDiffusionTrainer):
+    has_reference = False  # a denoiser at t = 1 alone
+
     def __init__(self, *args):
         super().__init__(*args)
-        teacher = load_run(Path(self.config.ckpt_dir, self.config.experiment_name.replace('_student', '_teacher')))
-        self.network.load_state_dict(teacher.network.state_dict())
+        self.network.load_state_dict(load_run(self.config.teacher).network.state_dict())
         self.modules['teacher'] = copy.deepcopy(self.network).requires_grad_(False)
         self.modules['fake'] = copy.deepcopy(self.network)
         self.optimizers['fake'] = get_optimizer(self.config, self.modules['fake'])
@@ -42,19 +49,18 @@ class Student(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         coefs = self.process(batch.t)
         x = self.sample(model_fn, batch.x1, batch.label)
-        noise = batch.x1.roll(1, 0)  # other noise than the sample was made of
-        xt = self.process.compute_xt(x.detach(), noise, coefs)
+        xt = self.process.compute_xt(x.detach(), batch.x1.roll(1, 0), coefs)  # noise of another in this process
 
         def x0(name):
-            out = self.get_model_fn(self.modules[name], train=name == 'fake')(xt, batch.t, batch.label)
+            out = self.get_model_fn(self.modules[name], train=torch.is_grad_enabled())(xt, batch.t, batch.label)
             return self.model_convert_fn(out, batch.t, xt, coefs).x0
 
         fake = x0('fake')
         with torch.no_grad():
             real = x0('teacher')
-            direction = (fake - real) / (x - real).abs().flatten(1).mean(1)[:, None].clamp(min=1e-3)
+            size = (x - real).abs().flatten(1).mean(1).clamp(min=1e-3)
+            direction = (fake - real) / utils.bcast_right(size, x.ndim)
         learn_fake = utils.image_square_error(fake, x.detach()) / coefs.sigma.clamp(min=0.1) ** 2
-        self.log('train/fake', learn_fake.detach())
         return utils.image_square_error(x, (x - direction).detach()) + learn_fake
 
     def draw(self, model_fn, inputs, solver):
@@ -65,8 +71,10 @@ class Student(ExampleDiffusionTrainer):
 
 
 if __name__ == '__main__':
+    student = dict(trainer_class=Student, base_lr=2e-4, teacher=lambda c: f'{c.run_dir}_teacher')
     side_by_side(
-        {'teacher': dict(trainer_class=Flow), 'student': dict(trainer_class=Student, base_lr=2e-4)},
+        {'teacher': dict(trainer_class=Flow), 'student': student},
         numbers=('final/*/*wasserstein', 'final/*/recall'),
         usual='--preset toy2d',
+        config_class=Settings,
     )

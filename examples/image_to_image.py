@@ -1,7 +1,7 @@
 """Restore degraded digits by a flow that starts at the degraded picture, not at noise (Albergo et al. 2024).
 
 The coupling depends on the data: x1 is the degraded picture with some noise, x0 the picture it was made of. In both
-runs the network sees the degraded picture as a condition beside xt, and is told no class. `rmse` is the error of 1000
+runs the network sees the degraded picture as a condition beside xt, and is told no class. `rmse` is the error of the
 restored held-out digits, in units of the grey scale [0, 1], after 1, 2, 5 and 20 evaluations of the network.
 
     sh run.sh examples/image_to_image.py                              lower halves are missing

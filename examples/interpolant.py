@@ -7,8 +7,7 @@ The network gives v = E[x1 - x0 | xt] and eta = E[z | xt]. With these, the veloc
 
     dx = v dt + eta dgamma - e eta |dt| + sqrt(2 e gamma) dw
 
-The run `plain` leaves out z, so it has the flow alone. All take 100 steps. Distances are from new points of either
-set; `real` is that of other new points.            sh run.sh examples/interpolant.py            a minute each
+`plain` leaves out z: the flow alone. All take 100 steps; `real` are new points.    sh run.sh examples/interpolant.py
 """
 
 import itertools
@@ -51,8 +50,8 @@ class Interpolant(ExampleDiffusionTrainer):
         out = model_fn(torch.stack([xt, xt], 1), batch.t)  # (B, 2, 2): v and eta
         return utils.image_square_error(out, torch.stack([batch.x1 - batch.x0, batch.z], 1))
 
-    def draw(self, model_fn, inputs, solver, start=1, noise=0.5, steps=100):
-        x = inputs.x1 if start else inputs.beside[1].to(inputs.x1)
+    def draw(self, model_fn, inputs, solver, start=1, noise=0.0):
+        x, steps = inputs.x1 if start else inputs.beside[1].to(inputs.x1), self.config.sample_nfe or 100
         for t, s in itertools.pairwise(torch.linspace(start, 1 - start, steps + 1).tolist()):
             middle, dt = (t + s) / 2, abs(s - t)  # the middle of a step, where nothing is singular
             v, eta = model_fn(torch.stack([x, x], 1), x.new_full((len(x),), middle)).unbind(1)
@@ -73,8 +72,9 @@ class Plain(Interpolant):
 
 
 if __name__ == '__main__':
+    own = dict(dataset='moons_to_gaussians', network='two_outputs')
     side_by_side(
-        {'plain': dict(trainer_class=Plain), 'interpolant': dict(trainer_class=Interpolant)},
+        {'plain': dict(own, trainer_class=Plain), 'interpolant': dict(own, trainer_class=Interpolant)},
         numbers=('final/down*/*wasserstein_x0', 'final/up*/*wasserstein_x1'),
-        usual='--preset toy2d --dataset moons_to_gaussians --network two_outputs',
+        usual='--preset toy2d',
     )

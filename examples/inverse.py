@@ -5,8 +5,8 @@ network knows nothing of y. With g the gradient of its x0_1 by xt, and r = sigma
 
     x0 + r g (y - x0_1) / (noise^2 + V)
 
-V is the variance of x_1 given xt. `pigdm` takes that of a Gaussian as wide as the data; `mmps` takes r g_1, which is
-exact (Rozet et al. 2024, eq. 10). `none` ignores y. All take 100 steps of an SDE, with one evaluation and one gradient.
+V is the variance of x_1 given xt. `pigdm` takes that of a Gaussian as wide as the data; `mmps` takes r g_1, the
+exact one (Rozet et al. 2024). `none` ignores y. All take 100 steps of an SDE, with one evaluation and one gradient.
 `wasserstein` is the distance from the exact posterior, a mixture of Gaussians; `real` that of other draws from it.
 
     sh run.sh examples/inverse.py                         one run, three ways to draw
@@ -44,7 +44,7 @@ VARIANCES = {  # of x_1 given xt: (coefs, sigma^2 / alpha, g_1), each (B,)
 
 class Inverse(ExampleDiffusionTrainer):
     def told(self, model_fn, inputs, way):
-        def moved(xt, t, label=None):
+        def moved_fn(xt, t, label=None):
             coefs = self.process(t)
             with torch.enable_grad():
                 xt = xt.detach().requires_grad_()
@@ -52,12 +52,13 @@ class Inverse(ExampleDiffusionTrainer):
                 g = torch.autograd.grad(x0[:, 0].sum(), xt)[0]
             r = coefs.sigma**2 / coefs.alpha
             gain = r * (Y - x0.detach()[:, 0]) / (NOISE**2 + VARIANCES[way](coefs, r, g[:, 0]))
-            return Prediction(xt.detach(), coefs, x0=x0.detach() + gain[:, None] * g).velocity
+            moved = Prediction(xt.detach(), coefs, x0=x0.detach() + gain[:, None] * g)
+            return getattr(moved, self.config.model_type)
 
-        return self.draw(moved, inputs, 'sde_dpmpp_2m', num_steps=100)
+        return self.draw(moved_fn, inputs, 'sde_dpmpp_2m', nfe=100)
 
     def samplers(self):
-        none = partial(self.draw, solver='sde_dpmpp_2m', num_steps=100)
+        none = partial(self.draw, solver='sde_dpmpp_2m', nfe=100)
         return {'none': none} | {way: partial(self.told, way=way) for way in VARIANCES}
 
     def sample_metrics(self, x, inputs):
@@ -66,5 +67,5 @@ class Inverse(ExampleDiffusionTrainer):
 
 
 if __name__ == '__main__':
-    usual = '--preset toy2d --dataset eight_gaussians --label_dropout 1'
-    side_by_side({'unconditional': dict(trainer_class=Inverse)}, usual=usual)
+    run = dict(trainer_class=Inverse, dataset='eight_gaussians')
+    side_by_side({'unconditional': run}, usual='--preset toy2d --label_dropout 1')

@@ -3,14 +3,13 @@
 `encode` and `decode` may be any two functions; here they are an autoencoder that is trained on the spot. `load` encodes
 all pictures once, into a file, with the mean and standard deviation of each channel, which scale the latents to mean 0
 and standard deviation 0.5. To the trainer they are data of floats, and `decode` is all that an experiment adds. Both
-runs are judged by their samples in pixels, against the real pictures; `pixels` trains on these, for as many steps.
-    sh run.sh examples/latent.py                          Fashion-MNIST: 784 pixels become 196 numbers
+runs are judged by samples in pixels, on Fashion-MNIST, 784 pixels, 196 numbers.       sh run.sh examples/latent.py
 """
 
 from pathlib import Path
 
 import torch
-from torch.nn import Conv2d, ConvTranspose2d, ModuleDict, Sequential, SiLU
+from torch.nn import Buffer, Conv2d, ConvTranspose2d, ModuleDict, Sequential, SiLU
 
 import metrics
 import utils
@@ -28,11 +27,13 @@ def pictures(config):  # x (N, 1, H, W) in [0, 1] and labels (N,), to train and 
 def autoencoder(k=4, width=64):  # (N, 1, H, W) <-> (N, k, H / k, W / k)
     down = Conv2d(1, width, k, k), SiLU(), Conv2d(width, width, 3, padding=1), SiLU(), Conv2d(width, k, 1)
     up = Conv2d(k, width, 3, padding=1), SiLU(), ConvTranspose2d(width, width, k, k), SiLU()
-    return ModuleDict(dict(encode=Sequential(*down), decode=Sequential(*up, Conv2d(width, 1, 3, padding=1))))
+    net = ModuleDict(dict(encode=Sequential(*down), decode=Sequential(*up, Conv2d(width, 1, 3, padding=1))))
+    net.mean, net.std = Buffer(torch.ones(1, k, 1, 1)), Buffer(torch.ones(1, k, 1, 1))  # of latents, by channel
+    return net
 
 
 def stored(config):
-    file = Path(config.data_dir, f'latents_of_{SOURCE}.pt')  # computed once
+    file = Path(config.data_dir, f'latents_of_{SOURCE}_seed_{config.seed}.pt')  # computed once
     if not file.exists():
         utils.seed_everything(config.seed, 'autoencoder')
         parts, net = pictures(config), autoencoder()
@@ -43,11 +44,11 @@ def stored(config):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            z = [torch.cat([net['encode'](some) for some in x.split(500)]) for x, _ in parts]
-        mean, std = z[0].mean((0, 2, 3), keepdim=True), z[0].std((0, 2, 3), keepdim=True)
-        parts = [((latents - mean) / (2 * std), labels) for latents, (_, labels) in zip(z, parts, strict=True)]
-        torch.save(dict(parts=parts, mean=mean, std=std, net=net.state_dict()), file)
+        z = [torch.cat([net['encode'](some).detach() for some in x.split(500)]) for x, _ in parts]
+        net.mean, net.std = z[0].mean((0, 2, 3), keepdim=True), z[0].std((0, 2, 3), keepdim=True)
+        parts = [((x - net.mean) / (2 * net.std), labels) for x, (_, labels) in zip(z, parts, strict=True)]
+        torch.save(dict(parts=parts, net=net.state_dict()), file.with_suffix('.part'))
+        file.with_suffix('.part').rename(file)
     return torch.load(file)
 
 
@@ -63,13 +64,12 @@ class Pixels(ExampleDiffusionTrainer):
 class Latents(Pixels):
     def __init__(self, *args):
         super().__init__(*args)
-        self.latents = {name: value for name, value in stored(self.config).items() if name != 'parts'}
         self.modules['autoencoder'] = autoencoder().to(self.device).requires_grad_(False)
-        self.modules['autoencoder'].load_state_dict(self.latents['net'])
+        self.modules['autoencoder'].load_state_dict(stored(self.config)['net'])
 
     def decode(self, x0):
-        z = 2 * self.latents['std'].to(x0) * x0 + self.latents['mean'].to(x0)
-        return self.modules['autoencoder']['decode'](z).clamp(0, 1)
+        net = self.modules['autoencoder']
+        return net['decode'](2 * net.std * x0 + net.mean).clamp(0, 1)
 
 
 if __name__ == '__main__':

@@ -51,17 +51,17 @@ class Masked(Plain):
         logits = model_fn(batch.x1, batch.t, batch.label)[:, :LEVELS]
         bits = F.cross_entropy(logits, batch.x0[:, :LEVELS], reduction='none') / torch.log(torch.tensor(2.0))
         loss = (bits * batch.x1[:, LEVELS]).mean((1, 2)) / batch.t  # of the hidden pixels
-        self.log('bits', loss.detach())
+        self.log('train/bits', loss.detach())
         return loss
 
     def sample_inputs(self, n):
         inputs = super().sample_inputs(n)
         return dataclasses.replace(inputs, x1=self.all_hidden(inputs.x1), beside=[])
 
-    def draw(self, model_fn, inputs, solver, nfe=32):
+    def draw(self, model_fn, inputs, solver, nfe=0):
         x = inputs.x1
-        for t, s in itertools.pairwise(torch.linspace(1, 0, nfe + 1).tolist()):
-            logits = model_fn(x, x.new_full((len(x),), t), inputs.label)[:, :LEVELS]
+        for t, s in itertools.pairwise(torch.linspace(1, 0, (nfe or self.config.sample_nfe or 32) + 1).tolist()):
+            logits = model_fn(x, x.new_full((len(x),), min(t, self.config.t_max)), inputs.label)[:, :LEVELS]
             level = (logits - (-torch.rand_like(logits).log()).log()).argmax(1)  # a draw: Gumbel noise
             drawn = F.one_hot(level, LEVELS + 1).permute(0, 3, 1, 2).to(x)
             shown = (x[:, LEVELS:] == 1) & (torch.rand_like(x[:, :1]) < (t - s) / t)

@@ -3,7 +3,7 @@
 A flow learns straight paths if nearby points are paired, and straight paths need few steps (Tong et al. 2024,
 algorithm 3). The pairs of a batch are the plan of least squared distance, found exactly, within each class: over
 classes, the noise would tell something about the class. `immiscible` is cheaper and needs no plan: of four noises it
-takes the one that is nearest to the point (Li et al. 2024, section 3, with k nearest).
+takes the one that is nearest to the point (Li et al. 2025, Improved Immiscible Diffusion).
 
     sh run.sh examples/ot_coupling.py                     three times half a minute, on moons
     sh run.sh examples/ot_coupling.py --preset digits

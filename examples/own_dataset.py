@@ -37,7 +37,7 @@ DATASETS['discs_and_rings'] = DataSpec(load, num_classes=2, classes=('disc', 'ri
 
 
 @dataclass(frozen=True)
-class Settings(Config):  # what else differs from the defaults; flags go before these
+class Settings(Config):  # what else differs from the defaults; a flag on the command line wins
     dataset: str = 'discs_and_rings'
     num_training_steps: int = 600
     attention_resolutions: tuple[int, ...] = (8,)  # must be a side in the UNet: 16, 8

@@ -8,6 +8,7 @@ It is any module with `forward(xt, time, label)` that returns what has the shape
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from config import Config
@@ -35,6 +36,8 @@ class Mixer(nn.Module):
 
     def forward(self, xt, time, label=None):
         """xt (B, C, H, W); time (B,), some hundreds wide, as a sinusoid needs; label (B,) int64."""
+        if label is None:
+            label = torch.full((len(xt),), self.label.num_embeddings - 1, device=xt.device)
         embedding = self.time(sinusoid(time, self.label.embedding_dim)) + self.label(label)  # (B, width)
         x = self.embed(xt.flatten(2).transpose(1, 2))  # (B, H W, width)
         for i, (pixels, channels) in enumerate(zip(self.pixels, self.channels, strict=True)):

@@ -1,7 +1,7 @@
 """Let the network output the picture: nine cells of output x loss, on a transformer of large patches (Li and He 2025).
 
-A patch of 8 x 8 pixels is one token of 64 numbers, and the transformer is 32 wide. Pictures lie near a surface of few
-dimensions, so that x0 fits through; noise and velocity fill all 64 dimensions, and cannot. What the loss compares
+The whole digit, 8 x 8 pixels, is one token of 64 numbers, and the transformer is 32 wide. Pictures lie near a surface
+of few dimensions, so that x0 fits through; noise and velocity fill all 64 dimensions, and cannot. What is compared
 matters less than what the network outputs. Nine runs from one loop, of the same network, steps and seeds.
 
     sh run.sh examples/x_prediction.py                                digits, half a minute each
