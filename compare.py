@@ -131,12 +131,11 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
 def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:
     """`names` are those of the folders, `labels` what a legend calls them."""
     plots = [over(runs, labels, title, names) for title, names in report.CURVES.items()]
-    newest = [(label, run.pictures()[-1]) for run, label in zip(runs, labels, strict=True) if run.pictures()]
     sections = {
         'Settings that differ': report.table([['run', *names], *differences(runs)], ['', *labels]),
         'Numbers at the end': report.table(numbers(runs), ['', *labels]),
         'Curves': report.row([text for text in plots if text]),
-        'Newest samples': report.row([report.image(path, f'{label}: {path.stem}') for label, path in newest]),
+        'Newest samples': ''.join(newest(run, label) for run, label in zip(runs, labels, strict=True)),
     }
     report.write(path, report.page(f'{len(runs)} runs', sections))
 
@@ -166,6 +165,7 @@ def differences(runs: Sequence) -> list[list]:
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     values = {name: [run.config.get(name, usual.get(name)) for run in runs] for name in names}
     hidden = ('experiment_name', 'ckpt_dir')
+    values['trainer'] = [(run.starts[-1:] or [{}])[0].get('trainer', {}).get('name') for run in runs]
     return [[name, *v] for name, v in values.items() if name not in hidden and any(x != v[0] for x in v)]
 
 
@@ -180,6 +180,13 @@ def numbers(runs: Sequence) -> list[list]:
         found.append(values)
     names = list(dict.fromkeys(name for values in found for name in values))
     return [[name, *[values.get(name) for values in found]] for name in names]
+
+
+def newest(run: Any, label: str) -> str:
+    """The samples of a run's last pictures, of the weights that it is judged by if there are such, in one row."""
+    last = [path for path in run.pictures() if path.name[:12] == run.pictures()[-1].name[:12]]
+    judged = [path for path in last if not path.stem.endswith('_raw')] or last
+    return report.row([report.image(path, f'{label}: {path.stem}') for path in judged])
 
 
 def over(runs: Sequence, labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:

@@ -150,7 +150,7 @@ class Config:
     dit_heads: int = 0
     """Attention heads; 0: those of dit_size."""
     dit_patch: int = 2
-    """Side of a patch in pixels; each patch is a token."""
+    """Side of a patch in pixels; each patch is a token, and images are padded to whole ones."""
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
     time_input: str = 't'

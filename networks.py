@@ -61,6 +61,12 @@ def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
     usual = choose('dit_size', config.dit_size, DIT_SIZES)
     given = config.dit_depth, config.dit_width, config.dit_heads
     depth, width, heads = (value or of_size for value, of_size in zip(given, usual, strict=True))
+    if width % (4 * heads):
+        fit = [n for n in range(1, 65) if width % (4 * n) == 0]
+        raise SettingError(
+            f'dit_width={width}, dit_heads={heads}: the width must be a multiple of 4 x heads. With this width, pass '
+            f'--dit_heads {", ".join(map(str, fit)) or "1 and another --dit_width"}.'
+        )
     try:
         return DiT(shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
     except ValueError as error:

@@ -55,18 +55,19 @@ def picture_of(
     names: Sequence[str] = (),
     label: Tensor | None = None,
     density: points.Density | None = None,
+    titles: Sequence[str] = (),
 ) -> Tensor | None:
     """x, right of those of `beside` that are of its kind, as one picture (3, H, W) uint8; None if it cannot be shown.
 
     `names` stand at images: one for each of x, and for each of those of `beside` that are as many. Points are coloured
-    by `label`, and beside them is the density that they should have.
+    by `label`, with `titles`, and beside them is the density that they should have.
 
     Images that leave [0, 1] are scaled, all of one tensor alike: the smallest value is black and the largest white.
     """
     shown = [part for part in (*beside, x) if kind(part) == kind(x)]
     if kind(x) == 'points':
-        titles = {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}
-        return points.scatter(shown, titles.get(len(shown), ()), label, density)
+        titles = titles or {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}.get(len(shown), ())
+        return points.scatter(shown, titles, label, density)
     if kind(x) is None:
         return None
     grids = [
@@ -290,7 +291,8 @@ def show_data_and_schedule(trainer: 'BaseDiffusionTrainer') -> None:
         first = trainer.train_loader.take(trainer.train_sampler.permutation(0)[:n].tolist())
         utils.seed_everything(trainer.config.seed, 'show_data')
         batch = trainer.prepare_batch_fn(first, is_train=True)
-        picture = picture_of(trainer.decode(batch.x0), [batch.x_original], 8)
+        label, titles = classes_of(trainer, first[1]), ['data', 'as trained on']
+        picture = picture_of(trainer.decode(batch.x0), [batch.x_original], 8, label=label, titles=titles)
         if picture is not None:
             trainer.logger.log_picture('data_and_augmented', picture, 0)
         total = trainer.config.num_training_steps

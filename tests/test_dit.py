@@ -144,7 +144,7 @@ def test_forward_mode_equals_reverse_mode():
         (
             dict(dit_width=36, dit_heads=2),
             (1, 8, 8),
-            'width=36 with heads=2: the width must be a multiple of 4 x heads',
+            'dit_width=36, dit_heads=2: the width must be a multiple of 4 x heads.*--dit_heads 1, 3, 9',
         ),
         (dict(dit_depth=1), (2,), r'a DiT is for images \(C, H, W\).*\(2,\).*--network mlp'),
         (dict(dit_size='M'), (1, 8, 8), "dit_size='M'.*Choose one of: S, B, L, XL"),

@@ -180,7 +180,7 @@ def test_runs_are_compared_by_what_differs(trained, tmp_path, capsys):
     finals = [f'{record_of(folder)[-1]["eval/reference"]:.4g}' for folder in (a, b)]
     assert rows['eval/reference'] == finals
     page = Page(tmp_path / 'x.html')
-    assert not page.outside and len(page.images) == 2
+    assert not page.outside and len(page.images) == 4  # of two ways to sample
     assert {'loss: train/loss', 'channels=16, base_lr=0.001'} <= numbers_in((tmp_path / 'x.html').read_text())
 
 
