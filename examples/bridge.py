@@ -48,7 +48,7 @@ class Plain(ExampleDiffusionTrainer):
         return utils.image_square_error(model_fn(xt, batch.t, batch.label), end)
 
     def travel(self, model_fn, x, way):  # (n,) 0 down, 1 up: towards the end that the network sees
-        for left, next_left in itertools.pairwise(torch.linspace(1, 0, STEPS + 1).tolist()):
+        for left, next_left in itertools.pairwise((torch.linspace(1, 0, STEPS + 1) ** 2).tolist()):
             t = torch.where(way == 1, 1 - left, left).clamp(self.config.t_min, self.config.t_max)
             share = (left - next_left) / left
             std = S * ((left - next_left) * next_left / left) ** 0.5

@@ -1,4 +1,4 @@
-"""Dispersive loss: the features of different pictures should lie far apart (Wang and He 2025, eq. 6).
+"""Dispersive loss: the features of different pictures should lie far apart (Wang and He 2025).
 
     loss + 0.5 log mean exp(-|z_i - z_j|^2 / (dim tau)),    z: dim features in the middle of the network, tau = 0.5
 

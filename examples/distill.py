@@ -1,4 +1,4 @@
-"""A student that draws in one step, taught by the scores of two flows (Yin et al. 2024, eq. 7 and algorithm 1).
+"""A student that draws in one step, taught by the scores of two flows (Yin et al. 2024, algorithm 1).
 
 `teacher` is a plain run. In the second run, `network` is the student: its prediction of x0 from pure noise is a sample.
 A second network, `fake`, is a flow of the student's samples, trained all the while. At a noisy xt of a sample, the two

@@ -3,7 +3,7 @@
     cfg              v + (w - 1) (v - v without label)                    Ho and Salimans 2022, eq. 6
     interval         the same, for t between 0.3 and 0.8 alone            Kynkaanniemi et al. 2024
     autoguidance     v + (w - 1) (v - v of the weights after a quarter of the training)      Karras et al. 2024
-    model guidance   trained on targets that are guided already, and drawn without           Tang et al. 2025, eq. 12
+    model guidance   trained on targets that are guided already, and drawn without           Tang et al. 2025
 
 All ways draw with about 20 evaluations of a network: those that compare two at each step take 10 steps, the interval
 15. Training costs model guidance three evaluations where the plain run has one.

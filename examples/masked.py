@@ -1,7 +1,7 @@
 """Masked diffusion of grey levels: pixels are symbols, hidden one by one (Shi et al. 2024; Sahoo et al. 2024).
 
 A pixel is one of 17 grey levels, or hidden. At time t each is hidden with probability t. The network sees which, and
-gives a distribution of the level of each pixel. The loss bounds the bits that a picture needs (Shi et al. 2024, eq. 5,
+gives a distribution of the level of each pixel. The loss bounds the bits that a picture needs (Shi et al. 2024,
 for alpha = 1 - t):   mean over t of 1/t times the cross-entropy of the hidden pixels, summed.
 
 To sample, all are hidden at t = 1; from t to s a hidden pixel is shown with probability (t - s) / t. 'plain' is a flow

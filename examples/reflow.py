@@ -2,7 +2,7 @@
 
 In the second run, x0 is what the first one draws from the noise x1, with 20 evaluations, anew for each batch. Noise and
 point belong together then, so paths hardly cross: they are nearly straight, and one step nearly follows them.
-`straightness` is E |(x1 - x0) - v(xt, t)|^2 along paths of 50 steps (section 2.2), 0 for straight lines. `longer` is
+`straightness` is E |(x1 - x0) - v(xt, t)|^2 along paths of 50 steps, 0 for straight lines. `longer` is
 the first run with as many steps as both rounds have together; drawing the pairs costs more than that.
 
     sh run.sh examples/reflow.py                          on moons
