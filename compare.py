@@ -83,14 +83,15 @@ def side_by_side(
         nonlocal current
         from runtime import ranks
 
-        folders = []
-        for part, changed in parts.items():
+        for part, changed in parts.items():  # all, before the first is trained
             for name in changed.keys() - {'trainer_class'}:
-                if getattr(config, name) != getattr(before, name):
+                if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
                     raise SettingError(
                         f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
                         f'Leave out --{name}, or change the file.'
                     )
+        folders = []
+        for part, changed in parts.items():
             settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
             trainer_class = settings.pop('trainer_class', None)
             settings = {name: value(config) if callable(value) else value for name, value in settings.items()}

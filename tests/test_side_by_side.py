@@ -86,6 +86,18 @@ def test_a_wrong_setting_of_a_run_ends_it_and_leaves_the_others(compared, tmp_pa
     assert 'base_lr=-1.0: must be positive' in capsys.readouterr().err
 
 
+def test_a_flag_that_a_run_overrules_is_refused(compared, tmp_path, capsys):
+    """But not one from which it derives its own value."""
+    parts = {'plain': {}, 'fast': dict(base_lr=0.01)}
+    with pytest.raises(SystemExit) as stop:
+        compared(parts, '--base_lr', '0.5')
+    assert stop.value.code == 2 and "base_lr=0.5: run 'fast' of this file has its own" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    longer = dict(num_training_steps=lambda c: 2 * c.num_training_steps)
+    compared({'longer': longer}, '--num_training_steps', '4', '--experiment_name', 'it')
+    assert json.loads((tmp_path / 'it_longer/config.json').read_text())['num_training_steps'] == 8
+
+
 def test_check_rehearses_each(compared, tmp_path, capsys):
     compared({'plain': {}, 'halved': dict(trainer_class=Halved)}, '--check')
     text = capsys.readouterr().out
