@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import points
+import point_plots
 import utils
 from config import SettingError
 from optimizers import get_lr
@@ -54,7 +54,7 @@ def picture_of(
     columns: int,
     names: Sequence[str] = (),
     label: Tensor | None = None,
-    density: points.Density | None = None,
+    density: point_plots.Density | None = None,
     titles: Sequence[str] = (),
 ) -> Tensor | None:
     """x, right of those of `beside` that are of its kind, as one picture (3, H, W) uint8; None if it cannot be shown.
@@ -67,7 +67,7 @@ def picture_of(
     shown = [part for part in (*beside, x) if kind(part) == kind(x)]
     if kind(x) == 'points':
         titles = titles or {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}.get(len(shown), ())
-        return points.scatter(shown, titles, label, density)
+        return point_plots.scatter(shown, titles, label, density)
     if kind(x) is None:
         return None
     grids = [
@@ -229,7 +229,7 @@ def show_paths(trainer: 'BaseDiffusionTrainer') -> None:
     if frames and kind(frames[0]) == shown:
         start = trainer.decode(few.x1).cpu()
         frames = [start, *frames] if start.shape == frames[0].shape else frames
-        picture = in_rows(frames) if shown == 'images' else points.paths(frames, classes_of(trainer, few.label))
+        picture = in_rows(frames) if shown == 'images' else point_plots.paths(frames, classes_of(trainer, few.label))
         ranks.on_main(lambda: trainer.logger.log_picture('path', picture, trainer.step, '.'))
 
 

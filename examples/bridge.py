@@ -1,11 +1,11 @@
 """A Schroedinger bridge between two sets, by iterated Markovian fitting (Shi et al. 2023; De Bortoli et al. 2024).
 
-Pairs (x0, x1) are joined by Brownian bridges, xt = (1 - t) x0 + t x1 + S sqrt(t (1 - t)) z. The network learns both
-ends given xt: class 0 asks for x0 (the way down), class 1 for x1 (the way up). At first the pairs are random. Then, in
-every step, half of them are a true x1 and the x0 that the network's moving average draws from it, for the way up, and
-half a true x0 and the x1 drawn from it, for the way down. What this leaves unchanged is the bridge: of all ways between
-the sets with this noise, the nearest to Brownian motion. `cost` is E |x1 - x0|^2, `least` that of the transport plan
-without noise. `plain` keeps the random pairs.       sh run.sh examples/bridge.py       moons and eight Gaussians
+Pairs (x0, x1) are joined by Brownian bridges, xt = (1 - t) x0 + t x1 + S sqrt(t (1 - t)) z. The network learns the way
+that is left, over the root of the time left: down to x0 for class 0, up to x1 for class 1. At first the pairs are
+random. Then half of them are a true x1 and the x0 that the moving average draws from it, for the way up, and half a
+true x0 and the x1 drawn from it, for the way down. What this leaves unchanged is the bridge: of all ways between the
+sets with this noise, the nearest to Brownian motion. `cost` is E |x1 - x0|^2, `least` that of the best plan without
+noise; `plain` keeps the random pairs.               sh run.sh examples/bridge.py
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ class Plain(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         xt = self.process.compute_xt(batch.x0, batch.x1, self.process(batch.t)) + batch.x_original
         end = torch.where((batch.label == 1)[:, None], batch.x1, batch.x0)
-        return utils.image_square_error(model_fn(xt, batch.t, batch.label), end)
+        left = torch.where(batch.label == 1, 1 - batch.t, batch.t)[:, None]
+        return utils.image_square_error(model_fn(xt, batch.t, batch.label), (end - xt) / left.sqrt())
 
     def travel(self, model_fn, x, way):  # (n,) 0 down, 1 up: towards the end that the network sees
         for left, next_left in itertools.pairwise((torch.linspace(1, 0, STEPS + 1) ** 2).tolist()):
             t = torch.where(way == 1, 1 - left, left).clamp(self.config.t_min, self.config.t_max)
-            share = (left - next_left) / left
-            std = S * ((left - next_left) * next_left / left) ** 0.5
-            x = x + share * (model_fn(x, t, way) - x) + std * torch.randn_like(x)
+            share, std = (left - next_left) / left, S * ((left - next_left) * next_left / left) ** 0.5
+            x = x + share * left**0.5 * model_fn(x, t, way) + std * torch.randn_like(x)
         return x
 
     def draw(self, model_fn, inputs, solver, way=0):  # from x1 or x0, which are beside the samples

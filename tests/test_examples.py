@@ -287,12 +287,17 @@ def test_masked_diffusion_counts_bits_and_shows_every_pixel(build):
 def test_a_bridge_arrives_where_the_network_points(build):
     trainer, module = build('bridge')
     end = torch.randn(50, 2)
+
+    def pointing(end):
+        return lambda x, t, way: (end - x) / torch.where(way == 1, 1 - t, t).sqrt()[:, None]
+
     for way in (0, 1):
-        x = trainer.travel(lambda x, t, way: end, torch.randn(50, 2), torch.full((50,), way))
+        x = trainer.travel(pointing(end), torch.randn(50, 2), torch.full((50,), way))
         torch.testing.assert_close(x, end)
     seen = []  # on the way from 0 to 0 the variance is that of the Brownian bridge, S^2 t (1 - t)
     start = torch.zeros(20_000, 2)
-    trainer.travel(lambda x, t, way: (seen.append((float(t[0]), x)), 0 * x)[1], start, torch.ones(20_000))
+    noted = pointing(start)
+    trainer.travel(lambda x, t, way: (seen.append((float(t[0]), x)), noted(x, t, way))[1], start, torch.ones(20_000))
     for t, x in seen[4::5]:
         assert x.var() == pytest.approx(module.S**2 * t * (1 - t), rel=0.05)
 

@@ -17,7 +17,7 @@ LAYERS = [
     'optimizers ema logging_utils',
     'solvers sampling likelihood distances metrics detectors networks saving',
     'runtime.bad_steps runtime.command runtime.parallel runtime.run_folder runtime.run_record runtime.resume',
-    'batches report points pictures sample_files reference evaluation',
+    'batches report point_plots pictures sample_files reference evaluation',
     'trainer',
     'runtime.dry_run',
     'main',

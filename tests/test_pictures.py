@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pictures
-import points as plots
+import point_plots as plots
 from data_utils import DATASETS, DataSpec
 from optimizers import get_lr
 from pictures import GAP, kind, picture_of
