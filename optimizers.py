@@ -1,6 +1,5 @@
 """AdamW, learning-rate schedules that are pure functions of the step, and gradient clipping."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,17 +9,6 @@ from torch import Tensor, nn
 from config import Config, choose
 
 FUSED_DEVICES = ('cuda', 'cpu', 'mps', 'xpu')  # those for which torch has a fused AdamW
-
-
-class QuickAdamW(torch.optim.AdamW):
-    """torch's AdamW, without the wrappers that keep it out of torch.compile and import torch._dynamo for that: a third
-    of the work of a program's start."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ('add_param_group', 'zero_grad', 'state_dict', 'load_state_dict')
-    )
 
 
 def get_optimizer(config: Config, network: nn.Module) -> torch.optim.AdamW:
@@ -34,8 +22,7 @@ def get_optimizer(config: Config, network: nn.Module) -> torch.optim.AdamW:
         dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0),
     ]
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
-    kind = torch.optim.AdamW if config.compile else QuickAdamW
-    return kind(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
 
 
 def cosine(config: Config, step: int) -> float:
@@ -88,7 +75,7 @@ def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
     with momentum, told to skip its first step, goes on from momentum that was never initialised.
     """
     fused = all(group.get('fused') for group in optimizer.param_groups)
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, QuickAdamW) and fused:
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and fused:
         optimizer.found_inf = (~ok).float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         # it would decide on the next plain step() too
