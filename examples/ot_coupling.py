@@ -5,7 +5,7 @@ algorithm 3). The pairs of a batch are the plan of least squared distance, found
 classes, the noise would tell something about the class. `immiscible` is cheaper and needs no plan: of four noises it
 takes the one that is nearest to the point (Li et al. 2025, Improved Immiscible Diffusion).
 
-    sh run.sh examples/ot_coupling.py                     three times half a minute, on moons
+    sh run.sh examples/ot_coupling.py                     on moons
     sh run.sh examples/ot_coupling.py --preset digits
 """
 

@@ -1,6 +1,6 @@
 """A data set of your own: copy this file, and change `load`.
 
-    sh run.sh examples/own_dataset.py                     discs and rings, three minutes
+    sh run.sh examples/own_dataset.py                     discs and rings
     sh run.sh examples/own_dataset.py --num_training_steps 300 --experiment_name first_try
 
 If your pictures are files in a folder, or arrays in a file, no code is needed: see docs/data.md.
