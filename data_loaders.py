@@ -69,12 +69,14 @@ class StreamSampler(ShardSampler):
         for step in itertools.count(self.step):
             for shard in self.shards_read:
                 first = (0 if self.overfit else step * self.batch_size) + shard * self.shard_size
-                indices: list[int] = []
-                for position in range(first, first + self.shard_size):
-                    if position // self.num_images != epoch:
-                        epoch = position // self.num_images
+                end, indices = first + self.shard_size, []
+                while first < end:  # a shard may reach into the next epoch, or over several of a small data set
+                    if first // self.num_images != epoch:
+                        epoch = first // self.num_images
                         order = self.permutation(epoch)
-                    indices.append(int(order[position % self.num_images]))
+                    place = first - epoch * self.num_images
+                    indices += order[place : place + end - first].tolist()
+                    first = min(end, (epoch + 1) * self.num_images)
                 yield indices
 
 
@@ -196,14 +198,14 @@ class Loader:
         return len(self.source[0] if self.resident is None else self.resident) == 3
 
     def __iter__(self) -> Iterator[Arrays]:
-        batches = iter(self._from_resident() if self.workers is None else self.workers)
+        batches = self._from_resident() if self.workers is None else self._from_workers(self.workers)
         while True:
             began = time.monotonic()
             arrays = next(batches, None)
             self.waited += time.monotonic() - began
             if arrays is None:
                 return
-            yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
+            yield arrays
 
     def take(self, indices: Sequence[int] | Tensor) -> Arrays:
         """The items of these indices as a batch on the device, read by this process itself."""
@@ -257,11 +259,16 @@ class Loader:
             return indices.pin_memory().to(self.device, non_blocking=True)
         return indices.to(self.device)
 
-    def _from_resident(self) -> Iterator[list[Tensor]]:
+    def _from_workers(self, workers: Iterable[Sequence[Tensor]]) -> Iterator[Arrays]:
+        for arrays in workers:
+            yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
+
+    def _from_resident(self) -> Iterator[Arrays]:
+        """A step's shards are gathered and scaled together: each of these would cost a small network as much alone."""
         assert self.resident is not None
         shards = iter(self.batch_sampler)
-        at_once = len(getattr(self.batch_sampler, 'shards_read', [0]))  # a step's indices are copied together
+        at_once = len(getattr(self.batch_sampler, 'shards_read', [0]))
         while step := list(itertools.islice(shards, at_once)):
             chosen = self._to_device(torch.tensor(list(itertools.chain.from_iterable(step))))
-            for shard in chosen.split([len(indices) for indices in step]):
-                yield [array[shard] for array in self.resident]
+            arrays = self._scaled(*(array[chosen] for array in self.resident))
+            yield from zip(*(array.split([len(indices) for indices in step]) for array in arrays), strict=True)

@@ -117,7 +117,7 @@ def evaluate(trainer: 'BaseDiffusionTrainer') -> dict[str, float]:
     if trainer.has_reference:
         values |= reference(trainer, next(iter(trainer.weights().values())))
     first = trainer.step == min(trainer.config.eval_every or math.inf, trainer.config.num_training_steps)
-    return values | (trainer.levels if first else {})
+    return values | (levels(trainer) if first else {})
 
 
 def held_out_loss(trainer: 'BaseDiffusionTrainer', module: nn.Module, rounds: int | None = None) -> float:
@@ -199,7 +199,6 @@ def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
         pictures.first_drawing(trainer)
         without_gradients(trainer, lambda: trainer.loss_fn(example, model_fn))
     find_reference(trainer)
-    trainer.levels = levels(trainer)
     trainer.drawing.at_end = drawn_at_end(trainer)
 
 

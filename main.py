@@ -162,7 +162,7 @@ def choices() -> dict[str, Mapping[str, object]]:
     from dit import DIT_SIZES
     from loss_weights import LOSS_WEIGHTS
     from networks import NETWORKS, TIME_INPUTS
-    from optimizers import LR_SCHEDULES
+    from optimizers import LR_SCHEDULES, OPTIMIZERS
     from prediction import ROWS
     from processes import PROCESSES
     from sampling import TIME_GRIDS
@@ -179,6 +179,7 @@ def choices() -> dict[str, Mapping[str, object]]:
         target_type=ROWS,
         loss_weight=LOSS_WEIGHTS,
         time_sampler=TIME_SAMPLERS,
+        optimizer=OPTIMIZERS,
         lr_schedule_type=LR_SCHEDULES,
         solver=SOLVERS,
         time_grid=TIME_GRIDS,

@@ -126,8 +126,10 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
 def renewed(found: Any) -> Any:
     """What was loaded, with settings of older versions as they are now."""
     config = found.get('config') if isinstance(found, dict) else None
-    if isinstance(config, dict) and isinstance(config.get('image_size'), int):
-        config['image_size'] = (config['image_size'],)
+    if isinstance(config, dict):
+        config.setdefault('optimizer', 'adamw')  # there was no other
+        if isinstance(config.get('image_size'), int):
+            config['image_size'] = (config['image_size'],)
     return found
 
 

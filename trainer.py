@@ -154,7 +154,6 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.drawing, self.bad_steps = pictures.Drawing(), BadSteps(config, device)
         self.shard_position: tuple[int, int] = (0, 1)  # which shard of how many is being prepared
         self.loss_needs_gradients = False  # found out by evaluation.rehearse
-        self.levels: dict[str, float] = {}  # that losses are seen against: see reference.py
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
 
     @cached_property

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402
 import metrics  # noqa: E402
 import pictures  # noqa: E402
-from config import Config, SettingError  # noqa: E402
+from config import PRESETS, Config, SettingError  # noqa: E402
 from loss_weights import find_remedy, pair_warning  # noqa: E402
 from prediction import ROWS, check_time_range  # noqa: E402
 from processes import PROCESSES, get_process  # noqa: E402
@@ -40,7 +40,7 @@ Cell = tuple[str, str, str]  # process, output, target
 
 def config_of(cell: Cell, **more) -> Config:
     names = dict(zip(('process_name', 'model_type', 'target_type'), cell, strict=True))
-    return Config(**SETTINGS, **names, wandb='disabled', **more)
+    return Config(**PRESETS['digits_long'] | SETTINGS | names | more, wandb='disabled')
 
 
 def verdict(cell: Cell) -> str:
@@ -132,7 +132,9 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         better = f' → {100 * remedied[cell]:.0f}' if cell in remedied else ''
         return f'({100 * cells[cell]:.0f}{better})'
 
-    settings = ' '.join(f'--{name} {value}' for name, value in SETTINGS.items() if not isinstance(value, tuple))
+    settings = '--preset digits_long ' + ' '.join(
+        f'--{name} {value}' for name, value in SETTINGS.items() if not isinstance(value, tuple)
+    )
     lines = [
         '# Which outputs learn from which targets',
         '',

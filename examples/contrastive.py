@@ -25,5 +25,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'contrastive': dict(trainer_class=Contrastive)},
         numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
-        usual='--num_training_steps 400',
+        usual='--preset digits_long --num_training_steps 400',
     )

@@ -33,5 +33,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'dispersive': dict(trainer_class=Dispersive)},
         numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
-        usual='--num_training_steps 400',
+        usual='--preset digits_long --num_training_steps 400',
     )

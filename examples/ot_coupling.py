@@ -6,7 +6,7 @@ classes, the noise would tell something about the class. `immiscible` is cheaper
 takes the one that is nearest to the point (Li et al. 2025, Improved Immiscible Diffusion).
 
     sh run.sh examples/ot_coupling.py                     on moons
-    sh run.sh examples/ot_coupling.py --preset digits
+    sh run.sh examples/ot_coupling.py --preset digits_long
 """
 
 from functools import partial

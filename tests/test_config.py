@@ -122,7 +122,7 @@ def test_flags_of_every_type_arrive():
         final_eval=False,
         dequantize=True,
         channel_mults=(1, 2, 4),
-        attention_resolutions=(),
+        attention_resolutions=(4,),
     )
     settings |= dict(adam_betas=(0.8, 0.9), ema_decays=(0.9, 0.99), experiment_name='here')
     made = parse_config(as_flags(settings))
@@ -384,7 +384,7 @@ OVERRIDES = [
     dict(dequantize=True),
     dict(channel_mults=(1, 2, 3)),
     dict(channel_mults=(12, 3)),
-    dict(attention_resolutions=()),
+    dict(attention_resolutions=(4,)),
     dict(model_type='x0', target_type='score'),
     dict(num_training_steps=2000),
     dict(init_from='ckpts/a/last.pt'),
@@ -500,7 +500,7 @@ def test_free_settings_are_not_reported():
 def test_a_run_may_be_prolonged_if_its_schedule_never_looks_at_the_end(schedule, free):
     saved = dataclasses.asdict(Config(lr_schedule_type=schedule))
     longer = Config(lr_schedule_type=schedule, num_training_steps=9000)
-    assert differences(saved, longer) == ([] if free else ['num_training_steps: 1500 -> 9000'])
+    assert differences(saved, longer) == ([] if free else ['num_training_steps: 450 -> 9000'])
     assert (longer.experiment_name == Config(lr_schedule_type=schedule).experiment_name) is free
 
 

@@ -23,7 +23,7 @@ from sampling import sample
 from solvers import SOLVERS
 
 FILES = sorted(path for path in (ROOT / 'examples').glob('*.py'))
-POINTS = {name: value for name, value in PRESETS['toy2d'].items() if name not in ('num_training_steps', 'channels')}
+POINTS = {name: PRESETS['toy2d'][name] for name in ('dataset', 'network', 'global_batch_size')}
 DIT = dict(network='dit', dit_patch=8, dit_width=32, dit_heads=4, dit_depth=1)
 EXAMPLES = {  # file -> class, settings
     'interpolant': ('Interpolant', POINTS | dict(dataset='moons_to_gaussians', network='two_outputs')),

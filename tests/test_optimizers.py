@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,14 +10,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from config import Config, SettingError
 from networks import NETWORKS, get_network
-from optimizers import LR_SCHEDULES, clip_gradients, get_lr, get_optimizer, set_lr, step_if
+from optimizers import LR_SCHEDULES, Muon, clip_gradients, get_lr, get_optimizer, orthogonal, set_lr, step_if
+from optimizers import OPTIMIZERS as BY_NAME
 
 each_schedule = pytest.mark.parametrize('schedule', LR_SCHEDULES)
 
 
 @pytest.mark.parametrize('network', NETWORKS)
 def test_only_matrices_and_kernels_are_decayed(network):
-    config = Config(network=network, channels=8, dit_depth=1, dit_width=32, dit_heads=1, weight_decay=0.3)
+    config = Config(
+        optimizer='adamw', network=network, channels=8, dit_depth=1, dit_width=32, dit_heads=1, weight_decay=0.3
+    )
     net = get_network(config, (1, 8, 8), 10)
     groups = get_optimizer(config, net).param_groups
     decay_of = {id(p): group['weight_decay'] for group in groups for p in group['params']}
@@ -40,7 +45,9 @@ def test_adamw_by_hand():
     torch.manual_seed(0)
     lr, decay, (beta1, beta2), eps = 0.01, 0.3, (0.8, 0.95), 1e-3
     net = nn.Linear(3, 2).double()
-    optimizer = get_optimizer(Config(base_lr=lr, weight_decay=decay, adam_betas=(beta1, beta2), adam_eps=eps), net)
+    optimizer = get_optimizer(
+        Config(optimizer='adamw', base_lr=lr, weight_decay=decay, adam_betas=(beta1, beta2), adam_eps=eps), net
+    )
     gradients = torch.randn(2, 2, 4, dtype=torch.float64)
     theta = np.concatenate([net.weight.detach().numpy(), net.bias.detach().numpy()[:, None]], 1)
     decays = np.array([[decay] * 3 + [0.0]])
@@ -53,6 +60,78 @@ def test_adamw_by_hand():
         theta = theta - lr * (update + decays * theta)
     np.testing.assert_allclose(net.weight.detach(), theta[:, :3], rtol=1e-10)
     np.testing.assert_allclose(net.bias.detach(), theta[:, 3], rtol=1e-10)
+
+
+@pytest.mark.parametrize('shape', [(4, 4), (3, 20), (20, 3), (1, 7)])
+def test_orthogonal_moves_the_singular_values_alone(shape):
+    """To what five steps of the polynomial make of them, by a singular value decomposition in float64."""
+    matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for matrix, result in zip(matrices, orthogonal(matrices), strict=True):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(result, u * s @ v)
+        assert s.min() > 0.6 and s.max() < 1.3
+
+
+def test_muon_by_hand():
+    """Two steps: the kernel of a convolution as a matrix, its bias and a table of embeddings as by AdamW."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict(dict(conv=nn.Conv2d(3, 4, 2), table=nn.Embedding(5, 6))).double()
+    settings = dict(base_lr=0.01, weight_decay=0.3)
+    w, m = net['conv'].weight.detach().flatten(1).clone(), 0.0
+    others = [net['conv'].bias.detach().clone(), net['table'].weight.detach().clone()]
+    optimizer = get_optimizer(Config(optimizer='muon', **settings), net)
+    adamw = torch.optim.AdamW(others, lr=0.01, betas=Config.adam_betas, eps=Config.adam_eps, weight_decay=0.0)
+    for _ in range(2):
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        g = net['conv'].weight.grad.flatten(1).clone()
+        for p, q in zip((net['conv'].bias, net['table'].weight), others, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+        m = 0.95 * m + 0.05 * g
+        update = orthogonal((0.05 * g + 0.95 * m)[None])[0] * 0.2 * 12**0.5
+        w = w - 0.01 * (update + 0.3 * w)
+    torch.testing.assert_close(net['conv'].weight.flatten(1), w)
+    torch.testing.assert_close([net['conv'].bias.detach(), net['table'].weight.detach()], others)
+
+
+def test_muon_goes_on_from_its_checkpoint():
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return net, get_optimizer(Config(optimizer='muon'), net)
+
+    def steps(net, optimizer, first, last):
+        for i in range(first, last):
+            torch.manual_seed(i)
+            for p in net.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    whole, half, resumed = build(), build(), build()
+    steps(*whole, 0, 6)
+    steps(*half, 0, 3)
+    for new, old in zip(resumed, half, strict=True):
+        new.load_state_dict(old.state_dict())
+    steps(*resumed, 3, 6)
+    assert all(p.equal(q) for p, q in zip(whole[0].parameters(), resumed[0].parameters(), strict=True))
+
+
+def test_a_step_does_not_import_the_compiler():
+    """torch._dynamo would take a third of the time in which a run starts."""
+    code = (
+        'import sys, torch, optimizers, config\n'
+        'net = torch.nn.Linear(2, 2)\n'
+        'optimizer = optimizers.get_optimizer(config.Config(), net)\n'
+        'net(torch.ones(2)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n'
+        'optimizer.load_state_dict(optimizer.state_dict()); optimizers.clip_gradients(list(net.parameters()), 1.0)\n'
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def rates(config, end=3000):
@@ -113,7 +192,7 @@ def test_unknown_schedule_lists_the_choices():
 
 def test_set_lr_reaches_every_group():
     net = nn.Linear(2, 2)
-    config = Config(weight_decay=0.0, base_lr=0.25, warmup_steps=2)
+    config = Config(optimizer='adamw', weight_decay=0.0, base_lr=0.25, warmup_steps=2)
     optimizer = get_optimizer(config, net)
     assert set_lr([optimizer], config, 0) == 0.125
     before = net.weight.detach().clone(), net.bias.detach().clone()
@@ -160,6 +239,7 @@ OPTIMIZERS = {
     'RMSprop': lambda p: torch.optim.RMSprop(p, lr=0.1),
     'half fused': lambda p: torch.optim.AdamW([dict(params=p[:1], fused=True), dict(params=p[1:], fused=False)]),
 }
+OPTIMIZERS['our Muon'] = lambda p: Muon([dict(params=p[:1], orthogonal=True), dict(params=p[1:], orthogonal=False)])
 if hasattr(torch.optim, 'Muon'):
     OPTIMIZERS['Muon'] = lambda p: torch.optim.Muon(p, lr=0.1)
 
@@ -199,11 +279,12 @@ def test_a_plain_step_after_a_skipped_one_is_taken():
     assert p.item() == pytest.approx(-0.5)
 
 
-def test_the_default_optimizer_decides_without_a_sync():
+@pytest.mark.parametrize('name', BY_NAME)
+def test_our_optimizers_decide_without_a_sync(name):
     """On pretended GPU tensors, of which no number can be read."""
     with FakeTensorMode(), torch.device('cuda'):
         net = nn.Linear(2, 2)
-        optimizer = get_optimizer(Config(), net)
+        optimizer = get_optimizer(Config(optimizer=name), net)
         net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
         step_if(torch.ones((), dtype=torch.bool), optimizer)
         with pytest.raises(DataDependentOutputException):

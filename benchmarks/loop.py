@@ -1,0 +1,92 @@
+"""What the training loop costs beside the network: images/s of `train_step` over those of a bare loop.
+
+    python benchmarks/loop.py
+
+The bare loop has the same network and precision, its data as tensors in memory, and does what nobody can leave out:
+noise, times, forward, squared error, backward, clipping, fused AdamW, and the moving averages by one foreach call.
+Both train in turn, some steps each, in one process.
+"""
+
+import copy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from interleaved import in_turn, ratio, write
+
+from config import PRESETS, Config, SettingError
+from main import build
+
+ROUNDS = 15
+# name -> (settings, steps between the changes)
+CASES: dict[str, tuple[dict, int]] = {
+    'digits, UNet': (PRESETS['digits'], 4),
+    'digits, DiT': (PRESETS['digits_dit'], 4),
+    'fashion_mnist at 32x32, UNet': (PRESETS['fashion_mnist'] | dict(image_size=(32,), attention_resolutions=(8,)), 1),
+    'points in the plane, MLP': (PRESETS['toy2d'], 50),
+}
+
+
+def bare_step(trainer) -> Callable[[], None]:
+    """One step of the bare loop, on a copy of the trainer's network."""
+    c, network = trainer.config, copy.deepcopy(trainer.network).train()
+    average = copy.deepcopy(network).requires_grad_(False)
+    parameters, averaged = list(network.parameters()), list(average.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=c.base_lr, betas=c.adam_betas, fused=True)
+    images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
+    data = trainer.encode(images)
+    dtype = trainer.autocast_dtype
+    autocast = torch.autocast(trainer.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def step() -> None:
+        index = torch.randint(len(data), (c.global_batch_size,), device=data.device)
+        x0, label = data[index], labels[index]
+        x1, t = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
+        w = t.reshape(-1, *[1] * (x0.ndim - 1))
+        with autocast:
+            out = network((1 - w) * x0 + w * x1, t, label)
+        (out.float() - (x1 - x0)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, parameters, 1 - c.ema_decays[0])  # pyright: ignore[reportPrivateImportUsage]
+
+    return step
+
+
+def repeat(step: Callable[[], object], times: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def main() -> None:
+    rows = []
+    print('| case | bare loop, ms a step | ours, ms a step | images/s over those of the bare loop |\n|---|---|---|---|')
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (name, (settings, steps)) in enumerate(CASES.items()):
+            try:
+                trainer = build(Config(**settings, ckpt_dir=folder, wandb='disabled', experiment_name=f'loop{i}'))
+            except SettingError as error:  # data that are not there
+                print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
+                continue
+            shards = trainer.shards()
+            ways = {'bare': bare_step(trainer), 'ours': lambda t=trainer, s=shards: t.train_step(s)}
+            times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)
+            bare, ours = (1000 * median(times[way]) / steps for way in ('bare', 'ours'))
+            rows.append(dict(case=name, bare_ms=bare, ours_ms=ours, ratio=ratio(times, of='ours', to='bare')))
+            print(f'| {name} | {bare:.2f} | {ours:.2f} | {rows[-1]["ratio"]:.3f} |', flush=True)
+    write('loop', rows)
+
+
+if __name__ == '__main__':
+    main()
