@@ -24,7 +24,7 @@ from runtime.machines import Place, address_of
 SILENCE = 40  # seconds without a sign of life after which a machine counts as gone
 PATIENCE = 20  # seconds that the workers here get to end by themselves, after those of another machine have ended
 LEAVING = 45  # seconds for torchrun to end its workers (it gives them 30), before this process ends without it
-SAY_EVERY = 30  # seconds between two lines that tell for whom this machine waits
+SAY_FIRST, SAY_EVERY = 10, 30  # seconds until the first line that tells for whom this machine waits; between two
 LONGEST = 1 << 20  # bytes of a line
 
 
@@ -144,7 +144,8 @@ class Meeting:
 
         Raises Refused if they cannot run together, Alone after `wait` seconds.
         """
-        began, told = time.monotonic(), time.monotonic() - SAY_EVERY + 10
+        began = time.monotonic()
+        say_next = began + SAY_FIRST
         while not self.table.port:
             table, now = self.table, time.monotonic()
             if table.refused:
@@ -153,8 +154,8 @@ class Meeting:
                 return False
             if now - began > self.wait:
                 raise Alone(f'{self.whom()} did not come in {self.wait} s: {self.trouble or "no word of it"}')
-            if now - told > SAY_EVERY:
-                told, why = now, f' ({self.trouble})' if self.trouble else ''
+            if now > say_next:
+                say_next, why = now + SAY_EVERY, f' ({self.trouble})' if self.trouble else ''
                 say(f'waiting for {self.whom()}{why}; it ends after {self.wait} s, see NODE_WAIT')
             time.sleep(0.1)
         self.watching = True
