@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from runtime import machines, stopping
+from runtime import command, machines, stopping
 from runtime.machines import Place, whole_number
 from runtime.meeting import Alone, Meeting, Refused
 
@@ -250,4 +250,5 @@ def first_cause(codes: dict[int, int], reports: Path) -> str:
 
 
 if __name__ == '__main__':
+    sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
     sys.exit(launch(sys.argv[1:]))

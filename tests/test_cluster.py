@@ -261,7 +261,8 @@ def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
 
 def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
     """A wrong flag is FAILED 2:0 and not queued again; a grid in an array; four tasks on two nodes are one run."""
-    wrong = slurm.submit('--nodes=2', '--job-name=wrong', solver='hein')
+    kill = '--export=ALL,SLURM_KILL_BAD_EXIT=1'  # srun ends the other node when one has ended: not with 75
+    wrong = slurm.submit('--nodes=2', '--job-name=wrong', kill, solver='hein')
     short = slurm.submit('--time=1', '--job-name=short')
     assert slurm.end_of(wrong) == slurm.end_of(short) == [('FAILED', '2:0')]
     assert "solver='hein'" in (slurm.root / 'wrong-4294967294.out').read_text()
@@ -271,7 +272,7 @@ def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
     del flags[where : where + 2]
     grid = ('sweep.py', '--base_lr', '1e-3', '2e-3', '--', *flags)
     array = slurm.submit('--array=0-1', '--job-name=grid', script=grid)
-    code, said = slurm.on('srun', '-N2', '-n4', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
+    code, said = slurm.on('srun', '-N2', '--ntasks-per-node=2', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
     assert code == 0 and 'on 4 x cpu' in said and said.count('2 tasks on node') == 2, said
     assert slurm.end_of(array) == [('COMPLETED', '0:0')]
     assert [steps(folder) for folder in sorted(slurm.root.glob('ckpts/*base_lr=0p002*'))] == [12]
