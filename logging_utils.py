@@ -47,7 +47,10 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[s
 
     try:
         has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
-    except wandb.Error as error:
+    except Exception as error:  # wandb.Error; without a home folder or an entry in /etc/passwd any
+        if mode == 'auto' and not isinstance(error, wandb.Error):
+            print_once(f'wandb cannot start here ({error}), so the record is kept on disk only.')
+            return None
         raise SettingError(
             f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
         ) from error
@@ -143,11 +146,19 @@ class Logger:
     def _cut_back(self, step: int) -> None:
         """Drop the lines from `step` on, and a last line that a kill left half written."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line + '\n' for line in lines if line.endswith('}') and json.loads(line)['train/step'] < step]
+        whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith('}')]
+        kept = [line + '\n' for number, line in whole if self._step_of(line, number) < step]
         temporary = self.path.with_suffix('.tmp')
         with open(temporary, 'w') as file:
             write_through(file, ''.join(kept))
         os.replace(temporary, self.path)
+
+    def _step_of(self, line: str, number: int) -> int:
+        try:
+            return json.loads(line)['train/step']
+        except (ValueError, KeyError):
+            text = f'{self.path}: line {number} is no line of a record ({line[:80]!r}). Mend or remove it.'
+            raise SettingError(text) from None
 
     def log(self, values: dict[str, float], step: int) -> None:
         """One line of the record. A value that is not finite is written as a string, which JSON can hold."""

@@ -32,8 +32,9 @@ def main(
 
     def work() -> None:
         nonlocal config
-        from runtime import run_folder
+        from runtime import run_folder, run_record
 
+        run_record.refuse_unlike(config)
         config = run_folder.settle_name(config, trainer_class)
         start(config, trainer_class)
 

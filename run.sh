@@ -5,7 +5,7 @@
 #   MAX_RESTARTS=3 sh run.sh    a run that fails starts again, from its last checkpoint, up to three times
 #   sh run.sh --check [flags]   dry run: everything once, in a temporary folder, and what the whole run will take
 #   PYTHON=python3.12 sh run.sh which python makes .venv, where no environment is active
-#   TORCHRUN_ARGS='--nnodes 2 --rdzv-endpoint host:29500 --rdzv-backend c10d' sh run.sh     on each of two machines
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host sh run.sh     machine 0 of two; docs/cluster.md has more, and Slurm
 #
 # It uses the active virtual or conda environment if that has what is needed, else .venv, which it makes from
 # requirements.txt (runtime/environment.sh). It always launches torchrun (runtime/launch.py).
@@ -47,6 +47,7 @@ case $script in
 esac
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings are of host names, which it does without
 code=0
 run_child "$python" -m runtime.launch "$script" "$@" || code=$?
 exit "$code"

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from config import SettingError
 
@@ -37,6 +37,7 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
     """Join the other processes, `do` the work and end, with `undo` if a setting was wrong."""
     exit_code = 1
     if 'RANK' in os.environ:
+        sys.stdout, sys.stderr = cast(Any, Output(sys.stdout)), cast(Any, Output(sys.stderr))
         # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group.
         # (Registered early, so run late: after what registers itself from here on.)
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
@@ -76,6 +77,25 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
         stopping.end_soon(exit_code)
     if exit_code:
         sys.exit(exit_code)
+
+
+class Output:
+    """A stream that may break without ending the program: a run trains on where `head` or a full disk took it."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 def show(message: BaseException) -> None:

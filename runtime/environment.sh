@@ -141,20 +141,23 @@ lock() {
     done
     trap unlock EXIT
     echo "$me" >.venv.lock/owner
+    while sleep 10 && kill -0 $$ && [ "$(cat .venv.lock/owner)" = "$me" ]; do touch .venv.lock; done >/dev/null 2>&1 &
+    alive=$!
 }
 
 unlock() {
+    kill "$alive" 2>/dev/null || :
     [ "$(cat .venv.lock/owner 2>/dev/null)" != "$me" ] || rm -rf .venv.lock
     trap - EXIT
 }
 
-# Whether the lock's owner, 'process PID on HOST', is dead, or its lock older than an hour.
+# Whether the lock's owner, 'process PID on HOST', is dead. On another host it is if the lock was not touched lately.
 is_stale() {
     pid=${1#process } pid=${pid%% *}
     case $1 in
         "process $pid on $(uname -n)") [ -d "/proc/$pid" ] || kill -0 "$pid" 2>/dev/null || return 0 ;;
     esac
-    [ -n "$(find .venv.lock -prune -mmin +60 2>/dev/null)" ]
+    [ -n "$(find .venv.lock -prune -mmin +5 2>/dev/null)" ]
 }
 
 # Make .venv, or finish it.

@@ -4,7 +4,9 @@
 
 NPROC: processes on this machine.
 MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
-TORCHRUN_ARGS: torchrun's flags instead of --standalone, for several machines.
+NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: several machines (runtime/machines.py); under Slurm they are derived.
+NODE_WAIT: seconds for which machines wait for one that is late (600).
+TORCHRUN_ARGS: torchrun's flags instead of all this, for what it can do beside.
 """
 
 import json
@@ -14,31 +16,51 @@ import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from runtime import stopping
+from runtime import command, machines, stopping
+from runtime.machines import Place, whole_number
+from runtime.meeting import Alone, Meeting, Refused
 
 # Exit codes of workers that have said why they end.
 SAID = (stopping.EXIT_BAD_SETTING, stopping.EXIT_NOT_FINITE, stopping.EXIT_STOPPED)
+TOLD = 'runtime.stopping.RankFailed'  # the error of a rank that only heard of the failure of another
+
+
+@dataclass(frozen=True)
+class End:
+    """How the workers of this machine have ended."""
+
+    code: int
+    text: str = ''  # why
+    order: tuple[int, float] = (9, 0.0)  # of several failures the least is the cause
+    shown: bool = False  # rank 0, which is here, has said it already
 
 
 def launch(argv: list[str]) -> int:
     """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-
     if sys.platform == 'win32':
         print('Windows is not supported: use Linux, macOS or WSL (the Windows Subsystem for Linux).', file=sys.stderr)
         return 1
     if os.getpgrp() != os.getpid():
         os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
     stopping.end_with_parent()
-    gpus = torch.cuda.device_count()
     try:
-        nproc = whole_number('NPROC', max(1, gpus), 1, gpus or None)
-        restarts = whole_number('MAX_RESTARTS', 0, 0, None)
+        here = machines.place()
+        nproc = processes(here, torch.cuda.device_count())
+        restarts = whole_number(os.environ, 'MAX_RESTARTS', 0)
+        wait = whole_number(os.environ, 'NODE_WAIT', 600, 1)
+        flags = shlex.split(os.environ.get('TORCHRUN_ARGS', ''))
+        if restarts and any('nnodes' in flag for flag in flags):
+            raise ValueError(
+                f'MAX_RESTARTS={restarts}: launchers that meet by TORCHRUN_ARGS cannot agree when to start again. Use '
+                "NNODES, NODE_RANK and MASTER_ADDR in its place, or torchrun's own --max-restarts in it."
+            )
     except ValueError as error:
         print(error, file=sys.stderr)
         return stopping.EXIT_BAD_SETTING
@@ -49,51 +71,104 @@ def launch(argv: list[str]) -> int:
     os.environ['RUN_PARENT'] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     patch_signal_handler()
-    flags = shlex.split(os.environ.get('TORCHRUN_ARGS', '--standalone'))
-    with tempfile.TemporaryDirectory(prefix='reports') as reports:
-        os.environ['RUN_REPORTS'] = reports
-        if '--check' in argv:
-            os.environ['TMPDIR'] = reports  # torch and others leave caches there
-        arguments = [
-            f'--log-dir={reports}',
-            *flags,
-            f'--nproc-per-node={nproc}',
-            '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1',
-            '--',  # torchrun would take a flag of ours for one of its own that begins alike
-            *argv,
-        ]
-        try:
-            for restart in range(restarts + 1):
-                code = run_workers(arguments, Path(reports))
-                if code in (0, *SAID) or restart == restarts:
-                    return code
-                text = f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)'
-                print(text, file=sys.stderr, flush=True)
-        except SignalException:
-            return outcome_of_stop(Path(reports))
-    raise AssertionError('the last restart returns')
+
+    def start() -> int:
+        with tempfile.TemporaryDirectory(prefix='reports') as reports:
+            os.environ['RUN_REPORTS'] = reports
+            if '--check' in argv:
+                os.environ['TMPDIR'] = reports  # torch and others leave caches there
+            arguments = [
+                f'--nproc-per-node={nproc}',
+                f'--log-dir={reports}',
+                '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1',
+                '--',  # torchrun would take a flag of ours for one of its own that begins alike
+                *argv,
+            ]
+            if here.machines == 1 or flags:
+                return repeat(restarts, lambda: alone([*(flags or ['--standalone']), *arguments], Path(reports)))
+            about = dict(command=shlex.join([Path(argv[0]).name, *argv[1:]]))
+            about |= dict(NNODES=str(here.machines), MAX_RESTARTS=str(restarts))
+            return repeat(restarts, lambda: together(here, about, wait, arguments, Path(reports)))
+
+    return machines.in_one_task(here, start)
 
 
-def outcome_of_stop(reports: Path) -> int:
-    """The exit code of a run that was asked to stop; says what kept it from saving."""
+def processes(here: Place, gpus: int) -> int:
+    """How many to start on this machine. Raises ValueError."""
+    if here.tasks > 1 and gpus not in (0, here.tasks) and not os.environ.get('NPROC'):
+        raise ValueError(
+            f'srun started {here.tasks} tasks on this node, and the first of them sees {gpus} GPU(s). One task starts '
+            'a process for each GPU of its node: use --ntasks-per-node=1 and --gpus-per-node, not --gpus-per-task.'
+        )
+    return whole_number(os.environ, 'NPROC', here.tasks if here.tasks > 1 else max(1, gpus), 1, gpus or None)
+
+
+def repeat(restarts: int, attempt: Callable[[], int]) -> int:
+    """The exit code of the last of `restarts` + 1 attempts, or of the first that did not fail."""
+    code = attempt()
+    for restart in range(restarts):
+        if code in (0, *SAID):
+            break
+        text = f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)'
+        print(text, file=sys.stderr, flush=True)
+        code = attempt()
+    return code
+
+
+def alone(arguments: list[str], reports: Path) -> int:
+    """The exit code of torchrun with these arguments. Prints the cause, last."""
+    end = run_workers(arguments, reports)
+    if end.text and not end.shown:
+        print(end.text, file=sys.stderr, flush=True)
+    return end.code
+
+
+def together(here: Place, about: dict[str, str], wait: int, arguments: list[str], reports: Path) -> int:
+    """`alone`, at the same time on all machines of `here`: the exit code that they agree on. Prints the cause, last."""
+    from torch.distributed.elastic.multiprocessing import SignalException, api
+
+    for name in stopping.STOP_SIGNALS:
+        signal.signal(name, api._terminate_process_handler)  # as torchrun does once it has workers
+    meeting, end = None, None
+    try:
+        meeting = Meeting(here, about, reports, wait)
+        if meeting.gather():
+            machines.use_interface(meeting.my_address)
+            first = meeting.address or meeting.my_address
+            flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}']
+            flags += [f'--master-addr={first}', f'--master-port={meeting.table.port}']
+            end = run_workers([*flags, *arguments], reports)
+        else:
+            end = End(stopping.EXIT_STOPPED)  # as another machine was asked to
+        code, cause, text = meeting.settle(end.code, end.text, end.order)
+    except (Refused, ValueError) as error:
+        code, cause, text = stopping.EXIT_BAD_SETTING, -1, str(error)
+    except Alone as error:
+        code, cause, text = 1, -1, str(error)
+    except SignalException:  # before there were workers, or after
+        code, cause, text = end.code if end else stopping.EXIT_STOPPED, -1, ''
+        code = code if code in (0, *SAID) else stopping.EXIT_STOPPED
+        if meeting is not None:
+            meeting.tell(code)
+    finally:
+        if meeting is not None:
+            meeting.close()
+    known = end is not None and (end.shown or not end.text)
+    if text and not (known and cause == here.rank) and not (end and end.code == code == stopping.EXIT_STOPPED):
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def outcome_of_stop(reports: Path) -> End:
+    """How the workers ended after they were asked to stop; says what kept them from saving."""
     outcome = int((reports / 'outcome').read_text())
     if outcome == 1 and any(reports.glob('failed_*')):
-        print(first_cause({}, reports), file=sys.stderr, flush=True)
-    elif outcome == 1:
+        order, text = min(causes({}, reports))
+        return End(1, text, order)
+    if outcome == 1:
         text = 'it did not stop in the time that torchrun gives, and was cut off'
-        text += ': the same command goes on from the last save'
-        print(text, file=sys.stderr, flush=True)
-        return stopping.EXIT_STOPPED
-    return outcome
-
-
-def whole_number(name: str, usual: int, least: int, most: int | None) -> int:
-    """Environment variable `name`. Raises ValueError."""
-    value = os.environ.get(name) or str(usual)
-    if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
-        limit = f' and no more than the {most} GPUs' if most is not None else ''
-        raise ValueError(f'{name}={value!r}: must be a whole number, at least {least}{limit}.')
-    return int(value)
+        return End(stopping.EXIT_STOPPED, text + ': the same command goes on from the last save')
+    return End(outcome)
 
 
 def patch_signal_handler() -> None:
@@ -118,51 +193,62 @@ def patch_signal_handler() -> None:
     api._terminate_process_handler = stop_once
 
 
-def run_workers(arguments: list[str], reports: Path) -> int:
-    """torchrun with these arguments; the exit code. Prints the first cause, last. Raises SignalException."""
+def run_workers(arguments: list[str], reports: Path) -> End:
+    """torchrun with these arguments, to the end of its workers, also to that which a signal asks for."""
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for old in reports.glob('failed_*'):
-        old.unlink()
+    for old in (*reports.glob('failed_*'), reports / 'give_up'):
+        old.unlink(missing_ok=True)
     (reports / 'outcome').write_text(str(stopping.EXIT_STOPPED))  # until a worker begins there is nothing to lose
     try:
         torchrun(arguments)
+    except SignalException:
+        return outcome_of_stop(reports)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        order, text = min(causes(codes, reports))
         said = [code for code in codes.values() if code in SAID]
         if said:
-            if any(reports.glob('failed_*')) and not (reports / 'failed_0').exists():  # rank 0 would have shown it
-                print(first_cause(codes, reports), file=sys.stderr, flush=True)
-            return said[0]
+            told = any(reports.glob('failed_*'))
+            return End(said[0], text if told else '', order, shown=(reports / 'failed_0').exists())
         outcome = (reports / 'outcome').read_text()
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(stopping.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
-            return stopping.EXIT_STOPPED
-        print(first_cause(codes, reports), file=sys.stderr, flush=True)
-        return 1
+            return End(stopping.EXIT_STOPPED)
+        return End(1, text, order)
     if (reports / 'outcome').read_text() == str(stopping.EXIT_STOPPED):  # as it was before: no worker told of an end
         script = next((word for word in arguments if word.endswith('.py')), 'the script')
-        print(
-            f'{script} ended without a run: it has to call main(), see the first example of README.md', file=sys.stderr
+        return End(0, f'{script} ended without a run: it has to call main(), see the first example of README.md')
+    return End(0)
+
+
+def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float], str]]:
+    """Why workers failed, each with its order: the least is the cause, the others follow from it.
+
+    That a worker was killed comes first, then the errors that were reported, by their time, and last those of ranks
+    that heard of another's failure or lost the connection to it. `codes`: rank -> exit code.
+    """
+    found = []
+    for rank, code in codes.items():
+        if code == -signal.SIGKILL:
+            found.append(((0, 0.0), f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'))
+        how = (
+            f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
         )
-    return 0
+        found.append(((3, 0.0), f'rank {rank} failed first ({how}).'))
+    for failure in [json.loads(path.read_text()) for path in reports.glob('failed_*')]:
+        follows = failure['text'].startswith(TOLD) or 'gloo/transport' in failure['text']
+        found.append(((1 + follows, failure['time']), f'rank {failure["rank"]} failed first: {failure["text"]}'))
+    return found
 
 
 def first_cause(codes: dict[int, int], reports: Path) -> str:
     """Why the run failed: a worker was killed, or else the first error reported. `codes`: rank -> exit code."""
-    for rank, code in codes.items():
-        if code == -signal.SIGKILL:
-            return f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'
-    failures = [json.loads(path.read_text()) for path in reports.glob('failed_*')]
-    if failures:
-        told = 'runtime.stopping.RankFailed'  # by a rank that only heard of the failure of another
-        first = min(failures, key=lambda failure: (failure['text'].startswith(told), failure['time']))
-        return f'rank {first["rank"]} failed first: {first["text"]}'
-    rank, code = next(iter(codes.items()))
-    how = f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
-    return f'rank {rank} failed first ({how}).'
+    return min(causes(codes, reports))[1]
 
 
 if __name__ == '__main__':
+    sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
     sys.exit(launch(sys.argv[1:]))

@@ -118,7 +118,7 @@ def restore(trainer: Any) -> None:
         if _reading is not None or not trainer.finished:
             print_once(f'{"resuming" if _reading is None else "reading"} {c.run_dir} at step {trainer.step}')
     elif c.init_from:
-        other = saving.load_checkpoint(c.init_from)
+        other = run_folder.load_on_all(Path(c.init_from), lambda: saving.load_checkpoint(c.init_from))
         saving.load_weights(
             trainer.network, saving.best_weights(other), other['config'], c, c.init_from, other_classes=True
         )

@@ -14,6 +14,8 @@ import shutil
 import socket
 import threading
 import time
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -334,8 +336,45 @@ def load_run(config: Config, identity: Identity | None = None) -> dict[str, Any]
             ) from error
         return last if loaded else None
 
+    def refuse_elsewhere() -> None:
+        if last.exists():
+            raise SettingError(
+                f'{last} is on {socket.gethostname()}, and not on the machine of rank 0, where a run begins. Copy the '
+                'folder there, put ckpt_dir on a disk that all machines share, or pass another --experiment_name.'
+            )
+
     path = ranks.on_main(prepare)
-    return ranks.on_each(lambda: loaded[0] if loaded else saving.load(path)) if path is not None else None
+    if path is None:
+        return ranks.on_each(refuse_elsewhere)
+    return load_on_all(path, lambda: loaded[0] if loaded else saving.load(path))
+
+
+def load_on_all(path: Path, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint that `load()` gives on rank 0, on every rank; what it raises there is raised on all.
+
+    It is read from the disk where every machine has the same file, and else sent by rank 0.
+    """
+    if ranks.world_size() == 1:
+        return load()
+    mine: list[dict[str, Any]] = []
+
+    def load_first() -> tuple[int, int]:
+        mine.append(load())
+        return mark_of(path)
+
+    mark = ranks.on_main(load_first)
+    if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
+        return ranks.on_each(lambda: mine[0] if mine else load())
+    print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
+    return ranks.on_main(lambda: mine[0])
+
+
+def mark_of(path: Path) -> tuple[int, int]:
+    """Size and checksum of the end of a checkpoint: there, a zip archive has the checksums of all that is in it."""
+    with open(path, 'rb') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2**20))
+        return size, zlib.crc32(file.read())
 
 
 def discard_new(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What a run is made by: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +170,50 @@ def versions() -> dict[str, str | None]:
     )
 
 
+def refuse_unlike(config: Config) -> None:
+    """Raise SettingError, on every rank, if ranks have other settings, code or versions than rank 0.
+
+    They do where machines have clones or environments of their own and one of them was forgotten in a change.
+    """
+    if ranks.world_size() == 1:
+        return
+
+    def facts() -> dict[str, Any]:
+        files = {*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py'), *filter(None, [users_script()])}
+        return dict(
+            {f'the code in {file.name}': f'checksum {zlib.crc32(file.read_bytes()):08x}' for file in sorted(files)},
+            host=socket.gethostname(),
+            **{name: importlib.metadata.version(name) for name in ('torch', 'numpy')},
+            python=platform.python_version(),
+            **dataclasses.asdict(config),
+        )
+
+    first = ranks.on_main(facts)
+
+    def compare() -> None:
+        here = facts()
+        lines = [
+            f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
+            for name in {**first, **here}
+            if name != 'host' and first.get(name) != here.get(name)
+        ]
+        if lines:
+            more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
+            raise SettingError(
+                '\n'.join(['the processes of this run were not started alike:', *lines[:20], *more])
+                + '\nUse the same command, code and packages on all machines.'
+            )
+
+    ranks.on_each(compare)
+
+
 def command_line() -> str:
     """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
     if 'RUN_REPORTS' not in os.environ:  # of the launcher
         return shlex.join(['python', *sys.argv])
-    asked = [f'{name}={shlex.quote(os.environ[name])} ' for name in ('NPROC', 'TORCHRUN_ARGS') if name in os.environ]
+    machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
+    names = [name for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ]
+    asked = [f'{name}={shlex.quote(os.environ[name])} ' for name in names]
     script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
     return ''.join(asked) + shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])
 

@@ -163,10 +163,14 @@ def end_with_parent() -> None:
     """
     parent = int(os.environ.pop('RUN_PARENT', 0))
 
+    give_up = Path(
+        os.environ.get('RUN_REPORTS', '/nowhere'), 'give_up'
+    )  # the launcher makes it: see runtime/meeting.py
+
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not give_up.exists():
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
 
     if parent:
         threading.Thread(target=watch, daemon=True).start()

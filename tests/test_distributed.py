@@ -1,7 +1,9 @@
 """Rank, agreement and shares, with one process, with two, and with four that take themselves for two machines."""
 
+import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from config import SettingError
+import saving
+from config import Config, SettingError
 from runtime import launch, ranks, stopping
 
 # What each of two processes does; it writes what it saw as JSON. What all ranks do together comes in the same order.
@@ -327,3 +330,95 @@ def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch):
     monkeypatch.delattr(api, '_terminate_process_handler')
     with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler.*requirements\.txt'):
         launch.patch_signal_handler()
+
+
+# ---------------------------------------------------------------- machines with disks and clones of their own
+
+# Two ranks in folders of their own, as on two machines that share no disk. What each does with a run's folder.
+DISKS = """
+import dataclasses, json, os, sys
+from pathlib import Path
+import saving
+from config import Config, SettingError
+from runtime import ranks, run_folder, run_record
+
+ranks.setup()
+rank, root = ranks.rank(), Path(sys.argv[1])
+os.chdir(root / f'disk{rank}')
+seen = {}
+
+def refused(call):
+    try:
+        call()
+        return ''
+    except SettingError as error:
+        return str(error)
+
+same = Config(ckpt_dir='ckpts', experiment_name='same')
+seen['alike'] = refused(lambda: run_record.refuse_unlike(same))
+other = dataclasses.replace(same, base_lr=0.5 if rank else 0.25)
+seen['settings'] = refused(lambda: run_record.refuse_unlike(other))
+run_record.ROOT = Path.cwd()  # which has a clone: another trainer.py on each
+seen['code'] = refused(lambda: run_record.refuse_unlike(same))
+
+def steps(name):
+    found = run_folder.load_run(Config(ckpt_dir='ckpts', experiment_name=name))
+    return found and [found['step'], found['network'].tolist()]
+
+seen['none'] = steps('none')
+for name in ('same', 'only_on_0', 'older_on_1'):
+    seen[name] = steps(name)
+seen['only_on_1'] = refused(lambda: steps('only_on_1'))
+weights = Path('ckpts/only_on_0/last.pt')
+seen['begun from'] = run_folder.load_on_all(weights, lambda: saving.load_checkpoint(weights))['step']
+absent = Path('ckpts/nowhere.pt')
+seen['absent'] = refused(lambda: run_folder.load_on_all(absent, lambda: saving.load_checkpoint(absent)))
+with open(root / f'{rank}.json', 'w') as file:
+    json.dump(seen, file)
+ranks.close()
+"""
+
+
+@pytest.fixture(scope='module')
+def disks(tmp_path_factory):
+    """What rank 0 and rank 1 of DISKS saw."""
+    folder = tmp_path_factory.mktemp('disks')
+
+    def put(rank, name, step):
+        run = folder / f'disk{rank}/ckpts' / name
+        run.mkdir(parents=True)
+        config = dataclasses.asdict(Config(ckpt_dir='ckpts', experiment_name=name))
+        saving.save(run / 'last.pt', version=1, config=config, step=step, network=torch.full((3,), float(step)))
+
+    for rank in (0, 1):
+        put(rank, 'same', 5)
+        (folder / f'disk{rank}/trainer.py').write_text(f'rank = {rank}')
+    put(0, 'only_on_0', 7)
+    put(0, 'older_on_1', 9)
+    put(1, 'older_on_1', 6)
+    put(1, 'only_on_1', 3)
+    return run_ranks(DISKS, folder, [0, 0])
+
+
+def test_disks_ranks_that_were_not_started_alike_are_refused_on_all(disks):
+    for seen in disks:
+        assert seen['alike'] == ''
+        assert 'base_lr: 0.25 on ' in seen['settings'] and '0.5 on ' in seen['settings']
+        assert seen['settings'].count('\n') == 2  # it shows what differs, and only that
+        assert 'the code in trainer.py: checksum' in seen['code'] and seen['code'].count('\n') == 2
+        assert 'on all machines' in seen['code']
+
+
+def test_disks_every_rank_goes_on_from_the_checkpoint_of_rank_0(disks):
+    """Whether its own disk has the same one, an older one, or none."""
+    for seen in disks:
+        assert seen['none'] is None and seen['begun from'] == 7
+        assert [seen[name] for name in ('same', 'only_on_0', 'older_on_1')] == [[n, [n] * 3] for n in (5, 7, 9)]
+
+
+def test_disks_a_run_does_not_begin_anew_where_another_machine_has_it(disks):
+    for seen in disks:
+        assert re.match(
+            r'ckpts/only_on_1/last.pt is on .*not on the machine of rank 0.*--experiment_name', seen['only_on_1']
+        )
+        assert 'nowhere.pt' in seen['absent']

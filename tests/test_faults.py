@@ -19,6 +19,8 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    TINY,
+    as_flags,
     assert_same_runs,
     kill_all,
     launch_env,
@@ -343,6 +345,21 @@ def test_a_bad_image_ends_the_run_and_is_named(tmp_path, kind, nproc, num_worker
     said = r'rank \d failed first: data_checks\.DataError: ' + re.escape(str(path)) + ' cannot be read as an image .*'
     assert re.fullmatch(said, err.splitlines()[-1])
     assert 'Original Traceback' not in err  # of the loader process
+
+
+def test_output_that_nobody_takes(tmp_path, whole):
+    """`sh run.sh 2>&1 | head -n 1`, and output into a file on a full disk: it trains and saves all the same."""
+    job = Job(tmp_path / 'head')
+    process = job.start()
+    assert process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(100) == 0
+    assert_same_runs(whole(), job.folder)
+    job = Job(tmp_path / 'full', num_training_steps=4)
+    command = ['sh', '-c', 'exec "$@" >/dev/full 2>&1', 'sh', 'sh', 'run.sh', SCRIPT, *as_flags(TINY | job.settings)]
+    assert subprocess.run(command, cwd=ROOT, env=launch_env(2), timeout=100).returncode == 0
+    assert job.steps() == 4
 
 
 # ---------------------------------------------------------------- the disk

@@ -63,6 +63,30 @@ def test_the_record_is_cut_back_to_the_step_of_the_checkpoint(tmp_path, step, le
     assert [line['train/step'] for line in lines_of(tmp_path)] == [*left, 100]
 
 
+def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monkeypatch, capsys):
+    """As for a user without a home folder."""
+    import wandb
+
+    def login(**_):
+        raise KeyError('getpwuid(): uid not found: 4711')
+
+    monkeypatch.setattr(wandb, 'login', login)
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    assert logging_utils.start_wandb(Config(wandb='auto'), tmp_path, None) is None
+    assert 'uid not found: 4711' in capsys.readouterr().out
+    with pytest.raises(SettingError, match='uid not found: 4711'):
+        logging_utils.start_wandb(Config(wandb='online'), tmp_path, None)
+
+
+def test_a_line_that_is_none_is_named(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    for bad in ('{"train/step": 2]}', '{"step": 2}'):
+        path.write_text('{"train/step": 1}\n' + bad + '\n')
+        with pytest.raises(SettingError, match=rf'{path}: line 2 is no line of a record \(.*step.*Mend or remove it'):
+            Logger(Config(wandb='disabled'), tmp_path, 5)
+        assert path.read_text().endswith(bad + '\n')
+
+
 @pytest.mark.parametrize('half', ['{', '{"train/step": 9, "train/lo', '{"train/step": 9, "a": 1', '\n', '\0\0\0\0'])
 def test_a_half_written_last_line_is_dropped(tmp_path, half):
     logger = Logger(DISABLED, tmp_path)

@@ -56,9 +56,13 @@ def blocks_of(page: str) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.language == 'python']
 HEART = PYTHON[0]
-COMMANDS = sorted(
+COMMANDS = sorted(  # without variables before them; a job of Slurm as the run that it is
     {
-        re.sub(r'^\w+=\S+ ', '', line.split('#')[0].strip())
+        re.sub(
+            r'^(\w+=\S+ )+|^sbatch (-\S+ )*slurm\.sh(?=.*\w)',
+            lambda m: '' if m[1] else 'sh run.sh',
+            line.split('#')[0].strip(),
+        )
         for block in BLOCKS
         if block.language == 'sh'
         for line in block.code.replace('\\\n', ' ').splitlines()

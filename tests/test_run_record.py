@@ -168,12 +168,18 @@ def test_each_start_adds_an_entry(tiny_config, monkeypatch):
         ({}, ['main.py', '--seed', '1'], 'sh run.sh --seed 1'),
         ({'NPROC': '2'}, ['a b.py', '--channel_mults', '1', '2'], "NPROC=2 sh run.sh 'a b.py' --channel_mults 1 2"),
         ({'TORCHRUN_ARGS': '--nnodes 2'}, ['main.py'], "TORCHRUN_ARGS='--nnodes 2' sh run.sh"),
+        (
+            {'NNODES': '2', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1'},
+            ['main.py'],
+            'NNODES=2 NODE_RANK=0 MASTER_ADDR=h1 sh run.sh',
+        ),
+        ({'MASTER_ADDR': '127.0.0.1'}, ['main.py'], 'sh run.sh'),  # torchrun's
         ({'RUN_REPORTS': None}, ['mine.py', '--seed', '1'], 'python mine.py --seed 1'),
     ],
 )
 def test_the_command_is_what_was_typed(monkeypatch, env, argv, command):
     monkeypatch.setattr(sys, 'argv', argv)
-    for name in ('NPROC', 'TORCHRUN_ARGS'):
+    for name in ('NPROC', 'TORCHRUN_ARGS', 'NNODES', 'NODE_RANK', 'MASTER_ADDR'):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({'RUN_REPORTS': '/tmp'} | env).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,51 @@
+#!/bin/sh
+# Train on a Slurm cluster, from the project's folder:  sbatch slurm.sh [script.py] [--flags ...]
+#
+#   sbatch slurm.sh --preset cifar10
+#   sbatch --nodes=4 --time=2-0 slurm.sh mine.py          options of sbatch come first, in place of those below
+#   sbatch --array=0-3 slurm.sh sweep.py --base_lr 1e-3 3e-4 --time_sampler uniform logit_normal -- --preset digits
+#                                                         task i is the i-th run of the grid (sweep.py)
+#
+# Two minutes before the time is over, the run saves, and the job goes back into the queue; started again, it goes on
+# from there. `scancel --signal=TERM JOB` does the same at once, and `scancel JOB` ends it for good, saved.
+# Compute nodes without a network: make the environment once on the login node, by `sh run.sh --help`, and have the data
+# there (docs/cluster.md).
+
+##SBATCH --account=NAME                  # take one # away from lines that your cluster asks for
+##SBATCH --partition=NAME
+#SBATCH --job-name=diffusion
+#SBATCH --time=24:00:00
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1              # run.sh starts a process for each GPU of the node itself
+##SBATCH --gpus-per-node=4
+##SBATCH --cpus-per-task=32              # all of the node: they decode images, and do all the work without GPUs
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.out
+
+cd "${SLURM_SUBMIT_DIR:?'give it to sbatch: sbatch slurm.sh [script.py] [--flags ...]'}" || exit 1
+if [ ! -f run.sh ]; then
+    echo "slurm.sh: there is no run.sh in $SLURM_SUBMIT_DIR. Call sbatch in the project's folder: cd project" >&2
+    exit 2
+fi
+limit=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*TimeLimit=\([^ ]*\).*/\1/p')
+case $limit in
+    00:0[0-3]:*)
+        echo "slurm.sh: --time=$limit is too short: two minutes before its end the run saves. Ask for 4 minutes or more." >&2
+        exit 2
+        ;;
+esac
+
+# module load cuda                       # what your cluster needs before python runs
+# . /path/to/environment/bin/activate    # or conda activate: run.sh uses an active environment that has what is needed
+code=0
+srun sh run.sh "$@" || code=$?
+# In a container that has the packages of requirements.txt, in place of the line above:
+# srun apptainer exec --nv --env VIRTUAL_ENV=/usr image.sif sh run.sh "$@" || code=$?
+
+if [ "$code" = 75 ]; then # stopped and saved: the job goes on where it is started again
+    scontrol requeue "$SLURM_JOB_ID" &&
+        sleep 60 # Slurm ends this script when it has taken the job back
+fi
+exit "$code"
