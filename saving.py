@@ -128,6 +128,8 @@ def renewed(found: Any) -> Any:
     config = found.get('config') if isinstance(found, dict) else None
     if isinstance(config, dict) and isinstance(config.get('image_size'), int):
         config['image_size'] = (config['image_size'],)
+    if isinstance(config, dict) and isinstance(config.get('compile'), bool):
+        config['compile'] = 'on' if config['compile'] else 'off'
     return found
 
 

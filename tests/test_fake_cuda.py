@@ -128,7 +128,7 @@ def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, monkeypatch, tmp_path
         channels=8,
         num_res_blocks=1,
         global_batch_size=32,
-        compile=False,
+        compile='off',
         time_sampler=time_sampler,
         precision=precision,
     )

@@ -26,7 +26,7 @@ def build(tiny_config):
     [
         dict(precision='float32'),
         dict(precision='bfloat16'),
-        dict(precision='bfloat16', compile=True),
+        dict(precision='bfloat16', compile='on'),
         dict(precision='float32', attention_resolutions=(4,), accumulation_steps=2),
     ],
     ids=str,
