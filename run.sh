@@ -47,6 +47,8 @@ case $script in
 esac
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
+RUN_BEGAN=$(date +%s)
+export RUN_BEGAN # for --check, which tells how long the start takes
 code=0
 run_child "$python" -m runtime.launch "$script" "$@" || code=$?
 exit "$code"
