@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize('usual', [0.0005, 0.1, 3.0])
-def test_the_first_step_is_told_apart_and_a_slow_one_now_and_then_counts_for_nothing(clock, usual):
+def test_the_first_step_is_told_apart_and_a_slow_one_now_and_then_counts_for_little(clock, usual):
     """The first compiles; every hundredth step waits for something."""
     steps = iter(range(10**6))
 
@@ -34,7 +34,7 @@ def test_the_first_step_is_told_apart_and_a_slow_one_now_and_then_counts_for_not
 
     first, median = dry_run.time_steps(step)
     taken = next(steps)
-    assert first == 90.0 and 0.99 * usual < median < 1.3 * usual
+    assert first == 90.0 and 0.99 * usual < median < 1.2 * usual
     assert taken >= 5 and taken * usual < 40  # enough, and no more than a minute of them
 
 
