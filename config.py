@@ -239,8 +239,8 @@ class Config:
     # ---------------------------------------------------------------- speed
     precision: str = 'auto'
     """float32 (IEEE), tf32 (TensorFloat-32 on a GPU), bfloat16 in the network, or auto: that on a GPU that has it."""
-    compile: bool = False
-    """torch.compile the network: faster on a GPU after minutes of compiling, not worth it on a CPU."""
+    compile: str = 'auto'
+    """torch.compile of networks: on, off, auto (on a GPU, in runs of 5000 steps or more) or graphs (CUDA graphs)."""
 
     def __post_init__(self) -> None:
         """Raises SettingError (a ValueError) for values that cannot be right, alone or together."""
@@ -297,6 +297,7 @@ def validate(config: Config) -> None:
     """Raise SettingError for the first value that breaks a rule."""
     choose('preset', config.preset, PRESETS)
     choose('precision', config.precision, dict.fromkeys(('auto', 'float32', 'tf32', 'bfloat16')))
+    choose('compile', config.compile, dict.fromkeys(('auto', 'on', 'off', 'graphs')))
     choose('wandb', config.wandb, dict.fromkeys(('auto', 'online', 'offline', 'disabled')))
 
     def require(kept: object, names: str, rule: str | Callable[[Config], str]) -> None:

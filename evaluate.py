@@ -69,7 +69,7 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     from detectors import DETECTORS, features_of_data, usual
     from logging_utils import log_table
     from main import load_run
-    from runtime import ranks, stopping
+    from runtime import compiling, ranks, stopping
     from solvers import SOLVERS
 
     choose('detector', options.detector or 'pixels', DETECTORS)
@@ -86,7 +86,7 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     new = False
     stopping.catch_stop_signals()
     for weights in options.weights:
-        trainer = load_run(options.run, weights)
+        trainer = load_run(options.run, weights, **compiling.settings_for(options.num))
         if detector is None:
             config, wandb_id = trainer.config, trainer.wandb_id
             options = dataclasses.replace(options, detector=options.detector or usual(trainer))

@@ -17,7 +17,7 @@ import metrics
 import pictures
 import report as run_report
 import utils
-from batches import ProcessedBatch
+from batches import ProcessedBatch, SampleInputs
 from data_loaders import HeldOutSampler
 from detectors import DETECTORS, MOST_PIXELS, features_of_data, usual
 from distances import compare
@@ -248,12 +248,16 @@ def judged(trainer: 'BaseDiffusionTrainer', sampler: str, num_samples: int) -> d
     except stopping.RankFailed:
         print_once(pictures.no_memory(trainer, sampler, 'its metrics are'))
         return {}
-    if trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics'):
-        numbers = ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
-    else:
-        numbers = distances_of(trainer, x, inputs.label)
+    numbers = numbers_for(trainer, x, inputs)
     print_once(metrics.describe(numbers))
     return {name: float(value) for name, value in numbers.items()}
+
+
+def numbers_for(trainer: 'BaseDiffusionTrainer', x: Tensor, inputs: SampleInputs) -> dict[str, float]:
+    """What decoded samples (n, ...) are judged by, on every rank."""
+    if trainer.data.pixel_metrics or utils.overridden(trainer, 'sample_metrics'):
+        return ranks.on_main(functools.partial(trainer.sample_metrics, x, inputs))
+    return distances_of(trainer, x, inputs.label)
 
 
 def distances_of(trainer: 'BaseDiffusionTrainer', x: Tensor, label: Tensor | None) -> dict[str, float]:

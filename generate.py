@@ -119,10 +119,13 @@ def generate(options: Generate) -> None:
 
 
 def sampling_settings(options: Generate) -> dict[str, Any]:
-    """The settings of sampling that were given."""
+    """The settings of sampling that were given, and no compiling for few samples."""
+    from runtime import compiling
+
     names = dict(solver='solver', nfe='sample_nfe', num_sample_steps='num_sample_steps', time_grid='time_grid')
     names |= dict(guidance_scale='guidance_scale')
-    return {setting: getattr(options, name) for name, setting in names.items() if getattr(options, name) is not None}
+    given = {setting: getattr(options, name) for name, setting in names.items() if getattr(options, name) is not None}
+    return compiling.settings_for(options.num) | given
 
 
 def labels_of(options: Generate, trainer: 'BaseDiffusionTrainer') -> list[int]:

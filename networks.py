@@ -11,6 +11,7 @@ from config import Config, SettingError, choose
 from dit import DIT_SIZES, DiT
 from mlp import MLP
 from processes import GaussianProcess, c_in, get_process
+from runtime.compiling import Call, plainly
 from sampling import ModelFn
 from unet import UNet
 from utils import bcast_right
@@ -142,24 +143,30 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == 'bfloat16' or (precision == 'auto' and has_it) else None
 
 
-def as_model_fn(module: nn.Module, train: bool, device: torch.device, dtype: torch.dtype | None) -> ModelFn:
-    """`module` as a function of (xt, t, label, **cond) that hides train/eval mode and autocast when it is called."""
-    plain = getattr(module, '_orig_mod', module)  # of a compiled module, whose own flag says nothing
+def as_model_fn(
+    module: nn.Module, train: bool, device: torch.device, dtype: torch.dtype | None, call: Call = plainly
+) -> ModelFn:
+    """`module` as a function of (xt, t, label, **cond) that hides train/eval mode and autocast when it is called, and
+    whether it is compiled: see runtime/compiling.py for `call`."""
 
     def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Any:
-        if plain.training != train:  # a walk over all modules
-            plain.train(train)
+        if module.training != train:  # a walk over all modules
+            module.train(train)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            out = module(xt, t, label, **cond)
+            out = call(module, xt, t, label, cond)
         return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
 
     return model_fn
 
 
 def set_precision(precision: str) -> None:
-    """Of float32 products on GPUs: float32 is IEEE everywhere, tf32 is TensorFloat-32; else torch's settings stay."""
-    product = {'float32': 'ieee', 'tf32': 'tf32'}.get(precision)
-    if product is not None:
-        torch.backends.cuda.matmul.fp32_precision = product
-        torch.backends.cudnn.conv.fp32_precision = product  # pyright: ignore[reportAttributeAccessIssue]
-        torch.backends.cudnn.rnn.fp32_precision = product  # pyright: ignore[reportAttributeAccessIssue]
+    """How GPUs compute products of float32: float32 is IEEE everywhere, tf32 is TensorFloat-32 everywhere; else torch's
+    settings stay. And let cuDNN look for the fastest convolutions: shapes stay the same.
+
+    By the older of torch's two sets of flags. After the newer ones these cannot be read, as torch.compile does in
+    torch 2.11; in all versions they set the newer ones too.
+    """
+    torch.backends.cudnn.benchmark = True
+    if precision in ('float32', 'tf32'):
+        torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'

@@ -130,6 +130,8 @@ def renewed(found: Any) -> Any:
         config.setdefault('optimizer', 'adamw')  # there was no other
         if isinstance(config.get('image_size'), int):
             config['image_size'] = (config['image_size'],)
+        if isinstance(config.get('compile'), bool):
+            config['compile'] = 'on' if config['compile'] else 'off'
     return found
 
 

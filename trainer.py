@@ -31,7 +31,7 @@ from loss_weights import get_loss_weight
 from optimizers import clip_gradients, get_optimizer, set_lr, step_if
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
-from runtime import ranks, resume, stopping
+from runtime import compiling, ranks, resume, stopping
 from runtime.bad_steps import BadSteps
 from runtime.parallel import Parallel
 from runtime.ranks import print_once
@@ -120,7 +120,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
 
     def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn:
         """`module` as a function of (xt, t, label, **cond), which hides train/eval mode and autocast in each call."""
-        return networks.as_model_fn(module, train, self.device, self.autocast_dtype)
+        return networks.as_model_fn(module, train, self.device, self.autocast_dtype, self.call_network)
 
     # ---------------------------------------------------------------- construction
 
@@ -143,6 +143,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)
         self.augmenter = get_augmenter(config, vars(self.data), train_loader.has_pairs)
         self.autocast_dtype = networks.autocast_dtype(config.precision, device)
+        self.call_network = compiling.get_call(config, device)
 
         self.build_network = network if not isinstance(network, nn.Module) else lambda example: network
         self.modules: dict[str, nn.Module] = {}  # saved, restored and averaged over the ranks
@@ -187,8 +188,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.parameters = utils.moved_parameters(self.modules, self.optimizers)
         utils.quiet_frozen(self.modules)
         resume.restore(self)
-        network = torch.compile(self.network) if self.config.compile else self.network
-        self.parallel = Parallel(self, self.get_model_fn(network, train=True))  # pyright: ignore[reportArgumentType]
+        self.parallel = Parallel(self, self.get_model_fn(self.network, train=True))
 
     # ---------------------------------------------------------------- training
 

@@ -22,7 +22,7 @@ from runtime.ranks import print_once
 
 WARM_UP_STEPS = 3  # compiling, loading of libraries, the search for the fastest convolutions
 SECONDS_FOR_STEPS = 8.0  # of training, to tell how long a step takes
-LEAST_STEPS = 5
+LEAST_BLOCKS = 5
 
 
 def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
@@ -76,10 +76,11 @@ def nearest_folder(config: Config) -> Path:
 
 def link_data(config: Config, folder: Path) -> None:
     """A stand-in for data_dir, into which a data set that is not there yet is downloaded."""
-    folder.mkdir()
-    if Path(config.data_dir).is_dir():
-        for entry in Path(config.data_dir).iterdir():
-            (folder / entry.name).symlink_to(entry.resolve())
+    for inner in ('.', 'cache'):  # what is new in the cache is not kept either
+        (folder / inner).mkdir()
+        for entry in sorted(Path(config.data_dir, inner).glob('*')):
+            if entry.name != 'cache':
+                (folder / inner / entry.name).symlink_to(entry.resolve())
 
 
 def timed(do: Callable[[], object]) -> float:
@@ -93,14 +94,46 @@ def timed(do: Callable[[], object]) -> float:
 
 
 def time_steps(step: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the first step, and of a usual one: the median after a warm-up."""
+    """Seconds of the first step, and of a usual one: the median over blocks of steps, after a warm-up.
+
+    Of a block, because a GPU works behind Python: to wait for it after every step would take longer than training does.
+    """
     first = timed(step)
     for _ in range(WARM_UP_STEPS - 1):
-        timed(step)
-    steps: list[float] = []
-    while len(steps) < LEAST_STEPS or sum(steps) < SECONDS_FOR_STEPS:  # the same on every rank: each is the slowest's
-        steps.append(timed(step))
-    return first, median(steps)
+        once = timed(step)
+    in_block = max(
+        1, int(SECONDS_FOR_STEPS / LEAST_BLOCKS / once)
+    )  # the same on every rank: each time is the slowest's
+    blocks: list[float] = []
+    while len(blocks) < LEAST_BLOCKS or sum(blocks) * in_block < SECONDS_FOR_STEPS:
+        blocks.append(timed(lambda: [step() for _ in range(in_block)]) / in_block)
+    return first, median(blocks)
+
+
+def time_sampler(trainer: Any, sampler: pictures.Sampler) -> tuple[float, float, torch.Tensor]:
+    """Seconds for the few samples of a path, seconds a sample of many, and those, decoded.
+
+    As many as are drawn at once; fewer if that takes long, for more would only tell it better.
+    """
+    few = many = 0.0
+    x = torch.empty(0)
+    at_once = trainer.shards_per_micro_step() * trainer.config.global_batch_size // trainer.config.batch_shards
+    for n in sorted({8, pictures.num_shown(trainer), at_once * ranks.world_size()}):
+        inputs, drawn = trainer.sample_inputs(n), []
+        draw = lambda i=inputs, d=drawn: d.append(pictures.generate(trainer, sampler, trainer.network, i))  # noqa: E731
+        seconds = timed(draw)
+        few, many, x = few or seconds, seconds / n, drawn[0]
+        if seconds > 2:
+            break
+    return few, many, x
+
+
+def time_judging(trainer: Any, x: torch.Tensor) -> list[float]:
+    """Seconds that comparing samples with the data takes the first time and from then on; `x` stands for the samples,
+    repeated until there are as many."""
+    inputs = trainer.sample_inputs(evaluation.NUM_JUDGED)
+    x = x[torch.arange(evaluation.NUM_JUDGED, device=x.device) % len(x)]
+    return [timed(lambda: evaluation.numbers_for(trainer, x, inputs)) for _ in range(2)]
 
 
 def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
@@ -110,6 +143,8 @@ def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print_once(f'\n{config.dataset} on {ranks.world_size()} x {trainer.device.type}: {parameters:,} parameters')
     evaluation.rehearse(trainer)
+    began = float(os.environ.get('RUN_BEGAN', time.time()))  # of run.sh
+    start = ranks.on_main(lambda: time.time() - began)
 
     first, step = time_steps(lambda: trainer.train_step(shards))
     images = config.global_batch_size / step
@@ -137,30 +172,36 @@ def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
         )
     print_once(f'held out  loss {losses[0]:.4f} after {trainer.step} steps; {held_out:.3g} s each time')
 
-    shown, per_image = pictures.num_shown(trainer), {}
+    per_image, path, judging = [], 0.0, [0.0, 0.0]
     for name, sampler in trainer.samplers().items():
-        for n in (8, shown):
-            inputs = trainer.sample_inputs(n)
-            draw = lambda s=sampler, i=inputs: pictures.generate(trainer, s, trainer.network, i)  # noqa: E731
-            seconds = timed(draw)
-            per_image[name] = seconds / n
-            if seconds > 2:  # the larger number would only tell it better
-                break
-        print_once(f'sample    {name}: {per_image[name]:.3g} s an image')
+        few, many, x = time_sampler(trainer, sampler)
+        print_once(f'sample    {name}: {many:.3g} s an image')
+        per_image.append(many)
+        path = path or few
+    judged = evaluation.is_judged(trainer)
+    if judged and (config.final_eval or config.eval_metrics_every):
+        judging = time_judging(trainer, x)
+        print_once(f'judge     {judging[0]:.3g} s the first time, {judging[1]:.3g} s from then on')
 
     def times(every: int) -> int:
         return -(-steps_left // every) if every else 1
 
-    grids = sum(per_image.values()) * shown * len(weights) * (times(config.sample_every) - (not config.final_pictures))
-    final = sum(per_image.values()) * evaluation.NUM_JUDGED * config.final_eval * evaluation.is_judged(trainer)
-    final += (
-        per_image[next(iter(per_image))]
-        * evaluation.NUM_JUDGED
-        * (config.eval_metrics_every > 0)
-        * (times(config.eval_metrics_every) - 1)
-    )
-    saves = stall * times(config.save_every)
-    hours = (step * steps_left + grids + final + saves + held_out * times(config.eval_every)) / 3600
+    n, grids = evaluation.NUM_JUDGED, times(config.sample_every) - (not config.final_pictures)
+    between = judged * (config.eval_metrics_every > 0) * (times(config.eval_metrics_every) - 1)
+    final = judged * config.final_eval
+    verdicts = between + final * len(per_image)  # a number of judgements
+    parts = {
+        'to start': start + load * (begins_at > 0),
+        'for the first step': first - step,
+        'training': step * steps_left,
+        'saving': stall * times(config.save_every),
+        'for held-out losses': held_out * times(config.eval_every),
+        'for pictures': grids * (sum(per_image) * pictures.num_shown(trainer) * len(weights) + path),
+        'for numbers': n * (between * per_image[0] + final * sum(per_image))
+        + (judging[0] + judging[1] * (verdicts - 1)) * (verdicts > 0),
+    }
+    seconds = sum(parts.values())
+    told = ', '.join(f'{value:.3g} s {name}' for name, value in parts.items() if value >= 0.005 * seconds)
     every = config.keep_every
     kept = config.num_training_steps // every - begins_at // every if every else 0
     there_already = len(list(config.run_dir.glob('last*.pt')))
@@ -168,7 +209,7 @@ def rehearse(config: Config, trainer: Any, begins_at: int) -> None:
     free = shutil.disk_usage(nearest_folder(config)).free
     minutes = f'{config.save_every * step / 60:.2g} minutes at most' if config.save_every else 'all since step_N.pt'
     print_once(
-        f'\nthe run   {hours:.3g} hours ({step * steps_left / 3600:.3g} of them training) for {steps_left} steps\n'
+        f'\nthe run   {seconds / 3600:.3g} hours for {steps_left} steps: {told}\n'
         f'a kill    loses {minutes} (save_every={config.save_every})\n'
         f'memory    {utils.peak_memory_gb(trainer.device):.2f} GB at most so far, in each process\n'
         f'disk      {disk / 1e9:.3g} GB more for {config.keep_last} + {kept} checkpoints and one being written; '

@@ -235,6 +235,7 @@ def test_choose():
 BROKEN = [  # (settings, those that the message must show)
     (dict(preset='none'), 'preset'),
     (dict(precision='float16'), 'precision'),
+    (dict(compile='yes'), 'compile'),
     (dict(wandb='yes'), 'wandb'),
     (dict(base_lr=math.nan), 'base_lr'),
     (dict(time_mean=math.inf), 'time_mean'),

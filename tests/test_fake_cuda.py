@@ -108,10 +108,9 @@ def pretend_cuda(monkeypatch):
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('time_sampler', ['uniform', 'logit_normal', 'log_normal'])
-def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, monkeypatch, tmp_path, time_sampler, precision):
-    """cifar10 as it is, but smaller: no CPU-GPU sync, and one copy at most, that of the indices of the images."""
+@pytest.fixture
+def build(pretend_cuda, monkeypatch, tmp_path):
+    """`build(**settings)`: the trainer of cifar10 as it is, but smaller, on the pretended GPU."""
     import batches
     import data_utils
     import main
@@ -124,20 +123,62 @@ def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, monkeypatch, tmp_path
     monkeypatch.setattr(ranks, 'setup', lambda: torch.device('cuda', 0))
     monkeypatch.setattr(batches, 'signs_of_dependence', lambda trainer: None)  # read once, before the first step
     utils._seed_accelerator.cache_clear()
-    settings = dict(
-        channels=8,
-        num_res_blocks=1,
-        global_batch_size=32,
-        compile=False,
-        time_sampler=time_sampler,
-        precision=precision,
-    )
-    settings |= dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path), wandb='disabled')
-    trainer = main.build(Config(**PRESETS['cifar10'] | settings))
+    small = dict(channels=8, num_res_blocks=1, global_batch_size=32, compile='off', wandb='disabled')
+    small |= dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path))
+    return lambda **settings: main.build(Config(**PRESETS['cifar10'] | small | settings))
+
+
+def watched_step(pretend_cuda, trainer) -> None:
+    """A training step in which a sync is an error, after one in which the optimizer makes its state."""
     shards = trainer.shards()
-    trainer.train_step(shards)  # the optimizer makes its state in the first
+    trainer.train_step(shards)
     pretend_cuda.watching = True
     trainer.train_step(shards)
+    pretend_cuda.watching = False
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('time_sampler', ['uniform', 'logit_normal', 'log_normal'])
+def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, build, time_sampler, precision):
+    """No CPU-GPU sync, and one copy at most, that of the indices of the images."""
+    watched_step(pretend_cuda, build(time_sampler=time_sampler, precision=precision))
     assert len(pretend_cuda.trained) > 50 and {p.device for p in pretend_cuda.trained} == {torch.device('cuda', 0)}
     assert pretend_cuda.precisions == {getattr(torch, precision)}
     assert sum(pretend_cuda.copies.values()) <= 1, pretend_cuda.copies
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(network='dit', dit_depth=2, dit_width=32, dit_heads=2),
+        dict(network='mlp'),
+        dict(accumulation_steps=4),
+        dict(stratified=False, antithetic=True, ema_decays=()),
+        dict(loss_weight='min_snr', target_type='x0', model_type='v', process_name='cosine', grad_clip_norm=0.0),
+        dict(rotate_prob=0.5, translate_prob=0.5, dequantize=True),
+    ],
+    ids=str,
+)
+def test_a_step_of_other_settings_waits_for_nothing_either(pretend_cuda, build, settings):
+    trainer = build(**settings)
+    watched_step(pretend_cuda, trainer)
+    assert trainer.step == 2 and {p.device for p in pretend_cuda.trained} == {torch.device('cuda', 0)}
+    assert sum(pretend_cuda.copies.values()) <= 1, pretend_cuda.copies
+
+
+@pytest.mark.parametrize('solver', ['adams', 'sde_dpmpp_2m'])
+def test_drawing_samples_waits_for_nothing(pretend_cuda, build, solver):
+    """From noise to the last step, with guidance, the GPU can work behind Python."""
+    trainer = build(guidance_scale=2.0, num_sample_steps=4)
+    inputs = trainer.sample_inputs(8)
+    model_fn = trainer.get_model_fn(trainer.network)
+    pretend_cuda.watching = True
+    x0 = trainer.draw(model_fn, inputs, solver)
+    pretend_cuda.watching = False
+    assert x0.shape == (8, 3, 32, 32) and x0.device == torch.device('cuda', 0) and not pretend_cuda.copies
+
+
+def test_weights_of_four_dimensions_are_in_channels_last_order_and_no_others(pretend_cuda, build):
+    trainer = build()
+    weights = [p for p in trainer.network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert len(weights) > 5 and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

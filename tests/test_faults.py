@@ -695,6 +695,8 @@ def test_check(tmp_path, nproc):
         'sample    sde_dpmpp_2m',
     ):
         assert words in result.stdout, words
+    for words in ('judge  ', ' s to start, ', ' s training, ', ' s for pictures, ', ' s for numbers'):
+        assert words in result.stdout, words
     for words in ('GB at most', 'hours', 'minutes at most (save_every=250)', 'checkpoints', 'GB are free', 'it runs'):
         assert words in result.stdout, words
     assert seconds < 60

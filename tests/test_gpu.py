@@ -1,8 +1,10 @@
-"""On a real GPU: training in both precisions and compiled, saving and resuming, no CPU-GPU sync, two ranks by NCCL.
+"""On a real GPU: training in all precisions and compiled, agreement with the CPU, saving and resuming, no CPU-GPU sync,
+two ranks by NCCL.
 
 All other tests run on the CPU, also on a machine with GPUs.
 """
 
+import copy
 import os
 
 import pytest
@@ -26,7 +28,10 @@ def build(tiny_config):
     [
         dict(precision='float32'),
         dict(precision='bfloat16'),
-        dict(precision='bfloat16', compile=True),
+        dict(precision='tf32'),
+        dict(precision='bfloat16', compile='on'),
+        dict(precision='bfloat16', compile='graphs', accumulation_steps=2),
+        dict(precision='bfloat16', network='dit', dit_depth=2, dit_width=64, dit_heads=2, compile='on'),
         dict(precision='float32', attention_resolutions=(4,), accumulation_steps=2),
     ],
     ids=str,
@@ -64,6 +69,36 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(build):
     second.train_loop()
     for mine, other in zip(second.network.parameters(), whole.network.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-4)  # not bit for bit: some of CUDA's sums have no fixed order
+
+
+@pytest.mark.parametrize('compile', ['on', 'graphs'])
+@pytest.mark.parametrize('network', [dict(network='unet'), dict(network='dit', dit_depth=2, dit_width=64, dit_heads=2)])
+def test_a_compiled_run_has_the_curve_and_the_samples_of_a_plain_one(build, network, compile):
+    """Also where one call comes after another and the first result is still in use, as in the solver's memory."""
+    curves, samples = [], []
+    for chosen in ('off', compile):
+        trainer = build(precision='float32', experiment_name=chosen, compile=chosen, **network)
+        trainer.train_loop()
+        curves.append(losses(trainer.config.run_dir))
+        model_fn = trainer.get_model_fn(next(iter(trainer.weights().values())))
+        samples.append(trainer.draw(model_fn, trainer.sample_inputs(20), 'adams'))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
+    assert torch.allclose(*samples, atol=0.05)
+
+
+@pytest.mark.parametrize('precision, most', [('float32', 1e-5), ('tf32', 5e-3)])
+def test_gpu_and_cpu_agree(build, precision, most):
+    """The same weights and the same batch: the outputs differ by rounding alone, which for float32 is that of IEEE."""
+    trainer = build(precision=precision)
+    for p in trainer.network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    batch = next(trainer.shards())
+    with torch.no_grad():
+        here = trainer.get_model_fn(trainer.network)(batch.x0, batch.t, batch.label)
+        network = copy.deepcopy(trainer.network).cpu().eval()
+        there = network(batch.x0.cpu(), batch.t.cpu(), batch.label.cpu())
+    error = float((here.cpu() - there).norm() / there.norm())
+    assert error < most and (precision == 'float32' or error > 1e-5), error
 
 
 @pytest.mark.parametrize('time_sampler', ['uniform', 'logit_normal', 'log_normal'])

@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = [
     'config_tools utils',
     'config',
-    'runtime.ranks runtime.stopping runtime.machines runtime.meeting',
+    'runtime.ranks runtime.stopping runtime.machines runtime.meeting runtime.compiling',
     'processes prediction time_samplers loss_weights augmentations unet mlp dit data_checks data_loaders '
     'packed image_files array_files hub_images toy2d data_utils '
     'optimizers ema logging_utils',

@@ -526,19 +526,3 @@ def test_checkpoint_needs_no_trust(tiny_config, build_trainer):
     assert state['step'] == 12 and state['finished']
     assert {'network', 'ema', 'optimizer', 'config', 'shape', 'num_classes', 'wandb_id', 'record'} <= state.keys()
     assert (config.run_dir / 'step_0000012.pt').exists()
-
-
-@pytest.mark.slow
-def test_compiled_run_learns_the_same(tiny_config, build_trainer, monkeypatch):
-    """With dynamo's own backend, which takes seconds: the compiled module is the trained, saved and averaged one."""
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
-    plain, compiled = (tiny_config(experiment_name=f'compile{on}', compile=on) for on in (False, True))
-    for config in (plain, compiled):
-        build_trainer(config).train_loop()
-    assert [line['train/loss'] for line in record(compiled)] == pytest.approx(
-        [line['train/loss'] for line in record(plain)], rel=1e-5
-    )
-    assert (
-        saving.load(run_folder.last_path(compiled))['network'].keys()
-        == saving.load(run_folder.last_path(plain))['network'].keys()
-    )

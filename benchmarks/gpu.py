@@ -1,0 +1,463 @@
+"""All that is to be known of a GPU, in one call of less than nine minutes; on toys where there is none.
+
+    sh benchmarks/gpu.sh [--out gpu.json] [--seconds 520] [--parts ceilings unet ...]
+
+The parts below (PARTS) run in order of importance until the time is over; each has a budget, and one that fails leaves
+the others alone. The results are written to a JSON file after every part, and shown as a table at the end. Images are
+smooth noise in memory, as many and as large as CIFAR-10's. What is compared is timed in turn (A B A B): a rate is the
+median over rounds, a ratio the median of the ratios of rounds. FLOPs are those of products of matrices and
+convolutions in one step, counted by torch.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data_utils
+import main
+import networks
+import pictures
+from config import PRESETS, Config
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU = torch.cuda.is_available()
+DEVICE = torch.device('cuda', 0) if GPU else torch.device('cpu')
+SIZE = 8192 if GPU else 256  # of square matrices
+IMAGES, SIDE, BATCH = (50_000, 32, 128) if GPU else (256, 8, 16)
+ROUND = 0.5 if GPU else 0.05  # seconds of training that each gets in a round
+ROUNDS = 5 if GPU else 2
+UNET = {} if GPU else dict(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=())
+DIT = dict(network='dit', dit_size='B') if GPU else dict(network='dit', dit_depth=1, dit_width=32, dit_heads=2)
+# name -> settings, and whether weights of convolutions are in channels-last order
+VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
+    'float32': (dict(precision='float32'), False),
+    'tf32': (dict(precision='tf32'), False),
+    'bfloat16': (dict(precision='bfloat16'), False),
+    '+ channels_last': (dict(precision='bfloat16'), True),
+    '+ compile': (dict(precision='bfloat16', compile='on'), True),
+    '+ CUDA graphs': (dict(precision='bfloat16', compile='graphs'), True),
+}
+GOALS = {'unet': 0.25, 'dit': 0.40}  # share of the measured bfloat16 ceiling
+SPEEDUP = 4.0  # of the best variant over eager tf32
+
+results: dict[str, Any] = {}
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(do: Callable[[], Any]) -> float:
+    wait()
+    began = time.perf_counter()
+    do()
+    wait()
+    return time.perf_counter() - began
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    """n smooth images uint8 with ten classes, of which each has a colour."""
+    generator = torch.Generator().manual_seed(n)
+    label = torch.arange(n) % 10
+    small = torch.rand(n, 3, 4, 4, generator=generator) * 0.5 + torch.rand(10, 3, 1, 1, generator=generator)[label] / 2
+    return (255 * nn.functional.interpolate(small, size=SIDE, mode='bilinear')).byte(), label
+
+
+class Run:
+    """A trainer of the cifar10 preset with these settings, and its steps."""
+
+    def __init__(self, folder: str, channels_last: bool = True, **settings: Any):
+        usual = PRESETS['cifar10'] | dict(global_batch_size=BATCH, wandb='disabled', compile='off', ckpt_dir=folder)
+        usual |= dict(num_training_steps=10**6, keep_every=0) | UNET
+        settings.setdefault('experiment_name', f'run{len(os.listdir(folder))}')
+        load = lambda config: (images(IMAGES), images(max(64, IMAGES // 5)))  # noqa: E731
+        spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=load, shape=(3, SIDE, SIDE))
+        with mock.patch.dict(data_utils.DATASETS, cifar10=spec):
+            self.trainer = main.build(Config(**(usual | settings)))
+        if not channels_last:
+            for network in (self.trainer.network, *self.trainer.ema.networks.values()):
+                network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        self.shards = self.trainer.shards()
+        self.batch = self.trainer.config.global_batch_size
+
+    def step(self) -> None:
+        self.trainer.train_step(self.shards)
+
+    def steps(self, n: int) -> None:
+        networks.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
+        for _ in range(n):
+            self.step()
+
+    def loss(self) -> float:
+        """The mean since this was last asked."""
+        loss = self.trainer.means.means()['train/loss']
+        self.trainer.means.clear()
+        return loss
+
+
+def in_turn(sides: dict[str, Callable[[int], Any]], per_step: dict[str, int]) -> dict[str, list[float]]:
+    """Name -> images/s in each round; a side takes n steps when called with n."""
+    n = {}
+    for name, steps in sides.items():
+        steps(3)
+        n[name] = max(1, int(ROUND / (seconds(lambda s=steps: s(2)) / 2)))
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, steps in sides.items():
+            rates[name].append(n[name] * per_step[name] / seconds(lambda s=steps, k=n[name]: s(k)))
+    return rates
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return median(x / y for x, y in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- the parts: folder -> results
+
+
+def ceilings(folder: str) -> dict[str, Any]:
+    """GB/s of a copy on the device, read and written; TFLOP/s of a product of square matrices of random numbers."""
+    a = torch.randn(SIZE * SIZE * (8 if GPU else 1), device=DEVICE)
+    b = torch.empty_like(a)
+    found = {'copy GB/s': 2 * a.numel() * 4 / median(seconds(lambda: b.copy_(a)) for _ in range(10)) / 1e9}
+    for precision in ('float32', 'tf32', 'bfloat16'):
+        networks.set_precision(precision)
+        dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+        x, y = (torch.randn(SIZE, SIZE, device=DEVICE, dtype=dtype) for _ in range(2))
+        x @ y
+        times = [seconds(lambda x=x, y=y: [x @ y for _ in range(5)]) / 5 for _ in range(10)]
+        found[f'{precision} TFLOP/s'] = 2 * SIZE**3 / median(times) / 1e12
+    return found
+
+
+def correct(folder: str) -> dict[str, Any]:
+    """Does the loss fall, does a resumed run go on as if nothing had been, do CPU and GPU, compiled and plain agree?"""
+    small = dict(channels=32, channel_mults=(1, 2), num_res_blocks=1, base_lr=1e-3, warmup_steps=5) | UNET
+    run = Run(folder, precision='bfloat16', **small)
+    run.steps(10)
+    first = run.loss()
+    run.steps(100 if GPU else 20)
+    run.loss()
+    run.steps(10)
+    found: dict[str, Any] = {'loss, first and last': [first, run.loss()]}
+
+    whole, cut = (Run(folder, precision='float32', experiment_name=name, **small) for name in ('whole', 'cut'))
+    whole.steps(12)
+    cut.steps(6)
+    cut.trainer.save(wait=True)
+    cut.trainer.writer.join()
+    resumed = Run(folder, precision='float32', experiment_name='cut', **small)
+    assert resumed.trainer.step == 6
+    resumed.steps(6)
+    pairs = zip(whole.trainer.network.parameters(), resumed.trainer.network.parameters(), strict=True)
+    found['resumed: largest difference of a weight'] = max(float((a - b).abs().max()) for a, b in pairs)
+
+    trainer = whole.trainer
+    batch = next(whole.shards)
+    network = trainer.network.eval()
+
+    def output(call: Any, device: torch.device) -> Tensor:
+        xt, t, label = (x.to(device) for x in (batch.x0, batch.t, batch.label))
+        return networks.as_model_fn(network.to(device), False, device, None, call)(xt, t, label).detach()
+
+    from runtime import compiling
+
+    with torch.no_grad():
+        networks.set_precision('float32')
+        here = output(compiling.plainly, DEVICE)
+        for chosen in ('on', 'graphs'):
+            call = compiling.Compiled(chosen, optional=False)
+            difference = max(float((output(call, DEVICE) - here).abs().max()) for _ in range(3))
+            found[f'compile {chosen}: largest difference'] = difference / float(here.abs().max())
+        on_cpu = output(compiling.plainly, torch.device('cpu')).to(DEVICE)
+        found['CPU: largest difference'] = float((on_cpu - here).abs().max() / here.abs().max())
+    return found
+
+
+def speeds(folder: str, network: str) -> dict[str, Any]:
+    """Images/s, share of the bfloat16 ceiling and memory of all variants; then of larger batches."""
+    settings = DIT if network == 'dit' else {}
+    ceiling = results.get('ceilings', {}).get('bfloat16 TFLOP/s')
+    runs, memory, compiling_took, failed = {}, {}, {}, {}
+    for name, (chosen, channels_last) in VARIANTS.items():
+        try:
+            runs[name] = run = Run(folder, channels_last, **chosen, **settings)
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if GPU else 0
+            compiling_took[name] = seconds(lambda r=run: r.steps(1))
+            run.steps(2)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9 if GPU else None
+        except Exception as error:  # a variant that does not work leaves the others alone
+            runs.pop(name, None)
+            failed[name] = f'{type(error).__name__}: {str(error)[:500]}'
+    with FlopCounterMode(display=False) as counter:
+        runs['tf32'].step()
+    per_image = counter.get_total_flops() / BATCH
+    rates = in_turn({name: run.steps for name, run in runs.items()}, dict.fromkeys(runs, BATCH))
+    found: dict[str, Any] = {'TFLOP per image': per_image / 1e12, 'batch': BATCH, 'failed': failed}
+    for name, mine in rates.items():
+        rate = median(mine)
+        found[name] = {
+            'images/s': rate,
+            'over eager tf32': ratio(mine, rates['tf32']),
+            'share of bfloat16 ceiling': rate * per_image / 1e12 / ceiling if ceiling else None,
+            'GB beside the weights': memory[name],
+            'first step, s': compiling_took[name],
+        }
+    best = max(rates, key=lambda name: median(rates[name]))
+    found['best'] = best
+    goal = found[best]['share of bfloat16 ceiling'] or 0.0
+    found['goals met'] = {'share': goal >= GOALS[network], 'speed-up': found[best]['over eager tf32'] >= SPEEDUP}
+    runs = {best: runs[best]}
+    for factor in (2, 4):
+        bigger = Run(folder, VARIANTS['+ channels_last'][1], **VARIANTS['+ channels_last'][0],
+                     **settings | dict(global_batch_size=factor * BATCH))  # fmt: skip
+        rate = in_turn({'bigger': bigger.steps}, {'bigger': factor * BATCH})['bigger']
+        found[f'batch {factor * BATCH}, + channels_last'] = {'images/s': median(rate)}
+        del bigger
+    if not all(found['goals met'].values()):
+        found['profile'] = profile(runs[best])
+    return found
+
+
+def profile(run: Run) -> list[str]:
+    """The kernels that take most of five steps."""
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
+    with torch.profiler.profile(activities=activities) as seen:
+        run.steps(5)
+        wait()
+    key = 'self_device_time_total' if GPU else 'self_cpu_time_total'
+    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:20]
+    total = sum(getattr(row, key) for row in seen.key_averages())
+    return [f'{getattr(row, key) / total:6.1%} {row.count:6d} x  {row.key[:100]}' for row in rows]
+
+
+def loops(folder: str) -> dict[str, Any]:
+    """Our loop beside a bare one with the same network, and beside torchcfm's loop and network, if that is there."""
+    found: dict[str, Any] = {}
+    for name in ('+ channels_last', '+ compile'):
+        chosen, channels_last = VARIANTS[name]
+        ours = Run(folder, channels_last, **chosen)
+        sides = {'ours': ours.steps, 'bare': bare_loop(Run(folder, channels_last, **chosen))}
+        rates = in_turn(sides, dict.fromkeys(sides, BATCH))
+        found[f'ours over a bare loop, {name}'] = ratio(rates['ours'], rates['bare'])
+    try:
+        theirs = torchcfm_loop()
+    except ImportError as error:
+        return found | {'torchcfm': f'not there ({error})'}
+    ours = Run(folder, **VARIANTS['+ compile'][0])
+    rates = in_turn({'ours': ours.steps, 'torchcfm': theirs}, dict(ours=BATCH, torchcfm=BATCH))
+    return found | {'torchcfm images/s': median(rates['torchcfm']), 'ours, + compile, over torchcfm':
+                    ratio(rates['ours'], rates['torchcfm'])}  # fmt: skip
+
+
+def bare_loop(run: Run) -> Callable[[int], None]:
+    """Steps with nothing but images in memory, forward, backward, clipping, AdamW and moving averages."""
+    trainer = run.trainer
+    model_fn = trainer.get_model_fn(trainer.network, train=True)
+    x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
+    label = torch.randint(0, 10, (len(x),), device=DEVICE)
+    parameters = list(trainer.network.parameters())
+    averages = [list(average.parameters()) for average in trainer.ema.networks.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def steps(n: int) -> None:
+        networks.set_precision(trainer.config.precision)
+        for i in range(n):
+            rows = slice(i % 4 * BATCH, (i % 4 + 1) * BATCH)
+            x0, x1, t = x[rows], torch.randn_like(x[rows]), torch.rand(BATCH, device=DEVICE)
+            s = t[:, None, None, None]
+            (model_fn((1 - s) * x0 + s * x1, t, label[rows]) - (x1 - x0)).square().mean().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for average in averages:
+                    torch._foreach_lerp_(average, parameters, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
+
+    return steps
+
+
+def torchcfm_loop() -> Callable[[int], None]:
+    """The loop and network of torchcfm's CIFAR-10 example, with images in memory: Adam, clipping, an average that is
+    updated weight by weight, and torch's own precision."""
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher  # pyright: ignore[reportMissingImports]
+    from torchcfm.models.unet.unet import UNetModelWrapper  # pyright: ignore[reportMissingImports]
+
+    shape = dict(dim=(3, SIDE, SIDE), num_res_blocks=2, num_channels=128 if GPU else 32, num_heads=4)
+    shape |= dict(channel_mult=[1, 2, 2, 2] if GPU else [1, 2], num_head_channels=64, attention_resolutions='16')
+    network, average = (UNetModelWrapper(**shape, dropout=0.1).to(DEVICE) for _ in range(2))
+    optimizer, matcher = torch.optim.Adam(network.parameters(), lr=2e-4), ConditionalFlowMatcher(sigma=0.0)
+    x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
+
+    def steps(n: int) -> None:
+        networks.set_precision('tf32')  # convolutions have it by default; here products of matrices too
+        for i in range(n):
+            optimizer.zero_grad()
+            x1 = x[i % 4 * BATCH : (i % 4 + 1) * BATCH]
+            t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+            (network(t, xt) - ut).square().mean().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for mine, other in zip(average.parameters(), network.parameters(), strict=True):
+                    mine.copy_(0.9999 * mine + 0.0001 * other)
+
+    return steps
+
+
+def sampling(folder: str) -> dict[str, Any]:
+    """Samples/s of the averaged weights with the default solver and steps, plain and compiled, many at once."""
+    runs = {name: Run(folder, **VARIANTS[name][0]) for name in ('+ channels_last', '+ compile')}
+    n = 512 if GPU else 16
+    inputs = runs['+ channels_last'].trainer.sample_inputs(n)
+
+    def drawer(run: Run) -> Callable[[int], Any]:
+        trainer = run.trainer
+        (sampler, *_), (average, *_) = trainer.samplers().values(), trainer.weights().values()
+        return lambda times: [pictures.generate(trainer, sampler, average, inputs) for _ in range(times)]
+
+    rates = in_turn({name: drawer(run) for name, run in runs.items()}, dict.fromkeys(runs, n))
+    found: dict[str, Any] = {f'samples/s, {name}': median(rate) for name, rate in rates.items()}
+    config = runs['+ compile'].trainer.config
+    return found | {'solver': f'{config.solver}, {config.num_sample_steps} steps'}
+
+
+def saves(folder: str) -> dict[str, Any]:
+    """Milliseconds that a save in the background holds training up, the first time and later."""
+    run = Run(folder, precision='bfloat16')
+    run.steps(3)
+    times = []
+    for _ in range(4):
+        times.append(1000 * seconds(run.trainer.save))
+        run.trainer.writer.wait()
+        run.steps(2)
+    return {'first stall, ms': times[0], 'stall, ms': median(times[1:])}
+
+
+def two_cards(folder: str) -> dict[str, Any]:
+    """The losses of ten float32 steps on two cards beside those on one; without a GPU, on two processes of the CPU."""
+    if GPU and torch.cuda.device_count() < 2:
+        return {'left out': 'there is one GPU'}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__]
+    done = subprocess.run([*command, '--worker', folder], capture_output=True, text=True, timeout=100)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    two = json.loads(done.stdout.split('LOSSES ')[1].splitlines()[0])
+    one = losses_of_ten(folder, 'one')
+    return {'one': one, 'two': two, 'largest difference': max(abs(a - b) for a, b in zip(one, two, strict=True))}
+
+
+def losses_of_ten(folder: str, name: str) -> list[float]:
+    run = Run(folder, precision='float32', experiment_name=name, base_lr=1e-3, warmup_steps=1)
+    losses = []
+    for _ in range(10):
+        run.steps(1)
+        losses.append(run.loss())
+    return losses
+
+
+PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with seconds at most
+    'ceilings': (ceilings, 30),
+    'correct': (correct, 120),
+    'unet': (lambda folder: speeds(folder, 'unet'), 240),
+    'dit': (lambda folder: speeds(folder, 'dit'), 180),
+    'loops': (loops, 90),
+    'sampling': (sampling, 90),
+    'saves': (saves, 30),
+    'two_cards': (two_cards, 100),
+}
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def about() -> dict[str, Any]:
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if GPU else 'CPU: a toy, whose numbers mean nothing'
+    return dict(device=device, torch=torch.__version__, python=sys.version.split()[0], commit=commit.stdout.strip())
+
+
+def show(name: str, value: Any, depth: int = 0) -> None:
+    """Results as lines, dicts indented."""
+    if isinstance(value, dict):
+        print(f'{"  " * depth}{name}')
+        for key, inner in value.items():
+            show(key, inner, depth + 1)
+    elif isinstance(value, list) and value and isinstance(value[0], str):
+        print('\n'.join([f'{"  " * depth}{name}', *(f'{"  " * depth}  {line}' for line in value)]))
+    else:
+        print(f'{"  " * depth}{name:<45} {f"{value:.4g}" if isinstance(value, float) else value}')
+
+
+def out_of_time(*args: Any) -> None:
+    raise TimeoutError('this part took longer than its budget')
+
+
+def run_parts(names: list[str], out: Path, limit: float) -> None:
+    began = time.monotonic()
+    results['about'] = about()
+    signal.signal(signal.SIGALRM, out_of_time)
+    for name in names:
+        part, budget = PARTS[name]
+        left = limit - (time.monotonic() - began)
+        if left < 10:
+            results[name] = {'left out': 'the time was over'}
+            continue
+        start = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, min(budget, left))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = part(folder)
+        except Exception as error:
+            traceback.print_exc()
+            results[name] = {'failed': f'{type(error).__name__}: {str(error)[:1000]}'}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        results[name]['seconds'] = time.monotonic() - start
+        if GPU:
+            torch.cuda.empty_cache()
+        out.write_text(json.dumps(results, indent=1))
+        print(f'-- {name}: {results[name]["seconds"]:.0f} s', flush=True)
+    out.write_text(json.dumps(results, indent=1))
+    for name, value in results.items():
+        show(name, value)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--out', default='gpu.json')
+    parser.add_argument('--seconds', type=float, default=520)
+    parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
+    parser.add_argument('--worker', default='', help='of two_cards, not for you')
+    options = parser.parse_args()
+    if not GPU:  # torch's code generator takes minutes on a CPU; what is before it is tried all the same
+        plain_compile = torch.compile
+        torch.compile = lambda fn, mode=None: plain_compile(fn, backend='aot_eager')  # pyright: ignore
+    if options.worker:
+        losses = losses_of_ten(options.worker, 'two')
+        if os.environ['RANK'] == '0':
+            print('LOSSES', json.dumps(losses), flush=True)
+        os._exit(0)  # without torch's destructors, of which one aborts now and then after a process group
+    else:
+        run_parts(options.parts, Path(options.out), options.seconds)
