@@ -30,12 +30,12 @@ GRID_VARIABLES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Ten
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
-    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.2, centred where
+    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.1, centred where
     # sigma = 0.6 sigma_data alpha: dense where images form, between what `uniform` is for rf (scale 1) and log_snr
     # (scale infinite); finite at both ends
     'logistic': (
-        lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.2)),
-        lambda u, std: 0.6 * std * (1 / u - 1) ** 1.2,
+        lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.1)),
+        lambda u, std: 0.6 * std * (1 / u - 1) ** 1.1,
     ),
 }
 
