@@ -171,7 +171,14 @@ def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], ta
     return there.sigma / here.sigma * shrinkage(predict, t, s, tau2), weights + [0.0] * (len(nodes) - len(v))
 
 
-def gaussian(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
+def gaussian(
+    predict: Predict,
+    t: float,
+    s: float,
+    nodes: Sequence[float],
+    tau2: float,
+    widths: tuple[float, float] = (1 / 20, 2.5),
+) -> tuple[float, list[float]]:
     """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, with the least expected error of Gaussian data.
 
     Where the data have the standard deviation d in some direction, the ODE leads a sample with end point d along
@@ -179,13 +186,13 @@ def gaussian(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2:
         x = hypot(alpha d, sigma),    x0 = alpha d^2 / hypot(alpha d, sigma),
 
     and an error at s becomes one of d / x(s) times its size at the end. The weights minimise the mean square of that
-    error over all d from sigma_data / 20 to 2.5 sigma_data, uniform in log d, and over a mean, of which x = alpha and
+    error over all d between `widths`, in units of sigma_data, uniform in log d, and over a mean, of which x = alpha and
     x0 = 1. Real data are Gaussians of many widths about means that are found on the way, so weights that are right for
     all of these at once are nearly right there. With small steps the order is the number of predictions, as that of a
     polynomial through them is; with large steps the weights stay moderate, and those of a polynomial do not.
     benchmarks/solver_search.py chose the widths. Neither end is singular. Of the ODE alone: tau2 is not used.
     """
-    std = predict.process.sigma_data * np.geomspace(1 / 20, 2.5, 32)
+    std = predict.process.sigma_data * np.geomspace(*widths, 32)
 
     def path(t: float) -> tuple[np.ndarray, np.ndarray]:
         alpha, sigma, _ = predict.level(t)
