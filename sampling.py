@@ -24,19 +24,28 @@ ModelFn = Callable[..., Tensor | tuple]
 
 # ---------------------------------------------------------------- time grids
 
-# name -> (sigma / alpha and sigma_data -> a variable u that falls with it, and the inverse); times are at equal steps
-# of u
-GRID_VARIABLES: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
+# (sigma / alpha, sigma_data) -> a variable u that rises from noise to data, and its inverse: (u, sigma_data) -> ratio
+Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
+
+
+def logistic(centre: float, scale: float) -> Variable:
+    """Equal shares of a logistic distribution of log(alpha / sigma).
+
+    Its centre is where sigma = centre sigma_data alpha. Finite at both ends.
+    """
+    return (
+        lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
+        lambda u, std: centre * std * (1 / u - 1) ** scale,
+    )
+
+
+# times are at equal steps of the variable
+GRID_VARIABLES: dict[str, Variable] = {
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
-    # equal shares of a logistic distribution of log(alpha / sigma) with scale 1.2, centred where
-    # sigma = 0.6 sigma_data alpha: dense where images form, between what `uniform` is for rf (scale 1) and log_snr
-    # (scale infinite); finite at both ends
-    'logistic': (
-        lambda ratio, std: 1 / (1 + (ratio / (0.6 * std)) ** (1 / 1.2)),
-        lambda u, std: 0.6 * std * (1 / u - 1) ** 1.2,
-    ),
+    # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
+    'logistic': logistic(centre=0.6, scale=1.1),
 }
 
 

@@ -1,0 +1,97 @@
+"""The search for the constants of the default solver and grid: the widths of `gaussian`, orders, and the grid's two.
+
+    python benchmarks/solver_search.py
+
+It tries the values of CHOICES one constant at a time, the others as they are in the repo, on eight mixtures of
+Gaussians of known solution; benchmarks/solvers.py judges the result on three others. For each choice and each number of
+evaluations it prints the median error over that of the repo's constants, as the geometric mean over the mixtures, and
+likewise the RMSE. Some two minutes on one core. It writes solver_search.json beside itself.
+"""
+
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+from oracle import random_mixture, ring  # noqa: E402
+
+import sampling  # noqa: E402
+from processes import RectifiedFlow  # noqa: E402
+from solvers import SOLVERS, Solver, gaussian, multistep  # noqa: E402
+
+NFE = (4, 6, 8, 10, 15, 20, 35)
+# the number of starts is as large as keeps the search short
+MIXTURES = [
+    (ring(6, 0.15), 200),
+    (ring(12, 0.05), 200),
+    (random_mixture(2, 6, seed=3), 200),
+    (random_mixture(4, 5, seed=17, scale=0.3, smallest=0.05, largest=0.3), 200),
+    (random_mixture(8, 8, seed=5, smallest=0.05), 200),
+    (random_mixture(16, 10, seed=13, scale=0.8, smallest=0.02, largest=0.3), 60),
+    (random_mixture(32, 12, seed=7), 60),
+    (random_mixture(48, 16, seed=11, scale=0.4, smallest=0.02, largest=0.5), 60),
+]
+REPO = dict(widths=(1 / 20, 2.5), order=4, corrector=4, centre=0.6, scale=1.1)
+CHOICES = {
+    'widths': [(1 / 100, 2.5), (1 / 40, 2.5), (1 / 10, 2.5), (1 / 20, 1.5), (1 / 20, 5.0)],
+    'order': [2, 3, 5],
+    'corrector': [0, 3, 5],
+    'centre': [0.4, 0.8],
+    'scale': [0.9, 1.0, 1.2, 1.4],
+}
+
+
+def errors(constants: dict, problems: list) -> dict[int, list[tuple[float, float]]]:
+    """NFE -> (median, RMSE) for each mixture; errors are distances per dimension to the exact end point."""
+    formula = partial(gaussian, widths=constants['widths'])
+    step = partial(multistep, formula=formula, order=constants['order'], corrector=constants['corrector'])
+    SOLVERS['tried'] = Solver(step, nfe=1, order=constants['order'], memory=6)
+    sampling.GRID_VARIABLES['tried'] = sampling.logistic(constants['centre'], constants['scale'])
+    sampling.TIME_GRIDS['tried'] = partial(sampling.equal_steps, 'tried')
+    found = {}
+    for nfe in NFE:
+        found[nfe] = []
+        for model_fn, x1, exact in problems:
+            x = sampling.sample(model_fn, RectifiedFlow(), x1, solver='tried', nfe=nfe, time_grid='tried')
+            squares = (x - exact).square().mean(1)
+            found[nfe].append((squares.sqrt().median().item(), squares.mean().sqrt().item()))
+    return found
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    problems = []
+    for mixture, n in MIXTURES:
+        model_fn = mixture.as_model('velocity', RectifiedFlow())
+        x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
+        exact = sampling.sample(model_fn, RectifiedFlow(), x1, solver='rk4', num_steps=250)
+        problems.append((model_fn, x1, exact))
+    usual, lines = errors(REPO, problems), []
+    print('| constant | median at ' + ' | '.join(map(str, NFE)) + ' | RMSE at ' + ' | '.join(map(str, NFE)) + ' |')
+    print('|---' * (2 * len(NFE) + 1) + '|')
+    for name, values in CHOICES.items():
+        for value in values:
+            found = errors(REPO | {name: value}, problems)
+            ratios = [
+                [
+                    math.exp(
+                        sum(math.log(a[i] / b[i]) for a, b in zip(found[n], usual[n], strict=True)) / len(MIXTURES)
+                    )
+                    for n in NFE
+                ]
+                for i in (0, 1)
+            ]
+            lines.append(dict(constant=name, value=value, nfe=NFE, median=ratios[0], rmse=ratios[1]))
+            print(f'| {name} {value} | ' + ' | '.join(f'{r:.2f}' for part in ratios for r in part) + ' |', flush=True)
+    path = Path(__file__).with_suffix('.json')
+    path.write_text(json.dumps(dict(repo=REPO, ratios=lines), indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
