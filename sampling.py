@@ -29,17 +29,13 @@ Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Te
 
 
 def logistic(centre: float, scale: float) -> Variable:
-    """Equal shares of a logistic distribution of log(alpha / sigma).
-
-    Its centre is where sigma = centre sigma_data alpha. Finite at both ends.
-    """
+    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha."""
     return (
         lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
         lambda u, std: centre * std * (1 / u - 1) ** scale,
     )
 
 
-# times are at equal steps of the variable
 GRID_VARIABLES: dict[str, Variable] = {
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
@@ -310,8 +306,7 @@ def sample(
     tensor of the shape of one item). Conditions that have none there, and labels that are not whole numbers, are the
     same in both. Or it compares with `guide_fn`, a second model. `guidance_interval` of t, `guidance_rescale`: see
     `guided`.
-    Neither label None nor null_label means anything to a network trained with label_dropout 0; only `get_sample_fn`,
-    which has the config, can refuse that.
+    Neither label None nor null_label suits a network trained with label_dropout 0; `get_sample_fn` refuses that.
     Raises SettingError for an unknown choice, for a singular end that the solver would touch, for conditions that are
     not (B, ...), and for guidance with nothing to leave out.
     """

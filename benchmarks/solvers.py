@@ -250,7 +250,8 @@ def main() -> None:
         parser.error(f'{arguments.problem!r} is not one of {", ".join(MIXTURES)}. Choose one, or give --checkpoint.')
     if arguments.frechet:
         network, _, config = load_for_sampling(arguments.checkpoint)
-        return frechet_table(network, config)
+        frechet_table(network, config)
+        return
     problem = problem_of(arguments.problem, arguments.checkpoint, arguments.samples)
     path = Path(__file__).with_suffix('.json')
     for nfe, mine, theirs in measure(problem, arguments.nfe):
