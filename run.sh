@@ -51,5 +51,5 @@ RUN_BEGAN=$(date +%s)
 export RUN_BEGAN # for --check, which tells how long the start takes
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings are of host names, which it does without
 code=0
-run_child "$python" -m runtime.launch "$script" "$@" || code=$?
+run_child "$python" -m runtime.start "$script" "$@" || code=$?
 exit "$code"

@@ -1,6 +1,4 @@
-"""The launcher that run.sh calls: torchrun, with one process per GPU or one on a CPU machine.
-
-    python -m runtime.launch script.py [flags]
+"""The launcher that run.sh calls, by runtime/start.py: torchrun, with one process per GPU or one on a CPU machine.
 
 NPROC: processes on this machine.
 MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
@@ -19,11 +17,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from runtime import command, machines, stopping
+from runtime import machines, stopping
 from runtime.machines import Place, whole_number
 from runtime.meeting import Alone, Meeting, Refused
 
@@ -247,8 +245,3 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
 def first_cause(codes: dict[int, int], reports: Path) -> str:
     """Why the run failed: a worker was killed, or else the first error reported. `codes`: rank -> exit code."""
     return min(causes(codes, reports))[1]
-
-
-if __name__ == '__main__':
-    sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
-    sys.exit(launch(sys.argv[1:]))

@@ -147,7 +147,7 @@ def test_two_hosts_stop_together_and_go_on_from_the_checkpoint_of_the_first(host
     assert wait_until(lambda: steps(folder) > done, 60), hosts.last('h1')
     said = hosts.log('h1').read_text()
     assert 'not all machines have the' in said and f'resuming {hosts.root}/ckpts/run at step {done}' in said
-    hosts.signal('h2', signal.SIGKILL, 'runtime.launch')
+    hosts.signal('h2', signal.SIGKILL, 'runtime.start')
     assert hosts.ends(30) == [1, 1] and re.match(r'machine 1 \(h2\) ', hosts.last('h1')), hosts.last('h1')
 
 
@@ -187,7 +187,7 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
     assert re.search('machine 0 at 10.78.0.1:29500 did not come in 8 s: .*(no answer|No route)', hosts.last('h2'))
     hosts.script('heal')
     hosts.both(env=by_address | dict(MASTER_PORT='29600'))
-    assert wait_until(lambda: hosts.processes('h2', 'runtime.launch'), 30)
+    assert wait_until(lambda: hosts.processes('h2', 'runtime.start'), 30)
     time.sleep(4)  # it meets the other, and its workers begin: there is nothing to save
     hosts.signal('h2', signal.SIGTERM)
     assert hosts.ends(40) == [75, 75] and not hosts.said('h2', 'Traceback')

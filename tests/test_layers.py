@@ -22,6 +22,7 @@ LAYERS = [
     'runtime.dry_run',
     'main',
     'generate evaluate compare prepare sweep runtime.launch',
+    'runtime.start',
 ]
 PLACE = {name: (i, k) for i, names in enumerate(LAYERS) for k, name in enumerate(names.split())}
 MATHS = 'processes prediction time_samplers loss_weights solvers sampling likelihood'.split()
