@@ -1,7 +1,7 @@
 #!/bin/sh
 # Lint, types and tests:  sh tests/run.sh [pytest args]     e.g. sh tests/run.sh tests/test_processes.py -k rf
 #                         sh tests/run.sh -m slow -n 2      what a run survives: whole runs, killed and stopped in
-#                                                           every way, two at a time (25 minutes)
+#                                                           every way, and clusters: two at a time, slow
 set -eu
 CDPATH= cd -- "$(dirname -- "$0")/.."
 REQUIREMENTS='requirements.txt tests/requirements.txt'
