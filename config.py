@@ -165,7 +165,7 @@ class Config:
     """Parts in which a global batch is drawn; a multiple of processes x accumulation_steps."""
     accumulation_steps: int = 1
     """Backward passes per optimizer step: more needs less memory."""
-    num_training_steps: int = 450
+    num_training_steps: int = 520
     """Optimizer steps."""
     max_bad_steps: int = 10
     """Steps in a row, each skipped, with a loss or gradient that is not finite, after which the run stops."""
@@ -193,17 +193,17 @@ class Config:
     """Decay per step of each moving average of the weights; the first is the one that is evaluated."""
 
     # ---------------------------------------------------------------- record (0: never, except at the end)
-    log_every: int = 25
+    log_every: int = 26
     """Steps between lines of the record."""
-    save_every: int = 50
+    save_every: int = 65
     """Steps between writes of last.pt."""
     keep_last: int = 2
     """Saves that are kept: last.pt, the one before it (last-1.pt), and so on."""
-    keep_every: int = 450
+    keep_every: int = 520
     """Steps between checkpoints that are kept as step_N.pt."""
-    sample_every: int = 150
+    sample_every: int = 260
     """Steps between sample grids."""
-    eval_every: int = 50
+    eval_every: int = 65
     """Steps between held-out losses."""
     eval_metrics_every: int = 0
     """Steps between comparisons of 1000 samples with the data, as at the end."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from config import Config, choose
 
+copy_, mul_, add_ = torch._foreach_copy_, torch._foreach_mul_, torch._foreach_add_  # pyright: ignore
 FUSED_DEVICES = ('cuda', 'cpu', 'mps', 'xpu')  # those for which torch has a fused AdamW
 
 
@@ -61,11 +62,11 @@ class Muon(AdamW):
                 self.state[p] |= dict(momentum=p.new_zeros(shape), step=torch.zeros(()))
         momenta = [self.state[p]['momentum'] for p in weights]
         new = torch.stack(momenta).lerp(gradients, (1 - self.momentum) * go)  # pyright: ignore[reportArgumentType]
-        torch._foreach_copy_(momenta, list(new))  # pyright: ignore[reportPrivateImportUsage]
-        updates = orthogonal(gradients.lerp(new, self.momentum)) * (0.2 * max(shape) ** 0.5)  # Nesterov's
-        for p, update in zip(weights, updates, strict=True):
-            p.mul_(1 - group['lr'] * group['weight_decay'] * go)
-            p.sub_(group['lr'] * go * update.view_as(p))
+        copy_(momenta, new.unbind())
+        size = 0.2 * max(shape) ** 0.5
+        updates = orthogonal(gradients.lerp(new, self.momentum)) * (-size * group['lr'] * go)  # Nesterov's
+        mul_(weights, 1 - group['lr'] * group['weight_decay'] * go)
+        add_(weights, [update.view_as(p) for p, update in zip(weights, updates.unbind(), strict=True)])
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -80,7 +81,8 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
     for _ in range(steps):
         xx = x @ x.mT
-        x = 3.4445 * x + (-4.775 * xx + 2.0315 * xx @ xx) @ x
+        polynomial = torch.baddbmm(xx, xx, xx, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
     return (x.mT if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
 
 
