@@ -151,6 +151,8 @@ def together(here: Place, about: dict[str, str], wait: int, arguments: list[str]
     finally:
         if meeting is not None:
             meeting.close()
+    for name in stopping.STOP_SIGNALS:  # it is decided: srun may end all tasks once the first has left with this code
+        signal.signal(name, signal.SIG_IGN)
     known = end is not None and (end.shown or not end.text)
     if text and not (known and cause == here.rank) and not (end and end.code == code == stopping.EXIT_STOPPED):
         print(text, file=sys.stderr, flush=True)
