@@ -165,7 +165,7 @@ class Config:
     """Parts in which a global batch is drawn; a multiple of processes x accumulation_steps."""
     accumulation_steps: int = 1
     """Backward passes per optimizer step: more needs less memory."""
-    num_training_steps: int = 520
+    num_training_steps: int = 500
     """Optimizer steps."""
     max_bad_steps: int = 10
     """Steps in a row, each skipped, with a loss or gradient that is not finite, after which the run stops."""
@@ -173,7 +173,7 @@ class Config:
     # ---------------------------------------------------------------- optimizer
     optimizer: str = 'muon'
     """Key of OPTIMIZERS in optimizers.py: adamw, or muon, which needs fewer steps, and a few times the base_lr."""
-    base_lr: float = 6e-3
+    base_lr: float = 4e-3
     """Learning rate after the warm-up."""
     min_lr: float = 0.0
     """Learning rate below which no schedule goes after the warm-up."""
@@ -193,17 +193,17 @@ class Config:
     """Decay per step of each moving average of the weights; the first is the one that is evaluated."""
 
     # ---------------------------------------------------------------- record (0: never, except at the end)
-    log_every: int = 26
+    log_every: int = 25
     """Steps between lines of the record."""
-    save_every: int = 65
+    save_every: int = 100
     """Steps between writes of last.pt."""
     keep_last: int = 2
     """Saves that are kept: last.pt, the one before it (last-1.pt), and so on."""
-    keep_every: int = 520
+    keep_every: int = 500
     """Steps between checkpoints that are kept as step_N.pt."""
-    sample_every: int = 260
+    sample_every: int = 250
     """Steps between sample grids."""
-    eval_every: int = 65
+    eval_every: int = 50
     """Steps between held-out losses."""
     eval_metrics_every: int = 0
     """Steps between comparisons of 1000 samples with the data, as at the end."""

@@ -1,0 +1,109 @@
+"""How the cost of training grows, as fitted exponents of log-log lines; and two processes against one of two threads.
+
+    python benchmarks/scaling.py              the exponents, benchmarks/scaling.png and scaling.json
+    python benchmarks/scaling.py --processes  images/s of two processes of one thread over one process of two
+
+Each line varies one thing by factors of two, and times all its sizes in turn. The slope is fitted to all its points:
+1 is proportional cost. Images are random; networks are small, as two CPU cores want them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.figure
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from interleaved import HERE, in_turn, write
+
+import pictures
+from config import Config
+from main import build
+
+ROOT, ROUNDS = HERE.parent, 5
+SMALL = dict(dataset='arrays', channels=16, global_batch_size=32, optimizer='adamw', wandb='disabled', keep_every=0)
+# what grows -> (its sizes, settings at a size, what is timed: a step, a save or 256 samples)
+LINES: dict[str, tuple[list[int], Callable[[int], dict[str, Any]], str]] = {
+    'batch, images': ([16, 32, 64, 128], lambda n: dict(global_batch_size=n), 'step'),
+    'width, channels': ([16, 32, 64, 128], lambda n: dict(channels=n, global_batch_size=16), 'step'),
+    'resolution, pixels a side': ([8, 16, 32, 64], lambda n: dict(side=n, global_batch_size=16), 'step'),
+    'data set, images': ([1000, 4000, 16000, 64000], lambda n: dict(images=n), 'step'),
+    'checkpoint: width, channels': ([32, 64, 128, 256], lambda n: dict(channels=n), 'save'),
+    'samples': ([32, 64, 128, 256], lambda n: dict(samples=n), 'draw'),
+}
+
+
+def data(folder: Path, images: int, side: int) -> Path:
+    path = folder / f'{images}x{side}.npz'
+    if not path.exists():
+        rng = np.random.default_rng(0)
+        np.savez(
+            path, images=rng.integers(0, 256, (images, side, side, 3), dtype=np.uint8), labels=np.arange(images) % 10
+        )
+    return path
+
+
+def way(folder: Path, name: str, timed: str, images: int = 1000, side: int = 8, samples: int = 0, **settings: Any):
+    """A trainer of these settings; what is timed of it, as a function without arguments."""
+    path = str(data(folder, images, side))
+    trainer = build(Config(**SMALL | settings, data_path=path, ckpt_dir=str(folder), experiment_name=name))
+    if timed == 'draw':
+        sampler, inputs = next(iter(trainer.samplers().values())), trainer.sample_inputs(samples)
+        return lambda: pictures.generate(trainer, sampler, trainer.network, inputs)
+    if timed == 'save':
+        return lambda: trainer.save(wait=True)
+    shards = trainer.shards()
+    return lambda: trainer.train_step(shards)
+
+
+def exponents() -> None:
+    figure = matplotlib.figure.Figure((7, 5))
+    axes, rows = figure.add_subplot(), []
+    print('| what grows | sizes | seconds | exponent |\n|---|---|---|---|')
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (name, (sizes, settings, timed)) in enumerate(LINES.items()):
+            ways = {str(n): way(Path(folder), f'line{i}_{n}', timed, **settings(n)) for n in sizes}
+            times = in_turn(ways, ROUNDS)
+            seconds = [median(times[str(n)]) for n in sizes]
+            slope = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+            rows.append(dict(line=name, timed=timed, sizes=sizes, seconds=seconds, exponent=slope))
+            shown = ', '.join(f'{s:.3g}' for s in seconds)
+            print(f'| {name} ({timed}) | {", ".join(map(str, sizes))} | {shown} | {slope:.2f} |', flush=True)
+            axes.loglog([n / sizes[0] for n in sizes], seconds, 'o-', label=f'{name} ({timed}): {slope:.2f}')
+    axes.set(xlabel='size, over the smallest', ylabel='seconds')
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / 'scaling.png', dpi=120)
+    write('scaling', rows)
+
+
+def processes(rounds: int = 3) -> None:
+    """Whole runs of run.sh, in turn; images/s are those of the record, after its first line."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(rounds):
+            for n in (1, 2) if i % 2 == 0 else (2, 1):
+                name = f'run{i}_{n}'
+                flags = f'--preset digits_long --num_training_steps 160 --log_every 20 --experiment_name {name}'
+                quiet = '--no_final_eval --no_final_pictures --eval_every 0 --sample_every 0 --wandb disabled'
+                command = ['sh', str(ROOT / 'run.sh'), *flags.split(), *quiet.split(), '--ckpt_dir', folder]
+                subprocess.run(command, check=True, capture_output=True, env=os.environ | dict(NPROC=str(n)))
+                lines = map(json.loads, Path(folder, name, 'metrics.jsonl').read_text().splitlines())
+                found = [line['train/images_per_second'] for line in lines if 'train/images_per_second' in line]
+                rates[n].append(median(found[1:]))
+                print(f'{n} process(es): {rates[n][-1]:.0f} images/s', flush=True)
+    print(f'two over one: {median(b / a for a, b in zip(rates[1], rates[2], strict=True)):.3f}')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
+    parser.add_argument('--processes', action='store_true')
+    processes() if parser.parse_args().processes else exponents()
