@@ -134,13 +134,23 @@ def class_defaults(config: Any) -> dict[str, Any]:
     return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
 
 
+def renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an older version saved, as they are now."""
+    settings = {'optimizer': 'adamw', **settings}  # there was no other
+    if isinstance(settings.get('image_size'), int):
+        settings['image_size'] = (settings['image_size'],)
+    if isinstance(settings.get('compile'), bool):
+        settings['compile'] = 'on' if settings['compile'] else 'off'
+    return settings
+
+
 def changes(saved: Mapping[str, Any], config: Any, only: Collection[str] | None = None) -> dict[str, tuple]:
     """Setting -> (saved, now) where the values (of `only`, if given) make these two configs different experiments.
 
     `saved` is `dataclasses.asdict` of the other config, perhaps after a trip through JSON (tuples are lists then).
     A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
     """
-    saved, now = class_defaults(config) | dict(saved), dataclasses.asdict(config)
+    saved, now = class_defaults(config) | renewed(saved), dataclasses.asdict(config)
     names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
     pairs = {name: (saved[name], now.get(name, 'absent')) for name in names}
 

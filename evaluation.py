@@ -23,6 +23,7 @@ from detectors import DETECTORS, MOST_PIXELS, features_of_data, usual
 from distances import compare
 from logging_utils import RunningMeans
 from loss_weights import pair_warning
+from optimizers import lr_warning
 from reference import levels, reference_errors
 from runtime import ranks, resume, stopping
 from runtime.ranks import print_once
@@ -190,7 +191,8 @@ def held_out(trainer: 'BaseDiffusionTrainer', rounds: int | None) -> Iterator[tu
 
 def rehearse(trainer: 'BaseDiffusionTrainer') -> None:
     """Before training: say what looks wrong, and try sampling and evaluation, so that they fail now or never."""
-    for warning in (batches.warning_of_scale(trainer), pair_warning(trainer.config, trainer.process)):
+    c = trainer.config
+    for warning in (batches.warning_of_scale(trainer), pair_warning(c, trainer.process), lr_warning(c)):
         if warning:
             print_once(f'warning: {warning}')
     resume.check_state(trainer)

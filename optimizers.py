@@ -109,6 +109,16 @@ def get_optimizer(config: Config, network: nn.Module) -> AdamW:
     return optimizer(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
 
 
+def lr_warning(config: Config) -> str | None:
+    """What is odd about the learning rate, and the remedy; None if nothing is."""
+    if config.optimizer != 'adamw' or config.base_lr <= 3e-3:
+        return None
+    return (
+        f"base_lr={config.base_lr:g}, optimizer='adamw': this is a learning rate for muon. AdamW usually wants 1e-3 or "
+        'less: pass --base_lr 1e-3.'
+    )
+
+
 def cosine(config: Config, step: int) -> float:
     progress = (step - config.warmup_steps) / (config.num_training_steps - config.warmup_steps)
     return config.min_lr + (config.base_lr - config.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from config import Config, SettingError
-from config_tools import differences
+from config_tools import differences, renewed
 from ema import posthoc_mixture
 from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS
@@ -104,7 +104,10 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
             ]
         if damaged is not None or odd:  # zip directory fields without a checksum that change how torch reads an entry
             raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
-        return renewed(torch.load(path, map_location=map_location, weights_only=True))
+        found = torch.load(path, map_location=map_location, weights_only=True)
+        if isinstance(found, dict) and isinstance(found.get('config'), dict):
+            found['config'] = renewed(found['config'])
+        return found
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -121,18 +124,6 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         raise DamagedCheckpoint(
             f'checkpoint {str(path)!r} is damaged ({error}). Use another .pt file of its folder.'
         ) from error
-
-
-def renewed(found: Any) -> Any:
-    """What was loaded, with settings of older versions as they are now."""
-    config = found.get('config') if isinstance(found, dict) else None
-    if isinstance(config, dict):
-        config.setdefault('optimizer', 'adamw')  # there was no other
-        if isinstance(config.get('image_size'), int):
-            config['image_size'] = (config['image_size'],)
-        if isinstance(config.get('compile'), bool):
-            config['compile'] = 'on' if config['compile'] else 'off'
-    return found
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def ratio(times: Mapping[str, list[float]], of: str, to: str) -> float:
 
 def write(name: str, rows: Any) -> None:
     """benchmarks/`name`.json: the rows, and what they were measured with."""
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, cwd=HERE).stdout
+    describe = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'
     about = dict(commit=commit.strip(), torch=torch.__version__, device=device, threads=torch.get_num_threads())
     (HERE / f'{name}.json').write_text(json.dumps(dict(about, rows=rows), indent=1) + '\n')

@@ -1,6 +1,6 @@
 """Cost and error of log_likelihood by its solvers, each against a converged run with the same probes.
 
-    python benchmarks/likelihood.py --checkpoint ckpts/digits/last.pt
+    python benchmarks/likelihood.py --checkpoint ckpts/digits_long/last.pt
 
 The converged run takes 60 steps of RK4. All solvers see the same 8 samples of the network and one fixed probe, so their
 differences are the solvers' own errors; the standard error of a single probe is estimated from 8 probes. Prints a table

@@ -2,8 +2,8 @@
 
     python benchmarks/loop.py
 
-The bare loop has the same network and precision, its data as tensors in memory, and does what nobody can leave out:
-noise, times, forward, squared error, backward, clipping, fused AdamW, and the moving averages by one foreach call.
+The bare loop has the same network, precision and optimizer, its data as tensors in memory, and does what nobody can
+leave out: noise, times, forward, squared error, backward, clipping, a step, and moving averages by one foreach call.
 Both train in turn, some steps each, in one process.
 """
 
@@ -22,13 +22,15 @@ from interleaved import in_turn, ratio, write
 
 from config import PRESETS, Config, SettingError
 from main import build
+from optimizers import get_optimizer
 
 ROUNDS = 15
 # name -> (settings, steps between the changes)
 CASES: dict[str, tuple[dict, int]] = {
     'digits, UNet': (PRESETS['digits'], 4),
+    'digits_long, UNet by AdamW': (PRESETS['digits_long'], 4),
     'digits, DiT': (PRESETS['digits_dit'], 4),
-    'fashion_mnist at 32x32, UNet': (PRESETS['fashion_mnist'] | dict(image_size=(32,), attention_resolutions=(8,)), 1),
+    'fashion_mnist, UNet': (PRESETS['fashion_mnist'], 1),
     'points in the plane, MLP': (PRESETS['toy2d'], 50),
 }
 
@@ -38,7 +40,7 @@ def bare_step(trainer) -> Callable[[], None]:
     c, network = trainer.config, copy.deepcopy(trainer.network).train()
     average = copy.deepcopy(network).requires_grad_(False)
     parameters, averaged = list(network.parameters()), list(average.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=c.base_lr, betas=c.adam_betas, fused=True)
+    optimizer = get_optimizer(c, network)
     images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
     data = trainer.encode(images)
     dtype = trainer.autocast_dtype

@@ -4,7 +4,7 @@
                                                     solvers need torchsde and einops alone)
     python benchmarks/solvers.py ring               a mixture of Gaussians with an exact model, in float64; also
                                                     anisotropic and held_out
-    python benchmarks/solvers.py digits --checkpoint ckpts/digits/last.pt
+    python benchmarks/solvers.py digits --checkpoint ckpts/digits_long/last.pt
                                                     a trained network, against its own converged samples
     python benchmarks/solvers.py ring --nfe 4 6     a part of the work: each of these takes minutes
 

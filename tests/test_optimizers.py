@@ -8,9 +8,19 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from config import Config, SettingError
+from config import PRESETS, Config, SettingError
 from networks import NETWORKS, get_network
-from optimizers import LR_SCHEDULES, Muon, clip_gradients, get_lr, get_optimizer, orthogonal, set_lr, step_if
+from optimizers import (
+    LR_SCHEDULES,
+    Muon,
+    clip_gradients,
+    get_lr,
+    get_optimizer,
+    lr_warning,
+    orthogonal,
+    set_lr,
+    step_if,
+)
 from optimizers import OPTIMIZERS as BY_NAME
 
 each_schedule = pytest.mark.parametrize('schedule', LR_SCHEDULES)
@@ -306,3 +316,13 @@ def test_clipping_returns_the_norm_before(max_norm, after):
     assert norm.ndim == 0 and norm.item() == pytest.approx(5)
     assert a.grad.item() == pytest.approx(3 * after / 5, rel=1e-5)
     assert b.grad.flatten().tolist() == pytest.approx([0, -4 * after / 5], rel=1e-5)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_no_preset_is_warned_of_its_learning_rate(preset):
+    assert lr_warning(Config(**PRESETS[preset])) is None
+
+
+def test_the_learning_rate_of_muon_is_too_high_for_adamw():
+    assert '--base_lr 1e-3' in (lr_warning(Config(optimizer='adamw')) or '')
+    assert lr_warning(Config(optimizer='adamw', base_lr=1e-3)) is None

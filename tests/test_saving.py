@@ -331,5 +331,6 @@ def test_the_config_of_a_checkpoint_leaves_out_what_a_subclass_added(tiny_config
 
 
 def test_a_setting_of_an_older_version_is_read_as_it_is_now(tmp_path):
-    saving.save(tmp_path / 'x.pt', config=dict(image_size=32, seed=3))
-    assert saving.load(tmp_path / 'x.pt') == dict(config=dict(image_size=(32,), seed=3))
+    saving.save(tmp_path / 'x.pt', config=dict(image_size=32, compile=True, seed=3))
+    now = dict(optimizer='adamw', image_size=(32,), compile='on', seed=3)
+    assert saving.load(tmp_path / 'x.pt') == dict(config=now)
