@@ -688,7 +688,7 @@ def test_check(tmp_path, nproc):
     for words in (
         '* base_lr = 0.0005',
         "  solver = 'adams'",
-        '727,649 parameters',
+        '382,249 parameters',
         's a step',
         'held out',
         'sample    adams',
@@ -697,7 +697,7 @@ def test_check(tmp_path, nproc):
         assert words in result.stdout, words
     for words in ('judge  ', ' s to start, ', ' s training, ', ' s for pictures, ', ' s for numbers'):
         assert words in result.stdout, words
-    for words in ('GB at most', 'hours', 'minutes at most (save_every=250)', 'checkpoints', 'GB are free', 'it runs'):
+    for words in ('GB at most', 'hours', 'minutes at most (save_every=100)', 'checkpoints', 'GB are free', 'it runs'):
         assert words in result.stdout, words
     assert seconds < 60
     report('check', nproc=nproc, seconds=seconds)
