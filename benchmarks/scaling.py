@@ -3,8 +3,9 @@
     python benchmarks/scaling.py              the exponents, benchmarks/scaling.png and scaling.json
     python benchmarks/scaling.py --processes  images/s of two processes of one thread over one process of two
 
-Each line varies one thing by factors of two, and times all its sizes in turn. The slope is fitted to all its points:
-1 is proportional cost. Images are random; networks are small, as two CPU cores want them.
+Each line varies one thing by factors of two, and times all its sizes in turn. The slope is fitted to all its points,
+and to the last two, where what every step costs counts less: 1 is proportional cost. Images are random; networks are
+small, as two CPU cores want them.
 """
 
 import argparse
@@ -65,24 +66,37 @@ def way(folder: Path, name: str, timed: str, images: int = 1000, side: int = 8, 
     return lambda: trainer.train_step(shards)
 
 
+def slope(sizes: list[int], seconds: list[float]) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
 def exponents() -> None:
-    figure = matplotlib.figure.Figure((7, 5))
-    axes, rows = figure.add_subplot(), []
-    print('| what grows | sizes | seconds | exponent |\n|---|---|---|---|')
+    rows: list[dict[str, Any]] = []
+    print('| what grows | sizes | seconds | exponent | of the last two |\n|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, (sizes, settings, timed)) in enumerate(LINES.items()):
             ways = {str(n): way(Path(folder), f'line{i}_{n}', timed, **settings(n)) for n in sizes}
             times = in_turn(ways, ROUNDS)
             seconds = [median(times[str(n)]) for n in sizes]
-            slope = float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-            rows.append(dict(line=name, timed=timed, sizes=sizes, seconds=seconds, exponent=slope))
+            whole, last = slope(sizes, seconds), slope(sizes[-2:], seconds[-2:])
+            rows.append(dict(line=name, timed=timed, sizes=sizes, seconds=seconds, exponent=whole, last=last))
             shown = ', '.join(f'{s:.3g}' for s in seconds)
-            print(f'| {name} ({timed}) | {", ".join(map(str, sizes))} | {shown} | {slope:.2f} |', flush=True)
-            axes.loglog([n / sizes[0] for n in sizes], seconds, 'o-', label=f'{name} ({timed}): {slope:.2f}')
-    axes.set(xlabel='size, over the smallest', ylabel='seconds')
-    axes.legend(fontsize=8)
-    figure.savefig(HERE / 'scaling.png', dpi=120)
+            print(
+                f'| {name} ({timed}) | {", ".join(map(str, sizes))} | {shown} | {whole:.2f} | {last:.2f} |', flush=True
+            )
+    draw(rows)
     write('scaling', rows)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    figure = matplotlib.figure.Figure((9, 5))
+    axes = figure.add_subplot()
+    for row in rows:
+        label = f'{row["line"]} ({row["timed"]}): {row["exponent"]:.2f}, {row["last"]:.2f}'
+        axes.loglog([n / row['sizes'][0] for n in row['sizes']], row['seconds'], 'o-', label=label)
+    axes.set(xlabel='size, over the smallest', ylabel='seconds')
+    axes.legend(title='exponent of all sizes, of the last two', loc='center left', bbox_to_anchor=(1.02, 0.5))
+    figure.savefig(HERE / 'scaling.png', dpi=120, bbox_inches='tight')
 
 
 def processes(rounds: int = 3) -> None:
