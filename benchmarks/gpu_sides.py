@@ -1,0 +1,155 @@
+"""What benchmarks/gpu.py times: our trainer, a bare loop, torchcfm's loop; on a GPU, or on toys where there is none."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data_utils
+import main
+import networks
+from config import PRESETS, Config
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device('cuda', 0) if GPU else torch.device('cpu')
+SIZE = 8192 if GPU else 256  # of square matrices
+IMAGES, SIDE, BATCH = (50_000, 32, 128) if GPU else (256, 8, 16)
+ROUND = 0.5 if GPU else 0.05  # seconds of training that each gets in a round
+ROUNDS = 5 if GPU else 2
+UNET = {} if GPU else dict(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=())
+DIT = dict(network='dit', dit_size='B') if GPU else dict(network='dit', dit_depth=1, dit_width=32, dit_heads=2)
+
+
+def wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(do: Callable[[], Any]) -> float:
+    wait()
+    began = time.perf_counter()
+    do()
+    wait()
+    return time.perf_counter() - began
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    """n smooth images uint8 with ten classes, of which each has a colour."""
+    generator = torch.Generator().manual_seed(n)
+    label = torch.arange(n) % 10
+    small = torch.rand(n, 3, 4, 4, generator=generator) * 0.5 + torch.rand(10, 3, 1, 1, generator=generator)[label] / 2
+    return (255 * nn.functional.interpolate(small, size=SIDE, mode='bilinear')).byte(), label
+
+
+class Run:
+    """A trainer of the cifar10 preset with these settings, and its steps."""
+
+    def __init__(self, folder: str, channels_last: bool = True, **settings: Any):
+        usual = PRESETS['cifar10'] | dict(global_batch_size=BATCH, wandb='disabled', compile='off', ckpt_dir=folder)
+        usual |= dict(num_training_steps=10**6, keep_every=0) | UNET
+        settings.setdefault('experiment_name', f'run{len(os.listdir(folder))}')
+        load = lambda config: (images(IMAGES), images(max(64, IMAGES // 5)))  # noqa: E731
+        spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=load, shape=(3, SIDE, SIDE))
+        with mock.patch.dict(data_utils.DATASETS, cifar10=spec):
+            self.trainer = main.build(Config(**(usual | settings)))
+        if not channels_last:
+            for network in (self.trainer.network, *self.trainer.ema.networks.values()):
+                network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        self.shards = self.trainer.shards()
+        self.batch = self.trainer.config.global_batch_size
+
+    def step(self) -> None:
+        self.trainer.train_step(self.shards)
+
+    def steps(self, n: int) -> None:
+        networks.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
+        for _ in range(n):
+            self.step()
+
+    def loss(self) -> float:
+        """The mean since this was last asked."""
+        loss = self.trainer.means.means()['train/loss']
+        self.trainer.means.clear()
+        return loss
+
+
+def in_turn(sides: dict[str, Callable[[int], Any]], per_step: dict[str, int]) -> dict[str, list[float]]:
+    """Name -> images/s in each round; a side takes n steps when called with n."""
+    n = {}
+    for name, steps in sides.items():
+        steps(3)
+        n[name] = max(1, int(ROUND / (seconds(lambda s=steps: s(2)) / 2)))
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, steps in sides.items():
+            rates[name].append(n[name] * per_step[name] / seconds(lambda s=steps, k=n[name]: s(k)))
+    return rates
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    return median(x / y for x, y in zip(a, b, strict=True))
+
+
+def bare_loop(run: Run) -> Callable[[int], None]:
+    """Steps with nothing but images in memory, forward, backward, clipping, AdamW and moving averages."""
+    trainer = run.trainer
+    model_fn = trainer.get_model_fn(trainer.network, train=True)
+    x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
+    label = torch.randint(0, 10, (len(x),), device=DEVICE)
+    parameters = list(trainer.network.parameters())
+    averages = [list(average.parameters()) for average in trainer.ema.networks.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def steps(n: int) -> None:
+        networks.set_precision(trainer.config.precision)
+        for i in range(n):
+            rows = slice(i % 4 * BATCH, (i % 4 + 1) * BATCH)
+            x0, x1, t = x[rows], torch.randn_like(x[rows]), torch.rand(BATCH, device=DEVICE)
+            s = t[:, None, None, None]
+            (model_fn((1 - s) * x0 + s * x1, t, label[rows]) - (x1 - x0)).square().mean().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                for average in averages:
+                    torch._foreach_lerp_(average, parameters, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
+
+    return steps
+
+
+def torchcfm_loop() -> Callable[[int], None]:
+    """The loop and network of torchcfm's CIFAR-10 example, with images in memory: Adam, clipping, an average that is
+    updated weight by weight, and torch's own precision."""
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher  # pyright: ignore[reportMissingImports]
+    from torchcfm.models.unet.unet import UNetModelWrapper  # pyright: ignore[reportMissingImports]
+
+    shape = dict(dim=(3, SIDE, SIDE), num_res_blocks=2, num_channels=128 if GPU else 32, num_heads=4)
+    shape |= dict(channel_mult=[1, 2, 2, 2] if GPU else [1, 2], num_head_channels=64, attention_resolutions='16')
+    network, average = (UNetModelWrapper(**shape, dropout=0.1).to(DEVICE) for _ in range(2))
+    optimizer, matcher = torch.optim.Adam(network.parameters(), lr=2e-4), ConditionalFlowMatcher(sigma=0.0)
+    x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
+
+    def steps(n: int) -> None:
+        networks.set_precision('tf32')  # convolutions have it by default; here products of matrices too
+        for i in range(n):
+            optimizer.zero_grad()
+            x1 = x[i % 4 * BATCH : (i % 4 + 1) * BATCH]
+            t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+            (network(t, xt) - ut).square().mean().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for mine, other in zip(average.parameters(), network.parameters(), strict=True):
+                    mine.copy_(0.9999 * mine + 0.0001 * other)
+
+    return steps
