@@ -52,6 +52,14 @@ class Level(NamedTuple):
     half_log_snr: float  # l above; infinite at an end where alpha or sigma is 0
 
 
+class Reached(NamedTuple):
+    """What an adaptive solver hands to the step that goes on from x."""
+
+    x: Tensor  # (B, ...)
+    velocity: Tensor  # (B, ...), there
+    step: Tensor  # scalar, in t
+
+
 class Predict:
     """`predict(x, t, s=None)`: the network, guided, at x (B, ...) and time t of `process`, as a Prediction.
 
@@ -59,7 +67,8 @@ class Predict:
     condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
     by the step x + (s - t) predict(x, t, s).velocity.
     `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
-    `steps_left` is the number of steps to the end, this one included, as far as it is known.
+    `steps_left` is the number of steps to the end, this one included, as far as it is known. `reached` is what an
+    adaptive solver knows from the step before.
     """
 
     def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
@@ -67,6 +76,7 @@ class Predict:
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.levels: dict[float, Level] = {}
+        self.reached: Reached | None = None
 
     def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
         prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)
@@ -130,16 +140,31 @@ def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor
 def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
     """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq).
 
-    That is 20 evaluations or more. The error is a mean over the batch.
+    The error is a mean over the batch. The last evaluation, at s, is the first of the step that goes on from there, and
+    that step begins with the step size that was reached here (Hairer et al. 1993, section II.4).
     """
     from torchdiffeq import odeint
 
-    def velocity(time: Tensor, x: Tensor) -> Tensor:
-        return predict(x, time.item()).velocity
-
+    reached = predict.reached if predict.reached is not None and predict.reached.x is x else None
+    first = None if reached is None else reached.velocity
     times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
-    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=within(times))
-    return cast(Tensor, path)[-1]
+    options = within(times) | ({} if reached is None else dict(first_step=reached.step))
+    last, size = x, options['first_step']
+
+    def velocity(time: Tensor, x: Tensor) -> Tensor:
+        nonlocal first, last
+        last, first = predict(x, time.item()).velocity if first is None else first, None
+        return last
+
+    def remember_size(time: Tensor, x: Tensor, step: Tensor) -> None:
+        nonlocal size
+        size = step  # as it was meant, before the end at s cuts it short
+
+    velocity.callback_step = remember_size  # torchdiffeq calls it before each attempt
+    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=options)
+    end = cast(Tensor, path)[-1]
+    predict.reached = Reached(end, last, size)
+    return end
 
 
 def within(times: Tensor) -> dict[str, Tensor]:
