@@ -41,7 +41,7 @@ GRID_VARIABLES: dict[str, Variable] = {
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
     # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
-    'logistic': logistic(centre=0.6, scale=1.1),
+    'logistic': logistic(centre=0.6, scale=1.2),
 }
 
 

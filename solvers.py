@@ -12,7 +12,7 @@ noise that is in xt by e^-eta and draws the rest anew,
 
 which stays finite where w does not: at both ends of every process.
 
-Below, l = log(alpha / sigma) is half the log-SNR.
+Below, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between data and noise.
 A solver's cost is counted in network evaluations (NFE). Of papers of one year, Song et al. 2021 is on score SDEs and
 2021a on DDIM, Lu et al. 2022 on DPM-Solver and 2022b on DPM-Solver++.
 """
@@ -52,6 +52,14 @@ class Level(NamedTuple):
     half_log_snr: float  # l above; infinite at an end where alpha or sigma is 0
 
 
+class Reached(NamedTuple):
+    """What an adaptive solver hands to the step that goes on from x."""
+
+    x: Tensor  # (B, ...)
+    velocity: Tensor  # (B, ...), there
+    step: Tensor  # scalar, in t
+
+
 class Predict:
     """`predict(x, t, s=None)`: the network, guided, at x (B, ...) and time t of `process`, as a Prediction.
 
@@ -59,7 +67,8 @@ class Predict:
     condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
     by the step x + (s - t) predict(x, t, s).velocity.
     `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
-    `steps_left` is the number of steps to the end, this one included, as far as it is known.
+    `steps_left` is the number of steps to the end, this one included, as far as it is known. `reached` is what an
+    adaptive solver knows from the step before.
     """
 
     def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
@@ -67,6 +76,7 @@ class Predict:
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.levels: dict[float, Level] = {}
+        self.reached: Reached | None = None
 
     def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
         prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)
@@ -90,7 +100,7 @@ class Solver:
     step: StepFn
     nfe: int | None  # network evaluations per step; None: it depends
     # The error is O(h^order) in the step h, of an SDE in distribution. This is the global order: the first steps of a
-    # multistep method are of lower order.
+    # multistep method, and the last ones with `taper`, are of lower order.
     order: int
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
@@ -130,16 +140,31 @@ def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor
 def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
     """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq).
 
-    That is 20 evaluations or more. The error is a mean over the batch.
+    The error is a mean over the batch. The last evaluation, at s, is the first of the step that goes on from there, and
+    that step begins with the step size that was reached here (Hairer et al. 1993, section II.4).
     """
     from torchdiffeq import odeint
 
-    def velocity(time: Tensor, x: Tensor) -> Tensor:
-        return predict(x, time.item()).velocity
-
+    reached = predict.reached if predict.reached is not None and predict.reached.x is x else None
+    first = None if reached is None else reached.velocity
     times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
-    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=within(times))
-    return cast(Tensor, path)[-1]
+    options = within(times) | ({} if reached is None else dict(first_step=reached.step))
+    last, size = x, options['first_step']
+
+    def velocity(time: Tensor, x: Tensor) -> Tensor:
+        nonlocal first, last
+        last, first = predict(x, time.item()).velocity if first is None else first, None
+        return last
+
+    def remember_size(time: Tensor, x: Tensor, step: Tensor) -> None:
+        nonlocal size
+        size = step  # as it was meant, before the end at s cuts it short
+
+    velocity.callback_step = remember_size  # torchdiffeq calls it before each attempt
+    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=options)
+    end = cast(Tensor, path)[-1]
+    predict.reached = Reached(end, last, size)
+    return end
 
 
 def within(times: Tensor) -> dict[str, Tensor]:
@@ -171,40 +196,23 @@ def exponential(predict: Predict, t: float, s: float, nodes: Sequence[float], ta
     return there.sigma / here.sigma * shrinkage(predict, t, s, tau2), weights + [0.0] * (len(nodes) - len(v))
 
 
-def gaussian(
-    predict: Predict,
-    t: float,
-    s: float,
-    nodes: Sequence[float],
-    tau2: float,
-    widths: tuple[float, float] = (1 / 20, 2.5),
-) -> tuple[float, list[float]]:
-    """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, with the least expected error of Gaussian data.
+def angular(predict: Predict, t: float, s: float, nodes: Sequence[float], tau2: float) -> tuple[float, list[float]]:
+    """(a, b) of x(s) = a x(t) + sum_j b_j v_j, exact for a v / n that is a polynomial in the angle theta.
 
-    Where the data have the standard deviation d in some direction, the ODE leads a sample with end point d along
-
-        x = hypot(alpha d, sigma),    x0 = alpha d^2 / hypot(alpha d, sigma),
-
-    and an error at s becomes one of d / x(s) times its size at the end. The weights minimise the mean square of that
-    error over all d between `widths`, in units of sigma_data, uniform in log d, and over a mean, of which x = alpha and
-    x0 = 1. Real data are Gaussians of many widths about means that are found on the way, so weights that are right for
-    all of these at once are nearly right there. With small steps the order is the number of predictions, as that of a
-    polynomial through them is; with large steps the weights stay moderate, and those of a polynomial do not.
-    benchmarks/solver_search.py chose the widths. Neither end is singular. Of the ODE alone: tau2 is not used.
+    The polynomial goes through the values of v / n at the times `nodes`. With n = sqrt(alpha^2 + sigma^2) any process
+    turns, from noise to data, by d(x / n) / dtheta = v / n (Salimans and Ho 2022, appendix D).
+    Neither end is singular: theta runs from pi / 2 to 0, and v is bounded. Of the ODE alone: tau2 is not used.
     """
-    std = predict.process.sigma_data * np.geomspace(*widths, 32)
 
-    def path(t: float) -> tuple[np.ndarray, np.ndarray]:
+    def angle_and_length(t: float) -> tuple[float, float]:
         alpha, sigma, _ = predict.level(t)
-        x = np.hypot(alpha * std, sigma)
-        return np.append(x, alpha), np.append(alpha * std**2 / x, 1.0)
+        return math.atan2(sigma, alpha), math.hypot(sigma, alpha)
 
-    target, _ = path(s)
-    at_the_end = np.append(std, 1.0) / target
-    columns = np.stack([path(t)[0], *(path(node)[1] for node in nodes)], 1) * at_the_end[:, None]
-    unit = np.linalg.norm(columns, axis=0)  # for the condition of the system
-    a, *b = np.linalg.lstsq(columns / unit, target * at_the_end, rcond=None)[0] / unit
-    return a, b
+    (start, length), (end, length_s) = angle_and_length(t), angle_and_length(s)
+    angles, lengths = zip(*map(angle_and_length, nodes), strict=True)
+    moments = np.array([(end - start) ** (k + 1) / (k + 1) for k in range(len(nodes))])
+    weights = weights_of([angle - start for angle in angles], moments)
+    return length_s / length, [length_s / n * w for w, n in zip(weights, lengths, strict=True)]
 
 
 def weights_of(nodes: Sequence[float], moments: np.ndarray) -> list[float]:
@@ -222,30 +230,34 @@ def multistep(
     noise: Noise,
     *,
     formula: Callable,
+    given: str,
     order: int,
-    corrector: int = 0,
+    corrector: bool = False,
+    taper: bool = False,
     stochastic: bool = False,
 ) -> Tensor:
-    """Adams' method with the weights of `formula`, on the last `order` predictions of x0; one evaluation a step.
+    """Adams' method on the prediction type `given`, with the weights of `formula`; one evaluation a step.
 
-    The first steps have no past and are of lower order. With a corrector, x at t is first corrected: the step that led
-    there is made once more, by a formula of `corrector` predictions, of which the first is the one now computed at t
-    (Zhao et al. 2023, algorithm 1).
+    The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change
+    fastest. With a corrector, x at t is first corrected by a formula that includes the prediction now computed at t
+    (Zhao et al. 2023, algorithm 1); that raises the order by one.
     """
+
+    def order_of(steps_left: int) -> int:
+        return min(order, steps_left + 1) if taper else order
+
     past = list(predict.past)
     here = predict(x, t)
-    times, values = [t, *(time for time, _ in past)], [p.x0 for p in (here, *(p for _, p in past))]
+    times, values = [t, *(time for time, _ in past)], [getattr(p, given) for p in (here, *(p for _, p in past))]
     if corrector and past:
         before = times[1]
-        old_scale, old_weights = formula(predict, before, t, times[1 : 1 + order], 0.0)
-        new_scale, new_weights = formula(predict, before, t, times[:corrector], 0.0)
-        ratio = new_scale / old_scale
-        change = np.zeros(len(times))
-        change[: len(new_weights)] += new_weights
-        change[1 : 1 + len(old_weights)] -= ratio * np.array(old_weights)
-        x = ratio * x + weighted_sum(change.tolist(), values)
+        _, predicted = formula(predict, before, t, times[1 : 1 + order_of(predict.steps_left + 1)], 0.0)
+        _, change = formula(predict, before, t, times[: order + 1], 0.0)
+        for i, weight in enumerate(predicted, 1):
+            change[i] -= weight
+        x = x + weighted_sum(change, values)
     tau2 = relative_noise(predict, t, s, noise) if stochastic else 0.0
-    scale, weights = formula(predict, t, s, times[:order], tau2)
+    scale, weights = formula(predict, t, s, times[: order_of(predict.steps_left)], tau2)
     x = scale * x + weighted_sum(weights, values)
     return x + fresh_noise(x, predict, t, s, tau2) if stochastic else x
 
@@ -298,7 +310,9 @@ def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise
 
 # ---------------------------------------------------------------- tables
 
-ddim = partial(multistep, formula=exponential, order=1)  # Song et al. 2021a, eq. 12 with sigma = 0, for any process
+ddim = partial(
+    multistep, formula=exponential, given='x0', order=1
+)  # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 
 SOLVERS: dict[str, Solver] = {
     'euler': Solver(euler, nfe=1, order=1),
@@ -308,16 +322,20 @@ SOLVERS: dict[str, Solver] = {
     'dopri5': Solver(dopri5, nfe=None, order=5),
     'ddim': Solver(ddim, nfe=1, order=1),
     # Lu et al. 2022b, algorithm 2 with exact integrals, and its third order
-    'dpmpp_2m': Solver(partial(multistep, formula=exponential, order=2), nfe=1, order=2, memory=1),
-    'dpmpp_3m': Solver(partial(multistep, formula=exponential, order=3), nfe=1, order=3, memory=2),
+    'dpmpp_2m': Solver(partial(multistep, formula=exponential, given='x0', order=2), nfe=1, order=2, memory=1),
+    'dpmpp_3m': Solver(partial(multistep, formula=exponential, given='x0', order=3), nfe=1, order=3, memory=2),
     # Zhao et al. 2023, p = 3 with exact integrals
-    'unipc': Solver(partial(multistep, formula=exponential, order=3, corrector=4), nfe=1, order=4, memory=3),
-    # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1), with other weights
-    'adams': Solver(partial(multistep, formula=gaussian, order=4, corrector=4), nfe=1, order=4, memory=4),
+    'unipc': Solver(
+        partial(multistep, formula=exponential, given='x0', order=3, corrector=True), nfe=1, order=4, memory=3
+    ),
+    # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
+    'adams': Solver(
+        partial(multistep, formula=angular, given='v', order=4, corrector=True, taper=True), nfe=1, order=5, memory=4
+    ),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for other noise than the natural
     'sde_dpmpp_2m': Solver(
-        partial(multistep, formula=exponential, order=2, stochastic=True),
+        partial(multistep, formula=exponential, given='x0', order=2, stochastic=True),
         nfe=1,
         order=2,
         stochastic=True,

@@ -25,7 +25,7 @@ EQUAL = {
     'log_snr': torch.log,
     'edm': lambda ratio: ratio ** (1 / 7),
     'cosine': torch.atan,
-    'logistic': lambda ratio: 1 / (1 + (ratio / 0.3) ** (-1 / 1.1)),
+    'logistic': lambda ratio: 1 / (1 + (ratio / 0.3) ** (-1 / 1.2)),
 }
 
 
