@@ -46,11 +46,10 @@ def concat(bundles: Sequence[Bundle]) -> Bundle:
 
 def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: str) -> Any:
     """Like values[0], with `fn` of the tensors at the same place in all of `values` where it has a tensor."""
-    first, children = values[0], [_children(value) for value in values]
-    if any(
-        isinstance(value, Tensor) != isinstance(first, Tensor) or inside.keys() != children[0].keys()
-        for value, inside in zip(values, children, strict=True)
-    ):
+    first = values[0]
+    alike = [isinstance(value, Tensor) == isinstance(first, Tensor) for value in values]
+    children = [] if isinstance(first, Tensor) else [_children(value) for value in values]
+    if not all(alike) or any(inside.keys() != children[0].keys() for inside in children):
         raise ValueError(f'{name} must hold the same tensors (keys, number of items) in all parts that are joined')
     if isinstance(first, Tensor):
         return fn(values)
