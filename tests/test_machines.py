@@ -287,9 +287,30 @@ def test_a_machine_may_leave_and_come_again_before_the_start(meet):
     assert both(*(lambda each=each: each.settle(0) for each in (first, second, third))) == [(0, 0, '')] * 3
 
 
+def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet, monkeypatch):
+    """A second run on the same hosts that was left the usual MASTER_PORT, and one from a host of another name."""
+    first, second = meet(0), meet(1)
+    assert both(first.gather, second.gather) == [True, True]
+    with pytest.raises(Refused, match=r"(?s)'other\.py' on 1 .*A run has begun there.*another MASTER_PORT"):
+        meet(1, about={'command': 'other.py'}).gather()
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'another')
+    with pytest.raises(Refused, match=r'NODE_RANK=1 was given on both .* and another'):
+        meet(1).gather()
+    assert both(lambda: first.settle(0), lambda: second.settle(0)) == [(0, 0, '')] * 2
+
+
+def test_a_launcher_whose_thread_has_failed_does_not_wait(meet, monkeypatch):
+    monkeypatch.setattr(threading, 'excepthook', lambda failure: None)
+    monkeypatch.setattr(Meeting, 'react', lambda self: 1 / 0)
+    with pytest.raises(RuntimeError, match='its error is above'):
+        meet(0).gather()
+
+
 def test_strangers_at_the_port_disturb_nobody(meet):
     first = meet(0)
-    strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(3)]
+    strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(5)]
+    strangers[2].sendall(b'[' * 60000 + b'\n')
+    strangers[3].sendall(b'{"rank": 1, "about": 7, "hello": true, "row": {"host": "h", "order": [9, 0]}}\n')
     strangers[0].sendall(b'GET / HTTP/1.0\r\n\r\n')
     strangers[1].sendall(b'{"rank": 1, "row": 7}\n{"rank": "x"}\n')
     second = meet(1)
