@@ -133,7 +133,10 @@ class Meeting:
         if self.place.rank == 0:
             self.listener = listen(self.place.port)
         else:
-            self.address = address_of(self.place.first)
+            try:
+                self.address = address_of(self.place.first)
+            except ValueError as error:
+                raise Refused(str(error)) from None
         self.thread = threading.Thread(target=self.talk, daemon=True)
         self.thread.start()
 
@@ -186,10 +189,13 @@ class Meeting:
         rows[self.place.rank] = self.me
         return verdict(rows)
 
-    def tell(self, code: int) -> None:
-        """Tell the others, with the last word, how it ends here."""
+    def tell(self, code: int, seconds: float = 0) -> None:
+        """Tell the others how it ends here, with the last word. Wait `seconds` at most for those that come just now."""
         self.watching = False
         self.me = Row(self.me.host, code)
+        end = time.monotonic() + seconds
+        while None in self.table.rows and self.thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Leave, once what there is to say has been said."""

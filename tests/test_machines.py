@@ -185,7 +185,7 @@ def test_a_lost_connection_is_no_cause(tmp_path):
     texts = ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer', 'KeyError: broken']
     for rank, text in enumerate(texts):
         (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=text)))
-    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
+    assert min(launch.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     assert [order for order, _ in sorted(launch.causes({0: 1}, tmp_path))] == [(1, 2.0), (2, 1.0), (3, 0.0)]
 
 
@@ -369,6 +369,104 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
     assert not wait_until((first.reports / 'give_up').exists, 0.5)
     assert wait_until((first.reports / 'give_up').exists, 5)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
+
+
+# ---------------------------------------------------------------- the launcher around it
+
+
+@pytest.fixture
+def torchrun(monkeypatch, tmp_path):
+    """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(...)` is `together` on machine 0,
+    with a Meeting of machine 1 beside it: the code, and the verdict of machine 1."""
+    from torch.distributed import run
+
+    def instead(do):
+        monkeypatch.setattr(run, 'main', do)
+
+    def launch_both(meet):
+        place, ends = Place(2, 0, '127.0.0.1', meet.port), []
+
+        def second():
+            there = meet(1)
+            there.gather()
+            ends.append(there.settle(0))
+
+        beside = threading.Thread(target=second)
+        beside.start()
+        code = launch.together(place, {'command': 'main.py'}, 20, ['main.py'], tmp_path)
+        beside.join(20)
+        return code, *ends
+
+    before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+    monkeypatch.setattr(launch, 'stops', [])
+    monkeypatch.setattr(machines, 'use_interface', lambda address: None)
+    instead.launch = launch_both
+    yield instead
+    [signal.signal(name, handler) for name, handler in before.items()]
+
+
+def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun, capsys):
+    """Its store that cannot be reached, say; a ValueError is not taken for a wrong setting."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    def fails(arguments):
+        settings = config_from_args(parse_args(arguments))[0]
+        assert int(settings.rdzv_configs['timeout']) == launch.STORE_WAIT and settings.rdzv_configs['rank'] == 0
+        raise ValueError('no such store')
+
+    torchrun(fails)
+    said = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
+    assert torchrun.launch(meet) == (1, (1, 0, said))
+
+
+def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, capsys):
+    torchrun(lambda arguments: None)
+    assert torchrun.launch(meet) == (0, (0, 0, ''))
+    assert 'main.py ended without a run: it has to call main()' in capsys.readouterr().err
+
+
+def test_a_stop_while_a_refused_launcher_leaves_changes_nothing(meet, torchrun, tmp_path, monkeypatch, capsys):
+    def refuse(self):
+        raise Refused('not alike')
+
+    close = Meeting.close
+    monkeypatch.setattr(Meeting, 'gather', refuse)
+    monkeypatch.setattr(Meeting, 'close', lambda self: (os.kill(os.getpid(), signal.SIGTERM), close(self)))
+    assert launch.together(Place(2, 0, '', meet.port), {}, 20, ['main.py'], tmp_path) == stopping.EXIT_BAD_SETTING
+    assert capsys.readouterr().err == 'not alike\n'
+
+
+def test_a_stop_between_two_attempts_is_obeyed(meet, torchrun, tmp_path, capsys):
+    began = []
+
+    def fails(arguments):
+        began.append(1)
+        raise RuntimeError
+
+    def attempt():
+        code = launch.alone(['--standalone', 'main.py'], tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return code
+
+    torchrun(fails)
+    assert launch.repeat(3, attempt) == stopping.EXIT_STOPPED and began == [1]
+    heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
+    assert torchrun.launch(meet) == (75, heard) and began == [1]  # on several machines the others hear of it
+    assert 'starting again' in capsys.readouterr().err
+
+
+def test_machines_that_do_not_come_are_waited_for_once_and_again_after_a_failure():
+    ends = iter([Alone('1'), 0])
+
+    def attempt():
+        end = next(ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    assert launch.repeat(3, attempt) == 1
+    ends = iter([1, Alone('2'), 0])
+    assert launch.repeat(3, attempt) == 0
 
 
 def test_a_worker_ends_when_its_launcher_says_so(tmp_path):
