@@ -16,6 +16,7 @@ from conftest import ROOT, wait_until
 from runtime import launch, machines, meeting, stopping
 from runtime.machines import Place
 from runtime.meeting import Alone, Meeting, Refused, Row, Table, verdict
+from runtime.start import start
 
 STEP = dict(
     SLURM_JOB_ID='41',
@@ -46,6 +47,22 @@ STEP = dict(
 )
 def test_the_place_of_a_machine(env, place):
     assert machines.place(env) == place
+    assert machines.several(env) == (place.machines > 1)
+
+
+def test_a_wrong_flag_waits_for_the_meeting_of_several_machines(monkeypatch):
+    """A launcher that ends before it meets the others would leave them waiting for it."""
+    monkeypatch.setattr(sys, 'argv', [])
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
+    monkeypatch.setattr(sys, 'stderr', sys.stderr)
+    monkeypatch.setattr(launch, 'launch', lambda argv: argv)
+    monkeypatch.delenv('SLURM_STEP_NUM_NODES', raising=False)
+    monkeypatch.setenv('NNODES', '2')
+    assert start('main.py', '--base_lr', 'x') == ['main.py', '--base_lr', 'x']
+    monkeypatch.setenv('NNODES', '1')
+    with pytest.raises(SystemExit) as error:
+        start('main.py', '--base_lr', 'x')
+    assert error.value.code == stopping.EXIT_BAD_SETTING
 
 
 def test_two_steps_that_share_a_node_meet_at_two_ports():
