@@ -32,6 +32,7 @@ def main(
 
     def work() -> None:
         nonlocal config
+        import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
         from runtime import run_folder, run_record
 
         run_record.refuse_unlike(config)

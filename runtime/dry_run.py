@@ -32,7 +32,9 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     disk.
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        raise SettingError('check=True: this tries one machine. Run it on one of them, without TORCHRUN_ARGS.')
+        raise SettingError(
+            'check=True: this tries one machine. Run it on one of them, without NNODES and TORCHRUN_ARGS.'
+        )
     ranks.setup()
     usual = baseline(config)
     settings = (f'{"*" if value != usual[name] else " "} {name} = {value!r}' for name, value in vars(config).items())

@@ -27,6 +27,7 @@ from runtime.meeting import Alone, Meeting, Refused
 
 # Exit codes of workers that have said why they end.
 SAID = (stopping.EXIT_BAD_SETTING, stopping.EXIT_NOT_FINITE, stopping.EXIT_STOPPED)
+STORE_WAIT = 120  # seconds in which torchrun's store on machine 0 must be reached; the launchers have met by then
 TOLD = 'runtime.stopping.RankFailed'  # the error of a rank that only heard of the failure of another
 
 
@@ -103,56 +104,80 @@ def processes(here: Place, gpus: int) -> int:
 
 def repeat(restarts: int, attempt: Callable[[], int]) -> int:
     """The exit code of the last of `restarts` + 1 attempts, or of the first that did not fail."""
-    code = attempt()
-    for restart in range(restarts):
+    code = 1
+    for restart in range(restarts + 1):
+        if restart:
+            text = f'starting again from the last checkpoint ({restart} of {restarts} restarts)'
+            print(text, file=sys.stderr, flush=True)
+        try:
+            code = attempt()
+        except Alone as error:
+            print(error, file=sys.stderr, flush=True)
+            if not restart:  # nothing has run that could go on
+                break
         if code in (0, *SAID):
             break
-        text = f'starting again from the last checkpoint ({restart + 1} of {restarts} restarts)'
-        print(text, file=sys.stderr, flush=True)
-        code = attempt()
     return code
+
+
+stops: list[int] = []  # stop signals that came when no workers ran: between two attempts, or after the last
+
+
+def note_stop(signum: int, frame: Any) -> None:
+    stops.append(signum)
+
+
+def on_stop(handler: Any) -> None:
+    for name in stopping.STOP_SIGNALS:
+        signal.signal(name, handler)
 
 
 def alone(arguments: list[str], reports: Path) -> int:
     """The exit code of torchrun with these arguments. Prints the cause, last."""
     end = run_workers(arguments, reports)
+    on_stop(note_stop)
     if end.text and not end.shown:
         print(end.text, file=sys.stderr, flush=True)
     return end.code
 
 
 def together(here: Place, about: dict[str, str], wait: int, arguments: list[str], reports: Path) -> int:
-    """`alone`, at the same time on all machines of `here`: the exit code that they agree on. Prints the cause, last."""
+    """`alone`, at the same time on all machines of `here`: the exit code that they agree on. Prints the cause, last.
+
+    Raises Alone if not all of them came.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException, api
 
-    for name in stopping.STOP_SIGNALS:
-        signal.signal(name, api._terminate_process_handler)  # as torchrun does once it has workers
+    on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
     meeting, end = None, None
     try:
         meeting = Meeting(here, about, reports, wait)
-        if meeting.gather():
+        if stops:
+            meeting.tell(stopping.EXIT_STOPPED, 20)
+            end = End(stopping.EXIT_STOPPED)
+        elif meeting.gather():
             machines.use_interface(meeting.my_address)
             first = meeting.address or meeting.my_address
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}']
             flags += [f'--master-addr={first}', f'--master-port={meeting.table.port}']
+            flags += [f'--rdzv-conf=timeout={STORE_WAIT}']
             end = run_workers([*flags, *arguments], reports)
         else:
             end = End(stopping.EXIT_STOPPED)  # as another machine was asked to
         code, cause, text = meeting.settle(end.code, end.text, end.order)
-    except (Refused, ValueError) as error:
+    except Refused as error:
         code, cause, text = stopping.EXIT_BAD_SETTING, -1, str(error)
-    except Alone as error:
-        code, cause, text = 1, -1, str(error)
     except SignalException:  # before there were workers, or after
         code, cause, text = end.code if end else stopping.EXIT_STOPPED, -1, ''
         code = code if code in (0, *SAID) else stopping.EXIT_STOPPED
         if meeting is not None:
             meeting.tell(code)
     finally:
+        on_stop(note_stop)  # it is decided: srun may end all tasks once the first has left with this code
         if meeting is not None:
             meeting.close()
-    for name in stopping.STOP_SIGNALS:  # it is decided: srun may end all tasks once the first has left with this code
-        signal.signal(name, signal.SIG_IGN)
+    if code == 0 and end is not None and end.text:
+        print(end.text, file=sys.stderr, flush=True)
     known = end is not None and (end.shown or not end.text)
     if text and not (known and cause == here.rank) and not (end and end.code == code == stopping.EXIT_STOPPED):
         print(text, file=sys.stderr, flush=True)
@@ -195,7 +220,7 @@ def patch_signal_handler() -> None:
 
 def run_workers(arguments: list[str], reports: Path) -> End:
     """torchrun with these arguments, to the end of its workers, also to that which a signal asks for."""
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -203,6 +228,9 @@ def run_workers(arguments: list[str], reports: Path) -> End:
         old.unlink(missing_ok=True)
     (reports / 'outcome').write_text(str(stopping.EXIT_STOPPED))  # until a worker begins there is nothing to lose
     try:
+        on_stop(api._terminate_process_handler)  # torchrun does it once it has workers
+        if stops:
+            return End(stopping.EXIT_STOPPED)
         torchrun(arguments)
     except SignalException:
         return outcome_of_stop(reports)
@@ -218,6 +246,8 @@ def run_workers(arguments: list[str], reports: Path) -> End:
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
             return End(stopping.EXIT_STOPPED)
         return End(1, text, order)
+    except Exception as error:  # of torchrun itself, which did not reach its store on machine 0, say
+        return End(1, f'torchrun failed: {type(error).__name__}: {error}')
     if (reports / 'outcome').read_text() == str(stopping.EXIT_STOPPED):  # as it was before: no worker told of an end
         script = next((word for word in arguments if word.endswith('.py')), 'the script')
         return End(0, f'{script} ended without a run: it has to call main(), see the first example of README.md')
@@ -242,8 +272,3 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
         follows = failure['text'].startswith(TOLD) or 'gloo/transport' in failure['text']
         found.append(((1 + follows, failure['time']), f'rank {failure["rank"]} failed first: {failure["text"]}'))
     return found
-
-
-def first_cause(codes: dict[int, int], reports: Path) -> str:
-    """Why the run failed: a worker was killed, or else the first error reported. `codes`: rank -> exit code."""
-    return min(causes(codes, reports))[1]

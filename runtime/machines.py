@@ -55,6 +55,11 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     return Place()
 
 
+def several(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment variables mean several machines. It does not judge them: `place` does."""
+    return env.get('NNODES', env.get('SLURM_STEP_NUM_NODES', '1')) != '1'
+
+
 def by_hand(env: Mapping[str, str]) -> Place:
     machines = whole_number(env, 'NNODES', 1, 1)
     if machines == 1:

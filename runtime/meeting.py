@@ -133,7 +133,10 @@ class Meeting:
         if self.place.rank == 0:
             self.listener = listen(self.place.port)
         else:
-            self.address = address_of(self.place.first)
+            try:
+                self.address = address_of(self.place.first)
+            except ValueError as error:
+                raise Refused(str(error)) from None
         self.thread = threading.Thread(target=self.talk, daemon=True)
         self.thread.start()
 
@@ -142,7 +145,7 @@ class Meeting:
     def gather(self) -> bool:
         """Wait until all machines are here, and say every SAY_EVERY s for whom. False: one was asked to stop meanwhile.
 
-        Raises Refused if they cannot run together, Alone after `wait` seconds.
+        Raises Refused if they cannot run together, Alone after `wait` seconds, RuntimeError if the thread has failed.
         """
         began = time.monotonic()
         say_next = began + SAY_FIRST
@@ -152,6 +155,8 @@ class Meeting:
                 raise Refused(table.refused)
             if any(row is not None and row.code is not None for row in table.rows):
                 return False
+            if not self.thread.is_alive():
+                raise RuntimeError('the thread that talks to the other machines has failed: its error is above')
             if now - began > self.wait:
                 raise Alone(f'{self.whom()} did not come in {self.wait} s: {self.trouble or "no word of it"}')
             if now > say_next:
@@ -184,10 +189,13 @@ class Meeting:
         rows[self.place.rank] = self.me
         return verdict(rows)
 
-    def tell(self, code: int) -> None:
-        """Tell the others, with the last word, how it ends here."""
+    def tell(self, code: int, seconds: float = 0) -> None:
+        """Tell the others how it ends here, with the last word. Wait `seconds` at most for those that come just now."""
         self.watching = False
         self.me = Row(self.me.host, code)
+        end = time.monotonic() + seconds
+        while None in self.table.rows and self.thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.05)
 
     def close(self) -> None:
         """Leave, once what there is to say has been said."""
@@ -219,7 +227,12 @@ class Meeting:
                 try:
                     for message in wire.receive():
                         row, rank = read_row(message['row']), int(message['rank'])
-                        refused = refused or self.differs(rank, row.host, message['about'], rows)
+                        differs = self.differs(rank, row.host, message['about'], rows)
+                        if differs and port:  # a start that is not of this run, which goes on: it alone is refused
+                            another = 'A run has begun there. Give another one another MASTER_PORT.'
+                            wire.send(asdict(Table([None] * len(rows), refused=f'{differs}\n{another}')))
+                            raise ConnectionError('it was refused')
+                        refused = refused or differs
                         if refused:
                             continue
                         if message['hello']:
@@ -230,7 +243,7 @@ class Meeting:
                             raise ConnectionError('was started again')
                         rows[rank] = row
                         self.my_address = wire.connection.getsockname()[0]
-                except (OSError, ValueError, KeyError, TypeError) as error:
+                except Exception as error:  # whatever a stranger's line can lead to: RecursionError for '[[[...'
                     self.lose(wires, wire, rows, port, str(error))
             for wire in [wire for wire in wires if wire.silent]:
                 self.lose(wires, wire, rows, port, f'has not been heard for {SILENCE} s: is it on, and its network?')
@@ -305,7 +318,7 @@ class Meeting:
                             self.table, self.trouble = Table(rows, message['port'], message['refused']), ''
                     if wire.silent:
                         raise ConnectionError(f'has not been heard for {SILENCE} s: is it on, and its network?')
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # see `host`
                 assert wire is not None, 'it is what failed'
                 wire.connection.close()
                 wire, first = None, self.table.rows[0]

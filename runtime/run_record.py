@@ -1,6 +1,5 @@
 """What a run is made by: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -25,6 +24,7 @@ from runtime.stopping import SaveError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
+MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')  # settings: between the machines of one run
 
 importing: Path | None = None  # the script that is being imported to read its run: it must not train
 
@@ -170,28 +170,50 @@ def versions() -> dict[str, str | None]:
     )
 
 
+def imported_files() -> list[Path]:
+    """The files of the project that this process has imported, relative to ROOT, in order."""
+    modules = [getattr(module, '__dict__', {}).get('__file__') for module in list(sys.modules.values())]
+    files = {Path(file).resolve() for file in modules if isinstance(file, str) and file.endswith('.py')}
+    environment = Path(sys.prefix).resolve()  # .venv is inside the project
+    inside = environment.is_relative_to(ROOT)
+    return sorted(
+        file.relative_to(ROOT)
+        for file in files
+        if file.is_relative_to(ROOT) and not (inside and file.is_relative_to(environment))
+    )
+
+
+def checksum(path: Path) -> str:
+    return f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'
+
+
 def refuse_unlike(config: Config) -> None:
     """Raise SettingError, on every rank, if ranks have other settings, code or versions than rank 0.
 
-    They do where machines have clones or environments of their own and one of them was forgotten in a change.
+    They do where machines have clones or environments of their own and one of them was forgotten in a change. The code
+    is the files of the project that rank 0 has imported, not a file that happens to lie beside them. Where a machine
+    has its data may differ.
     """
     if ranks.world_size() == 1:
         return
 
-    def facts() -> dict[str, Any]:
-        files = {*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py'), *filter(None, [users_script()])}
+    def facts(files: list[Path]) -> dict[str, Any]:
+        code = {file: ROOT / file for file in files}
+        if (script := users_script()) is not None:  # anywhere
+            code[Path(script.name)] = script
+        packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
         return dict(
-            {f'the code in {file.name}': f'checksum {zlib.crc32(file.read_bytes()):08x}' for file in sorted(files)},
+            {f'the code in {name}': checksum(path) for name, path in code.items()},
             host=socket.gethostname(),
-            **{name: importlib.metadata.version(name) for name in ('torch', 'numpy')},
-            python=platform.python_version(),
-            **dataclasses.asdict(config),
+            **{f'version of {name}': version for name, version in packages.items()},
+            **{'version of python': platform.python_version()},
+            **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
         )
 
-    first = ranks.on_main(facts)
+    files, first = ranks.on_main(lambda: (files := imported_files(), facts(files)))
 
     def compare() -> None:
-        here = facts()
+        here = facts(files)
         lines = [
             f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
             for name in {**first, **here}

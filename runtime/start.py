@@ -4,10 +4,12 @@ import os
 import sys
 from typing import Any, cast
 
+from runtime import machines
+
 
 def start(script: str, *flags: str) -> int:
     """Launch `script`; an exit code. A wrong flag of main.py ends the program with its message."""
-    if script == 'main.py':
+    if script == 'main.py' and not machines.several():  # the others would wait for one that ends before it meets them
         import main
 
         sys.argv = [script, *flags]  # whose name the message shows

@@ -199,7 +199,13 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
 class Slurm:
     def __init__(self, folder):
         self.root, self.place = folder, dict(CLUSTER=f'/tmp/slurm_{os.getpid()}')
-        self.script('up')
+        done = self.script('up')
+        if done.returncode:
+            logs = [
+                f'{path}:\n{path.read_text()[-2000:]}' for path in sorted(Path(self.place['CLUSTER']).glob('**/*.log'))
+            ]
+            self.script('down')
+            pytest.fail('\n'.join([done.stdout[-2000:] + done.stderr[-2000:], *logs]))
 
     def script(self, *arguments, seconds=120):
         return subprocess.run(
@@ -239,8 +245,10 @@ class Slurm:
 def slurm(tmp_path_factory):
     needs('ip', 'nsenter', 'unshare', 'slurmctld', 'slurmd', 'munged')
     cluster = Slurm(tmp_path_factory.mktemp('slurm'))
-    yield cluster
-    cluster.script('down')
+    try:
+        yield cluster
+    finally:
+        cluster.script('down')
 
 
 def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):

@@ -313,11 +313,11 @@ def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path):
     """What other ranks say is that their connection broke."""
     for rank, when, text in ((0, 7.5, 'RuntimeError: connection closed'), (1, 7.4, 'KeyError: broken')):
         (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=when, rank=rank, text=text)))
-    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
+    assert min(launch.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     told = f'runtime.stopping.{stopping.RankFailed.__name__}: another rank failed'
     (tmp_path / 'failed_2').write_text(json.dumps(dict(time=7.3, rank=2, text=told)))
-    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
-    assert 'rank 2 was killed by signal 9 (SIGKILL)' in launch.first_cause({0: 1, 2: -9}, tmp_path)
+    assert min(launch.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    assert 'rank 2 was killed by signal 9 (SIGKILL)' in min(launch.causes({0: 1, 2: -9}, tmp_path))[1]
 
 
 def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch):
@@ -358,7 +358,16 @@ same = Config(ckpt_dir='ckpts', experiment_name='same')
 seen['alike'] = refused(lambda: run_record.refuse_unlike(same))
 other = dataclasses.replace(same, base_lr=0.5 if rank else 0.25)
 seen['settings'] = refused(lambda: run_record.refuse_unlike(other))
-run_record.ROOT = Path.cwd()  # which has a clone: another trainer.py on each
+elsewhere = dataclasses.replace(same, data_dir=f'data{rank}', num_workers=rank)
+seen['elsewhere'] = refused(lambda: run_record.refuse_unlike(elsewhere))
+@dataclasses.dataclass(frozen=True)
+class Mine(Config):
+    host: str = 'a field of that name'
+seen['host'] = refused(lambda: run_record.refuse_unlike(Mine()))
+run_record.ROOT = Path.cwd()  # which has a clone: another scratch.py and another trainer.py on each
+seen['scratch'] = refused(lambda: run_record.refuse_unlike(same))
+sys.path.insert(0, os.getcwd())
+import trainer
 seen['code'] = refused(lambda: run_record.refuse_unlike(same))
 
 def steps(name):
@@ -392,7 +401,8 @@ def disks(tmp_path_factory):
 
     for rank in (0, 1):
         put(rank, 'same', 5)
-        (folder / f'disk{rank}/trainer.py').write_text(f'rank = {rank}')
+        for name in ('trainer.py', 'scratch.py'):
+            (folder / f'disk{rank}' / name).write_text(f'rank = {rank}')
     put(0, 'only_on_0', 7)
     put(0, 'older_on_1', 9)
     put(1, 'older_on_1', 6)
@@ -403,6 +413,7 @@ def disks(tmp_path_factory):
 def test_disks_ranks_that_were_not_started_alike_are_refused_on_all(disks):
     for seen in disks:
         assert seen['alike'] == ''
+        assert seen['elsewhere'] == seen['host'] == seen['scratch'] == ''  # data may differ; a file that is not used
         assert 'base_lr: 0.25 on ' in seen['settings'] and '0.5 on ' in seen['settings']
         assert seen['settings'].count('\n') == 2  # it shows what differs, and only that
         assert 'the code in trainer.py: checksum' in seen['code'] and seen['code'].count('\n') == 2

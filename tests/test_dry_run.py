@@ -2,7 +2,7 @@
 
 import pytest
 
-from config import Config
+from config import Config, SettingError
 from runtime import dry_run
 
 
@@ -50,3 +50,9 @@ def test_what_is_new_in_the_cache_is_not_kept(tmp_path):
     assert {path.name for path in (data / 'cache').iterdir()} == {'known'}
     dry_run.link_data(Config(data_dir=str(tmp_path / 'none')), tmp_path / 'empty')  # where there are no data yet
     assert not list((tmp_path / 'empty' / 'cache').iterdir())
+
+
+def test_several_machines_are_sent_to_one(monkeypatch):
+    monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # torchrun's number of machines
+    with pytest.raises(SettingError, match=r'check=True.*without NNODES and TORCHRUN_ARGS'):
+        dry_run.dry_run(Config(), lambda config: None)

@@ -16,6 +16,7 @@ from conftest import ROOT, wait_until
 from runtime import launch, machines, meeting, stopping
 from runtime.machines import Place
 from runtime.meeting import Alone, Meeting, Refused, Row, Table, verdict
+from runtime.start import start
 
 STEP = dict(
     SLURM_JOB_ID='41',
@@ -46,6 +47,22 @@ STEP = dict(
 )
 def test_the_place_of_a_machine(env, place):
     assert machines.place(env) == place
+    assert machines.several(env) == (place.machines > 1)
+
+
+def test_a_wrong_flag_waits_for_the_meeting_of_several_machines(monkeypatch):
+    """A launcher that ends before it meets the others would leave them waiting for it."""
+    monkeypatch.setattr(sys, 'argv', [])
+    monkeypatch.setattr(sys, 'stdout', sys.stdout)
+    monkeypatch.setattr(sys, 'stderr', sys.stderr)
+    monkeypatch.setattr(launch, 'launch', lambda argv: argv)
+    monkeypatch.delenv('SLURM_STEP_NUM_NODES', raising=False)
+    monkeypatch.setenv('NNODES', '2')
+    assert start('main.py', '--base_lr', 'x') == ['main.py', '--base_lr', 'x']
+    monkeypatch.setenv('NNODES', '1')
+    with pytest.raises(SystemExit) as error:
+        start('main.py', '--base_lr', 'x')
+    assert error.value.code == stopping.EXIT_BAD_SETTING
 
 
 def test_two_steps_that_share_a_node_meet_at_two_ports():
@@ -185,7 +202,7 @@ def test_a_lost_connection_is_no_cause(tmp_path):
     texts = ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer', 'KeyError: broken']
     for rank, text in enumerate(texts):
         (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=text)))
-    assert launch.first_cause({0: 1}, tmp_path) == 'rank 1 failed first: KeyError: broken'
+    assert min(launch.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     assert [order for order, _ in sorted(launch.causes({0: 1}, tmp_path))] == [(1, 2.0), (2, 1.0), (3, 0.0)]
 
 
@@ -287,9 +304,30 @@ def test_a_machine_may_leave_and_come_again_before_the_start(meet):
     assert both(*(lambda each=each: each.settle(0) for each in (first, second, third))) == [(0, 0, '')] * 3
 
 
+def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet, monkeypatch):
+    """A second run on the same hosts that was left the usual MASTER_PORT, and one from a host of another name."""
+    first, second = meet(0), meet(1)
+    assert both(first.gather, second.gather) == [True, True]
+    with pytest.raises(Refused, match=r"(?s)'other\.py' on 1 .*A run has begun there.*another MASTER_PORT"):
+        meet(1, about={'command': 'other.py'}).gather()
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'another')
+    with pytest.raises(Refused, match=r'NODE_RANK=1 was given on both .* and another'):
+        meet(1).gather()
+    assert both(lambda: first.settle(0), lambda: second.settle(0)) == [(0, 0, '')] * 2
+
+
+def test_a_launcher_whose_thread_has_failed_does_not_wait(meet, monkeypatch):
+    monkeypatch.setattr(threading, 'excepthook', lambda failure: None)
+    monkeypatch.setattr(Meeting, 'react', lambda self: 1 / 0)
+    with pytest.raises(RuntimeError, match='its error is above'):
+        meet(0).gather()
+
+
 def test_strangers_at_the_port_disturb_nobody(meet):
     first = meet(0)
-    strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(3)]
+    strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(5)]
+    strangers[2].sendall(b'[' * 60000 + b'\n')
+    strangers[3].sendall(b'{"rank": 1, "about": 7, "hello": true, "row": {"host": "h", "order": [9, 0]}}\n')
     strangers[0].sendall(b'GET / HTTP/1.0\r\n\r\n')
     strangers[1].sendall(b'{"rank": 1, "row": 7}\n{"rank": "x"}\n')
     second = meet(1)
@@ -348,6 +386,104 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
     assert not wait_until((first.reports / 'give_up').exists, 0.5)
     assert wait_until((first.reports / 'give_up').exists, 5)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
+
+
+# ---------------------------------------------------------------- the launcher around it
+
+
+@pytest.fixture
+def torchrun(monkeypatch, tmp_path):
+    """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(...)` is `together` on machine 0,
+    with a Meeting of machine 1 beside it: the code, and the verdict of machine 1."""
+    from torch.distributed import run
+
+    def instead(do):
+        monkeypatch.setattr(run, 'main', do)
+
+    def launch_both(meet):
+        place, ends = Place(2, 0, '127.0.0.1', meet.port), []
+
+        def second():
+            there = meet(1)
+            there.gather()
+            ends.append(there.settle(0))
+
+        beside = threading.Thread(target=second)
+        beside.start()
+        code = launch.together(place, {'command': 'main.py'}, 20, ['main.py'], tmp_path)
+        beside.join(20)
+        return code, *ends
+
+    before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+    monkeypatch.setattr(launch, 'stops', [])
+    monkeypatch.setattr(machines, 'use_interface', lambda address: None)
+    instead.launch = launch_both
+    yield instead
+    [signal.signal(name, handler) for name, handler in before.items()]
+
+
+def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun, capsys):
+    """Its store that cannot be reached, say; a ValueError is not taken for a wrong setting."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    def fails(arguments):
+        settings = config_from_args(parse_args(arguments))[0]
+        assert int(settings.rdzv_configs['timeout']) == launch.STORE_WAIT and settings.rdzv_configs['rank'] == 0
+        raise ValueError('no such store')
+
+    torchrun(fails)
+    said = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
+    assert torchrun.launch(meet) == (1, (1, 0, said))
+
+
+def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, capsys):
+    torchrun(lambda arguments: None)
+    assert torchrun.launch(meet) == (0, (0, 0, ''))
+    assert 'main.py ended without a run: it has to call main()' in capsys.readouterr().err
+
+
+def test_a_stop_while_a_refused_launcher_leaves_changes_nothing(meet, torchrun, tmp_path, monkeypatch, capsys):
+    def refuse(self):
+        raise Refused('not alike')
+
+    close = Meeting.close
+    monkeypatch.setattr(Meeting, 'gather', refuse)
+    monkeypatch.setattr(Meeting, 'close', lambda self: (os.kill(os.getpid(), signal.SIGTERM), close(self)))
+    assert launch.together(Place(2, 0, '', meet.port), {}, 20, ['main.py'], tmp_path) == stopping.EXIT_BAD_SETTING
+    assert capsys.readouterr().err == 'not alike\n'
+
+
+def test_a_stop_between_two_attempts_is_obeyed(meet, torchrun, tmp_path, capsys):
+    began = []
+
+    def fails(arguments):
+        began.append(1)
+        raise RuntimeError
+
+    def attempt():
+        code = launch.alone(['--standalone', 'main.py'], tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return code
+
+    torchrun(fails)
+    assert launch.repeat(3, attempt) == stopping.EXIT_STOPPED and began == [1]
+    heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
+    assert torchrun.launch(meet) == (75, heard) and began == [1]  # on several machines the others hear of it
+    assert 'starting again' in capsys.readouterr().err
+
+
+def test_machines_that_do_not_come_are_waited_for_once_and_again_after_a_failure():
+    ends = iter([Alone('1'), 0])
+
+    def attempt():
+        end = next(ends)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    assert launch.repeat(3, attempt) == 1
+    ends = iter([1, Alone('2'), 0])
+    assert launch.repeat(3, attempt) == 0
 
 
 def test_a_worker_ends_when_its_launcher_says_so(tmp_path):
