@@ -187,8 +187,8 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
     assert re.search('machine 0 at 10.78.0.1:29500 did not come in 8 s: .*(no answer|No route)', hosts.last('h2'))
     hosts.script('heal')
     hosts.both(env=by_address | dict(MASTER_PORT='29600'))
-    assert wait_until(lambda: hosts.processes('h2', 'runtime.start'), 30)
-    time.sleep(4)  # it meets the other, and its workers begin: there is nothing to save
+    # torchrun's `python -u main.py`: they have met, and workers begin, so that there is nothing to save
+    assert wait_until(lambda: hosts.processes('h2', '-u'), 60)
     hosts.signal('h2', signal.SIGTERM)
     assert hosts.ends(40) == [75, 75] and not hosts.said('h2', 'Traceback')
 
