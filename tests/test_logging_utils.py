@@ -395,7 +395,7 @@ def test_a_wandb_sweep_starts_runs(monkeypatch):
 
     text = (Path(__file__).parent.parent / 'docs/settings.md').read_text()
     sweep = yaml.safe_load(text.split('```yaml\n')[1].split('```')[0])
-    given = dict(base_lr=0.0007, time_sampler='logit_normal')
+    given = dict(base_lr=0.0007, time_sampler='uniform')
     assert sweep['parameters'].keys() == given.keys()
     flags = create_sweep_command_args({'args': {name: {'value': value} for name, value in given.items()}})['args']
     words = [w for word in create_sweep_command(sweep['command']) for w in (flags if word == '${args}' else [word])]
@@ -403,7 +403,7 @@ def test_a_wandb_sweep_starts_runs(monkeypatch):
     config = parse_config(words[2:])
     assert {name: getattr(config, name) for name in given} == given and not config.final_pictures
     assert sweep['metric']['name'] == 'eval/reference'
-    assert config.experiment_name == 'digits_time_sampler=logit_normal_base_lr=0p0007'
+    assert config.experiment_name == 'digits_time_sampler=uniform_base_lr=0p0007'
 
 
 def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_account):

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from functools import partial
 from statistics import NormalDist
 
 import pytest
 import torch
 from torch import nn
 
-from config import PRESETS, Config, SettingError
+import config as settings_of_runs
+from config import PRESETS, SettingError
 from loss_weights import (
     LOSS_WEIGHTS,
     drawn_weights,
@@ -24,6 +26,9 @@ from networks import ScaledNetwork
 from prediction import ROWS, get_model_convert_fn, get_target_fn
 from processes import PROCESSES, get_process
 from time_samplers import get_time_sampler
+
+# closed forms and what was recorded are of uniform times
+Config = partial(settings_of_runs.Config, time_sampler='uniform')
 
 T = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)

@@ -287,7 +287,7 @@ def test_log_snr_input_needs_finite_ends():
     build(time_input='log_snr', process_name='ve', t_min=0.0, t_max=1.0)
 
 
-@pytest.mark.parametrize(('preset', 'low', 'high'), [('cifar10', 30e6, 40e6), ('digits', 0.6e6, 1.2e6)])
+@pytest.mark.parametrize(('preset', 'low', 'high'), [('cifar10', 30e6, 40e6), ('digits', 0.3e6, 0.6e6)])
 def test_number_of_parameters(preset, low, high):
     config = Config(**PRESETS[preset])
     spec = DATASETS[config.dataset]

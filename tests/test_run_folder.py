@@ -168,7 +168,7 @@ def test_edited_defaults_are_another_run_with_a_name_that_says_what_differs(tmp_
     assert capsys.readouterr().out == ''
     assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25'
     (line,) = capsys.readouterr().out.splitlines()
-    assert f'{tmp_path}/digits' in line and 'base_lr: 0.001 -> 0.25' in line and 'called digits_base_lr=0p25' in line
+    assert f'{tmp_path}/digits' in line and 'base_lr: 0.004 -> 0.25' in line and 'called digits_base_lr=0p25' in line
     assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25'  # the same command goes on
     assert start(edited(log_every=7)(**folder)) == 'digits'  # no other experiment
 
