@@ -9,7 +9,7 @@
 # CLUSTER: a folder for its files, whose name sets this cluster apart from others.
 # GPUS: graphics cards that each node pretends to have (0). Nothing computes on them.
 set -eu
-CLUSTER=${CLUSTER:-/tmp/slurm_here}
+CLUSTER=${CLUSTER:?a folder for its files}
 GPUS=${GPUS:-0}
 name=$(basename "$CLUSTER")
 hosts='head:10.77.0.254 node1:10.77.0.1 node2:10.77.0.2'

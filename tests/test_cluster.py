@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Hosts:
 
     def __init__(self, tmp_path, names):
         self.root = tmp_path
-        self.place = dict(HOSTS=f'/tmp/hosts_{os.getpid()}')
+        self.place = dict(HOSTS=f'{tempfile.gettempdir()}/hosts_{os.getpid()}')
         self.script('up', names)
         self.runs: dict[str, subprocess.Popen] = {}
 
@@ -198,7 +199,7 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
 
 class Slurm:
     def __init__(self, folder):
-        self.root, self.place = folder, dict(CLUSTER=f'/tmp/slurm_{os.getpid()}')
+        self.root, self.place = folder, dict(CLUSTER=f'{tempfile.gettempdir()}/slurm_{os.getpid()}')
         done = self.script('up')
         if done.returncode:
             logs = [

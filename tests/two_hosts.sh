@@ -10,7 +10,7 @@
 #
 # HOSTS: a folder for its files, whose name sets this pair of hosts apart from others.
 set -eu
-HOSTS=${HOSTS:-/tmp/two_hosts}
+HOSTS=${HOSTS:?a folder for its files}
 name=$(basename "$HOSTS")
 
 up() {
