@@ -164,12 +164,13 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], config: Config, step: in
 def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()` if ok, a 0-dimensional bool tensor, else nothing: weights, moments and their step counts stay.
 
-    Fused Adam decides on the device, by the flag with which torch.amp.GradScaler skips a step; any other optimizer
-    waits for the device. Many of those ignore the flag (RMSprop, Muon) or refuse it (all with foreach), and fused SGD
-    with momentum, told to skip its first step, goes on from momentum that was never initialised.
+    On a GPU fused Adam and Muon decide there, by the flag with which torch.amp.GradScaler skips a step, so that nothing
+    waits for it; any other optimizer waits. Many of those ignore the flag (RMSprop, torch's Muon) or refuse it (all
+    with foreach), and fused SGD with momentum, told to skip its first step, goes on from momentum that was never
+    initialised.
     """
-    fused = all(group.get('fused') for group in optimizer.param_groups)
-    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, AdamW, Muon) and fused:
+    knows_flag = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, AdamW, Muon)
+    if ok.device.type != 'cpu' and knows_flag and all(group.get('fused') for group in optimizer.param_groups):
         optimizer.found_inf = (~ok).float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
         # it would decide on the next plain step() too

@@ -39,7 +39,7 @@ def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSa
 
     def sampler(u: Tensor) -> Tensor:
         u = u.double()
-        return mean + std * sign * torch.special.ndtri(cdf_a * (1 - u) + cdf_b * u)
+        return mean + std * sign * torch.special.ndtri(cdf_a + (cdf_b - cdf_a) * u)
 
     return sampler
 
