@@ -16,7 +16,7 @@ from torch import Tensor
 from config import Config, SettingError, choose
 from prediction import Prediction, check_ends, get_model_convert_fn
 from processes import Coefs, GaussianProcess
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at
+from solvers import FEW_STEPS, LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at
 from utils import bcast_right
 
 # model_fn(xt, t, label=None, **cond) -> what the network approximates, or a tuple of that and anything else
@@ -28,26 +28,32 @@ ModelFn = Callable[..., Tensor | tuple]
 Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
 
 
-def logistic(centre: float, scale: float) -> Variable:
-    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha."""
+def logistic(n: int, scale: float = 1.2) -> Variable:
+    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha.
+
+    Dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite). A few steps are
+    best taken at more noise, the more the fewer they are.
+    """
+    centre = 1.64 - 0.08 * n if n <= FEW_STEPS else 0.6
     return (
         lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
         lambda u, std: centre * std * (1 / u - 1) ** scale,
     )
 
 
-GRID_VARIABLES: dict[str, Variable] = {
-    'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
-    'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
-    'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
-    # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
-    'logistic': logistic(centre=0.6, scale=1.2),
+# name -> (number of steps) -> variable
+GRID_VARIABLES: dict[str, Callable[[int], Variable]] = {
+    'log_snr': lambda n: (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
+    # Karras et al. 2022, eq. 5, rho = 7
+    'edm': lambda n: (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),
+    'cosine': lambda n: (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
+    'logistic': logistic,
 }
 
 
 def equal_steps(variable: str, process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
     """n + 1 times, float64, at equal steps of a variable. Raises SettingError if it is infinite at an end."""
-    forward, inverse = GRID_VARIABLES[variable]
+    forward, inverse = GRID_VARIABLES[variable](n)
     ends = torch.tensor([t_max, t_min], dtype=torch.float64)
     first, last = forward((-process.log_snr(ends) / 2).exp(), process.sigma_data).tolist()
     if not (math.isfinite(first) and math.isfinite(last)):
@@ -313,16 +319,9 @@ def sample(
     cond = cond or {}
     check_cond(cond, len(x1))
     grid = get_grid(
-        process,
-        sampling_process,
-        model_type=model_type,
-        solver=solver,
-        num_steps=num_steps,
-        nfe=nfe,
-        time_grid=time_grid,
-        t_min=t_min,
-        t_max=t_max,
-    )
+        process, sampling_process, model_type=model_type, solver=solver, num_steps=num_steps, nfe=nfe,
+        time_grid=time_grid, t_min=t_min, t_max=t_max,
+    )  # fmt: skip
     method, last_step = SOLVERS[solver], choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale)
     predict = get_predict(
@@ -341,6 +340,7 @@ def sample(
         guidance_rescale=guidance_rescale,
     )
 
+    predict.steps = len(grid) - 1
     x = coefs_at(predict.process, grid[0]).sigma.item() * x1
     for i, (t, s) in enumerate(itertools.pairwise(grid), 1):
         predict.steps_left = len(grid) - i

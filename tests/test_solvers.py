@@ -6,13 +6,14 @@ Tables are gone through: a solver, noise or process of yours is tested as soon a
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import F64, RING, GaussianMixture, at, base_noise, process_named, random_mixture
 
 from processes import PROCESSES, GaussianProcess
 from sampling import TIME_GRIDS, get_predict, sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, multistep, relative_noise
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, gaussian, multistep, relative_noise
 
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
@@ -23,6 +24,10 @@ each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 # fair choice on any process.
 STEPS_IN_T = [name for name, solver in SOLVERS.items() if getattr(solver.step, 'func', None) is not multistep]
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------- order of convergence
@@ -196,6 +201,66 @@ def test_a_value_at_infinite_noise_is_not_looked_back_at(solver, lower, num_step
     settings = dict(process=process, x1=base_noise(20), model_type='x0', t_max=1.0, num_steps=num_steps)
     x, y = (sample(SMOOTH.as_model('x0', process), **settings, solver=name) for name in (solver, lower))
     torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@each_process
+@pytest.mark.parametrize('times', [(0.9, 0.6), (0.8, 0.9, 0.4), (0.3, 0.6, 0.95, 0.1)], ids=len)
+def test_weights_for_gaussian_data_have_the_least_error(times, process_name):
+    """At the least mean square, the errors at the end are orthogonal to all that is summed.
+
+    Paths, predictions and the growth of an error are found by following the ODE of Gaussians of 32 widths.
+    """
+    process, (*nodes, s), start = process_named(process_name), times, 0.96
+    std = 0.5 * torch.tensor(np.geomspace(1 / 20, 2.5, 32))
+
+    def follow(x, t, s, n=1000):
+        c = process(torch.linspace(t, s, 2 * n + 1, dtype=F64)[:, None])
+        rate = (c.alpha * c.alpha_dot * std**2 + c.sigma * c.sigma_dot) / (c.alpha**2 * std**2 + c.sigma**2)
+        h = (s - t) / n
+        for first, middle, last in zip(rate[0:-2:2], rate[1:-1:2], rate[2::2], strict=True):
+            k1 = first * x
+            k2 = middle * (x + h / 2 * k1)
+            k3 = middle * (x + h / 2 * k2)
+            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + last * (x + h * k3))
+        return x
+
+    def x0(x, t):
+        c = at(process, t)
+        return c.alpha * std**2 / (c.alpha**2 * std**2 + c.sigma**2) * x
+
+    x = {t: follow(torch.ones(32, dtype=F64), start, t) for t in (*nodes, s)}
+    x = {t: std * xt / follow(x[s], s, 1e-4, 4000) for t, xt in x.items()}  # the paths that end at std
+    mean = [at(process, nodes[0]).alpha, *[torch.ones(1, dtype=F64) for _ in nodes]]
+    terms = [torch.cat(pair) for pair in zip([x[nodes[0]], *(x0(x[t], t) for t in nodes)], mean, strict=True)]
+    wanted = torch.cat([x[s], at(process, s).alpha])
+    growth = torch.cat([std, torch.ones(1)]) / wanted
+    level = exact_predict(process, RING).level
+    a, b = gaussian(level(nodes[0]), level(s), tuple(map(level, nodes)), 0.0, sigma_data=0.5)
+    errors = growth * (sum(w * term for w, term in zip((a, *b), terms, strict=True)) - wanted)
+    cosines = torch.stack([(growth * term) @ errors / (growth * term).norm() / errors.norm() for term in terms])
+    assert errors.norm() > 1e-4 and cosines.abs().max() < 1e-3, (errors.norm(), cosines)
+
+
+@pytest.mark.parametrize('nfe', [4, 6, 8, 10])
+@pytest.mark.parametrize(
+    'mixture', [random_mixture(16, 10, seed=5), random_mixture(32, 12, seed=9)], ids=lambda m: m.dim
+)
+def test_with_few_evaluations_the_default_leads(mixture, nfe):
+    """By its median error, all our other solvers, each on the grid that is best for it."""
+    process = process_named('rf')
+    model_fn, x1 = mixture.as_model('velocity', process), torch.randn(100, mixture.dim, dtype=F64, generator=seeded(0))
+    exact = sample(model_fn, process, x1, solver='rk4', num_steps=100)
+
+    def error(**settings):
+        return (sample(model_fn, process, x1, nfe=nfe, **settings) - exact).square().mean(1).sqrt().median().item()
+
+    others = {
+        (solver, grid): error(solver=solver, time_grid=grid)
+        for solver in ODE
+        for grid in TIME_GRIDS
+        if solver != 'adams' and SOLVERS[solver].nfe and SOLVERS[solver].nfe <= nfe
+    }
+    assert error() < 0.75 * min(others.values()), (error(), min(others, key=others.get), min(others.values()))
 
 
 def test_noise_levels_are_the_published_ones():

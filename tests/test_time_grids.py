@@ -38,6 +38,15 @@ def test_grid_has_equal_steps(time_grid, process_name):
     torch.testing.assert_close(steps, steps.mean().expand(30), rtol=1e-6, atol=0)
 
 
+@each_process
+@pytest.mark.parametrize(('n', 'centre'), [(4, 1.32), (10, 0.84), (11, 0.6)])
+def test_few_steps_are_taken_at_more_noise(n, centre, process_name):
+    process = process_named(process_name)
+    times = TIME_GRIDS['logistic'](process, 0.95, 0.02, n)
+    steps = (1 / (1 + (process.sigma(times) / process.alpha(times) / (centre / 2)) ** (-1 / 1.2))).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(n), rtol=1e-6, atol=0)
+
+
 def test_edm_grid_is_the_published_one():
     """Karras et al. 2022, eq. 5, with the noise level as time."""
 
