@@ -7,9 +7,11 @@ Along dx/dt = velocity(x, t) the log-density changes by d log p / dt = -div velo
 x is of any shape (B, ...).
 """
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from config import SettingError, choose
 from prediction import check_ends
 from processes import GaussianProcess
 from sampling import TIME_GRIDS, ModelFn, check_cond, get_predict
-from solvers import SOLVERS, within
+from solvers import SOLVERS, Noise, Predict, within
 from utils import bcast_right
 
 
@@ -37,12 +39,7 @@ PROBES = {
     'rademacher': lambda x, n: torch.randint(0, 2, (n, *x.shape), device=x.device).to(x) * 2 - 1,  # Hutchinson 1989
     'gaussian': lambda x, n: torch.randn(n, *x.shape, dtype=x.dtype, device=x.device),
 }
-METHODS = {
-    'dopri5': 'dopri5',
-    'euler': 'euler',
-    'midpoint': 'midpoint',
-    'rk4': 'rk4',
-}  # our name -> that of torchdiffeq
+METHODS = ('adams', 'dopri5', 'euler', 'midpoint', 'rk4')  # of SOLVERS; all but the first by torchdiffeq
 
 
 def log_likelihood(
@@ -53,10 +50,10 @@ def log_likelihood(
     *,
     cond: Mapping[str, Tensor] | None = None,
     model_type: str = 'velocity',
-    solver: str = 'dopri5',
-    num_steps: int = 50,
+    solver: str | None = None,
+    num_steps: int = 32,
     time_grid: str = 'logistic',
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     t_min: float = 0.001,
     t_max: float = 0.999,
     divergence: str = 'rademacher',
@@ -66,15 +63,17 @@ def log_likelihood(
     """log p(x0) of x0 (B, ...), in its precision; given label (B,) and cond (name -> (B, ...)) if there are any.
 
     `divergence`: exact (one backward pass per dimension and evaluation: small data only), or Hutchinson's estimate with
-    `num_probes` fixed random vectors, rademacher or gaussian. `solver`: dopri5 keeps relative and absolute errors
-    within `tolerance`; euler, midpoint and rk4 take `num_steps` steps on `time_grid`. x0 is put at alpha(t_min) x0,
+    `num_probes` fixed random vectors, rademacher or gaussian. `solver`: adams, which is the default, euler, midpoint
+    and rk4 take `num_steps` steps on `time_grid`; dopri5, the default where a tolerance is given, keeps relative and
+    absolute errors within `tolerance`, or 1e-5. x0 is put at alpha(t_min) x0,
     where the density is that of the data but for smoothing by sigma(t_min); at t_max the density is taken to be
     N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma.
     Raises SettingError for a stochastic solver or a guided model, of which this ODE gives no density, for a singular
-    end, and for conditions that are not (B, ...).
+    end, for conditions that are not (B, ...), and for a tolerance that the solver does not keep.
     """
     from torchdiffeq import odeint
 
+    solver = solver or ('adams' if tolerance is None else 'dopri5')
     if solver in SOLVERS and SOLVERS[solver].stochastic:
         raise SettingError(
             f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. '
@@ -89,40 +88,44 @@ def log_likelihood(
         raise SettingError(f'x0 is {x0.dtype}: a density is of real numbers. Pass dequantize(x0).')
     if num_probes < 1 or num_steps < 1:
         raise SettingError(f'num_probes={num_probes}, num_steps={num_steps}: both must be at least 1.')
-    method, probes = choose('solver', solver, METHODS), choose('divergence', divergence, PROBES)(x0, num_probes)
+    choose('solver', solver, dict.fromkeys(METHODS))
+    if tolerance is not None and solver != 'dopri5':
+        raise SettingError(f'tolerance={tolerance:g}: solver={solver!r} takes num_steps steps. Use solver="dopri5".')
+    probes = choose('divergence', divergence, PROBES)(x0, num_probes)
     times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
     check_ends(process, model_type, (t_min, t_max))
     check_cond(cond or {}, len(x0))
     predict = get_predict(model_fn, process, label, model_type=model_type, cond=cond)
 
-    def velocity_and_divergence(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def with_divergence(x: Tensor, t: float, field: str) -> tuple[Tensor, Tensor]:
+        """The prediction of that type and the terms of its divergence, (P, B); (1, B) if exact."""
         with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            velocity = predict(x, t.item()).velocity
-            products = gradients(velocity, x, probes) * probes
-        terms = products.reshape(len(probes), len(x), -1).sum(2)  # (P, B)
-        return velocity.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
+            x = x.detach().requires_grad_()
+            value = getattr(predict(x, t), field)
+            products = gradients(value, x, probes) * probes
+        terms = products.reshape(len(probes), len(x), -1).sum(2)
+        return value.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
 
     start, end = process(times[:1]), process(times[-1:])
     x = bcast_right(start.alpha, x0.ndim) * x0
     total = x0.new_zeros(1 if divergence == 'exact' else num_probes, len(x0))
     with torch.no_grad():
-        if method == 'dopri5':
-            ends = times[[0, -1]]
+        if solver == 'adams':
+            x, total = adams(with_divergence, process, x, total, times.tolist())
+        else:
+            ends = times[[0, -1]] if solver == 'dopri5' else times
             x, total = (
                 v[-1]
                 for v in odeint(
-                    velocity_and_divergence,
+                    lambda t, state: with_divergence(state[0], t.item(), 'velocity'),
                     (x, total),
                     ends,
-                    rtol=tolerance,
-                    atol=tolerance,
-                    method=method,
-                    options=within(ends),
+                    rtol=tolerance or 1e-5,
+                    atol=tolerance or 1e-5,
+                    method=solver,
+                    options=within(ends) if solver == 'dopri5' else None,
                 )
             )
-        else:
-            x, total = (v[-1] for v in odeint(velocity_and_divergence, (x, total), times, method=method))
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
     z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
     prior = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()
@@ -131,6 +134,37 @@ def log_likelihood(
         return LogLikelihood(log_prob, torch.zeros_like(prior), predict.nfe)
     spread = total.std(0) if num_probes > 1 else torch.full_like(prior, torch.nan)
     return LogLikelihood(log_prob, spread / math.sqrt(num_probes), predict.nfe)
+
+
+def adams(
+    with_divergence: Callable[[Tensor, float, str], tuple[Tensor, Tensor]],
+    process: GaussianProcess,
+    x: Tensor,
+    total: Tensor,
+    times: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """x (B, ...) at the last of the `times`, and `total` (P, B) plus the integral of the divergence of the velocity.
+
+    With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular), of which the divergence with
+    respect to y is that of v with respect to x; and a volume of x is n^D times that of y. So n times the integral over
+    theta goes beside x through the same steps, as if n times the divergence were its v.
+    """
+    batch, shape = len(x), x.shape
+
+    def length(t: float) -> float:
+        return math.hypot(*predict.level(t)[:2])
+
+    def evaluate(state: Tensor, t: float) -> Any:
+        v, terms = with_divergence(state[:, : -len(total)].reshape(shape), t, 'v')
+        return SimpleNamespace(v=torch.cat([v.reshape(batch, -1), length(t) * terms.T], 1))
+
+    predict, step = Predict(evaluate, process, SOLVERS['adams'].memory), SOLVERS['adams'].step
+    state = torch.cat([x.reshape(batch, -1), length(times[0]) * total.T], 1)
+    for t, s in itertools.pairwise(times):
+        state = step(state, t, s, predict, Noise(lambda coefs: coefs.sigma, scale=0.0))  # an ODE: there is no noise
+    x, integral = state[:, : -len(total)], state[:, -len(total) :].T / length(times[-1])
+    grown = x.shape[1] * math.log(length(times[-1]) / length(times[0]))
+    return x.reshape(shape), total + integral + grown
 
 
 def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:

@@ -59,6 +59,7 @@ OURS = [
     ('unipc', 'logistic'),
     ('dpmpp_3m', 'log_snr'),
     ('midpoint', 'logistic'),
+    ('midpoint', 'uniform'),
     ('rk4', 'logistic'),
     ('heun', 'uniform'),
     ('euler', 'uniform'),
