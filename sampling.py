@@ -28,13 +28,13 @@ ModelFn = Callable[..., Tensor | tuple]
 Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
 
 
-def logistic(n: int, scale: float = 1.2) -> Variable:
+def logistic(n: int, centre: float = 0.6, scale: float = 1.2, few: float = 1.64) -> Variable:
     """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha.
 
     Dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite). A few steps are
     best taken at more noise, the more the fewer they are.
     """
-    centre = 1.64 - 0.08 * n if n <= FEW_STEPS else 0.6
+    centre = few - 0.08 * n if n <= FEW_STEPS else centre
     return (
         lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
         lambda u, std: centre * std * (1 / u - 1) ** scale,

@@ -1,29 +1,34 @@
-"""A search for the constants of the default solver and grid: order, corrector, lower order at the end, the grid's two.
+"""A search for the constants of the default solver and grid.
 
     python benchmarks/solver_search.py
 
 It tries the values of CHOICES one constant at a time, the others as they are in the repo, on eight mixtures of
 Gaussians of known solution; benchmarks/solvers.py judges the default on three others. For each choice and each number
 of evaluations it prints the median error over that of the repo's constants, as the geometric mean over the mixtures,
-and likewise the RMSE. Some two minutes on one core. It writes solver_search.json beside itself.
+and likewise the RMSE. Some four minutes on one core. It writes solver_search.json beside itself.
+
+Mixtures are smoother than trained networks, so they do not choose alone: wider widths and a grid at less noise are
+better on them with few steps, and worse on networks of Fashion-MNIST (RESULTS.md).
 """
 
-import json
 import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
+from interleaved import write  # noqa: E402
 from oracle import random_mixture, ring  # noqa: E402
 
 import sampling  # noqa: E402
+import solvers  # noqa: E402
 from processes import RectifiedFlow  # noqa: E402
-from solvers import SOLVERS, Solver, angular, multistep  # noqa: E402
+from solvers import SOLVERS, Solver, angular, gaussian, multistep  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35)
 # the number of starts is as large as keeps the search short
@@ -37,22 +42,35 @@ MIXTURES = [
     (random_mixture(32, 12, seed=7), 60),
     (random_mixture(48, 16, seed=11, scale=0.4, smallest=0.02, largest=0.5), 60),
 ]
-REPO = dict(order=4, corrector=True, taper=True, centre=0.6, scale=1.2)
+# those of few steps begin with 'few'; `steps` is FEW_STEPS
+REPO = dict(
+    order=4, corrector=5, taper=True, centre=0.6, scale=1.2,
+    steps=10, few_order=3, few_corrector=3, few_centre=1.64, narrowest=1 / 20, widest=2.5,
+)  # fmt: skip
 CHOICES = {
     'order': [2, 3, 5],
-    'corrector': [False],
+    'corrector': [0, 4],
     'taper': [False],
     'centre': [0.4, 0.8, 1.0],
     'scale': [1.0, 1.1, 1.4],
+    'steps': [0, 6],
+    'few_order': [2, 4],
+    'few_corrector': [0, 2, 4],
+    'few_centre': [1.24, 1.44, 1.84],
+    'narrowest': [1 / 10, 1 / 40],
+    'widest': [1.5, 4.0],
 }
 
 
 def errors(constants: dict, problems: list) -> dict[int, list[tuple[float, float]]]:
     """NFE -> (median, RMSE) for each mixture; errors are distances per dimension to the exact end point."""
-    steps = {name: constants[name] for name in ('order', 'corrector', 'taper')}
-    step = partial(multistep, formula=angular, given='v', **steps)
-    SOLVERS['tried'] = Solver(step, nfe=1, order=constants['order'], memory=6)
-    sampling.GRID_VARIABLES['tried'] = sampling.logistic(constants['centre'], constants['scale'])
+    c = SimpleNamespace(**constants)
+    formula = partial(gaussian, widths=(c.narrowest, c.widest))
+    few = dict(formula=formula, given='x0', order=c.few_order, corrector=c.few_corrector)
+    many = dict(formula=angular, given='v', order=c.order, corrector=c.corrector, taper=c.taper)
+    SOLVERS['tried'] = Solver(partial(multistep, **many, few=few), nfe=1, order=c.order, memory=6)
+    solvers.FEW_STEPS = sampling.FEW_STEPS = c.steps
+    sampling.GRID_VARIABLES['tried'] = partial(sampling.logistic, centre=c.centre, scale=c.scale, few=c.few_centre)
     sampling.TIME_GRIDS['tried'] = partial(sampling.equal_steps, 'tried')
     found = {}
     for nfe in NFE:
@@ -88,9 +106,8 @@ def main() -> None:
                 for i in (0, 1)
             ]
             lines.append(dict(constant=name, value=value, nfe=NFE, median=ratios[0], rmse=ratios[1]))
-            print(f'| {name} {value} | ' + ' | '.join(f'{r:.2f}' for part in ratios for r in part) + ' |', flush=True)
-    path = Path(__file__).with_suffix('.json')
-    path.write_text(json.dumps(dict(repo=REPO, ratios=lines), indent=1) + '\n')
+            print(f'| {name} {value:g} | ' + ' | '.join(f'{r:.2f}' for part in ratios for r in part) + ' |', flush=True)
+    write('solver_search', dict(repo=REPO, ratios=lines))
 
 
 if __name__ == '__main__':
