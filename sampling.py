@@ -28,38 +28,36 @@ ModelFn = Callable[..., Tensor | tuple]
 Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
 
 
-def logistic(n: int, centre: float = 0.6, scale: float = 1.2, few: float = 1.64) -> Variable:
-    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha.
-
-    Dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite). A few steps are
-    best taken at more noise, the more the fewer they are.
-    """
-    centre = few - 0.08 * n if n <= FEW_STEPS else centre
+def logistic(centre: float, scale: float = 1.2) -> Variable:
+    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha."""
     return (
         lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
         lambda u, std: centre * std * (1 / u - 1) ** scale,
     )
 
 
-# name -> (number of steps) -> variable
-GRID_VARIABLES: dict[str, Callable[[int], Variable]] = {
-    'log_snr': lambda n: (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
-    # Karras et al. 2022, eq. 5, rho = 7
-    'edm': lambda n: (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),
-    'cosine': lambda n: (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
-    'logistic': logistic,
+GRID_VARIABLES: dict[str, Variable] = {
+    'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
+    'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
+    'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
+    # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
+    'logistic': logistic(centre=0.6),
 }
 
 
-def equal_steps(variable: str, process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
-    """n + 1 times, float64, at equal steps of a variable. Raises SettingError if it is infinite at an end."""
-    forward, inverse = GRID_VARIABLES[variable](n)
+def equal_steps(
+    name: str, process: GaussianProcess, t_max: float, t_min: float, n: int, variable: Variable | None = None
+) -> Tensor:
+    """n + 1 times, float64, at equal steps of a variable, that of GRID_VARIABLES with this name if none is given.
+
+    Raises SettingError if it is infinite at an end.
+    """
+    forward, inverse = variable or GRID_VARIABLES[name]
     ends = torch.tensor([t_max, t_min], dtype=torch.float64)
     first, last = forward((-process.log_snr(ends) / 2).exp(), process.sigma_data).tolist()
     if not (math.isfinite(first) and math.isfinite(last)):
         raise SettingError(
-            f'time_grid={variable!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. '
-            'Use --t_min 0.001 --t_max 0.999.'
+            f'time_grid={name!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.'
         )
     inner = inverse(torch.linspace(first, last, n + 1, dtype=torch.float64)[1:-1], process.sigma_data)
     return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
@@ -238,19 +236,15 @@ def get_predict(
 
 
 def get_grid(
-    process: GaussianProcess,
-    sampling_process: GaussianProcess | None,
-    *,
-    model_type: str,
-    solver: str,
-    num_steps: int,
-    nfe: int,
-    time_grid: str,
-    t_min: float,
-    t_max: float,
-) -> list[float]:
-    """The times that a solver visits, from high to low, after all checks that need no network. Raises SettingError."""
-    cost = choose('solver', solver, SOLVERS).nfe
+    process: GaussianProcess, sampling_process: GaussianProcess | None, *, model_type: str, solver: str,
+    num_steps: int, nfe: int, time_grid: str, t_min: float, t_max: float,
+) -> list[float]:  # fmt: skip
+    """The times that a solver visits, from high to low, after all checks that need no network. Raises SettingError.
+
+    A solver with a way of its own to take few steps takes them at more noise on the grid logistic, the more the fewer.
+    """
+    method = choose('solver', solver, SOLVERS)
+    cost = method.nfe
     make_grid = choose('time_grid', time_grid, TIME_GRIDS)
     if not 0 <= t_min < t_max <= 1:
         raise SettingError(f't_min={t_min:g}, t_max={t_max:g}: times need 0 <= t_min < t_max <= 1.')
@@ -270,7 +264,10 @@ def get_grid(
             process.log_snr(torch.tensor([t_max, t_min], dtype=torch.float64))
         ).tolist()
         check_ends(sampling_process, 'v', (t_max,) if cost == 1 else (t_max, t_min), ('velocity',))
-    return make_grid(sampling_process or process, t_max, t_min, nfe // cost if nfe and cost else num_steps).tolist()
+    n = nfe // cost if nfe and cost else num_steps
+    if time_grid == 'logistic' and method.few and n <= FEW_STEPS:
+        make_grid = partial(equal_steps, 'logistic', variable=logistic(centre=1.64 - 0.08 * n))
+    return make_grid(sampling_process or process, t_max, t_min, n).tolist()
 
 
 @torch.no_grad()
@@ -340,11 +337,11 @@ def sample(
         guidance_rescale=guidance_rescale,
     )
 
-    predict.steps = len(grid) - 1
+    usual = method.few if method.few and len(grid) - 1 <= FEW_STEPS else method.step
     x = coefs_at(predict.process, grid[0]).sigma.item() * x1
     for i, (t, s) in enumerate(itertools.pairwise(grid), 1):
         predict.steps_left = len(grid) - i
-        step = last_step if method.stochastic and predict.steps_left == 1 else method.step
+        step = last_step if method.stochastic and predict.steps_left == 1 else usual
         x = step(x, t, s, predict, noise)
         if callback is not None:
             callback(i, s, x)

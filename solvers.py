@@ -20,10 +20,10 @@ A solver's cost is counted in network evaluations (NFE). Of papers of one year, 
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -67,15 +67,13 @@ class Predict:
     condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
     by the step x + (s - t) predict(x, t, s).velocity.
     `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
-    `steps` is the number of steps from the start to the end and `steps_left` that from here, this one included, as far
-    as they are known. `taken` is (a, b) of the step x(s) = a x(t) + b that led here, if a multistep method took it;
-    `reached` is what an adaptive solver knows from the step before.
+    `steps_left` is the number of steps to the end, this one included, as far as it is known. `taken` is (a, b) of the
+    step x(s) = a x(t) + b that led here, if a multistep method took it; `reached` is what an adaptive solver knows.
     """
 
     def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
         """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s."""
-        self.evaluate, self.process, self.nfe = evaluate, process, 0
-        self.steps = self.steps_left = sys.maxsize
+        self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.levels: dict[float, Level] = {}
         self.taken: tuple[float, Tensor] | None = None
@@ -107,6 +105,7 @@ class Solver:
     order: int
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
+    few: StepFn | None = None  # used instead of `step` where all of the path is at most FEW_STEPS steps
 
 
 # ---------------------------------------------------------------- Runge-Kutta on the velocity
@@ -272,17 +271,13 @@ def multistep(
     corrector: int = 0,
     taper: bool = False,
     stochastic: bool = False,
-    few: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Adams' method on the prediction type `given`, with the weights of `formula`; one evaluation a step.
 
     The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change
     fastest. With a corrector, x at t is first corrected: the step that led there is made once more, by a formula of
     `corrector` predictions, of which the first is the one now computed at t (Zhao et al. 2023, algorithm 1).
-    `few` holds the settings for a way of FEW_STEPS steps at most.
     """
-    if few is not None and predict.steps <= FEW_STEPS:
-        return multistep(x, t, s, predict, noise, **few)
     past, taken, sigma_data = list(predict.past), predict.taken, predict.process.sigma_data
     past.insert(0, (t, predict(x, t)))
     nodes = tuple(predict.level(time) for time, _ in past)
@@ -350,7 +345,6 @@ def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise
 # ---------------------------------------------------------------- tables
 
 FEW_STEPS = 10  # up to this number a polynomial is no good guide between predictions
-FEW: dict[str, Any] = dict(formula=gaussian, given='x0', order=3, corrector=3)
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 ddim = partial(multistep, formula=exponential, given='x0', order=1)
@@ -371,10 +365,11 @@ SOLVERS: dict[str, Solver] = {
     ),
     # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
     'adams': Solver(
-        partial(multistep, formula=angular, given='v', order=4, corrector=5, taper=True, few=FEW),
+        partial(multistep, formula=angular, given='v', order=4, corrector=5, taper=True),
         nfe=1,
         order=5,
         memory=4,
+        few=partial(multistep, formula=gaussian, given='x0', order=3, corrector=3),
     ),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for other noise than the natural

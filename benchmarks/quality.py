@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py [--seconds 240]
 
-Networks of the shapes of networks.py, each of 1.1 to 1.4 million parameters, in one and the same loop: rectified flow with
-velocity output, batches of 64, AdamW at 1e-3 with 30 steps of warm-up, moving average of 0.99. They take turns of one
-step, the one that has used the least time first, so that a busy machine slows all of them alike, until each has had
+Networks of the shapes of networks.py, each of 1.1 to 1.4 million parameters, in one and the same loop: rectified flow
+with velocity output, batches of 64, AdamW at 1e-3 with 30 steps of warm-up, moving average of 0.99. They take turns of
+one step, the one that has used the least time first, so that a busy machine slows all of them alike, until each has had
 its seconds. Judged by the loss on 1000 held-out images (the same noise and times for all) and by 256 samples, 10
 evaluations of adams, compared with the training images (metrics.pixel_metrics). Needs the packages of
 benchmarks/requirements.txt, and Fashion-MNIST.

@@ -26,8 +26,7 @@ from interleaved import write  # noqa: E402
 from oracle import random_mixture, ring  # noqa: E402
 
 import sampling  # noqa: E402
-import solvers  # noqa: E402
-from processes import RectifiedFlow  # noqa: E402
+from processes import GaussianProcess, RectifiedFlow  # noqa: E402
 from solvers import SOLVERS, Solver, angular, gaussian, multistep  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35)
@@ -66,12 +65,16 @@ def errors(constants: dict, problems: list) -> dict[int, list[tuple[float, float
     """NFE -> (median, RMSE) for each mixture; errors are distances per dimension to the exact end point."""
     c = SimpleNamespace(**constants)
     formula = partial(gaussian, widths=(c.narrowest, c.widest))
-    few = dict(formula=formula, given='x0', order=c.few_order, corrector=c.few_corrector)
-    many = dict(formula=angular, given='v', order=c.order, corrector=c.corrector, taper=c.taper)
-    SOLVERS['tried'] = Solver(partial(multistep, **many, few=few), nfe=1, order=c.order, memory=6)
-    solvers.FEW_STEPS = sampling.FEW_STEPS = c.steps
-    sampling.GRID_VARIABLES['tried'] = partial(sampling.logistic, centre=c.centre, scale=c.scale, few=c.few_centre)
-    sampling.TIME_GRIDS['tried'] = partial(sampling.equal_steps, 'tried')
+    few = partial(multistep, formula=formula, given='x0', order=c.few_order, corrector=c.few_corrector)
+    many = partial(multistep, formula=angular, given='v', order=c.order, corrector=c.corrector, taper=c.taper)
+    SOLVERS['tried'] = Solver(many, nfe=1, order=c.order, memory=6, few=few)
+    sampling.FEW_STEPS = c.steps
+
+    def grid(process: GaussianProcess, t_max: float, t_min: float, n: int) -> torch.Tensor:
+        variable = sampling.logistic(c.few_centre - 0.08 * n if n <= c.steps else c.centre, c.scale)
+        return sampling.equal_steps('tried', process, t_max, t_min, n, variable)
+
+    sampling.TIME_GRIDS['tried'] = grid
     found = {}
     for nfe in NFE:
         found[nfe] = []

@@ -39,12 +39,17 @@ def test_grid_has_equal_steps(time_grid, process_name):
 
 
 @each_process
-@pytest.mark.parametrize(('n', 'centre'), [(4, 1.32), (10, 0.84), (11, 0.6)])
-def test_few_steps_are_taken_at_more_noise(n, centre, process_name):
+@pytest.mark.parametrize(
+    ('solver', 'n', 'centre'), [('adams', 4, 1.32), ('adams', 10, 0.84), ('adams', 11, 0.6), ('unipc', 4, 0.6)]
+)
+def test_adams_takes_few_steps_at_more_noise(solver, n, centre, process_name):
     process = process_named(process_name)
-    times = TIME_GRIDS['logistic'](process, 0.95, 0.02, n)
+    settings = dict(model_type='v', num_steps=n, nfe=0, t_min=0.02, t_max=0.95)
+    times = torch.tensor(get_grid(process, None, solver=solver, time_grid='logistic', **settings), dtype=F64)
     steps = (1 / (1 + (process.sigma(times) / process.alpha(times) / (centre / 2)) ** (-1 / 1.2))).diff()
     torch.testing.assert_close(steps, steps.mean().expand(n), rtol=1e-6, atol=0)
+    usual = get_grid(process, None, solver=solver, time_grid='cosine', **settings)
+    assert usual == TIME_GRIDS['cosine'](process, 0.95, 0.02, n).tolist()
 
 
 def test_edm_grid_is_the_published_one():
