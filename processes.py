@@ -74,8 +74,8 @@ class GaussianProcess:
 
     alpha falls and sigma rises, both for t in float32 and in float64, each time alone. `alpha_dot`, `sigma_dot` and
     `time_of_log_snr` follow from these two; override them where a closed form is known, which is faster.
-    `sigma_data`, the assumed standard deviation of the data, matters to c_in, the output F, the weight edm and the grid
-    logistic alone.
+    `sigma_data`, the assumed standard deviation of the data, matters to c_in, the output F, the weight edm, the grid
+    logistic, and the solver adams with few steps.
     """
 
     sigma_data: float = 0.5

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import SettingError
+from config_tools import renewed
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #222; --line: #ccc; --faint: #777 }
@@ -116,7 +117,7 @@ def read(folder: str | Path) -> Run:
         return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
 
     try:
-        config = json.loads((folder / 'config.json').read_text())
+        config = renewed(json.loads((folder / 'config.json').read_text()))
         starts = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else []
         return Run(folder, config, lines_of('metrics.jsonl'), starts, lines_of('evaluation.jsonl'))
     except (OSError, ValueError) as error:

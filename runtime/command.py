@@ -20,12 +20,16 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 def parsed(parse: Callable[[], T]) -> T:
     """What `parse` makes of the flags; a wrong one is said once, not once for each process, and ends the program."""
-    is_rank_0 = os.environ.get('RANK', '0') == '0'
+    is_rank_0, said = os.environ.get('RANK', '0') == '0', io.StringIO()
     try:
-        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(said):
             return parse()
     except (SettingError, SystemExit) as error:
         if not is_rank_0:
+            if os.environ.get('LOCAL_RANK') == '0':  # on its machine alone the flags, or the code, may be others
+                from runtime.stopping import report_failure
+
+                report_failure(SettingError(said.getvalue().strip() or str(error)))
             time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
         if isinstance(error, SystemExit):
             raise

@@ -33,7 +33,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
         raise SettingError(
-            'check=True: this tries one machine. Run it on one of them, without NNODES and TORCHRUN_ARGS.'
+            'check=True: this tries one machine. Run it on one of them, without NNODES, TORCHRUN_ARGS or srun.'
         )
     ranks.setup()
     usual = baseline(config)
@@ -103,9 +103,8 @@ def time_steps(step: Callable[[], object]) -> tuple[float, float]:
     first = timed(step)
     for _ in range(WARM_UP_STEPS - 1):
         once = timed(step)
-    in_block = max(
-        1, int(SECONDS_FOR_STEPS / LEAST_BLOCKS / once)
-    )  # the same on every rank: each time is the slowest's
+    # the same on every rank: each time is the slowest's
+    in_block = max(1, int(SECONDS_FOR_STEPS / LEAST_BLOCKS / once))
     blocks: list[float] = []
     while len(blocks) < LEAST_BLOCKS or sum(blocks) * in_block < SECONDS_FOR_STEPS:
         blocks.append(timed(lambda: [step() for _ in range(in_block)]) / in_block)

@@ -4,7 +4,7 @@ NPROC: processes on this machine.
 MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
 NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: several machines (runtime/machines.py); under Slurm they are derived.
 NODE_WAIT: seconds for which machines wait for one that is late (600).
-TORCHRUN_ARGS: torchrun's flags instead of all this, for what it can do beside.
+TORCHRUN_ARGS: flags of torchrun, in place of those that this file would give it.
 """
 
 import json
@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from runtime import machines, stopping
-from runtime.machines import Place, whole_number
+from runtime.machines import MAY_DIFFER, Place, whole_number
 from runtime.meeting import Alone, Meeting, Refused
 
 # Exit codes of workers that have said why they end.
@@ -68,6 +68,8 @@ def launch(argv: list[str]) -> int:
     # waiting threads spin so long otherwise that two programs on the same cores stall each other
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     os.environ['RUN_PARENT'] = str(os.getpid())
+    if 'MASTER_PORT' in os.environ:  # torchrun gives the workers another
+        os.environ['RUN_PORT'] = os.environ['MASTER_PORT']
     logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
     patch_signal_handler()
 
@@ -85,11 +87,22 @@ def launch(argv: list[str]) -> int:
             ]
             if here.machines == 1 or flags:
                 return repeat(restarts, lambda: alone([*(flags or ['--standalone']), *arguments], Path(reports)))
-            about = dict(command=shlex.join([Path(argv[0]).name, *argv[1:]]))
+            about = dict(command=shlex.join([Path(argv[0]).name, *without(argv[1:], MAY_DIFFER)]))
             about |= dict(NNODES=str(here.machines), MAX_RESTARTS=str(restarts))
             return repeat(restarts, lambda: together(here, about, wait, arguments, Path(reports)))
 
     return machines.in_one_task(here, start)
+
+
+def without(flags: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The flags and their values, but for those of these settings."""
+    kept, skipping = [], False
+    for word in flags:
+        if word.startswith('--'):
+            skipping = word.removeprefix('--').partition('=')[0].replace('-', '_') in names
+        if not skipping:
+            kept.append(word)
+    return kept
 
 
 def processes(here: Place, gpus: int) -> int:
@@ -168,10 +181,11 @@ def together(here: Place, about: dict[str, str], wait: int, arguments: list[str]
     except Refused as error:
         code, cause, text = stopping.EXIT_BAD_SETTING, -1, str(error)
     except SignalException:  # before there were workers, or after
-        code, cause, text = end.code if end else stopping.EXIT_STOPPED, -1, ''
-        code = code if code in (0, *SAID) else stopping.EXIT_STOPPED
-        if meeting is not None:
+        code, cause, text = stopping.EXIT_STOPPED, -1, ''
+        if meeting is not None and end is None:
             meeting.tell(code)
+        elif meeting is not None:  # it was waiting for the others' ends
+            code, cause, text = meeting.known()
     finally:
         on_stop(note_stop)  # it is decided: srun may end all tasks once the first has left with this code
         if meeting is not None:

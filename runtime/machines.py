@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')  # settings: between the machines of one run
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -34,7 +35,7 @@ class Place:
 
 
 def whole_number(env: Mapping[str, str], name: str, usual: int, least: int = 0, most: int | None = None) -> int:
-    """Environment variable `name`. Raises ValueError."""
+    """The value of environment variable `name`, `usual` where it is not set. Raises ValueError if it is out of range."""
     value = env.get(name) or str(usual)
     if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
         limit = f' and at most {most}' if most is not None else ''

@@ -163,8 +163,8 @@ class Meeting:
                 say_next, why = now + SAY_EVERY, f' ({self.trouble})' if self.trouble else ''
                 say(f'waiting for {self.whom()}{why}; it ends after {self.wait} s, see NODE_WAIT')
             time.sleep(0.1)
-        self.watching = True
-        return True
+        self.watching = not any(row is not None and row.code is not None for row in self.table.rows)
+        return self.watching
 
     def whom(self) -> str:
         """The machines that are missing, in words."""
@@ -185,6 +185,10 @@ class Meeting:
         while self.table.port and not self.table.settled and not self.lost and self.thread.is_alive():
             time.sleep(0.05)
         self.close()
+        return self.known()
+
+    def known(self) -> tuple[int, int, str]:
+        """The `verdict` of what is known by now."""
         rows = [row or Row('?') for row in self.table.rows]
         rows[self.place.rank] = self.me
         return verdict(rows)
@@ -235,6 +239,8 @@ class Meeting:
                         refused = refused or differs
                         if refused:
                             continue
+                        if not 0 < rank < len(rows):
+                            raise ValueError(f'there is no machine {rank}')
                         if message['hello']:
                             for other in [other for other in wires if wires[other] == rank]:
                                 wires[other] = None  # the machine came again

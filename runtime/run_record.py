@@ -19,12 +19,12 @@ import torch
 
 from config import Config, SettingError
 from runtime import ranks
+from runtime.machines import MAY_DIFFER
 from runtime.run_folder import Identity
 from runtime.stopping import SaveError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
-MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')  # settings: between the machines of one run
 
 importing: Path | None = None  # the script that is being imported to read its run: it must not train
 
@@ -214,6 +214,8 @@ def refuse_unlike(config: Config) -> None:
 
     def compare() -> None:
         here = facts(files)
+        if config.init_from and not Path(config.init_from).is_file():  # without it the network's settings are unknown
+            raise SettingError(f'init_from={config.init_from!r}: {here["host"]} has no such file. Copy it there.')
         lines = [
             f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
             for name in {**first, **here}
@@ -234,10 +236,12 @@ def command_line() -> str:
     if 'RUN_REPORTS' not in os.environ:  # of the launcher
         return shlex.join(['python', *sys.argv])
     machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
-    names = [name for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ]
-    asked = [f'{name}={shlex.quote(os.environ[name])} ' for name in names]
+    asked = {name: os.environ[name] for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ}
+    if machines and 'RUN_PORT' in os.environ:
+        asked['MASTER_PORT'] = os.environ['RUN_PORT']
     script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
-    return ''.join(asked) + shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])
+    given = [f'{name}={shlex.quote(value)}' for name, value in asked.items()]
+    return ' '.join([*given, shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])])
 
 
 def write_start(config: Config, trainer_class: type, device: torch.device, step: int = 0) -> dict[str, Any]:

@@ -156,16 +156,15 @@ def end_soon(code: int, seconds: int = 5) -> None:
 
 
 def end_with_parent() -> None:
-    """Have this process killed within a second of the process that started it, whose number is in RUN_PARENT.
+    """Have this process end within a second of the process that started it, whose number is in RUN_PARENT, or of the
+    launcher's order to give up (runtime/meeting.py).
 
     Workers and launcher are in sessions of their own, so that whoever kills run.sh or the launcher does not reach them.
     They must not train on: they would hold the run's lock and write checkpoints behind the next one.
     """
     parent = int(os.environ.pop('RUN_PARENT', 0))
 
-    give_up = Path(
-        os.environ.get('RUN_REPORTS', '/nowhere'), 'give_up'
-    )  # the launcher makes it: see runtime/meeting.py
+    give_up = Path(os.environ.get('RUN_REPORTS', '/nowhere'), 'give_up')
 
     def watch() -> None:
         while os.getppid() == parent and not give_up.exists():

@@ -394,18 +394,19 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
     """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(...)` is `together` on machine 0,
-    with a Meeting of machine 1 beside it: the code, and the verdict of machine 1."""
+    with a Meeting of machine 1 beside it, whose workers end after `seconds`: the code, and the verdict of machine 1."""
     from torch.distributed import run
 
     def instead(do):
         monkeypatch.setattr(run, 'main', do)
 
-    def launch_both(meet):
+    def launch_both(meet, seconds=0):
         place, ends = Place(2, 0, '127.0.0.1', meet.port), []
 
         def second():
             there = meet(1)
             there.gather()
+            time.sleep(seconds)
             ends.append(there.settle(0))
 
         beside = threading.Thread(target=second)
@@ -470,6 +471,40 @@ def test_a_stop_between_two_attempts_is_obeyed(meet, torchrun, tmp_path, capsys)
     heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
     assert torchrun.launch(meet) == (75, heard) and began == [1]  # on several machines the others hear of it
     assert 'starting again' in capsys.readouterr().err
+
+
+def test_a_stop_that_comes_with_the_last_machine_starts_no_workers(meet):
+    """Machine 0 was asked to stop while it waited, so that machine 1 hears of the stop and of the start together."""
+    first = meet(0)
+    stopper = threading.Thread(target=first.tell, args=(stopping.EXIT_STOPPED, 20))
+    stopper.start()
+    time.sleep(0.3)
+    assert not meet(1).gather()
+    stopper.join(10)
+    assert not stopper.is_alive()
+
+
+def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(meet, torchrun, tmp_path, capsys):
+    """So that Slurm does not queue again what fails each time."""
+
+    def fails(arguments):
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise ValueError('each time')
+
+    torchrun(fails)
+    code, (other, cause, text) = torchrun.launch(meet, seconds=3)
+    assert (code, other, cause) == (1, 1, 0) and text.endswith('each time')
+
+
+def test_a_number_that_no_machine_has_is_a_strangers(meet):
+    first = meet(0)
+    with socket.create_connection(('127.0.0.1', first.place.port)) as stranger:
+        row = dict(host='x', code=None, text='', order=[9, 0.0], gone='')
+        message = dict(rank=7, row=row, about=first.about, hello=True)
+        stranger.sendall(json.dumps(message).encode() + b'\n')
+        time.sleep(0.5)
+    other = meet(1)
+    assert both(first.gather, other.gather) == [True, True]
 
 
 def test_machines_that_do_not_come_are_waited_for_once_and_again_after_a_failure():

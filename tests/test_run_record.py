@@ -173,13 +173,18 @@ def test_each_start_adds_an_entry(tiny_config, monkeypatch):
             ['main.py'],
             'NNODES=2 NODE_RANK=0 MASTER_ADDR=h1 sh run.sh',
         ),
+        (
+            {'NNODES': '2', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '4', 'RUN_PORT': '29600'},
+            ['main.py'],
+            'NNODES=2 NODE_RANK=0 MASTER_ADDR=h1 MASTER_PORT=29600 sh run.sh',
+        ),
         ({'MASTER_ADDR': '127.0.0.1'}, ['main.py'], 'sh run.sh'),  # torchrun's
         ({'RUN_REPORTS': None}, ['mine.py', '--seed', '1'], 'python mine.py --seed 1'),
     ],
 )
 def test_the_command_is_what_was_typed(monkeypatch, env, argv, command):
     monkeypatch.setattr(sys, 'argv', argv)
-    for name in ('NPROC', 'TORCHRUN_ARGS', 'NNODES', 'NODE_RANK', 'MASTER_ADDR'):
+    for name in ('NPROC', 'TORCHRUN_ARGS', 'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'RUN_PORT'):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({'RUN_REPORTS': '/tmp'} | env).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
