@@ -164,7 +164,7 @@ def adams(
         state = step(state, t, s, predict, Noise(lambda coefs: coefs.sigma, scale=0.0))  # an ODE: there is no noise
     x, integral = state[:, : -len(total)], state[:, -len(total) :].T / length(times[-1])
     grown = x.shape[1] * math.log(length(times[-1]) / length(times[0]))
-    return x.reshape(shape), total + integral + grown
+    return x.reshape(shape), integral + grown
 
 
 def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracle import F64, GivenMean, base_noise, random_mixture
+from oracle import F64, RING, GivenMean, base_noise, random_mixture
 from torch.distributions import Normal
 
 from config import Config, SettingError
@@ -111,6 +111,19 @@ def test_the_default_is_as_exact_as_small_steps_with_a_tenth_of_them(dim, proces
 
 def test_a_tolerance_is_for_adaptive_steps():
     refused('tolerance=0.001.*dopri5', solver='adams', tolerance=1e-3)
+    refused('tolerance=0.*dopri5', solver='rk4', tolerance=0.0)
+
+
+def test_adaptive_steps_never_look_beyond_the_ends():
+    process, seen = process_named('rf'), []
+    model_fn = RING.as_model('velocity', process)
+
+    def watched(xt, t, label):
+        seen.append(t[0].item())
+        return model_fn(xt, t, label)
+
+    log_likelihood(watched, process, base_noise(3), solver='dopri5', tolerance=1e-3)
+    assert min(seen) >= 0.001 - 1e-6 and max(seen) <= 0.999 + 1e-6
 
 
 @pytest.mark.parametrize('model_type', ROWS)
@@ -215,6 +228,7 @@ def test_integers_are_refused():
 
 def test_no_probes_are_refused():
     refused('num_probes=0.*at least 1', num_probes=0)
+    refused('num_steps=0.*at least 1', num_steps=0)
 
 
 def test_singular_end_is_refused():

@@ -169,7 +169,7 @@ sys.exit(in_one_task(Place(tasks=3, task=int(sys.argv[1])), launch))
     for task in (1, 0, 2):
         tasks[task] = subprocess.Popen([sys.executable, '-c', program, str(task)], env=env)
         time.sleep(0.4)
-    tasks[1].send_signal(signal.SIGTERM)
+    [tasks[1].send_signal(signum) for signum in stopping.STOP_SIGNALS]
     ends = {task: process.wait(timeout=30) for task, process in tasks.items()}
     assert (ends[1], ends[2]) == (code, code) and ends[0] == (75 if code == 75 else -9)
 
@@ -191,6 +191,7 @@ def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
         ([row(1, 'lost it', (2, 3.0)), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
         ([row(75), row(gone='left')], (75, 0, 'machine 0 (h): it was asked to stop')),
         ([row(3), row(75)], (3, 0, 'machine 0 (h): the loss is not finite')),
+        ([row(3), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
     ],
 )
 def test_what_all_agree_on(rows, end):
@@ -385,6 +386,7 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
     threading.Thread(target=lambda: second.settle(1, 'KeyError', (1, 2.0)), daemon=True).start()
     assert not wait_until((first.reports / 'give_up').exists, 0.5)
     assert wait_until((first.reports / 'give_up').exists, 5)
+    assert not wait_until(lambda: ended, 0.5)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
 
 
@@ -505,6 +507,67 @@ def test_a_number_that_no_machine_has_is_a_strangers(meet):
         time.sleep(0.5)
     other = meet(1)
     assert both(first.gather, other.gather) == [True, True]
+
+
+@pytest.mark.parametrize('code, end', [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
+def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch, code, end):
+    """Asked to stop, so that they save, where another machine was; given up where one failed; else left alone."""
+    first, second = meet(0), meet(1)
+    assert both(first.gather, second.gather) == [True, True]
+    asked = []
+    monkeypatch.setattr(meeting, 'PATIENCE', 0.3)
+    monkeypatch.setattr(meeting.os, 'kill', lambda pid, signum: asked.append(signum))
+    threading.Thread(target=lambda: second.settle(code), daemon=True).start()
+    wait_until(lambda: asked or (first.reports / 'give_up').exists(), 2)
+    assert (asked, (first.reports / 'give_up').exists()) == ([end] * (end == signal.SIGTERM), end == 'give_up')
+    first.settle(code)
+
+
+def test_localhost_is_what_was_asked_for_and_a_name_of_it_is_not(monkeypatch):
+    monkeypatch.setattr(socket, 'gethostbyname', lambda host: '127.0.0.1')
+    assert machines.address_of('localhost') == '127.0.0.1'
+    with pytest.raises(ValueError, match='means the machine itself'):
+        machines.address_of('h1')
+
+
+def test_a_machine_that_comes_again_is_not_lost_with_its_old_connection(meet):
+    first, old = meet(0, 3), meet(1, 3)
+    assert wait_until(lambda: first.table.rows[1] is not None, 10)
+    again = meet(1, 3)
+    assert wait_until(lambda: 'was reached' in again.trouble, 10)
+    time.sleep(0.5)
+    old.close()
+    time.sleep(0.5)
+    third = meet(2, 3, wait=5)
+    assert both(first.gather, again.gather, third.gather) == [True] * 3
+
+
+def test_ones_own_end_counts_where_machine_0_is_gone(meet):
+    first, second = meet(0), meet(1)
+    assert both(first.gather, second.gather) == [True, True]
+    first.close()
+    assert wait_until(lambda: second.lost, 10)
+    assert second.settle(75)[:2] == (75, 1)
+
+
+@pytest.mark.parametrize('code', launch.SAID)
+def test_an_end_that_was_said_is_not_repeated(code):
+    began = []
+    assert launch.repeat(3, lambda: began.append(1) or code) == code and began == [1]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv('NPROC', '5')
+    with pytest.raises(ValueError, match=r"NPROC='5'.*at most 4"):
+        launch.processes(Place(), 4)
+
+
+def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet):
+    with socket.create_server(('127.0.0.1', meet.port)) as stranger:
+        late = meet(1)
+        with stranger.accept()[0] as connection:
+            connection.sendall(b'HTTP/1.0 400 Bad Request\r\n\r\n')
+            assert wait_until(lambda: 'no run of this program' in late.trouble, 5)
 
 
 def test_machines_that_do_not_come_are_waited_for_once_and_again_after_a_failure():

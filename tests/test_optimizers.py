@@ -279,6 +279,66 @@ def test_a_bad_step_changes_nothing(name, bad):
             assert p.isfinite().all() and torch.equal(p, q) and torch.equal(p, old) == (i in bad)
 
 
+@pytest.mark.parametrize('bad', [(0,), (2,), (0, 1, 3)])
+def test_a_step_that_the_flag_forbids_is_none_of_muon(bad):
+    """The flag of step_if on a GPU, here with numbers: weights after good and bad steps are those of the good alone."""
+
+    def build():
+        torch.manual_seed(0)
+        net = nn.Linear(3, 4)
+        return list(net.parameters()), get_optimizer(Config(optimizer='muon', base_lr=0.1, weight_decay=0.3), net)
+
+    (ours, optimizer), (plain, reference) = build(), build()
+    for i in range(5):
+        torch.manual_seed(i)
+        for p, q in zip(ours, plain, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in ours]
+        if i in bad:
+            ours[0].grad[0, 0] = ours[1].grad[0] = torch.nan
+        optimizer.found_inf = torch.tensor(float(i in bad))
+        optimizer.step()
+        if i not in bad:
+            reference.step()
+        for p, q, old in zip(ours, plain, before, strict=True):
+            torch.testing.assert_close(p, q)
+            assert torch.equal(p, old) == (i in bad)
+
+
+def test_a_weight_without_a_gradient_is_left_alone_by_muon():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = get_optimizer(Config(optimizer='muon', weight_decay=0.3), net)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in (*net[0].parameters(), *net[2].parameters()):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True)]
+    assert moved == [True, True, False, False, True, True]
+
+
+def test_a_gradient_of_zeros_leaves_muon_finite():
+    net = nn.Linear(3, 4)
+    optimizer = get_optimizer(Config(optimizer='muon', base_lr=0.1, weight_decay=0.5), net)
+    before = net.weight.detach().clone()
+    net.weight.grad, net.bias.grad = torch.zeros(4, 3), torch.zeros(4)
+    optimizer.step()
+    torch.testing.assert_close(net.weight.detach(), before * 0.95)
+
+
+def test_half_fused_waits_and_no_flag_is_left():
+    with FakeTensorMode(), torch.device('cuda'):
+        net = nn.Linear(2, 2)
+        ok = torch.ones((), dtype=torch.bool)
+        net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        step_if(ok, optimizer)
+        assert not hasattr(optimizer, 'found_inf')
+        half = torch.optim.AdamW([dict(params=[net.weight], fused=True), dict(params=[net.bias], fused=False)])
+        with pytest.raises(DataDependentOutputException):
+            step_if(ok, half)
+
+
 def test_a_plain_step_after_a_skipped_one_is_taken():
     p = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([p], lr=0.5, weight_decay=0.0, fused=True)

@@ -3,14 +3,17 @@
 Tables are gone through: a solver, noise or process of yours is tested as soon as it is in its table.
 """
 
+import dataclasses
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from oracle import F64, RING, GaussianMixture, at, base_noise, process_named, random_mixture
 
+import solvers
 from processes import PROCESSES, GaussianProcess
 from sampling import TIME_GRIDS, get_predict, sample
 from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, gaussian, multistep, relative_noise
@@ -134,6 +137,14 @@ def test_adaptive_steps_go_on_from_one_another(process_name):
     assert (x - fine).square().mean().sqrt() < 1e-3
 
 
+def test_an_adaptive_step_from_elsewhere_asks_for_its_velocity():
+    process, step = process_named('rf'), SOLVERS['dopri5'].step
+    used, new = (exact_predict(process, RING) for _ in range(2))
+    step(base_noise(5), 0.9, 0.6, used, None)
+    x = base_noise(10)[5:]
+    torch.testing.assert_close(step(x, 0.6, 0.3, used, None), step(x, 0.6, 0.3, new, None), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- closed forms and published formulas
 
 
@@ -239,6 +250,28 @@ def test_weights_for_gaussian_data_have_the_least_error(times, process_name):
     errors = growth * (sum(w * term for w, term in zip((a, *b), terms, strict=True)) - wanted)
     cosines = torch.stack([(growth * term) @ errors / (growth * term).norm() / errors.norm() for term in terms])
     assert errors.norm() > 1e-4 and cosines.abs().max() < 1e-3, (errors.norm(), cosines)
+
+
+@pytest.mark.parametrize(
+    ('n', 'formula', 'predicted', 'corrected'),
+    [
+        (11, 'angular', [1, 2, 3, *[4] * 6, 3, 2], [2, 3, 4, *[5] * 7]),
+        (10, 'gaussian', [1, 2, *[3] * 8], [2, *[3] * 8]),
+    ],
+)
+def test_how_far_the_steps_of_the_default_look_back(n, formula, predicted, corrected, monkeypatch):
+    asked, original, adams = [], getattr(solvers, formula), SOLVERS['adams']
+
+    def counted(here, there, nodes, *others):
+        asked.append(len(nodes))
+        return original(here, there, nodes, *others)
+
+    step = 'step' if formula == 'angular' else 'few'
+    given = {step: partial(getattr(adams, step), formula=counted)}
+    monkeypatch.setitem(SOLVERS, 'adams', dataclasses.replace(adams, **given))
+    process = process_named('rf')
+    sample(RING.as_model('velocity', process), process, base_noise(3), num_steps=n)
+    assert (asked[::2], asked[1::2]) == (predicted, corrected)
 
 
 @pytest.mark.parametrize('nfe', [4, 6, 8, 10])
