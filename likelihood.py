@@ -111,7 +111,7 @@ def log_likelihood(
     total = x0.new_zeros(1 if divergence == 'exact' else num_probes, len(x0))
     with torch.no_grad():
         if solver == 'adams':
-            x, total = adams(with_divergence, process, x, total, times.tolist())
+            x, total = adams(with_divergence, process, x, times.tolist(), len(total))
         else:
             ends = times[[0, -1]] if solver == 'dopri5' else times
             x, total = (
@@ -140,10 +140,10 @@ def adams(
     with_divergence: Callable[[Tensor, float, str], tuple[Tensor, Tensor]],
     process: GaussianProcess,
     x: Tensor,
-    total: Tensor,
     times: Sequence[float],
+    num_probes: int,
 ) -> tuple[Tensor, Tensor]:
-    """x (B, ...) at the last of the `times`, and `total` (P, B) plus the integral of the divergence of the velocity.
+    """x (B, ...) at the last of the `times`, and the integral of the divergence of the velocity, (P, B).
 
     With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular), of which the divergence with
     respect to y is that of v with respect to x; and a volume of x is n^D times that of y. So n times the integral over
@@ -155,14 +155,14 @@ def adams(
         return math.hypot(*predict.level(t)[:2])
 
     def evaluate(state: Tensor, t: float) -> Any:
-        v, terms = with_divergence(state[:, : -len(total)].reshape(shape), t, 'v')
+        v, terms = with_divergence(state[:, :-num_probes].reshape(shape), t, 'v')
         return SimpleNamespace(v=torch.cat([v.reshape(batch, -1), length(t) * terms.T], 1))
 
     predict, step = Predict(evaluate, process, SOLVERS['adams'].memory), SOLVERS['adams'].step
-    state = torch.cat([x.reshape(batch, -1), length(times[0]) * total.T], 1)
+    state = torch.cat([x.reshape(batch, -1), x.new_zeros(batch, num_probes)], 1)
     for t, s in itertools.pairwise(times):
         state = step(state, t, s, predict, Noise(lambda coefs: coefs.sigma, scale=0.0))  # an ODE: there is no noise
-    x, integral = state[:, : -len(total)], state[:, -len(total) :].T / length(times[-1])
+    x, integral = state[:, :-num_probes], state[:, -num_probes:].T / length(times[-1])
     grown = x.shape[1] * math.log(length(times[-1]) / length(times[0]))
     return x.reshape(shape), integral + grown
 

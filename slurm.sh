@@ -3,7 +3,7 @@
 #
 #   sbatch slurm.sh --preset cifar10
 #   sbatch --nodes=4 --time=2-0 slurm.sh mine.py          options of sbatch come first, in place of those below
-#   sbatch --array=0-3 slurm.sh sweep.py --base_lr 1e-3 3e-4 --time_sampler uniform logit_normal -- --preset digits
+#   sbatch --array=0-3 slurm.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
 #                                                         task i is the i-th run of the grid (sweep.py)
 #
 # Two minutes before the time is over, the run saves, and the job goes back into the queue; started again, it goes on

@@ -1,6 +1,6 @@
 """A grid of settings: every combination is a run of its own, one after the other, and all end on one page.
 
-    sh run.sh sweep.py --base_lr 1e-3 3e-4 --time_sampler uniform logit_normal -- --preset digits
+    sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
 
 What stands after -- goes to every run. The same command goes on where it was cut off: runs that are finished are passed
 over. In a SLURM array, task i does the i-th run alone (SLURM_ARRAY_TASK_ID, from 0).

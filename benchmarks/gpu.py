@@ -93,16 +93,20 @@ def correct(folder: str) -> dict[str, Any]:
     run.steps(10)
     found: dict[str, Any] = {'loss, first and last': [first, run.loss()]}
 
-    whole, cut = (Run(folder, precision='float32', experiment_name=name, **small) for name in ('whole', 'cut'))
-    whole.steps(12)
-    cut.steps(6)
-    cut.trainer.save(wait=True)
-    cut.trainer.writer.join()
-    resumed = Run(folder, precision='float32', experiment_name='cut', **small)
-    assert resumed.trainer.step == 6
-    resumed.steps(6)
-    pairs = zip(whole.trainer.network.parameters(), resumed.trainer.network.parameters(), strict=True)
-    found['resumed: largest difference of a weight'] = max(float((a - b).abs().max()) for a, b in pairs)
+    for optimizer in ('muon', 'adamw'):
+        settings = small | dict(precision='float32', optimizer=optimizer)
+        whole, cut = (Run(folder, experiment_name=f'{optimizer}_{name}', **settings) for name in ('whole', 'cut'))
+        whole.steps(12)
+        cut.steps(6)
+        cut.trainer.save(wait=True)
+        cut.trainer.writer.join()
+        resumed = Run(folder, experiment_name=f'{optimizer}_cut', **settings)
+        assert resumed.trainer.step == 6
+        resumed.steps(6)
+        pairs = zip(whole.trainer.network.parameters(), resumed.trainer.network.parameters(), strict=True)
+        found[f'resumed, {optimizer}: largest difference of a weight'] = max(
+            float((a - b).abs().max()) for a, b in pairs
+        )
 
     trainer = whole.trainer
     batch = next(whole.shards)

@@ -35,7 +35,7 @@ class Place:
 
 
 def whole_number(env: Mapping[str, str], name: str, usual: int, least: int = 0, most: int | None = None) -> int:
-    """The value of environment variable `name`, `usual` where it is not set. Raises ValueError if it is out of range."""
+    """The value of environment variable `name`, or `usual`. Raises ValueError if it is out of range."""
     value = env.get(name) or str(usual)
     if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
         limit = f' and at most {most}' if most is not None else ''

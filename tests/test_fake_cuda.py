@@ -152,6 +152,7 @@ def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, build, time_sampler, 
     [
         dict(network='dit', dit_depth=2, dit_width=32, dit_heads=2),
         dict(network='mlp'),
+        dict(optimizer='muon'),
         dict(accumulation_steps=4),
         dict(stratified=False, antithetic=True, ema_decays=()),
         dict(loss_weight='min_snr', target_type='x0', model_type='v', process_name='cosine', grad_clip_norm=0.0),

@@ -174,6 +174,15 @@ sys.exit(in_one_task(Place(tasks=3, task=int(sys.argv[1])), launch))
     assert (ends[1], ends[2]) == (code, code) and ends[0] == (75 if code == 75 else -9)
 
 
+def test_a_machine_whose_flags_alone_are_wrong_says_which(tmp_path):
+    """Its code is older, say. Machine 0 has nothing to say of it, so its launcher must hear why."""
+    env = os.environ | dict(RANK='2', LOCAL_RANK='0', RUN_REPORTS=str(tmp_path))
+    command = [sys.executable, 'main.py', '--no_such_flag', '3']
+    assert subprocess.run(command, env=env, cwd=ROOT, capture_output=True).returncode == 2
+    ((_, text),) = launch.causes({}, tmp_path)
+    assert text.startswith('rank 2') and 'no_such_flag' in text
+
+
 # ---------------------------------------------------------------- how it ends is one rule
 
 

@@ -82,6 +82,15 @@ def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, w
     assert_same_run(whole_run, cut)
 
 
+def test_muon_is_resumed_exactly(tiny_config, build_trainer):
+    whole, cut = (tiny_config(experiment_name=name, optimizer='muon') for name in ('whole', 'cut'))
+    build_trainer(whole).train_loop()
+    with pytest.raises(Interrupted):
+        cut_off(build_trainer(cut), 6, 'killed')
+    build_trainer(cut).train_loop()
+    assert_same_run(whole, cut)
+
+
 def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monkeypatch):
     whole, cut = (tiny_config(experiment_name=name) for name in ('whole', 'cut'))
     build_trainer(whole).train_loop()
