@@ -23,7 +23,7 @@ import torch
 
 from runtime import machines, stopping
 from runtime.machines import MAY_DIFFER, Place, whole_number
-from runtime.meeting import Alone, Meeting, Refused
+from runtime.meeting import Alone, Meeting, Refused, say
 
 # Exit codes of workers that have said why they end.
 SAID = (stopping.EXIT_BAD_SETTING, stopping.EXIT_NOT_FINITE, stopping.EXIT_STOPPED)
@@ -169,6 +169,8 @@ def together(here: Place, about: dict[str, str], wait: int, arguments: list[str]
             meeting.tell(stopping.EXIT_STOPPED, 20)
             end = End(stopping.EXIT_STOPPED)
         elif meeting.gather():
+            where = 'this one prints' if here.rank == 0 else 'machine 0 prints'
+            say(f'machine {here.rank}: all {here.machines} machines are here; {where} what the run says')
             machines.use_interface(meeting.my_address)
             first = meeting.address or meeting.my_address
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}']
