@@ -33,7 +33,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
         raise SettingError(
-            'check=True: this tries one machine. Run it on one of them, without NNODES, TORCHRUN_ARGS or srun.'
+            'check=True: this tries one machine. Run it on one, without NNODES and TORCHRUN_ARGS (srun -N1).'
         )
     ranks.setup()
     usual = baseline(config)
