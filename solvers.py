@@ -235,7 +235,7 @@ def gaussian(
     between `widths`, in units of sigma_data, uniform in log d, and over a mean, along which x = alpha and x0 = 1. Real
     data are mixtures of such directions, so weights that suit all of them suit the data, and they stay moderate in long
     steps, where those of a polynomial do not. Neither end is singular. Of the ODE alone: tau2 is not used.
-    benchmarks/solver_search.py chose the widths.
+    The widths were chosen on mixtures and on trained networks (benchmarks/RESULTS.md).
     """
     std = sigma_data * np.geomspace(*widths, 32)
 

@@ -214,13 +214,13 @@ def refuse_unlike(config: Config) -> None:
 
     def compare() -> None:
         here = facts(files)
-        if config.init_from and not Path(config.init_from).is_file():  # without it the network's settings are unknown
-            raise SettingError(f'init_from={config.init_from!r}: {here["host"]} has no such file. Copy it there.')
         lines = [
             f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
             for name in {**first, **here}
             if name != 'host' and first.get(name) != here.get(name)
         ]
+        if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
+            raise SettingError(f'init_from={config.init_from!r}: {here["host"]} has no such file. Copy it there.')
         if lines:
             more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
             raise SettingError(
