@@ -2,38 +2,20 @@
 
 The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --base_lr 3e-4`).
 Later wins: field default < PRESETS[preset] < DEBUG (with --debug) < command line.
-A setting that names a choice (`process_name`, `solver`, ...) is looked up in the table at the end of its file.
-This file imports no torch, so `--help` is quick. config_tools.py says which values can be right.
+A setting that names a choice (`process_name`, `solver`, ...) is a key of the table that its comment names.
+This file imports no torch, so `--help` is quick. settings/rules.py says which values can be right.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import difflib
-import io
-import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from config_tools import RULES, RULES_OF_SEVERAL, class_defaults, defines_experiment, folder_name, in_name
+from runtime.errors import SettingError, choose
+from settings import flags, names, rules
+from settings.same_run import class_defaults
 
-T = TypeVar('T')
-
-
-class SettingError(ValueError):
-    """A setting that cannot work. Its text holds setting, value and remedy; `main` shows it without a traceback."""
-
-
-def choose(setting: str, value: str, table: Mapping[str, T]) -> T:
-    """`table[value]`, or a SettingError that lists the choices and suggests the nearest."""
-    if value in table:
-        return table[value]
-    near = difflib.get_close_matches(str(value), table, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise SettingError(f'{setting}={value!r} is not a choice of --{setting}. Choose one of: {", ".join(table)}.{hint}')
+__all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
 
 
 @dataclass(frozen=True)
@@ -116,7 +98,7 @@ class Config:
     target_type: str = 'velocity'
     """What the squared error compares: x0, x1, score, velocity, v or F."""
     loss_weight: str = 'none'
-    """Factor on the squared error by noise level, a key of LOSS_WEIGHTS in loss_weights.py."""
+    """Factor on the squared error by noise level, a key of LOSS_WEIGHTS in prediction.py."""
     time_sampler: str = 'logit_normal'
     """Density of training times, a key of TIME_SAMPLERS in time_samplers.py."""
     time_mean: float = 0.0
@@ -132,7 +114,7 @@ class Config:
 
     # ---------------------------------------------------------------- network
     network: str = 'unet'
-    """Key of NETWORKS in networks.py."""
+    """Key of NETWORKS in networks/table.py."""
     channels: int = 24
     """Channels of the UNet's first level."""
     channel_mults: tuple[int, ...] = (1, 2)
@@ -142,7 +124,7 @@ class Config:
     attention_resolutions: tuple[int, ...] = ()
     """Levels, by their longer side in pixels, that have self-attention; the middle always has."""
     dit_size: str = 'S'
-    """Depth, width and heads of the paper, a key of DIT_SIZES in dit.py (S, B, L, XL)."""
+    """Depth, width and heads of the paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
     dit_depth: int = 0
     """Transformer blocks; 0: those of dit_size."""
     dit_width: int = 0
@@ -216,19 +198,19 @@ class Config:
 
     # ---------------------------------------------------------------- sampling
     solver: str = 'adams'
-    """Solver of the grids and the final evaluation, a key of SOLVERS in solvers.py."""
+    """Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py."""
     num_sample_steps: int = 20
     """Solver steps from t_max to t_min."""
     sample_nfe: int = 0
     """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
     time_grid: str = 'logistic'
-    """Spacing of solver steps, a key of TIME_GRIDS in sampling.py; on ve, solvers in t (euler, heun) want uniform."""
+    """Spacing of solver steps, a key of TIME_GRIDS in solvers/time_grids.py; on ve, euler and heun want uniform."""
     sde_noise: str = 'natural'
-    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers.py; constant is lowered near the data."""
+    """Noise level of stochastic solvers, a key of SDE_NOISES in solvers/table.py; constant is lowered near the data."""
     sde_noise_scale: float = 1.0
     """Factor on the variance of the noise of stochastic solvers; 0 gives the ODE."""
     sde_last_step: str = 'mean'
-    """Last step of stochastic solvers, a key of LAST_STEPS in solvers.py: the posterior mean, or the ode."""
+    """Last step of stochastic solvers, a key of LAST_STEPS in solvers/table.py: the posterior mean, or the ode."""
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 none, above 1 stronger."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -244,9 +226,17 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises SettingError (a ValueError) for values that cannot be right, alone or together."""
-        validate(self)
+        rules.validate(self, PRESETS)
         if not self.experiment_name:
-            object.__setattr__(self, 'experiment_name', default_experiment_name(self))
+            object.__setattr__(self, 'experiment_name', self.default_name())
+
+    def baseline(self) -> dict[str, Any]:
+        """The value that every setting would have with this preset and `debug`, and no other flag."""
+        return class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
+
+    def default_name(self, *more: str) -> str:
+        """The name of a run that was given none: the preset, the settings that differ, and `more`."""
+        return names.default_name(self, PRESETS, *more)
 
     @property
     def run_dir(self) -> Path:
@@ -293,88 +283,11 @@ DEBUG: dict[str, Any] = (
 )  # fmt: skip
 
 
-def validate(config: Config) -> None:
-    """Raise SettingError for the first value that breaks a rule."""
-    choose('preset', config.preset, PRESETS)
-    choose('precision', config.precision, dict.fromkeys(('auto', 'float32', 'tf32', 'bfloat16')))
-    choose('compile', config.compile, dict.fromkeys(('auto', 'on', 'off', 'graphs')))
-    choose('wandb', config.wandb, dict.fromkeys(('auto', 'online', 'offline', 'disabled')))
-
-    def require(kept: object, names: str, rule: str | Callable[[Config], str]) -> None:
-        if not kept:
-            rule = rule if isinstance(rule, str) else rule(config)
-            given = ', '.join(f'{name}={getattr(config, name)!r}' for name in names.split())
-            raise SettingError(f'{given}: {rule}.')
-
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
-        require(all(map(math.isfinite, numbers)), field.name, 'must be a finite number')
-    for names, keeps, rule in RULES:
-        for name in names.split():
-            require(keeps(getattr(config, name)), name, rule)
-    for names, keeps, rule in RULES_OF_SEVERAL:
-        require(keeps(config), names, rule)
-
-
-def baseline(config: Config) -> dict[str, Any]:
-    """The values `config` would have with its preset and `debug` alone."""
-    return class_defaults(config) | PRESETS[config.preset] | (DEBUG if config.debug else {})
-
-
-def default_experiment_name(config: Config, *more: str) -> str:
-    """The preset (or the data set, if that is not the preset's) and the settings that differ, as a folder name.
-
-    `digits_base_lr=0p0001`. `more`: parts to add at the end. See config_tools.folder_name for names that are too long.
-    """
-    parts = [config.preset]
-    if config.dataset != PRESETS[config.preset].get('dataset', 'digits'):
-        needs_preset = config.preset != 'digits' or config.dataset in PRESETS
-        parts = [config.dataset, *([f'preset={config.preset}'] if needs_preset else [])]
-    parts += ['debug'] if config.debug else []
-    for name, usual in baseline(config).items():
-        told = name in ('data_dir', 'data_path') or (name != 'dataset' and defines_experiment(name, config))
-        value = getattr(config, name)
-        if told and value != usual:
-            parts.append(in_name(name, Path(value).name if name == 'data_path' else value))
-    return folder_name([*parts, *more])
-
-
 def parse_config(
     argv: Sequence[str] | None = None,
     config_class: type[Config] = Config,
     settings_in: Callable[[str], dict[str, Any]] | None = None,
 ) -> Config:
-    """Flags to settings. `argv` defaults to `sys.argv[1:]`.
-
-    `settings_in` gives settings that a file holds: those in the checkpoint of --init_from replace the preset's.
-
-    Raises SettingError for values that cannot be right; a wrong flag or type prints its message and exits with 2.
-    """
-    import tyro
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument('--preset', default=config_class.preset)
-    first.add_argument('--init_from', '--init-from', default=config_class.init_from)
-    first.add_argument('--debug', action='store_true', default=config_class.debug)
-    first.add_argument('--no_debug', '--no-debug', dest='debug', action='store_false')
-    known, _ = first.parse_known_args(argv)
-
-    values = dict(preset=known.preset, debug=known.debug) | choose('preset', known.preset, PRESETS)
-    if settings_in is not None and known.init_from:
-        values |= settings_in(known.init_from)
-    defaults = config_class(**(values | (DEBUG if known.debug else {})))
-    object.__setattr__(defaults, 'experiment_name', config_class.experiment_name)  # to be derived from the flags too
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
-            return tyro.cli(config_class, args=argv, default=defaults, use_underscores=True, description=about)
-    except SystemExit as stop:
-        cause: BaseException | None = stop
-        while cause is not None and not isinstance(cause, SettingError):
-            cause = cause.__context__
-        if cause is not None:  # tyro would show it in a box, cut into short lines: let it through as it is
-            raise cause from None
-        sys.stderr.write(shown.getvalue())
-        raise
+    """Flags to settings: see settings/flags.py."""
+    about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
+    return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in, about)

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import packed
-from array_files import load_arrays
 from config import Config, SettingError, choose
-from data_checks import Arrays, Rows, SizedDataset, check_parts, describe_counts, fingerprint
-from data_loaders import HeldOutSampler, Loader, StreamSampler
-from hub_images import open_hub
-from image_files import list_images
+from data_loading import packed
+from data_loading.arrays import load_arrays
+from data_loading.checks import Arrays, Rows, SizedDataset, check_parts, describe_counts, fingerprint
+from data_loading.hub import open_hub
+from data_loading.image_folder import list_images
+from data_loading.loader import HeldOutSampler, Loader, StreamSampler
+from data_loading.toy2d import LOADERS
 from runtime import ranks
-from toy2d import LOADERS
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from config import Config, SettingError
 from runtime import ranks
+from runtime.errors import SaveError
 from runtime.ranks import print_once
-from runtime.stopping import SaveError
 
 WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
 WANDB_FINISH_TIMEOUT = 10  # and the end

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
-from config_tools import FREE_ON_RESUME
 from runtime import command
+from settings.same_run import FREE_ON_RESUME
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
@@ -24,7 +24,7 @@ def main(
 
     What the user can mend is said once, without a traceback; exit codes are those of runtime/stopping.py.
     """
-    importing = getattr(sys.modules.get('runtime.run_record'), 'importing', None)
+    importing = getattr(sys.modules.get('training.run_record'), 'importing', None)
     if importing:
         raise SettingError(f"{importing} trains when it is imported: put its main(...) under if __name__ == '__main__'")
 
@@ -33,14 +33,14 @@ def main(
     def work() -> None:
         nonlocal config
         import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
-        from runtime import run_folder, run_record
+        from training import run_folder, run_record
 
         run_record.refuse_unlike(config)
         config = run_folder.settle_name(config, trainer_class)
         start(config, trainer_class)
 
     def undo() -> None:
-        from runtime import run_folder
+        from training import run_folder
 
         run_folder.discard_new(config)
 
@@ -61,7 +61,7 @@ def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config
 def start(config: Config, trainer_class: type | None) -> None:
     """The run, or with `check` its rehearsal."""
     if config.check:
-        from runtime.dry_run import dry_run
+        from reports.dry_run import dry_run
 
         dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
     else:
@@ -71,22 +71,23 @@ def start(config: Config, trainer_class: type | None) -> None:
 def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
     """Device, data, network and the trainer, at the step of the run's last checkpoint. Raises SettingError."""
     import data_utils
-    import networks
     import utils
-    from batches import ProcessedBatch
+    from networks import get_network
     from runtime import ranks
     from trainer import ExampleDiffusionTrainer
+    from training import calling
+    from training.batches import ProcessedBatch
 
     for setting, table in choices().items():  # before anything is downloaded or built
         choose(setting, getattr(config, setting), table)
     device = ranks.setup()
-    networks.set_precision(config.precision)
+    calling.set_precision(config.precision)
     train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
 
     def network(example: ProcessedBatch):
         utils.seed_everything(config.seed, 'network')
         cond = {name: tuple(value.shape[1:]) for name, value in example.cond.items()}
-        return networks.get_network(config, tuple(example.x0.shape[1:]), train_loader.spec.num_classes, cond)
+        return get_network(config, tuple(example.x0.shape[1:]), train_loader.spec.num_classes, cond)
 
     return (trainer_class or ExampleDiffusionTrainer)(config, device, network, train_loader, train_sampler, test_loader)
 
@@ -104,7 +105,7 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     script or the weights are not there, or a setting cannot be changed.
     """
     import saving
-    from runtime import resume, run_record
+    from training import checkpoints, run_record
 
     path = Path(run_dir)
     checkpoint = path if path.suffix == '.pt' else path / 'last.pt'
@@ -119,7 +120,7 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     if fixed:
         raise SettingError(f'{", ".join(fixed)}: this belongs to what {path} has learned. Change settings of sampling.')
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
-    with resume.reading(checkpoint):
+    with checkpoints.reading(checkpoint):
         trainer = build(config, trainer_class)
     if weights.startswith(saving.POSTHOC):
         trainer.network.load_state_dict(saving.posthoc_weights(checkpoint, weights, trainer.network))
@@ -134,8 +135,9 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
 
 def train(config: Config, trainer_class: type | None) -> None:
     """Build everything and train."""
-    from runtime import ranks, run_record
+    from runtime import ranks
     from runtime.ranks import print_once
+    from training import run_record
 
     trainer = build(config, trainer_class)
     if trainer.finished:
@@ -161,15 +163,15 @@ def train(config: Config, trainer_class: type | None) -> None:
 def choices() -> dict[str, Mapping[str, object]]:
     """Setting -> the table whose keys are its choices."""
     from data_utils import DATASETS
-    from dit import DIT_SIZES
-    from loss_weights import LOSS_WEIGHTS
     from networks import NETWORKS, TIME_INPUTS
+    from networks.transformer import DIT_SIZES
     from optimizers import LR_SCHEDULES, OPTIMIZERS
     from prediction import ROWS
     from processes import PROCESSES
     from sampling import TIME_GRIDS
     from solvers import LAST_STEPS, SDE_NOISES, SOLVERS
     from time_samplers import TIME_SAMPLERS
+    from training.advice import LOSS_WEIGHTS
 
     return dict(
         dataset=DATASETS,

@@ -8,18 +8,18 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host sh run.sh     machine 0 of two; docs/cluster.md has more, and Slurm
 #
 # It uses the active virtual or conda environment if that has what is needed, else .venv, which it makes from
-# requirements.txt (runtime/environment.sh). It always launches torchrun (runtime/launch.py).
+# requirements.txt (launch/environment.sh). It always launches torchrun (launch/launcher.py).
 # Ctrl-C, SIGTERM or SIGUSR1: the run saves and ends.
 # Exit code: 0 done, 2 a setting is wrong, 3 the loss is not finite, 75 stopped and saved (run it again), else 1.
 set -eu
 trap 'exit 75' TERM INT HUP USR1
 caller=$(pwd -P)
 CDPATH= cd -- "$(dirname -- "$0")"
-if [ ! -f runtime/environment.sh ]; then
-    echo "run.sh: there is no runtime/environment.sh in $PWD. Call it where it lies: sh /path/to/project/run.sh" >&2
+if [ ! -f launch/environment.sh ]; then
+    echo "run.sh: there is no launch/environment.sh in $PWD. Call it where it lies: sh /path/to/project/run.sh" >&2
     exit 1
 fi
-. ./runtime/environment.sh
+. ./launch/environment.sh
 
 help=
 for flag; do
@@ -38,12 +38,13 @@ case ${1:-} in
             /*) ;;
             *) [ "$caller" = "$root" ] || [ ! -f "$caller/$script" ] || script=$caller/$script ;;
         esac
+        [ -f "$script" ] || [ ! -f "scripts/$script" ] || script=scripts/$script
         ;;
 esac
 [ "$caller" = "$root" ] || root="$caller or $root"
 [ -f "$script" ] || fail "there is no script $script in $root"
 case $script in
-    compare.py | prepare.py | sweep.py) help=yes ;; # they are one process, whatever NPROC says
+    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) help=yes ;; # always one process
 esac
 if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
 export RUN_PARENT=$$
@@ -51,5 +52,5 @@ RUN_BEGAN=$(date +%s)
 export RUN_BEGAN # for --check, which tells how long the start takes
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings are of host names, which it does without
 code=0
-run_child "$python" -m runtime.start "$script" "$@" || code=$?
+run_child "$python" -m launch.start "$script" "$@" || code=$?
 exit "$code"

@@ -27,12 +27,12 @@ import torch
 from torch import nn
 
 from config import Config, SettingError
-from config_tools import differences, renewed
 from ema import posthoc_mixture
 from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
 from runtime.ranks import print_once
+from settings.same_run import differences, migrated
 
 VERSION = 1  # of the format; a file without one is of version 1
 
@@ -106,7 +106,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
             raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
         found = torch.load(path, map_location=map_location, weights_only=True)
         if isinstance(found, dict) and isinstance(found.get('config'), dict):
-            found['config'] = renewed(found['config'])
+            found['config'] = migrated(found['config'])
         return found
     except (
         zipfile.BadZipFile,

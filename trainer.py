@@ -15,28 +15,26 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-import batches
 import data_utils
-import evaluation
-import metrics
-import networks
-import pictures
 import utils
 from augmentations import get_augmenter
-from batches import ProcessedBatch, SampleInputs
 from config import Config
 from ema import EMA
+from evaluation import judge, pixel_metrics
 from logging_utils import Logger, Progress, RunningMeans, Speedometer
-from loss_weights import get_loss_weight
 from optimizers import clip_gradients, get_optimizer, set_lr, step_if
 from prediction import check_time_range, get_model_convert_fn, get_target_fn
 from processes import get_process
-from runtime import compiling, ranks, resume, stopping
-from runtime.bad_steps import BadSteps
-from runtime.parallel import Parallel
+from reports import pictures
+from runtime import errors, ranks, stopping
 from runtime.ranks import print_once
 from sampling import ModelFn, get_sample_fn
 from time_samplers import get_time_sampler
+from training import batches, calling, checkpoints
+from training.advice import get_loss_weight
+from training.bad_steps import BadSteps
+from training.batches import ProcessedBatch, SampleInputs
+from training.parallel import Parallel
 
 
 class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
@@ -97,7 +95,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
             return {}
         (train, label, *_), (held_out, *_) = self.train_loader.everything(), self.test_loader.everything()
         asked = inputs.label if self.config.label_dropout < 1 else None
-        return metrics.pixel_metrics(x, asked, train, label, held_out)
+        return pixel_metrics.pixel_metrics(x, asked, train, label, held_out)
 
     def show(self, name: str, x: Tensor, beside: list[Tensor]) -> None:
         """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
@@ -120,7 +118,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
 
     def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn:
         """`module` as a function of (xt, t, label, **cond), which hides train/eval mode and autocast in each call."""
-        return networks.as_model_fn(module, train, self.device, self.autocast_dtype, self.call_network)
+        return calling.as_model_fn(module, train, self.device, self.autocast_dtype, self.call_network)
 
     # ---------------------------------------------------------------- construction
 
@@ -142,8 +140,8 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
         self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)
         self.augmenter = get_augmenter(config, vars(self.data), train_loader.has_pairs)
-        self.autocast_dtype = networks.autocast_dtype(config.precision, device)
-        self.call_network = compiling.get_call(config, device)
+        self.autocast_dtype = calling.autocast_dtype(config.precision, device)
+        self.call_network = calling.get_call(config, device)
 
         self.build_network = network if not isinstance(network, nn.Module) else lambda example: network
         self.modules: dict[str, nn.Module] = {}  # saved, restored and averaged over the ranks
@@ -170,7 +168,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
     def network(self) -> nn.Module:
         """The raw network: the one that is trained, saved and averaged."""
         if 'network' not in self.modules:
-            self.modules['network'] = networks.on_device(self.build_network(self.example), self.device)
+            self.modules['network'] = calling.on_device(self.build_network(self.example), self.device)
         return self.modules['network']
 
     @property
@@ -187,7 +185,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.emas = {'network': EMA(self.network, self.config.ema_decays)} | self.emas
         self.parameters = utils.moved_parameters(self.modules, self.optimizers)
         utils.quiet_frozen(self.modules)
-        resume.restore(self)
+        checkpoints.restore(self)
         self.parallel = Parallel(self, self.get_model_fn(self.network, train=True))
 
     # ---------------------------------------------------------------- training
@@ -200,21 +198,21 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
         self.test_loader.start_workers()
         stopping.catch_stop_signals()
         try:
-            with contextlib.suppress(stopping.Stopped):
+            with contextlib.suppress(errors.Stopped):
                 self.train_steps()
                 self.finished = True
             self.save(wait=True)
             if not self.finished:
                 print_once(f'stopped at step {self.step}, state saved: the same command goes on from there')
-                raise stopping.Stopped
+                raise errors.Stopped
         finally:
-            resume.close(self)
+            checkpoints.close(self)
 
     def train_steps(self) -> None:
         """The steps from `self.step` to the end, each followed by what is due at it."""
         c = self.config
-        evaluation.rehearse(self)
-        evaluation.report(self)  # what was due at the step of the checkpoint; at step 0 the data
+        judge.rehearse(self)
+        judge.report(self)  # what was due at the step of the checkpoint; at step 0 the data
         self.speed.restart(self.step)
         shards = self.shards()
         while self.step < c.num_training_steps:
@@ -222,7 +220,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
             self.progress.advance()
             if self.due(c.save_every) or self.due(c.keep_every):
                 self.save()
-            evaluation.report(self)
+            judge.report(self)
             stopping.poll_stop()
 
     def train_step(self, shards: Iterator[ProcessedBatch]) -> None:
@@ -270,7 +268,7 @@ class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
 
     def save(self, wait: bool = False) -> None:
         """Write last.pt, and step_N.pt at every keep_every-th step: in the background unless `wait`."""
-        resume.save(self, wait)
+        checkpoints.save(self, wait)
 
 
 class ExampleDiffusionTrainer(BaseDiffusionTrainer):

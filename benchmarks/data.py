@@ -24,8 +24,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import packed
 from config import Config
+from data_loading import packed
 from data_utils import setup_data_train_and_test
 from runtime import ranks
 
@@ -65,9 +65,9 @@ def opened(config: Config, resident: bool = True) -> Iterator:
 
 def resident_if(resident: bool):
     """A context in which data fit on the device, or never do."""
-    import data_loaders
+    from data_loading import loader
 
-    return mock.patch.object(data_loaders, 'fits', data_loaders.fits if resident else lambda *_: False)
+    return mock.patch.object(loader, 'fits', loader.fits if resident else lambda *_: False)
 
 
 def compared(ways: dict[str, Iterator]) -> dict[str, float]:

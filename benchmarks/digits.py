@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from interleaved import write
 
-import metrics
-import pictures
 from config import Config
+from evaluation import pixel_metrics
 from main import build
+from reports import pictures
 
 PEER_STEPS, BATCH, SAMPLES = 1500, 128, 1000
 BARS = dict(label_agreement=0.985, frechet_pixels=0.25, nearest_neighbour_ratio=0.9)
@@ -68,7 +68,7 @@ def torchcfm(seed: int, folder: str) -> tuple[float, dict[str, float]]:
     with torch.no_grad():
         for i in range(50):
             x = x + network(torch.full((SAMPLES,), i / 50), x, asked) / 50
-    return seconds, metrics.pixel_metrics(decoded(x), asked, images, labels, held_out)
+    return seconds, pixel_metrics.pixel_metrics(decoded(x), asked, images, labels, held_out)
 
 
 def decoded(x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ from gpu_sides import (
     wait,
 )  # fmt: skip
 
-import networks
-import pictures
+from reports import pictures
+from training import calling
 
 ROOT = Path(__file__).resolve().parent.parent
 # name -> settings, and whether weights of convolutions are in channels-last order
@@ -73,7 +73,7 @@ def ceilings(folder: str) -> dict[str, Any]:
     b = torch.empty_like(a)
     found = {'copy GB/s': 2 * a.numel() * 4 / median(seconds(lambda: b.copy_(a)) for _ in range(10)) / 1e9}
     for precision in ('float32', 'tf32', 'bfloat16'):
-        networks.set_precision(precision)
+        calling.set_precision(precision)
         dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
         x, y = (torch.randn(SIZE, SIZE, device=DEVICE, dtype=dtype) for _ in range(2))
         x @ y
@@ -114,18 +114,18 @@ def correct(folder: str) -> dict[str, Any]:
 
     def output(call: Any, device: torch.device) -> Tensor:
         xt, t, label = (x.to(device) for x in (batch.x0, batch.t, batch.label))
-        return networks.as_model_fn(network.to(device), False, device, None, call)(xt, t, label).detach()
+        return calling.as_model_fn(network.to(device), False, device, None, call)(xt, t, label).detach()
 
-    from runtime import compiling
+    from training import calling
 
     with torch.no_grad():
-        networks.set_precision('float32')
-        here = output(compiling.plainly, DEVICE)
+        calling.set_precision('float32')
+        here = output(calling.plainly, DEVICE)
         for chosen in ('on', 'graphs'):
-            call = compiling.Compiled(chosen, optional=False)
+            call = calling.Compiled(chosen, optional=False)
             difference = max(float((output(call, DEVICE) - here).abs().max()) for _ in range(3))
             found[f'compile {chosen}: largest difference'] = difference / float(here.abs().max())
-        on_cpu = output(compiling.plainly, torch.device('cpu')).to(DEVICE)
+        on_cpu = output(calling.plainly, torch.device('cpu')).to(DEVICE)
         found['CPU: largest difference'] = float((on_cpu - here).abs().max() / here.abs().max())
     return found
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_utils
 import main
-import networks
 from config import PRESETS, Config
+from training import calling
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device('cuda', 0) if GPU else torch.device('cpu')
@@ -72,7 +72,7 @@ class Run:
         self.trainer.train_step(self.shards)
 
     def steps(self, n: int) -> None:
-        networks.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
+        calling.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
         for _ in range(n):
             self.step()
 
@@ -111,7 +111,7 @@ def bare_loop(run: Run) -> Callable[[int], None]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
     def steps(n: int) -> None:
-        networks.set_precision(trainer.config.precision)
+        calling.set_precision(trainer.config.precision)
         for i in range(n):
             rows = slice(i % 4 * BATCH, (i % 4 + 1) * BATCH)
             x0, x1, t = x[rows], torch.randn_like(x[rows]), torch.rand(BATCH, device=DEVICE)
@@ -140,7 +140,7 @@ def torchcfm_loop() -> Callable[[int], None]:
     x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
 
     def steps(n: int) -> None:
-        networks.set_precision('tf32')  # convolutions have it by default; here products of matrices too
+        calling.set_precision('tf32')  # convolutions have it by default; here products of matrices too
         for i in range(n):
             optimizer.zero_grad()
             x1 = x[i % 4 * BATCH : (i % 4 + 1) * BATCH]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from interleaved import in_turn, ratio, write  # noqa: E402
 
 from data_utils import get_dataset  # noqa: E402
-from likelihood import LogLikelihood, dequantize, log_likelihood  # noqa: E402
+from evaluation.likelihood import LogLikelihood, dequantize, log_likelihood  # noqa: E402
 from saving import load_for_sampling  # noqa: E402
 
 RUNS = {

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config
 from main import build
-from runtime import parallel
+from training import parallel
 
 
 class SmallBuckets(DistributedDataParallel):

@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-import metrics  # noqa: E402
-import pictures  # noqa: E402
 from config import PRESETS, Config, SettingError  # noqa: E402
-from loss_weights import find_remedy, pair_warning  # noqa: E402
+from evaluation import pixel_metrics  # noqa: E402
 from prediction import ROWS, check_time_range  # noqa: E402
 from processes import PROCESSES, get_process  # noqa: E402
+from reports import pictures  # noqa: E402
+from training.advice import find_remedy, pair_warning  # noqa: E402
 
 RECORD, PAGE, PICTURE = ROOT / 'benchmarks/pairs.jsonl', ROOT / 'docs/pairs.md', ROOT / 'docs/pairs.png'
 SETTINGS = dict(channels=16, global_batch_size=64, base_lr=2e-3, warmup_steps=30, ema_decays=(0.97,), eval_every=0)
@@ -80,7 +80,7 @@ def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
         sampler = functools.partial(trainer.draw, solver=config.solver)
         x = pictures.generate(trainer, sampler, module, inputs)
         images, labels, *_ = trainer.train_loader.everything()
-        agreement = metrics.label_agreement(x.flatten(1), inputs.label, images.flatten(1), labels)
+        agreement = pixel_metrics.label_agreement(x.flatten(1), inputs.label, images.flatten(1), labels)
     seconds = time.monotonic() - began
     return dict(cell=cell, seed=seed, steps=steps, more=more, agreement=agreement, seconds=seconds)
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from interleaved import write
 
-import metrics
 from config import PRESETS, Config
+from evaluation import pixel_metrics
 from main import build
 from optimizers import AdamW
 from processes import RectifiedFlow
@@ -112,7 +112,7 @@ def judged(one: SimpleNamespace, train: Tensor, held_out: Tensor) -> dict[str, f
             for z in noise.split(100)
         ]
     )
-    found = metrics.pixel_metrics(((x + 1) / 2).clamp(0, 1), None, train[:10_000], None, held_out)
+    found = pixel_metrics.pixel_metrics(((x + 1) / 2).clamp(0, 1), None, train[:10_000], None, held_out)
     return dict(loss=held_out_loss, frechet=found['frechet_pixels'], real=found['frechet_real'])
 
 

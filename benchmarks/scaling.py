@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from interleaved import HERE, in_turn, write
 
-import pictures
 from config import Config
 from main import build
+from reports import pictures
 
 ROOT, ROUNDS = HERE.parent, 5
 SMALL = dict(dataset='arrays', channels=16, global_batch_size=32, optimizer='adamw', wandb='disabled', keep_every=0)

@@ -20,14 +20,14 @@ from types import SimpleNamespace
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path.insert(0, str(ROOT))
 
 from interleaved import write  # noqa: E402
-from oracle import random_mixture, ring  # noqa: E402
 
 import sampling  # noqa: E402
 from processes import GaussianProcess, RectifiedFlow  # noqa: E402
 from solvers import SOLVERS, Solver, angular, gaussian, multistep  # noqa: E402
+from tests.oracle import random_mixture, ring  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35)
 # the number of starts is as large as keeps the search short

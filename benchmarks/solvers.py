@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path.insert(0, str(ROOT))
 
-from oracle import random_mixture, ring  # noqa: E402
 from solver_peers import AZULA, PEER_GRIDS, PEERS, SCHEDULES, T_MAX, azula_sampler  # noqa: E402
 
 from config import Config  # noqa: E402
@@ -39,6 +38,7 @@ from processes import RectifiedFlow  # noqa: E402
 from sampling import sample  # noqa: E402
 from saving import load_for_sampling  # noqa: E402
 from solvers import SOLVERS  # noqa: E402
+from tests.oracle import random_mixture, ring  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35, 50)
 
@@ -152,7 +152,7 @@ def frechet_table(network: Callable, config: Config, n: int = 500) -> None:
     The network's own error is included.
     """
     from data_utils import get_dataset
-    from metrics import frechet_distance
+    from evaluation.pixel_metrics import frechet_distance
 
     data = get_dataset(config)
     (images, _), _ = data.load(config)

@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 
-import metrics
 import utils
-from compare import side_by_side
+from data_loading.toy2d import load_pairs
 from data_utils import DATASETS, DataSpec
-from distances import wasserstein
-from toy2d import load_pairs
+from evaluation import pixel_metrics
+from evaluation.distances import wasserstein
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 DATA, S, STEPS = 'moons_and_gaussians', 0.4, 20
@@ -64,7 +64,9 @@ class Plain(ExampleDiffusionTrainer):
     def sample_metrics(self, x, inputs):
         down, up = (float((x - start.to(x)).square().sum(1).mean()) for start in inputs.beside)  # one of them counts
         least = wasserstein(*(end.cpu() for end in inputs.beside)) ** 2
-        to_x0, to_x1 = (metrics.distance_from_set(x, *end) for end in (('moons', '_x0'), ('eight_gaussians', '_x1')))
+        to_x0, to_x1 = (
+            pixel_metrics.distance_from_set(x, *end) for end in (('moons', '_x0'), ('eight_gaussians', '_x1'))
+        )
         return {'cost_down': down, 'cost_up': up, 'least': least, **to_x0, **to_x1}
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

@@ -8,7 +8,7 @@ The other picture is a neighbour in the batch of one process, so it depends on t
 """
 
 import utils
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

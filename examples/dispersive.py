@@ -9,7 +9,7 @@ The mean is over the pairs of pictures that one process has in its batch, so it 
 
 import torch
 
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

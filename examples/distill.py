@@ -15,10 +15,10 @@ from functools import partial
 import torch
 
 import utils
-from compare import side_by_side
 from config import Config
 from main import load_run
 from optimizers import get_optimizer
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

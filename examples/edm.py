@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 import utils
-from compare import side_by_side
 from processes import PROCESSES, GaussianProcess
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 
-from compare import side_by_side
 from config import Config, choose
 from networks import TIME_INPUTS
+from scripts.compare import side_by_side
 from solvers import SOLVERS, Solver
 from trainer import ExampleDiffusionTrainer
 from utils import bcast_right, image_square_error, jvp

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 import utils
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 W = 2.0  # the guidance scale, of all

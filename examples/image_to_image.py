@@ -14,8 +14,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from compare import side_by_side
 from config import Config, choose
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

@@ -16,14 +16,14 @@ from functools import partial
 
 import torch
 
-import metrics
 import utils
-from batches import ProcessedBatch
-from compare import side_by_side
+from data_loading.toy2d import load_pairs
 from data_utils import DATASETS, DataSpec
+from evaluation import pixel_metrics
 from networks import NETWORKS, mlp
-from toy2d import load_pairs
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
+from training.batches import ProcessedBatch
 
 DATASETS['moons_to_gaussians'] = DataSpec(partial(load_pairs, 'moons', 'eight_gaussians'), (2,), scale='float')
 NETWORKS['two_outputs'] = lambda config, shape, num_classes: mlp(config, (2, *shape), num_classes)
@@ -64,7 +64,9 @@ class Interpolant(ExampleDiffusionTrainer):
         return down | {f'up_{e:g}': partial(self.draw, solver='', start=0, noise=e) for e in self.noises}
 
     def sample_metrics(self, x, inputs):
-        return metrics.distance_from_set(x, 'moons', '_x0') | metrics.distance_from_set(x, 'eight_gaussians', '_x1')
+        return pixel_metrics.distance_from_set(x, 'moons', '_x0') | pixel_metrics.distance_from_set(
+            x, 'eight_gaussians', '_x1'
+        )
 
 
 class Plain(Interpolant):

@@ -16,9 +16,9 @@ from functools import partial
 
 import torch
 
-from compare import side_by_side
-from distances import wasserstein
+from evaluation.distances import wasserstein
 from prediction import Prediction
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 Y, NOISE = 0.6, 0.1  # right of the two Gaussians at 0.495, left of the one at 0.7

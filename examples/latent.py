@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.nn import Buffer, Conv2d, ConvTranspose2d, ModuleDict, Sequential, SiLU
 
-import metrics
 import utils
-from compare import side_by_side
 from data_utils import DATASETS, DataSpec
+from evaluation import pixel_metrics
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 SOURCE = 'fashion_mnist'
@@ -58,7 +58,7 @@ DATASETS['latents'] = DataSpec(lambda config: tuple(stored(config)['parts']), nu
 class Pixels(ExampleDiffusionTrainer):
     def sample_metrics(self, x, inputs):
         (train, labels), (held_out, _) = pictures(self.config)
-        return metrics.pixel_metrics(x, inputs.label, train[:10_000], labels[:10_000], held_out[:1000])
+        return pixel_metrics.pixel_metrics(x, inputs.label, train[:10_000], labels[:10_000], held_out[:1000])
 
 
 class Latents(Pixels):

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from batches import ProcessedBatch
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
+from training.batches import ProcessedBatch
 
 LEVELS = 17  # 0 to 16; symbol 17 is 'hidden'
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 

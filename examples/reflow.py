@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 
-import metrics
 import utils
-from compare import side_by_side
 from config import Config
+from evaluation import pixel_metrics
 from main import load_run
 from sampling import sample
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 
@@ -33,7 +33,9 @@ class Flow(ExampleDiffusionTrainer):
         return {f'euler_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 2, 4)}
 
     def sample_metrics(self, x, inputs):
-        return metrics.distance_from_set(x, self.config.dataset) | {'straightness': self.straightness(inputs, steps=50)}
+        return pixel_metrics.distance_from_set(x, self.config.dataset) | {
+            'straightness': self.straightness(inputs, steps=50)
+        }
 
     @torch.no_grad()
     def straightness(self, inputs, steps):

@@ -10,7 +10,7 @@ matters less than what the network outputs. Nine runs from one loop, of the same
 
 from functools import partial
 
-from compare import side_by_side
+from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 NAMES = {'x0': 'x0', 'noise': 'x1', 'v': 'velocity'}

@@ -14,7 +14,7 @@ from config import SettingError
 
 T = TypeVar('T')
 
-# As runtime/launch.py does for its workers: of use in a notebook, if torch is imported later.
+# As launch/launcher.py does for its workers: of use in a notebook, if torch is imported later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 
@@ -45,12 +45,11 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
         # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group.
         # (Registered early, so run late: after what registers itself from here on.)
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
-    from runtime import ranks, stopping  # they import torch, which --help need not wait for
+    from runtime import errors, ranks, stopping  # they import torch, which --help need not wait for
 
     stopping.end_with_parent()
     stopping.die_of_stop_signals()
-    from data_checks import DataError
-    from runtime.bad_steps import NonFiniteLoss
+    from runtime.errors import DataError, NonFiniteLoss
 
     error = None
     try:
@@ -59,12 +58,12 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
         exit_code = 0
     except SettingError as bad:
         undo()
-        error, exit_code = bad, stopping.EXIT_BAD_SETTING
+        error, exit_code = bad, errors.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
-        error, exit_code = diverged, stopping.EXIT_NOT_FINITE
-    except stopping.Stopped:
-        exit_code = stopping.EXIT_STOPPED
-    except stopping.SaveError as failed:
+        error, exit_code = diverged, errors.EXIT_NOT_FINITE
+    except errors.Stopped:
+        exit_code = errors.EXIT_STOPPED
+    except errors.SaveError as failed:
         error = failed
     except DataError as failed:  # a file, read by this rank alone: it leaves without waiting for the others
         if not stopping.report_failure(failed):

@@ -16,28 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime import ranks
+from runtime.errors import RankFailed, Stopped
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
-# Exit codes of a worker that has itself said why it ends, so that the launcher stays quiet.
-EXIT_BAD_SETTING = 2
-EXIT_NOT_FINITE = 3  # NaN loss
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: asked to stop, state saved, run me again
-
 # What a rank tells the others; the greatest of all is what they agree on.
 FINE, STOP_ASKED, FAILED = 0, 1, 2
-
-
-class Stopped(Exception):
-    """This run was asked to stop (SIGTERM, SIGINT, ...)."""
-
-
-class RankFailed(RuntimeError):
-    """A rank could not do its part of something that all ranks do together, so that all give it up."""
-
-
-class SaveError(RuntimeError):
-    """Something that a run leaves on the disk could not be written; what was there before is untouched."""
 
 
 _stop_asked = False
@@ -157,7 +141,7 @@ def end_soon(code: int, seconds: int = 5) -> None:
 
 def end_with_parent() -> None:
     """Have this process end within a second of the process that started it, whose number is in RUN_PARENT, or of the
-    launcher's order to give up (runtime/meeting.py).
+    launcher's order to give up (launch/meeting.py).
 
     Workers and launcher are in sessions of their own, so that whoever kills run.sh or the launcher does not reach them.
     They must not train on: they would hold the run's lock and write checkpoints behind the next one.

@@ -5,15 +5,15 @@
 set -eu
 CDPATH= cd -- "$(dirname -- "$0")/.."
 REQUIREMENTS='requirements.txt tests/requirements.txt'
-. ./runtime/environment.sh
+. ./launch/environment.sh
 find_python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m basedpyright --pythonpath "$python"
 if [ "$#" -eq 0 ]; then # all: as many at once as there are cores, then those that want the machine for themselves
-    "$python" -m pytest -n logical --maxprocesses 4 --ignore=tests/test_run.py --cov --cov-report=
+    "$python" -m pytest -n logical --maxprocesses 4 --ignore=tests/launch/test_launcher.py --cov --cov-report=
     echo 'Lines that the tests run (in their own processes: what only whole runs by run.sh reach is not counted):'
     "$python" -m coverage report
-    set -- tests/test_run.py
+    set -- tests/launch/test_launcher.py
 fi
 exec "$python" -m pytest "$@"

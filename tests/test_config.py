@@ -13,10 +13,12 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT, as_flags
 
-from config import DEBUG, PRESETS, Config, SettingError, baseline, choose, parse_config
-from config_tools import FREE_ON_RESUME, RULES, RULES_OF_SEVERAL, differences, folder_name
+from config import DEBUG, PRESETS, Config, SettingError, choose, parse_config
+from settings.names import folder_name
+from settings.rules import RULES, RULES_OF_SEVERAL
+from settings.same_run import FREE_ON_RESUME, differences
+from tests.helpers import ROOT, as_flags
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
@@ -53,7 +55,7 @@ def test_every_setting_has_a_docstring_of_one_line():
 def test_every_setting_is_read_outside_config():
     read = set()
     for path in [*ROOT.glob('*.py'), *ROOT.glob('runtime/*.py')]:
-        if path.name in ('config.py', 'config_tools.py'):
+        if path.name in ('config.py', 'rules.py', 'flags.py', 'names.py', 'same_run.py'):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
@@ -512,7 +514,7 @@ def test_a_setting_that_is_newer_than_a_run_counts_as_its_default():
     listed = dataclasses.make_dataclass(
         'Listed', [('sides', list, dataclasses.field(default_factory=lambda: [1, 2]))], bases=(Mine,), frozen=True
     )
-    assert differences(saved, listed()) == [] and baseline(listed())['sides'] == [1, 2]
+    assert differences(saved, listed()) == [] and listed().baseline()['sides'] == [1, 2]
     assert differences(saved, listed(sides=[3])) == ['sides: [1, 2] -> [3]']
 
 

@@ -22,8 +22,8 @@ import torchvision
 
 import data_utils
 from config import SettingError
+from data_loading.toy2d import TOY2D, load_pairs, load_points
 from data_utils import DATASETS, setup_data_train_and_test
-from toy2d import TOY2D, load_pairs, load_points
 
 CPU = torch.device('cpu')
 

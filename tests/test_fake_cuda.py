@@ -111,11 +111,11 @@ def pretend_cuda(monkeypatch):
 @pytest.fixture
 def build(pretend_cuda, monkeypatch, tmp_path):
     """`build(**settings)`: the trainer of cifar10 as it is, but smaller, on the pretended GPU."""
-    import batches
     import data_utils
     import main
     from config import PRESETS, Config
     from runtime import ranks
+    from training import batches
 
     images = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
     spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=lambda config: (images, images))

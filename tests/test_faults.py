@@ -17,7 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from PIL import Image
+
+import saving
+from config import Config
+from tests.helpers import (
     ROOT,
     TINY,
     as_flags,
@@ -30,14 +34,10 @@ from conftest import (
     start_run_sh,
     wait_until,
 )
-from PIL import Image
-
-import saving
-from config import Config
-from runtime import run_folder
+from training import run_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-SCRIPT = 'tests/faulty.py'
+SCRIPT = 'tests/experiments/faulty.py'
 RUN = dict(
     num_training_steps=40,
     save_every=4,
@@ -416,7 +416,7 @@ def test_save_over_the_limit_of_file_size(tmp_path, whole, nproc):
     assert code == 1 and 'trying again in' in out
     assert all(
         word in err.splitlines()[-1]
-        for word in ('failed first: runtime.stopping.SaveError', 'ckpt_dir=', 'step 4', 'File too large', 'Make room')
+        for word in ('failed first: runtime.errors.SaveError', 'ckpt_dir=', 'step 4', 'File too large', 'Make room')
     ), err
     assert 'Traceback' not in err and not list(job.folder.glob('*.pt')) and not list(job.folder.glob('.*'))
     code, _, err = job.run()

@@ -9,9 +9,9 @@ import os
 
 import pytest
 import torch
-from conftest import assert_same, losses
 
 import main
+from tests.helpers import assert_same, losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 STEPS = dict(num_training_steps=20, base_lr=0.005, log_every=5, save_every=0, eval_every=10)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracle import F64, RING, GaussianMixture, GivenMean, at, base_noise, process_named, random_mixture, ring
 
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES
 from sampling import get_predict, get_sample_fn, sample
 from solvers import SOLVERS, Solver
+from tests.oracle import F64, RING, GaussianMixture, GivenMean, at, base_noise, process_named, random_mixture, ring
 from utils import bcast_right
 
 each_process = pytest.mark.parametrize('process_name', PROCESSES)

@@ -5,12 +5,12 @@ Then what a user's process must satisfy with it.
 
 import pytest
 import torch
-from oracle import F64, GaussianMixture, random_mixture, ring
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 from config import Config
 from prediction import ROWS, get_model_convert_fn, optimal_denoiser
 from processes import PROCESSES, Coefs, get_process
+from tests.oracle import F64, GaussianMixture, random_mixture, ring
 
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
 MIXTURE = random_mixture(3, 4, seed=2, classes=3)

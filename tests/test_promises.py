@@ -6,16 +6,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import record_of
 from torch import nn
 
 import data_utils
-import evaluation
-import networks
-import pictures
 import saving
 import utils
+from evaluation import judge
+from networks import table
+from reports import pictures
 from runtime import stopping
+from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
 
 
@@ -163,17 +163,17 @@ def test_a_run_is_judged_by_its_first_average(tiny_config, build_trainer, ema_de
             return {'mean': x.mean()}
 
     trainer = scrambled(build_trainer(tiny_config(ema_decays=ema_decays), Mine))
-    values = evaluation.final_metrics(trainer, num_samples=20)
+    values = judge.final_metrics(trainer, num_samples=20)
     assert values.keys() == {'final/adams/mean', 'final/sde_dpmpp_2m/mean'}
     for (name, sampler), (x, inputs) in zip(trainer.samplers().items(), judged, strict=True):
         drawn = {module: pictures.generate(trainer, sampler, module, inputs) for module in trainer.weights().values()}
         assert [module for module in drawn if drawn[module].equal(x)] == [judges_by(trainer)], name
         assert values[f'final/{name}/mean'] == pytest.approx(float(x.mean()))
-    scores = {module: evaluation.reference(trainer, module, rounds=2) for module in trainer.weights().values()}
-    held_out = functools.partial(evaluation.reference, rounds=2)
+    scores = {module: judge.reference(trainer, module, rounds=2) for module in trainer.weights().values()}
+    held_out = functools.partial(judge.reference, rounds=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, 'reference', held_out)
-        values = evaluation.evaluate(trainer)
+        patch.setattr(judge, 'reference', held_out)
+        values = judge.evaluate(trainer)
     assert [m for m in scores if scores[m]['eval/reference'] == values['eval/reference']] == [judges_by(trainer)]
 
 
@@ -237,11 +237,11 @@ def test_held_out_loss_is_that_of_the_eval_mode(tiny_config, build_trainer):
         for train in (True, False):
             module.train(train)
             with torch.no_grad():
-                batches = [trainer.loss_fn(batch, module) for batch, _ in evaluation.held_out(trainer, None)]
+                batches = [trainer.loss_fn(batch, module) for batch, _ in judge.held_out(trainer, None)]
             by_hand[name, train] = torch.cat(batches).double()
         module.train()
     assert len(by_hand['raw', False]) == 297
-    values = evaluation.evaluate(trainer)
+    values = judge.evaluate(trainer)
     for name, suffix in {'raw': '', 'ema_0.999': '_ema_0.999'}.items():
         assert values[f'eval/loss{suffix}'] == pytest.approx(by_hand[name, False].mean().item(), rel=1e-6)
         assert values[f'eval/loss{suffix}'] != pytest.approx(by_hand[name, True].mean().item(), rel=1e-4)
@@ -251,10 +251,10 @@ def test_the_mode_changes_when_a_model_fn_is_called_and_not_when_it_is_made(tiny
     trainer = build_trainer(tiny_config())
     network, batch = trainer.network, trainer.example
     network.train()
-    judge = trainer.get_model_fn(network)
+    evaluated = trainer.get_model_fn(network)
     assert network.training
     learn = trainer.get_model_fn(network, train=True)
-    for fn, training in ((judge, False), (learn, True), (judge, False)):
+    for fn, training in ((evaluated, False), (learn, True), (evaluated, False)):
         fn(batch.x0, batch.t, batch.label)
         assert {module.training for module in network.modules()} == {training}
 
@@ -297,7 +297,7 @@ def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build
     config = tiny_config(eval_every=4)
     trainer = scrambled(build_trainer(config, Logs))
     seen.clear()
-    values = evaluation.evaluate(trainer)
+    values = judge.evaluate(trainer)
     averaged, raw = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     # the mean over all held-out images, of which the last batch has fewer
     assert values['eval/size'] == pytest.approx(torch.cat(raw).mean().item(), rel=1e-5)
@@ -374,7 +374,7 @@ def test_a_network_in_three_dimensions_learns_volumes(tiny_config, build_trainer
             return self.layers(xt)
 
     monkeypatch.setitem(data_utils.DATASETS, 'volumes', data_utils.DataSpec(load, scale='float'))
-    monkeypatch.setitem(networks.NETWORKS, 'conv3d', lambda config, shape, num_classes: Convolutions(shape[0]))
+    monkeypatch.setitem(table.NETWORKS, 'conv3d', lambda config, shape, num_classes: Convolutions(shape[0]))
     config = tiny_config(dataset='volumes', network='conv3d', num_training_steps=60, base_lr=0.01, sample_every=60)
     trainer = build_trainer(config)
     assert trainer.shape == (2, 4, 6, 5)

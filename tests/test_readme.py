@@ -13,13 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import tyro
-from conftest import ROOT, TINY, as_flags, record_of
 
 from config import Config, parse_config
-from evaluate import Evaluate
-from generate import Generate
-from prepare import PrepareConfig
-from sweep import combinations
+from scripts.evaluate import Evaluate
+from scripts.generate import Generate
+from scripts.prepare import PrepareConfig
+from scripts.sweep import combinations
+from tests.helpers import ROOT, TINY, as_flags, record_of
 
 TEXTS = ROOT / 'README.md', ROOT / 'examples/README.md', *ROOT.glob('docs/*.md')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
@@ -273,8 +273,8 @@ def write_arrays(folder):
 @pytest.mark.parametrize('block', RECIPES, ids=lambda block: block.name[-40:])
 def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
     """Trains by the command below it, evaluates, draws, saves, and goes on from its checkpoint."""
-    import evaluation
-    import pictures
+    from evaluation import judge
+    from reports import pictures
 
     write_arrays(tmp_path / 'data')
     module = imported(block.code)
@@ -290,7 +290,7 @@ def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
         config.run_dir.glob('samples/step_0000004_*.png')
     )
     if 'sample_metrics' in vars(type(trainer)):
-        numbers = evaluation.final_metrics(trainer, num_samples=16)
+        numbers = judge.final_metrics(trainer, num_samples=16)
         assert len(numbers) >= len(trainer.samplers()) and all(map(math.isfinite, numbers.values()))
     assert EXPECTED.get(block.name, lambda *_: True)(trainer, module, record)
 

@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-from oracle import F64, RING, GaussianMixture, at, base_noise, process_named
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, SettingError
@@ -15,6 +14,7 @@ from prediction import ROWS
 from processes import PROCESSES, Coefs
 from sampling import TIME_GRIDS, get_predict, get_sample_fn, sample
 from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, multistep
+from tests.oracle import F64, RING, GaussianMixture, at, base_noise, process_named
 
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
 FIXED = [name for name, solver in SOLVERS.items() if solver.nfe]

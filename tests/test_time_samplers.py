@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from oracle import F64, ring
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
 from config import Config, SettingError
 from processes import PROCESSES, GaussianProcess, get_process
+from tests.oracle import F64, ring
 from time_samplers import TIME_SAMPLERS, get_time_sampler
 
 each_sampler = pytest.mark.parametrize('name', TIME_SAMPLERS)

@@ -6,21 +6,22 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, assert_same_runs, record_of
 
-import evaluation
 import main
-import pictures
 import saving
 import utils
 from config import Config, SettingError, parse_config
 from data_utils import DATASETS, DataSpec
+from evaluation import judge
 from main import choices
 from prediction import ROWS
 from processes import PROCESSES
-from runtime import run_folder, stopping
-from runtime.bad_steps import NonFiniteLoss
+from reports import pictures
+from runtime import errors, stopping
+from runtime.errors import NonFiniteLoss
+from tests.helpers import TINY, assert_same, assert_same_runs, record_of
 from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, ProcessedBatch
+from training import run_folder
 
 EVERYTHING_RANDOM = dict(
     dropout=0.2, translate_prob=0.5, label_dropout=0.3, dequantize=True, stratified=True, accumulation_steps=2
@@ -68,7 +69,7 @@ def whole_run(tmp_path_factory):
     return config
 
 
-@pytest.mark.parametrize('how, error', [('killed', Interrupted), ('stopped', stopping.Stopped)])
+@pytest.mark.parametrize('how, error', [('killed', Interrupted), ('stopped', errors.Stopped)])
 @pytest.mark.parametrize('step', [1, 6, 8])
 def test_resumed_equals_uninterrupted(tiny_config, build_trainer, monkeypatch, whole_run, how, error, step):
     cut = tiny_config(experiment_name='cut', **EVERYTHING_RANDOM)
@@ -103,7 +104,7 @@ def test_stop_in_evaluation_is_resumed_exactly(tiny_config, build_trainer, monke
         return loss_fn(batch, model_fn)
 
     trainer.loss_fn = stops_in_evaluation
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(errors.Stopped):
         trainer.train_loop()
     monkeypatch.setattr(stopping, '_stop_asked', False)
     build_trainer(cut).train_loop()
@@ -260,9 +261,9 @@ def test_held_out_loss_has_fixed_noise_and_times(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(dropout=0.5))
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    first = evaluation.evaluate(trainer)
+    first = judge.evaluate(trainer)
     torch.manual_seed(123)
-    assert evaluation.evaluate(trainer) == first
+    assert judge.evaluate(trainer) == first
     assert {'eval/loss', 'eval/loss_ema_0.999', 'eval/reference'} <= set(first) and first['eval/loss'] != first[
         'eval/loss_ema_0.999'
     ]

@@ -1,0 +1,105 @@
+"""A data set of Hugging Face `datasets`, by its name or a local folder, as images and classes."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
+
+from config import Config, SettingError
+from data_loading.image_folder import background_of, is_grey, pixels_of
+from runtime.errors import DataError
+
+HELD_OUT_SPLITS = ('validation', 'valid', 'val', 'test', 'eval')
+
+
+@dataclass(frozen=True, eq=False)
+class HubImages(Dataset):
+    """Rows of one split, resized and cropped as image files are: (uint8 (channels, H, W), class)."""
+
+    rows: Any  # datasets.Dataset, whose images are not decoded
+    image: str  # columns
+    label: str | None
+    size: tuple[int, int]
+    channels: int
+    background: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        row = self.rows[i]
+        try:
+            x = pixels_of(file_of(row[self.image]), self.size, self.channels, self.background)
+            return x, 0 if self.label is None else int(row[self.label])
+        except Exception as error:  # what PIL raises depends on the format
+            raise DataError(
+                f'row {i}, column {self.image!r} cannot be read as an image ({type(error).__name__}: {error}). '
+                'Mend it, or leave such rows out by --skip_unreadable.'
+            ) from None
+
+
+def file_of(image: dict[str, Any] | None) -> Path | io.BytesIO:
+    """An image that was not decoded: its bytes, or the file that it is in; no bytes for one that is missing."""
+    if image is None:
+        return io.BytesIO()
+    return io.BytesIO(image['bytes']) if image.get('bytes') else Path(image['path'])
+
+
+def open_hub(config: Config) -> tuple[ConcatDataset, int, dict[str, Any], str]:
+    """(all items, those of a held-out split first; how many these are, or 0; facts; a text that other data or settings
+    would change) of `data_path`. Without a held-out split the items are shuffled. Raises SettingError."""
+    where = f"dataset='hub', data_path={config.data_path!r}"
+    try:
+        import datasets
+    except ImportError:
+        raise SettingError(f'{where}: this needs the package datasets: pip install datasets.') from None
+    if not config.data_path:
+        raise SettingError("dataset='hub' needs the name of a data set, or a folder: --data_path NAME_OR_FOLDER.")
+    try:
+        found = datasets.load_dataset(config.data_path, cache_dir=str(Path(config.data_dir, 'hub')))
+    except Exception as error:  # of many kinds: no network, no such data set, no data in a folder
+        text = ' '.join(str(error).split())[:300]
+        raise SettingError(
+            f'{where} cannot be loaded ({type(error).__name__}: {text}). Check the name, and that there is a network; '
+            'or pass a folder of parquet files.'
+        ) from None
+    train = found['train'] if 'train' in found else next(iter(found.values()))
+    own = next((found[name] for name in HELD_OUT_SPLITS if name in found and found[name] is not train), None)
+    image, label, classes = columns_of(train, config.columns, where)
+    splits = [train.shuffle(seed=0)] if own is None else [own, train]
+    splits = [split.cast_column(image, datasets.Image(decode=False)) for split in splits]
+    size = (config.image_size[0], config.image_size[-1])
+    pictures = (row[image] for split in splits for row in cast(Any, split))
+    channels = 1 if all(is_grey(file_of(picture)) for picture in pictures) else 3  # ends at the first in colour
+    made = dict(image=image, label=label, size=size, channels=channels, background=background_of(config))
+    items = ConcatDataset([HubImages(split, **cast(Any, made)) for split in splits])
+    state = repr(([split._fingerprint for split in splits], made))
+    return items, 0 if own is None else len(own), dict(classes=classes, num_classes=len(classes)), state
+
+
+def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None, tuple[str, ...]]:
+    """(column of images, column of classes or None, names of the classes): those `named`, else the only ones of their
+    kind. Raises SettingError."""
+    import datasets
+
+    kinds = rows.features
+    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    choice = f'Name them by --columns IMAGE [CLASS]; there are {", ".join(kinds)}.'
+    image = named[0] if named else images[0] if len(images) == 1 else None
+    if image is None or image not in images:
+        raise SettingError(f'{where}: {image or "which column"} holds the images? Of images are {images}. {choice}')
+    if len(named) < 2 and len(labels) > 1:
+        raise SettingError(f'{where}: which of {labels} holds the classes? {choice}')
+    if len(named) < 2 and not labels:
+        return image, None, ()
+    label = named[1] if len(named) == 2 else labels[0]
+    if label in labels:
+        return image, label, tuple(kinds[label].names)
+    values = list(rows[label]) if label in kinds else []
+    if not values or not all(isinstance(value, int) and value >= 0 for value in values):
+        raise SettingError(f'{where}: {label!r} does not hold classes, whole numbers from 0. {choice}')
+    return image, label, tuple(map(str, range(max(values) + 1)))

@@ -1,0 +1,274 @@
+"""In which order data are read, how they are dealt to processes, and how they get to the device.
+
+The order of the training data is an endless stream of permutations, each a function of (seed, epoch); step s reads
+positions [s B, (s + 1) B). A step's global batch is cut into `batch_shards` shards, and each process reads its share of
+them, so the images of a step do not depend on the number of processes.
+"""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+
+from config import Config
+from data_loading.checks import Arrays, SizedDataset, collate
+from runtime import ranks, stopping
+
+if TYPE_CHECKING:
+    from data_utils import DataSpec
+
+
+class ShardSampler(Sampler):
+    """How the `batch_shards` equal shards of a global batch are dealt: each process has a block of consecutive ones."""
+
+    def __init__(self, num_images: int, config: Config):
+        self.num_images = num_images
+        self.num_shards, self.shard_size = config.batch_shards, config.global_batch_size // config.batch_shards
+        self.all_shards = False  # whether this process reads the shards of all processes, in order
+
+    @property
+    def my_shards(self) -> range:
+        """This process's shards."""
+        n = self.num_shards // ranks.world_size()
+        return range(ranks.rank() * n, (ranks.rank() + 1) * n)
+
+    @property
+    def shards_read(self) -> range:
+        """The shards that iteration yields."""
+        return range(self.num_shards) if self.all_shards else self.my_shards
+
+
+class StreamSampler(ShardSampler):
+    """Endless lists of image indices, one for each shard that this process reads of each step, from `set_step` on."""
+
+    def __init__(self, num_images: int, config: Config):
+        super().__init__(num_images, config)
+        self.seed, self.overfit, self.batch_size = config.seed, config.overfit, config.global_batch_size
+        self.step = 0
+
+    def set_step(self, step: int) -> None:
+        """Make the next iteration begin with this step."""
+        self.step = step
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, int)
+        for step in itertools.count(self.step):
+            for shard in self.shards_read:
+                first = (0 if self.overfit else step * self.batch_size) + shard * self.shard_size
+                end, indices = first + self.shard_size, []
+                while first < end:  # a shard may reach into the next epoch, or over several of a small data set
+                    if first // self.num_images != epoch:
+                        epoch = first // self.num_images
+                        order = self.permutation(epoch)
+                    place = first - epoch * self.num_images
+                    indices += order[place : place + end - first].tolist()
+                    first = min(end, (epoch + 1) * self.num_images)
+                yield indices
+
+
+class HeldOutSampler(ShardSampler):
+    """The held-out images in pieces of a shard's size, `batch_shards` pieces a round, dealt like the shards of a step.
+
+    In the last round some processes may have fewer pieces, or none.
+    """
+
+    @property
+    def rounds(self) -> int:
+        return -(-self.num_images // (self.num_shards * self.shard_size))
+
+    def first_index(self, number: int) -> int:
+        """Index of the first image of piece `number`."""
+        return number * self.shard_size
+
+    def numbers(self, round: int) -> list[int]:
+        """The pieces that this process reads in a round."""
+        numbers = (round * self.num_shards + shard for shard in self.shards_read)
+        return [number for number in numbers if self.first_index(number) < self.num_images]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in itertools.chain.from_iterable(map(self.numbers, range(self.rounds))):
+            yield list(range(self.first_index(number), min(self.first_index(number + 1), self.num_images)))
+
+
+def obey_the_parent_alone(worker: int) -> None:
+    """In a loader process: ignore stop signals that are sent to all processes.
+
+    They are for the trainer, which still reads and saves. SIGTERM counts if it comes from the parent: at its end
+    multiprocessing sends it, and waits for the process for ever.
+    """
+    for name in set(stopping.STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(name, signal.SIG_IGN)
+    if hasattr(signal, 'sigtimedwait'):  # it tells who sent a signal; on macOS, which lacks it, any SIGTERM counts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = multiprocessing.parent_process()  # getppid() is another number if it is gone already
+        assert parent is not None
+        threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent` asks for it by SIGTERM, or within a second of it."""
+    while os.getppid() == parent:
+        asked = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if asked and asked.si_pid == parent:
+            break
+    os._exit(0)
+
+
+def cores_per_process() -> int:
+    """CPU cores for each of this machine's training processes, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+def fits(arrays: Arrays, device: torch.device) -> bool:
+    """Whether data may live on the device: on a GPU they may take a quarter of the memory that is free. On the CPU
+    they stay where they are; of a file that is read in place, the system keeps in memory what it can."""
+    size = sum(array.numel() * array.element_size() for array in arrays)
+    if device.type != 'cuda' or not torch.cuda.is_available():
+        return True
+    return size < torch.cuda.mem_get_info(device)[0] / 4
+
+
+class Loader:
+    """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
+
+    Iterating yields what `batch_sampler` says: the training data without end, the held-out data once. `take` reads any
+    items, of which there are `size`. A part made of arrays lives on the device if it fits; its classes, if it has any,
+    are in `labels`, on the CPU. A part that is a Dataset, or does not fit, is read by loader processes, ahead of use
+    and into pinned memory; the `labels` of a Dataset are None.
+    """
+
+    def __init__(
+        self,
+        source: Arrays | SizedDataset,
+        batch_sampler: Iterable[list[int]],
+        config: Config,
+        spec: 'DataSpec',
+        device: torch.device,
+        fingerprint: str = '',
+    ):
+        self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
+        self.fingerprint = fingerprint  # of the data of both parts
+        self.about = ''  # both parts in words
+        self.resident = self.labels = self.workers = None
+        self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
+        self.size = len(source[0]) if isinstance(source, tuple) else len(source)
+        if isinstance(source, tuple):
+            self.labels = source[1].cpu() if spec.num_classes else None  # (N,) int64
+        if isinstance(source, tuple) and fits(source, device):
+            self.resident = tuple(array.to(device) for array in source)
+        else:
+            self.source = cast(SizedDataset, TensorDataset(*source)) if isinstance(source, tuple) else source
+            # `load` is left out: where processes are spawned, a lambda could not be sent to them
+            self.collate = partial(collate, spec=replace(spec, load=None), where=f'dataset={config.dataset!r}')
+            workers = min(config.num_workers, cores_per_process())  # torch warns of more
+            self.workers = DataLoader(
+                cast(Dataset, self.source),
+                batch_sampler=batch_sampler,
+                collate_fn=self.collate,
+                num_workers=workers,
+                pin_memory=device.type == 'cuda',
+                persistent_workers=workers > 0,
+                worker_init_fn=obey_the_parent_alone,
+            )
+
+    @property
+    def rounds(self) -> int:
+        """Of the held-out loader: how many rounds of `batch_shards` pieces there are."""
+        assert isinstance(self.batch_sampler, HeldOutSampler)
+        return self.batch_sampler.rounds
+
+    @cached_property
+    def has_pairs(self) -> bool:
+        """Whether batches are (x, label, x1)."""
+        return len(self.source[0] if self.resident is None else self.resident) == 3
+
+    def __iter__(self) -> Iterator[Arrays]:
+        batches = self._from_resident() if self.workers is None else self._from_workers(self.workers)
+        while True:
+            began = time.monotonic()
+            arrays = next(batches, None)
+            self.waited += time.monotonic() - began
+            if arrays is None:
+                return
+            yield arrays
+
+    def take(self, indices: Sequence[int] | Tensor) -> Arrays:
+        """The items of these indices as a batch on the device, read by this process itself."""
+        if self.resident is not None:
+            chosen = self._to_device(torch.as_tensor(indices))
+            return self._scaled(*(array[chosen] for array in self.resident))
+        items = self.collate([self.source[int(i)] for i in indices])
+        return self._scaled(*(array.to(self.device) for array in items))
+
+    def everything(self) -> Arrays:
+        """All items as `take` gives them, but on the CPU; only of a part made of arrays."""
+        assert self.resident is not None, 'a Dataset may not fit into memory'
+        return self._scaled(*(array.cpu() for array in self.resident))
+
+    def place(self) -> str:
+        """Where the data are, in words; of those on the device, with the measured rate at which they are read."""
+        if self.resident is None:
+            assert self.workers is not None
+            number = self.workers.num_workers or 'no'
+            return f'read by {number} loader processes; the time spent waiting for them is train/waiting in the record'
+        rows = torch.arange(min(64, self.size), device=self.device)
+        for _ in range(2):  # the first time is not the usual one
+            began = time.monotonic()
+            _ = [array[rows].cpu() for array in self.resident]
+            seconds = time.monotonic() - began
+        megabytes = sum(array.numel() * array.element_size() for array in self.resident) / 1e6
+        return f'{megabytes:,.1f} MB on the {self.device.type}, read at {len(rows) / seconds:,.0f} items/s'
+
+    def start_workers(self) -> None:
+        """Fork the loader processes now.
+
+        Later, beside a thread that writes a checkpoint, a fork could copy a lock that nobody will release.
+        """
+        if self.workers is not None and self.workers.persistent_workers:
+            iter(self.workers)
+
+    def close(self) -> None:
+        """End the loader processes, if there are any."""
+        running: Any = getattr(self.workers, '_iterator', None)
+        if self.workers is not None and running is not None:
+            self.workers._iterator = None  # what iterates next starts new ones
+            running._shutdown_workers()
+
+    def _scaled(self, x: Tensor, label: Tensor, *x1: Tensor) -> Arrays:
+        divisor = self.spec.max_value if self.spec.scale == 'image' else 1
+        x, *others = (values.float() / divisor for values in (x, *x1))
+        return x, label, *others
+
+    def _to_device(self, indices: Tensor) -> Tensor:
+        if self.device.type == 'cuda' and not indices.is_cuda:  # only from pinned memory is a copy no CPU-GPU sync
+            return indices.pin_memory().to(self.device, non_blocking=True)
+        return indices.to(self.device)
+
+    def _from_workers(self, workers: Iterable[Sequence[Tensor]]) -> Iterator[Arrays]:
+        for arrays in workers:
+            yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
+
+    def _from_resident(self) -> Iterator[Arrays]:
+        """A step's shards are gathered and scaled together: each of these would cost a small network as much alone."""
+        assert self.resident is not None
+        shards = iter(self.batch_sampler)
+        at_once = len(getattr(self.batch_sampler, 'shards_read', [0]))
+        while step := list(itertools.islice(shards, at_once)):
+            chosen = self._to_device(torch.tensor(list(itertools.chain.from_iterable(step))))
+            arrays = self._scaled(*(array[chosen] for array in self.resident))
+            yield from zip(*(array.split([len(indices) for indices in step]) for array in arrays), strict=True)

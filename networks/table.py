@@ -1,0 +1,127 @@
+"""The table of networks, and the scaling that makes each a plain forward(xt, t, label, **cond) -> like xt (B, ...)."""
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from config import Config, SettingError, choose
+from networks.residual_mlp import MLP
+from networks.transformer import DIT_SIZES, DiT
+from processes import GaussianProcess, c_in, get_process
+from unet import UNet
+from utils import bcast_right
+
+Shape = tuple[int, ...]  # of one item, without the batch: (C, H, W), (D,), ()
+
+# time_input -> (t, process) -> (B,) time that the network sees; spans some hundreds, as a sinusoid needs.
+TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
+    't': lambda t, process: 1000 * t,
+    'log_snr': lambda t, process: -25 * process.log_snr(t),  # infinite where alpha or sigma is 0
+}
+
+
+class ScaledNetwork(nn.Module):
+    """`net` behind a fixed scaling of its input: net(c_in xt, time, label, **cond). Conditions go through unchanged.
+
+    c_in gives the input unit variance for any process; `ve` cannot be trained without, its noise has a standard
+    deviation of 80.
+    """
+
+    def __init__(self, net: nn.Module, process: GaussianProcess, time_input: str):
+        super().__init__()
+        self.net, self.process = net, process
+        self.time_input = choose('time_input', time_input, TIME_INPUTS)
+
+    def forward(self, xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
+        scale = c_in(self.process.alpha(t), self.process.sigma(t), self.process.sigma_data)
+        return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label, **cond)
+
+
+def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> UNet:
+    try:
+        return UNet(
+            shape,
+            num_classes,
+            channels=config.channels,
+            channel_mults=config.channel_mults,
+            num_res_blocks=config.num_res_blocks,
+            attention_resolutions=config.attention_resolutions,
+            dropout=config.dropout,
+            cond=cond,
+        )
+    except ValueError as error:
+        raise SettingError(f'network={config.network!r}: {error}.') from None
+
+
+def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> DiT:
+    usual = choose('dit_size', config.dit_size, DIT_SIZES)
+    given = config.dit_depth, config.dit_width, config.dit_heads
+    depth, width, heads = (value or of_size for value, of_size in zip(given, usual, strict=True))
+    if width % (4 * heads):
+        fit = [n for n in range(1, 65) if width % (4 * n) == 0]
+        raise SettingError(
+            f'dit_width={width}, dit_heads={heads}: the width must be a multiple of 4 x heads. With this width, pass '
+            f'--dit_heads {", ".join(map(str, fit)) or "1 and another --dit_width"}.'
+        )
+    try:
+        return DiT(shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
+    except ValueError as error:
+        raise SettingError(f'network={config.network!r}: {error}.') from None
+
+
+def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:
+    width = 8 * config.channels
+    return MLP(shape, num_classes, width, num_blocks=config.num_res_blocks, dropout=config.dropout, cond=cond)
+
+
+# name -> (config, shape of one item of data, num_classes) -> forward(scaled xt, time, label, **cond); label num_classes
+# is the null class. Only where there are conditions, cond={name: shape of one item} is passed too.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    'unet': unet,
+    'mlp': mlp,
+    'dit': dit,
+}
+
+# The settings that shape a network's weights; saving.py names those that differ when weights do not fit.
+NETWORK_SETTINGS = (
+    'network channels channel_mults num_res_blocks attention_resolutions '
+    'dit_size dit_depth dit_width dit_heads dit_patch'
+).split()
+
+
+def get_network(
+    config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None
+) -> ScaledNetwork:
+    """The network with its scaling, for data of `shape`; weights are a function of the seed of torch's generator.
+
+    `cond`: the conditions beside the class, name -> shape of one item, such as {'ink': (), 'text': (16,)}.
+    Raises SettingError, also if the network takes no conditions and there are some.
+    """
+    build = choose('network', config.network, NETWORKS)
+    if cond:
+        reserved = sorted({'xt', 't', 'time', 'label'} & set(cond))
+        if reserved:
+            raise SettingError(
+                f'condition {reserved[0]!r}: networks have an argument of that name. Choose another name.'
+            )
+        parameters = inspect.signature(build).parameters.values()
+        if not any(p.name == 'cond' or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise SettingError(
+                f'network={config.network!r} takes no conditions, and there are some: {", ".join(cond)}. Give its '
+                'builder in NETWORKS a fourth parameter, cond=None (a dict from name to shape of one item), and its '
+                'network forward(self, xt, time, label, **cond); or use --network unet, dit or mlp.'
+            )
+        net = build(config, shape, num_classes, cond=cond)
+    else:
+        net = build(config, shape, num_classes)
+    process = get_process(config)
+    if config.time_input == 'log_snr':
+        ends = torch.tensor([config.t_min, config.t_max], dtype=torch.float64)
+        if not process.log_snr(ends).isfinite().all():
+            raise SettingError(
+                f"time_input='log_snr' is infinite at t_min={config.t_min:g} or t_max={config.t_max:g} with "
+                f'process_name={config.process_name!r}. Use --time_input t, or --t_min 0.001 --t_max 0.999.'
+            )
+    return ScaledNetwork(net, process, config.time_input)

@@ -1,0 +1,294 @@
+"""What a run's folder holds, as one page that needs no server and no network: curves, pictures, settings, numbers.
+
+A run rewrites its own report.html whenever it draws samples. `compare.py` puts several runs on one page.
+"""
+
+import base64
+import fnmatch
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import SettingError
+from settings.same_run import migrated
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #222; --line: #ccc; --faint: #777 }
+@media (prefers-color-scheme: dark) { :root { --back: #16181c; --text: #ddd; --line: #444; --faint: #999 } }
+body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 2em auto;
+       max-width: 78em; padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } figcaption, .faint { color: var(--faint) }
+table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top;
+       border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+.row { display: flex; flex-wrap: wrap; gap: 1em 2em } figure { margin: 0 }
+figure { overflow-x: auto; max-width: 100% } img { image-rendering: pixelated }
+svg { max-width: 100%; height: auto; color: var(--text) } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+# Curves of a report: title -> names in the record; * stands for the rest of a name.
+CURVES: dict[str, tuple[str, ...]] = {
+    'loss': ('train/loss', 'eval/loss*'),
+    'reference loss': ('eval/reference',),
+    'Frechet distance of samples': ('eval/*/frechet*',),
+    'training loss by time': ('train/loss_t_*',),
+    'reference loss by time': ('eval/reference_t_*',),
+    'gradient norm': ('train/grad_norm*',),
+    'learning rate': ('train/lr',),
+    'images per second': ('train/images_per_second',),
+    'share of time waiting for data': ('train/waiting',),
+}
+GAUSSIAN = 'eval/reference_gaussian'
+LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
+# Of a table of evaluations.
+COLUMNS = (
+    'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet wasserstein real_wasserstein '
+    'kid precision recall density coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
+).split()
+STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
+
+
+@dataclass
+class Run:
+    """What the folder of a run holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    starts: list[dict[str, Any]] = field(default_factory=list)  # of run.json
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # of evaluation.jsonl
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one name of the record."""
+        points = [(line['train/step'], line[name]) for line in self.lines if isinstance(line.get(name), (int, float))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def names(self, patterns: Sequence[str]) -> list[str]:
+        """Names of the record that are among `patterns`, in which a * stands for anything but times."""
+        found = list(dict.fromkeys(name for line in self.lines for name in line))
+        return [
+            name
+            for pattern in patterns
+            for name in found
+            if fnmatch.fnmatchcase(name, pattern) and ('_t_' in pattern) == ('_t_' in name)
+        ]
+
+    def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
+        """(floors of the curves that have one, the reference loss of what has learned nothing), see reference.py."""
+        level_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
+        found = {level: self.curve(level)[1][-1:] for level in (*level_of.values(), GAUSSIAN)}  # [value] or []
+        floors = {name: found[level][0] for name, level in level_of.items() if level != name and found[level]}
+        return floors, next(iter(found[GAUSSIAN]), None) if list(names) == ['eval/reference'] else None
+
+    def final(self) -> dict[str, float]:
+        """The last value of each name of the record that tells how good the run is."""
+        found: dict[str, float] = {}
+        for line in self.lines:
+            found |= {name: value for name, value in line.items() if name.startswith(('eval/', 'final/'))}
+        return {k: v for k, v in found.items() if '_t_' not in k and k not in (GAUSSIAN, 'eval/reference_floor')}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that are not those of the preset."""
+        from config import PRESETS, Config
+
+        usual = vars(Config()) | PRESETS.get(self.config['preset'], {})
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        names = ('experiment_name', 'ckpt_dir')
+        return {k: v for k, v in self.config.items() if k not in names and (k not in plain or plain[k] != v)}
+
+    def pictures(self) -> list[Path]:
+        """All sample pictures, the oldest first."""
+        return sorted((self.folder / 'samples').glob('step_*.png'))
+
+
+def read(folder: str | Path) -> Run:
+    """Raises SettingError if the folder is not that of a run."""
+    folder = Path(folder)
+
+    def lines_of(name: str) -> list[dict[str, Any]]:
+        path = folder / name
+        return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
+
+    try:
+        config = migrated(json.loads((folder / 'config.json').read_text()))
+        starts = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else []
+        return Run(folder, config, lines_of('metrics.jsonl'), starts, lines_of('evaluation.jsonl'))
+    except (OSError, ValueError) as error:
+        raise SettingError(f'{str(folder)!r} is not the folder of a run ({error}). Pass ckpts/NAME.') from None
+
+
+# ---------------------------------------------------------------- parts of a page
+
+
+def plot(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    floors: Mapping[str, float] | None = None,
+    ceiling: float | None = None,
+) -> str:
+    """Curves (x, y) as SVG on no background; empty if there is no point. `floors`: for some of the curves, the level
+    that they cannot get below, dotted. `ceiling`: with one floor, all between the two is shaded."""
+    from matplotlib import colormaps, rc_context
+    from matplotlib.figure import Figure
+
+    curves, floors = {name: xy for name, xy in curves.items() if len(xy[0])}, floors or {}
+    if not curves:
+        return ''
+    grey = '#808080'  # seen on white and on black
+    figure = Figure(figsize=(5.4, 3.2))
+    figure.patch.set_alpha(0)
+    by_time = all('_t_' in name for name in curves)
+    ax = figure.add_axes((0.15, 0.1, 0.64 if by_time else 0.83, 0.8))
+    ax.patch.set_alpha(0)
+    lowest = min(value for _, y in curves.values() for value in y)
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
+        label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name
+        ax.plot(x, y, color=color, label=label, linewidth=1.3, marker='.' if len(x) < 3 else None)
+        if name in floors and floors[name] > lowest / 20:  # a floor of next to nothing would squeeze the curves
+            ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
+    if ceiling is not None:
+        ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='what can be learned')
+    if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
+        ax.set_yscale('log')
+        low, high = ax.get_ylim()
+        few = '25' if high > 3 * low else '123456789'  # of many ticks between powers of ten, some have a number
+        ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
+        ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
+    ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)
+    ax.tick_params(colors=grey, which='both')
+    for spine in ax.spines.values():
+        spine.set_color(grey)
+    if len(curves) > 1 or floors:
+        place = dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}
+        ax.legend(fontsize=7, framealpha=0, labelcolor=grey, **place)
+    file = io.StringIO()
+    with rc_context({'svg.fonttype': 'none'}):  # letters stay letters
+        figure.savefig(file, format='svg', metadata={'Date': None})
+    text = file.getvalue()
+    return text[text.index('<svg') :]
+
+
+def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of evaluation.jsonl that differ in evaluations or guidance: the Frechet distance against these, with a
+    curve for each choice of the rest. Only lines that compare with the last: detector, counts and seed are the same."""
+    alike = [x for x in lines if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
+    rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
+    varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
+    plots = []
+    for along in ('nfe', 'guidance_scale'):
+        curves: dict[str, tuple[list[float], list[float]]] = {}
+        for x in sorted(rows, key=lambda x: x.get(along, 0)):
+            name = ', '.join(f'{k} {text_of(x.get(k))}' for k in varied if k != along) or 'frechet'
+            xs, ys = curves.setdefault(name, ([], []))
+            xs.append(x.get(along, 0))
+            ys.append(x['frechet'])
+        if along in varied:
+            plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
+    return plots
+
+
+def image(path: Path, caption: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>' \
+           f'{html.escape(caption)}</figcaption></figure>'  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
+    """Rows of cells, escaped."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return '<tr>' + ''.join(f'<{tag}>{html.escape(text_of(cell))}</{tag}>' for cell in cells) + '</tr>'
+
+    return '<table>' + (line(head, 'th') if head else '') + ''.join(line(row, 'td') for row in rows) + '</table>'
+
+
+def text_of(value: Any) -> str:
+    if isinstance(value, float):
+        return f'{value:.4g}'
+    return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else '' if value is None else str(value)
+
+
+def row(parts: Sequence[str]) -> str:
+    return '<div class="row">' + ''.join(parts) + '</div>'
+
+
+def page(title: str, sections: Mapping[str, str]) -> str:
+    """The whole document; sections that are empty are left out."""
+    body = ''.join(f'<h2>{html.escape(name)}</h2>{text}' for name, text in sections.items() if text)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n'
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page, whole or not at all."""
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    partial.write_text(text)
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------- the report of one run
+
+
+def report(run: Run) -> str:
+    """The page of one run."""
+    step = run.lines[-1]['train/step'] if run.lines else 0
+    total = run.config.get('num_training_steps', 0)
+    start = run.starts[-1] if run.starts else {}
+    plots = [
+        plot({name: run.curve(name) for name in run.names(names)}, title, *run.bounds(run.names(names)))
+        for title, names in CURVES.items()
+    ]
+    pictures, by_step = run.pictures(), {}
+    for picture in pictures:
+        by_step.setdefault(picture.name.split('_')[1], []).append(picture)
+    steps = list(by_step)
+    data, path = run.folder / 'samples/data_and_augmented.png', run.folder / 'path.png'
+    return page(
+        f'{run.name}: step {step} of {total}',
+        {
+            'Numbers': table(sorted(run.final().items())),
+            'Evaluations': evaluations_of(run),
+            'Curves': row(plots),
+            'Newest samples': row([image(each, each.stem) for each in by_step[steps[-1]]]) if steps else '',
+            'First samples': row([image(each, each.stem) for each in by_step[steps[0]]]) if len(steps) > 1 else '',
+            'Newest samples on their way': row([image(path, 'from what they started from, left')])
+            if path.exists()
+            else '',
+            'Data': row([image(data, 'as loaded, and as training sees them')]) if data.exists() else '',
+            'Settings that differ from the preset': table(sorted(run.changed().items())),
+            'Started': table([(name, start[name]) for name in STARTED if name in start]),
+        },
+    )
+
+
+def evaluations_of(run: Run) -> str:
+    """What evaluate.py has found out: a table, and plots of sweeps."""
+    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in run.evaluations)]
+    rows = [[cell_of(line, name) for name in columns] for line in run.evaluations]
+    return table(rows, columns) + row(sweep_plots(run.evaluations)) if rows else ''
+
+
+def cell_of(line: Mapping[str, Any], name: str) -> Any:
+    """A number of a line of evaluation.jsonl for a table. Where steps were given, they stand for evaluations."""
+    if name == 'nfe' and not line.get('nfe'):
+        return f'{line.get("num_sample_steps")} steps'
+    return line.get(name)
+
+
+def update(folder: Path) -> None:
+    """Write report.html of a run. What fails is said, and the run goes on."""
+    try:
+        write(folder / 'report.html', report(read(folder)))
+    except Exception as error:  # a page is not worth a run
+        print(f'warning: {folder}/report.html could not be written ({type(error).__name__}: {error})', flush=True)

@@ -1,0 +1,52 @@
+"""Every error that ends a run on purpose, and the exit codes that tell the launcher which it was."""
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar('T')
+
+# Exit codes of a worker that has printed why it ends, so that the launcher stays quiet.
+EXIT_BAD_SETTING = 2
+EXIT_NOT_FINITE = 3  # NaN loss
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: asked to stop, state saved, run me again
+
+
+class SettingError(ValueError):
+    """A setting that cannot work. Its text holds setting, value and remedy; `main` prints it without a traceback."""
+
+
+class DataError(RuntimeError):
+    """A file or an item of the data that cannot be used. The text is one line, which names it.
+
+    torch raises a loader process's error again with that process's traceback in front, of which only the last line is
+    kept.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text.rpartition('DataError: ')[2].strip())
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient was NaN or infinite in too many steps in a row."""
+
+
+class Stopped(Exception):
+    """This run was asked to stop (SIGTERM, SIGINT, ...)."""
+
+
+class RankFailed(RuntimeError):
+    """One rank could not do its part of something that all ranks do together, so all give it up."""
+
+
+class SaveError(RuntimeError):
+    """A file of the run could not be written; what was there before is untouched."""
+
+
+def choose(setting: str, value: str, table: Mapping[str, T]) -> T:
+    """`table[value]`, or a SettingError that lists the choices and suggests the nearest."""
+    if value in table:
+        return table[value]
+    near = difflib.get_close_matches(str(value), table, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise SettingError(f'{setting}={value!r} is not a choice of --{setting}. Choose one of: {", ".join(table)}.{hint}')

@@ -1,0 +1,111 @@
+"""Files that are whole or not there, hashes of tensors, and locks between processes."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name in the folder of `path`, of this process only. It ends in .tmp: what a kill leaves can be found."""
+    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+
+
+@contextlib.contextmanager
+def whole(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to. At the end the file takes the place of `path`; after an error it is removed.
+
+    `durable`: it also survives a power cut. Makes the folder if there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write a text file, whole or not at all."""
+    with whole(path, durable) as temporary:
+        temporary.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    if os.name == 'posix':
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def link_as(path: Path, second: Path) -> None:
+    """Give a file a second name, without a second copy on the disk where links are possible."""
+    with whole(second) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+
+
+def digest(*things: 'Tensor | str', size: int = 8) -> str:
+    """A hash of texts and of all bytes of tensors, as 2 `size` hexadecimal digits."""
+    import torch
+
+    found = blake2b(digest_size=size)
+    for thing in things:
+        if isinstance(thing, str):
+            found.update(thing.encode())
+        else:  # in parts: a tensor may be a file larger than memory
+            rows = thing.reshape(1) if thing.ndim == 0 else thing
+            per_row = max(1, rows[:1].numel() * rows.element_size())
+            for part in rows.split(max(1, 2**24 // per_row)):
+                found.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def try_lock(file: IO) -> bool | None:
+    """Lock an open file for this process, without waiting: True, or False if another has it; None if the file system
+    has no locks.
+
+    A POSIX record lock: the system takes it back from a process that dies, on shared file systems also from one on
+    another machine.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Only one process of this machine at a time is inside; `waiting` is called once if another one is.
+
+    Yields False where the file system has no locks, so that there may be others inside.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as lock:
+        has_lock = try_lock(lock)
+        if has_lock is False:
+            waiting()
+        while has_lock is False:
+            time.sleep(0.5)
+            has_lock = try_lock(lock)
+        yield bool(has_lock)

@@ -1,0 +1,138 @@
+"""Samples in files: PNGs in folders of 1000, or one .npz; and a grid of the first. Each file is there whole or not at
+all, so that a program that was cut off can go on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+import utils
+from config import SettingError
+from reports import pictures
+
+if TYPE_CHECKING:
+    from trainer import BaseDiffusionTrainer
+
+
+class Output:
+    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
+
+    def __init__(self, out: str, num: int, trainer: 'BaseDiffusionTrainer', made_by: dict[str, Any]):
+        """For `num` samples of a trainer; `made_by`: what they depend on beside the trainer's settings.
+
+        Raises SettingError if `out` cannot hold the samples.
+        """
+        self.num, self.path, self.where = num, Path(out).expanduser(), f'out={out!r}'
+        self.one_file = self.path.suffix == '.npz'
+        self.images = pictures.kind(trainer.decode(trainer.example.x0[:1])) == 'images'
+        self.columns, self.shown = pictures.columns(trainer), min(num, pictures.num_shown(trainer))
+        self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
+        if not self.images and not self.one_file:
+            raise SettingError(f'{self.where}: these samples are no images. Pass a file, such as --out x.npz.')
+        self.made_by = json.loads(json.dumps(vars(trainer.config) | made_by))
+
+    def claim(self) -> None:
+        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
+        record = self.folder / 'generate.json'
+        if record.exists():
+            before = json.loads(record.read_text())
+            other = [f'{k}: {before.get(k)} -> {v}' for k, v in self.made_by.items() if before.get(k) != v]
+            if other:
+                raise SettingError(
+                    f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
+                    'Pass another --out, or remove it.'
+                )
+        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+            raise SettingError(f'{self.where} is there already, and not of this program. Pass another --out.')
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(self.made_by, indent=1))
+
+    def drawn(self) -> set[int]:
+        """Indices of the samples that are there."""
+        if self.one_file:
+            return {int(i) for part in self.parts() for i in part['index']}
+        return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """x, label and index of the samples that are there: the finished file, and batches that are not in it yet."""
+        parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
+        if self.path.exists():
+            whole = arrays_of(self.path)
+            count = np.arange(len(whole['arr_0']))
+            parts = [part for part in parts if not set(part['index']) & set(count)]
+            parts.append(dict(x=whole['arr_0'], label=whole['arr_1'], index=count))
+        return parts
+
+    def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
+        """Write these samples; each file is there whole or not at all."""
+        array = as_bytes(x) if self.images else x.float().cpu().numpy()
+        if self.one_file:
+            labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
+            target = self.folder / f'{indices[0]:08d}.npz'
+            partial = target.with_suffix('.unfinished')
+            with open(partial, 'wb') as file:
+                np.savez(file, x=array, label=labels, index=np.array(indices))
+            partial.replace(target)
+            return
+        for i, image in zip(indices, array, strict=True):
+            target = self.png(i)
+            target.parent.mkdir(exist_ok=True)
+            partial = target.with_suffix('.unfinished')
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, 'png')
+            partial.replace(target)
+
+    def png(self, i: int) -> Path:
+        return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
+
+    def beside(self, name: str) -> Path:
+        """A picture of the samples: in the folder, or with the name of the file in front."""
+        return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
+
+    def finish(self, names: Sequence[str]) -> None:
+        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first samples, which
+        have these `names`."""
+        n = self.shown
+        if self.one_file:
+            parts = self.parts()
+            index = np.concatenate([part['index'] for part in parts])
+            index, rows = np.unique(index, return_index=True)
+            there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
+            x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
+            partial = self.path.with_suffix('.unfinished')
+            with open(partial, 'wb') as file:
+                np.savez(file, arr_0=x, arr_1=label)
+            partial.replace(self.path)
+            for path in self.folder.glob('*.npz'):
+                if arrays_of(path)['index'].max() < there:
+                    path.unlink()
+            first = x[:n]
+        else:
+            first = [np.array(Image.open(self.png(i))) for i in range(n)]
+            first = np.stack(first)
+        if self.images:
+            write_grid(first, self.columns, names, self.beside('grid.png'))
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """The arrays in an .npz."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def as_bytes(x: Tensor) -> Any:
+    """Images (n, C, H, W) in [0, 1] as uint8 (n, H, W, C)."""
+    return (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def write_grid(images: Any, columns: int, names: Sequence[str], path: Path) -> None:
+    """uint8 images (n, H, W) or (n, H, W, C) as one PNG."""
+    x = torch.from_numpy(images)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    torchvision.io.write_png(utils.image_grid(x.float() / 255, columns, names=names), str(path))

@@ -1,0 +1,106 @@
+"""A grid of settings: every combination is a run of its own, one after the other, and all end on one page.
+
+    sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
+
+What stands after -- goes to every run. The same command goes on where it was cut off: runs that are finished are passed
+over. In a SLURM array, task i does the i-th run alone (SLURM_ARRAY_TASK_ID, from 0).
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config import SettingError, parse_config
+from runtime import command, errors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all combinations, then compare them."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    runs = command.parsed(lambda: combinations(words))
+    command.run(lambda: sweep(runs))
+
+
+def combinations(words: Sequence[str]) -> list[list[str]]:
+    """The flags of every run. Raises SettingError for a grid that is none, and for a flag that no run could have."""
+    if not words or words[0] in ('-h', '--help'):
+        print(__doc__)
+        sys.exit(0)
+    end = words.index('--') if '--' in words else len(words)
+    grid: dict[str, list[str]] = {}
+    name = ''
+    for word in words[:end]:
+        if word.startswith('--'):
+            name, _, value = word.partition('=')
+            grid[name] = [value] if value else []
+        elif not name:
+            raise SettingError(
+                f'{word!r} comes before a flag. Write --setting VALUE VALUE ..., and -- before the rest.'
+            )
+        else:
+            grid[name].append(word)
+    empty = [name for name, values in grid.items() if not values]
+    if empty or not grid:
+        raise SettingError(f'{empty[0] if empty else "The grid"} has no values. Write --setting VALUE VALUE ...')
+    shared = list(words[end + 1 :])
+    runs = [
+        [*shared, *itertools.chain(*zip(grid, values, strict=True))] for values in itertools.product(*grid.values())
+    ]
+    names = [parse_config(flags).experiment_name for flags in runs]
+    if len(set(names)) < len(names):
+        raise SettingError(
+            f'Two runs would both be called {next(n for n in names if names.count(n) > 1)!r}. Leave --experiment_name '
+            'out, and give no value twice.'
+        )
+    return runs
+
+
+def sweep(runs: list[list[str]]) -> None:
+    """Raises SettingError, or errors.Stopped if a run was asked to stop."""
+    from scripts import compare
+
+    only = os.environ.get('SLURM_ARRAY_TASK_ID')
+    if only is not None and int(only) >= len(runs):
+        raise SettingError(f'SLURM_ARRAY_TASK_ID={only}: there are runs 0 to {len(runs) - 1}.')
+    chosen = range(len(runs)) if only is None else [int(only)]
+    failed = []
+    for i in chosen:
+        print(f'run {i + 1} of {len(runs)}: {" ".join(runs[i])}', flush=True)
+        code = run_one(runs[i])
+        if code == errors.EXIT_STOPPED:
+            raise errors.Stopped
+        failed += [' '.join(runs[i])] if code else []
+    folders = [str(parse_config(flags).run_dir) for flags in runs]
+    there = [folder for folder in folders if Path(folder, 'metrics.jsonl').exists()]
+    if only is None and len(there) > 1:
+        compare.compare(compare.Compare(tuple(there), str(Path(there[0]).parent / 'sweep.html')))
+    if failed:
+        raise SettingError(f'{len(failed)} of {len(chosen)} runs failed, see above: {"; ".join(failed)}')
+
+
+def run_one(flags: list[str]) -> int:
+    """The exit code of one run. Signals that ask this program to stop go to it."""
+    from runtime import stopping
+
+    run = subprocess.Popen(['sh', str(ROOT / 'run.sh'), *flags])
+
+    def pass_on(signum: int, frame: Any) -> None:
+        run.send_signal(signum)
+
+    usual = {name: signal.signal(name, pass_on) for name in stopping.STOP_SIGNALS}
+    try:
+        return run.wait()
+    finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)
+
+
+if __name__ == '__main__':
+    main()

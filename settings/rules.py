@@ -1,0 +1,135 @@
+"""Which values the settings may have: rules for single settings and for several together."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from runtime.errors import SettingError, choose
+
+# Choices that no table holds.
+CHOICES = dict(
+    precision=('auto', 'float32', 'tf32', 'bfloat16'),
+    compile=('auto', 'on', 'off', 'graphs'),
+    wandb=('auto', 'online', 'offline', 'disabled'),
+)
+# Rules for single settings: (settings, does this value keep it?, the rule as text).
+RULES: list[tuple[str, Callable[[Any], Any], str]] = [
+    ('global_batch_size batch_shards accumulation_steps num_training_steps', lambda n: n >= 1, 'must be at least 1'),
+    ('max_bad_steps keep_last num_sample_steps num_res_blocks', lambda n: n >= 1, 'must be at least 1'),
+    ('columns', lambda names: len(names) <= 2, 'must be one or two names: of images, and of classes'),
+    ('image_size', lambda ns: len(ns) in (1, 2) and min(ns) >= 1, 'must be one or two positive numbers of pixels'),
+    ('seed held_out log_every save_every keep_every sample_every', lambda n: n >= 0, 'must be 0 or more'),
+    ('eval_every eval_metrics_every', lambda n: n >= 0, 'must be 0 or more'),
+    ('warmup_steps num_workers max_translation sample_nfe', lambda n: n >= 0, 'must be 0 or more'),
+    ('flip_prob rotate_prob translate_prob label_dropout', lambda p: 0 <= p <= 1, 'must lie between 0 and 1'),
+    ('guidance_rescale', lambda x: 0 <= x <= 1, 'must lie between 0 and 1'),
+    ('dropout', lambda p: 0 <= p < 1, 'must be at least 0 and below 1'),
+    ('base_lr time_std sigma_data sigma_min adam_eps', lambda x: x > 0, 'must be positive'),
+    ('weight_decay grad_clip_norm min_lr sde_noise_scale', lambda x: x >= 0, 'must not be negative'),
+    ('guidance_scale beta_min', lambda x: x >= 0, 'must not be negative'),
+    ('dit_depth dit_width dit_heads', lambda n: n >= 0, 'must be 0 or more'),
+    ('dit_patch', lambda n: n >= 1, 'must be at least 1'),
+    ('channels', lambda n: n >= 2 and n % 2 == 0, 'must be positive and even: half of them are cosines of the time'),
+    ('channel_mults', lambda ms: len(ms) > 0 and min(ms) >= 1, 'needs one or more positive whole numbers'),
+    ('adam_betas', lambda bs: len(bs) == 2 and all(0 <= b < 1 for b in bs), 'must be two numbers in [0, 1)'),
+    ('ema_decays', lambda ds: all(0 < d < 1 for d in ds), 'must lie between 0 and 1'),
+    ('ema_decays', lambda ds: len(set(ds)) == len(ds), 'holds the same decay twice'),
+    ('guidance_interval', lambda ts: 0 <= ts[0] <= ts[1] <= 1, 'must be two times, 0 <= from <= to <= 1'),
+    (
+        'experiment_name',
+        lambda name: re.fullmatch(r'([A-Za-z0-9_][A-Za-z0-9_+=-]*)?', name),
+        'must be a plain folder name: letters, digits and _ - + = only, no slash and no dots',
+    ),
+]
+
+
+def nearest(value: int, choices: Collection[int]) -> str:
+    """The choices just below and just above `value`, as text: '96 or 104'."""
+    below = max((n for n in choices if n < value), default=None)
+    above = min((n for n in choices if n > value), default=None)
+    return ' or '.join(str(n) for n in (below, above) if n is not None)
+
+
+def batch_size_near(c: Any) -> str:
+    """Values of global_batch_size that its shards divide, and with antithetic times into even shards."""
+    unit = c.batch_shards * (2 if c.antithetic else 1)
+    return f'use --global_batch_size {nearest(c.global_batch_size, range(unit, c.global_batch_size + 2 * unit, unit))}'
+
+
+def accumulation_near(c: Any) -> str:
+    """Values of accumulation_steps that divide the shards."""
+    parts = [n for n in range(1, c.batch_shards + 1) if c.batch_shards % n == 0]
+    return f'use --accumulation_steps {nearest(c.accumulation_steps, parts)}'
+
+
+# Rules for several settings: (settings, does the config keep it?, the rule: a text, or a function of the config).
+RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], str]]] = [
+    ('min_lr base_lr', lambda c: c.min_lr <= c.base_lr, 'min_lr must not be above base_lr'),
+    (
+        'warmup_steps num_training_steps',
+        lambda c: c.warmup_steps < c.num_training_steps,
+        'the warm-up must be shorter than the training: lower --warmup_steps',
+    ),
+    ('t_min t_max', lambda c: 0 <= c.t_min < c.t_max <= 1, 'times need 0 <= t_min < t_max <= 1'),
+    (
+        'beta_min beta_max',
+        lambda c: c.beta_max >= c.beta_min and c.beta_max > 0,
+        'beta_max must be positive and not below beta_min',
+    ),
+    ('sigma_min sigma_max', lambda c: c.sigma_max > c.sigma_min, 'sigma_max must be above sigma_min'),
+    (
+        'global_batch_size batch_shards',
+        lambda c: c.global_batch_size % c.batch_shards == 0,
+        lambda c: f'the batch must be divisible by its shards: {batch_size_near(c)}',
+    ),
+    (
+        'batch_shards accumulation_steps',
+        lambda c: c.batch_shards % c.accumulation_steps == 0,
+        lambda c: f'accumulation_steps times the processes must divide the shards: {accumulation_near(c)}',
+    ),
+    (
+        'antithetic global_batch_size batch_shards',
+        lambda c: not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
+        lambda c: f'mirrored pairs need an even number of images in a shard: {batch_size_near(c)}',
+    ),
+    (
+        'stratified antithetic',
+        lambda c: not (c.stratified and c.antithetic),
+        'times are drawn in one way or the other: add --no_stratified',
+    ),
+    (
+        'dit_size dit_depth dit_width dit_heads',
+        lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
+        'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size',
+    ),
+    (
+        'guidance_scale label_dropout',
+        lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
+        'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1',
+    ),
+]
+
+
+def validate(config: Any, presets: Mapping[str, Any]) -> None:
+    """Raise SettingError for the first value that breaks a rule."""
+    choose('preset', config.preset, presets)
+    for name, values in CHOICES.items():
+        choose(name, getattr(config, name), dict.fromkeys(values))
+
+    def require(kept: object, names: str, rule: str | Callable[[Any], str]) -> None:
+        if not kept:
+            rule = rule if isinstance(rule, str) else rule(config)
+            given = ', '.join(f'{name}={getattr(config, name)!r}' for name in names.split())
+            raise SettingError(f'{given}: {rule}.')
+
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
+        require(all(map(math.isfinite, numbers)), field.name, 'must be a finite number')
+    for names, keeps, rule in RULES:
+        for name in names.split():
+            require(keeps(getattr(config, name)), name, rule)
+    for names, keeps, rule in RULES_OF_SEVERAL:
+        require(keeps(config), names, rule)

@@ -1,0 +1,452 @@
+"""A folder of images: which files are taken, what becomes of their pixels, and the cache of the result."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import SettingError
+from data_loading import image_folder, packed
+from data_loading.image_folder import list_images, pixels_of
+from data_utils import setup_data_train_and_test
+from tests.helpers import ROOT, wait_until
+
+CPU = torch.device('cpu')
+WHITE = (255, 255, 255)
+STAMPS = Path('/usr/share/tuxpaint/stamps')  # Debian's tuxpaint-stamps-default
+
+
+def write_images(folder: Path, sizes: dict[str, list[tuple[int, int]]]) -> None:
+    """PNGs of these (width, height) for each class; every image has one colour, whose red part is its class."""
+    for i, (name, of_class) in enumerate(sizes.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for j, size in enumerate(of_class):
+            Image.new('RGB', size, (100 * i, 7 * j, 50)).save(folder / name / f'{j}.png')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'images').mkdir()
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def config_of(tiny_config, folder):
+    def make(**settings):
+        usual = dict(dataset='image_folder', data_path=str(folder), image_size=(8,), num_workers=0)
+        return tiny_config(**(usual | settings))
+
+    return make
+
+
+def pixels(path, size=(4, 4), channels=3, background=WHITE):
+    return pixels_of(path, size, channels, background)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize('ending', ['png', 'webp', 'gif', 'bmp', 'tif', 'ppm', 'jpg'])
+def test_every_kind_of_file(folder, ending):
+    lossless = dict(lossless=True) if ending == 'webp' else {}
+    path = folder / f'x.{ending}'
+    Image.new('RGB', (4, 4), (200, 100, 50)).save(path, **lossless)
+    got = pixels(path).float()
+    assert (got - torch.tensor([200.0, 100.0, 50.0])[:, None, None]).abs().max() <= (3 if ending == 'jpg' else 0)
+
+
+def test_transparent_parts_show_the_background(folder):
+    """Also where the hidden colour is another one, for palettes, and for grey with transparency."""
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:, :2] = (10, 20, 30, 255)
+    rgba[:, 2:3] = (90, 0, 0, 0)
+    rgba[:, 3:] = (0, 0, 0, 51)  # a fifth of black
+    Image.fromarray(rgba).save(folder / 'rgba.png')
+    Image.fromarray(rgba[..., [0, 3]]).convert('LA').save(folder / 'la.png')
+    palette = Image.fromarray(rgba[..., :3]).quantize(4)
+    palette.save(folder / 'p.png', transparency=palette.getpixel((2, 0)))
+    got = pixels(folder / 'rgba.png', background=(100, 200, 50))
+    assert got[:, 0].T.tolist() == [[10, 20, 30], [10, 20, 30], [100, 200, 50], [80, 160, 40]]
+    assert pixels(folder / 'la.png', channels=1, background=(100, 100, 100))[0, 0].tolist() == [10, 10, 100, 80]
+    assert pixels(folder / 'p.png', background=(1, 2, 3))[:, 0, 2].tolist() == [1, 2, 3]
+
+
+def test_sixteen_bits_are_scaled(folder):
+    levels = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
+    Image.fromarray(levels).save(folder / 'x.png')
+    assert pixels(folder / 'x.png', channels=1)[0].flatten().tolist() == [17 * k for k in range(16)]
+    Image.fromarray(np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)).save(folder / 'x.tif')
+    with pytest.raises(ValueError, match=r'-1 to 1 .float32. are no image of 8 or 16 bits'):
+        pixels(folder / 'x.tif')
+
+
+def test_a_photograph_stands_upright(folder):
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 10)
+    exif = image.getexif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to show
+    image.save(folder / 'x.png', exif=exif)
+    want = torch.rot90(torch.arange(16).reshape(4, 4) * 10, -1)
+    assert torch.equal(pixels(folder / 'x.png', channels=1)[0].long(), want)
+
+
+def test_of_an_animation_the_first_picture(folder):
+    first, second = (Image.new('RGB', (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0)))
+    first.save(folder / 'x.gif', save_all=True, append_images=[second])
+    assert pixels(folder / 'x.gif')[:, 0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize('size', [(8, 8), (8, 16), (16, 8), (4, 4)])
+@pytest.mark.parametrize('turned', [False, True])
+def test_the_middle_is_cut_out(folder, size, turned):
+    """Of an image of three equal parts in a row, the middle one fills what is kept of it."""
+    picture = np.zeros((16, 48, 3), np.uint8)
+    picture[:, 16:32] = 200
+    Image.fromarray(picture.swapaxes(0, 1) if turned else picture).save(folder / 'x.png')
+    got = pixels(folder / 'x.png', size)
+    assert got.shape == (3, *size)
+    longer = max(1, size[0 if turned else 1] / size[1 if turned else 0])  # than the part is wide
+    assert got.float().mean() == pytest.approx(200 / longer, abs=1)
+    middle = got[:, :, size[1] // 2] if not turned else got[:, size[0] // 2]
+    assert ((middle.int() - 200).abs() <= 4).all()
+
+
+def test_reducing_averages_and_does_not_skip(folder):
+    """A board of single black and white pixels becomes grey; taking every n-th pixel would leave one of the two."""
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(folder / 'x.png')
+    assert (pixels(folder / 'x.png', channels=1).float() - 127.5).abs().max() < 3
+
+
+# ---------------------------------------------------------------- which files
+
+
+def test_classes_are_the_first_folders(folder, config_of, capsys):
+    write_images(folder, {'cat': [(9, 9)] * 4, 'dog': [(9, 9)] * 5, 'dog/small/old': [(9, 9)] * 2})
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    assert train.spec.classes == ('cat', 'dog') and train.spec.num_classes == 2 and train.spec.shape == (3, 8, 8)
+    assert (train.size, test.size) == (10, 1)
+    labels = torch.cat([train.everything()[1], test.everything()[1]])
+    assert labels.bincount().tolist() == [4, 7]
+    out = capsys.readouterr().out
+    assert 'image_folder: 10 + 1 held-out items of shape 3x8x8, 2 classes: cat 4, dog 7\n' in out
+    assert ' MB on the cpu, ' in out
+
+
+@pytest.mark.parametrize('below', ['', 'only'])
+def test_images_in_one_folder_have_no_class(folder, config_of, capsys, below):
+    write_images(folder, {below: [(9, 9)] * 5})
+    train, _, _ = setup_data_train_and_test(config_of(), CPU)
+    assert train.spec.num_classes == 0 and 'no classes' in capsys.readouterr().out
+
+
+def test_images_beside_folders_of_classes_are_refused(folder, config_of):
+    write_images(folder, {'': [(9, 9)] * 3, 'cat': [(9, 9)] * 2})
+    with pytest.raises(SettingError, match=r'3 images lie in it beside folders \(cat\)'):
+        list_images(config_of())
+
+
+def test_hidden_and_other_files_are_passed_over_and_counted(folder, config_of, capsys):
+    write_images(folder, {'a': [(9, 9)] * 3, 'b': [(9, 9)] * 3, '.hidden': [(9, 9)], 'a/.thumbnails': [(9, 9)]})
+    (folder / 'a' / '._0.png').write_text('hidden')
+    for name in ('a/notes.txt', 'a/more.txt', 'x.svg', 'README'):
+        (folder / name).write_text('no image')
+    assert len(list_images(config_of()).files) == 6
+    assert 'passed over 4 files that are no images: .txt 2, ' in capsys.readouterr().out
+
+
+def test_a_circle_of_links_ends(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 3, 'b': [(9, 9)] * 2})
+    (folder / 'a' / 'again').symlink_to(folder)
+    (folder / 'b' / 'self').symlink_to(folder / 'b')
+    assert sorted(list_images(config_of()).files) == [
+        *(f'a/{i}.png' for i in range(3)),
+        *(f'b/{i}.png' for i in range(2)),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_a_folder_that_may_not_be_read_is_named(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 3, 'b': [(9, 9)] * 2})
+    (folder / 'b').chmod(stat.S_IWUSR)
+    with pytest.raises(SettingError, match=r'Permission denied.*/b'):
+        list_images(config_of())
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, config_of, monkeypatch):
+    write_images(folder, {'a': [(9, 9)] * 3, 'b': [(9, 9)] * 2})
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith('/b'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(SettingError, match=r'Permission denied.*/b.*Make it readable'):
+        list_images(config_of())
+
+
+@pytest.mark.parametrize(
+    ('make', 'words'),
+    [
+        (lambda folder: folder.rmdir(), 'there is no such folder. Pass a folder of images'),
+        (lambda folder: None, r'it holds no image \(.jpg, .*Pass a folder of images'),
+        (lambda folder: (folder / 'x.svg').write_text(''), r'holds no image .*, only .svg 1'),
+        (lambda folder: write_images(folder, {'a': [(9, 9)]}), 'there are 1 images, and at least two are needed'),
+    ],
+)
+def test_a_folder_without_enough_images_says_so(folder, config_of, make, words):
+    make(folder)
+    with pytest.raises(SettingError, match=words):
+        setup_data_train_and_test(config_of(), CPU)
+
+
+def test_a_colour_that_is_none_is_refused(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 3})
+    with pytest.raises(SettingError, match="background='whitish' is no colour"):
+        list_images(config_of(background='whitish'))
+
+
+def test_grey_images_have_one_channel_if_all_are_grey(folder, config_of):
+    for i in range(3):
+        Image.new('L', (9, 9), 50 * i).save(folder / f'{i}.png')
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(folder / 'deep.png')
+    assert setup_data_train_and_test(config_of(), CPU)[0].spec.shape == (1, 8, 8)
+    Image.new('RGB', (9, 9)).save(folder / 'colour.png')
+    assert setup_data_train_and_test(config_of(), CPU)[0].spec.shape == (3, 8, 8)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+def zero_bytes(path):
+    path.write_bytes(b'')
+
+
+def cut_off(path):
+    Image.effect_noise((64, 64), 50).save(path.with_suffix('.jpg'))
+    path.write_bytes(path.with_suffix('.jpg').read_bytes()[:900])
+    path.with_suffix('.jpg').unlink()
+
+
+def text(path):
+    path.write_text('I am no image')
+
+
+def gone(path):
+    path.symlink_to('/nowhere/at/all.png')
+
+
+@pytest.mark.parametrize('spoil', [zero_bytes, cut_off, text])
+def test_what_cannot_be_read_is_named_before_training_or_left_out(folder, config_of, capsys, spoil):
+    write_images(folder, {'a': [(9, 9)] * 4, 'b': [(9, 9)] * 4})
+    for name in ('a/bad1.png', 'b/bad2.jpeg'):
+        spoil(folder / name)
+    with pytest.raises(SettingError, match=r'2 of 10 cannot be read.*a/bad1\.png') as caught:
+        setup_data_train_and_test(config_of(), CPU)
+    assert 'b/bad2.jpeg' in str(caught.value) and '--skip_unreadable' in str(caught.value)
+    assert not list(Path(config_of().data_dir, 'cache').glob('*.pt'))
+    capsys.readouterr()
+    train, _, test = setup_data_train_and_test(config_of(skip_unreadable=True), CPU)
+    assert train.size + test.size == 8
+    assert 'left out 2 that cannot be read' in capsys.readouterr().out
+
+
+def test_a_link_to_nowhere_is_refused(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 4})
+    gone(folder / 'a' / 'gone.png')
+    with pytest.raises(SettingError, match=r'a/gone\.png.*cannot be read'):
+        setup_data_train_and_test(config_of(), CPU)
+
+
+def test_a_panorama_is_taken(folder, config_of):
+    write_images(folder, {'': [(9, 9)] * 3 + [(20_000, 10)]})
+    assert setup_data_train_and_test(config_of(), CPU)[0].size == 3
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def decoded(monkeypatch) -> list[str]:
+    """The names of the files that are decoded from here on, in this process."""
+    names: list[str] = []
+
+    def counted(path, *args):
+        names.append(path.name)
+        return pixels_of(path, *args)
+
+    monkeypatch.setattr(image_folder, 'pixels_of', counted)
+    return names
+
+
+def test_files_are_decoded_once_and_again_when_the_folder_changes(folder, config_of, monkeypatch):
+    write_images(folder, {'a': [(9, 9)] * 4, 'b': [(9, 9)] * 4})
+    names = decoded(monkeypatch)
+    seen = set()
+
+    def load(**settings):
+        names.clear()
+        loader = setup_data_train_and_test(config_of(**settings), CPU)[0]
+        seen.add(loader.fingerprint)
+        return len(names)
+
+    assert load() == 8 and load() == 0 and len(seen) == 1
+    Image.new('RGB', (9, 9), (1, 2, 3)).save(folder / 'a' / '0.png')  # as large in bytes, perhaps
+    assert load() == 8 and load() == 0 and len(seen) == 2
+    assert load(image_size=(4,)) == 8 and load() == 0 and len(seen) == 3
+    os.utime(folder / 'a' / '1.png', (1, 1))
+    assert load() == 8 and len(seen) == 3  # the same pixels: the same data
+    (folder / 'a' / '2.png').rename(folder / 'b' / '22.png')
+    assert load() == 8 and len(seen) == 4
+
+
+def test_a_damaged_cache_is_made_anew(folder, config_of, monkeypatch):
+    write_images(folder, {'a': [(9, 9)] * 4})
+    before = setup_data_train_and_test(config_of(), CPU)[0].everything()[0]
+    (path,) = Path(config_of().data_dir, 'cache').glob('*.pt')
+    path.write_bytes(path.read_bytes()[:100])
+    names = decoded(monkeypatch)
+    assert torch.equal(setup_data_train_and_test(config_of(), CPU)[0].everything()[0], before) and len(names) >= 4
+
+
+def test_the_cache_holds_what_the_files_hold(folder, config_of):
+    write_images(folder, {'a': [(40, 30), (8, 8), (9, 31)] * 2, 'b': [(100, 17), (16, 16)] * 3})
+    cached = setup_data_train_and_test(config_of(global_batch_size=4, batch_shards=1), CPU)
+    direct = setup_data_train_and_test(config_of(global_batch_size=4, batch_shards=1, cache=False), CPU)
+    for ours, theirs in ((cached[0], direct[0]), (cached[2], direct[2])):
+        for a, b in zip(ours.take(range(ours.size)), theirs.take(range(ours.size)), strict=True):
+            assert torch.equal(a, b)
+    for _, a, b in zip(range(5), cached[0], direct[0], strict=False):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_many_files_are_decoded_by_several_processes(folder, config_of, monkeypatch):
+    write_images(folder, {'a': [(9, 9)] * 150, 'b': [(9, 9)] * 150})
+    names = decoded(monkeypatch)
+    loader = setup_data_train_and_test(config_of(), CPU)[0]
+    assert len(names) < 10  # in this process
+    x, label = loader.everything()
+    assert torch.equal((x[:, 0] * 255).round(), (100.0 * label)[:, None, None].expand(len(x), 8, 8))
+
+
+def test_without_room_for_the_cache_the_files_are_read(folder, config_of, monkeypatch, capsys):
+    write_images(folder, {'a': [(9, 9)] * 4})
+    monkeypatch.setattr(packed, 'space_for', lambda path: 100)
+    loader = setup_data_train_and_test(config_of(), CPU)[0]
+    assert loader.resident is None and loader.take([0])[0].shape == (1, 3, 8, 8)
+    assert 'no room for a cache' in capsys.readouterr().out
+
+
+def test_two_runs_at_once_build_one_cache(folder, config_of, tmp_path):
+    write_images(folder, {'a': [(300, 300)] * 100, 'b': [(300, 300)] * 100})
+    code = (
+        'import sys, torch; from config import Config; from data_utils import setup_data_train_and_test as setup\n'
+        f'c = Config(dataset="image_folder", data_path={str(folder)!r}, image_size=(8,), data_dir={str(tmp_path)!r})\n'
+        'print(setup(c, torch.device("cpu"))[0].fingerprint)'
+    )
+    both = [subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in '12']
+    out = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and out[0].split('\n')[-2] == out[1].split('\n')[-2]
+    assert len(list((tmp_path / 'cache').glob('*.pt'))) == 1 and not list((tmp_path / 'cache').glob('.building*'))
+
+
+@pytest.mark.slow
+def test_what_a_killed_build_leaves_is_removed_by_the_next(folder, config_of, tmp_path):
+    write_images(folder, {'a': [(2000, 2000)] * 40, 'b': [(2000, 2000)] * 40})
+    code = (
+        'import sys, torch; from config import Config; from data_utils import setup_data_train_and_test as setup\n'
+        f'c = Config(dataset="image_folder", data_path={str(folder)!r}, image_size=(8,), data_dir={str(tmp_path)!r})\n'
+        'setup(c, torch.device("cpu"))'
+    )
+    first = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    remains = tmp_path / 'cache'
+    assert wait_until(lambda: list(remains.glob('.building-*')), 60)
+    first.kill()
+    first.wait()
+    (left,) = remains.glob('.building-*')
+    assert not list(remains.glob('*.pt'))
+    for file in (*left.iterdir(), left):
+        os.utime(file, (0, time.time() - 3700))
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=120, check=True)
+    assert not list(remains.glob('.building-*')) and len(list(remains.glob('*.pt'))) == 1
+
+
+def test_images_that_are_added_leave_the_held_out_ones_there(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 60})
+    before = list_images(config_of()).files
+    write_images(folder, {'b': [(9, 9)] * 6})
+    after = list_images(config_of()).files
+    assert len(set(before[:6]) & set(after[:6])) >= 4
+    assert [name for name in after if name in set(before)] == before
+
+
+@pytest.mark.parametrize('held_out', [0, 1, 7])
+def test_the_number_of_held_out_images_is_a_setting(folder, config_of, held_out):
+    write_images(folder, {'a': [(9, 9)] * 30})
+    train, _, test = setup_data_train_and_test(config_of(held_out=held_out), CPU)
+    assert (train.size, test.size) == (30 - (held_out or 3), held_out or 3)
+    with pytest.raises(SettingError, match='held_out=30, but there are 30 images'):
+        setup_data_train_and_test(config_of(held_out=30), CPU)
+
+
+# ---------------------------------------------------------------- real pictures
+
+
+@pytest.mark.skipif(not STAMPS.is_dir(), reason="Debian's tuxpaint-stamps-default is not installed")
+def test_real_pictures_of_odd_sizes_with_transparency(config_of, capsys):
+    config = config_of(data_path=str(STAMPS), image_size=(32,))
+    train, _, test = setup_data_train_and_test(config, CPU)
+    assert train.size + test.size > 700 and 'animals' in train.spec.classes and train.spec.shape == (3, 32, 32)
+    assert '.svg' in capsys.readouterr().out
+    x, _ = train.everything()
+    black = (x.flatten(1).max(1).values < 0.05).sum()  # 44 if transparency is dropped, of pictures of black lines
+    assert black <= 3 and x[:, :, 0, 0].mean() > 0.8  # letters i and l are black in the middle; corners are empty
+
+
+def test_grey_is_what_has_one_channel(tmp_path):
+    for mode, grey in dict.fromkeys(['1', 'L', 'LA', 'I;16'], True).items() | {('RGB', False), ('RGBA', False)}:
+        Image.new(mode, (4, 4)).save(tmp_path / f'{mode[:4].replace(";", "")}.png')
+        assert image_folder.is_grey(tmp_path / f'{mode[:4].replace(";", "")}.png') == grey, mode
+
+
+def test_another_background_is_decoded_anew(folder, config_of):
+    for i in range(20):
+        Image.new('RGBA', (8, 8), (0, 0, 0, 0)).save(folder / f'{i}.png')
+    for colour, value in (('white', 1), ('black', 0)):
+        assert setup_data_train_and_test(config_of(background=colour), CPU)[0].everything()[0].mean() == value
+
+
+def test_held_out_images_are_of_all_folders(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 30, 'b': [(9, 9)] * 30})
+    assert setup_data_train_and_test(config_of(), CPU)[2].labels.unique().tolist() == [0, 1]
+
+
+def test_with_skip_and_without_it_are_two_caches(folder, config_of):
+    write_images(folder, {'a': [(9, 9)] * 10, 'b': [(9, 9)] * 10})
+    (folder / 'a/0.png').write_bytes(b'no image')
+    train, _, test = setup_data_train_and_test(config_of(skip_unreadable=True), CPU)
+    assert train.size + test.size == 19
+    with pytest.raises(SettingError, match='cannot be read'):
+        setup_data_train_and_test(config_of(), CPU)
+
+
+def test_the_digest_of_a_file_knows_pixels_classes_and_names():
+    x, label = torch.zeros(6, 3, 4, 4, dtype=torch.uint8), torch.arange(6) % 2
+    usual = packed.digest_of(x, label, dict(classes=('a', 'b')))
+    assert usual == packed.digest_of(x.clone(), label.clone(), dict(classes=('a', 'b')))
+    other = x.clone()
+    other[5, 2, 3, 3] = 1
+    assert packed.digest_of(other, label, dict(classes=('a', 'b'))) != usual
+    assert packed.digest_of(x, 1 - label, dict(classes=('a', 'b'))) != usual
+    assert packed.digest_of(x, label, dict(classes=('a', 'c'))) != usual
+
+
+def test_how_many_are_held_out_by_default():
+    assert [packed.held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]

@@ -1,0 +1,528 @@
+"""The examples: each is a page, trains, draws and resumes; and its formulas hold where the answer is known."""
+
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from config import PRESETS, Config, SettingError
+from data_utils import DATASETS
+from evaluation import judge
+from networks import NETWORKS, TIME_INPUTS
+from processes import PROCESSES, check_process, get_process
+from reports import pictures
+from sampling import sample
+from solvers import SOLVERS
+from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of
+
+FILES = sorted(path for path in (ROOT / 'examples').glob('*.py'))
+POINTS = {name: PRESETS['toy2d'][name] for name in ('dataset', 'network', 'global_batch_size')}
+DIT = dict(network='dit', dit_patch=8, dit_width=32, dit_heads=4, dit_depth=1)
+EXAMPLES = {  # file -> class, settings
+    'interpolant': ('Interpolant', POINTS | dict(dataset='moons_to_gaussians', network='two_outputs')),
+    'image_to_image': ('FromDegraded', dict(label_dropout=1.0, degradation='small')),
+    'ot_coupling': ('OptimalTransport', POINTS),
+    'flow_map': ('FlowMap', POINTS | dict(time_input='slow', rule='lagrangian')),
+    'guidance': ('Plain', dict(label_dropout=0.2)),
+    'edm': ('Edm', None),
+    'x_prediction': ('Mine', DIT | dict(model_type='x0')),
+    'condition': ('Told', dict(label_dropout=0.2)),
+    'masked': ('Masked', {}),
+    'bridge': ('Bridge', POINTS | dict(dataset='moons_and_gaussians')),
+    'contrastive': ('Contrastive', {}),
+    'dispersive': ('Dispersive', {}),
+    'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
+    'own_dataset': (None, {}),
+    'own_process': (None, {}),
+    'own_network': (None, dict(mixer_width=16, mixer_depth=1)),
+    'own_solver': (None, {}),
+}
+OTHERS = {'reflow', 'distill', 'latent'}  # they need a finished run, or data that must be there
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """`load(name)`: the module of an example; what it registers is taken back."""
+    tables = [(table, dict(table)) for table in (DATASETS, NETWORKS, PROCESSES, SOLVERS, TIME_INPUTS)]
+
+    def module_of(name):
+        spec = importlib.util.spec_from_file_location(name, ROOT / f'examples/{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    yield module_of
+    for table, before in tables:
+        table.clear()
+        table.update(before)
+
+
+@pytest.fixture
+def build(load, tmp_path, build_trainer, monkeypatch):
+    """`build(name, class_name=None, **settings) -> (trainer, module)` of an example, tiny."""
+    monkeypatch.setattr(judge, 'NUM_JUDGED', 64)
+    monkeypatch.setattr(pictures, 'POINTS_SHOWN', 50)
+
+    def build(name, class_name=None, **settings):
+        module = load(name)
+        usual, own = EXAMPLES.get(name, (None, POINTS))
+        own = module.EDM if own is None else own
+        chosen = TINY | dict(
+            sample_every=12,
+            ema_decays=(0.9,),
+            global_batch_size=64,
+            ckpt_dir=str(tmp_path / 'ckpts'),
+            experiment_name='run',
+        )
+        config_class = getattr(module, 'Settings', Config)
+        trainer_class = getattr(module, class_name or usual or '', None)
+        return build_trainer(config_class(**chosen | own | settings), trainer_class), module
+
+    return build
+
+
+def batch_of(trainer, n=64):
+    return trainer.prepare_batch_fn(trainer.train_loader.take(range(n)), is_train=True)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_all_examples_are_tested():
+    assert {path.stem for path in FILES} == set(EXAMPLES) | OTHERS
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_it_is_a_page_that_says_how_to_run_it_and_is_in_the_table(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80
+    docstring = text.split('"""')[1]
+    assert f'sh run.sh examples/{path.name}' in docstring
+    assert path.stem.startswith('own_') or re.search(r'\b(19|20)\d\d\b', docstring), 'no paper'
+    table = (ROOT / 'examples/README.md').read_text()
+    row = next(line for line in table.splitlines() if f'`{path.name}`' in line)
+    assert f'| {len(text.splitlines())} |' in row
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_it_trains_evaluates_draws_and_resumes(build, name):
+    trainer, _ = build(name)
+    trainer.train_loop()
+    lines = record_of(trainer.config.run_dir)
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*_raw.png')}
+    assert drawn == {f'step_0000012_{sampler}_raw.png' for sampler in trainer.samplers()}
+    if judge.is_judged(trainer):
+        numbers = judge.judged(trainer, next(iter(trainer.samplers())), 64)
+        assert numbers and all(np.isfinite(value) for value in numbers.values())
+    again, _ = build(name)
+    assert again.finished and again.step == 12
+    for key, module in trainer.modules.items():
+        for mine, theirs in zip(module.state_dict().values(), again.modules[key].state_dict().values(), strict=True):
+            assert mine.equal(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['reflow', 'distill', 'bridge'])
+def test_as_a_command_on_two_processes(tmp_path, name):
+    """All its runs, one after the other, and their table; the same again finds them finished."""
+    own = {'reflow': POINTS, 'distill': POINTS}.get(name) or EXAMPLES[name][1]
+    settings = TINY | dict(ckpt_dir=str(tmp_path), experiment_name='it', global_batch_size=64, final_eval=True) | own
+    if name == 'bridge':  # whose runs have a data set of their own
+        settings |= dict(preset='toy2d', dataset='moons')
+    command = ['sh', 'run.sh', f'examples/{name}.py', *as_flags(settings)]
+    for _ in range(2 if name == 'bridge' else 1):
+        done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        parts = re.findall(r'^(\w+): \S+it_\1$', done.stdout, re.MULTILINE)
+        head = next(i for i, line in enumerate(done.stdout.splitlines()) if line.split() == parts)
+        assert len(parts) > 1 and len(done.stdout.splitlines()[head + 1].split()) >= 2
+    assert done.stdout.count('is finished') == (len(parts) if name == 'bridge' else 0)
+    assert (tmp_path / 'it_compared.html').exists()
+
+
+# ---------------------------------------------------------------- formulas
+
+
+def test_interpolant_has_both_distributions_at_any_noise(load):
+    """Gaussians at both ends, whose v and eta are known: the spread that arrives is that of the other end."""
+    module, (a, b) = load('interpolant'), (0.3, 0.8)
+    this = object.__new__(module.Interpolant)
+    this.config = Config()
+
+    def model_fn(x, t):
+        x, t = x[:, 0], t[:, None]
+        var = ((1 - t) * a) ** 2 + (t * b) ** 2 + this.gamma(t) ** 2
+        return torch.stack([(t * b**2 - (1 - t) * a**2) / var * x, this.gamma(t) / var * x], 1)
+
+    torch.manual_seed(0)
+    for start, before, after in ((1, b, a), (0, a, b)):
+        x = torch.randn(20_000, 2, dtype=torch.float64)
+        for noise in (0.0, 0.5, 2.0):
+            inputs = type('Inputs', (), dict(x1=before * x, beside=[None, before * x]))
+            out = this.draw(model_fn, inputs, '', start, noise)
+            assert out.std() == pytest.approx(after, rel=0.03), (start, noise)
+
+
+def test_couplings(build):
+    trainer, _ = build('ot_coupling')
+    torch.manual_seed(0)
+    x0, x1, label = torch.randn(60, 2), torch.randn(60, 2), torch.arange(60) % 2
+    paired = trainer.couple(x0, x1, label)
+    for value in (0, 1):
+        mine = label == value
+        assert {tuple(row) for row in paired[mine].tolist()} == {tuple(row) for row in x1[mine].tolist()}
+        cost = torch.cdist(x0[mine], x1[mine]).square()
+        chance = cost.diagonal().sum()
+        assert (x0 - paired)[mine].square().sum() < 0.5 * chance
+    # swapping two partners makes no plan better
+    for i, j in ((0, 2), (4, 10), (1, 7)):
+        swapped = (x0[i] - paired[j]).square().sum() + (x0[j] - paired[i]).square().sum()
+        assert swapped >= (x0[i] - paired[i]).square().sum() + (x0[j] - paired[j]).square().sum()
+    near, _ = build('ot_coupling', 'Immiscible', experiment_name='near')
+    assert ((x0 - near.couple(x0, x1, label)).norm(dim=1) <= (x0 - x1).norm(dim=1) + 1e-6).all()
+
+
+@pytest.mark.parametrize('rule', ['lagrangian', 'eulerian', 'semigroup'])
+def test_the_exact_flow_map_has_no_loss(build, rule):
+    """Of Gaussian data of standard deviation 0.5: X(x, t, s) = x std(s) / std(t)."""
+    trainer, module = build('flow_map', rule=rule)
+    torch.manual_seed(0)
+    t, x = torch.rand(64) * 0.9 + 0.1, torch.randn(64, 2)
+    s = torch.where(torch.arange(64) % 2 == 0, t, t * torch.rand(64))
+
+    def std(t):
+        return (((1 - t) * 0.5) ** 2 + t**2).sqrt()[:, None]
+
+    def velocity(x, t):  # d/dt X
+        return x * ((t - 0.25 * (1 - t)) / std(t)[:, 0] ** 2)[:, None]
+
+    def exact(x, t, label=None, s=None):
+        gap = (s - t)[:, None]
+        average = x * (std(s) / std(t) - 1) / torch.where(gap == 0, 1, gap)
+        return torch.where(gap == 0, velocity(x, t), average)
+
+    v = velocity(x, t)
+    batch = module.dataclasses.replace(
+        batch_of(trainer), x0=x - t[:, None] * v, x1=x + (1 - t)[:, None] * v, t=t, cond={'s': s}
+    )
+    assert trainer.loss_fn(batch, exact).max() < 1e-6
+    assert trainer.loss_fn(batch, lambda *a, **k: 1.1 * exact(*a, **k)).mean() > 1e-4
+
+
+def test_model_guidance_settles_at_what_guidance_draws(build):
+    """v without label + W (v - v without label) has no loss, if v is the target."""
+    trainer, module = build('guidance', 'ModelGuidance')
+    batch = batch_of(trainer)
+    without = 0.3 * torch.ones_like(batch.x0)
+    target = batch.x1 - batch.x0
+
+    def model_fn(xt, t, label):
+        return without if (label == 10).all() else without + module.W * (target - without)
+
+    assert trainer.loss_fn(batch, model_fn).max() < 1e-9
+    dropped = module.utils.rows(batch, slice(None))
+    dropped.label = torch.full_like(batch.label, 10)
+    expected = (without - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(trainer.loss_fn(dropped, model_fn), expected)  # without label: the usual loss
+
+
+def test_early_weights_are_those_of_a_quarter(build):
+    trainer, _ = build('guidance', keep_every=3)
+    trainer.train_loop()
+    stored = torch.load(trainer.config.run_dir / 'step_0000003.pt', weights_only=True)['network']
+    for name, value in trainer.modules['early'].state_dict().items():
+        assert value.equal(stored[name])
+
+
+def test_edm_is_table_1(build):
+    trainer, _ = build('edm', eval_every=12)
+    trainer.train_loop()
+    assert 0 < record_of(trainer.config.run_dir)[-1]['eval/difference_from_table_1'] < 1e-4
+    ends = torch.tensor([trainer.config.t_min, 1.0])
+    torch.testing.assert_close(trainer.process.sigma(ends), torch.tensor([0.002, 80.0]))
+
+
+def test_ink_and_slant(load):
+    measured = load('condition').measured
+    upright, leaning = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    for i in range(8):
+        upright[0, 0, i, 3] = 1
+        leaning[0, 0, i, 7 - i] = 1  # to the right at the top
+    (ink, slant), (same, more) = measured(upright)[0].tolist(), measured(leaning)[0].tolist()
+    assert ink == pytest.approx(same) and ink == pytest.approx((1 / 8 - 0.306) / 0.034, rel=1e-4)
+    assert (more - slant) * 0.121 == pytest.approx(1, rel=1e-4)  # a column for each row
+    (x, _), _ = DATASETS['digits'].load(Config())
+    numbers = measured(x.float() / 16)
+    assert numbers.mean(0).abs().max() < 0.05 and (numbers.std(0) - 1).abs().max() < 0.05
+    assert measured(torch.zeros(1, 1, 8, 8)).isfinite().all()
+
+
+def test_masked_diffusion_counts_bits_and_shows_every_pixel(build):
+    trainer, _ = build('masked')
+    assert trainer.decode(trainer.encode(batch_of(trainer).x_original)).equal(batch_of(trainer).x_original)
+    bits = torch.cat([trainer.loss_fn(batch_of(trainer), lambda x, t, label: torch.zeros_like(x)) for _ in range(40)])
+    assert bits.mean() == pytest.approx(math.log2(17), rel=0.03)  # of a network that knows nothing
+    inputs = trainer.sample_inputs(4)
+    assert (inputs.x1[:, 17] == 1).all() and inputs.x1.sum() == 4 * 64
+    seen = []
+
+    def model_fn(x, t, label):
+        seen.append(float(x[:, 17].mean()))
+        return torch.where(torch.arange(18)[:, None, None] == 5, 50.0, 0.0).expand_as(x)
+
+    x = trainer.draw(model_fn, inputs, '', 8)
+    assert (x.argmax(1) == 5).all() and (x.sum(1) == 1).all()
+    assert seen == pytest.approx([1 - i / 8 for i in range(8)], abs=0.12)
+
+
+def test_a_bridge_arrives_where_the_network_points(build):
+    trainer, module = build('bridge')
+    end = torch.randn(50, 2)
+
+    def pointing(end):
+        return lambda x, t, way: (end - x) / torch.where(way == 1, 1 - t, t).sqrt()[:, None]
+
+    for way in (0, 1):
+        x = trainer.travel(pointing(end), torch.randn(50, 2), torch.full((50,), way))
+        torch.testing.assert_close(x, end)
+    seen = []  # on the way from 0 to 0 the variance is that of the Brownian bridge, S^2 t (1 - t)
+    start = torch.zeros(20_000, 2)
+    noted = pointing(start)
+    trainer.travel(lambda x, t, way: (seen.append((float(t[0]), x)), noted(x, t, way))[1], start, torch.ones(20_000))
+    for t, x in seen[4::5]:
+        assert x.var() == pytest.approx(module.S**2 * t * (1 - t), rel=0.05)
+
+
+def test_a_bridge_pairs_a_true_end_with_a_drawn_one(build):
+    trainer, _ = build('bridge')
+    data = trainer.train_loader.take(range(64))
+    trainer.step = 12
+    batch = trainer.prepare_batch_fn(data, is_train=True)
+    up = batch.label == 1
+    true_x1 = {tuple(row) for row in data[2].tolist()}
+    assert all(tuple(row) in true_x1 for row in batch.x1[up].tolist()) and batch.x0[~up].equal(data[0][~up])
+    assert not any(tuple(row) in true_x1 for row in batch.x1[~up].tolist())
+
+
+def test_contrastive_and_dispersive_losses_by_hand(build):
+    trainer, _ = build('contrastive')
+    batch = batch_of(trainer, 4)
+    u = batch.x1 - batch.x0
+    away = (u - u[[3, 0, 1, 2]]).square().flatten(1).mean(1)
+    torch.testing.assert_close(trainer.loss_fn(batch, lambda *_: u), -0.05 * away)
+    spread, _ = build('dispersive', experiment_name='spread')
+    loss = spread.loss_fn(batch, spread.get_model_fn(spread.network))
+    z = spread.features.flatten(1)
+    pairs = torch.stack([(-(a - b).square().mean() / 0.5).exp() for a in z for b in z])
+    plain = super(type(spread), spread).loss_fn(batch, spread.get_model_fn(spread.network))
+    torch.testing.assert_close(loss - plain, (0.5 * pairs.mean().log()).expand(4))
+
+
+def test_the_posterior_is_exact(load):
+    """Against the points of eight Gaussians whose noisy first coordinate came out near y."""
+    module = load('inverse')
+    x, _ = DATASETS['eight_gaussians'].load(Config())[0]
+    torch.manual_seed(0)
+    x = x.repeat(40, 1)
+    near = x[(x[:, 0] + module.NOISE * torch.randn(len(x)) - module.Y).abs() < 0.01]
+    exact = module.posterior(len(near), 0)
+    assert len(near) > 3000
+    torch.testing.assert_close(exact.mean(0), near.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(exact.std(0), near.std(0), atol=0.01, rtol=0)
+    assert abs((exact[:, 0] > 0.6).float().mean() - (near[:, 0] > 0.6).float().mean()) < 0.03
+
+
+def test_mmps_is_exact_for_one_gaussian(build):
+    """The denoiser of N(0, 0.3^2): after moving, the first coordinate is the posterior mean given xt and y."""
+    trainer, module = build('inverse')
+    std, given = 0.3, {}
+    trainer.draw = lambda moved, inputs, solver, nfe: moved(given['x'], given['t'])
+
+    def model_fn(x, t, label=None):
+        t = t[:, None]
+        var = ((1 - t) * std) ** 2 + t**2
+        x0 = (1 - t) * std**2 / var * x
+        return (x - x0) / t
+
+    given |= dict(x=torch.randn(5, 2), t=torch.full((5,), 0.4))
+    velocity = trainer.told(model_fn, None, 'mmps')
+    x0 = given['x'] - 0.4 * velocity
+    precision = 1 / std**2 + 0.6**2 / 0.4**2  # of x0 given xt; y adds 1 / NOISE^2
+    expected = (0.6 / 0.4**2 * given['x'][:, 0] + module.Y / module.NOISE**2) / (precision + 1 / module.NOISE**2)
+    torch.testing.assert_close(x0[:, 0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x0[:, 1], 0.6 / 0.4**2 * given['x'][:, 1] / precision)
+
+
+def test_own_solver_is_of_second_order(load):
+    load('own_solver')
+    process = get_process(Config())
+
+    def model_fn(x, t, label=None):  # dx/dt = x cos(3 t)
+        return x * torch.cos(3 * t)[:, None]
+
+    exact = math.exp((math.sin(0.3) - math.sin(2.7)) / 3)
+    errors = []
+    for n in (160, 320):
+        x = sample(
+            model_fn,
+            process,
+            torch.ones(1, 1, dtype=torch.float64),
+            solver='two_step',
+            num_steps=n,
+            t_min=0.1,
+            t_max=0.9,
+            time_grid='uniform',
+        )
+        errors.append(abs(x.item() / 0.9 - exact))
+    assert 3.3 < errors[0] / errors[1] < 4.7
+
+
+def test_own_process_is_a_process(load):
+    module = load('own_process')
+    process = get_process(module.Settings())
+    check_process(process, 0.001, 0.999)
+    t = torch.rand(9, dtype=torch.float64)
+    coefs = process(t)
+    torch.testing.assert_close(coefs.alpha**2 + coefs.sigma**2, torch.ones_like(t))
+    assert process.power == 1.5
+
+
+@pytest.mark.parametrize('name', ['guidance', 'bridge'])
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(build, tmp_path, name):
+    """Bridge draws its batches by the moving average, guidance keeps weights of the fourth step."""
+    whole, _ = build(name, num_training_steps=16, keep_every=8)
+    whole.train_loop()
+    (tmp_path / 'ckpts/part').mkdir()
+    shutil.copy(whole.config.run_dir / 'step_0000008.pt', tmp_path / 'ckpts/part/last.pt')
+    part, _ = build(name, num_training_steps=16, keep_every=8, experiment_name='part')
+    assert part.step == 8
+    part.train_loop()
+    for key, module in whole.modules.items():
+        for mine, theirs in zip(module.state_dict().values(), part.modules[key].state_dict().values(), strict=True):
+            assert mine.equal(theirs)
+
+
+def test_errors_that_examples_report(build):
+    """Of samples that are the truth, the error is 0; of others what it is by hand."""
+    trainer, _ = build('image_to_image')
+    inputs = trainer.sample_inputs(30)
+    truth = inputs.beside[1]
+    assert trainer.sample_metrics(truth, inputs)['rmse'] == 0
+    assert trainer.sample_metrics(truth - 0.25, inputs)['rmse'] == pytest.approx(0.25)
+    told, module = build('condition', experiment_name='told')
+    inputs = told.sample_inputs(30)
+    x = torch.rand(30, 1, 8, 8)
+    numbers = told.sample_metrics(x, inputs)
+    by_hand = (module.measured(x)[:, 0] - inputs.cond['measured'][:, 0]).square().mean().sqrt()
+    assert numbers['ink_error'] == pytest.approx(by_hand.item())
+    bridge, _ = build('bridge', experiment_name='bridge')
+    inputs = bridge.sample_inputs(40)
+    numbers = bridge.sample_metrics(inputs.beside[1] + 0.1, inputs)
+    assert numbers['cost_up'] == pytest.approx(0.02, rel=1e-4) and numbers['least'] <= numbers['cost_down'] + 0.1
+    assert numbers['wasserstein_x0'] < numbers['wasserstein_x1']
+
+
+def test_the_network_of_a_flow_map_is_told_where_a_step_goes(build):
+    """By its own solver; any other one follows the velocity, s = t."""
+    trainer, _ = build('flow_map')
+    inputs, seen = trainer.sample_inputs(3), []
+    assert inputs.cond == {}
+    trainer.network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((float(args[1][0]), float(kwargs['s'][0]))), with_kwargs=True
+    )
+    model_fn = trainer.get_model_fn(trainer.network)
+    trainer.draw(model_fn, inputs, 'flow_map', nfe=2, time_grid='uniform')
+    assert seen == [(pytest.approx(0.999), pytest.approx(0.5)), (pytest.approx(0.5), pytest.approx(0.001))]
+    seen.clear()
+    trainer.draw(model_fn, inputs, 'heun', nfe=4)
+    assert len(seen) == 4 and all(t == s for t, s in seen)
+    other, _ = build('flow_map', rule='semi', experiment_name='other')
+    with pytest.raises(SettingError, match=r"rule='semi'.*lagrangian"):
+        other.loss_fn(batch_of(trainer), model_fn)
+
+
+def test_ways_to_guide_cost_about_as_much(build):
+    trainer, _ = build('guidance')
+    inputs, calls = trainer.sample_inputs(4), []
+    for module in (trainer.network, trainer.modules['early']):
+        module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]) // 4))
+    costs = {}
+    for name, sampler in trainer.samplers().items():
+        calls.clear()
+        sampler(trainer.get_model_fn(trainer.network), inputs)
+        costs[name] = sum(calls)
+    assert costs.pop('interval') in (19, 20, 21) and set(costs.values()) == {20}, costs
+
+
+def test_a_student_moves_towards_the_teacher(build, monkeypatch):
+    """Where both flows agree it stands still; and only the fake flow learns from its own error."""
+    teacher, _ = build('distill', 'Flow', experiment_name='teacher')
+    teacher.train_loop()
+    monkeypatch.setattr(main, 'load_run', lambda folder: teacher)
+    student, _ = build('distill', 'Student', experiment_name='student')
+    batch = batch_of(student)
+    loss = student.loss_fn(batch, student.get_model_fn(student.network, train=True))
+    loss.mean().backward()
+    assert all(p.grad is None or not p.grad.any() for p in student.network.parameters())  # fake equals teacher
+    assert any(p.grad is not None and p.grad.any() for p in student.modules['fake'].parameters())
+    assert all(p.grad is None for p in student.modules['teacher'].parameters())
+    with torch.no_grad():
+        for p in student.modules['fake'].parameters():
+            p.add_(0.1)
+    student.loss_fn(batch, student.get_model_fn(student.network, train=True)).mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in student.network.parameters())
+
+
+def test_reflow_trains_on_what_the_first_run_draws(build, monkeypatch):
+    first, _ = build('reflow', 'Flow', experiment_name='first')
+    first.train_loop()
+    monkeypatch.setattr(main, 'load_run', lambda folder: first)
+    second, _ = build('reflow', 'Second', experiment_name='second')
+    batch = batch_of(second)
+    network = second.modules['first']
+    expected = sample(lambda *a: network(*a), second.process, batch.x1, batch.label, num_steps=20)
+    torch.testing.assert_close(batch.x0, expected)
+    assert not second.independent and all(not p.requires_grad for p in network.parameters())
+
+
+def test_reflow_finds_straight_lines_straight(load):
+    module = load('reflow')
+    this = object.__new__(module.Flow)
+    this.weights = lambda: {'raw': None}
+    inputs = type('Inputs', (), dict(x1=torch.randn(10, 2), label=None))
+    this.get_model_fn = lambda module: lambda x, t, label: torch.ones_like(x)
+    assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)
+    this.get_model_fn = lambda module: lambda x, t, label: t[:, None].expand_as(x)  # x1 - x0 = 1/2 and v = t
+    assert this.straightness(inputs, 200) == pytest.approx(1 / 12, rel=0.01)
+
+
+def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer):
+    module = load('latent')
+    pairs = [(torch.randint(256, (n, 1, 12, 12), dtype=torch.uint8), torch.arange(n) % 10) for n in (300, 50)]
+    DATASETS[module.SOURCE] = module.DataSpec(lambda config: tuple(pairs), num_classes=10)
+    config = Config(data_dir=str(tmp_path))
+    stored = module.stored(config)
+    z, _ = stored['parts'][0]
+    assert z.shape == (300, 4, 3, 3) and z.mean((0, 2, 3)).abs().max() < 1e-4
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.full((4,), 0.5), rtol=1e-3, atol=0)
+    before = (tmp_path / 'latents_of_fashion_mnist_seed_0.pt').stat().st_mtime_ns
+    assert module.stored(config)['net']['mean'].equal(stored['net']['mean'])  # read, not computed again
+    assert (tmp_path / 'latents_of_fashion_mnist_seed_0.pt').stat().st_mtime_ns == before
+    x, _ = module.pictures(config)[0]
+    assert x.max() == 1 and x.shape == (300, 1, 12, 12)
+
+    settings = TINY | dict(dataset='latents', data_dir=str(tmp_path), ckpt_dir=str(tmp_path))
+    trainer = build_trainer(Config(**settings), module.Latents)
+    net = trainer.modules['autoencoder']
+    back = net['decode'](net['encode'](x[:5])).clamp(0, 1)
+    torch.testing.assert_close(trainer.decode(z[:5]), back, rtol=1e-4, atol=1e-4)
+    assert 'frechet_pixels' in trainer.sample_metrics(x[:40], trainer.sample_inputs(40))

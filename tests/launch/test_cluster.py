@@ -1,0 +1,293 @@
+"""Two hosts with a cable between them, and a real Slurm of two nodes (two_hosts.sh and slurm_up.sh in this folder).
+
+They need root on Linux, and Debian's iproute2, slurm-wlm and munge. docs/reliability.md names these tests.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, TINY, as_flags, launch_env, losses, record_of, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+RUN = TINY | dict(channels=4, log_every=1, save_every=5, eval_every=0, experiment_name='run')
+
+
+def needs(*programs):
+    """Skips where the programs or the right to use them are absent."""
+    absent = [name for name in programs if not shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/sbin')]
+    if absent or os.getuid() != 0:
+        pytest.skip(f'not here: {", ".join(absent) or "root"}')
+    if subprocess.run(['unshare', '--net', '--uts', '--mount', 'true'], capture_output=True).returncode:
+        pytest.skip('this machine allows no namespaces')
+
+
+def steps(folder):
+    return len(record_of(folder)) if (folder / 'metrics.jsonl').exists() else 0
+
+
+# ---------------------------------------------------------------- two hosts
+
+
+class Hosts:
+    """Two hosts, and one run on both."""
+
+    def __init__(self, tmp_path, names):
+        self.root = tmp_path
+        self.place = dict(HOSTS=f'{tempfile.gettempdir()}/hosts_{os.getpid()}')
+        self.script('up', names)
+        self.runs: dict[str, subprocess.Popen] = {}
+
+    def script(self, *arguments):
+        done = subprocess.run(
+            ['sh', 'tests/launch/two_hosts.sh', *arguments],
+            cwd=ROOT,
+            env=os.environ | self.place,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def start(self, host, own_disk=False, env=None, **settings):
+        """The run's part on h1 or h2: with this host's own folder in place of ckpts/ if `own_disk`."""
+        flags = as_flags(RUN | dict(ckpt_dir=str(self.root / 'ckpts')) | settings)
+        command = ['sh', 'run.sh', *flags]
+        if own_disk:
+            (self.root / 'ckpts').mkdir(exist_ok=True)
+            (self.root / host).mkdir(exist_ok=True)
+            mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
+            command = ['sh', '-c', mount, str(self.root / host), str(self.root / 'ckpts'), *command]
+        where = dict(NNODES='2', NODE_RANK=str(int(host[1]) - 1), MASTER_ADDR='h1')
+        with open(self.log(host), 'w') as log:
+            self.runs[host] = subprocess.Popen(
+                ['sh', 'tests/launch/two_hosts.sh', 'on', host, *command],
+                cwd=ROOT,
+                env=launch_env(1) | self.place | where | (env or {}),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def both(self, **kwargs):
+        self.start('h1', **kwargs)
+        self.start('h2', **kwargs)
+
+    def log(self, host):
+        return self.root / f'{host}.log'
+
+    def said(self, host, text, times=1):
+        return self.log(host).read_text().count(text) >= times
+
+    def last(self, host):
+        return self.log(host).read_text().splitlines()[-1]
+
+    def ends(self, seconds=60):
+        """The exit codes on h1 and h2."""
+        end = time.monotonic() + seconds
+        codes = [self.runs[host].wait(timeout=max(0.1, end - time.monotonic())) for host in ('h1', 'h2')]
+        assert 'hostname of the client socket' not in self.log('h1').read_text() + self.log('h2').read_text()
+        return codes
+
+    def processes(self, host, word):
+        """The processes on a host whose command line begins with or has this word."""
+        name = f'{Path(self.place["HOSTS"]).name}-{host}'
+        pids = subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True).stdout.split()
+        found = []
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                line = Path(f'/proc/{pid}/cmdline').read_bytes().decode().split('\0')
+                if word in line:
+                    found.append(int(pid))
+        return found
+
+    def signal(self, host, signum, word='run.sh'):
+        for pid in self.processes(host, word):
+            os.kill(pid, signum)
+
+
+@pytest.fixture
+def hosts(request, tmp_path):
+    needs('ip', 'nsenter', 'unshare')
+    made = Hosts(tmp_path, getattr(request, 'param', 'good'))
+    yield made
+    made.script('down')
+    [run.wait(timeout=20) for run in made.runs.values()]
+
+
+@pytest.mark.parametrize('hosts', ['debian'], indirect=True)
+def test_two_hosts_learn_what_one_process_does_and_wait_for_the_second(hosts, run_sh):
+    """Where a host's own name means 127.0.1.1, and the second host is late. A port that is closed is one that waits."""
+    folder = hosts.root / 'ckpts/run'
+    hosts.start('h2')
+    assert wait_until(lambda: hosts.said('h2', 'waiting for machine 0 at h1:29500 = 10.78.0.1 (nothing listens'), 40)
+    hosts.start('h1')
+    assert hosts.ends() == [0, 0], hosts.last('h1')
+    assert run_sh(**RUN | dict(experiment_name='alone')).returncode == 0
+    assert losses(folder) == pytest.approx(losses(folder.parent / 'alone'), rel=1e-5) and steps(folder) == 12
+
+
+def test_two_hosts_stop_together_and_go_on_from_the_checkpoint_of_the_first(hosts):
+    """SIGTERM to one host; then the other host's disk has no checkpoint; then its launcher is killed."""
+    folder = hosts.root / 'h1/run'
+    hosts.both(own_disk=True, num_training_steps=5000)
+    assert wait_until(lambda: steps(folder) > 5, 60), hosts.last('h1')
+    asked = time.monotonic()
+    hosts.signal('h2', signal.SIGTERM)
+    assert hosts.ends(20) == [75, 75] and 'state saved' in hosts.log('h1').read_text()
+    assert time.monotonic() - asked < 20 and not (hosts.root / 'h2/run/last.pt').exists()
+    done = steps(folder)
+    hosts.both(own_disk=True, num_training_steps=5000)
+    assert wait_until(lambda: steps(folder) > done, 60), hosts.last('h1')
+    said = hosts.log('h1').read_text()
+    assert 'not all machines have the' in said and f'resuming {hosts.root}/ckpts/run at step {done}' in said
+    hosts.signal('h2', signal.SIGKILL, 'launch.start')
+    assert hosts.ends(30) == [1, 1] and re.match(r'machine 1 \(h2\) ', hosts.last('h1')), hosts.last('h1')
+
+
+def test_two_hosts_a_cable_is_cut_and_put_back(hosts):
+    """Both ends miss each other within a minute, say so last, and go on from the last save once there is a cable."""
+    folder = hosts.root / 'ckpts/run'
+    hosts.both(env=dict(MAX_RESTARTS='1'), num_training_steps=5000)
+    assert wait_until(lambda: steps(folder) > 5, 60), hosts.last('h1')
+    hosts.script('cut')
+    cut = time.monotonic()
+    assert wait_until(lambda: all(hosts.said(host, 'starting again') for host in ('h1', 'h2')), 60)
+    assert 30 < time.monotonic() - cut < 60
+    for host, other in (('h1', 'machine 1 (h2)'), ('h2', 'machine 0 (h1)')):
+        assert hosts.said(host, f'{other} has not been heard for 40 s')
+    hosts.script('heal')
+    done = steps(folder)
+    assert wait_until(lambda: hosts.said('h1', 'resuming') and steps(folder) > done, 60), hosts.last('h1')
+    hosts.signal('h1', signal.SIGTERM)
+    assert hosts.ends(20) == [75, 75]
+
+
+@pytest.mark.parametrize('hosts', ['nameless'], indirect=True)
+def test_two_hosts_that_cannot_run_together_say_why(hosts):
+    by_address = dict(MASTER_ADDR='10.78.0.1')
+    hosts.start('h1', env=by_address)
+    hosts.start('h2')
+    assert hosts.runs['h2'].wait(30) == 2 and "MASTER_ADDR='h1'" in hosts.last('h2') and 'ip addr' in hosts.last('h2')
+    hosts.start('h2', env=by_address, base_lr=0.5)
+    assert hosts.ends(30) == [2, 2]
+    for host in ('h1', 'h2'):
+        assert hosts.said(host, 'the machines were not started alike') and '--base_lr 0.5' in hosts.last(host)
+    hosts.script('cut')
+    hosts.start('h1', env=by_address | dict(NODE_WAIT='8'))
+    hosts.start('h2', env=by_address | dict(NODE_WAIT='8'))
+    assert hosts.ends(40) == [1, 1]
+    assert 'machine 1 of 2 to come to port 29500 of machine 0 did not come in 8 s' in hosts.last('h1')
+    assert re.search('machine 0 at 10.78.0.1:29500 did not come in 8 s: .*(no answer|No route)', hosts.last('h2'))
+    hosts.script('heal')
+    hosts.both(env=by_address | dict(MASTER_PORT='29600'))
+    # torchrun's `python -u main.py`: they have met, and workers begin, so that there is nothing to save
+    assert wait_until(lambda: hosts.processes('h2', '-u'), 60)
+    hosts.signal('h2', signal.SIGTERM)
+    assert hosts.ends(40) == [75, 75] and not hosts.said('h2', 'Traceback')
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+class Slurm:
+    def __init__(self, folder):
+        self.root, self.place = folder, dict(CLUSTER=f'{tempfile.gettempdir()}/slurm_{os.getpid()}')
+        done = self.script('up')
+        if done.returncode:
+            logs = [
+                f'{path}:\n{path.read_text()[-2000:]}' for path in sorted(Path(self.place['CLUSTER']).glob('**/*.log'))
+            ]
+            self.script('down')
+            pytest.fail('\n'.join([done.stdout[-2000:] + done.stderr[-2000:], *logs]))
+
+    def script(self, *arguments, seconds=120):
+        return subprocess.run(
+            ['sh', 'tests/launch/slurm_up.sh', *map(str, arguments)],
+            cwd=ROOT,
+            env=launch_env(1) | self.place | dict(NPROC=''),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+    def on(self, *command, **kwargs):
+        done = self.script('on', 'head', *command, **kwargs)
+        return done.returncode, done.stdout + done.stderr
+
+    def flags(self, **settings):
+        return as_flags(RUN | dict(ckpt_dir=str(self.root / 'ckpts')) | settings)
+
+    def submit(self, *options, script=(), **settings):
+        """The number of a job that runs slurm.sh with these options of sbatch."""
+        command = ['sbatch', '--parsable', f'--output={self.root}/%x-%a.out', *options, 'launch/slurm.sh', *script]
+        code, said = self.on(*command, *([] if '--' in script else self.flags(**settings)))
+        assert code == 0, said
+        return said.strip()
+
+    def job(self, number, field):
+        code, said = self.on('scontrol', 'show', 'job', number)
+        return re.findall(rf'\b{field}=(\S+)', said) if code == 0 else []
+
+    def end_of(self, number, seconds=90):
+        ended = ('COMPLETED', 'FAILED', 'CANCELLED', 'NODE_FAIL')
+        assert wait_until(lambda: {*self.job(number, 'JobState')} <= {*ended}, seconds), self.job(number, 'JobState')
+        return sorted({*zip(self.job(number, 'JobState'), self.job(number, 'ExitCode'), strict=True)})
+
+
+@pytest.fixture(scope='module')
+def slurm(tmp_path_factory):
+    needs('ip', 'nsenter', 'unshare', 'slurmctld', 'slurmd', 'munged')
+    cluster = Slurm(tmp_path_factory.mktemp('slurm'))
+    try:
+        yield cluster
+    finally:
+        cluster.script('down')
+
+
+def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
+    folder, log = slurm.root / 'ckpts/stopped', slurm.root / 'stopped-4294967294.out'
+    options = ('--nodes=2', '--time=10', '--job-name=stopped')
+    job = slurm.submit(*options, experiment_name='stopped', num_training_steps=5000)
+    assert wait_until(lambda: steps(folder) > 5, 90)
+    slurm.on('scancel', '--signal=TERM', job)
+    assert wait_until(lambda: slurm.job(job, 'JobState') == ['PENDING'], 30) and 'state saved' in log.read_text()
+    done = steps(folder)
+
+    def goes_on():
+        if slurm.job(job, 'JobState') == ['PENDING']:  # else Slurm lets two minutes pass, from the job's last end on
+            slurm.on('scontrol', 'update', f'JobId={job}', 'StartTime=now')
+        return steps(folder) > done
+
+    assert wait_until(goes_on, 150), log.read_text()
+    assert f'at step {done}' in log.read_text() and 'on 2 x cpu' in log.read_text()
+    slurm.on('scancel', job)
+    assert slurm.end_of(job)[0][0] == 'CANCELLED'
+    assert wait_until(lambda: log.read_text().count('state saved') == 2, 30)
+
+
+def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
+    """A wrong flag is FAILED 2:0 and not queued again; a grid in an array; four tasks on two nodes are one run."""
+    kill = '--export=ALL,SLURM_KILL_BAD_EXIT=1'  # srun ends the other node when one has ended: not with 75
+    wrong = slurm.submit('--nodes=2', '--job-name=wrong', kill, solver='hein')
+    short = slurm.submit('--time=1', '--job-name=short')
+    assert slurm.end_of(wrong) == slurm.end_of(short) == [('FAILED', '2:0')]
+    assert "solver='hein'" in (slurm.root / 'wrong-4294967294.out').read_text()
+    assert '--time=00:01:00 is too short' in (slurm.root / 'short-4294967294.out').read_text()
+    flags = slurm.flags()
+    where = flags.index('--experiment_name')
+    del flags[where : where + 2]
+    grid = ('sweep.py', '--base_lr', '1e-3', '2e-3', '--', *flags)
+    array = slurm.submit('--array=0-1', '--job-name=grid', script=grid)
+    code, said = slurm.on('srun', '-N2', '--ntasks-per-node=2', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
+    assert code == 0 and 'on 4 x cpu' in said and said.count('2 tasks on node') == 2, said
+    assert slurm.end_of(array) == [('COMPLETED', '0:0')]
+    assert [steps(folder) for folder in sorted(slurm.root.glob('ckpts/*base_lr=0p002*'))] == [12]

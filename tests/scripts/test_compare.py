@@ -1,0 +1,124 @@
+"""compare.side_by_side: runs one after the other, and their numbers in a table and on a page."""
+
+import json
+import sys
+
+import pytest
+
+import main
+from config import Config
+from evaluation import judge
+from scripts.compare import aligned, side_by_side
+from tests.helpers import TINY, as_flags
+from trainer import ExampleDiffusionTrainer
+
+
+class Halved(ExampleDiffusionTrainer):
+    def loss_fn(self, batch, model_fn):
+        self.log('half', 0.5)
+        return super().loss_fn(batch, model_fn) / 2
+
+
+PARTS = {'plain': {}, 'halved': dict(trainer_class=Halved), 'fast': dict(base_lr=0.01)}
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, build_trainer):
+    """`compared(parts, *flags, **more)`: as examples/mine.py would call it, with tiny flags of its own."""
+    monkeypatch.setattr(judge, 'NUM_JUDGED', 32)
+    usual = ' '.join(
+        as_flags(TINY | dict(num_training_steps=3, warmup_steps=1, eval_every=3, save_every=3, final_eval=True))
+    )
+
+    def run(parts, *flags, numbers=('eval/*', 'final/*/frechet_pixels')):
+        monkeypatch.setattr(sys, 'argv', ['examples/mine.py', '--ckpt_dir', str(tmp_path), *flags])
+        side_by_side(parts, numbers, usual=usual)
+
+    return run
+
+
+def table_in(text, first):
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.split()[: len(first)] == first)
+    rows = [line.split() for line in lines[start + 1 :]]
+    return {row[0]: row[1:] for row in rows[: next(i for i, row in enumerate(rows) if not row)]}
+
+
+def test_runs_are_trained_and_compared(compared, tmp_path, capsys):
+    compared(PARTS)
+    table = table_in(capsys.readouterr().out, list(PARTS))
+    losses = [float(value) for value in table['eval/loss']]
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=0.05) and losses[2] != losses[0]
+    assert {'eval/loss', 'adams/frechet_pixels', 'eval/half'} <= set(table) and 'train/loss' not in table
+    configs = [json.loads((tmp_path / f'mine_{part}/config.json').read_text()) for part in PARTS]
+    assert [config['base_lr'] for config in configs] == [1e-3, 1e-3, 0.01]
+    page = (tmp_path / 'mine_compared.html').read_text()
+    assert all(f'mine_{part}' in page for part in PARTS)
+
+    compared(PARTS)
+    text = capsys.readouterr().out
+    assert text.count('is finished') == 3 and table_in(text, list(PARTS)) == table
+
+
+def test_flags_win_over_usual_ones_and_are_in_the_name(compared, tmp_path, capsys):
+    compared({'plain': {}, 'fast': dict(base_lr=0.01)}, '--num_training_steps', '4', '--seed', '7', '--log_every', '1')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'mine_seed=7_num_training_steps=4_compared.html',
+        'mine_seed=7_num_training_steps=4_fast',
+        'mine_seed=7_num_training_steps=4_plain',
+    ]
+    config = json.loads((tmp_path / 'mine_seed=7_num_training_steps=4_fast/config.json').read_text())
+    assert (config['num_training_steps'], config['base_lr'], config['log_every']) == (4, 0.01, 1)
+
+
+def test_a_name_that_was_given_is_the_name(compared, tmp_path):
+    compared({'a': {}}, '--experiment_name', 'mine_too')
+    assert (tmp_path / 'mine_too_a/last.pt').exists()
+
+
+def test_a_wrong_setting_of_a_run_ends_it_and_leaves_the_others(compared, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compared({'plain': {}, 'bad': dict(solver='none')})
+    assert stop.value.code == 2 and "solver='none'" in capsys.readouterr().err
+    assert (tmp_path / 'mine_plain/last.pt').exists() and not (tmp_path / 'mine_bad').exists()
+    with pytest.raises(SystemExit):
+        compared({'worse': dict(base_lr=-1.0)})
+    assert 'base_lr=-1.0: must be positive' in capsys.readouterr().err
+
+
+def test_a_flag_that_a_run_overrules_is_refused(compared, tmp_path, capsys):
+    """But not one from which it derives its own value."""
+    parts = {'plain': {}, 'fast': dict(base_lr=0.01)}
+    with pytest.raises(SystemExit) as stop:
+        compared(parts, '--base_lr', '0.5')
+    assert stop.value.code == 2 and "base_lr=0.5: run 'fast' of this file has its own" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    longer = dict(num_training_steps=lambda c: 2 * c.num_training_steps)
+    compared({'longer': longer}, '--num_training_steps', '4', '--experiment_name', 'it')
+    assert json.loads((tmp_path / 'it_longer/config.json').read_text())['num_training_steps'] == 8
+
+
+def test_check_rehearses_each(compared, tmp_path, capsys):
+    compared({'plain': {}, 'halved': dict(trainer_class=Halved)}, '--check')
+    text = capsys.readouterr().out
+    assert text.count('checkpoint') >= 2 and 'mine_plain' in text and 'mine_halved' in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_columns_are_aligned():
+    assert aligned([['', 'a', 'bb'], ['long', 0.123456, None], ['x', 1, 2]]) == (
+        '      a       bb\nlong  0.1235\nx     1       2'
+    )
+
+
+def test_draw_takes_settings_of_sampling(tmp_path, build_trainer, tiny_config):
+    trainer = main.build(tiny_config())
+    inputs, model_fn, calls = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return model_fn(*args, **kwargs)
+
+    trainer.draw(counted, inputs, 'heun', nfe=6)
+    assert len(calls) == 6
+    assert Config().num_sample_steps != 6

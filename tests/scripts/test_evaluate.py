@@ -1,0 +1,202 @@
+"""evaluate.py and what looks at the images: numbers that others can compute again."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from config import SettingError
+from evaluation import detectors
+from evaluation.distances import compare
+from main import load_run
+from scripts import evaluate as program
+from scripts.evaluate import Evaluate
+from scripts.generate import Generate, generate
+from tests.helpers import ROOT, launch_env
+
+
+@pytest.fixture
+def run(short_run):
+    return short_run
+
+
+@pytest.fixture
+def judge(run, monkeypatch):
+    monkeypatch.setattr(detectors, 'CLASSIFIER_STEPS', 60)
+
+    def go(**options):
+        return program.evaluate(Evaluate(**(dict(run=str(run), num=40, detector='pixels', nfe=(4,)) | options)))
+
+    return go
+
+
+def test_the_numbers_are_those_of_the_images_that_generate_writes(judge, run, tmp_path):
+    (line,) = judge()
+    generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=40, nfe=4, batch_size=9))
+    x = np.load(tmp_path / 'x.npz')['arr_0'][..., 0].reshape(40, 64) / 255 * 2 - 1
+    trainer = load_run(run)
+    train = 2 * trainer.train_loader.everything()[0].flatten(1).numpy() - 1
+    gap = np.square(x.mean(0) - train.mean(0)).sum()
+    root = np.linalg.eigvals(np.cov(x.T) @ np.cov(train.T)).astype(complex)
+    by_hand = gap + np.trace(np.cov(x.T)) + np.trace(np.cov(train.T)) - 2 * np.sqrt(root).real.sum()
+    assert line['frechet'] == pytest.approx(by_hand, rel=1e-3)
+    assert line['real_frechet'] < 0.2 * line['frechet']
+
+
+def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge, run, monkeypatch):
+    (run / 'evaluation.jsonl').unlink(missing_ok=True)
+    first = judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,))
+    assert len(first) == 4 and len({line['frechet'] for line in first}) == 4
+    assert [(line['weights'], line['nfe']) for line in first] == [('ema', 4), ('ema', 6), ('raw', 4), ('raw', 6)]
+    kept = [json.loads(text) for text in (run / 'evaluation.jsonl').read_text().splitlines()]
+    assert kept == first
+    named = (
+        'step weights solver nfe guidance_scale num seed detector detector_digest data train_images commit time_grid'
+    )
+    assert set(named.split()) <= first[0].keys() and first[0]['step'] == 12
+    monkeypatch.setattr(program, 'judge', None)
+    assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == first
+    with pytest.raises(TypeError):
+        judge(seed=1)
+    text = program.table(first)
+    assert len(text.splitlines()) == 5 and 'frechet' in text and 'label_agreement' not in text
+
+
+def test_losses_and_bits_per_dimension(judge):
+    (line,) = judge(bits=6)
+    assert line['eval/loss'] > 0 and line['eval/reference'] > 0 and line['bits_images'] == 6
+    assert 0 < line['bits_per_dim'] < 20 and 0 < line['bits_per_dim_error'] < 2
+
+
+@pytest.mark.slow
+def test_the_classifier_knows_the_digits_and_is_trained_once(run, monkeypatch, capsys):
+    trainer = load_run(run)
+    judged = detectors.classifier(trainer, '')
+    assert 'training a classifier' in capsys.readouterr().out
+    again = detectors.classifier(trainer, '')
+    assert 'training' not in capsys.readouterr().out and again.digest == judged.digest
+    x, label, *_ = trainer.test_loader.everything()
+    right = (judged.predict(x) == label).float().mean().item()
+    assert right > 0.95 and f'{right:.1%} of held-out images right' in judged.about
+    assert judged.features(x).shape == (297, 64)
+
+
+@pytest.fixture(scope='module')
+def stand_in(tmp_path_factory):
+    """A file of random weights of the network that torch-fidelity asks for."""
+    path = tmp_path_factory.mktemp('weights') / 'inception.pth'
+    torch.manual_seed(0)
+    made = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    original, torch.load = torch.load, lambda *args, **kwargs: {}
+    load, FeatureExtractorInceptionV3.load_state_dict = FeatureExtractorInceptionV3.load_state_dict, lambda *_: None
+    try:
+        made.__init__('inception-v3-compat', ['2048'], feature_extractor_weights_path='none')
+    finally:
+        torch.load, FeatureExtractorInceptionV3.load_state_dict = original, load
+    torch.save(made.state_dict(), path)
+    return path
+
+
+class Images(torch.utils.data.Dataset):
+    """uint8 (3, H, W), as torch-fidelity takes them."""
+
+    def __init__(self, x):
+        self.x = (x * 255).round().byte().expand(-1, 3, -1, -1)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i]
+
+
+@pytest.mark.slow
+def test_fid_is_that_of_torch_fidelity(run, stand_in):
+    """On the same images, with stand-in weights: features and all distances."""
+    from torch_fidelity import calculate_metrics
+
+    trainer = load_run(run)
+    detector = detectors.DETECTORS['inception'](trainer, str(stand_in))
+    x, *_ = trainer.train_loader.everything()
+    a, b = x[:24], x[24:60] ** 0.5
+    ours = compare(detector.features(a), detector.features(b), detector.features(b))
+    theirs = calculate_metrics(
+        input1=Images(a), input2=Images(b), fid=True, kid=True, kid_subset_size=24, cuda=False, verbose=False,
+        feature_extractor_weights_path=str(stand_in), batch_size=12, cache=False,
+    )  # fmt: skip
+    assert ours['frechet'] == pytest.approx(theirs['frechet_inception_distance'], rel=1e-3)
+    assert ours['kid'] == pytest.approx(theirs['kernel_inception_distance_mean'], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(detector='vgg'), "detector='vgg' is not a choice of --detector. Choose one of: inception, dinov2"),
+        (dict(num=3), 'num=3: at least 10 samples'),
+        (dict(solver=('adam',)), "solver='adam' is not a choice"),
+        (dict(weights=('ema_0.99',)), 'has ema_0.5, ema_0.9, raw'),
+        (dict(detector='inception', detector_weights='gone.pth'), "detector_weights='gone.pth': there is no such file"),
+        (dict(weights=()), 'weights: name at least one'),
+        (dict(run='nowhere'), 'nowhere'),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(judge, options, words):
+    with pytest.raises(SettingError, match=words):
+        judge(**options)
+
+
+def test_fewer_samples_than_features_are_said(judge, run, capsys):
+    judge(num=20, nfe=(3,))
+    assert 'warning: 20 samples for 64 features: frechet is far from its value' in capsys.readouterr().out
+
+
+def test_weights_of_another_network_are_refused(judge, run):
+    with pytest.raises(SettingError, match=r'its weights cannot be had .*--detector_weights PATH'):
+        judge(detector='inception', detector_weights=str(run / 'last.pt'))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(judge, run):
+    (alone,) = judge(seed=7)
+    (run / 'evaluation.jsonl').unlink()
+    command = ['sh', 'run.sh', 'evaluate.py', '--run', str(run), '--num', '40', '--detector', 'pixels', '--nfe', '4']
+    done = subprocess.run(
+        [*command, '--seed', '7'], cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and 'frechet' in done.stdout, done.stderr
+    both = json.loads((run / 'evaluation.jsonl').read_text())
+    for name in ('frechet', 'kid', 'precision', 'coverage', 'eval/loss', 'eval/reference'):
+        assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_bits_are_those_of_the_likelihood_of_the_held_out_images(run, monkeypatch):
+    """-log p / (64 ln 2) + log2(17 / 2), the pixels dequantized, each with its class."""
+    seen = {}
+
+    def likelihood(model_fn, process, x, label, **settings):
+        seen.update(x=x, label=label)
+        return types.SimpleNamespace(log_prob=-64 * math.log(2) * torch.arange(6.0))
+
+    monkeypatch.setattr('evaluation.likelihood.log_likelihood', likelihood)
+    trainer = load_run(run)
+    found = program.bits(trainer, 6)
+    assert found['bits_per_dim'] == pytest.approx(2.5 + math.log2(17 / 2))
+    assert found['bits_per_dim_error'] == pytest.approx(np.std(np.arange(6), ddof=1) / 6**0.5)
+    x, label, *_ = trainer.test_loader.take(range(6))
+    assert torch.equal(seen['label'], label) and torch.equal(((seen['x'] + 1) / 2 * 17).floor(), (x * 16).round())
+
+
+def test_agreement_is_with_the_asked_classes(judge, monkeypatch):
+    def three(trainer, weights):
+        about = detectors.pixels(trainer, weights)
+        return dataclasses.replace(about, digest='three', predict=lambda x: torch.full((len(x),), 3))
+
+    monkeypatch.setitem(detectors.DETECTORS, 'pixels', three)
+    (line,) = judge()
+    assert line['label_agreement'] == pytest.approx(0.1)  # of classes in turn

@@ -1,0 +1,267 @@
+"""generate.py: samples of a run in files, the same ones however the work is dealt."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import utils
+from config import SettingError
+from main import load_run
+from runtime import errors
+from scripts import generate as program
+from scripts.generate import Generate
+from scripts.sample_files import Output
+from tests.helpers import ROOT, launch_env, wait_until
+from utils import NoiseOfEach
+
+
+@pytest.fixture
+def run(short_run):
+    return short_run
+
+
+@pytest.fixture
+def draw(run, tmp_path):
+    """`draw(out, **options)`: the path, after the program has run in this process."""
+
+    def go(out: str, **options):
+        program.generate(
+            Generate(**(dict(run=str(run), out=str(tmp_path / out), num=30, num_sample_steps=3) | options))
+        )
+        return tmp_path / out
+
+    return go
+
+
+def images(path) -> np.ndarray:
+    """(N, H, W) of a folder or a file."""
+    if path.suffix == '.npz':
+        return np.load(path)['arr_0'][..., 0]
+    return np.stack([np.array(Image.open(file)) for file in sorted(path.glob('[0-9]*/*.png'))])
+
+
+@pytest.mark.parametrize('solver', ['adams', 'sde_dpmpp_2m'])
+def test_a_sample_is_the_same_in_any_batch_and_any_kind_of_file(draw, solver):
+    whole = images(draw('a.npz', solver=solver))
+    assert whole.shape == (30, 8, 8) and whole.std() > 20
+    assert len({image.tobytes() for image in whole}) == 30
+    pngs = images(draw('folder', solver=solver, batch_size=7))
+    assert np.abs(pngs.astype(int) - whole).max() <= 1 and (pngs != whole).mean() < 0.01
+    fewer = images(draw('b.npz', solver=solver, num=11, batch_size=4))
+    assert np.abs(fewer.astype(int) - whole[:11]).max() <= 1
+    assert np.abs(images(draw('c.npz', solver=solver, seed=1)).astype(int) - whole).mean() > 20
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(draw, run, tmp_path):
+    alone = images(draw('alone.npz', solver='sde_dpmpp_2m'))
+    flags = ['--run', run, '--out', tmp_path / 'both', '--num', '30', '--num_sample_steps', '3', '--batch_size', '4']
+    command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--solver', 'sde_dpmpp_2m']
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and '30 samples in' in done.stdout and 'images/s' in done.stdout, done.stderr
+    assert np.abs(images(tmp_path / 'both').astype(int) - alone).max() <= 1
+
+
+def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
+    usual = images(draw('usual.npz'))
+    threes = np.load(draw('threes.npz', labels='3, 5'))
+    assert threes['arr_1'].tolist() == [3, 5] * 15
+    assert np.load(draw('usual.npz'))['arr_1'].tolist() == [i % 10 for i in range(30)]
+    label = np.array([i % 10 for i in range(30)])
+    same = label == np.array([3, 5] * 15)
+    assert np.abs(threes['arr_0'][..., 0].astype(int) - usual)[same].max() <= 1
+    for i, options in enumerate(
+        (dict(weights='raw'), dict(weights='ema_0.9'), dict(guidance_scale=3.0), dict(nfe=9), dict(time_grid='uniform'))
+    ):
+        assert not np.array_equal(images(draw(f'{i}.npz', **options)), usual), options
+
+
+def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatch):
+    """By hand: the noise of sample i, the solver of the run, decode."""
+    trainer = load_run(run, num_sample_steps=3)
+    rows = []
+    for i in range(5):
+        with NoiseOfEach(0, 'sample_inputs', [i]):
+            x1 = torch.randn_like(torch.empty(1, 1, 8, 8))
+        x = trainer.sample_fn(trainer.get_model_fn(trainer.network), x1, torch.tensor([i % 10]))
+        rows.append((trainer.decode(x) * 255).round().byte()[0, 0].numpy())
+    assert np.abs(np.stack(rows).astype(int) - images(draw('x.npz', num=5))).max() <= 1
+
+
+def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
+    out = draw('folder', num=20)
+    before = {path: path.stat().st_mtime_ns for path in out.glob('0*/*.png')}
+    for i in (3, 17):
+        (out / f'000/{i:06d}.png').unlink()
+    added = []
+    usual = Output.add
+    monkeypatch.setattr(
+        Output, 'add', lambda self, indices, *rest: added.extend(indices) or usual(self, indices, *rest)
+    )
+    draw('folder', num=25)
+    assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them are there' in capsys.readouterr().out
+    assert sum(path.stat().st_mtime_ns == time for path, time in before.items()) == 18
+    first = images(draw('x.npz', num=20))
+    added.clear()
+    more = images(draw('x.npz', num=25))
+    assert added == [20, 21, 22, 23, 24] and np.array_equal(more[:20], first) and len(more) == 25
+    for options, words in (
+        (dict(guidance_scale=2.0), 'guidance_scale: 1.0 -> 2.0'),
+        (dict(seed=1), 'sample_seed: 0 -> 1'),
+        (dict(weights='raw'), 'weights: ema -> raw'),
+    ):
+        with pytest.raises(SettingError, match=r'samples of other settings \(there -> now\): ' + words):
+            draw('folder', **options)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize('num', [3, 10])
+def test_processes_without_work_wait_for_the_others(run, tmp_path, num):
+    """An odd number of batches on two processes, and a path that one of them draws."""
+    flags = ['--run', run, '--out', tmp_path / 'x', '--num', num, '--num_sample_steps', '3', '--batch_size', '4']
+    command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--trajectory']
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and (tmp_path / 'x/path.gif').is_file(), done.stderr
+    assert len(list((tmp_path / 'x').glob('0*/*.png'))) == num
+
+
+def test_a_gap_in_an_unfinished_file_is_filled(draw, tmp_path):
+    whole = images(draw('whole.npz', num=30))
+    draw('x.npz', num=30, batch_size=5)
+    parts = tmp_path / 'x.npz.parts'
+    label = np.arange(30) % 10
+    (tmp_path / 'x.npz').unlink()  # as if it was cut off: samples 0 to 4 and 20 to 29 are there
+    for rows in (np.arange(5), np.arange(20, 30)):
+        np.savez(parts / f'{rows[0]:08d}.npz', x=whole[rows][..., None], label=label[rows], index=rows)
+    assert np.array_equal(images(draw('x.npz', num=10)), whole[:10])
+    assert np.array_equal(images(draw('x.npz', num=30)), whole)
+
+
+@pytest.mark.slow
+def test_cut_off_and_gone_on(run, draw, tmp_path):
+    flags = ['--run', run, '--out', tmp_path / 'x.npz', '--num', '400', '--num_sample_steps', '3', '--batch_size', '2']
+    command = ['sh', 'run.sh', 'generate.py', *map(str, flags)]
+    start = dict(cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, **start)
+    parts = tmp_path / 'x.npz.parts'
+    assert wait_until(lambda: parts.is_dir() and len(list(parts.glob('*.npz'))) > 5, 60)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == errors.EXIT_STOPPED and not (tmp_path / 'x.npz').exists()
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and 'of them are there' in done.stdout, done.stderr
+    assert np.abs(images(tmp_path / 'x.npz').astype(int) - images(draw('y.npz', num=400))).max() <= 1
+    assert [path.name for path in parts.iterdir()] == ['generate.json']
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(labels='3,10'), r"labels='3,10': the run has classes 0 to 9"),
+        (dict(labels='cat'), r"labels='cat': the run has classes 0 to 9"),
+        (dict(weights='ema_0.99'), 'has ema_0.5, ema_0.9, raw'),
+        (dict(solver='adam'), "solver='adam' is not a choice.*'adams'"),
+        (dict(num=0), 'num=0'),
+        (dict(batch_size=0), 'batch_size=0'),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, options, words, tmp_path):
+    with pytest.raises(SettingError, match=words):
+        draw('folder', **options)
+    assert not (tmp_path / 'folder').exists()
+
+
+def test_a_folder_with_other_files_is_left_alone(draw, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/thesis.txt').write_text('years of work')
+    np.savez(tmp_path / 'mine.npz', years=3)
+    for out in ('mine', 'mine.npz'):
+        with pytest.raises(SettingError, match='is there already, and not of this program'):
+            draw(out)
+
+
+def test_a_run_without_a_checkpoint_is_named(draw, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(SettingError, match='empty'):
+        draw('x', run=str(tmp_path / 'empty'))
+
+
+def test_pictures_and_the_record(draw, run):
+    out = draw('folder', trajectory=True, num=25)
+    with (
+        Image.open(out / 'grid.png') as grid,
+        Image.open(out / 'path.png') as path,
+        Image.open(out / 'path.gif') as gif,
+    ):
+        assert grid.width > 400 and path.width > 100 and path.height > path.width
+        assert gif.is_animated and gif.n_frames == 4  # the noise, and three steps
+    made_by = json.loads((out / 'generate.json').read_text())
+    assert (made_by['step'], made_by['sample_seed'], made_by['num_sample_steps']) == (12, 0, 3)
+
+
+# ---------------------------------------------------------------- noise of each
+
+
+@pytest.mark.parametrize('make', [torch.randn_like, torch.rand_like])
+def test_noise_of_each_is_noise_and_belongs_to_its_index(make):
+    x = torch.zeros(64, 3, 4)
+    with NoiseOfEach(0, 'a', range(64)):
+        whole, again = make(x), make(x)
+    with NoiseOfEach(0, 'a', [5, 63]):
+        some = make(x[:2])
+        other_shape = torch.randn(7)
+    assert torch.equal(some, whole[[5, 63]]) and not torch.equal(whole, again) and other_shape.shape == (7,)
+    mean, std = (0, 1) if make is torch.randn_like else (0.5, 12**-0.5)
+    assert whole.mean().item() == pytest.approx(mean, abs=0.1) and whole.std().item() == pytest.approx(std, rel=0.1)
+    with NoiseOfEach(1, 'a', range(64)):
+        assert not torch.equal(make(x), whole)
+    assert make(x.double()).dtype == torch.float64
+
+
+def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, monkeypatch):
+    """Its sample_inputs is asked for all samples, and its draw for each batch."""
+    trainer = load_run(run, num_sample_steps=3)
+    asked = []
+
+    class Own(type(trainer)):
+        def sample_inputs(self, n):
+            asked.append(n)
+            inputs = super().sample_inputs(n)
+            return dataclasses.replace(inputs, x1=torch.linspace(0, 1, n)[:, None, None, None].expand(n, 1, 8, 8))
+
+        def draw(self, model_fn, inputs, solver):
+            return 2 * inputs.x1 - 1
+
+    trainer.__class__ = Own
+    monkeypatch.setattr('main.load_run', lambda *args, **kwargs: trainer)
+    program.generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=30, batch_size=7))
+    assert set(asked) == {30}
+    assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
+
+
+def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, tmp_path):
+    arrays = np.load(draw('x.npz', labels='3,5', batch_size=7))
+    assert arrays['arr_1'].tolist() == [3, 5] * 15
+    x = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2) / 255
+    grid = utils.image_grid(x, 10, names=[str(k) for k in arrays['arr_1']])
+    assert np.array_equal(np.array(Image.open(tmp_path / 'x_grid.png')), grid.permute(1, 2, 0).numpy())
+
+
+def test_files_are_found_by_number(run, tmp_path):
+    out = Output(str(tmp_path / 'x'), 2000, load_run(run), {})
+    assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
+
+
+def test_classes_of_a_run_without_any_are_refused():
+    config = types.SimpleNamespace(label_dropout=1)
+    trainer = types.SimpleNamespace(data=types.SimpleNamespace(num_classes=10), config=config)
+    with pytest.raises(SettingError, match='the run has learned no classes'):
+        program.labels_of(Generate('', '', labels='3'), trainer)

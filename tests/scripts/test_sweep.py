@@ -1,0 +1,90 @@
+"""sweep.py: every combination of settings is a run, and what is finished is passed over."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from config import SettingError
+from scripts.sweep import combinations, sweep
+from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of, wait_until
+
+
+def test_every_combination_once():
+    runs = combinations(
+        ['--base_lr', '1e-3', '3e-4', '--time_sampler=uniform', '--seed', '1', '2', '--', '--channels', '8']
+    )
+    assert runs[0] == ['--channels', '8', '--base_lr', '1e-3', '--time_sampler', 'uniform', '--seed', '1']
+    assert [(run[3], run[7]) for run in runs] == [('1e-3', '1'), ('1e-3', '2'), ('3e-4', '1'), ('3e-4', '2')]
+
+
+@pytest.mark.parametrize(
+    ('words', 'text'),
+    [
+        (['1e-3'], "'1e-3' comes before a flag"),
+        (['--base_lr', '--', '--seed', '1'], '--base_lr has no values'),
+        (['--', '--seed', '1'], 'The grid has no values'),
+        (['--seed', '1', '1'], 'Two runs would both be called'),
+        (['--seed', '1', '2', '--', '--experiment_name', 'a'], "Two runs would both be called 'a'"),
+        (['--base_lr', '1', '-1'], 'base_lr=-1.0'),
+    ],
+)
+def test_a_grid_that_is_none_is_refused_before_the_first_run(words, text):
+    with pytest.raises(SettingError, match=text):
+        combinations(words)
+
+
+@pytest.mark.slow
+def test_stopped_gone_on_and_compared(tmp_path):
+    shared = as_flags(TINY | dict(ckpt_dir=tmp_path, num_training_steps=40, log_every=1))
+    command = ['sh', 'run.sh', 'sweep.py', '--base_lr', '1e-3', '2e-3', '--', *shared]
+    start = dict(cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command, start_new_session=True, **start)
+    assert wait_until(lambda: any(path.read_text().count('\n') > 3 for path in tmp_path.glob('*/metrics.jsonl')), 60)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 75 and 'run 1 of 2' in out and 'run 2' not in out, err
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and 'resuming' in done.stdout and 'run 2 of 2' in done.stdout, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ['base_lr', '0.001', '0.002'] in rows or ['base_lr', '0.002', '0.001'] in rows
+    assert (tmp_path / 'sweep.html').is_file() and len(list(tmp_path.glob('*/last.pt'))) == 2
+    again = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and again.stdout.count('is finished') == 2
+
+
+@pytest.mark.slow
+def test_one_task_of_an_array_does_one_run_and_a_failed_run_is_named(tmp_path):
+    shared = as_flags(TINY | dict(ckpt_dir=tmp_path))
+    command = ['sh', 'run.sh', 'sweep.py', '--model_type', 'velocity', 'x1', '--t_max', '0.999', '1', '--', *shared]
+    env = launch_env(1) | dict(SLURM_ARRAY_TASK_ID='0')
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob('*/metrics.jsonl')
+    assert record_of(folder.parent)[-1]['train/step'] == 12
+    env = launch_env(1) | dict(SLURM_ARRAY_TASK_ID='3')
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and '1 of 1 runs failed' in done.stderr and 't_max=1 touches' in done.stderr
+    assert os.listdir(tmp_path) == [folder.parent.name]
+
+
+def test_a_task_of_an_array_does_its_own_run(monkeypatch):
+    done = []
+    monkeypatch.setattr('scripts.sweep.run_one', lambda flags: done.append(flags) or 0)
+    runs = combinations(['--seed', '1', '2', '3'])
+    monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '1')
+    sweep(runs)
+    assert done == [runs[1]]
+    monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '3')
+    with pytest.raises(SettingError, match='there are runs 0 to 2'):
+        sweep(runs)
+
+
+def test_runs_that_failed_are_named_after_the_last(monkeypatch, tmp_path):
+    monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
+    codes = iter((0, 2, 0))
+    monkeypatch.setattr('scripts.sweep.run_one', lambda flags: next(codes))
+    with pytest.raises(SettingError, match=r'1 of 3 runs failed, see above: .*--seed 2'):
+        sweep(combinations(['--seed', '1', '2', '3', '--', '--ckpt_dir', str(tmp_path)]))
+    assert next(codes, None) is None

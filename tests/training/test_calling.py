@@ -1,0 +1,200 @@
+"""Compiled networks, on the CPU: torch traces and differentiates them as for a GPU, and a backend that counts stands in
+for the code generator.
+"""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import saving
+import utils
+from config import Config, SettingError
+from networks import table
+from tests.helpers import losses
+from trainer import ExampleDiffusionTrainer
+from training import calling, run_folder
+
+CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
+NETWORKS = dict(
+    unet=dict(network='unet', attention_resolutions=(4,)),
+    dit=dict(network='dit', dit_depth=1, dit_width=32, dit_heads=2),
+    mlp=dict(network='mlp'),
+)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The kinds of all graphs that torch.compile makes from now on: a network with a break in it would give several, or
+    fail, for nothing may be left to Python."""
+    made = []
+
+    def counted(kind):
+        return lambda graph, inputs: (made.append(kind), make_boxed_func(graph.forward))[1]
+
+    backend = aot_autograd(
+        fw_compiler=counted('forward'), bw_compiler=counted('backward'), inference_compiler=counted('inference')
+    )
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda fn, mode: compile(fn, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which is raised
+        yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all_batches(graphs, network):
+    settings = dict(channels=8, num_res_blocks=1, dropout=0.1, compile='on') | NETWORKS[network]
+    config = Config(**settings)
+    net = table.get_network(config, (3, 8, 8), 10)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # the last layer begins at zero
+    averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in range(3)]
+    call = calling.get_call(config, CPU)
+
+    def out(module, size, train, call):
+        torch.manual_seed(size)
+        xt, t, label = torch.randn(size, 3, 8, 8), torch.rand(size), torch.randint(0, 11, (size,))
+        if size == 17:
+            xt = xt.contiguous(memory_format=torch.channels_last)  # as a sampler's may be
+        return calling.as_model_fn(module, train, CPU, None, call)(xt, t, label)
+
+    for _ in range(3):
+        out(net, 32, True, call).square().mean().backward()
+    assert graphs == ['forward', 'backward'] and all(p.grad is not None for p in net.parameters())
+    graphs.clear()
+    with torch.no_grad():
+        for i, average in enumerate(averages):
+            for p in average.parameters():
+                p.mul_(1 + 0.1 * i)  # as many others
+            for size in (32, 17, 64):
+                torch.testing.assert_close(out(average, size, False, call), out(average, size, False, calling.plainly))
+    assert graphs == ['inference']
+    out(net, 32, True, call)
+    assert graphs == ['inference']
+
+
+@pytest.mark.parametrize('accumulation_steps', [1, 2])
+def test_a_run_compiles_each_kind_of_call_once(graphs, tiny_config, build_trainer, accumulation_steps):
+    """Training; held-out losses, whose last batch is smaller; pictures of all samplers and weights, of which the first
+    are of 2 samples, with guidance, which doubles the batch. Evaluation has two versions: raw weights want gradients,
+    and averaged ones do not."""
+    settings = dict(compile='on', network='mlp', ema_decays=(0.9, 0.99), sample_every=6, label_dropout=0.1)
+    settings |= dict(guidance_scale=2.0, accumulation_steps=accumulation_steps)
+    trainer = build_trainer(tiny_config(**settings))
+    assert trainer.test_loader.size % trainer.config.global_batch_size
+    trainer.train_loop()
+    assert sorted(graphs) == ['backward', 'forward', 'inference', 'inference']
+
+
+def test_a_compiled_run_learns_the_same(graphs, tiny_config, build_trainer):
+    """And its checkpoint is that of a plain one, with which either goes on."""
+    settings = dict(eval_every=0, network='mlp')
+    runs = [tiny_config(experiment_name=f'compile{on}', compile=on, **settings) for on in ('off', 'on')]
+    for config in runs:
+        build_trainer(config).train_loop()
+    assert graphs.count('forward') == 1
+    plain, compiled = (losses(config.run_dir) for config in runs)
+    assert plain == pytest.approx(compiled, rel=1e-5) and len(plain) == 4
+    plain, compiled = (saving.load(run_folder.last_path(config))['network'] for config in runs)
+    assert plain.keys() == compiled.keys()
+    longer = dataclasses.replace(runs[1], compile='off', num_training_steps=12)
+    assert build_trainer(longer).step == 12
+
+
+@pytest.mark.parametrize(
+    'compile, device, steps, compiled',
+    [
+        ('auto', GPU, 200_000, True),
+        ('auto', GPU, 1500, False),
+        ('auto', CPU, 200_000, False),
+        ('on', CPU, 10, True),
+        ('graphs', GPU, 10, True),
+        ('off', GPU, 200_000, False),
+    ],
+)
+def test_what_is_compiled(compile, device, steps, compiled):
+    config = Config(compile=compile, num_training_steps=steps, warmup_steps=1)
+    assert isinstance(calling.get_call(config, device), calling.Compiled) is compiled
+    assert calling.settings_for(64) == {'compile': 'off'} and calling.settings_for(50_000) == {}
+
+
+class Differentiates(ExampleDiffusionTrainer):
+    """A loss with a derivative in forward mode, and one with a second derivative."""
+
+    def loss_fn(self, batch, model_fn):
+        coefs = self.process(batch.t)
+        xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
+        out, along_t = utils.jvp(lambda t: model_fn(xt, t, batch.label), (batch.t,), (torch.ones_like(batch.t),))
+        x = batch.x0.clone().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(model_fn(x, batch.t, batch.label).sum(), x, create_graph=True)
+        errors = [utils.image_square_error(value, batch.x1) for value in (out, along_t, slope)]
+        return errors[0] + errors[1] + errors[2] + utils.image_square_error(model_fn(xt, batch.t), batch.x0)
+
+
+def test_a_loss_that_differentiates_the_network_works_compiled(graphs, tiny_config, build_trainer):
+    """What is differentiated runs as it is, the last call is compiled; the losses are those of a plain run."""
+    settings = dict(eval_every=0, network='mlp')
+    runs = [tiny_config(experiment_name=f'compile{on}', compile=on, **settings) for on in ('off', 'on')]
+    for config in runs:
+        build_trainer(config, Differentiates).train_loop()
+    assert graphs.count('forward') >= 1
+    plain, compiled = (losses(config.run_dir) for config in runs)
+    assert all(map(math.isfinite, plain)) and plain == pytest.approx(compiled, rel=1e-4)
+
+
+def test_where_torch_cannot_compile_auto_goes_on_and_on_is_refused(monkeypatch, capsys):
+    def failing(graph, inputs):
+        raise RuntimeError('Failed to find C compiler')
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda fn, mode: compile(fn, backend=failing))
+    torch._dynamo.reset()
+    net = table.get_network(Config(network='mlp', channels=8), (2,), 0)
+    xt, t = torch.randn(4, 2), torch.rand(4)
+    auto, on = (calling.Compiled('on', optional) for optional in (True, False))
+    for _ in range(2):
+        assert calling.as_model_fn(net, False, CPU, None, auto)(xt, t).equal(net(xt, t))
+    said = capsys.readouterr().out
+    assert said.count('warning: the network runs uncompiled') == 1 and 'Failed to find C compiler' in said
+    with pytest.raises(SettingError, match=r"compile='on': torch.compile failed.*Pass --compile off"):
+        calling.as_model_fn(net, False, CPU, None, on)(xt, t)
+
+
+def test_the_output_of_cuda_graphs_is_not_overwritten_by_the_next_call(monkeypatch):
+    """A replay writes into the memory of the one before: a call that does so here leaves earlier results alone."""
+    memory = torch.zeros(3, 2)
+    monkeypatch.setattr(torch, 'compile', lambda fn, mode: lambda module, xt, *others: memory.copy_(xt))
+    call = calling.Compiled('graphs', optional=False)
+    first, second = (call(torch.nn.Identity(), torch.full((3, 2), x), torch.zeros(3), None, {}) for x in (1.0, 2.0))
+    assert first.eq(1).all() and second.eq(2).all()
+
+
+@pytest.mark.parametrize('old, new', [(True, 'on'), (False, 'off'), ('graphs', 'graphs')])
+def test_checkpoints_in_which_compile_was_on_or_off_are_read(tmp_path, old, new):
+    saving.save(tmp_path / 'old.pt', config=dict(dataclasses.asdict(Config()), compile=old))
+    assert saving.config_of(saving.load_checkpoint(tmp_path / 'old.pt')).compile == new
+
+
+@pytest.mark.parametrize('precision, tf32', [('float32', False), ('tf32', True)])
+def test_precision_of_products_is_the_same_in_matrices_and_convolutions(monkeypatch, precision, tf32):
+    """By both sets of torch's flags: what reads the older one, as torch.compile does, finds the same and no error."""
+    backends = torch.backends
+    before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
+    try:
+        for other in ('tf32', 'float32', precision):
+            calling.set_precision(other)
+        for name in ('bfloat16', 'auto'):
+            calling.set_precision(name)  # which leave them alone
+        assert backends.cuda.matmul.allow_tf32 is backends.cudnn.allow_tf32 is tf32 and backends.cudnn.benchmark
+        assert torch.get_float32_matmul_precision() == ('high' if tf32 else 'highest')
+        newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+        assert all((backend.fp32_precision == 'tf32') is tf32 for backend in newer)
+    finally:
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark = before

@@ -1,0 +1,94 @@
+"""Sampling within a run: when it is broken, when it is not wanted, and when memory does not suffice for it."""
+
+import pytest
+
+import saving
+from config import SettingError
+from runtime import stopping
+from tests.helpers import record_of
+from trainer import ExampleDiffusionTrainer
+
+
+@pytest.fixture(autouse=True)
+def no_stop_asked(monkeypatch):
+    monkeypatch.setattr(stopping, '_stop_asked', False)
+
+
+class Breaks(ExampleDiffusionTrainer):
+    def draw(self, model_fn, inputs, solver):
+        raise RuntimeError('broken on purpose')
+
+
+class IsNaN(ExampleDiffusionTrainer):
+    def draw(self, model_fn, inputs, solver):
+        return super().draw(model_fn, inputs, solver) * float('nan')
+
+
+@pytest.mark.parametrize(
+    'trainer_class, error, text',
+    [(Breaks, RuntimeError, 'broken on purpose'), (IsNaN, SettingError, "sampler 'adams' gives values .* not finite")],
+)
+def test_sampling_that_is_broken_ends_the_run_before_its_first_step(
+    tiny_config, build_trainer, trainer_class, error, text
+):
+    config = tiny_config(sample_every=1_000_000, log_every=1)
+    trainer = build_trainer(config, trainer_class)
+    with pytest.raises(error, match=text):
+        trainer.train_loop()
+    assert trainer.step == 0 and not record_of(config.run_dir)
+
+
+def test_nothing_is_drawn_at_the_end_of_a_run_that_is_told_so(tiny_config, build_trainer):
+    steps = []
+
+    class Mine(ExampleDiffusionTrainer):
+        def draw(self, model_fn, inputs, solver):
+            steps.append(self.step)
+            return super().draw(model_fn, inputs, solver)
+
+    config = tiny_config(sample_every=0, final_pictures=False, final_eval=False)
+    build_trainer(config, Mine).train_loop()
+    assert set(steps) == {0}  # the trial at the start
+    assert [path.name for path in (config.run_dir / 'samples').iterdir()] == ['data_and_augmented.png']
+    assert not any(name.startswith('final/') for line in record_of(config.run_dir) for name in line)
+
+
+SHORT_OF_MEMORY = """
+import torch
+
+from main import main
+from runtime import ranks
+from trainer import ExampleDiffusionTrainer
+
+
+class Mine(ExampleDiffusionTrainer):
+    def draw(self, model_fn, inputs, solver):
+        if self.step in (6, 12) and len(inputs.x1) != 2 and ranks.rank() == ranks.world_size() - 1:
+            raise torch.OutOfMemoryError('CUDA out of memory on purpose')
+        return super().draw(model_fn, inputs, solver)
+
+
+if __name__ == '__main__':
+    main(trainer_class=Mine)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nproc', [1, 2])
+def test_too_little_memory_to_draw_costs_the_drawing_alone(tiny_config, build_trainer, run_sh, tmp_path, nproc):
+    """On the last rank alone: all the others give up that drawing too, also that of the final metrics."""
+    script = tmp_path / 'mine.py'
+    script.write_text(SHORT_OF_MEMORY)
+    done = run_sh(str(script), nproc=nproc, sample_every=3, final_eval=True)
+    assert done.returncode == 0, done.stderr
+    assert f'rank {nproc - 1}: CUDA out of memory on purpose' in done.stdout
+    assert 'step 6: not enough memory to draw with adams' in done.stdout
+    assert 'step 12: not enough memory to draw with adams' in done.stdout
+    run = tmp_path / 'ckpts/run'
+    drawn = {path.name.split('_')[1] for path in (run / 'samples').glob('step_*')}
+    assert drawn == {'0000003', '0000009'}
+    assert saving.load(run / 'last.pt')['finished']
+    whole = tiny_config(experiment_name='whole')
+    build_trainer(whole).train_loop()
+    for line, expected in zip(record_of(run), record_of(whole.run_dir), strict=True):
+        assert line['train/loss'] == pytest.approx(expected['train/loss'], rel=1e-5)

@@ -1,0 +1,295 @@
+"""What a run is made by: its trainer's class and code; in run.json the machine, versions and command of each start."""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, SettingError
+from runtime import ranks
+from runtime.errors import SaveError
+from settings.same_run import MAY_DIFFER
+from training.run_folder import Identity
+
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+LONGEST_DIFF = 200_000  # characters
+
+importing: Path | None = None  # the script that is being imported to read its run: it must not train
+
+
+# ---------------------------------------------------------------- the experiment's classes and code
+
+
+def file_of(cls: type) -> Path | None:
+    """The file that a class was read from; None for one that was typed into a notebook or made by `exec`."""
+    try:
+        return Path(inspect.getfile(cls)).resolve()
+    except (OSError, TypeError):
+        return None
+
+
+def users_script() -> Path | None:
+    """The script that this process runs, if that is an experiment: not main.py, `python -m ...`, or a notebook."""
+    main = sys.modules['__main__']
+    path = Path(getattr(main, '__file__', None) or '').resolve()
+    is_script = getattr(main, '__spec__', None) is None and path.suffix == '.py' and path.is_file()
+    return path if is_script and path != ROOT / 'main.py' else None
+
+
+def identity_of(trainer_class: type, fingerprint: str) -> Identity:
+    """The Identity of a run of this trainer on the data set with this fingerprint.
+
+    Its code is the user's script and every class between `trainer_class` and BaseDiffusionTrainer that is in another
+    file; a class that has no source, as in some notebooks, is left out.
+    """
+    script = users_script()
+    code = {} if script is None else {script.name: script.read_text()}
+    base = next((cls for cls in trainer_class.__mro__ if cls.__name__ == 'BaseDiffusionTrainer'), object)
+    for cls in trainer_class.__mro__:
+        file = file_of(cls)
+        if cls not in base.__mro__ and (script is None or file != script):
+            try:
+                code[name_of(cls)] = inspect.getsource(cls)
+            except (OSError, TypeError):
+                continue
+    return Identity(name_of(trainer_class), code, fingerprint)
+
+
+def name_of(cls: type) -> str:
+    """'mine.py:MyTrainer', or the class alone if it has no file."""
+    file = file_of(cls)
+    return f'{file.name}:{cls.__qualname__}' if file else cls.__qualname__
+
+
+def where(cls: type) -> dict[str, str | None]:
+    """What import_class needs to find a class again: its file, relative to the project if it is inside, and name."""
+    return dict(file=from_root(file_of(cls)), name=cls.__qualname__)
+
+
+def from_root(file: Path | None) -> str | None:
+    """A path as run.json has it: relative to the project if it is inside."""
+    return file and str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
+
+
+def import_class(file: str | None, name: str) -> type:
+    """The class `name` of `file`, an entry's trainer or config: `import_class(**read_start(run_dir)['trainer'])`.
+
+    Raises SettingError if the file or the class is gone.
+    """
+    if file is None:
+        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
+    found: Any = import_file(file)
+    for part in name.split('.'):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
+    return found
+
+
+def import_file(file: str) -> Any:
+    """A file, relative to the project if it is inside, as a module: that of an earlier import or run, if there was one.
+
+    Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
+    Raises SettingError if it is gone, or calls `main` outside that part.
+    """
+    global importing
+    path = (ROOT / file).resolve()
+    found = loaded_module(path)
+    if found is None:
+        if not path.is_file():
+            raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None, 'a Python file has a loader'
+        found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        importing = path
+        try:
+            spec.loader.exec_module(found)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+        finally:
+            importing = None
+    return found
+
+
+def loaded_module(path: Path) -> Any:
+    """The module that was imported or is run from this file, if any."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, '__dict__', {}).get('__file__')
+        if isinstance(file, str) and Path(file).name == path.name and Path(file).resolve() == path:
+            return module
+    return None
+
+
+# ---------------------------------------------------------------- run.json
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors='replace').strip()
+
+
+def git_state() -> dict[str, str | None]:
+    """Commit of the project's repository and what differs from it, cut to LONGEST_DIFF; None where it is in none."""
+    if output_of('git', 'ls-files', '--error-unmatch', 'config.py') is None:  # a repository around it is not meant
+        return dict(commit=None, diff=None)
+    diff = output_of('git', '--no-pager', 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
+    if diff is not None and len(diff) > LONGEST_DIFF:
+        diff = f'{diff[:LONGEST_DIFF]}\n... and {len(diff) - LONGEST_DIFF} more characters'
+    return dict(commit=output_of('git', 'rev-parse', 'HEAD'), diff=diff)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of what computes; None for what is not there."""
+    on_gpu = torch.cuda.is_available()
+    query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
+    return dict(
+        python=platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')},
+        cuda=torch.version.cuda,
+        driver=((output_of(*query) if on_gpu else None) or '').split('\n')[0] or None,
+    )
+
+
+def imported_files() -> list[Path]:
+    """The files of the project that this process has imported, relative to ROOT, in order."""
+    modules = [getattr(module, '__dict__', {}).get('__file__') for module in list(sys.modules.values())]
+    files = {Path(file).resolve() for file in modules if isinstance(file, str) and file.endswith('.py')}
+    environment = Path(sys.prefix).resolve()  # .venv is inside the project
+    inside = environment.is_relative_to(ROOT)
+    return sorted(
+        file.relative_to(ROOT)
+        for file in files
+        if file.is_relative_to(ROOT) and not (inside and file.is_relative_to(environment))
+    )
+
+
+def checksum(path: Path) -> str:
+    return f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'
+
+
+def refuse_unlike(config: Config) -> None:
+    """Raise SettingError, on every rank, if ranks have other settings, code or versions than rank 0.
+
+    They do where machines have clones or environments of their own and one of them was forgotten in a change. The code
+    is the files of the project that rank 0 has imported, not a file that happens to lie beside them. Where a machine
+    has its data may differ.
+    """
+    if ranks.world_size() == 1:
+        return
+
+    def facts(files: list[Path]) -> dict[str, Any]:
+        code = {file: ROOT / file for file in files}
+        if (script := users_script()) is not None:  # anywhere
+            code[Path(script.name)] = script
+        packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
+        return dict(
+            {f'the code in {name}': checksum(path) for name, path in code.items()},
+            host=socket.gethostname(),
+            **{f'version of {name}': version for name, version in packages.items()},
+            **{'version of python': platform.python_version()},
+            **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
+        )
+
+    files, first = ranks.on_main(lambda: (files := imported_files(), facts(files)))
+
+    def compare() -> None:
+        here = facts(files)
+        lines = [
+            f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
+            for name in {**first, **here}
+            if name != 'host' and first.get(name) != here.get(name)
+        ]
+        if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
+            raise SettingError(f'init_from={config.init_from!r}: {here["host"]} has no such file. Copy it there.')
+        if lines:
+            more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
+            raise SettingError(
+                '\n'.join(['the processes of this run were not started alike:', *lines[:20], *more])
+                + '\nUse the same command, code and packages on all machines.'
+            )
+
+    ranks.on_each(compare)
+
+
+def command_line() -> str:
+    """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
+    if 'RUN_REPORTS' not in os.environ:  # of the launcher
+        return shlex.join(['python', *sys.argv])
+    machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
+    asked = {name: os.environ[name] for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ}
+    if machines and 'RUN_PORT' in os.environ:
+        asked['MASTER_PORT'] = os.environ['RUN_PORT']
+    script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
+    given = [f'{name}={shlex.quote(value)}' for name, value in asked.items()]
+    return ' '.join([*given, shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])])
+
+
+def write_start(config: Config, trainer_class: type, device: torch.device, step: int = 0) -> dict[str, Any]:
+    """Append what is known of this start to the run's run.json, and return it. All ranks must call this together.
+
+    `step`: where the run goes on. Raises SaveError if the file cannot be written.
+    """
+
+    def write() -> dict[str, Any]:
+        entry = dict(
+            time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+            step=step,
+            command=command_line(),
+            argv=sys.argv,
+            **git_state(),
+            versions=versions(),
+            host=socket.gethostname(),
+            device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})',
+            processes=ranks.world_size(),
+            script=from_root(users_script()),
+            trainer=where(trainer_class),
+            config=where(type(config)),
+        )
+        path = config.run_dir / 'run.json'
+        temporary = path.with_name('.run.json.tmp')
+        try:
+            with open(temporary, 'w') as file:
+                json.dump([*read_starts(config.run_dir), entry], file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise SaveError(f'{path} cannot be written ({error}). Make room there, and run it again.') from error
+        return entry
+
+    return ranks.on_main(write)
+
+
+def read_starts(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The entries of run.json, the first start first; none if there is no such file."""
+    path = Path(run_dir, 'run.json')
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def read_start(run_dir: str | Path) -> dict[str, Any]:
+    """The entry of the run's last start. Raises SettingError if there is none."""
+    starts = read_starts(run_dir)
+    if not starts:
+        what = 'has no run.json, which says what trained it' if Path(run_dir).is_dir() else 'does not exist'
+        raise SettingError(f'{run_dir} {what}. Pass the folder of a run.')
+    return starts[-1]
