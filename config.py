@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SettingError, choose
-from settings import flags, names, rules
+from settings import names, rules
 from settings.same_run import class_defaults
 
 __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
@@ -58,11 +58,11 @@ class Config:
     background: str = 'white'
     """image_folder, hub: colour behind transparent parts, a name or #rrggbb."""
     columns: tuple[str, ...] = ()
-    """hub: the names of its column of images and, if it has classes, of theirs; empty: the only ones of their kind."""
+    """hub: image column and, optionally, class column; empty: found if there is only one of each."""
     skip_unreadable: bool = False
     """image_folder, hub: leave out files that cannot be read, instead of refusing to train."""
     cache: bool = True
-    """image_folder, hub: decode once into data_dir/cache; off: decode in every epoch anew."""
+    """image_folder, hub: decode once into data_dir/cache; off: decode again in every epoch."""
     num_workers: int = 4
     """Loader processes per training process, for data sets too large to live on the device."""
     flip_prob: float = 0.0
@@ -244,31 +244,31 @@ class Config:
         return Path(self.ckpt_dir, self.experiment_name)
 
 
-# Slower than the digits run, and further in the end: AdamW, uniform times, a longer average.
-PATIENT = dict(optimizer='adamw', base_lr=1e-3, warmup_steps=100, ema_decays=(0.999,), time_sampler='uniform') | dict(
+# A longer recipe than `digits`, with better samples: AdamW, uniform times, a longer average.
+LONG_RUN = dict(optimizer='adamw', base_lr=1e-3, warmup_steps=100, ema_decays=(0.999,), time_sampler='uniform') | dict(
     channels=32, attention_resolutions=(4,), num_training_steps=1500,
     log_every=50, save_every=250, keep_every=1500, sample_every=500, eval_every=250,
 )  # fmt: skip
-AN_HOUR = PATIENT | dict(
+ONE_HOUR_ON_CPU = LONG_RUN | dict(
     channel_mults=(1, 2, 2), global_batch_size=64, num_training_steps=3000, keep_every=3000, eval_every=500
 )
 # What each preset changes. They share one flat list of settings, so a preset reads as a diff from the digits run.
 PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
-    'digits_long': PATIENT,
-    'digits_dit': PATIENT | dict(network='dit', dit_depth=4, dit_width=96, dit_heads=4, base_lr=2e-3),
-    'toy2d': PATIENT
+    'digits_long': LONG_RUN,
+    'digits_dit': LONG_RUN | dict(network='dit', dit_depth=4, dit_width=96, dit_heads=4, base_lr=2e-3),
+    'toy2d': LONG_RUN
     | dict(dataset='moons', network='mlp', channels=16, global_batch_size=512, num_training_steps=2000),
-    'mnist': PATIENT
+    'mnist': LONG_RUN
     | dict(dataset='mnist', label_dropout=0.1, translate_prob=0.5)
     | dict(channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,))
     | dict(num_training_steps=20_000, save_every=1000, keep_every=10_000, sample_every=2000, eval_every=2000),
-    'fashion_mnist': AN_HOUR
+    'fashion_mnist': ONE_HOUR_ON_CPU
     | dict(dataset='fashion_mnist', held_out=1000, label_dropout=0.1, attention_resolutions=(7,)),
-    'small_images': AN_HOUR
+    'small_images': ONE_HOUR_ON_CPU
     | dict(dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
     | dict(flip_prob=0.5, translate_prob=0.5, max_translation=2),
-    'cifar10': PATIENT
+    'cifar10': LONG_RUN
     | dict(dataset='cifar10', label_dropout=0.1, flip_prob=0.5)
     | dict(channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1)
     | dict(num_training_steps=200_000, base_lr=2e-4, warmup_steps=5000, lr_schedule_type='constant')
@@ -276,7 +276,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(log_every=100, save_every=2000, keep_every=50_000, sample_every=10_000, eval_every=10_000),
 }
 
-# What --debug changes: does the model learn one batch by heart, and do the samples show it?
+# What --debug changes: does the model memorise one batch, and do the samples show it?
 DEBUG: dict[str, Any] = (
     dict(overfit=True, final_eval=False, global_batch_size=32, num_training_steps=600, warmup_steps=20)
     | dict(log_every=20, save_every=200, keep_every=0, sample_every=200, eval_every=200)
@@ -289,5 +289,7 @@ def parse_config(
     settings_in: Callable[[str], dict[str, Any]] | None = None,
 ) -> Config:
     """Flags to settings: see settings/flags.py."""
+    from settings import flags
+
     about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
     return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in, about)

@@ -1,38 +1,240 @@
 """The record of a run: metrics.jsonl and PNGs on disk always, the same on wandb when there is an account.
 
-Only rank 0 keeps a record; on the other ranks every method does nothing.
+`Record` is what a trainer writes to; its means are in runtime/means.py. wandb is imported here only, when it is used.
 """
 
 import contextlib
 import json
+import math
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import utils
 from config import Config, SettingError
-from runtime import ranks
+from runtime import files, ranks, stopping
 from runtime.errors import SaveError
+from runtime.means import RunningMeans
 from runtime.ranks import print_once
 
-WANDB_INIT_TIMEOUT = 30  # seconds that an unreachable server may hold up the start
+WANDB_INIT_TIMEOUT = 30  # seconds for which an unreachable server may hold up the start
 WANDB_FINISH_TIMEOUT = 10  # and the end
-wandb_hangs = False  # its threads and exit handlers would keep this process for ever
-WANDB_QUEUE = 1000  # lines and pictures that may wait for it
+WANDB_PATIENCE = 15  # and any call, if wandb's own process hangs. Longer than the one above, which wandb itself keeps
+SECONDS_BETWEEN_LINES = 5  # of progress, where there is no terminal
+
+
+class Record:
+    """Means, speed, pictures and the progress of a run. Rank 0 writes them.
+
+    All ranks call `open`, `summary`, `line`, `apart` and `state_dict` together. `log`, `losses`, `step` and `clear`
+    send nothing to other ranks. `picture`, `curve` and `histogram` are for rank 0; on the others they do nothing.
+    """
+
+    def __init__(self, config: Config, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
+        """`waited()`: the seconds for which training has waited for data so far."""
+        self.config, self.device, self.waited = config, device, waited
+        self.path = config.run_dir / 'metrics.jsonl'
+        self.is_open = False
+        self.means = self.log_to = RunningMeans(device)  # those since the last `clear`; where `log` adds, see `apart`
+        self.wandb: Any = None  # the wandb run, on rank 0 while it is open
+        self.wandb_id: str | None = None
+        self.bar = tqdm(disable=True)  # shown on terminals only
+        self.opened = self.restart(0)  # (seconds, step) from which the time left is measured; speed: `restarted`
+        self.shown = -math.inf  # when the last line of progress was printed
+
+    @contextlib.contextmanager
+    def open(self, step: int, start: dict[str, Any] | None = None) -> Iterator[None]:
+        """Keep a record within the block. Lines of metrics.jsonl from `step` on, where the run resumes, are dropped.
+
+        `start`: this start's entry of run.json, for wandb. Raises SettingError for a line that cannot be read, or if
+        wandb='online' cannot be.
+        """
+
+        def begin() -> str | None:
+            self._cut_back(step)
+            self.wandb = start_wandb(self.config, self.config.run_dir, self.wandb_id, start)
+            return self.wandb_id if self.wandb is None else self.wandb.id
+
+        try:
+            self.wandb_id = ranks.on_main(begin)
+            self.opened = self.restart(step)
+            total, no_terminal = self.config.num_training_steps, not (ranks.is_main() and sys.stderr.isatty())
+            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_terminal)
+            self.is_open = True
+            yield
+        finally:
+            self.is_open = False
+            self.bar.close()
+            self._on_wandb(None)
+            self.wandb = None
+
+    def _cut_back(self, step: int) -> None:
+        """Drop the lines from `step` on, and a last line that a kill left half written."""
+        kept = []
+        for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], 1):
+            try:
+                if line.endswith('}') and json.loads(line)['train/step'] < step:
+                    kept.append(line + '\n')
+            except (ValueError, KeyError):
+                text = f'{self.path}: line {number} is not a line of a record ({line[:80]!r}). Fix or remove it.'
+                raise SettingError(text) from None
+        files.write_text(self.path, ''.join(kept), durable=True)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`.
+
+        Ignored while the record is not open: what an experiment logs when it is built belongs to no step.
+        """
+        if self.is_open or self.log_to is not self.means:
+            self.log_to.add(name, *((value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)))
+
+    def losses(self, losses: Tensor, t: Tensor, augmented: Tensor | None = None) -> None:
+        """Losses (B,) of a micro-batch at times t (B,); `augmented` (B,): was anything done to this image?"""
+        self.means.add_finite('train/loss', losses)
+        self.means.add_by_time('train/loss_t', losses, t)
+        if augmented is not None:
+            self.means.add('train/augmented', augmented.float().sum(), augmented.numel())
+
+    def step(self, lr: float, norms: Mapping[str, Tensor]) -> None:
+        """After an optimizer step: its learning rate, and the gradient norm of each network before clipping."""
+        for name, norm in norms.items():
+            self.means.add_finite('train/grad_norm' if name == 'network' else f'train/grad_norm_{name}', norm)
+        self.means.add('train/lr', lr, 1)
+        self.bar.update()
+
+    def clear(self) -> None:  # forgets the running means
+        self.means.clear()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[dict[str, float]]:
+        """Yields a dict that at the end holds the means of what was logged within, apart from the means of training."""
+        logged: dict[str, float] = {}
+        before, self.log_to = self.log_to, RunningMeans(self.device)
+        try:
+            yield logged
+            logged |= self.log_to.means()
+        finally:
+            self.log_to = before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Name -> [sum, count] over all ranks, on the CPU."""
+        return self.means.over_ranks()
+
+    def load_state_dict(self, sums: dict[str, Tensor]) -> None:
+        self.means.load(sums)
+
+    def restart(self, step: int) -> tuple[float, int]:  # measures speed from this step and this moment on
+        self.restarted, self.waited_before = (time.monotonic(), step), self.waited()
+        return self.restarted
+
+    def summary(self, step: int, seconds_at_end: float | None) -> dict[str, float]:
+        """The means since the last `clear`, memory in GB, speed, and the share of time spent waiting for data. Shows
+        progress; `seconds_at_end`: of what follows the last step, None if not known yet."""
+        values = self.means.means() | {'train/memory_gb': utils.peak_memory_gb(self.device)}
+        began, first = self.restarted
+        if step > first:  # else a resumed run writes the line of its checkpoint again
+            seconds = time.monotonic() - began
+            values['train/images_per_second'] = speed = (step - first) * self.config.global_batch_size / seconds
+            values['train/waiting'] = (self.waited() - self.waited_before) / seconds
+            self._show_progress(step, values.get('train/loss', math.nan), speed, seconds_at_end)
+        return values
+
+    def _show_progress(self, step: int, loss: float, images_per_second: float, seconds_at_end: float | None) -> None:
+        """On the bar, or as a line now and then. The time left includes what is drawn and evaluated between steps."""
+        speed, total = f'{images_per_second:.0f} images/s', self.config.num_training_steps
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f'loss {loss:.4f}, {speed}')
+        elif time.monotonic() - self.shown >= SECONDS_BETWEEN_LINES or step == total:
+            began, first = self.opened
+            self.shown = time.monotonic()
+            seconds = (self.shown - began) / max(step - first, 1) * (total - step) + (seconds_at_end or 0)
+            left = 'min of training left, then samples' if seconds_at_end is None else 'min left'
+            print_once(f'step {step}/{total}  loss {loss:.4f}  {speed}  {seconds / 60:.1f} {left}')
+
+    @contextlib.contextmanager
+    def line(self, step: int) -> Iterator[dict[str, float]]:
+        """Yields a dict, which becomes a line of the record at the end, also if an error or a stop ends the block.
+
+        Raises SaveError on every rank if rank 0 cannot write. If anything was due, speed is measured from the end on.
+        """
+        values: dict[str, float] = {}
+        try:
+            yield values
+        finally:
+            if values:
+                first = {'train/step': step, 'train/images': step * self.config.global_batch_size}
+                ranks.on_main(lambda: self._write(first | values))  # a full disk is an error on every rank
+        c, last = self.config, step >= self.config.num_training_steps
+        periods = (c.log_every, c.eval_every, c.eval_metrics_every, c.sample_every, c.save_every)
+        if last or step == self.restarted[1] or any(every > 0 and step % every == 0 for every in periods):
+            self.restart(step)
+
+    def _write(self, values: dict[str, float]) -> None:
+        finite = {k: v if abs(v) < math.inf else str(v) for k, v in values.items()}  # JSON has no NaN
+        with self._disk(), open(self.path, 'a') as file:
+            file.write(json.dumps(finite) + '\n')
+            file.flush()
+            os.fsync(file.fileno())  # it survives a power cut
+        self._on_wandb(lambda _: values)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f'{self.path.parent}: the record cannot be written ({error}). Make room there, and the same command '
+                'goes on from the last checkpoint.'
+            ) from error
+
+    def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
+        """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""
+        if self.is_open and ranks.is_main():
+            image, panel = Image.fromarray(picture.permute(1, 2, 0).numpy()), name.removeprefix(f'step_{step:07d}_')
+            with self._disk(), files.whole(self.path.parent / folder / f'{name}.png') as temporary:
+                image.save(temporary, 'PNG')
+            self._on_wandb(lambda wandb: {'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
+
+    def curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
+        """A line plot on wandb, of values that metrics.jsonl holds when they are reached."""
+        rows = [list(point) for point in points]
+        self._on_wandb(lambda wandb: {name: wandb.plot.line(wandb.Table(columns=[x, y], data=rows), x, y, title=name)})
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """A histogram on wandb, of all elements of a tensor."""
+        flat = values.detach().float().flatten().cpu().numpy()
+        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(flat)})
+
+    def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
+        """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""
+        if self.wandb is None:
+            return
+        import wandb
+
+        try:
+            with stopping.time_limit(WANDB_PATIENCE):
+                self.wandb.finish() if values is None else self.wandb.log(values(wandb))
+        except Exception as error:
+            self.wandb, problem = None, 'failed' if values else 'did not accept the rest of the record'
+            print_once(
+                f'wandb {problem} ({type(error).__name__}: {error}). The whole record is in {self.path}, and '
+                f'`wandb sync` can send {self.path.parent / "wandb"} later.'
+            )
+
+
+# ---------------------------------------------------------------- wandb
 
 
 def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[str, Any] | None = None) -> Any:
-    """A wandb run, or None if there is none; says which. Raises SettingError if wandb='online' cannot be.
+    """A wandb run, or None; prints which. Raises SettingError if wandb='online' cannot be.
 
     auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else
     disabled. `start`, the entry of this start in run.json, becomes part of wandb's config.
@@ -41,56 +243,49 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[s
     if mode == 'auto' and os.environ.get('WANDB_MODE'):
         mode = {'dryrun': 'offline', 'run': 'online'}.get(os.environ['WANDB_MODE'], os.environ['WANDB_MODE'])
         print_once(f'wandb: {mode}, as WANDB_MODE says')
-    if mode == 'disabled':
+    if mode == 'disabled' or (mode != 'offline' and not has_wandb_key(mode)):
         return None
     import wandb
 
+    settings = wandb.Settings(silent=True, init_timeout=WANDB_INIT_TIMEOUT)
+    settings.finish_timeout, settings.finish_timeout_raises = WANDB_FINISH_TIMEOUT, True
+    given: dict[str, Any] = dict(project=config.wandb_project, entity=config.wandb_entity or None, id=run_id)
+    given |= dict(name=config.experiment_name, dir=run_dir, settings=settings)
+    given |= dict(config=vars(config) | ({} if start is None else dict(start=start)), allow_val_change=True)
     try:
-        has_key = mode == 'offline' or wandb.login(prompt=False, verify=False)
-    except Exception as error:  # wandb.Error; without a home folder or an entry in /etc/passwd any
-        if mode == 'auto' and not isinstance(error, wandb.Error):
-            print_once(f'wandb cannot start here ({error}), so the record is kept on disk only.')
-            return None
-        raise SettingError(
-            f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
-        ) from error
-    if not has_key and mode == 'auto':
-        print_once('wandb: not logged in, so the record is kept on disk only (`wandb login` to change that).')
-        return None
-    if not has_key:
-        raise SettingError(
-            "wandb='online': no account is logged in. Run `wandb login`, or use --wandb offline or --wandb disabled."
-        )
-
-    def init(as_mode: Literal['online', 'offline']) -> Any:
-        return wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity or None,
-            name=config.experiment_name,
-            dir=run_dir,
-            id=run_id,
-            resume='allow' if run_id and as_mode == 'online' else None,
-            mode=as_mode,
-            config=vars(config) | ({} if start is None else dict(start=start)),
-            allow_val_change=True,
-            settings=wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT, silent=True),
-        )
-
-    try:
-        run = init('offline' if mode == 'offline' else 'online')
+        resume = 'allow' if run_id and mode != 'offline' else None
+        run = wandb.init(mode='offline' if mode == 'offline' else 'online', resume=resume, **given)
     except Exception as error:  # not all of wandb's errors derive from wandb.errors.Error
         if mode == 'online':
             raise SettingError(f"wandb='online': {error}. Use --wandb offline, and `wandb sync` later.") from error
         print_once(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
-        run = init('offline')
+        run = wandb.init(mode='offline', **given)
     run.define_metric('*', step_metric='train/step')
-    offline = run.settings.mode == 'offline' or run.offline
-    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if offline else run.url}')
+    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if run.offline else run.url}')
     return run
 
 
+def has_wandb_key(mode: str) -> bool:
+    """Whether an account is logged in. If not, prints that for mode='auto', and else raises SettingError."""
+    import wandb
+
+    why = 'not logged in, so the record is kept on disk only (`wandb login` to change that).'
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return True
+    except Exception as error:
+        if mode != 'auto' or isinstance(error, wandb.Error):
+            text = f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
+            raise SettingError(text) from error
+        why = f'cannot start here ({error}), so the record is kept on disk only.'  # no home folder, say
+    if mode != 'auto':
+        raise SettingError(f'wandb={mode!r}: no account. Run `wandb login`, or use --wandb offline or disabled.')
+    print_once(f'wandb: {why}')
+    return False
+
+
 def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Add a table to the wandb run of this id, of which `run_dir` holds the record; what fails is said. Offline it is
+    """Add a table to the wandb run of this id, whose record is in `run_dir`; a failure is printed. Offline it is
     another folder of the same run, and `wandb sync` sends both."""
     columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
     try:
@@ -102,283 +297,3 @@ def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Seque
             run.finish()
     except Exception as error:
         print_once(f'wandb failed ({type(error).__name__}: {error}); the table is on disk')
-
-
-def write_through(file: IO[str], text: str) -> None:
-    """Write `text` so that it survives a power cut."""
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-class Logger:
-    """Writes `run_dir`/metrics.jsonl, pictures, and the same to wandb. `wandb_id` is to be kept in the checkpoint."""
-
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        step: int = 0,
-        wandb_id: str | None = None,
-        start: dict[str, Any] | None = None,
-    ):
-        """Cuts an existing record back to the steps before `step`, where the run goes on.
-
-        `start`: what run_record.write_start returned, for wandb. Raises SettingError, see start_wandb.
-        """
-        self.active, self.run_dir, self.run = ranks.is_main(), run_dir, None
-
-        def open_record() -> None:
-            self._cut_back(step)
-            self.run = start_wandb(config, run_dir, wandb_id, start)
-
-        ranks.on_main(open_record)
-        self.wandb_id = self.run.id if self.run is not None else wandb_id
-        self.for_wandb: queue.Queue[Callable[[Any], None] | None] = queue.Queue(WANDB_QUEUE)
-        self.sender = threading.Thread(target=self._send_to_wandb, args=(self.run,), daemon=True)
-        if self.run is not None:
-            self.sender.start()
-
-    @property
-    def path(self) -> Path:
-        return self.run_dir / 'metrics.jsonl'
-
-    def _cut_back(self, step: int) -> None:
-        """Drop the lines from `step` on, and a last line that a kill left half written."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        whole = [(number, line) for number, line in enumerate(lines, 1) if line.endswith('}')]
-        kept = [line + '\n' for number, line in whole if self._step_of(line, number) < step]
-        temporary = self.path.with_suffix('.tmp')
-        with open(temporary, 'w') as file:
-            write_through(file, ''.join(kept))
-        os.replace(temporary, self.path)
-
-    def _step_of(self, line: str, number: int) -> int:
-        try:
-            return json.loads(line)['train/step']
-        except (ValueError, KeyError):
-            text = f'{self.path}: line {number} is no line of a record ({line[:80]!r}). Mend or remove it.'
-            raise SettingError(text) from None
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        """One line of the record. A value that is not finite is written as a string, which JSON can hold."""
-        if not self.active:
-            return
-        values = {'train/step': step, **values}
-        finite = {k: v if abs(v) < float('inf') else str(v) for k, v in values.items()}
-        with self._disk(), open(self.path, 'a') as file:
-            write_through(file, json.dumps(finite) + '\n')
-        self._on_wandb(lambda run: run.log(values))
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise SaveError(
-                f'{self.run_dir}: the record cannot be written ({error}). Make room there, and the same command goes '
-                'on from the last checkpoint.'
-            ) from error
-
-    def log_picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
-        """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""
-        if not self.active:
-            return
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        path = self.run_dir / folder / f'{name}.png'
-        with self._disk():
-            path.parent.mkdir(exist_ok=True)
-            image.save(path)
-
-        def show(run: Any) -> None:
-            import wandb
-
-            panel = name.removeprefix(f'step_{step:07d}_')
-            run.log({'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
-
-        self._on_wandb(show)
-
-    def log_curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
-        """A line plot on wandb, of what metrics.jsonl holds as it happens."""
-
-        def show(run: Any) -> None:
-            import wandb
-
-            table = wandb.Table(columns=[x, y], data=[list(point) for point in points])
-            run.log({name: wandb.plot.line(table, x, y, title=name)})
-
-        self._on_wandb(show)
-
-    def _on_wandb(self, do: Callable[[Any], None]) -> None:
-        """Have `do(run)` done in another thread: training neither waits for wandb nor ends with it."""
-        if self.run is not None:
-            try:
-                self.for_wandb.put_nowait(do)
-            except queue.Full:
-                self._leave_wandb('it takes nothing any more')
-
-    def _send_to_wandb(self, run: Any) -> None:
-        while (do := self.for_wandb.get()) is not None:
-            try:
-                do(run)
-            except Exception as error:
-                return self._leave_wandb(f'{type(error).__name__}: {error}')
-        return None
-
-    def _leave_wandb(self, why: str) -> None:
-        self.run = None
-        print_once(f'wandb failed ({why}). Training goes on; the whole record is in {self.path}.')
-
-    def close(self) -> None:
-        """End the wandb run, which sends what is left. A server that does not answer is not waited for."""
-        self._on_wandb(lambda run: run.finish())
-        with contextlib.suppress(queue.Full):
-            self.for_wandb.put_nowait(None)
-        if self.sender.is_alive():
-            self.sender.join(WANDB_FINISH_TIMEOUT)
-        if self.sender.is_alive():
-            global wandb_hangs
-            wandb_hangs = True
-            print_once(
-                f'wandb: the rest of the record is not taken; the whole of it is in {self.path}, '
-                f'and `wandb sync` can send {self.run_dir / "wandb"} later'
-            )
-
-
-Number = Tensor | float
-
-
-class RunningMeans:
-    """Means of named values since the last `clear`.
-
-    Values are kept as they come, and summed when the means are asked for or MOST are waiting: a training step pays no
-    kernel and no CPU-GPU sync for them. On the CPU the sums do not depend on when that happens, to the last bit.
-    """
-
-    MOST = 1000  # calls whose values wait
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.sums: dict[str, Tensor] = {}  # name -> [sum, count], float64
-        self.waiting: dict[tuple[str, int, bool], list[tuple[Number | None, ...]]] = {}
-        self.calls = 0
-
-    def add(self, name: str, total: Number, count: Number) -> None:
-        """Add `total`, the sum of `count` values: tensors of one element, or numbers."""
-        self._keep((name, 0, False), total, count, None)
-
-    def add_finite(self, name: str, values: Tensor) -> None:
-        """Add those of `values` that are finite: a bad step must not hide the others."""
-        self._keep((name, 0, True), values, None, None)
-
-    def add_by_time(self, name: str, values: Tensor, t: Tensor, bins: int = 10) -> None:
-        """Add values (B,), those that are finite, to the mean of their interval of t (B,): `name`_0.0_0.1 and so on."""
-        self._keep((name, bins, True), values, None, t)
-
-    def _keep(self, key: tuple[str, int, bool], *given: Number | None) -> None:
-        own = tuple(x.detach().to(self.device) if isinstance(x, Tensor) else x for x in given)
-        self.waiting.setdefault(key, []).append(own)
-        self.calls += 1
-        if self.calls >= self.MOST:
-            self._fold()
-
-    def _column(self, values: tuple[Number | None, ...]) -> Tensor | None:
-        """All elements of the values, one after the other, on the device; None if they are."""
-        if values[0] is None:
-            return None
-        if not any(isinstance(value, Tensor) for value in values):
-            return torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
-        double = partial(torch.tensor, dtype=torch.float64, device=self.device)
-        return torch.cat([x.reshape(-1) if isinstance(x, Tensor) else double([x]) for x in values])
-
-    def _fold(self) -> None:
-        """Add to the sums what waits, in the order in which it came."""
-        for (name, bins, only_finite), calls in self.waiting.items():
-            totals, counts, t = map(self._column, zip(*calls, strict=True))
-            assert totals is not None
-            if only_finite:
-                counts = totals.isfinite()
-                totals = totals.where(counts, 0)
-            assert counts is not None
-            place = torch.zeros_like(totals, dtype=torch.int64) if t is None else (t * bins).long().clamp(0, bins - 1)
-            names = [f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}' for i in range(bins)] or [name]
-            nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
-            table = torch.stack([self.sums.get(key, nothing) for key in names])  # (bins or 1, 2)
-            for column, new in enumerate((totals, counts)):
-                table[:, column].index_add_(0, place, new.double())
-            self.sums |= zip(names, table, strict=True)
-        self.waiting, self.calls = {}, 0
-
-    def clear(self) -> None:
-        self.sums, self.waiting, self.calls = {}, {}, 0
-
-    def over_ranks(self) -> dict[str, Tensor]:
-        """The sums of all ranks together, on the CPU. Ranks may have logged different names."""
-        self._fold()
-        names = sorted({name for on_rank in ranks.all_gather_objects(list(self.sums)) for name in on_rank})
-        if not names:
-            return {}
-        nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
-        table = torch.stack([self.sums.get(name, nothing) for name in names])
-        return dict(zip(names, ranks.all_reduce(table).cpu(), strict=True))  # CPU-GPU sync
-
-    def means(self) -> dict[str, float]:
-        """By name, to seven digits: what is left is the order of summation. A name with no count is left out."""
-        pairs = {name: pair.tolist() for name, pair in self.over_ranks().items()}
-        return {name: float(f'{total / count:.7g}') for name, (total, count) in pairs.items() if count > 0}
-
-    def load(self, sums: dict[str, Tensor]) -> None:
-        """Go on from `over_ranks` of a checkpoint."""
-        self.clear()
-        self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if ranks.is_main() else {}
-
-
-class Speedometer:
-    """Images per second since the last `restart`."""
-
-    def __init__(self, step: int = 0):
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Measure from this step and this moment on."""
-        self.began, self.first = time.monotonic(), step
-
-    def images_per_second(self, step: int, batch: int) -> float | None:
-        """The speed of the steps up to `step`, of `batch` images each; None if there was none since the restart."""
-        steps = step - self.first
-        return steps * batch / self.seconds() if steps > 0 else None
-
-    def seconds(self) -> float:
-        """Since the last restart."""
-        return time.monotonic() - self.began
-
-
-class Progress:
-    """Rank 0's tqdm bar on a terminal; elsewhere a plain line now and then."""
-
-    def __init__(self, step: int, total: int, seconds_between_lines: float = 5.0):
-        self.total, self.every = total, seconds_between_lines
-        self.last, self.start = -float('inf'), (time.monotonic(), step)
-        on_terminal = ranks.is_main() and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True) if on_terminal else None
-
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def show(self, step: int, loss: float, images_per_second: float, after: float | None = None) -> None:
-        """The time left is that of the steps, with what is drawn and evaluated between them, and `after`, the seconds
-        of what follows the last step; None: they are not known yet."""
-        speed = f'{images_per_second:.0f} images/s'
-        if self.bar is not None:
-            self.bar.set_postfix_str(f'loss {loss:.4f}, {speed}')
-        elif time.monotonic() - self.last >= self.every or step == self.total:
-            began, first = self.start
-            self.last = time.monotonic()
-            seconds = (self.last - began) / max(step - first, 1) * (self.total - step) + (after or 0)
-            left = 'min of training left, then samples' if after is None else 'min left'
-            print_once(f'step {step}/{self.total}  loss {loss:.4f}  {speed}  {seconds / 60:.1f} {left}')
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

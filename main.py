@@ -4,13 +4,13 @@ Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the train
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
 from runtime import command
+from runtime.importing import refuse_to_train
 from settings.same_run import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -22,12 +22,9 @@ def main(
 ) -> None:
     """Train as the flags say. `trainer_class` None means ExampleDiffusionTrainer.
 
-    What the user can mend is said once, without a traceback; exit codes are those of runtime/stopping.py.
+    An error that the user can fix is printed once, without a traceback; runtime/errors.py has the exit codes.
     """
-    importing = getattr(sys.modules.get('training.run_record'), 'importing', None)
-    if importing:
-        raise SettingError(f"{importing} trains when it is imported: put its main(...) under if __name__ == '__main__'")
-
+    refuse_to_train()
     config = flags(argv, config_class)
 
     def work() -> None:
@@ -68,44 +65,46 @@ def start(config: Config, trainer_class: type | None) -> None:
         train(config, trainer_class)
 
 
-def build(config: Config, trainer_class: type | None = None) -> 'BaseDiffusionTrainer':
-    """Device, data, network and the trainer, at the step of the run's last checkpoint. Raises SettingError."""
-    import data_utils
+def build(config: Config, trainer_class: type | None = None, read_from: Path | None = None) -> 'BaseDiffusionTrainer':
+    """Device, data, network and the trainer, at the step of the run's last checkpoint, or of `read_from`, which is only
+    read. Raises SettingError."""
     import utils
+    from data_utils import setup_data_train_and_test
     from networks import get_network
     from runtime import ranks
-    from trainer import ExampleDiffusionTrainer
-    from training import calling
-    from training.batches import ProcessedBatch
+    from trainer import ExampleDiffusionTrainer, ProcessedBatch
+    from training.calling import set_precision
 
     for setting, table in choices().items():  # before anything is downloaded or built
         choose(setting, getattr(config, setting), table)
     device = ranks.setup()
-    calling.set_precision(config.precision)
-    train_loader, train_sampler, test_loader = data_utils.setup_data_train_and_test(config, device)
+    set_precision(config.precision)
+    train_loader, train_sampler, test_loader = setup_data_train_and_test(config, device)
 
     def network(example: ProcessedBatch):
         utils.seed_everything(config.seed, 'network')
         cond = {name: tuple(value.shape[1:]) for name, value in example.cond.items()}
         return get_network(config, tuple(example.x0.shape[1:]), train_loader.spec.num_classes, cond)
 
-    return (trainer_class or ExampleDiffusionTrainer)(config, device, network, train_loader, train_sampler, test_loader)
+    made = trainer_class or ExampleDiffusionTrainer
+    trainer = made(config, device, network, train_loader, train_sampler, test_loader)
+    trainer.begin(None if read_from is None else str(read_from))
+    return trainer
 
 
 def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'BaseDiffusionTrainer':
     """The trainer of a finished or running run at its last checkpoint, read-only: nothing is locked or written.
 
-    `run_dir` is the run's folder, or one of its .pt files for an earlier step.
-
-    Its class, config class and table entries are those of the script that made it, which is imported. `network` has the
-    first moving average of the weights, another by its name (`ema_0.99`), one of a length that is chosen now
-    (`posthoc_0.1`, see saving.posthoc_weights), or the raw ones, which replaying a step needs. `settings` take the
-    place of those of the run, such as solver='heun' or guidance_scale=2; they must be among those that do not change
-    what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises SettingError if the run, its
-    script or the weights are not there, or a setting cannot be changed.
+    `run_dir` is the run's folder, or one of its .pt files for an earlier step. The script that made it is imported, for
+    its trainer's class, config class and table entries. `network` has the first moving average of the weights, another
+    by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see training/posthoc.py), or the raw
+    ones, which replaying a step needs. `settings` replace those of the run, such as solver='heun' or guidance_scale=2,
+    if they do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
+    SettingError if the run, its script or the weights are not there, or a setting cannot be changed.
     """
     import saving
-    from training import checkpoints, run_record
+    from training import run_record
+    from training.posthoc import POSTHOC, posthoc_weights
 
     path = Path(run_dir)
     checkpoint = path if path.suffix == '.pt' else path / 'last.pt'
@@ -113,17 +112,15 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     start = run_record.read_start(folder)
     if start.get('script'):
         run_record.import_file(start['script'])
-    trainer_class = run_record.import_class(**start['trainer'])
-    config_class = run_record.import_class(**start['config'])
+    trainer_class, config_class = (run_record.import_class(**start[name]) for name in ('trainer', 'config'))
     config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:
         raise SettingError(f'{", ".join(fixed)}: this belongs to what {path} has learned. Change settings of sampling.')
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
-    with checkpoints.reading(checkpoint):
-        trainer = build(config, trainer_class)
-    if weights.startswith(saving.POSTHOC):
-        trainer.network.load_state_dict(saving.posthoc_weights(checkpoint, weights, trainer.network))
+    trainer = build(config, trainer_class, checkpoint)
+    if weights.startswith(POSTHOC):
+        trainer.network.load_state_dict(posthoc_weights(checkpoint, weights, trainer.network))
         return trainer
     found = trainer.weights()
     name = next(iter(found)) if weights == 'ema' else weights
@@ -136,28 +133,20 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
 def train(config: Config, trainer_class: type | None) -> None:
     """Build everything and train."""
     from runtime import ranks
-    from runtime.ranks import print_once
     from training import run_record
 
     trainer = build(config, trainer_class)
-    if trainer.finished:
-        print_once(
-            f'{config.run_dir} is finished: {trainer.step} steps. '
-            'Change a setting or --experiment_name for another run.'
-        )
+    if trainer.checkpoints.finished:
+        steps = f'{config.run_dir} is finished: {trainer.step} steps.'
+        ranks.print_once(f'{steps} Change a setting or --experiment_name for another run.')
     else:
-        parameters = sum(p.numel() for p in trainer.network.parameters())
-        print_once(
-            f'training {config.dataset} on {ranks.world_size()} x {trainer.device.type}: {parameters:,} parameters, '
-            f'{config.num_training_steps} steps of {config.global_batch_size} images'
-        )
-        trainer.start = run_record.write_start(config, type(trainer), trainer.device, trainer.step)
-        trainer.train_loop()
-    print_once(
-        f'  report      {config.run_dir}/report.html\n  pictures    {config.run_dir}/samples\n'
-        f'  checkpoint  {config.run_dir}/last.pt\n'
-        f'  log         {config.run_dir}/metrics.jsonl'
-    )
+        parameters = f'{sum(p.numel() for p in trainer.network.parameters()):,} parameters'
+        steps = f'{config.num_training_steps} steps of {config.global_batch_size} images'
+        where = f'{ranks.world_size()} x {trainer.device.type}'
+        ranks.print_once(f'training {config.dataset} on {where}: {parameters}, {steps}')
+        trainer.train_loop(run_record.write_start(config, type(trainer), trainer.device, trainer.step))
+    files = dict(report='report.html', pictures='samples', checkpoint='last.pt', log='metrics.jsonl')
+    ranks.print_once('\n'.join(f'  {name:10}  {config.run_dir}/{file}' for name, file in files.items()))
 
 
 def choices() -> dict[str, Mapping[str, object]]:
@@ -166,30 +155,18 @@ def choices() -> dict[str, Mapping[str, object]]:
     from networks import NETWORKS, TIME_INPUTS
     from networks.transformer import DIT_SIZES
     from optimizers import LR_SCHEDULES, OPTIMIZERS
-    from prediction import ROWS
+    from prediction import LOSS_WEIGHTS, ROWS
     from processes import PROCESSES
     from sampling import TIME_GRIDS
     from solvers import LAST_STEPS, SDE_NOISES, SOLVERS
     from time_samplers import TIME_SAMPLERS
-    from training.advice import LOSS_WEIGHTS
 
     return dict(
-        dataset=DATASETS,
-        network=NETWORKS,
-        dit_size=DIT_SIZES,
-        time_input=TIME_INPUTS,
-        process_name=PROCESSES,
-        model_type=ROWS,
-        target_type=ROWS,
-        loss_weight=LOSS_WEIGHTS,
-        time_sampler=TIME_SAMPLERS,
-        optimizer=OPTIMIZERS,
-        lr_schedule_type=LR_SCHEDULES,
-        solver=SOLVERS,
-        time_grid=TIME_GRIDS,
-        sde_noise=SDE_NOISES,
-        sde_last_step=LAST_STEPS,
-    )
+        dataset=DATASETS, network=NETWORKS, dit_size=DIT_SIZES, time_input=TIME_INPUTS, process_name=PROCESSES,
+        model_type=ROWS, target_type=ROWS, loss_weight=LOSS_WEIGHTS, time_sampler=TIME_SAMPLERS,
+        optimizer=OPTIMIZERS, lr_schedule_type=LR_SCHEDULES,
+        solver=SOLVERS, time_grid=TIME_GRIDS, sde_noise=SDE_NOISES, sde_last_step=LAST_STEPS,
+    )  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -14,10 +14,8 @@ FUSED_DEVICES = ('cuda', 'cpu', 'mps', 'xpu')  # those for which torch has a fus
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov and Hutter 2019), without the wrappers of its methods that import torch._dynamo.
-
-    These would take two of the six seconds in which a run starts. They serve torch.compile of the optimizer itself.
-    """
+    """torch's AdamW (Loshchilov and Hutter 2019), without the wrappers of its methods that import torch._dynamo, which
+    takes two of the six seconds in which a run starts. They serve torch.compile of the optimizer itself."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
@@ -29,10 +27,9 @@ class AdamW(torch.optim.AdamW):
 class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the groups of parameters with `orthogonal=True`, AdamW for all others.
 
-    The momentum of a weight, flattened to a matrix (outputs, inputs), is replaced by the orthogonal matrix next to it:
-    all its singular values become about 1, so that no direction of the weight is left behind. An update of shape (a, b)
-    is scaled by 0.2 sqrt(max(a, b)), to the size of AdamW's, so that both have one learning rate and weight decay
-    (Liu et al. 2025, eq. 4).
+    The momentum of a weight, flattened to a matrix (outputs, inputs), is replaced by the nearest orthogonal matrix: all
+    its singular values become about 1. An update of shape (a, b) is scaled by 0.2 sqrt(max(a, b)), to the size of
+    AdamW's, so that both have one learning rate and weight decay (Liu et al. 2025, eq. 4).
     """
 
     momentum = 0.95
@@ -70,11 +67,11 @@ class Muon(AdamW):
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Near to U V' where a matrix is U S V', (n, a, b): singular values lie between about 0.7 and 1.2, but for those
+    """Near to U V' where a matrix is U S V', (n, a, b): singular values lie between about 0.7 and 1.2, except those
     that are many times smaller than the largest.
 
-    Each step is the odd polynomial p(S) = 3.4445 S - 4.775 S^3 + 2.0315 S^5 of the singular values, by products of
-    matrices alone (Jordan et al. 2024). On a GPU in bfloat16, which is enough.
+    Each step is the odd polynomial p(S) = 3.4445 S - 4.775 S^3 + 2.0315 S^5 of the singular values, by matrix products
+    (Jordan et al. 2024). On a GPU in bfloat16, which is enough.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     x = x.mT if x.shape[-2] > x.shape[-1] else x
@@ -90,11 +87,10 @@ OPTIMIZERS: dict[str, type[AdamW]] = {'adamw': AdamW, 'muon': Muon}
 
 
 def get_optimizer(config: Config, network: nn.Module) -> AdamW:
-    """The optimizer of that name for `network`; AdamW is one fused kernel on devices that have it.
+    """The optimizer `config.optimizer` for `network`, fused on devices that have it. Raises SettingError.
 
-    Weights of two or more dimensions are decayed, so no bias and no norm gain. They are also what Muon makes
-    orthogonal, all but tables of embeddings, whose rows are looked up one by one: these go with the biases. Raises
-    SettingError for an unknown name.
+    Weights of two or more dimensions are decayed, so no bias and no norm gain. Muon makes these orthogonal, except
+    tables of embeddings, whose rows are looked up one by one: they go with the biases.
     """
     optimizer = choose('optimizer', config.optimizer, OPTIMIZERS)
     tables = {id(m.weight) for m in network.modules() if optimizer is Muon and isinstance(m, nn.Embedding)}
@@ -109,19 +105,9 @@ def get_optimizer(config: Config, network: nn.Module) -> AdamW:
     return optimizer(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
 
 
-def lr_warning(config: Config) -> str | None:
-    """What is odd about the learning rate, and the remedy; None if nothing is."""
-    if config.optimizer != 'adamw' or config.base_lr <= 3e-3:
-        return None
-    return (
-        f"base_lr={config.base_lr:g}, optimizer='adamw': this is a learning rate for muon. AdamW usually wants 1e-3 or "
-        'less: pass --base_lr 1e-3.'
-    )
-
-
 def cosine(config: Config, step: int) -> float:
-    progress = (step - config.warmup_steps) / (config.num_training_steps - config.warmup_steps)
-    return config.min_lr + (config.base_lr - config.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    progress = min(1.0, (step - config.warmup_steps) / (config.num_training_steps - config.warmup_steps))
+    return config.min_lr + (config.base_lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def inverse_sqrt(config: Config, step: int) -> float:
@@ -138,10 +124,7 @@ LR_SCHEDULES: dict[str, Callable[[Config, int], float]] = {
 
 
 def get_lr(config: Config, step: int) -> float:
-    """Learning rate of step `step`, from 0: linear to base_lr over warmup_steps, then the schedule.
-
-    Raises SettingError for an unknown `lr_schedule_type`.
-    """
+    """Learning rate of `step`, from 0: linear to base_lr over warmup_steps, then the schedule. Raises SettingError."""
     after_warmup = choose('lr_schedule_type', config.lr_schedule_type, LR_SCHEDULES)
     if step < config.warmup_steps:
         return config.base_lr * (step + 1) / config.warmup_steps
@@ -151,8 +134,8 @@ def get_lr(config: Config, step: int) -> float:
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], config: Config, step: int) -> float:
     """Set the learning rates of step `step`, before it is taken; returns `get_lr`.
 
-    A group of parameters that was built with another learning rate than base_lr follows the same curve, scaled to its
-    own: its first value is kept in the group, and so in checkpoints, as `initial_lr`.
+    A group that was built with another learning rate than base_lr follows the same curve, scaled to its own, which is
+    kept in the group, and so in checkpoints, as `initial_lr`.
     """
     lr = get_lr(config, step)
     for optimizer in optimizers:
@@ -164,25 +147,54 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], config: Config, step: in
 def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()` if ok, a 0-dimensional bool tensor, else nothing: weights, moments and their step counts stay.
 
-    On a GPU fused Adam and Muon decide there, by the flag with which torch.amp.GradScaler skips a step, so that nothing
-    waits for it; any other optimizer waits. Many of those ignore the flag (RMSprop, torch's Muon) or refuse it (all
-    with foreach), and fused SGD with momentum, told to skip its first step, goes on from momentum that was never
-    initialised.
+    On a GPU fused Adam and Muon decide there, by the flag with which torch.amp.GradScaler skips a step, without a
+    CPU-GPU sync. Others ignore the flag (RMSprop, torch's Muon), refuse it (all with foreach), or take momentum that
+    was never initialised after a first step that was skipped (fused SGD).
     """
     knows_flag = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, AdamW, Muon)
     if ok.device.type != 'cpu' and knows_flag and all(group.get('fused') for group in optimizer.param_groups):
         optimizer.found_inf = (~ok).float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
-        # it would decide on the next plain step() too
-        del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        delattr(optimizer, 'found_inf')  # it would decide on the next plain step() too
     elif ok:  # CPU-GPU sync
         optimizer.step()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients down to a joint norm of at most max_norm, unless that is 0.
-
-    Returns the norm before, a 0-dimensional tensor. Collect the parameters once: a walk over a network's modules in
-    every step costs more than the clipping of a small one.
-    """
+    """Scale all gradients down to a joint norm of at most max_norm, unless that is 0. Returns the norm before, a
+    0-dimensional tensor."""
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+
+
+def trained_parameters(
+    modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each optimizer. Sets frozen modules to eval mode: no dropout, no batch statistics.
+
+    Raises ValueError for a parameter that two optimizers or none move, or that is in no module, and so would not be
+    saved and averaged over the processes.
+    """
+    for module in modules.values():
+        if not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+    moved = {name: [p for g in optimizer.param_groups for p in g['params']] for name, optimizer in optimizers.items()}
+    owner: dict[int, str] = {}
+    known = {id(p) for module in modules.values() for p in module.parameters()}
+    for name, parameters in moved.items():
+        for p in parameters:
+            shape = tuple(p.shape)
+            if id(p) not in known:
+                raise ValueError(
+                    f'optimizers[{name!r}] moves a parameter of shape {shape} that is in no module. Put its module '
+                    'into self.modules (for a single parameter: torch.nn.ParameterList([p])).'
+                )
+            if owner.setdefault(id(p), name) != name:
+                raise ValueError(f'optimizers {owner[id(p)]!r} and {name!r} move the same parameter of shape {shape}')
+    for name, module in modules.items():
+        left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owner]
+        if left:
+            raise ValueError(
+                f'modules[{name!r}]: no optimizer moves {", ".join(left[:3])}. Put one into self.optimizers, or call '
+                'requires_grad_(False) on the module.'
+            )
+    return moved

@@ -1,4 +1,4 @@
-"""What a network may output, what a loss may compare, and how one becomes the other.
+"""The prediction types that a network may output and a loss may compare, how one becomes the other, and loss weights.
 
 Every prediction type is one row y = a x0 + b x1 of ROWS, with coefficients that depend on t through the process.
 Together with xt = alpha x0 + sigma x1 it is a 2x2 system,
@@ -18,6 +18,15 @@ and data of standard deviation sigma_data:
 
     x0 = c_skip xt + c_out F,    c_skip = alpha sigma_data^2 c_in^2,    c_out = sigma sigma_data c_in,
     c_in^-2 = alpha^2 sigma_data^2 + sigma^2
+
+A loss is w(coefs) times the squared error of the target, with w (B,) of LOSS_WEIGHTS. A published loss is a pair of
+weight and target, named with each weight; another target gives the same loss by the factor between their errors. With D
+the error of x0, the error of a type y = a x0 + b x1 is (a - b alpha / sigma)^2 D: the error of the noise x1 is SNR D,
+that of F is D / c_out^2. So these are the same loss, whatever the network outputs:
+
+    target x0, weight edm    = target F,  weight none
+    target x1, weight none   = target x0, weight SNR (Ho et al. 2020, eq. 14)
+    target v,  weight none   = target x0, weight SNR + 1 where variance is preserved (Salimans and Ho 2022, section 4)
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +36,7 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from processes import Coefs, GaussianProcess, check_process
+from processes import Coefs, GaussianProcess, check_process, get_process
 from utils import bcast_right
 
 # type -> (a, b) of y = a x0 + b x1; each a number, a (B,) tensor, or None for a structural zero.
@@ -47,7 +56,7 @@ ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | 
 class Prediction:
     """One knowledge of (x0, x1), read as any type: `.x0 .x1 .score .velocity .v .F`, each (B, C, H, W).
 
-    Each is computed when first asked for; those given at construction are returned as they came.
+    Each is computed when first read; those given at construction are returned unchanged.
     """
 
     def __init__(self, xt: Tensor, coefs: Coefs, **known: Tensor):
@@ -179,11 +188,71 @@ def check_time_range(config: Config, process: GaussianProcess) -> None:
             )
 
 
+# ---------------------------------------------------------------- loss weights
+
+LossWeight = Callable[[Coefs], Tensor]
+
+
+def min_snr(c: Coefs, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma), for target x0 (Hang et al. 2023, section 3.4)."""
+    return c.log_snr.exp().clamp(max=gamma)
+
+
+def edm(c: Coefs) -> Tensor:
+    """1 / c_out^2 = (alpha^2 sigma_data^2 + sigma^2) / (sigma sigma_data)^2, for target x0.
+
+    Karras et al. 2022, table 1, for any alpha.
+    """
+    return 1 / (c.sigma * c.sigma_data * c.c_in).square()
+
+
+def elbo(c: Coefs) -> Tensor:
+    """-1/2 d log-SNR / dt, for target x1 and uniform times.
+
+    The loss is then a bound on -log p(x0), per pixel (Kingma et al. 2021, eq. 17).
+    """
+    return c.sigma_dot / c.sigma - c.f
+
+
+def sigmoid(c: Coefs, bias: float = 2.0) -> Tensor:
+    """The ELBO's weight times sigmoid(bias - log-SNR), for target x1 and uniform times.
+
+    Kingma and Gao 2023, section 4.
+    """
+    return elbo(c) * torch.sigmoid(bias - c.log_snr)
+
+
+# name -> coefs -> (B,)
+LOSS_WEIGHTS: dict[str, LossWeight] = {
+    'none': lambda c: torch.ones_like(c.alpha),
+    'min_snr': min_snr,
+    'edm': edm,
+    'elbo': elbo,
+    'sigmoid': sigmoid,
+}
+
+
+def get_loss_weight(config: Config) -> LossWeight:
+    """Raises SettingError for an unknown `loss_weight`, and for one that is infinite at t_min or t_max."""
+    weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)
+    for setting, inside in (('t_min', 0.001), ('t_max', 0.999)):
+        time = getattr(config, setting)
+        if not weight(get_process(config)(torch.tensor([time], dtype=torch.float64))).isfinite():
+            raise SettingError(
+                f'loss_weight={config.loss_weight!r} is infinite at {setting}={time:g} '
+                f'with process_name={config.process_name!r}. Use --{setting} {inside}.'
+            )
+    return weight
+
+
+# ---------------------------------------------------------------- the best prediction of all
+
+
 def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Tensor, Coefs, Tensor | None], Tensor]:
     """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is any of `data` (N, C, H, W), all as likely.
 
     If `labels` (N,) are given and a label is one of them, x0 is of that class. No network reaches a lower training
-    loss; this one has learned the data by heart (Karras et al. 2022, appendix B.3). Computed in float64; nan where
+    loss; this one has memorised the data (Karras et al. 2022, appendix B.3). Computed in float64; nan where
     sigma = 0.
     """
     flat = data.flatten(1).double()

@@ -111,7 +111,7 @@ class GaussianProcess:
         """The t in [0, 1] at which log_snr(t) has this value; 0 or 1 for values beyond the ends. No gradient.
 
         From a table over u = logit(t), in which log-SNR is nearly linear at either end where alpha or sigma is a power
-        of t or 1 - t, refined by two secant steps: t has an error below 1e-7 t, in float64. The table is made anew in
+        of t or 1 - t, refined by two secant steps: t has an error below 1e-7 t, in float64. The table is made again in
         each call, 4096 numbers, so that it is right for a process with parameters that change or are learned.
         """
         u = torch.linspace(-40, 36, 4096, dtype=torch.float64, device=log_snr.device)  # t from 4e-18 to 1 - 2e-16

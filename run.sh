@@ -1,14 +1,15 @@
 #!/bin/sh
 # Train:  sh run.sh [script.py] [--flags ...]      default main.py; `sh run.sh --help` lists the flags
 #
+#   sh run.sh generate.py [--flags ...]     a script is looked for in your folder, in the project's, then in scripts/
 #   NPROC=2 sh run.sh           processes on this machine (default: one per GPU, one on a machine without)
-#   MAX_RESTARTS=3 sh run.sh    a run that fails starts again, from its last checkpoint, up to three times
-#   sh run.sh --check [flags]   dry run: everything once, in a temporary folder, and what the whole run will take
-#   PYTHON=python3.12 sh run.sh which python makes .venv, where no environment is active
+#   MAX_RESTARTS=3 sh run.sh    a run that fails starts again from its last checkpoint, up to three times
+#   sh run.sh --check [flags]   dry run: everything once, in a temporary folder, and an estimate of the whole run
+#   PYTHON=python3.12 sh run.sh the python that makes .venv, if no environment is active
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host sh run.sh     machine 0 of two; docs/cluster.md has more, and Slurm
 #
-# It uses the active virtual or conda environment if that has what is needed, else .venv, which it makes from
-# requirements.txt (launch/environment.sh). It always launches torchrun (launch/launcher.py).
+# It uses the active virtual or conda environment if that has the packages of pyproject.toml, else .venv, which it makes
+# from requirements.txt (launch/environment.sh). Then launch/start.py starts torchrun.
 # Ctrl-C, SIGTERM or SIGUSR1: the run saves and ends.
 # Exit code: 0 done, 2 a setting is wrong, 3 the loss is not finite, 75 stopped and saved (run it again), else 1.
 set -eu
@@ -16,19 +17,19 @@ trap 'exit 75' TERM INT HUP USR1
 caller=$(pwd -P)
 CDPATH= cd -- "$(dirname -- "$0")"
 if [ ! -f launch/environment.sh ]; then
-    echo "run.sh: there is no launch/environment.sh in $PWD. Call it where it lies: sh /path/to/project/run.sh" >&2
+    echo "run.sh: there is no launch/environment.sh in $PWD. Call run.sh of the project itself: sh /path/to/project/run.sh" >&2
     exit 1
 fi
 . ./launch/environment.sh
 
-help=
+direct= # whether the script runs as one process, without torchrun
 for flag; do
     case $flag in
-        -h | --help) help=quick ;;
+        -h | --help) direct=quick ;;
         --check) export PYTHONDONTWRITEBYTECODE=1 ;; # it writes nothing outside a temporary folder
     esac
 done
-find_python "$help"
+find_python "$direct"
 
 script=main.py
 case ${1:-} in
@@ -41,16 +42,19 @@ case ${1:-} in
         [ -f "$script" ] || [ ! -f "scripts/$script" ] || script=scripts/$script
         ;;
 esac
-[ "$caller" = "$root" ] || root="$caller or $root"
-[ -f "$script" ] || fail "there is no script $script in $root"
+where=$root
+[ "$caller" = "$root" ] || where="$caller or $root"
+[ -f "$script" ] || fail "there is no script $script in $where"
+script=$(CDPATH= cd -- "$(dirname -- "$script")" && pwd -P)/$(basename -- "$script")
+script=${script#"$root"/} # one name for each script, from wherever it was called
 case $script in
-    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) help=yes ;; # always one process
+    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) direct=yes ;;
 esac
-if [ -n "$help" ]; then exec "$python" "$script" "$@"; fi
+if [ -n "$direct" ]; then exec "$python" -m launch.start --direct "$script" "$@"; fi
 export RUN_PARENT=$$
 RUN_BEGAN=$(date +%s)
-export RUN_BEGAN # for --check, which tells how long the start takes
-export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings are of host names, which it does without
+export RUN_BEGAN # --check prints how long the start takes
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # its warnings are about host names, which it can do without
 code=0
 run_child "$python" -m launch.start "$script" "$@" || code=$?
 exit "$code"

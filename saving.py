@@ -1,40 +1,37 @@
-"""Checkpoints: one file of named objects, written atomically and loadable with weights_only=True.
+"""Checkpoint files: named objects in one file, whole or not there, loadable with weights_only=True.
 
 A training checkpoint holds:
-version, config        of the format; the settings, as a dict
+version, config        the version of the format; the settings as a dict
 trainer, code, data    what made it: 'file.py:Class', the experiment's source text, the data's fingerprint
 shape, num_classes, cond                  what the network was built for
-classes, about_data                       the names of the classes; sizes and counts in words
+classes, about_data                       the names of the classes; sizes and counts as text
 step, finished, wandb_id, bad_steps, record
 network, ema, optimizer                   and modules, emas, optimizers: what an experiment adds; state: its `state()`
-Nothing random is stored: randomness is a function of (seed, step).
+Nothing random is stored: randomness is a function of (seed, step). training/checkpoints.py says what goes in and how
+it is restored.
 """
 
-import contextlib
 import dataclasses
 import errno
 import os
 import pickle
-import re
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from config import Config, SettingError
-from ema import posthoc_mixture
-from networks import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, get_network
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
+from runtime.files import sync, whole
 from runtime.ranks import print_once
-from settings.same_run import differences, migrated
+from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
 VERSION = 1  # of the format; a file without one is of version 1
+ERRORS = (zipfile.BadZipFile, zlib.error, pickle.PickleError, EOFError, OSError, RuntimeError, LookupError, ValueError)
 
 
 class DamagedCheckpoint(SettingError):
@@ -44,43 +41,22 @@ class DamagedCheckpoint(SettingError):
 def save(path: str | Path, **objects: Any) -> None:
     """Write objects under their names: the state_dict of what has one, plain values as they are.
 
-    Atomic: a temporary file in the same folder, fsync, rename, fsync of the folder. A kill at any moment leaves the old
-    file or the new one. Raises OSError or RuntimeError if the disk is full; the old file is then untouched.
+    A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
+    is full; the old file is then untouched.
     """
     path = Path(path)
-    with written_beside(path, **objects) as temporary:
-        os.replace(temporary, path)
-    sync_folder(path.parent)
+    with whole(path) as temporary:
+        write(temporary, **objects)
+    sync(path.parent)
 
 
-def states(objects: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict of what has one, plain values as they are."""
-    return {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
-
-
-@contextlib.contextmanager
-def written_beside(path: Path, **objects: Any) -> Iterator[Path]:
-    """A temporary file in the folder of `path` that holds the objects and is on the disk.
-
-    It is removed at the end if it is still there.
-    """
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            torch.save(states(objects), file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    if os.name == 'posix':
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def write(path: Path, **objects: Any) -> None:
+    """`save` to a new file, which is on the disk when this returns."""
+    states = {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
+    with open(path, 'wb') as file:
+        torch.save(states, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
@@ -95,29 +71,12 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
             'wait until this run has saved one.'
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load itself would accept flipped bits
-            odd = [
-                entry.filename
-                for entry in archive.infolist()
-                if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr
-            ]
-        if damaged is not None or odd:  # zip directory fields without a checksum that change how torch reads an entry
-            raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
+        check_archive(path)
         found = torch.load(path, map_location=map_location, weights_only=True)
         if isinstance(found, dict) and isinstance(found.get('config'), dict):
             found['config'] = migrated(found['config'])
         return found
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        LookupError,
-        ValueError,
-    ) as error:
+    except ERRORS as error:
         # EINVAL: a seek to where a damaged file points; EIO: a bad disk
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):
             raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error
@@ -126,10 +85,20 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         ) from error
 
 
+def check_archive(path: Path) -> None:
+    """Raise BadZipFile if bits of a torch file were flipped, which torch.load itself would accept."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        # fields of the zip directory without a checksum, which change how torch reads an entry
+        odd = [e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED or e.external_attr]
+    if damaged is not None or odd:
+        raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """`load` of a training checkpoint.
 
-    Raises SettingError if it is of a newer version, DamagedCheckpoint if it is something else.
+    Raises SettingError if it has a newer version, DamagedCheckpoint if it is something else.
     """
     checkpoint = load(path)
     if not isinstance(checkpoint, dict) or 'config' not in checkpoint:
@@ -158,7 +127,7 @@ def load_weights(
 ) -> None:
     """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit.
 
-    With `other_classes` the class embedding of another number of classes is left as it is in `network`, and said so.
+    With `other_classes` the class embedding of another number of classes stays as it is in `network`, with a warning.
     """
     now = network.state_dict()
     other = [
@@ -167,14 +136,14 @@ def load_weights(
         if name.endswith('class_embedding.weight') and weights[name].shape[0] != now[name].shape[0]
     ]
     if other and other_classes:
-        print_once(f'warning: {misfits(weights, now)[0]}: it begins anew, and the rest comes from {path}')
+        print_once(f'warning: {misfits(weights, now)[0]}: it starts untrained, and the rest comes from {path}')
         weights = weights | {name: now[name] for name in other}
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        usual = {field.name for field in dataclasses.fields(Config)}
-        own = (saved_config.keys() | dataclasses.asdict(config).keys()) - usual  # of the experiment's config class
-        changed = differences(saved_config, config, only={*NETWORK_SETTINGS, *own})
+        ours = {field.name for field in dataclasses.fields(Config)}
+        added = (saved_config.keys() | dataclasses.asdict(config).keys()) - ours  # by the experiment's config class
+        changed = differences(saved_config, config, only={*NETWORK_SETTINGS, *added})
         causes = [f'{line} (checkpoint -> now)' for line in changed] + misfits(weights, network.state_dict())[:1]
         raise SettingError(
             f'checkpoint {str(path)!r} is of another network: {"; ".join(causes) or error}. '
@@ -183,7 +152,7 @@ def load_weights(
 
 
 def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two state dicts in names and shapes, in words; another number of classes first."""
+    """Differences of two state dicts in names and shapes, as text; another number of classes first."""
     found = []
     for name in now | saved:
         old, new = (tuple(weights[name].shape) if name in weights else None for weights in (saved, now))
@@ -198,8 +167,10 @@ def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def network_settings(path: str) -> dict[str, Any]:
-    """The settings of the network in a checkpoint, for `parse_config`: a run that begins with its weights must have
-    them. None of them if there is no such file, which the run will say itself. Raises SettingError."""
+    """The settings of a checkpoint's network, for `parse_config`: a run that starts from its weights must have them.
+
+    Empty if there is no such file: the run itself refuses that. Raises SettingError.
+    """
     if not Path(path).is_file():
         return {}
     saved = load_checkpoint(path)['config']
@@ -210,48 +181,6 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The weights of the first moving average, the raw ones if there is none."""
     averages = checkpoint['ema']['networks']
     return next(iter(averages.values())) if averages else checkpoint['network']
-
-
-POSTHOC = 'posthoc_'  # posthoc_0.1: weights by the name of their relative width
-
-
-def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str, Any]:
-    """Averaged weights of `network` of a length chosen after training: `name` is posthoc_WIDTH, WIDTH the standard
-    deviation of the averaged steps in units of the training so far, as 0.1. They are mixed from all averages in the
-    run's checkpoints up to this one (ema.posthoc_mixture), and how well that went is printed. Buffers are those of the
-    checkpoint.
-
-    Raises SettingError if the name is not such, or there are too few averages for this width.
-    """
-    width = float(name.removeprefix(POSTHOC)) if re.fullmatch(r'posthoc_0?[.]\d+', name) else 0.0
-    if not 0.01 <= width <= 0.25:
-        raise SettingError(f'weights={name!r}: write posthoc_ and a width from 0.01 to 0.25, such as posthoc_0.1.')
-    last = load_checkpoint(checkpoint)
-    n = last['ema']['num_updates']
-    others = sorted({*checkpoint.parent.glob('step_*.pt'), *checkpoint.parent.glob('last*.pt')} - {checkpoint})
-    saved: dict[tuple[float, int], Path] = {}
-    for path in [*others, checkpoint]:
-        ema = (last if path == checkpoint else load_checkpoint(path))['ema']
-        if 0 < ema['num_updates'] <= n:
-            saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks'])}
-    keys = list(saved)
-    factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
-    print_once(f'{name}: {len(keys)} averages of {checkpoint.parent} come within {error:.1%} of this profile')
-    if error > 0.3:
-        raise SettingError(
-            f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
-            'Choose another width, or save more in training: a lower --keep_every, or --ema_decays as long as that.'
-        )
-    mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
-    total = {key: value.double() * 0 if key in mixed else value for key, value in last['network'].items()}
-    for path in dict.fromkeys(saved.values()):
-        found = last if path == checkpoint else load_checkpoint(path)
-        for (decay, updates), factor in zip(keys, factors, strict=True):
-            if saved[decay, updates] == path:
-                weights = found['ema']['networks'][decay] if decay else found['network']
-                for key in mixed:
-                    total[key] = total[key] + factor * weights[key].double()
-    return {key: value.to(last['network'][key].dtype) for key, value in total.items()}
 
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:
@@ -268,11 +197,11 @@ def load_for_sampling(
     Pass the experiment's own `config_class` if its network or process reads settings of its own, and import its file
     first if that adds a network or a process to the tables. Raises SettingError.
     """
+    from networks import NETWORKS, TIME_INPUTS, get_network
+
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, config_class)
-    script = (checkpoint.get('trainer') or '').rpartition(':')[0]
-    if script in ('', 'trainer.py'):  # not known, or one of this repo
-        script = 'the script of the run'
+    script = script_of(checkpoint)
     tables = dict(network=NETWORKS, time_input=TIME_INPUTS, process_name=PROCESSES, model_type=ROWS)
     for setting, table in tables.items():
         value = getattr(config, setting)
@@ -293,3 +222,8 @@ def load_for_sampling(
         ) from error
     load_weights(network, best_weights(checkpoint), checkpoint['config'], config, path)
     return network.to(device).eval().requires_grad_(False), process, config
+
+
+def script_of(checkpoint: dict[str, Any]) -> str:
+    """The experiment's file, for messages. Its whole text is in the checkpoint; other entries are 'file.py:Class'."""
+    return next((name for name in checkpoint.get('code', {}) if name.endswith('.py')), 'the script of the run')

@@ -1,274 +1,238 @@
-"""Training. An experiment subclasses ExampleDiffusionTrainer (at the end: read it first) and overrides what differs:
+"""Training. Read ExampleDiffusionTrainer first, at the end: its two functions are the experiment.
 
-prepare_batch_fn   a batch of the data set becomes x0, x1, t, label: all randomness of a training step
-loss_fn            the loss of each image, a pure function of the prepared batch and the networks
+prepare_batch_fn   a batch of data becomes x0, x1, t and a label; all randomness of a training step is drawn here
+loss_fn            the loss of each image: the network's prediction at xt, compared with the target
 
-The other methods of the first section have defaults: what is noised, what sampling starts from, how samples are judged.
-Below them is the training loop. Data x0 is at t = 0, the base x1 at t = 1, and xt = alpha(t) x0 + sigma(t) x1.
+Data x0 is at t = 0, the base sample x1 at t = 1, and xt = alpha(t) x0 + sigma(t) x1.
+An experiment subclasses one of the two classes and overrides what differs in the first section.
 """
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-import data_utils
 import utils
 from augmentations import get_augmenter
 from config import Config
+from data_loading.loader import Loader, StreamSampler
 from ema import EMA
-from evaluation import judge, pixel_metrics
-from logging_utils import Logger, Progress, RunningMeans, Speedometer
-from optimizers import clip_gradients, get_optimizer, set_lr, step_if
-from prediction import check_time_range, get_model_convert_fn, get_target_fn
+from evaluation.judge import Judge
+from logging_utils import Record
+from optimizers import clip_gradients, get_optimizer, set_lr, step_if, trained_parameters
+from prediction import check_time_range, get_loss_weight, get_model_convert_fn, get_target_fn
 from processes import get_process
-from reports import pictures
-from runtime import errors, ranks, stopping
-from runtime.ranks import print_once
-from sampling import ModelFn, get_sample_fn
+from reports.pictures import Gallery
+from runtime import ranks, stopping
+from runtime.errors import Stopped
+from sampling import ModelFn
 from time_samplers import get_time_sampler
-from training import batches, calling, checkpoints
-from training.advice import get_loss_weight
 from training.bad_steps import BadSteps
-from training.batches import ProcessedBatch, SampleInputs
-from training.parallel import Parallel
+from training.batches import Batches
+from training.calling import Caller, on_device
+from training.checkpoints import Checkpoints
+from training.drawing import Drawing
+from training.experiment import OldNames, ProcessedBatch, SampleInputs
+from training.first_images import independence
+from training.parallel import ParallelLoss
+from training.run_record import identity_of
 
 
-class BaseDiffusionTrainer(metaclass=utils.BeginsWhenBuilt):
-    """All but the two functions of an experiment. `main.build` builds it, in a notebook too."""
+class BaseDiffusionTrainer(OldNames):
+    """The training loop, and a default for everything that an experiment may override except its two functions."""
 
-    # Are x0 and x1 independent? False refuses SDE solvers, whose score would be wrong. Where no subclass sets it, it is
-    # False if `couple` is overridden, if the data are pairs (x0, x1), and if x1 plainly goes with x0.
-    independent = True
-    has_reference = True  # can the network be asked as a denoiser of noise? False leaves out eval/reference
-    # The value for 'not given' of conditions that label_dropout and guidance drop together with the label.
-    null_cond: Mapping[str, Tensor | float] = {}
+    independent: bool | None = None  # are x0 and x1? None: found out from the first images. False refuses SDE solvers
+    has_reference: bool = True  # False leaves out eval/reference, where the network is not a denoiser of noise
+    null_cond: Mapping[str, Tensor | float] = {}  # condition -> its value for 'not given', for dropout and guidance
+    couple: Callable[..., Tensor] | None = None  # or a method (x0, x1, label) -> x1 for the whole global batch
 
     # ---------------------------------------------------------------- the experiment: override these
 
-    def encode(self, x: Tensor) -> Tensor:
-        """From what the data set yields ([0, 1] for images) to x0, which is noised. Float data are x0 as they are."""
-        return 2 * x - 1 if self.data.scale == 'image' else x
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """The inverse of `encode`, for pictures, metrics and files; images are clamped to [0, 1]."""
-        return ((x0 + 1) / 2).clamp(0, 1) if self.data.scale == 'image' else x0
-
     def prepare_batch_fn(self, batch: tuple[Tensor, ...], is_train: bool) -> ProcessedBatch:
-        """From (x, label), or (x, label, x1) if the data are pairs, each (n, ...): augmentation, times, conditions.
-
-        Use torch's random functions freely: their generators were seeded from (seed, step, shard).
-        """
+        """From (x, label), or (x, label, x1) if the data are pairs. torch's generators are seeded from (seed, step)."""
         raise NotImplementedError
-
-    def couple(self, x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
-        """Reorder or redraw the base samples x1 of the whole global batch; the same on any number of processes."""
-        return x1
 
     def loss_fn(self, batch: ProcessedBatch, model_fn: ModelFn) -> Tensor:
-        """The loss of each image, (B,), a pure function of its inputs and of `self.modules`.
-
-        `model_fn(xt, t, label, **cond)` is the network.
-        """
+        """(B,), a pure function of the batch and `self.modules`; `model_fn(xt, t, label, **cond)` is the network."""
         raise NotImplementedError
 
+    def setup_networks(self) -> None:
+        """Fill `modules`, `optimizers` and `emas`. To add a network, override this: before super() what `encode` or
+        `prepare_batch_fn` use, after it what copies the network."""
+        self.optimizers.setdefault('network', get_optimizer(self.config, self.network))
+        self.emas.setdefault('network', EMA(self.network, self.config.ema_decays))
+        utils.seed_everything(self.config.seed, 'modules', 'after the network')
+
+    def encode(self, x: Tensor) -> Tensor:  # from data as they are loaded, images in [0, 1], to x0, which is noised
+        return 2 * x - 1 if self.data.scale == 'image' else x
+
+    def decode(self, x0: Tensor) -> Tensor:  # the inverse, for pictures, metrics and files
+        return ((x0 + 1) / 2).clamp(0, 1) if self.data.scale == 'image' else x0
+
     def sample_inputs(self, n: int) -> SampleInputs:
-        """What n samples start from, the same every time: noise and the classes in turn, or else held-out data."""
-        return batches.sample_inputs(self, n)
+        """What n samples start from, the same every time: noise and the classes in turn, or held-out data."""
+        return self.batches.sample_inputs(n)
 
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: object) -> Tensor:
-        """x0 (n, ...) by the solver of that name, with the config's settings of sampling.sample, or others by name."""
-        pictures.refuse_score(self, solver)
-        start = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
-        return self.sample_fn(model_fn, **start | settings, callback=lambda *_: stopping.raise_if_stopped())
+        """x0 (n, ...) by this solver; `settings` of sampling.sample replace those of the config."""
+        return self.drawing.draw(model_fn, inputs, solver, **settings)
 
     def samplers(self) -> dict[str, Callable[[ModelFn, SampleInputs], Tensor]]:
-        """Name -> way of sampling, for grids and final metrics: the config's solver, and one of the other kind."""
-        return {name: partial(self.draw, solver=name) for name in pictures.solvers(self)}
+        """Name -> a way of sampling, for pictures and final numbers: the config's solver, and one of the other kind."""
+        return {name: partial(self.draw, solver=name) for name in self.drawing.default_solvers()}
 
     def sample_metrics(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
-        """Numbers for decoded samples, on rank 0, logged as final/<sampler>/...; for grey symbols, metrics.py's."""
-        if not self.data.pixel_metrics:
-            return {}
-        (train, label, *_), (held_out, *_) = self.train_loader.everything(), self.test_loader.everything()
-        asked = inputs.label if self.config.label_dropout < 1 else None
-        return pixel_metrics.pixel_metrics(x, asked, train, label, held_out)
+        """Numbers for decoded samples (n, ...), recorded as final/<sampler>/<name>. An override runs on rank 0."""
+        return self.judge.distances(x, inputs)
 
-    def show(self, name: str, x: Tensor, beside: list[Tensor]) -> None:
-        """On rank 0: images as a grid, points as a scatter plot, with those of `beside` on the left; else nothing."""
-        pictures.show(self, name, x, beside)
+    def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
+        """On rank 0, a picture of decoded samples, with what they were made from on its left."""
+        self.gallery.show(name, x, inputs)
+
+    def after_sampling(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
+        """On rank 0, after `show`: pictures, numbers and histograms of your own."""
 
     def state(self) -> dict:
-        """What a checkpoint holds beside modules and optimizers: tensors, numbers, strings, lists and dicts of them."""
+        """What a checkpoint holds besides networks: tensors, numbers, strings, lists and dicts of them."""
         return {}
 
     def load_state(self, state: dict) -> None:
         """Take back what `state` gave."""
 
     # to use in them
+    # fmt: off
+    def uniforms(self, n: int) -> Tensor: return self.batches.uniforms(n)  # (n,) in [0, 1], for the time sampler
+    def log(self, name: str, value: Tensor | float) -> None: self.record.log(name, value)  # its mean is recorded
+    def picture(self, name: str, image: Tensor) -> None: self.record.picture(name, image, self.step)  # (3, H, W) uint8
+    def histogram(self, name: str, values: Tensor) -> None: self.record.histogram(name, values, self.step)
+    def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn: return self.caller(module, train)
+    # fmt: on
 
-    uniforms = batches.uniforms  # (n) -> (n,) numbers in [0, 1] for the time sampler
-
-    def log(self, name: str, value: Tensor | float) -> None:
-        """The mean over elements, ranks and steps goes into the record's next line; while evaluating, as eval/name."""
-        self.means.add(name, *((value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)))
-
-    def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn:
-        """`module` as a function of (xt, t, label, **cond), which hides train/eval mode and autocast in each call."""
-        return calling.as_model_fn(module, train, self.device, self.autocast_dtype, self.call_network)
+    def overrides(self, name: str) -> bool:  # whether the experiment has a method or attribute `name` of its own
+        return name in vars(self) or getattr(type(self), name) is not getattr(ExampleDiffusionTrainer, name)
 
     # ---------------------------------------------------------------- construction
 
     def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        network: nn.Module | Callable[[ProcessedBatch], nn.Module],
-        train_loader: data_utils.Loader,
-        train_sampler: data_utils.StreamSampler,
-        test_loader: data_utils.Loader,
-    ):
-        """`network` is a module, or builds one for a prepared batch. After this, a subclass may add to `self.modules`,
-        `self.optimizers` and `self.emas`; `begin` is called when all constructors are through."""
+        self, config: Config, device: torch.device, network: nn.Module | Callable[[ProcessedBatch], nn.Module],
+        train_loader: Loader, train_sampler: StreamSampler, test_loader: Loader,
+    ):  # fmt: skip
         self.config, self.device, self.data = config, device, train_loader.spec
-        self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
+        self.train_loader, self.test_loader = train_loader, test_loader
         self.process = get_process(config)
         check_time_range(config, self.process)
-        self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
         self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)
+        self.model_convert_fn, self.target_fn = get_model_convert_fn(config.model_type), get_target_fn()
         self.augmenter = get_augmenter(config, vars(self.data), train_loader.has_pairs)
-        self.autocast_dtype = calling.autocast_dtype(config.precision, device)
-        self.call_network = calling.get_call(config, device)
 
         self.build_network = network if not isinstance(network, nn.Module) else lambda example: network
         self.modules: dict[str, nn.Module] = {}  # saved, restored and averaged over the ranks
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # stepped in turn, each with parameters of its own
         self.emas: dict[str, EMA] = {}  # moving averages of modules, by the name of the module
-        self.step, self.finished, self.wandb_id = 0, False, None
-        self.start: dict | None = None  # the entry of this start in run.json
-        self.means = RunningMeans(device)  # since the last line of the record
-        self.drawing, self.bad_steps = pictures.Drawing(), BadSteps(config, device)
-        self.shard_position: tuple[int, int] = (0, 1)  # which shard of how many is being prepared
-        self.loss_needs_gradients = False  # found out by evaluation.rehearse
+        self.parameters: dict[str, list[nn.Parameter]] = {}  # of each optimizer
+        self.step, self.losses, self.independent = 0, ParallelLoss.before_begin, self.independent
+
+        self.record, self.bad_steps = Record(config, device, lambda: train_loader.waited), BadSteps(config, device)
+        self.caller, self.batches = Caller(config, device), Batches(self, train_loader, train_sampler, test_loader)
+        self.drawing = Drawing(self, self.batches)
+        self.judge = Judge(self, self.batches, self.record, self.drawing)
+        self.gallery = Gallery(self, self.batches, self.record, self.drawing)
+        held = dict(modules=self.modules, optimizers=self.optimizers, emas=self.emas, experiment=self)
+        held |= dict(bad_steps=self.bad_steps, record=self.record, about=self.batches.about)
+        identity = identity_of(type(self), BaseDiffusionTrainer, train_loader.fingerprint)
+        self.checkpoints = Checkpoints(config, identity, held)
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
 
-    @cached_property
-    def example(self) -> ProcessedBatch:
-        """A prepared batch of the first images: the shapes of x0 and of the conditions are read off it."""
-        return batches.example(self)
+    def begin(self, read_from: str | None = None) -> None:
+        """When all constructors are through: networks, then the run's last checkpoint, or `read_from`, only read."""
+        self.setup_networks()
+        self.independent = independence(self, self.batches)
+        self.drawing.check()
+        self.parameters |= trained_parameters(self.modules, self.optimizers)
+        self.step = self.checkpoints.restore(read_from)
+        model_fn = self.get_model_fn(self.network, train=True)
+        self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), self.example)
+
+    example = property(lambda self: self.batches.example)  # a prepared batch of the first images
+    shape = property(lambda self: tuple(self.example.x0.shape[1:]))  # of one x0
+    ema = property(lambda self: self.emas['network'])
 
     @property
-    def shape(self) -> tuple[int, ...]:  # of one x0
-        return tuple(self.example.x0.shape[1:])
-
-    @property
-    def network(self) -> nn.Module:
-        """The raw network: the one that is trained, saved and averaged."""
+    def network(self) -> nn.Module:  # the raw one, which is trained; built when it is first needed
         if 'network' not in self.modules:
-            self.modules['network'] = calling.on_device(self.build_network(self.example), self.device)
+            self.modules['network'] = on_device(self.build_network(self.example), self.device)
         return self.modules['network']
 
-    @property
-    def ema(self) -> EMA:
-        return self.emas['network']
+    def weights(self) -> dict[str, nn.Module]:
+        """The networks to evaluate, by name; the first moving average, if any, is the one by which a run is judged."""
+        return {f'ema_{decay:g}': net for decay, net in self.ema.networks.items()} | {'raw': self.network}
 
-    def begin(self) -> None:
-        """Resume from the run's last whole checkpoint, if there is one. Raises SettingError."""
-        self.couples = utils.overridden(self, 'couple')
-        self.independent = batches.is_independent(self)
-        pictures.refuse_score(self, self.config.solver)
-        self.sample_fn = get_sample_fn(self.config, self.process, self.data.num_classes, self.null_cond)
-        self.optimizers = {'network': get_optimizer(self.config, self.network)} | self.optimizers
-        self.emas = {'network': EMA(self.network, self.config.ema_decays)} | self.emas
-        self.parameters = utils.moved_parameters(self.modules, self.optimizers)
-        utils.quiet_frozen(self.modules)
-        checkpoints.restore(self)
-        self.parallel = Parallel(self, self.get_model_fn(self.network, train=True))
+    # ---------------------------------------------------------------- the loop
 
-    # ---------------------------------------------------------------- training
+    def train_loop(self, start: dict | None = None) -> None:  # start: what run.json has of it
+        """Train to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
+        c, finished = self.config, False
+        self.checkpoints.refuse_if_read_only()
+        with self.record.open(self.step, start), self.checkpoints, self.batches:
+            stopping.catch_stop_signals()
+            with suppress(Stopped):
+                self.judge.rehearse()  # what is broken fails now or never
+                self.gallery.rehearse(self.step)
+                self.checkpoints.check()
+                self.report()  # in a resumed run what was due at the step of its checkpoint
+                steps = self.batches.steps(self.step)
+                while self.step < c.num_training_steps:
+                    self.train_step(next(steps))
+                    if self.due(c.save_every) or self.due(c.keep_every):
+                        self.checkpoints.save(self.step)
+                    self.report()
+                    stopping.poll_stop()
+                finished = True
+            self.checkpoints.save(self.step, wait=True, finished=finished)
+        if not finished:
+            ranks.print_once(f'stopped at step {self.step}, state saved: the same command resumes the run')
+            raise Stopped
 
-    def train_loop(self) -> None:
-        """Train from `self.step` to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
-        self.logger = Logger(self.config, self.config.run_dir, self.step, self.wandb_id, self.start)
-        self.wandb_id = self.logger.wandb_id
-        self.progress, self.speed = Progress(self.step, self.config.num_training_steps), Speedometer(self.step)
-        self.test_loader.start_workers()
-        stopping.catch_stop_signals()
-        try:
-            with contextlib.suppress(errors.Stopped):
-                self.train_steps()
-                self.finished = True
-            self.save(wait=True)
-            if not self.finished:
-                print_once(f'stopped at step {self.step}, state saved: the same command goes on from there')
-                raise errors.Stopped
-        finally:
-            checkpoints.close(self)
-
-    def train_steps(self) -> None:
-        """The steps from `self.step` to the end, each followed by what is due at it."""
-        c = self.config
-        judge.rehearse(self)
-        judge.report(self)  # what was due at the step of the checkpoint; at step 0 the data
-        self.speed.restart(self.step)
-        shards = self.shards()
-        while self.step < c.num_training_steps:
-            self.train_step(shards)
-            self.progress.advance()
-            if self.due(c.save_every) or self.due(c.keep_every):
-                self.save()
-            judge.report(self)
-            stopping.poll_stop()
-
-    def train_step(self, shards: Iterator[ProcessedBatch]) -> None:
-        """One optimizer step on a global batch, of which this process computes its shards. A bad step is skipped."""
-        c = self.config
+    def train_step(self, micro_batches: Iterable[ProcessedBatch]) -> None:
+        """One optimizer step on a global batch, of which these are the parts of this process. A bad step is skipped."""
+        c, lr = self.config, set_lr(self.optimizers.values(), self.config, self.step)
         if self.due(c.log_every):
-            self.means.clear()
-        lr = set_lr(self.optimizers.values(), c, self.step)
-        for micro_step in range(c.accumulation_steps):
-            batch = utils.concat(list(itertools.islice(shards, self.shards_per_micro_step())))
-            utils.seed_everything(c.seed, 'forward', self.step, ranks.rank(), micro_step)  # for dropout
-            with self.parallel.sync(micro_step == c.accumulation_steps - 1):
-                losses = self.parallel(batch)  # (B,)
-                (self.bad_steps.poison(losses) / c.accumulation_steps).backward()
-            self.means.add_finite('train/loss', losses)
-            self.means.add_by_time('train/loss_t', losses, batch.t)
-            if batch.augmentation_label is not None:
-                self.log('train/augmented', batch.augmentation_label)
+            self.record.clear()
+        for i, batch in enumerate(micro_batches):
+            utils.seed_everything(c.seed, 'forward', self.step, ranks.rank(), i)  # for dropout
+            losses = self.losses(batch, average=i == c.accumulation_steps - 1)  # (B,)
+            (self.bad_steps.poison(losses) / c.accumulation_steps).backward()
+            self.record.losses(losses, batch.t, batch.augmentation_label)
         norms = {name: clip_gradients(moved, c.grad_clip_norm) for name, moved in self.parameters.items()}
         ok = self.bad_steps.check(sum(norms.values(), torch.zeros(())), self.step)
         for optimizer in self.optimizers.values():
             step_if(ok, optimizer)
             optimizer.zero_grad()
         for name, ema in self.emas.items():
-            ema.update(self.modules[name])  # in a skipped step, with weights that stood still
-
+            ema.update(self.modules[name])  # after a skipped step, with weights that stood still
         self.step += 1
-        for name, norm in norms.items():
-            self.means.add_finite('train/grad_norm' if name == 'network' else f'train/grad_norm_{name}', norm)
-        self.log('train/lr', lr)
+        self.record.step(lr, norms)
 
-    shards, draw_shard = batches.shards, batches.draw_shard  # prepared parts of the global batches: see batches.py
+    def report(self) -> None:
+        """What is due at this step goes into the record: means, held-out losses, pictures, numbers for samples."""
+        c, last = self.config, self.step >= self.config.num_training_steps
+        with self.record.line(self.step) as line:  # written at the end, also if a stop comes meanwhile
+            if self.due(c.log_every):
+                line |= {'train/bad_steps': self.bad_steps.report()}
+                line |= self.record.summary(self.step, self.drawing.seconds_at_end)
+            if self.due(c.eval_every):
+                line |= self.judge.held_out_losses(self.step)
+            if self.due(c.sample_every) and (c.final_pictures or not last):
+                line |= self.gallery.draw(self.step)
+            if c.final_eval if last else self.due(c.eval_metrics_every):
+                line |= self.judge.samples(self.step)
+        if self.due(c.sample_every):
+            self.gallery.update_page()
 
-    def shards_per_micro_step(self) -> int:
-        """How many of this process's shards go through the network together."""
-        return len(self.train_sampler.my_shards) // self.config.accumulation_steps
-
-    def due(self, every: int) -> bool:
-        """Whether this step is a multiple of `every` (0: never), or the last."""
-        return self.step == self.config.num_training_steps or (every > 0 and self.step > 0 and self.step % every == 0)
-
-    def weights(self) -> dict[str, nn.Module]:
-        """The networks to evaluate, by name; the first moving average, if any, is the one to judge a run by."""
-        return {f'ema_{decay:g}': net for decay, net in self.ema.networks.items()} | {'raw': self.network}
-
-    def save(self, wait: bool = False) -> None:
-        """Write last.pt, and step_N.pt at every keep_every-th step: in the background unless `wait`."""
-        checkpoints.save(self, wait)
+    def due(self, every: int) -> bool:  # whether this step is a multiple of `every` (0: never), or the last
+        return self.step >= self.config.num_training_steps or (every > 0 and self.step > 0 and self.step % every == 0)
 
 
 class ExampleDiffusionTrainer(BaseDiffusionTrainer):

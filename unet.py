@@ -1,9 +1,13 @@
-"""A UNet for images of any channels and size: forward(xt, time, label, **cond) -> (B, C, H, W).
+"""A UNet for images of any channels and size, and the parts that all networks share.
 
-Residual blocks with group norm, whose scale and shift come from the embedding of time, class and conditions (Dhariwal
-and Nichol 2021), self-attention at chosen resolutions, and outputs initialised to zero, so that each block starts as
-the identity and the network's first output is 0. Sides that the levels cannot halve are padded, the output cropped.
-`sinusoid`, `zero_init` and `Conditions` are there for other networks too.
+Notable features (after Dhariwal and Nichol 2021):
+- residual blocks with group norm, whose scale and shift come from the embedding of time, class and conditions
+- self-attention at chosen resolutions, and always in the middle
+- blocks and output start at zero: at first each block is the identity, and the output is 0
+- sides that cannot be halved as often as there are levels are padded, and the output is cropped
+
+For a network of yours: `ConditionedNetwork` makes the embedding, of `sinusoid` and `Conditions`. networks/table.py has
+the table to put it in.
 """
 
 import math
@@ -31,20 +35,20 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 class Conditions(nn.Module):
-    """The named conditions that a network takes beside the class, {name: shape of one item}, and what becomes of them.
+    """The named conditions that a network takes besides the class, {name: shape of one item}, and their embeddings.
 
     A number, shape (), goes through a sinusoid of 1000 times its value, as the time does, so it should be of order 1; a
     vector (D,) as it is. Each has a small MLP, whose last layer starts at zero, and all add up to one embedding.
-    Images (C, H, W) become channels beside xt; with `flat` they count as vectors.
+    Images (C, H, W) become channels, after the channels of xt; with `flat` they count as vectors.
     A condition that a call leaves out, or gives as None, adds nothing: no embedding, and channels of zeros.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None, dim: int, flat: bool = False):
-        """`dim`: of the embedding. Raises ValueError for a shape that is none of these."""
+        """`dim`: size of the embedding. Raises ValueError for any other shape."""
         super().__init__()
         self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
         self.images = [name for name, shape in self.shapes.items() if len(shape) == 3 and not flat]
-        self.channels = sum(self.shapes[name][0] for name in self.images)  # beside those of xt
+        self.channels = sum(self.shapes[name][0] for name in self.images)  # in addition to the channels of xt
         self.mlps, self.dim = nn.ModuleDict(), dim
         for name, shape in self.shapes.items():
             if len(shape) not in (0, 1, 3) and not flat:
@@ -54,12 +58,12 @@ class Conditions(nn.Module):
                 )
             if name not in self.images:
                 size = math.prod(shape) if shape else dim
-                self.mlps[f'mlp_{name}'] = nn.Sequential(  # a bare name might be one that every module has, as `type`
+                self.mlps[f'mlp_{name}'] = nn.Sequential(  # a bare name may be taken: every module has a `type`
                     nn.Linear(size, dim), nn.SiLU(), zero_init(nn.Linear(dim, dim))
                 )
 
     def given(self, cond: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Those that are there. Raises TypeError for a name that was not declared, ValueError for another shape."""
+        """The conditions that are not None. Raises TypeError for an undeclared name, ValueError for another shape."""
         unknown = ', '.join(sorted(set(cond) - set(self.shapes)))
         if unknown:
             known = ', '.join(self.shapes) or 'none'
@@ -81,8 +85,8 @@ class Conditions(nn.Module):
                 total = total + self.mlps[f'mlp_{name}'](x)
         return total
 
-    def beside(self, xt: Tensor, cond: Mapping[str, Tensor | None]) -> Tensor:
-        """xt (B, C, H, W) and the images, resized to its sides, along the channels."""
+    def with_images(self, xt: Tensor, cond: Mapping[str, Tensor | None]) -> Tensor:
+        """xt (B, C, H, W) and the images, resized to its sides, joined along the channels."""
         parts = [xt]
         for name in self.images:
             image = cond.get(name)
@@ -92,6 +96,32 @@ class Conditions(nn.Module):
                 image = F.interpolate(image.to(xt.dtype), size=xt.shape[2:], mode='bilinear')
             parts.append(image.to(xt.dtype))
         return torch.cat(parts, 1) if self.images else xt
+
+
+class ConditionedNetwork(nn.Module):
+    """A network whose time, class and conditions become one embedding; a subclass has the `forward`.
+
+    Label `num_classes` is the null class, which None means too.
+    """
+
+    conditions: Conditions
+
+    def __init__(self, num_classes: int, frequencies: int, dim: int, conditions: Conditions | None = None):
+        """`frequencies`: size of the sinusoid of the time, even. `dim`: size of the embedding. A subclass that passes
+        no conditions sets them later: the initial weights of a seed depend on the order."""
+        super().__init__()
+        if conditions is not None:
+            self.conditions = conditions
+        self.num_classes, self.frequencies = num_classes, frequencies
+        self.time_mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.class_embedding = nn.Embedding(num_classes + 1, dim)
+
+    def embedding(self, time: Tensor, label: Tensor | None, cond: Mapping[str, Tensor | None]) -> Tensor:
+        """(B, dim), of time (B,), label (B,) int64 and conditions (B, ...)."""
+        if label is None or self.num_classes == 0:  # labels of data without classes mean nothing here
+            label = torch.full((len(time),), self.num_classes, device=time.device)
+        emb = self.time_mlp(sinusoid(time, self.frequencies)) + self.class_embedding(label)
+        return F.silu(emb + self.conditions.embed(cond))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -140,7 +170,7 @@ class Attention(nn.Module):
         return x + self.out(y.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)
 
 
-class Level(nn.Module):
+class Stage(nn.Module):
     """One residual block, followed by attention where this resolution has it."""
 
     def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float, attention: bool):
@@ -152,12 +182,24 @@ class Level(nn.Module):
         return self.attention(self.block(x, emb))
 
 
-class UNet(nn.Module):
+def attended_levels(shape: tuple[int, ...], levels: int, attention_resolutions: tuple[int, ...]) -> list[bool]:
+    """Whether each level of images (C, H, W), from the finest, has attention; its longer side decides."""
+    sides = [-(-max(shape[1:]) // 2**i) for i in range(levels)]
+    if not set(attention_resolutions) <= set(sides):
+        raise ValueError(
+            f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of '
+            f'side {sides}. Choose --attention_resolutions among these (none: pass the flag without a value), '
+            'or use the preset of the data set'
+        )
+    return [side in attention_resolutions for side in sides]
+
+
+class UNet(ConditionedNetwork):
     """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
 
-    Label `num_classes` is the null class, which None means too. `attention_resolutions` names levels by their longer
-    side; the middle, at the coarsest, always has attention. `cond`: name -> shape of one item, see `Conditions`.
-    Raises ValueError for data that are not images, and if an attention resolution is the side of no level.
+    `attention_resolutions` names levels by their longer side; the middle, at the coarsest, always has attention.
+    `cond`: name -> shape of one item, see `Conditions`.
+    Raises ValueError for data that are not images, and if no level has the side of an attention resolution.
     """
 
     def __init__(
@@ -171,24 +213,11 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         cond: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        super().__init__()
         if len(shape) != 3:
             raise ValueError(f'a UNet is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
-        sides = [-(-max(shape[1:]) // 2**i) for i in range(len(channel_mults))]
-        for side in attention_resolutions:
-            if side not in sides:
-                raise ValueError(
-                    f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of '
-                    f'side {sides}. Choose --attention_resolutions among these (none: pass the flag without a value), '
-                    'or use the preset of the data set'
-                )
-        attend = [side in attention_resolutions for side in sides]
-        self.num_classes, self.multiple, c_emb = num_classes, 2 ** (len(channel_mults) - 1), 4 * channels
-        self.conditions = Conditions(cond, c_emb)
-        self.in_channels = shape[0]  # of xt alone; conditions that are images come beside them
-
-        self.time_mlp = nn.Sequential(nn.Linear(channels, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.class_embedding = nn.Embedding(num_classes + 1, c_emb)
+        attend, c_emb = attended_levels(shape, len(channel_mults), attention_resolutions), 4 * channels
+        super().__init__(num_classes, channels, c_emb, Conditions(cond, c_emb))
+        self.in_channels, self.multiple = shape[0], 2 ** (len(channel_mults) - 1)  # channels of xt without conditions
         self.stem = nn.Conv2d(shape[0] + self.conditions.channels, channels, 3, padding=1)
 
         c, skips = channels, [channels]  # channels now, and of each tensor that a skip connection will bring back
@@ -198,42 +227,33 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
             for _ in range(num_res_blocks):
-                self.down.append(Level(c, mult * channels, c_emb, dropout, attend[i]))
+                self.down.append(Stage(c, mult * channels, c_emb, dropout, attend[i]))
                 c = mult * channels
                 skips.append(c)
-        self.middle = nn.ModuleList([Level(c, c, c_emb, dropout, attention=True), ResBlock(c, c, c_emb, dropout)])
+        self.middle = nn.ModuleList([Stage(c, c, c_emb, dropout, attention=True), ResBlock(c, c, c_emb, dropout)])
         for i, mult in reversed(list(enumerate(channel_mults))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(Level(c + skips.pop(), mult * channels, c_emb, dropout, attend[i]))
+                self.up.append(Stage(c + skips.pop(), mult * channels, c_emb, dropout, attend[i]))
                 c = mult * channels
             if i > 0:
                 c = channel_mults[i - 1] * channels
-                self.up.append(
-                    nn.Sequential(
-                        nn.Upsample(scale_factor=2, mode='nearest'), nn.Conv2d(mult * channels, c, 3, padding=1)
-                    )
-                )
+                conv = nn.Conv2d(mult * channels, c, 3, padding=1)
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), conv))
         self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
 
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.in_channels:
             raise ValueError(f'xt has shape {tuple(xt.shape)}; this UNet wants images (B, {self.in_channels}, H, W)')
-        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
-            label = torch.full((len(xt),), self.num_classes, device=xt.device)
-        emb = self.time_mlp(sinusoid(time, self.stem.out_channels)) + self.class_embedding(label)
-        emb = F.silu(emb + self.conditions.embed(cond))
-
+        emb = self.embedding(time, label, cond)
         height, width = xt.shape[2:]
-        x = F.pad(
-            self.conditions.beside(xt, cond), (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate'
-        )
-        x = self.stem(x)
+        padding = (0, -width % self.multiple, 0, -height % self.multiple)
+        x = self.stem(F.pad(self.conditions.with_images(xt, cond), padding, mode='replicate'))
         skips = [x]
         for layer in self.down:
-            x = layer(x, emb) if isinstance(layer, Level) else layer(x)
+            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
             skips.append(x)
         for layer in self.middle:
             x = layer(x, emb)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 1), emb) if isinstance(layer, Level) else layer(x)
+            x = layer(torch.cat([x, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(x)
         return self.head(x)[:, :, :height, :width]

@@ -1,4 +1,4 @@
-"""Small helpers: shapes, bundles of tensors, derivatives, errors, seeds, pictures. Images are (B, C, H, W)."""
+"""Small helpers: shapes, bundles of tensors, derivatives, errors, seeds. Images are (B, C, H, W)."""
 
 import dataclasses
 import functools
@@ -28,39 +28,33 @@ def bcast_right(v: Tensor, ndim: int) -> Tensor:
 
 
 def rows(bundle: Bundle, index: slice | Tensor) -> Bundle:
-    """The same dataclass with these rows of every tensor in it, also of those in its dicts and lists.
+    """The same dataclass with these rows of every tensor in it, also in its dicts and lists; other fields are kept.
 
-    `index` is a slice, or a tensor of row numbers or of truth values. Fields of any other type are kept as they are.
+    `index` is a slice, or a tensor of row numbers or of truth values.
     """
     return _map_tensors(lambda tensors: tensors[0][index], [bundle], type(bundle).__name__)
 
 
 def concat(bundles: Sequence[Bundle]) -> Bundle:
-    """The rows of all bundles, one after the other, tensor by tensor, also in dicts and lists.
-
-    Fields of any other type are those of the first bundle. Raises ValueError where one bundle has a tensor (or a key,
-    or an item) that another has not.
-    """
+    """The rows of all bundles, one after the other, tensor by tensor, also in dicts and lists; other fields are taken
+    from the first. Raises ValueError where one bundle has a tensor, a key or an item that another does not have."""
     return _map_tensors(torch.cat, list(bundles), type(bundles[0]).__name__)
 
 
 def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: str) -> Any:
     """Like values[0], with `fn` of the tensors at the same place in all of `values` where it has a tensor."""
-    first = values[0]
-    alike = [isinstance(value, Tensor) == isinstance(first, Tensor) for value in values]
-    children = [] if isinstance(first, Tensor) else [_children(value) for value in values]
-    if not all(alike) or any(inside.keys() != children[0].keys() for inside in children):
+    first, children = values[0], [_children(value) for value in values]
+    tensors = sum(isinstance(value, Tensor) for value in values)
+    if tensors not in (0, len(values)) or any(inside.keys() != children[0].keys() for inside in children):
         raise ValueError(f'{name} must hold the same tensors (keys, number of items) in all parts that are joined')
-    if isinstance(first, Tensor):
+    if tensors:
         return fn(values)
     new = {key: _map_tensors(fn, [inside[key] for inside in children], f'{name}.{key}') for key in children[0]}
     if isinstance(first, dict):
         return new
     if isinstance(first, list | tuple):
         return type(first)(new.values())
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        return dataclasses.replace(first, **new)
-    return first
+    return dataclasses.replace(first, **new) if new else first
 
 
 def _children(value: Any) -> dict:
@@ -69,9 +63,8 @@ def _children(value: Any) -> dict:
         return value
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
-    return (
-        {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else {}
-    )
+    is_bundle = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)} if is_bundle else {}
 
 
 def jvp(
@@ -79,9 +72,8 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """fn(*inputs) and its derivative along `tangents`, both of the output's shape; None as a tangent means zero.
 
-    In forward mode: one pass, whatever the number of inputs. Both results can be backpropagated, also on several
-    processes, as long as DDP holds the loss and not the network. Attention is computed by plain matrix products: its
-    fused kernels have no forward mode. `fn` may not change a buffer in place, as batch norm does in training.
+    One pass in forward mode; both results can be backpropagated. Attention is computed by plain matrix products: its
+    fused kernels have no forward mode. `fn` must not change a buffer in place, as batch norm does in training.
     """
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
@@ -147,10 +139,10 @@ def seed_everything(*key: int | str) -> None:
 
 
 class NoiseOfEach(TorchFunctionMode):
-    """While this is entered, the random numbers of row i of a batch are a function of (*key, indices[i]) alone.
+    """While this is entered, the random numbers of row i of a batch are a function of (*key, indices[i]) only, so that
+    a sample does not depend on its batch or on the device.
 
-    So a sample does not depend on the batch it is drawn in, or on the device. It holds for rand, randn and their
-    _like forms, of results with len(indices) rows; other random functions are seeded for the batch.
+    For rand, randn and their _like forms, of len(indices) rows; other random functions are seeded for the batch.
     """
 
     RANDOM: ClassVar[dict[Callable, str]] = {
@@ -182,104 +174,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, names: Sequence[str] = ()) -> Tensor:
-    """Images (B, C, H, W) in [0, 1], row by row, as one picture (3, H', W') uint8.
-
-    Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay
-    white. `names`, one for each image, stand above the columns if all images of a column have the same, else below
-    each image.
-    """
-    b, _, h, w = images.shape
-    factor = -(-min_side // min(h, w))
-    cells = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    cells = cells[:, :3] if cells.shape[1] >= 3 else cells[:, :1].expand(-1, 3, -1, -1)
-    cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    by_column = all(name == names[i % columns] for i, name in enumerate(names))
-    height = 0 if by_column or not names else LINE_HEIGHT  # of a line below each image
-    h, w = h * factor + gap, w * factor + gap
-    rows = -(-b // columns)
-    picture = torch.full((3, rows * (h + height) + gap, columns * w + gap), 255, dtype=torch.uint8)
-    for i, cell in enumerate(cells):
-        y, x = gap + i // columns * (h + height), gap + i % columns * w
-        picture[:, y : y + h - gap, x : x + w - gap] = cell
-        if height:
-            picture[:, y + h - gap : y + h - gap + height, x : x + w - gap] = written(names[i], w - gap)
-    if names and by_column:
-        above = [written(name, w - gap) for name in names[:columns]]
-        top = torch.full((3, LINE_HEIGHT, picture.shape[2]), 255, dtype=torch.uint8)
-        for i, line in enumerate(above):
-            top[:, :, gap + i * w : (i + 1) * w] = line
-        picture = torch.cat([top, picture], 1)
-    return picture
-
-
-LINE_HEIGHT = 13  # pixels of a line of text in a picture
-
-
-def written(text: str, width: int) -> Tensor:
-    """One line of text in black on white, (3, LINE_HEIGHT, width) uint8; what does not fit is cut off."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.new('RGB', (width, LINE_HEIGHT), 'white')
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(10)
-    if draw.textlength(text, font) > width:
-        while text and draw.textlength(text + '\u2026', font) > width:
-            text = text[:-1]
-        text += '\u2026'
-    draw.text((width / 2, LINE_HEIGHT / 2), text, 'black', font, anchor='mm')
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-class BeginsWhenBuilt(type):
-    """Metaclass that calls `begin` once all constructors are through: what a subclass's __init__ adds is then known."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        built = super().__call__(*args, **kwargs)
-        built.begin()
-        return built
-
-
-def overridden(thing: object, name: str, base: str = 'BaseDiffusionTrainer') -> bool:
-    """Whether the attribute or method `name` of `thing` is its own or of a subclass of the class named `base`."""
-    return name in vars(thing) or next(cls.__name__ for cls in type(thing).__mro__ if name in vars(cls)) != base
-
-
-def quiet_frozen(modules: dict[str, nn.Module]) -> None:
-    """Put modules that nothing trains, a teacher or an autoencoder, into eval mode: no dropout, no batch statistics."""
-    for module in modules.values():
-        if not any(p.requires_grad for p in module.parameters()):
-            module.eval()
-
-
-def moved_parameters(
-    modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
-) -> dict[str, list[nn.Parameter]]:
-    """The parameters that each optimizer moves.
-
-    Raises ValueError for one that two move, that none does, or that is in no module: it would be neither saved nor
-    averaged over the processes.
-    """
-    moved = {name: [p for g in optimizer.param_groups for p in g['params']] for name, optimizer in optimizers.items()}
-    owner: dict[int, str] = {}
-    known = {id(p) for module in modules.values() for p in module.parameters()}
-    for name, parameters in moved.items():
-        for p in parameters:
-            if id(p) not in known:
-                raise ValueError(
-                    f'optimizers[{name!r}] moves a parameter of shape {tuple(p.shape)} that is in no module. Put its '
-                    'module into self.modules (for a lone parameter: torch.nn.ParameterList([p])).'
-                )
-            if owner.setdefault(id(p), name) != name:
-                raise ValueError(
-                    f'optimizers {owner[id(p)]!r} and {name!r} move the same parameter of shape {tuple(p.shape)}'
-                )
-    for name, module in modules.items():
-        left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owner]
-        if left:
-            raise ValueError(
-                f'modules[{name!r}]: no optimizer moves {", ".join(left[:3])}. Put one into self.optimizers, or call '
-                'requires_grad_(False) on the module.'
-            )
-    return moved

@@ -4,7 +4,7 @@
 
 Both see the same 1500 training images. Ours is the preset as it is, by the trainer's own steps. torchcfm's is the loop
 of its conditional MNIST example (I-CFM with sigma 0, Adam at 1e-3, 32 channels, 1 block, batches of 128), 1500 steps,
-with 50 Euler steps to sample. 1000 samples of each are compared with the data (metrics.pixel_metrics). Seconds are of
+with 50 Euler steps to sample. 1000 samples of each are compared with the data (evaluation/distances.py). Seconds are of
 training alone. Needs torchcfm (benchmarks/requirements.txt), and a machine that does nothing else.
 """
 
@@ -25,23 +25,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from interleaved import write
 
 from config import Config
-from evaluation import pixel_metrics
+from evaluation.detectors import support_vectors
+from evaluation.distances import compare
 from main import build
-from reports import pictures
 
 PEER_STEPS, BATCH, SAMPLES = 1500, 128, 1000
-BARS = dict(label_agreement=0.985, frechet_pixels=0.25, nearest_neighbour_ratio=0.9)
+BARS = dict(label_agreement=0.985, frechet=0.25, nearest_neighbour_ratio=0.9)
 
 
 def ours(seed: int, folder: str) -> tuple[float, dict[str, float]]:
     trainer = build(Config(seed=seed, ckpt_dir=folder, experiment_name=f'seed{seed}', wandb='disabled'))
-    shards, began = trainer.shards(), time.perf_counter()
+    steps, began = trainer.batches.steps(0), time.perf_counter()
     for _ in range(trainer.config.num_training_steps):
-        trainer.train_step(shards)
+        trainer.train_step(next(steps))
     seconds = time.perf_counter() - began
     sampler, network = next(iter(trainer.samplers().values())), next(iter(trainer.weights().values()))
     inputs = trainer.sample_inputs(SAMPLES)
-    return seconds, trainer.sample_metrics(pictures.generate(trainer, sampler, network, inputs), inputs)
+    return seconds, trainer.sample_metrics(trainer.drawing.samples(sampler, network, inputs), inputs)
 
 
 def torchcfm(seed: int, folder: str) -> tuple[float, dict[str, float]]:
@@ -68,7 +68,9 @@ def torchcfm(seed: int, folder: str) -> tuple[float, dict[str, float]]:
     with torch.no_grad():
         for i in range(50):
             x = x + network(torch.full((SAMPLES,), i / 50), x, asked) / 50
-    return seconds, pixel_metrics.pixel_metrics(decoded(x), asked, images, labels, held_out)
+    x = decoded(x)
+    agreement = float((support_vectors(images, labels)(x) == asked).float().mean())
+    return seconds, compare(*(2 * y.flatten(1) - 1 for y in (x, images, held_out))) | dict(label_agreement=agreement)
 
 
 def decoded(x: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def main() -> None:
         if mine:
             kept = sum(
                 row['label_agreement'] >= BARS['label_agreement']
-                and row['frechet_pixels'] <= BARS['frechet_pixels']
+                and row['frechet'] <= BARS['frechet']
                 and row['nearest_neighbour_ratio'] >= BARS['nearest_neighbour_ratio']
                 for row in mine
             )

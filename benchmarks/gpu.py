@@ -10,6 +10,7 @@ convolutions in one step, counted by torch.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -45,7 +46,6 @@ from gpu_sides import (
     wait,
 )  # fmt: skip
 
-from reports import pictures
 from training import calling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,8 +98,7 @@ def correct(folder: str) -> dict[str, Any]:
         whole, cut = (Run(folder, experiment_name=f'{optimizer}_{name}', **settings) for name in ('whole', 'cut'))
         whole.steps(12)
         cut.steps(6)
-        cut.trainer.save(wait=True)
-        cut.trainer.writer.join()
+        cut.trainer.checkpoints.save(cut.trainer.step, wait=True)
         resumed = Run(folder, experiment_name=f'{optimizer}_cut', **settings)
         assert resumed.trainer.step == 6
         resumed.steps(6)
@@ -109,23 +108,21 @@ def correct(folder: str) -> dict[str, Any]:
         )
 
     trainer = whole.trainer
-    batch = next(whole.shards)
+    batch = next(next(whole.micro_batches))
     network = trainer.network.eval()
 
-    def output(call: Any, device: torch.device) -> Tensor:
+    def output(compile: str, device: torch.device) -> Tensor:
         xt, t, label = (x.to(device) for x in (batch.x0, batch.t, batch.label))
-        return calling.as_model_fn(network.to(device), False, device, None, call)(xt, t, label).detach()
-
-    from training import calling
+        config = dataclasses.replace(trainer.config, compile=compile, precision='float32')
+        return calling.Caller(config, device)(network.to(device))(xt, t, label).detach()
 
     with torch.no_grad():
         calling.set_precision('float32')
-        here = output(calling.plainly, DEVICE)
+        here = output('off', DEVICE)
         for chosen in ('on', 'graphs'):
-            call = calling.Compiled(chosen, optional=False)
-            difference = max(float((output(call, DEVICE) - here).abs().max()) for _ in range(3))
+            difference = max(float((output(chosen, DEVICE) - here).abs().max()) for _ in range(3))
             found[f'compile {chosen}: largest difference'] = difference / float(here.abs().max())
-        on_cpu = output(calling.plainly, torch.device('cpu')).to(DEVICE)
+        on_cpu = output('off', torch.device('cpu')).to(DEVICE)
         found['CPU: largest difference'] = float((on_cpu - here).abs().max() / here.abs().max())
     return found
 
@@ -219,7 +216,7 @@ def sampling(folder: str) -> dict[str, Any]:
     def drawer(run: Run) -> Callable[[int], Any]:
         trainer = run.trainer
         (sampler, *_), (average, *_) = trainer.samplers().values(), trainer.weights().values()
-        return lambda times: [pictures.generate(trainer, sampler, average, inputs) for _ in range(times)]
+        return lambda times: [trainer.drawing.samples(sampler, average, inputs) for _ in range(times)]
 
     rates = in_turn({name: drawer(run) for name, run in runs.items()}, dict.fromkeys(runs, n))
     found: dict[str, Any] = {f'samples/s, {name}': median(rate) for name, rate in rates.items()}
@@ -233,8 +230,8 @@ def saves(folder: str) -> dict[str, Any]:
     run.steps(3)
     times = []
     for _ in range(4):
-        times.append(1000 * seconds(run.trainer.save))
-        run.trainer.writer.wait()
+        times.append(1000 * seconds(lambda: run.trainer.checkpoints.save(run.trainer.step)))
+        run.trainer.checkpoints.wait()
         run.steps(2)
     return {'first stall, ms': times[0], 'stall, ms': median(times[1:])}
 

@@ -65,11 +65,11 @@ class Run:
         if not channels_last:
             for network in (self.trainer.network, *self.trainer.ema.networks.values()):
                 network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        self.shards = self.trainer.shards()
+        self.micro_batches = self.trainer.batches.steps(self.trainer.step)
         self.batch = self.trainer.config.global_batch_size
 
     def step(self) -> None:
-        self.trainer.train_step(self.shards)
+        self.trainer.train_step(next(self.micro_batches))
 
     def steps(self, n: int) -> None:
         calling.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
@@ -78,8 +78,8 @@ class Run:
 
     def loss(self) -> float:
         """The mean since this was last asked."""
-        loss = self.trainer.means.means()['train/loss']
-        self.trainer.means.clear()
+        loss = self.trainer.record.means.means()['train/loss']
+        self.trainer.record.clear()
         return loss
 
 

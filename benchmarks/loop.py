@@ -43,7 +43,7 @@ def bare_step(trainer) -> Callable[[], None]:
     optimizer = get_optimizer(c, network)
     images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
     data = trainer.encode(images)
-    dtype = trainer.autocast_dtype
+    dtype = trainer.caller.dtype
     autocast = torch.autocast(trainer.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def step() -> None:
@@ -81,8 +81,8 @@ def main() -> None:
             except SettingError as error:  # data that are not there
                 print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
                 continue
-            shards = trainer.shards()
-            ways = {'bare': bare_step(trainer), 'ours': lambda t=trainer, s=shards: t.train_step(s)}
+            steps = trainer.batches.steps(0)
+            ways = {'bare': bare_step(trainer), 'ours': lambda t=trainer, s=steps: t.train_step(next(s))}
             times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)
             bare, ours = (1000 * median(times[way]) / steps for way in ('bare', 'ours'))
             rows.append(dict(case=name, bare_ms=bare, ours_ms=ours, ratio=ratio(times, of='ours', to='bare')))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,7 +78,8 @@ def worker(compiled: bool, folder: str) -> None:
     steps = {}
     for name, parallel.DistributedDataParallel in KINDS.items():  # pyright: ignore
         trainer = build(Config(**settings, experiment_name=name))
-        steps[name] = partial(trainer.train_step, trainer.shards())
+        batches = trainer.batches.steps(0)
+        steps[name] = lambda t=trainer, s=batches: t.train_step(next(s))
         for _ in range(STEPS):  # DDP arranges its buckets by what it saw in the first
             steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in steps}

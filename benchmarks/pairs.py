@@ -26,10 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
 from config import PRESETS, Config, SettingError  # noqa: E402
-from evaluation import pixel_metrics  # noqa: E402
+from evaluation.detectors import support_vectors  # noqa: E402
 from prediction import ROWS, check_time_range  # noqa: E402
 from processes import PROCESSES, get_process  # noqa: E402
-from reports import pictures  # noqa: E402
 from training.advice import find_remedy, pair_warning  # noqa: E402
 
 RECORD, PAGE, PICTURE = ROOT / 'benchmarks/pairs.jsonl', ROOT / 'docs/pairs.md', ROOT / 'docs/pairs.png'
@@ -72,15 +71,15 @@ def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
         grid = dict(solver='dpmpp_2m', time_grid='log_snr') if cell[0] == 've' else {}
         config = config_of(cell, seed=seed, ckpt_dir=folder, num_training_steps=steps, **grid, **more)
         trainer = main.build(config)
-        shards = trainer.shards()
+        micro_batches = trainer.batches.steps(trainer.step)
         while trainer.step < steps:
-            trainer.train_step(shards)
+            trainer.train_step(next(micro_batches))
         module = next(iter(trainer.weights().values()))
         inputs = trainer.sample_inputs(NUM_SAMPLES)
         sampler = functools.partial(trainer.draw, solver=config.solver)
-        x = pictures.generate(trainer, sampler, module, inputs)
+        x = trainer.drawing.samples(sampler, module, inputs)
         images, labels, *_ = trainer.train_loader.everything()
-        agreement = pixel_metrics.label_agreement(x.flatten(1), inputs.label, images.flatten(1), labels)
+        agreement = float((support_vectors(images[:5000], labels[:5000])(x) == inputs.label).float().mean())
     seconds = time.monotonic() - began
     return dict(cell=cell, seed=seed, steps=steps, more=more, agreement=agreement, seconds=seconds)
 

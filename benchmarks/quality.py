@@ -6,7 +6,7 @@ Networks of the shapes of networks.py, each of 1.1 to 1.4 million parameters, in
 with velocity output, batches of 64, AdamW at 1e-3 with 30 steps of warm-up, moving average of 0.99. They take turns of
 one step, the one that has used the least time first, so that a busy machine slows all of them alike, until each has had
 its seconds. Judged by the loss on 1000 held-out images (the same noise and times for all) and by 256 samples, 10
-evaluations of adams, compared with the training images (metrics.pixel_metrics). Needs the packages of
+evaluations of adams, compared with the training images (evaluation/distances.py). Needs the packages of
 benchmarks/requirements.txt, and Fashion-MNIST.
 """
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from interleaved import write
 
 from config import PRESETS, Config
-from evaluation import pixel_metrics
+from evaluation.distances import Moments, frechet
 from main import build
 from optimizers import AdamW
 from processes import RectifiedFlow
@@ -98,7 +98,7 @@ def loss(call: Callable, network: nn.Module, x0: Tensor, x1: Tensor, t: Tensor) 
 
 @torch.no_grad()
 def judged(one: SimpleNamespace, train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Its average's held-out loss and what pixel_metrics says of its samples; images are in [0, 1]."""
+    """Its average's held-out loss and the distance of its samples; images are in [0, 1]."""
     rng = torch.Generator().manual_seed(0)
     x1, u = torch.randn(held_out.shape, generator=rng), torch.rand(len(held_out), generator=rng)
     t = 0.001 + 0.998 * (torch.arange(len(held_out)) + u) / len(held_out)
@@ -112,8 +112,10 @@ def judged(one: SimpleNamespace, train: Tensor, held_out: Tensor) -> dict[str, f
             for z in noise.split(100)
         ]
     )
-    found = pixel_metrics.pixel_metrics(((x + 1) / 2).clamp(0, 1), None, train[:10_000], None, held_out)
-    return dict(loss=held_out_loss, frechet=found['frechet_pixels'], real=found['frechet_real'])
+    images = 2 * train[:10_000].flatten(1) - 1
+    real = images[torch.randint(len(images), (len(x),), generator=torch.Generator().manual_seed(0))]
+    distances = [frechet(Moments(y.cpu()), Moments(images)) for y in (x.clamp(-1, 1).flatten(1), real)]
+    return dict(loss=held_out_loss, frechet=distances[0], real=distances[1])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ disk of the temporary folder (weights, one moving average, two moments of AdamW)
 saves, save_every steps of the digits preset with a UNet of that width.
 """
 
+import functools
 import sys
 import tempfile
 import time
@@ -36,18 +37,19 @@ def measure(channels: int, folder: str) -> None:
         channels=channels, ckpt_dir=folder, experiment_name=f'channels{channels}', wandb='disabled', keep_every=0
     )
     trainer = build(config)
-    shards = trainer.shards()
-    trainer.train_step(shards)
-    first = seconds(trainer.save)  # allocates the copy
-    trainer.writer.wait()
+    steps = trainer.batches.steps(0)
+    save = functools.partial(trainer.checkpoints.save, 0)
+    trainer.train_step(next(steps))
+    first = seconds(save)  # allocates the copy
+    trainer.checkpoints.wait()
     stall, write, blocking, alone, beside = [], [], [], [], []
     for _ in range(REPEATS if channels < 256 else 3):
-        alone.append(seconds(lambda: trainer.train_step(shards)))
-        stall.append(seconds(trainer.save))
+        alone.append(seconds(lambda: trainer.train_step(next(steps))))
+        stall.append(seconds(save))
         # the write goes on behind this step, or behind its beginning
-        beside.append(seconds(lambda: trainer.train_step(shards)))
-        write.append(seconds(trainer.writer.wait))
-        blocking.append(seconds(lambda: trainer.save(wait=True)))
+        beside.append(seconds(lambda: trainer.train_step(next(steps))))
+        write.append(seconds(trainer.checkpoints.wait))
+        blocking.append(seconds(lambda: save(wait=True)))
     megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6
     waits, blocks, step = median(stall), median(blocking), median(alone)
     share = waits / (config.save_every * step)

@@ -28,7 +28,6 @@ from interleaved import HERE, in_turn, write
 
 from config import Config
 from main import build
-from reports import pictures
 
 ROOT, ROUNDS = HERE.parent, 5
 SMALL = dict(dataset='arrays', channels=16, global_batch_size=32, optimizer='adamw', wandb='disabled', keep_every=0)
@@ -59,11 +58,11 @@ def way(folder: Path, name: str, timed: str, images: int = 1000, side: int = 8, 
     trainer = build(Config(**SMALL | settings, data_path=path, ckpt_dir=str(folder), experiment_name=name))
     if timed == 'draw':
         sampler, inputs = next(iter(trainer.samplers().values())), trainer.sample_inputs(samples)
-        return lambda: pictures.generate(trainer, sampler, trainer.network, inputs)
+        return lambda: trainer.drawing.samples(sampler, trainer.network, inputs)
     if timed == 'save':
-        return lambda: trainer.save(wait=True)
-    shards = trainer.shards()
-    return lambda: trainer.train_step(shards)
+        return lambda: trainer.checkpoints.save(trainer.step, wait=True)
+    steps = trainer.batches.steps(trainer.step)
+    return lambda: trainer.train_step(next(steps))
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:

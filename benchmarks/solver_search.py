@@ -24,9 +24,18 @@ sys.path.insert(0, str(ROOT))
 
 from interleaved import write  # noqa: E402
 
-import sampling  # noqa: E402
 from processes import GaussianProcess, RectifiedFlow  # noqa: E402
-from solvers import SOLVERS, Solver, angular, gaussian, multistep  # noqa: E402
+from sampling import sample  # noqa: E402
+from solvers import (  # noqa: E402
+    SOLVERS,
+    TIME_GRIDS,
+    Multistep,
+    Solver,
+    angular,
+    equal_steps,
+    gaussian,
+    logistic,
+)
 from tests.oracle import random_mixture, ring  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35)
@@ -41,7 +50,7 @@ MIXTURES = [
     (random_mixture(32, 12, seed=7), 60),
     (random_mixture(48, 16, seed=11, scale=0.4, smallest=0.02, largest=0.5), 60),
 ]
-# those of few steps begin with 'few'; `steps` is FEW_STEPS
+# constants of paths of few steps begin with 'few'; `steps` is Solver.few_steps
 REPO = dict(
     order=4, corrector=5, taper=True, centre=0.6, scale=1.2,
     steps=10, few_order=3, few_corrector=3, few_centre=1.64, narrowest=1 / 20, widest=2.5,
@@ -65,21 +74,20 @@ def errors(constants: dict, problems: list) -> dict[int, list[tuple[float, float
     """NFE -> (median, RMSE) for each mixture; errors are distances per dimension to the exact end point."""
     c = SimpleNamespace(**constants)
     formula = partial(gaussian, widths=(c.narrowest, c.widest))
-    few = partial(multistep, formula=formula, given='x0', order=c.few_order, corrector=c.few_corrector)
-    many = partial(multistep, formula=angular, given='v', order=c.order, corrector=c.corrector, taper=c.taper)
-    SOLVERS['tried'] = Solver(many, nfe=1, order=c.order, memory=6, few=few)
-    sampling.FEW_STEPS = c.steps
+    few = Multistep(formula, 'x0', c.few_order, c.few_corrector)
+    many = Multistep(angular, 'v', c.order, c.corrector, c.taper)
+    SOLVERS['tried'] = Solver(many, nfe=1, order=c.order, memory=6, few=few, few_steps=c.steps)
 
     def grid(process: GaussianProcess, t_max: float, t_min: float, n: int) -> torch.Tensor:
-        variable = sampling.logistic(c.few_centre - 0.08 * n if n <= c.steps else c.centre, c.scale)
-        return sampling.equal_steps('tried', process, t_max, t_min, n, variable)
+        variable = logistic(c.few_centre - 0.08 * n if n <= c.steps else c.centre, c.scale)
+        return equal_steps('tried', process, t_max, t_min, n, variable)
 
-    sampling.TIME_GRIDS['tried'] = grid
+    TIME_GRIDS['tried'] = grid
     found = {}
     for nfe in NFE:
         found[nfe] = []
         for model_fn, x1, exact in problems:
-            x = sampling.sample(model_fn, RectifiedFlow(), x1, solver='tried', nfe=nfe, time_grid='tried')
+            x = sample(model_fn, RectifiedFlow(), x1, solver='tried', nfe=nfe, time_grid='tried')
             squares = (x - exact).square().mean(1)
             found[nfe].append((squares.sqrt().median().item(), squares.mean().sqrt().item()))
     return found
@@ -91,7 +99,7 @@ def main() -> None:
     for mixture, n in MIXTURES:
         model_fn = mixture.as_model('velocity', RectifiedFlow())
         x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
-        exact = sampling.sample(model_fn, RectifiedFlow(), x1, solver='rk4', num_steps=250)
+        exact = sample(model_fn, RectifiedFlow(), x1, solver='rk4', num_steps=250)
         problems.append((model_fn, x1, exact))
     usual, lines = errors(REPO, problems), []
     print('| constant | median at ' + ' | '.join(map(str, NFE)) + ' | RMSE at ' + ' | '.join(map(str, NFE)) + ' |')

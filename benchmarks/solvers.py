@@ -152,7 +152,7 @@ def frechet_table(network: Callable, config: Config, n: int = 500) -> None:
     The network's own error is included.
     """
     from data_utils import get_dataset
-    from evaluation.pixel_metrics import frechet_distance
+    from evaluation.distances import Moments, frechet
 
     data = get_dataset(config)
     (images, _), _ = data.load(config)
@@ -174,7 +174,7 @@ def frechet_table(network: Callable, config: Config, n: int = 500) -> None:
         ]
         print(
             f'| {solver}, {grid} | '
-            + ' | '.join(f'{frechet_distance(x.flatten(1), real):.3f}' for x in samples)
+            + ' | '.join(f'{frechet(Moments(x.flatten(1)), Moments(real)):.3f}' for x in samples)
             + ' |',
             flush=True,
         )

@@ -1,7 +1,6 @@
-"""Arrays in files as a data set: .npy, .npz, and what prepare.py wrote (.pt)."""
+"""Arrays in files as a data set: .npy, .npz, and the .pt files of prepare.py."""
 
 import zipfile
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from config import Config, SettingError
+from config import Config
 from data_loading import packed
+from runtime import files
+from runtime.errors import SettingError
 from runtime.ranks import print_once
 
 NAMES_OF_X = ('images', 'x', 'data', 'samples', 'arr_0')
@@ -27,7 +28,7 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
 
     uint8 arrays are images: (N, H, W), (N, C, H, W), or (N, H, W, C) with up to four channels. Floats of any shape
     (N, ...) and range are taken as they are. Of .npy and .npz a tenth, drawn at random and the same in every run, is
-    held out; a prepared file says itself which are.
+    held out; a prepared file stores its own split.
     """
     path = Path(config.data_path).expanduser()
     where = f"dataset='arrays', data_path={config.data_path!r}"
@@ -42,32 +43,17 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     if facts['scale'] == 'image':
         x = channels_first(x, where)
     if label is not None:
-        whole = label.dtype.kind in 'iu' and label.ndim == 1 and len(label) == len(x)
-        if not whole or label.min() < 0:
-            found = f'{label.dtype} {label.shape}' + (f', from {label.min()}' if whole else '')
-            raise SettingError(f'{where}: labels are {found}. One whole number from 0 for each of {len(x)} is needed.')
-        classes, there = int(label.max()) + 1, len(np.unique(label))
-        if classes > 2 * there + 10:
-            raise SettingError(
-                f'{where}: labels go up to {label.max()}, and only {there} of {classes} classes occur. Number those '
-                'that occur from 0: np.unique(labels, return_inverse=True)[1].'
-            )
-        facts['num_classes'] = classes
-    order = np.random.default_rng(0).permutation(len(x))
-    label = np.zeros(len(x), np.int64) if label is None else label
-    chosen = order[held_out:], order[:held_out]
+        facts['num_classes'] = count_classes(label, len(x), where)
     if x.nbytes > LARGEST_SHUFFLED:
         print_once(
             f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one prepared file: '
             f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
         )
-        return ShuffledRows(x, label, chosen[0]), ShuffledRows(x, label, chosen[1]), facts
-    train, test = ((torch.from_numpy(x[rows]), torch.from_numpy(label[rows])) for rows in chosen)
-    return train, test, facts
+    return *shuffled(x, np.zeros(len(x), np.int64) if label is None else label, held_out), facts
 
 
 def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(x, memory-mapped if it is alone in its file; labels or None). Raises SettingError."""
+    """(x, memory-mapped if the file holds nothing else; labels or None). Raises SettingError."""
     try:
         found = np.load(path, mmap_mode='r', allow_pickle=False)
         if isinstance(found, np.ndarray):
@@ -96,10 +82,34 @@ def channels_first(x: np.ndarray, where: str) -> np.ndarray:
         return np.moveaxis(x, -1, 1)
     if x.ndim != 4:
         raise SettingError(
-            f'{where}: uint8 data of shape {x.shape} are no images, which are (N, H, W), (N, C, H, W) or (N, H, W, C). '
-            'Convert other data to floats, in the range that the trainer is to see.'
+            f'{where}: uint8 data of shape {x.shape} are not images, which are (N, H, W), (N, C, H, W) or '
+            '(N, H, W, C). Convert other data to floats, in the range that the trainer is to see.'
         )
     return x
+
+
+def count_classes(label: np.ndarray, n: int, where: str) -> int:
+    """The number of classes of n items with these labels. Raises SettingError."""
+    whole = label.dtype.kind in 'iu' and label.ndim == 1 and len(label) == n
+    if not whole or label.min() < 0:
+        found = f'{label.dtype} {label.shape}' + (f', from {label.min()}' if whole else '')
+        raise SettingError(f'{where}: labels are {found}. One whole number from 0 for each of {n} is needed.')
+    classes, there = int(label.max()) + 1, len(np.unique(label))
+    if classes > 2 * there + 10:
+        raise SettingError(
+            f'{where}: labels go up to {label.max()}, and only {there} of {classes} classes occur. Number those '
+            'that occur from 0: np.unique(labels, return_inverse=True)[1].'
+        )
+    return classes
+
+
+def shuffled(x: np.ndarray, label: np.ndarray, held_out: int) -> list[Any]:
+    """The training and the held-out part, drawn at random, the same in every run; as Datasets if x is large."""
+    order = np.random.default_rng(0).permutation(len(x))
+    chosen = order[held_out:], order[:held_out]
+    if x.nbytes > LARGEST_SHUFFLED:
+        return [ShuffledRows(x, label, rows) for rows in chosen]
+    return [(torch.from_numpy(x[rows]), torch.from_numpy(label[rows])) for rows in chosen]
 
 
 def load_packed(path: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -122,6 +132,6 @@ class ShuffledRows(Dataset):
         return torch.from_numpy(np.array(self.x[self.order[i]])), self.labels[i]
 
     def fingerprint(self) -> str:
-        """Of the first, the last and a thousand rows between them."""
+        """A hash of the first, the last and a thousand rows between them."""
         rows = np.linspace(0, len(self.x) - 1, min(1000, len(self.x))).astype(int)
-        return blake2b(np.ascontiguousarray(self.x[rows]).tobytes()).hexdigest()
+        return files.digest(torch.from_numpy(np.array(self.x[rows])), size=64)

@@ -1,48 +1,16 @@
-"""What data must be like: checked in one place before training, and again in every batch that loader processes read."""
+"""Checks of the data: once before training, and again in every batch that loader processes read."""
 
-import hashlib
-import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
-from config import Config, SettingError
-from runtime.errors import DataError
-
-if TYPE_CHECKING:
-    from data_utils import DataSpec
-
-Arrays = tuple[Tensor, ...]  # x (N, ...), label (N, ...), and, if the data are pairs, x1 (N, ...)
-
-
-class SizedDataset(Protocol):
-    """A torch Dataset that has a length, which torch's own type does not say."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
-class Rows(Dataset):
-    """Items `start` to `stop` of a Dataset, with its fingerprint and labels if it has them."""
-
-    def __init__(self, items: SizedDataset, start: int, stop: int):
-        self.items, self.rows = items, range(start, stop)
-        whole: Any = items
-        if hasattr(whole, 'fingerprint'):
-            self.fingerprint = lambda: f'{whole.fingerprint()} {self.rows}'
-        if hasattr(whole, 'labels'):
-            self.labels = whole.labels[start:stop]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.items[self.rows[i]]
-
+from data_loading.spec import Arrays, DataSpec, Part, SizedDataset, describe
+from runtime.errors import DataError, SettingError
+from runtime.files import digest
 
 HOW_TO_RETURN = (
     'It must return the training and the held-out part, each (x, label), (x, label, x1) or a torch Dataset of such '
@@ -50,31 +18,31 @@ HOW_TO_RETURN = (
 )
 
 
-def check_parts(
-    spec: 'DataSpec', loaded: Any, config: Config
-) -> tuple['DataSpec', Arrays | SizedDataset, Arrays | SizedDataset]:
-    """What `spec.load` returned, ready for a Loader: `spec` with the shape of the data, training and held-out part.
+def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
+    """What `spec.load` returned, ready for a Loader: `spec` with the shape of the data and the facts that came with
+    them, the training and the held-out part. `where` names the data set in errors.
 
-    Arrays come out as `check_arrays` says. Of a Dataset the first item is read and checked. Raises SettingError.
+    Arrays are converted as by `check_arrays`. The first item of a Dataset is read and checked. Raises SettingError.
     """
-    name = f'dataset={config.dataset!r}'
+    if isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict):
+        spec, loaded = replace(spec, **loaded[2]), loaded[:2]
     if spec.scale not in ('image', 'float'):
-        raise SettingError(f"{name}: scale={spec.scale!r} of its DataSpec must be 'image' or 'float'.")
+        raise SettingError(f"{where}: scale={spec.scale!r} of its DataSpec must be 'image' or 'float'.")
     if not isinstance(loaded, (tuple, list)) or len(loaded) != 2 or not all(map(may_be_part, loaded)):
-        raise SettingError(f'{name}: load returned {describe(loaded)}. {HOW_TO_RETURN}.')
+        raise SettingError(f'{where}: load returned {describe(loaded)}. {HOW_TO_RETURN}.')
     parts, entries = [], []
-    for part, where in zip(loaded, ('training', 'held-out'), strict=True):
-        where = f'{name}, {where} part'
-        if isinstance(part, (tuple, list)):
-            part = first = check_arrays(part, spec, where)
+    for source, name in zip(loaded, ('training', 'held-out'), strict=True):
+        here = f'{where}, {name} part'
+        if isinstance(source, (tuple, list)):
+            source = first = check_arrays(source, spec, here)
         else:
-            first = first_item(part, spec, where)
+            first = first_item(source, spec, here)
         spec = replace(spec, shape=tuple(first[0].shape[1:]))
-        parts.append(part)
+        parts.append(Part(source, where))
         entries.append(len(first))
     if entries[0] != entries[1]:
         raise SettingError(
-            f'{name}: {entries[0]} entries in the training part, {entries[1]} in the held-out part. {HOW_TO_RETURN}.'
+            f'{where}: {entries[0]} entries in the training part, {entries[1]} in the held-out part. {HOW_TO_RETURN}.'
         )
     return spec, *parts
 
@@ -86,32 +54,17 @@ def may_be_part(part: Any) -> bool:
     return hasattr(part, '__len__') and hasattr(part, '__getitem__')
 
 
-def describe(value: Any) -> str:
-    """`value` in a few words: the types and shapes of arrays, the length of what has many entries."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
-    if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f'({", ".join(map(describe, value))})'
-    if isinstance(value, (tuple, list)):
-        return f'a {type(value).__name__} of {len(value)} entries'
-    return type(value).__name__
-
-
-def first_item(part: SizedDataset, spec: 'DataSpec', where: str) -> Arrays:
+def first_item(part: SizedDataset, spec: DataSpec, where: str) -> Arrays:
     """The first item of a Dataset as a batch of one. Raises SettingError."""
     if len(part) == 0:
         raise SettingError(f'{where}: it is empty. Put at least one item into it.')
-    if spec.pixel_metrics:
-        raise SettingError(
-            f'{where}: pixel_metrics=True of the DataSpec needs arrays, but load returned a torch Dataset.'
-        )
     try:
         return collate([part[0]], spec, f'{where}, first item')
     except DataError as error:
         raise SettingError(str(error)) from None
 
 
-def collate(items: list, spec: 'DataSpec', where: str) -> Arrays:
+def collate(items: list, spec: DataSpec, where: str) -> Arrays:
     """A batch from items of a Dataset, checked. Raises DataError."""
     try:
         return check_arrays(default_collate(items), spec, where)
@@ -125,10 +78,10 @@ def collate(items: list, spec: 'DataSpec', where: str) -> Arrays:
         ) from None
 
 
-def check_arrays(arrays: Any, spec: 'DataSpec', where: str) -> Arrays:
+def check_arrays(arrays: Any, spec: DataSpec, where: str) -> Arrays:
     """Tensors from tensors or numpy arrays: x and x1 uint8 (scale 'image') or float32 ('float'), class labels int64.
 
-    Raises SettingError, with what was found, what is expected and how to mend it.
+    Raises SettingError, which says what was found, what is expected and how to fix it.
     """
     if (
         not isinstance(arrays, (tuple, list))
@@ -145,20 +98,18 @@ def check_arrays(arrays: Any, spec: 'DataSpec', where: str) -> Arrays:
     x, label, *x1 = arrays
     if len({len(array) for array in arrays}) > 1:
         counts = [f'{len(array)} {name}' for array, name in zip(arrays, ('x', 'labels', 'x1'), strict=False)]
-        raise SettingError(f'{where}: {", ".join(counts)}. There must be as many of each.')
+        raise SettingError(f'{where}: {", ".join(counts)}. x, labels and x1 must have the same length.')
     if len(x) == 0:
         raise SettingError(f'{where}: it is empty. Put at least one item into it.')
     x = check_values(x, spec, f'{where}: x')
     check_shape(tuple(x.shape[1:]), spec, f'{where}: x')
     x1 = [check_values(values, spec, f'{where}: x1') for values in x1]
     if x1 and x1[0].shape != x.shape:
-        raise SettingError(
-            f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. A pair is mixed, so both must have one shape.'
-        )
+        raise SettingError(f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. x and x1 must have the same shape.')
     return x, check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label, *x1
 
 
-def check_values(x: Tensor, spec: 'DataSpec', where: str) -> Tensor:
+def check_values(x: Tensor, spec: DataSpec, where: str) -> Tensor:
     """`x` as uint8 up to max_value for scale 'image', as finite float32 for scale 'float'."""
     if spec.scale == 'image':
         if x.dtype != torch.uint8:
@@ -183,12 +134,12 @@ def check_values(x: Tensor, spec: 'DataSpec', where: str) -> Tensor:
         bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise SettingError(
             f'{where}: {len(bad)} of {len(x)} items hold NaN or infinite values, the first is number {bad[0]}. '
-            'Mend them or leave them out.'
+            'Fix them or leave them out.'
         )
     return x
 
 
-def check_shape(found: tuple[int, ...], spec: 'DataSpec', where: str) -> None:
+def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
     """That an item has the spec's shape, or, where this is None, a shape that images can have."""
     wanted = spec.shape
     if wanted is None and spec.scale == 'image':
@@ -228,14 +179,14 @@ def check_labels(label: Tensor, num_classes: int, where: str) -> Tensor:
     return label
 
 
-def describe_counts(dataset: str, parts: list[Arrays | SizedDataset], spec: 'DataSpec') -> str:
-    """How many items and classes there are, in one line: with the names of the first classes, and how many of each."""
-    sizes = [len(part[0]) if isinstance(part, tuple) else len(part) for part in parts]
-    text = f'{dataset}: {sizes[0]:,} + {sizes[1]:,} held-out items of shape {"x".join(map(str, spec.shape or ()))}'
+def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
+    """One line: the numbers of items and classes, the names of the first classes, and how many items each class has."""
+    shape = 'x'.join(map(str, spec.shape or ()))
+    text = f'{dataset}: {len(parts[0]):,} + {len(parts[1]):,} held-out items of shape {shape}'
     if not spec.num_classes:
         return f'{text}, no classes'
-    labels = [part[1].tolist() if isinstance(part, tuple) else getattr(part, 'labels', []) for part in parts]
-    counts = np.bincount([*labels[0], *labels[1]], minlength=spec.num_classes)
+    labels = [np.asarray([] if part.labels is None else part.labels, dtype=np.int64) for part in parts]
+    counts = np.bincount(np.concatenate(labels), minlength=spec.num_classes)
     names = spec.classes or [str(i) for i in range(spec.num_classes)]
     known = bool(counts.any())
     shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
@@ -243,26 +194,11 @@ def describe_counts(dataset: str, parts: list[Arrays | SizedDataset], spec: 'Dat
     return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
 
 
-def fingerprint(parts: list[Arrays | SizedDataset], spec: 'DataSpec') -> str:
-    """A short text that other data would change: how many items and classes, and a hash of the data of all parts.
+def fingerprint(parts: list[Part], spec: DataSpec) -> str:
+    """A short text that differs for other data: the numbers of items and classes, and a hash of both parts.
 
-    Of arrays all bytes count, unless `spec` has their digest. A Dataset may have a method `fingerprint() -> str`; else
-    its first and last item count.
+    The hash is of `spec.digest` if that is known, else of the `contents` of the parts: all bytes of arrays.
     """
-    digest = hashlib.blake2b(digest_size=6)
-    sizes = [len(part[0]) if isinstance(part, tuple) else len(part) for part in parts]
-    digest.update(spec.digest.encode())
-    for part, size in zip(parts, sizes, strict=True):
-        if spec.digest:
-            continue
-        its_own = getattr(part, 'fingerprint', None)
-        if its_own is not None:
-            digest.update(its_own().encode())
-            continue
-        with torch.random.fork_rng(devices=[]):  # items that are drawn at random are the same ones every time
-            torch.manual_seed(0)
-            batches = [part] if isinstance(part, tuple) else [default_collate([part[i]]) for i in (0, size - 1)]
-        for array in itertools.chain.from_iterable(batches):
-            digest.update(describe(array).encode())
-            digest.update(array.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f'{"+".join(map(str, sizes))} items, {spec.num_classes} classes, {digest.hexdigest()}'
+    hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
+    sizes = '+'.join(str(len(part)) for part in parts)
+    return f'{sizes} items, {spec.num_classes} classes, {digest(*hashed, size=6)}'

@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from config import Config, SettingError
+from config import Config
+from data_loading import packed
 from data_loading.image_folder import background_of, is_grey, pixels_of
-from runtime.errors import DataError
+from runtime.errors import DataError, SettingError
 
 HELD_OUT_SPLITS = ('validation', 'valid', 'val', 'test', 'eval')
 
@@ -37,20 +38,20 @@ class HubImages(Dataset):
         except Exception as error:  # what PIL raises depends on the format
             raise DataError(
                 f'row {i}, column {self.image!r} cannot be read as an image ({type(error).__name__}: {error}). '
-                'Mend it, or leave such rows out by --skip_unreadable.'
+                'Replace it, or leave such rows out with --skip_unreadable.'
             ) from None
 
 
 def file_of(image: dict[str, Any] | None) -> Path | io.BytesIO:
-    """An image that was not decoded: its bytes, or the file that it is in; no bytes for one that is missing."""
+    """The bytes of an image that was not decoded, or its file; no bytes if the image is missing."""
     if image is None:
         return io.BytesIO()
     return io.BytesIO(image['bytes']) if image.get('bytes') else Path(image['path'])
 
 
 def open_hub(config: Config) -> tuple[ConcatDataset, int, dict[str, Any], str]:
-    """(all items, those of a held-out split first; how many these are, or 0; facts; a text that other data or settings
-    would change) of `data_path`. Without a held-out split the items are shuffled. Raises SettingError."""
+    """(all items, the held-out split first; the size of that split, or 0 without one; facts; a text that changes with
+    the data and the settings) of `data_path`. Without a held-out split the items are shuffled. Raises SettingError."""
     where = f"dataset='hub', data_path={config.data_path!r}"
     try:
         import datasets
@@ -60,7 +61,7 @@ def open_hub(config: Config) -> tuple[ConcatDataset, int, dict[str, Any], str]:
         raise SettingError("dataset='hub' needs the name of a data set, or a folder: --data_path NAME_OR_FOLDER.")
     try:
         found = datasets.load_dataset(config.data_path, cache_dir=str(Path(config.data_dir, 'hub')))
-    except Exception as error:  # of many kinds: no network, no such data set, no data in a folder
+    except Exception as error:  # many kinds: no network, no such data set, no data in a folder
         text = ' '.join(str(error).split())[:300]
         raise SettingError(
             f'{where} cannot be loaded ({type(error).__name__}: {text}). Check the name, and that there is a network; '
@@ -80,9 +81,15 @@ def open_hub(config: Config) -> tuple[ConcatDataset, int, dict[str, Any], str]:
     return items, 0 if own is None else len(own), dict(classes=classes, num_classes=len(classes)), state
 
 
+def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of a data set of Hugging Face `datasets`."""
+    items, held_out, facts, state = open_hub(config)
+    return packed.decoded_once(config, items, held_out, facts, state, f'hub {Path(config.data_path).name}')
+
+
 def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """(column of images, column of classes or None, names of the classes): those `named`, else the only ones of their
-    kind. Raises SettingError."""
+    """(image column, class column or None, class names): the columns `named`, else the only ones of their kind.
+    Raises SettingError."""
     import datasets
 
     kinds = rows.features
@@ -91,9 +98,10 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     choice = f'Name them by --columns IMAGE [CLASS]; there are {", ".join(kinds)}.'
     image = named[0] if named else images[0] if len(images) == 1 else None
     if image is None or image not in images:
-        raise SettingError(f'{where}: {image or "which column"} holds the images? Of images are {images}. {choice}')
+        found = f'column {image!r} does not hold images' if image else 'cannot tell which column holds the images'
+        raise SettingError(f'{where}: {found}; image columns: {images}. {choice}')
     if len(named) < 2 and len(labels) > 1:
-        raise SettingError(f'{where}: which of {labels} holds the classes? {choice}')
+        raise SettingError(f'{where}: cannot tell which of {labels} holds the classes. {choice}')
     if len(named) < 2 and not labels:
         return image, None, ()
     label = named[1] if len(named) == 2 else labels[0]

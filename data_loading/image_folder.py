@@ -1,4 +1,4 @@
-"""A folder of images of any kind and size as a data set: which files it holds, and what becomes of them."""
+"""A folder of images of any kind and size as a data set: finds, decodes, crops and resizes the files."""
 
 import os
 from collections import Counter
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import Config, SettingError
-from runtime.errors import DataError
+from config import Config
+from data_loading import packed
+from runtime.errors import DataError, SettingError
+from runtime.ranks import print_once
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 
@@ -30,7 +32,7 @@ class ImageFiles(Dataset):
     size: tuple[int, int]  # H, W
     channels: int
     background: tuple[int, int, int]
-    passed_over: str = ''  # in words
+    skipped: str = ''  # files that were ignored, for the report
 
     def __len__(self) -> int:
         return len(self.files)
@@ -40,19 +42,19 @@ class ImageFiles(Dataset):
         try:
             return pixels_of(path, self.size, self.channels, self.background), self.labels[i]
         except Exception as error:  # what PIL raises depends on the format
-            path = path.parent.resolve() / path.name  # in the user's folder, also where --check has linked it
+            path = path.parent.resolve() / path.name  # the user's folder, also where --check has linked to it
             raise DataError(
                 f'{path} cannot be read as an image ({type(error).__name__}: {error}). Replace it by a whole one, '
-                'remove it from the data, or leave such files out by --skip_unreadable.'
+                'remove it from the data, or leave such files out with --skip_unreadable.'
             ) from None
 
     def fingerprint(self) -> str:
-        """The names and sizes of all files and what is made of them, wherever the folder is."""
+        """The names and sizes of all files and how they are decoded, independent of where the folder is."""
         made = (self.size, self.channels, self.background if self.channels else None)
         return repr((sorted((name, self.stat(name).st_size) for name in self.files), made))
 
     def state(self) -> str:
-        """`fingerprint` with the times of change: what the cache of these pixels is good for."""
+        """`fingerprint` with the times of change: the cache of these pixels is valid while this is the same."""
         return repr([self.fingerprint(), [self.stat(name).st_mtime_ns for name in self.files]])
 
     def stat(self, name: str) -> os.stat_result:
@@ -64,7 +66,7 @@ class ImageFiles(Dataset):
 
 def pixels_of(path: Path | BytesIO, size: tuple[int, int], channels: int, background: tuple[int, int, int]) -> Tensor:
     """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, the
-    middle cut out in the proportions of `size`, and resized with antialiasing. Of an animation, the first picture."""
+    middle cut out in the proportions of `size`, and resized with antialiasing. An animation gives its first frame."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
@@ -76,7 +78,7 @@ def pixels_of(path: Path | BytesIO, size: tuple[int, int], channels: int, backgr
             image = Image.alpha_composite(Image.new('RGBA', image.size, (*background, 255)), image)
         image = image.convert('L' if channels == 1 else 'RGB')
         height, width = size
-        scale = min(image.width / width, image.height / height)  # pixels of the file for one of ours
+        scale = min(image.width / width, image.height / height)  # pixels of the file for each pixel of ours
         kept = max(1, round(width * scale)), max(1, round(height * scale))
         left, top = (image.width - kept[0]) // 2, (image.height - kept[1]) // 2
         middle = image.crop((left, top, left + kept[0], top + kept[1]))
@@ -85,20 +87,20 @@ def pixels_of(path: Path | BytesIO, size: tuple[int, int], channels: int, backgr
 
 
 def eight_bits(image: Any) -> Any:
-    """A grey image of 16 bits a pixel with 8. Raises ValueError if its values need more than 16 bits."""
+    """A 16-bit grey image with 8 bits per pixel. Raises ValueError if its values need more than 16 bits."""
     from PIL import Image
 
     values = np.asarray(image)
     if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f'grey levels from {values.min():g} to {values.max():g} ({values.dtype}) are no image of 8 or 16 bits: '
+            f'grey levels from {values.min():g} to {values.max():g} ({values.dtype}) are not an 8-bit or 16-bit image: '
             'use --dataset arrays for such data'
         )
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
 def is_grey(path: Path | BytesIO) -> bool:
-    """Whether a file says that its image has no colours; also True for what cannot be read."""
+    """Whether the image of a file has no colours; also True if it cannot be read."""
     from PIL import Image
 
     try:
@@ -111,9 +113,9 @@ def is_grey(path: Path | BytesIO) -> bool:
 def list_images(config: Config) -> ImageFiles:
     """All images below the folder `config.data_path`, or else data_dir/image_folder.
 
-    The class of an image is the first folder below that it is in. Images that lie in the folder itself, or in one
-    folder alone, have no class. What is hidden (.name) and what has no ending of an image is passed over. Prints what
-    was found. Raises SettingError.
+    The class of an image is the first folder on its path below that. Images that lie in the folder itself, or all in
+    one folder, have no class. Hidden files (.name) and files without the ending of an image are skipped; the latter are
+    printed. Raises SettingError.
     """
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
     where = f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
@@ -122,37 +124,42 @@ def list_images(config: Config) -> ImageFiles:
         raise SettingError(f'{where}: there is no such folder. {remedy}')
     files, others = walk(root, where)
     if not files:
-        found = f', only {counts_in_words(others)}' if others else ''
+        found = f', only {described(others)}' if others else ''
         raise SettingError(f'{where}: it holds no image ({", ".join(IMAGE_ENDINGS)}){found}. {remedy}')
     folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else '' for name in files]
     classes = sorted(set(folders))
     if '' in classes and len(classes) > 1:
         raise SettingError(
-            f'{where}: {folders.count("")} images lie in it beside folders ({", ".join(classes[1:4])}), so that their '
-            'class is not known. Move them into a folder, or pass a folder with images alone.'
+            f'{where}: {folders.count("")} images lie in it next to folders ({", ".join(classes[1:4])}), so that their '
+            'class is not known. Move them into a folder, or pass a folder that holds only images.'
         )
     classes = classes if len(classes) > 1 else []
     labels = [classes.index(folder) if classes else 0 for folder in folders]
     size = (config.image_size[0], config.image_size[-1])
     channels = 1 if all(is_grey(root / name) for name in files) else 3
-    passed_over = ''
-    if others:
-        from runtime.ranks import print_once
+    skipped = f'skipped {sum(others.values())} files that are not images: {described(others)}' if others else ''
+    if skipped:
+        print_once(f'image_folder: {skipped}')
+    return ImageFiles(root, files, labels, classes, size, channels, background_of(config), skipped)
 
-        passed_over = f'passed over {sum(others.values())} files that are no images: {counts_in_words(others)}'
-        print_once(f'image_folder: {passed_over}')
-    return ImageFiles(root, files, labels, classes, size, channels, background_of(config), passed_over)
+
+def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default."""
+    images = list_images(config)
+    facts = dict(classes=tuple(images.classes), num_classes=len(images.classes), skipped=images.skipped)
+    title = f'image_folder {images.root.resolve().name}'
+    return packed.decoded_once(config, images, 0, facts, images.state(), title)
 
 
 def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
     """(paths below root of all images; how many other files there are of each ending). Raises SettingError.
 
-    The paths are in the order of a hash of each, of which the first are held out: the same ones in every run, for every
-    seed, and mostly also when images are added.
+    The paths are in the order of their hashes. The first ones are held out: the same ones in every run, for every seed,
+    and mostly also when images are added.
     """
     files: list[str] = []
     others: Counter[str] = Counter()
-    above: set[tuple[int, int]] = set()  # folders that were entered, so that a circle of links ends
+    above: set[tuple[int, int]] = set()  # folders that were entered: ends a circle of links
 
     def refuse(error: OSError) -> None:
         raise SettingError(f'{where}: {error}. Make it readable, or move it elsewhere.') from None
@@ -175,7 +182,7 @@ def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
     return sorted(files, key=lambda name: blake2b(os.fsencode(name)).digest()), others
 
 
-def counts_in_words(counts: Counter[str]) -> str:
+def described(counts: Counter[str]) -> str:
     """'.svg 410, .txt 12', the most frequent first."""
     shown = [f'{name} {count}' for name, count in counts.most_common(8)]
     return ', '.join(shown + ([f'and {len(counts) - 8} more kinds'] if len(counts) > 8 else []))
@@ -189,5 +196,5 @@ def background_of(config: Config) -> tuple[int, int, int]:
         return ImageColor.getrgb(config.background)[:3]  # pyright: ignore[reportReturnType]
     except ValueError:
         raise SettingError(
-            f"background={config.background!r} is no colour. Use a name, such as white or black, or '#rrggbb'."
+            f"background={config.background!r} is not a colour. Use a name, such as white or black, or '#rrggbb'."
         ) from None

@@ -1,4 +1,4 @@
-"""In which order data are read, how they are dealt to processes, and how they get to the device.
+"""The order in which data are read, which process reads what, and the batches on the device.
 
 The order of the training data is an endless stream of permutations, each a function of (seed, epoch); step s reads
 positions [s B, (s + 1) B). A step's global batch is cut into `batch_shards` shards, and each process reads its share of
@@ -6,36 +6,31 @@ them, so the images of a step do not depend on the number of processes.
 """
 
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config
-from data_loading.checks import Arrays, SizedDataset, collate
-from runtime import ranks, stopping
-
-if TYPE_CHECKING:
-    from data_utils import DataSpec
+from data_loading.checks import collate
+from data_loading.spec import Arrays, DataSpec, Part
+from runtime import ranks
+from runtime.workers import cores_per_process, ignore_signals_except_from_parent
 
 
 class ShardSampler(Sampler):
-    """How the `batch_shards` equal shards of a global batch are dealt: each process has a block of consecutive ones."""
+    """Deals the `batch_shards` equal shards of a global batch: each process has a block of consecutive ones."""
 
     def __init__(self, num_images: int, config: Config):
         self.num_images = num_images
         self.num_shards, self.shard_size = config.batch_shards, config.global_batch_size // config.batch_shards
-        self.all_shards = False  # whether this process reads the shards of all processes, in order
+        self.all_shards = False  # True: this process reads the shards of all processes, in order
 
     @property
     def my_shards(self) -> range:
@@ -104,39 +99,9 @@ class HeldOutSampler(ShardSampler):
             yield list(range(self.first_index(number), min(self.first_index(number + 1), self.num_images)))
 
 
-def obey_the_parent_alone(worker: int) -> None:
-    """In a loader process: ignore stop signals that are sent to all processes.
-
-    They are for the trainer, which still reads and saves. SIGTERM counts if it comes from the parent: at its end
-    multiprocessing sends it, and waits for the process for ever.
-    """
-    for name in set(stopping.STOP_SIGNALS) - {signal.SIGTERM}:
-        signal.signal(name, signal.SIG_IGN)
-    if hasattr(signal, 'sigtimedwait'):  # it tells who sent a signal; on macOS, which lacks it, any SIGTERM counts
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        parent = multiprocessing.parent_process()  # getppid() is another number if it is gone already
-        assert parent is not None
-        threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
-
-
-def end_with(parent: int) -> None:
-    """End this process when `parent` asks for it by SIGTERM, or within a second of it."""
-    while os.getppid() == parent:
-        asked = signal.sigtimedwait({signal.SIGTERM}, 0.5)
-        if asked and asked.si_pid == parent:
-            break
-    os._exit(0)
-
-
-def cores_per_process() -> int:
-    """CPU cores for each of this machine's training processes, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-
-
 def fits(arrays: Arrays, device: torch.device) -> bool:
-    """Whether data may live on the device: on a GPU they may take a quarter of the memory that is free. On the CPU
-    they stay where they are; of a file that is read in place, the system keeps in memory what it can."""
+    """Whether data may live on the device: on a GPU they may take a quarter of the free memory. On the CPU they stay
+    where they are; the system keeps as much of a memory-mapped file in memory as it can."""
     size = sum(array.numel() * array.element_size() for array in arrays)
     if device.type != 'cuda' or not torch.cuda.is_available():
         return True
@@ -148,54 +113,47 @@ class Loader:
 
     Iterating yields what `batch_sampler` says: the training data without end, the held-out data once. `take` reads any
     items, of which there are `size`. A part made of arrays lives on the device if it fits; its classes, if it has any,
-    are in `labels`, on the CPU. A part that is a Dataset, or does not fit, is read by loader processes, ahead of use
-    and into pinned memory; the `labels` of a Dataset are None.
+    are in `labels`, on the CPU. A part that is a Dataset, or does not fit, is read ahead by `num_workers` loader
+    processes, at most one for each core, into pinned memory; the `labels` of a Dataset are None.
     """
 
     def __init__(
-        self,
-        source: Arrays | SizedDataset,
-        batch_sampler: Iterable[list[int]],
-        config: Config,
-        spec: 'DataSpec',
-        device: torch.device,
-        fingerprint: str = '',
+        self, part: Part, batch_sampler: Iterable[list[int]], spec: DataSpec, device: torch.device, num_workers: int
     ):
         self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
-        self.fingerprint = fingerprint  # of the data of both parts
-        self.about = ''  # both parts in words
-        self.resident = self.labels = self.workers = None
+        self.fingerprint = ''  # of the data of both parts
+        self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
-        self.size = len(source[0]) if isinstance(source, tuple) else len(source)
-        if isinstance(source, tuple):
-            self.labels = source[1].cpu() if spec.num_classes else None  # (N,) int64
-        if isinstance(source, tuple) and fits(source, device):
-            self.resident = tuple(array.to(device) for array in source)
-        else:
-            self.source = cast(SizedDataset, TensorDataset(*source)) if isinstance(source, tuple) else source
-            # `load` is left out: where processes are spawned, a lambda could not be sent to them
-            self.collate = partial(collate, spec=replace(spec, load=None), where=f'dataset={config.dataset!r}')
-            workers = min(config.num_workers, cores_per_process())  # torch warns of more
+        self.size = len(part)
+        self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64
+        is_resident = part.arrays is not None and fits(part.arrays, device)
+        self.part = part.to(device) if is_resident else part
+        self.resident = self.part.arrays if is_resident else None
+        # `load` is left out: where processes are spawned, a lambda could not be sent to them
+        self.collate = partial(collate, spec=replace(spec, load=None), where=part.name)
+        self.workers = None
+        if not is_resident:
+            workers = min(num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
-                cast(Dataset, self.source),
+                cast(Dataset, part.items),
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
                 num_workers=workers,
                 pin_memory=device.type == 'cuda',
                 persistent_workers=workers > 0,
-                worker_init_fn=obey_the_parent_alone,
+                worker_init_fn=ignore_signals_except_from_parent,
             )
 
     @property
     def rounds(self) -> int:
-        """Of the held-out loader: how many rounds of `batch_shards` pieces there are."""
+        """Rounds of `batch_shards` pieces in which the held-out loader reads its part."""
         assert isinstance(self.batch_sampler, HeldOutSampler)
         return self.batch_sampler.rounds
 
-    @cached_property
+    @property
     def has_pairs(self) -> bool:
         """Whether batches are (x, label, x1)."""
-        return len(self.source[0] if self.resident is None else self.resident) == 3
+        return self.part.has_pairs
 
     def __iter__(self) -> Iterator[Arrays]:
         batches = self._from_resident() if self.workers is None else self._from_workers(self.workers)
@@ -208,11 +166,11 @@ class Loader:
             yield arrays
 
     def take(self, indices: Sequence[int] | Tensor) -> Arrays:
-        """The items of these indices as a batch on the device, read by this process itself."""
+        """The items with these indices as a batch on the device, read by this process itself."""
         if self.resident is not None:
             chosen = self._to_device(torch.as_tensor(indices))
             return self._scaled(*(array[chosen] for array in self.resident))
-        items = self.collate([self.source[int(i)] for i in indices])
+        items = self.collate([self.part.items[int(i)] for i in indices])
         return self._scaled(*(array.to(self.device) for array in items))
 
     def everything(self) -> Arrays:
@@ -220,24 +178,10 @@ class Loader:
         assert self.resident is not None, 'a Dataset may not fit into memory'
         return self._scaled(*(array.cpu() for array in self.resident))
 
-    def place(self) -> str:
-        """Where the data are, in words; of those on the device, with the measured rate at which they are read."""
-        if self.resident is None:
-            assert self.workers is not None
-            number = self.workers.num_workers or 'no'
-            return f'read by {number} loader processes; the time spent waiting for them is train/waiting in the record'
-        rows = torch.arange(min(64, self.size), device=self.device)
-        for _ in range(2):  # the first time is not the usual one
-            began = time.monotonic()
-            _ = [array[rows].cpu() for array in self.resident]
-            seconds = time.monotonic() - began
-        megabytes = sum(array.numel() * array.element_size() for array in self.resident) / 1e6
-        return f'{megabytes:,.1f} MB on the {self.device.type}, read at {len(rows) / seconds:,.0f} items/s'
-
     def start_workers(self) -> None:
         """Fork the loader processes now.
 
-        Later, beside a thread that writes a checkpoint, a fork could copy a lock that nobody will release.
+        Later, while a thread writes a checkpoint, a fork could copy a lock that nobody will release.
         """
         if self.workers is not None and self.workers.persistent_workers:
             iter(self.workers)
@@ -264,7 +208,7 @@ class Loader:
             yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
 
     def _from_resident(self) -> Iterator[Arrays]:
-        """A step's shards are gathered and scaled together: each of these would cost a small network as much alone."""
+        """A step's shards are gathered and scaled together: the cost is the same for one shard as for all."""
         assert self.resident is not None
         shards = iter(self.batch_sampler)
         at_once = len(getattr(self.batch_sampler, 'shards_read', [0]))

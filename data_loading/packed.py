@@ -1,40 +1,99 @@
-"""A data set as one file that is read in place: what decoding made of it, labels, class names and a digest.
+"""A decoded data set as one file that training reads in place: `prepare.py` writes it, and the cache of images is one.
 
-The file is torch's own: `torch.load(path, mmap=True)` is a dict with x (N, ...), label (N,) and facts. Its first
-`held_out` rows are the held-out part.
+The file is torch's own: `torch.load(path, mmap=True)` is a dict with x (N, ...), label (N,) and facts, among them a
+digest of everything. The first `held_out` rows are the held-out part.
 """
 
 import contextlib
-import errno
-import fcntl
 import glob
 import itertools
-import math
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from hashlib import blake2b
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from config import SettingError
-from data_loading.checks import SizedDataset
-from data_loading.loader import cores_per_process, obey_the_parent_alone
-from runtime.errors import DataError
+from config import Config
+from data_loading.spec import Rows, SizedDataset, describe
+from runtime import files
+from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
+from runtime.workers import cores_per_process, ignore_signals_except_from_parent
 
 FORMAT = 1
+# The zip entries in which torch stores the first two tensors of a file. x comes first in the file, behind a zip header
+# of 30 bytes, this name of 14 and the zip64 sizes of 20, so that it is aligned as torch aligns it.
+X, LABEL, X_BEGINS = 'archive/data/0', 'archive/data/1', 64
 
 
 class NoRoomError(SettingError):
     """The disk has no room for a packed file."""
+
+
+# ---------------------------------------------------------------- from a Dataset to a file
+
+
+def decoded_once(
+    config: Config, items: SizedDataset, held_out: int, facts: dict[str, Any], state: str, title: str
+) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
+    there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
+
+    Held out are the first `held_out` items; if that is 0, as many as the config says, or a tenth.
+    """
+    mark = files.digest(repr((state, held_out, config.held_out, config.skip_unreadable)))
+    path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
+    n = held_out or held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
+    stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # what was skipped is not in the data
+    found = None
+    if config.cache:
+        found = read_or_build(path, lambda: build(items, path, n, config.skip_unreadable, title, **stored))
+    if found is None:
+        return Rows(items, n, len(items)), Rows(items, 0, n), facts
+    left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
+    skipped = '; '.join(filter(None, [facts.get('skipped'), left_out]))
+    return *parts_of(found), facts | dict(digest=found['digest'], skipped=skipped)
+
+
+def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | None:
+    """The contents of the packed file `path`, which `build` writes if there is none; None if there is no room for it.
+
+    Only one process of this machine builds, if the file system has locks; else each does, and the last file stays.
+    """
+
+    def waiting() -> None:
+        print(f'waiting for another process of this machine, which builds {path}', flush=True)
+
+    with files.locked(path.with_name(f'.{path.name}.lock'), waiting) as has_lock:
+        found = cached(path)
+        if found is None:
+            if has_lock:
+                remove_remains(path)
+            try:
+                build()
+                found = read(path)
+            except NoRoomError as error:
+                print_once(f'no room for a cache, so images are decoded again in every epoch: {error}')
+    return found
+
+
+def remove_remains(path: Path) -> None:
+    """Remove what a killed build of `path` has left: temporary files that have not changed for an hour.
+
+    Call with the lock held; a lock may hold on one machine only, so another machine may still be building.
+    """
+    for file in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > 3600:
+                file.unlink()
 
 
 class Attempts(Dataset):
@@ -64,7 +123,7 @@ def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str
         batch_size=32,
         num_workers=cores_per_process() if len(items) > 256 else 0,
         collate_fn=list,
-        worker_init_fn=obey_the_parent_alone,
+        worker_init_fn=ignore_signals_except_from_parent,
     )
     unread: list[str] = []
     facts['held_out'] = held_out
@@ -81,75 +140,80 @@ def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str
             raise SettingError(f'{title}: {len(unread)} of {len(items)} cannot be read. {named}')
         facts['left_out'] = len(unread)
         if unread:
-            cut = [text.split(' Replace it')[0].split(' Mend it')[0] for text in unread[:3]]  # the remedy was taken
-            print_once(f'{title}: left out {len(unread)} that cannot be read. {" ".join(cut)}')
+            causes = [text.split(' Replace it')[0] for text in unread[:3]]  # without the remedy, which was taken
+            print_once(f'{title}: left out {len(unread)} that cannot be read. {" ".join(causes)}')
 
     write_rows(path, readable(), len(items), title, facts)
+
+
+# ---------------------------------------------------------------- the file
 
 
 def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title: str, facts: dict[str, Any]) -> None:
     """Write up to `most` items (x, label) to `path`, with a bar; the file appears whole or not at all.
 
     It may be larger than memory. `facts` may be completed while the last row is read. Raises SettingError if there are
-    none, or no room.
+    no items, if their shapes or types differ, or if there is no room.
     """
     first = next(rows, None)
     if first is None:
         raise SettingError(f'{title}: there is nothing that can be read.')
-    x = first[0]
-    size = most * x.numel() * x.element_size()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if space_for(path) < 2 * size:
+    x, size, free = first[0], most * first[0].nbytes, space_for(path)
+    if free < size:
         raise NoRoomError(
-            f'{path}: this takes {2 * size / 1e9:.3g} GB for a while and half of it afterwards; '
-            f'{space_for(path) / 1e9:.3g} GB are free there. Make room, or take another place.'
+            f'{path}: this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there. '
+            'Make room, or take another place.'
         )
     labels: list[int] = []
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=building(path)) as folder:
-        whole = torch.from_file(f'{folder}/x', True, most * x.numel(), dtype=x.dtype).view(most, *x.shape)
-        with tqdm(total=most, desc=title, unit='item', disable=None, leave=False) as bar:
+    with files.whole(path) as temporary:
+        with (
+            zipfile.ZipFile(temporary, 'w') as archive,
+            archive.open(X, 'w', force_zip64=True) as file,
+            tqdm(total=most, desc=title, unit='item', disable=None, leave=False) as bar,
+        ):
             for value, label in itertools.chain([first], rows):
-                whole[len(labels)] = value
+                if value.shape != x.shape or value.dtype != x.dtype:
+                    raise SettingError(
+                        f'{title}: item {len(labels)} is {describe(value)}, the first one {describe(x)}. '
+                        'All must have the same shape and type.'
+                    )
+                file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
                 labels.append(int(label))
                 bar.update()
-        # a second view of the same file, as long as what is in it: torch.save would write the whole of a slice
-        kept = torch.from_file(f'{folder}/x', True, len(labels) * x.numel(), dtype=x.dtype).view(-1, *x.shape)
-        write(path, kept, torch.tensor(labels), **facts)
+        written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: what torch can wrap
+        add_contents(temporary, torch.from_numpy(written).view(x.dtype).view(-1, *x.shape), labels, facts)
 
 
-def building(path: Path) -> str:
-    """How the names of the folders begin in which `path` is built."""
-    return f'.building-{path.name}-'
-
-
-def remove_remains(path: Path) -> None:
-    """Remove what a build of `path` that was killed has left: nothing has been written there for an hour. For a process
-    that is alone with it; where locks are those of a machine, another may still build."""
-    for folder in path.parent.glob(f'{glob.escape(building(path))}*'):
-        with contextlib.suppress(OSError):
-            if time.time() - max(file.stat().st_mtime for file in (folder, *folder.iterdir())) > 3600:
-                shutil.rmtree(folder, ignore_errors=True)
+def add_contents(path: Path, x: Tensor, labels: list[int], facts: dict[str, Any]) -> None:
+    """Make the zip file `path`, which holds the entry X, a file of torch: add the labels, and the dict of it all."""
+    label = torch.tensor(labels)
+    contents = dict(format=FORMAT, x=x, label=label, digest=digest_of(x, label, facts), **facts)
+    with tempfile.TemporaryDirectory() as folder:
+        frame = Path(folder, 'archive')
+        with torch.serialization.skip_data():  # tensors are holes in this file, which take no room
+            torch.save(contents, frame)
+        with zipfile.ZipFile(frame) as source, zipfile.ZipFile(path, 'a') as archive:
+            for name in source.namelist():
+                if name == LABEL:
+                    archive.writestr(name, label.numpy().tobytes())
+                elif name != X:
+                    archive.writestr(name, source.read(name))
 
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
-    """Write a packed file, whole or not at all; `digest` is added to the facts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    """Write a packed file from tensors, whole or not at all; `digest` is added to the facts."""
+    with files.whole(path) as temporary:
         torch.save(dict(format=FORMAT, x=x, label=label, digest=digest_of(x, label, facts), **facts), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's dict, its tensors memory-mapped. Raises SettingError if it is no packed file."""
+    """The file's dict, its tensors memory-mapped. Raises SettingError if it is not a packed file."""
     try:
         found = torch.load(path, mmap=True, weights_only=True)
     except Exception as error:  # what torch raises for other files is of many kinds
-        raise SettingError(f'{path} cannot be read ({type(error).__name__}: {error}). Make it anew.') from None
+        raise SettingError(f'{path} cannot be read ({type(error).__name__}: {error}). Make it again.') from None
     if not isinstance(found, dict) or found.get('format') != FORMAT:
-        raise SettingError(f'{path} was not written by prepare.py of this version. Make it anew.')
+        raise SettingError(f'{path} was not written by prepare.py of this version. Make it again.')
     return found
 
 
@@ -163,10 +227,7 @@ def cached(path: Path) -> dict[str, Any] | None:
 
 def digest_of(x: Tensor, label: Tensor, facts: dict[str, Any]) -> str:
     """A hash of all bytes and facts."""
-    digest = blake2b(repr((x.dtype, tuple(x.shape), sorted(facts.items()))).encode(), digest_size=8)
-    for rows in (*x.split(max(1, 2**24 // max(1, math.prod(x.shape[1:])))), label):
-        digest.update(rows.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
 
 
 def space_for(path: Path) -> int:
@@ -174,35 +235,16 @@ def space_for(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
 
 
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """While one process of this machine builds `path`, others wait here, and say so. Yields whether it is alone: a file
-    system may have no locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f'.{path.name}.lock'), 'a') as lock:
-        said, locked = False, True
-        while True:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    locked = False  # each builds for itself, and the last one stays
-                    break
-                if not said:
-                    print(f'waiting for another process of this machine, which builds {path}', flush=True)
-                said = True
-                time.sleep(0.5)
-        yield locked
+# ---------------------------------------------------------------- the held-out part
 
 
-def held_out_rows(asked: int, n: int, where: str) -> int:
-    """How many of n items are held out: `asked`, or a tenth and at most 1000 if that is 0. Raises SettingError."""
+def held_out_rows(wanted: int, n: int, where: str) -> int:
+    """How many of n items are held out: `wanted`, or a tenth and at most 1000 if that is 0. Raises SettingError."""
     if n < 2:
         raise SettingError(f'{where}: there are {n} images, and at least two are needed: one is held out. Add some.')
-    if asked >= n:
-        raise SettingError(f'{where}: held_out={asked}, but there are {n} images. Use a smaller --held_out.')
-    return asked or min(1000, max(1, n // 10))
+    if wanted >= n:
+        raise SettingError(f'{where}: held_out={wanted}, but there are {n} images. Use a smaller --held_out.')
+    return wanted or min(1000, max(1, n // 10))
 
 
 def parts_of(found: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

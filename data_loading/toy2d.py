@@ -1,6 +1,6 @@
-"""Points in the plane, drawn from the seed: distributions that are quickly learned and easily looked at.
+"""Points in the plane, drawn from the seed: distributions that are quick to learn and easy to look at.
 
-Each is centred, has a standard deviation of about 0.5, as the settings assume, and a density that is known.
+Each is centred, has a standard deviation of about 0.5, as the settings assume, and a known density.
 """
 
 import math
@@ -19,7 +19,7 @@ SIZES = 20_000, 2_000  # points to train on, held out
 
 @dataclass(frozen=True)
 class Curves:
-    """One curve for each class, on which points lie with Gaussian noise: `curve(label, u)` (..., 2), u in [0, 1]."""
+    """Points on one curve for each class, with Gaussian noise: `curve(label, u)` is (..., 2), u in [0, 1]."""
 
     curve: Callable[[np.ndarray, np.ndarray], np.ndarray]
     noise: float
@@ -31,7 +31,7 @@ class Curves:
         return self.curve(label, u) + rng.normal(0, self.noise, (n, 2)), label
 
     def density(self, x: Tensor) -> Tensor:
-        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, by a sum over 500 of each."""
+        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, from 500 points on each curve."""
         label, u = np.meshgrid(np.arange(self.num_classes), (np.arange(500) + 0.5) / 500)
         centres, counts = torch.from_numpy(self.curve(label, u)).reshape(-1, 2).unique(dim=0, return_counts=True)
         distances = (torch.cdist(part, centres) / self.noise for part in x.double().split(4096))
@@ -40,7 +40,7 @@ class Curves:
 
 
 class Checkerboard:
-    """The eight dark squares of a board of four by four, which fills [-0.9, 0.9]^2; no classes."""
+    """The eight dark squares of a four by four board that fills [-0.9, 0.9]^2; no classes."""
 
     num_classes = 0
 
@@ -89,7 +89,7 @@ def load_points(name: str, config: Config) -> tuple[tuple[Tensor, Tensor], ...]:
 
 
 def load_pairs(first: str, second: str, config: Config) -> tuple[tuple[Tensor, ...], ...]:
-    """Like load_points, of pairs (x0, class of x0, x1) of two of the sets, which have nothing to do with each other."""
+    """Like load_points, but pairs (x0, class of x0, x1): independent draws of two sets."""
     ends = zip(load_points(first, config), load_points(second, config), strict=True)
     return tuple((x0, label, x1) for (x0, label), (x1, _) in ends)
 

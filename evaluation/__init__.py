@@ -1,1 +1,10 @@
-"""evaluation"""
+"""Numbers for a run. Read in this order:
+
+judge.py       calls the rest for a run: held-out losses, and numbers for samples
+reference.py   the loss that all runs of a data set share, and its two baselines
+detectors.py   feature extractors: Inception, DINOv2, a small classifier, raw pixels; DETECTORS is their table
+distances.py   distances between features of samples and of data
+likelihood.py  log p(x0) by the probability-flow ODE
+
+docs/numbers.md says what the numbers mean.
+"""

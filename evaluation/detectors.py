@@ -1,16 +1,18 @@
-"""What looks at images in place of a person: networks whose features are compared between samples and data."""
+"""Feature extractors for comparing samples with data: Inception, DINOv2, a small classifier, raw pixels.
 
-import contextlib
-import hashlib
+`JudgedData` are the data that samples are compared with. distances.py compares the features.
+"""
+
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,38 +20,98 @@ import utils
 from config import SettingError
 from data_loading import packed
 from data_loading.loader import Loader
-from runtime import ranks
-
-if TYPE_CHECKING:
-    from trainer import BaseDiffusionTrainer
+from data_loading.spec import DataSpec
+from runtime import files, ranks
 
 MOST_PIXELS = 1024  # features of which a covariance is quickly computed
 CLASSIFIER_STEPS = 800  # a minute on two CPU cores for images of 28 x 28
+MOST_SUPPORTING = 5000  # images that a support-vector machine learns from
+Features = Callable[[Tensor], Tensor]  # decoded images (B, C, H, W) in [0, 1] -> (B, D) float32
+
+
+@dataclass(frozen=True)
+class JudgedData:
+    """The data that samples are compared with, as `decode(encode(x))` gives them."""
+
+    train: Loader
+    held_out: Loader
+    as_decoded: Callable[[Tensor], Tensor]
+    dataset: str  # name, for messages
+    cache: Path  # a folder
+    device: torch.device
+
+    @property
+    def spec(self) -> DataSpec:
+        return self.train.spec
+
+    @cached_property
+    def example(self) -> Tensor:
+        """The first items, decoded, (n, ...) with n at most 64."""
+        with torch.no_grad():
+            return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
+
+    @property
+    def are_images(self) -> bool:
+        """Whether decoded data are images like those that were loaded."""
+        return self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
 
 
 @dataclass(frozen=True)
 class Detector:
-    """`features(x)` of decoded images (B, C, H, W) in [0, 1], (B, D) float32."""
+    """A feature extractor."""
 
-    features: Callable[[Tensor], Tensor]
-    digest: str  # of its weights: numbers of other weights are not comparable
+    features: Features
+    digest: str  # hash of the weights: numbers of other weights are not comparable
     about: str
-    predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows those of the data
+    predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows the classes of the data
+    is_slow: bool = True  # features of data are kept in a file
 
 
-def pixels(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
-    """The pixels themselves, in [-1, 1]; images of more than MOST_PIXELS values are averaged to 16 x 16 first. Of what
-    is no image in [0, 1], the values as they are."""
-    x = trainer.decode(trainer.example.x0)
+def pixels(data: JudgedData, weights: str) -> Detector:
+    """Pixels in [-1, 1], of larger images than MOST_PIXELS averaged to 16 x 16; of other data the values as they are.
+    Small grey images with classes also have a support-vector machine as a classifier."""
+    x = data.example
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or x.min() < 0 or x.max() > 1:
-        return Detector(lambda x: x.flatten(1).float(), 'values', 'the values as they are')
-    if x[0].numel() <= MOST_PIXELS:
-        return Detector(lambda x: 2 * x.flatten(1) - 1, 'pixels', 'pixels in [-1, 1]')
-    small = nn.functional.adaptive_avg_pool2d
-    return Detector(lambda x: 2 * small(x, 16).flatten(1) - 1, 'pixels 16', 'pixels in [-1, 1], averaged to 16 x 16')
+        return Detector(lambda x: x.flatten(1).float(), 'values', 'the values as they are', is_slow=False)
+    if x[0].numel() > MOST_PIXELS:
+        small = nn.functional.adaptive_avg_pool2d
+        about = 'pixels in [-1, 1], averaged to 16 x 16'
+        return Detector(lambda x: 2 * small(x, 16).flatten(1) - 1, 'pixels 16', about, is_slow=False)
+    predict, about = None, 'pixels in [-1, 1]'
+    if is_grey_with_classes(data):
+        x, label, *_ = data.train.take(range(min(MOST_SUPPORTING, data.train.size)))
+        if label.unique().numel() > 1:
+            predict, about = support_vectors(x, label), f'{about}, and a support-vector machine of the classes'
+    return Detector(lambda x: 2 * x.flatten(1).float() - 1, 'pixels', about, predict, is_slow=False)
 
 
-def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
+def is_grey_with_classes(data: JudgedData) -> bool:
+    """Whether the data are images of one channel, few pixels, and two or more classes."""
+    small = data.are_images and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
+    return small and data.spec.num_classes > 1
+
+
+def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """A support-vector machine of pixels: images (N, C, H, W) in [0, 1] -> classes (N,). It learns, from two classes or
+    more, when it is first called."""
+
+    def flat(x: Tensor) -> np.ndarray:
+        return (2 * x.detach().cpu().float().flatten(1) - 1).numpy()
+
+    machine: Any = None
+
+    def predict(x: Tensor) -> Tensor:
+        nonlocal machine
+        if machine is None:
+            from sklearn.svm import SVC  # a second to import
+
+            machine = SVC(gamma='scale').fit(flat(images), labels.cpu().numpy())
+        return torch.from_numpy(machine.predict(flat(x))).to(x.device)
+
+    return predict
+
+
+def from_torch_fidelity(name: str, layer: str, data: JudgedData, weights: str) -> Detector:
     """A feature extractor of torch-fidelity (Obukhov et al. 2020), from the file `weights` or its own download.
 
     Grey images become three equal channels. Raises SettingError if the weights cannot be had.
@@ -70,36 +132,34 @@ def from_torch_fidelity(name: str, layer: str, trainer: 'BaseDiffusionTrainer', 
             f'detector={name!r}: its weights cannot be had ({type(error).__name__}: {text}). Download them by hand '
             'and pass the file as --detector_weights PATH; or use --detector classifier or pixels, which need none.'
         ) from None
-    network = network.to(trainer.device)
-    channels = tuple(trainer.decode(trainer.example.x0[:1]).shape[1:2])
-    if channels not in ((1,), (3,)):
+    network = network.to(data.device)
+    if tuple(data.example.shape[1:2]) not in ((1,), (3,)):
         raise SettingError(f'detector={name!r} looks at images of one or three channels. Use --detector pixels.')
 
     def features(x: Tensor) -> Tensor:
-        x = (x.clamp(0, 1) * 255).round().byte().to(trainer.device)
+        x = (x.clamp(0, 1) * 255).round().byte().to(data.device)
         return network(x.expand(-1, 3, -1, -1))[0].float()
 
     return Detector(features, digest_of(network), f'torch-fidelity {names[name]}, layer {layer}')
 
 
-def classifier(trainer: 'BaseDiffusionTrainer', weights: str) -> Detector:
+def classifier(data: JudgedData, weights: str) -> Detector:
     """A small network that has learned the classes of the data themselves: 64 features before its last layer.
 
     It is trained once for a data set, in a minute or two, and kept with its accuracy in data_dir/cache. Raises
     SettingError if the data have no classes.
     """
-    spec, config = trainer.data, trainer.config
+    spec = data.spec
     if spec.num_classes < 2 or not spec.shape or len(spec.shape) != 3:
         raise SettingError("detector='classifier' needs images of two or more classes. Use --detector pixels.")
-    mark = hashlib.blake2b(trainer.train_loader.fingerprint.encode(), digest_size=8).hexdigest()
-    path = Path(config.data_dir, 'cache', f'classifier-{mark}.pt')
-    kept = ranks.on_main(lambda: classifier_in(path))
+    path = data.cache / f'classifier-{files.digest(data.train.fingerprint)}.pt'
+    kept = ranks.on_main(lambda: read_classifier(path))
     if kept is None:
-        kept = ranks.on_each(lambda: train_classifier(trainer) if ranks.is_main() else None, patient=True)
-        ranks.on_main(lambda: keep(lambda unfinished: torch.save(kept, unfinished), path))
+        kept = ranks.on_each(lambda: train_classifier(data) if ranks.is_main() else None, patient=True)
+        ranks.on_main(lambda: write_cache(path, lambda temporary: torch.save(kept, temporary)))
     found = ranks.on_main(lambda: kept)
     assert found is not None
-    network = Classifier(spec.shape[0], spec.num_classes).to(trainer.device).eval()
+    network = Classifier(spec.shape[0], spec.num_classes).to(data.device).eval()
     network.load_state_dict(found['network'])
     about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
     return Detector(network.features, digest_of(network), about, lambda x: network(x).argmax(1))
@@ -129,15 +189,13 @@ class Classifier(nn.Module):
         return self.last(self.features(x))
 
 
-def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
+def train_classifier(data: JudgedData) -> dict[str, Any]:
     """Weights, and accuracy on the held-out images."""
-    spec, loader, device = trainer.data, trainer.train_loader, trainer.device
+    spec, loader, device = data.spec, data.train, data.device
     utils.seed_everything(0, 'classifier')
     network = Classifier(spec.shape[0] if spec.shape else 1, spec.num_classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-    ranks.print_once(
-        f'training a classifier of {trainer.config.dataset} to judge samples by, once for this data set: a few minutes'
-    )
+    ranks.print_once(f'training a classifier of {data.dataset} to judge samples, once for this data set: a few minutes')
     began = time.monotonic()
     for step in range(CLASSIFIER_STEPS):
         for group in optimizer.param_groups:
@@ -148,93 +206,78 @@ def train_classifier(trainer: 'BaseDiffusionTrainer') -> dict[str, Any]:
         loss.backward()
         optimizer.step()
     network.eval()
-    test, right = trainer.test_loader, 0
+    n = data.held_out.size
+    batches = map(data.held_out.take, torch.arange(n).split(256))
     with torch.no_grad():
-        for rows in torch.arange(test.size).split(256):
-            x, label, *_ = test.take(rows)
-            right += int((network(x).argmax(1) == label).sum())
-    accuracy = right / test.size
-    ranks.print_once(f'  {accuracy:.1%} of {test.size} held-out images right after {time.monotonic() - began:.0f} s')
+        accuracy = sum(int((network(x).argmax(1) == label).sum()) for x, label, *_ in batches) / n
+    ranks.print_once(f'  {accuracy:.1%} of {n} held-out images right after {time.monotonic() - began:.0f} s')
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
-def classifier_in(path: Path) -> dict[str, Any] | None:
-    """What `train_classifier` once found out about these data; None if that is not there, or damaged."""
+def read_classifier(path: Path) -> dict[str, Any] | None:
+    """The result of `train_classifier` for these data; None if it is not there, or damaged."""
     try:
         return torch.load(path, weights_only=True)
-    except Exception:
+    except Exception:  # torch raises many kinds for a damaged file
         return None
 
 
-def keep(write: Callable[[Path], object], path: Path) -> None:
-    """Let `write` write a file that becomes `path` when it is whole. What cannot be kept is said, and made anew."""
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
+def write_cache(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file that becomes `path` when it is whole; on failure print why and go without a cache."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:
+        with files.whole(path) as temporary:
+            write(temporary)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         print(f'{path} cannot be kept for the next time: {error}', flush=True)
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def digest_of(network: nn.Module) -> str:
     """A hash of all weights."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return files.digest(*itertools.chain.from_iterable(network.state_dict().items()))
 
 
-def usual(trainer: 'BaseDiffusionTrainer') -> str:
-    """The detector for samples that nobody asked another for: classifier where the data are images of classes and are
-    decoded as such, else pixels."""
-    data, shape = trainer.data, tuple(trainer.decode(trainer.example.x0[:1]).shape[1:])
-    images = data.scale == 'image' and len(shape) == 3 and shape == data.shape
-    return 'classifier' if images and data.num_classes > 1 else 'pixels'
+def default_detector(data: JudgedData) -> str:
+    """The detector when none is chosen: classifier for images with classes, except small grey ones, else pixels."""
+    with_classes = data.are_images and data.spec.num_classes > 1
+    return 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
 
 
-def features_of_data(
-    trainer: 'BaseDiffusionTrainer', detector: Detector, most: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Features of the training images, or of `most` of them, and of the held-out ones, as they are decoded, on every
-    rank; the processes share the work. They are kept in data_dir/cache."""
+def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of all or `most` training images, and of the held-out ones, on every rank; the processes share
+    the work. Features of a slow detector are kept in data_dir/cache."""
 
-    def features(loader: Loader, rows: Tensor) -> Tensor:
-        parts = []
+    def compute(loader: Loader, rows: Tensor) -> Tensor:
+        mine = rows[ranks.my_items(len(rows))].split(256)
         with torch.no_grad():
-            for mine in rows[ranks.my_items(len(rows))].split(256):
-                x, *_ = loader.take(mine)
-                parts.append(detector.features(trainer.decode(trainer.encode(x))).cpu())
+            parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in mine]
         return ranks.gather_items(torch.cat(parts), len(rows))
 
-    def kept(loader: Loader, part: str) -> Tensor:
+    def cached(loader: Loader, part: str) -> Tensor:
         rows = torch.arange(loader.size)
         if most is not None and len(rows) > most:
             rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+        if not detector.is_slow:
+            return compute(loader, rows)
         with torch.no_grad():
-            first = trainer.decode(trainer.encode(loader.take(range(min(8, loader.size)))[0]))
-        values = (first.double().cpu() * 1000).round().flatten().tolist()  # of another encoder they are others
-        mark = f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}'
-        name = hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()
-        path = Path(trainer.config.data_dir, 'cache', f'features-{name}.pt')
+            first = data.as_decoded(loader.take(range(min(8, loader.size)))[0])
+        values = (first.double().cpu() * 1000).round().flatten().tolist()  # another encoder gives others
+        key = files.digest(f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}')
+        path = data.cache / f'features-{key}.pt'
         known = packed.cached(path)
         if not ranks.any_rank(known is None):
             assert known is not None
             return known['x']
-        found = features(loader, rows)
+        found = compute(loader, rows)
         if ranks.is_first_of_machine():
-            keep(lambda unfinished: packed.write(unfinished, found, torch.zeros(len(found), dtype=torch.int64)), path)
+            write_cache(path, lambda temporary: packed.write(temporary, found, torch.zeros(len(found)).long()))
         return found
 
-    return kept(trainer.train_loader, 'train'), kept(trainer.test_loader, 'held out')
+    return cached(data.train, 'train'), cached(data.held_out, 'held out')
 
 
-DETECTORS: dict[str, Callable[['BaseDiffusionTrainer', str], Detector]] = {
-    'inception': lambda trainer, weights: from_torch_fidelity('inception', '2048', trainer, weights),
-    'dinov2': lambda trainer, weights: from_torch_fidelity('dinov2', 'dinov2', trainer, weights),
+DETECTORS: dict[str, Callable[[JudgedData, str], Detector]] = {
+    'inception': lambda data, weights: from_torch_fidelity('inception', '2048', data, weights),
+    'dinov2': lambda data, weights: from_torch_fidelity('dinov2', 'dinov2', data, weights),
     'classifier': classifier,
     'pixels': pixels,
 }

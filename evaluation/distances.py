@@ -1,9 +1,11 @@
-"""How far samples are from data, by features (N, D) of both: for publishable numbers, see detectors.py."""
+"""Distances between samples and data, computed from features (N, D) of both. detectors.py makes the features."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from config import SettingError
+from data_loading.toy2d import TOY2D
 
 MOST_ROWS = 50_000  # training images of which distances between pairs are computed
 CHUNK = 2048  # rows of a table of distances at once
@@ -17,11 +19,11 @@ class Moments:
         self.n = len(features)
         parts = features.split(CHUNK)
         self.mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / self.n
-        products = (part.double() - self.mean for part in parts)
-        total = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-        for part in products:
-            total += part.T @ part
-        self.cov = total / (self.n - 1)
+        self.cov = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        for part in parts:
+            centred = part.double() - self.mean
+            self.cov += centred.T @ centred
+        self.cov /= self.n - 1
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -69,46 +71,78 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
-def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int = MOST_ROWS) -> dict[str, float]:
+def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None) -> dict[str, float]:
     """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
 
-    frechet is of all training images, the others of `most` at most. real_frechet is that of as many training images as
-    there are samples, drawn at random: what a perfect sampler of the training data would get.
-
-    frechet and kid (mean over subsets, and its standard deviation; Binkowski et al. 2018); precision and recall with 3
-    neighbours (Kynkaanniemi et al. 2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to
-    the nearest training image over that of held-out images, below 1 where training images were memorised. kid,
-    precision and recall are those of torch-fidelity. In the plane also wasserstein, of at most 1000 samples and as many
-    of the data, and real_wasserstein, of as many held-out points. Raises SettingError for fewer than 10 rows of a kind.
+    frechet, with all training images, the rest with at most `most` (None: MOST_ROWS); real_frechet of as many training
+    images as samples, drawn at random: what a perfect sampler would get; kid, the mean over subsets, and kid_std
+    (Binkowski et al. 2018); precision and recall with 3 neighbours (Kynkaanniemi et al. 2019); density and coverage
+    with 5; nearest_neighbour_ratio, the mean distance to the nearest training image over that of held-out images, below
+    1 where training images were memorised. In the plane also wasserstein, of at most 1000 samples and as many of the
+    data, and real_wasserstein, of as many held-out points. kid, precision and recall are computed by torch-fidelity.
+    Raises SettingError for fewer than 10 rows of a kind, and for samples that are not finite.
     """
-    from torch_fidelity.metric_kid import kid_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
     if min(len(samples), len(train), len(held_out)) < 10:
         raise SettingError(
             f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images: at least 10 of each '
             'are needed to compare. Draw more by --num.'
         )
+    bad = int((~samples.isfinite().all(1)).sum())
+    if bad:
+        raise SettingError(
+            f'{bad} of {len(samples)} samples have values that are not finite, so they have no distance from the data. '
+            'Try another --solver or --time_grid, or look at the training loss.'
+        )
     draw = torch.Generator().manual_seed(0)
     real = train[torch.randint(len(train), (len(samples),), generator=draw)]
     moments = Moments(train)
-    far = {'frechet': frechet(Moments(samples), moments), 'real_frechet': frechet(Moments(real), moments)}
-    if len(train) > most:
-        train = train[torch.randperm(len(train), generator=draw)[:most]]
+    values = {'frechet': frechet(Moments(samples), moments), 'real_frechet': frechet(Moments(real), moments)}
+    if len(train) > (most or MOST_ROWS):
+        train = train[torch.randperm(len(train), generator=draw)[: most or MOST_ROWS]]
     if train.shape[1] == 2:
         n = min(1000, len(samples), len(train), len(held_out))
         some = train[torch.randperm(len(train), generator=draw)[:n]]
-        far |= {'wasserstein': wasserstein(samples[:n], some), 'real_wasserstein': wasserstein(held_out[:n], some)}
+        values |= {'wasserstein': wasserstein(samples[:n], some), 'real_wasserstein': wasserstein(held_out[:n], some)}
+    return values | neighbourhoods(samples, train, held_out)
+
+
+def neighbourhoods(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+    """The numbers of `compare` that look at pairs of rows."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     size = min(1000, len(samples), len(train))
     kid = kid_features_to_metric(samples.double(), train.double(), kid_subset_size=size, kid_subsets=100, verbose=False)
     prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     density, coverage = density_coverage(samples, train)
-    return far | {
-        'kid': kid['kernel_inception_distance_mean'],
-        'kid_std': kid['kernel_inception_distance_std'],
-        'precision': prc['precision'],
-        'recall': prc['recall'],
-        'density': density,
-        'coverage': coverage,
-        'nearest_neighbour_ratio': nearest(samples, train) / max(nearest(held_out, train), 1e-12),
-    }
+    ratio = nearest(samples, train) / max(nearest(held_out, train), 1e-12)
+    values = {'kid': kid['kernel_inception_distance_mean'], 'kid_std': kid['kernel_inception_distance_std']}
+    values |= {name: prc[name] for name in ('precision', 'recall')}
+    return values | dict(density=density, coverage=coverage, nearest_neighbour_ratio=ratio)
+
+
+def distance_from_set(x: Tensor, name: str, end: str = '') -> dict[str, float]:
+    """wasserstein, the distance of points (n, 2) from as many new points of a set of data_loading/toy2d.py, and
+    real_wasserstein, that of two draws of the set. `end` is added to the names."""
+    new, other = (torch.from_numpy(TOY2D[name].draw(np.random.default_rng(seed), len(x))[0]) for seed in (1, 2))
+    return {f'wasserstein{end}': wasserstein(x.cpu(), new), f'real_wasserstein{end}': wasserstein(other, new)}
+
+
+# name of a number -> the line that a run prints
+SENTENCES = {
+    'label_agreement': 'a classifier of real images sees the requested label in {:.1%}',
+    'frechet': 'Frechet distance to the training images: {:.4g}',
+    'real_frechet': 'the same distance of as many real images: {:.4g}',
+    'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',
+    'real_wasserstein': 'the same distance of as many held-out points: {:.4g}',
+    'precision': 'samples that look like data (precision): {:.1%}',
+    'recall': 'data that look like samples (recall): {:.1%}',
+    'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',
+}
+NOT_PRINTED = ('kid', 'kid_std', 'density', 'coverage')  # they are in the record
+
+
+def describe(values: dict[str, float]) -> str:
+    """Numbers for samples, one a line: a sentence for each of this file, the name for those of an experiment."""
+    own = [f'  {name}: {value:.4g}' for name, value in values.items() if name not in (*NOT_PRINTED, *SENTENCES)]
+    return '\n'.join([f'  {text.format(values[k])}' for k, text in SENTENCES.items() if k in values] + own)

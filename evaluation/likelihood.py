@@ -9,7 +9,8 @@ x is of any shape (B, ...).
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from config import SettingError, choose
 from prediction import check_ends
 from processes import GaussianProcess
-from sampling import TIME_GRIDS, ModelFn, check_cond, get_predict
-from solvers import SOLVERS, Noise, Predict, within
+from sampling import Guidance, ModelFn, check_cond
+from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, Steps, on_path
+from solvers.runge_kutta import within
 from utils import bcast_right
 
 
@@ -65,104 +67,109 @@ def log_likelihood(
     `divergence`: exact (one backward pass per dimension and evaluation: small data only), or Hutchinson's estimate with
     `num_probes` fixed random vectors, rademacher or gaussian. `solver`: adams, which is the default, euler, midpoint
     and rk4 take `num_steps` steps on `time_grid`; dopri5, the default where a tolerance is given, keeps relative and
-    absolute errors within `tolerance`, or 1e-5. x0 is put at alpha(t_min) x0,
-    where the density is that of the data but for smoothing by sigma(t_min); at t_max the density is taken to be
-    N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma.
-    Raises SettingError for a stochastic solver or a guided model, of which this ODE gives no density, for a singular
+    absolute errors within `tolerance`, or 1e-5. The ODE starts from alpha(t_min) x0, with the density of the data but
+    for smoothing by sigma(t_min); at t_max the density is taken to be N(alpha E[x0 | x], sigma^2), exact up to squares
+    of alpha sigma_data / sigma.
+    Raises SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular
     end, for conditions that are not (B, ...), and for a tolerance that the solver does not keep.
     """
-    from torchdiffeq import odeint
+    cond = cond or {}
+    steps = Steps(solver or ('adams' if tolerance is None else 'dopri5'), num_steps, 0, time_grid, t_min, t_max)
+    check_method(steps, tolerance, guidance_scale)
+    if not x0.is_floating_point():
+        raise SettingError(f'x0 must be floating point, not {x0.dtype}: a density needs it. Pass dequantize(x0).')
+    if num_probes < 1 or num_steps < 1:
+        raise SettingError(f'num_probes={num_probes}, num_steps={num_steps}: both must be at least 1.')
+    probes = choose('divergence', divergence, PROBES)(x0, num_probes)
+    times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
+    check_ends(process, model_type, (t_min, t_max))
+    check_cond(cond, len(x0))
+    predict = Predict(on_path(Guidance().predictor(model_fn, label, cond, model_type), process, process), process)
+    field = Field(predict, probes, exact=divergence == 'exact')
 
-    solver = solver or ('adams' if tolerance is None else 'dopri5')
+    start, end = process(times[:1]), process(times[-1:])
+    with torch.no_grad():
+        x, total = integrate(field, bcast_right(start.alpha, x0.ndim) * x0, times, steps.solver, tolerance or 1e-5)
+        mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
+    log_prob = log_normal(x, mean, end.sigma) + total.mean(0) + x0[0].numel() * start.alpha.log()
+    spread = total.std(0) if len(total) > 1 else torch.full_like(log_prob, torch.nan)
+    error = torch.zeros_like(log_prob) if field.exact else spread / math.sqrt(num_probes)
+    return LogLikelihood(log_prob, error, predict.nfe)
+
+
+def log_normal(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    """log N(x; mean, sigma^2) of x and mean (B, ...) and sigma (1,), (B,) in nats."""
+    z = ((x - mean) / bcast_right(sigma, x.ndim)).reshape(len(x), -1)
+    return -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * sigma.log()
+
+
+def check_method(steps: Steps, tolerance: float | None, guidance_scale: float) -> None:
+    """Raise SettingError unless the samples of this solver have a density, which it can compute."""
+    solver = steps.solver
     if solver in SOLVERS and SOLVERS[solver].stochastic:
         raise SettingError(
             f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. '
             f'Use solver="dopri5", or one of {", ".join(METHODS)}.'
         )
     if guidance_scale != 1:
-        raise SettingError(
-            f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density. '
-            'Use guidance_scale=1.'
-        )
-    if not x0.is_floating_point():
-        raise SettingError(f'x0 is {x0.dtype}: a density is of real numbers. Pass dequantize(x0).')
-    if num_probes < 1 or num_steps < 1:
-        raise SettingError(f'num_probes={num_probes}, num_steps={num_steps}: both must be at least 1.')
+        text = f'guidance_scale={guidance_scale:g}: a guided velocity is not the flow of any known density.'
+        raise SettingError(f'{text} Use guidance_scale=1.')
     choose('solver', solver, dict.fromkeys(METHODS))
     if tolerance is not None and solver != 'dopri5':
         raise SettingError(f'tolerance={tolerance:g}: solver={solver!r} takes num_steps steps. Use solver="dopri5".')
-    probes = choose('divergence', divergence, PROBES)(x0, num_probes)
-    times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
-    check_ends(process, model_type, (t_min, t_max))
-    check_cond(cond or {}, len(x0))
-    predict = get_predict(model_fn, process, label, model_type=model_type, cond=cond)
 
-    def with_divergence(x: Tensor, t: float, field: str) -> tuple[Tensor, Tensor]:
-        """The prediction of that type and the terms of its divergence, (P, B); (1, B) if exact."""
+
+class Field:
+    """`field(x, t, name)`: the prediction of that type, like x, and the terms of its divergence, (P, B)."""
+
+    def __init__(self, predict: Predict, probes: Tensor, exact: bool):
+        """`probes`: (P, B, ...); if `exact`, they are all unit vectors, and there is one term (1, B), the sum."""
+        self.predict, self.probes, self.exact = predict, probes, exact
+        self.terms = 1 if exact else len(probes)
+
+    def __call__(self, x: Tensor, t: float, name: str) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            value = getattr(predict(x, t), field)
-            products = gradients(value, x, probes) * probes
-        terms = products.reshape(len(probes), len(x), -1).sum(2)
-        return value.detach(), terms.sum(0, keepdim=True) if divergence == 'exact' else terms
-
-    start, end = process(times[:1]), process(times[-1:])
-    x = bcast_right(start.alpha, x0.ndim) * x0
-    total = x0.new_zeros(1 if divergence == 'exact' else num_probes, len(x0))
-    with torch.no_grad():
-        if solver == 'adams':
-            x, total = adams(with_divergence, process, x, times.tolist(), len(total))
-        else:
-            ends = times[[0, -1]] if solver == 'dopri5' else times
-            x, total = (
-                v[-1]
-                for v in odeint(
-                    lambda t, state: with_divergence(state[0], t.item(), 'velocity'),
-                    (x, total),
-                    ends,
-                    rtol=tolerance or 1e-5,
-                    atol=tolerance or 1e-5,
-                    method=solver,
-                    options=within(ends) if solver == 'dopri5' else None,
-                )
-            )
-        mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
-    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
-    prior = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()
-    log_prob = prior + total.mean(0) + z.shape[1] * start.alpha.log()
-    if divergence == 'exact':
-        return LogLikelihood(log_prob, torch.zeros_like(prior), predict.nfe)
-    spread = total.std(0) if num_probes > 1 else torch.full_like(prior, torch.nan)
-    return LogLikelihood(log_prob, spread / math.sqrt(num_probes), predict.nfe)
+            value = getattr(self.predict(x, t), name)
+            products = gradients(value, x, self.probes) * self.probes
+        terms = products.reshape(len(self.probes), len(x), -1).sum(2)
+        return value.detach(), terms.sum(0, keepdim=True) if self.exact else terms
 
 
-def adams(
-    with_divergence: Callable[[Tensor, float, str], tuple[Tensor, Tensor]],
-    process: GaussianProcess,
-    x: Tensor,
-    times: Sequence[float],
-    num_probes: int,
-) -> tuple[Tensor, Tensor]:
-    """x (B, ...) at the last of the `times`, and the integral of the divergence of the velocity, (P, B).
+def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor]:
+    """x (B, ...) at the last of the `times`, and the integral of the divergence of the velocity, (P, B)."""
+    from torchdiffeq import odeint
+
+    if solver == 'adams':
+        return adams(field, x, times.tolist())
+    ends = times[[0, -1]] if solver == 'dopri5' else times
+    change = lambda t, state: field(state[0], t.item(), 'velocity')  # noqa: E731
+    start, options = (x, x.new_zeros(field.terms, len(x))), within(ends) if solver == 'dopri5' else None
+    x, total = odeint(change, start, ends, rtol=tolerance, atol=tolerance, method=solver, options=options)
+    return x[-1], total[-1]
+
+
+def adams(field: Field, x: Tensor, times: list[float]) -> tuple[Tensor, Tensor]:
+    """As `integrate`, by the solver adams.
 
     With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular), of which the divergence with
     respect to y is that of v with respect to x; and a volume of x is n^D times that of y. So n times the integral over
-    theta goes beside x through the same steps, as if n times the divergence were its v.
+    theta goes through the same steps as x, as if n times the divergence were its v.
     """
-    batch, shape = len(x), x.shape
+    batch, shape, terms = len(x), x.shape, field.terms
 
     def length(t: float) -> float:
         return math.hypot(*predict.level(t)[:2])
 
     def evaluate(state: Tensor, t: float) -> Any:
-        v, terms = with_divergence(state[:, :-num_probes].reshape(shape), t, 'v')
-        return SimpleNamespace(v=torch.cat([v.reshape(batch, -1), length(t) * terms.T], 1))
+        v, divergence = field(state[:, :-terms].reshape(shape), t, 'v')
+        return SimpleNamespace(v=torch.cat([v.reshape(batch, -1), length(t) * divergence.T], 1))
 
-    predict, step = Predict(evaluate, process, SOLVERS['adams'].memory), SOLVERS['adams'].step
-    state = torch.cat([x.reshape(batch, -1), x.new_zeros(batch, num_probes)], 1)
+    predict, step = Predict(evaluate, field.predict.process, SOLVERS['adams'].memory), SOLVERS['adams'].step
+    state = torch.cat([x.reshape(batch, -1), x.new_zeros(batch, terms)], 1)
     for t, s in itertools.pairwise(times):
         state = step(state, t, s, predict, Noise(lambda coefs: coefs.sigma, scale=0.0))  # an ODE: there is no noise
-    x, integral = state[:, :-num_probes], state[:, -num_probes:].T / length(times[-1])
+    x, integral = state[:, :-terms], state[:, -terms:].T / length(times[-1])
     grown = x.shape[1] * math.log(length(times[-1]) / length(times[0]))
     return x.reshape(shape), integral + grown
 
@@ -175,26 +182,19 @@ def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tenso
     if len(vectors) == 1:
         return torch.autograd.grad(y, x, vectors[0])[0][None]
     try:
-        parts = [
-            torch.autograd.grad(y, x, part, retain_graph=True, is_grads_batched=True)[0]
-            for part in vectors.split(at_once)
-        ]
-        return torch.cat(parts)
-    except RuntimeError:  # a function of one's own, for instance, that torch.vmap does not know
+        batched = partial(torch.autograd.grad, y, x, retain_graph=True, is_grads_batched=True)
+        return torch.cat([batched(part)[0] for part in vectors.split(at_once)])
+    except RuntimeError:  # such as a custom function that torch.vmap does not know
         return torch.stack([torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in vectors])
 
 
 def dequantize(images: Tensor, levels: int = 256) -> Tensor:
-    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1].
-
-    Theis et al. 2016, section 3.1.
-    """
+    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1] (Theis et al. 2016,
+    section 3.1)."""
     return (images + torch.rand(images.shape, device=images.device)) * (2 / levels) - 1
 
 
 def bits_per_dim(log_prob: Tensor, shape: tuple[int, ...], levels: int = 256) -> Tensor:
-    """Bits per pixel and channel to code images of `shape` (C, H, W), from log p of their `dequantize`d versions.
-
-    It is an upper bound on the length of a code for the integers (Theis et al. 2016, section 3.1).
-    """
+    """Bits per pixel and channel of images (C, H, W), from log p of their `dequantize`d versions: an upper bound on the
+    length of a code for the integers (Theis et al. 2016, section 3.1)."""
     return -log_prob / (math.prod(shape) * math.log(2)) + math.log2(levels / 2)

@@ -54,6 +54,6 @@ class Plain(Told):
 if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'told': dict(trainer_class=Told)},
-        numbers=('final/*_error', 'final/*/label_agreement', 'final/*/frechet_pixels'),
+        numbers=('final/*_error', 'final/*/label_agreement', 'final/*/frechet'),
         usual='--preset digits_long --num_training_steps 800 --label_dropout 0.1',
     )

@@ -24,6 +24,6 @@ class Contrastive(ExampleDiffusionTrainer):
 if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'contrastive': dict(trainer_class=Contrastive)},
-        numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
+        numbers=('final/*/label_agreement', 'final/*/frechet'),
         usual='--preset digits_long --num_training_steps 400',
     )

@@ -14,11 +14,11 @@ from trainer import ExampleDiffusionTrainer
 
 
 class Dispersive(ExampleDiffusionTrainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
         net = self.network.net
         middle = net.middle[0] if hasattr(net, 'middle') else net.blocks[len(net.blocks) // 2]
         middle.register_forward_hook(lambda module, inputs, out: setattr(self, 'features', out))
+        super().setup_networks()  # averages are copies: they have the hook, too
 
     def loss_fn(self, batch, model_fn):
         loss = super().loss_fn(batch, model_fn)
@@ -32,6 +32,6 @@ class Dispersive(ExampleDiffusionTrainer):
 if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'dispersive': dict(trainer_class=Dispersive)},
-        numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
+        numbers=('final/*/label_agreement', 'final/*/frechet'),
         usual='--preset digits_long --num_training_steps 400',
     )

@@ -33,10 +33,10 @@ class Flow(ExampleDiffusionTrainer):
 
 
 class Student(ExampleDiffusionTrainer):
-    has_reference = False  # a denoiser at t = 1 alone
+    has_reference = False  # a denoiser at t = 1 only
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
+        super().setup_networks()
         self.network.load_state_dict(load_run(self.config.teacher).network.state_dict())
         self.modules['teacher'] = copy.deepcopy(self.network).requires_grad_(False)
         self.modules['fake'] = copy.deepcopy(self.network)

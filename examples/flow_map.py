@@ -74,7 +74,7 @@ if __name__ == '__main__':
     own = dict(trainer_class=FlowMap, solver='flow_map', num_sample_steps=4, time_grid='uniform')
     side_by_side(
         {'plain': dict(own, trainer_class=Plain, solver='euler')} | {rule: dict(own, rule=rule) for rule in RULES},
-        numbers=('final/*/wasserstein', 'final/steps_1/real_w*', 'final/*/frechet_pixels'),
+        numbers=('final/*/wasserstein', 'final/steps_1/real_w*', 'final/*/frechet'),
         usual='--preset toy2d --time_input slow',
         config_class=Settings,
     )

@@ -1,14 +1,14 @@
 """Guidance in four ways: classifier-free, in an interval of times, by a worse model, and learned.
 
     cfg              v + (w - 1) (v - v without label)                    Ho and Salimans 2022, eq. 6
-    interval         the same, for t between 0.3 and 0.8 alone            Kynkaanniemi et al. 2024
+    interval         the same, only for t between 0.3 and 0.8            Kynkaanniemi et al. 2024
     autoguidance     v + (w - 1) (v - v of the weights after a quarter of the training)      Karras et al. 2024
     model guidance   trained on targets that are guided already, and drawn without           Tang et al. 2025
 
 All ways draw with about 20 evaluations of a network: those that compare two at each step take 10 steps, the interval
 15. Training costs model guidance three evaluations where the plain run has one.
 
-    sh run.sh examples/guidance.py                        digits, after few steps: there is something left to mend
+    sh run.sh examples/guidance.py                        digits, after few steps: there is something left to improve
 """
 
 import copy
@@ -24,12 +24,12 @@ W = 2.0  # the guidance scale, of all
 
 
 class Plain(ExampleDiffusionTrainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
+        super().setup_networks()
         self.modules['early'] = copy.deepcopy(self.network).requires_grad_(False)
 
-    def train_step(self, shards):
-        super().train_step(shards)
+    def train_step(self, micro_batches):
+        super().train_step(micro_batches)
         if self.step == max(1, self.config.num_training_steps // 4):
             self.modules['early'].load_state_dict(self.network.state_dict())
 
@@ -61,6 +61,6 @@ class ModelGuidance(ExampleDiffusionTrainer):
 if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'model_guidance': dict(trainer_class=ModelGuidance)},
-        numbers=('final/*/label_agreement', 'final/*/frechet_pixels'),
+        numbers=('final/*/label_agreement', 'final/*/frechet'),
         usual='--preset digits_long --label_dropout 0.1 --num_training_steps 400',
     )

@@ -1,7 +1,7 @@
 """Restore degraded digits by a flow that starts at the degraded picture, not at noise (Albergo et al. 2024).
 
 The coupling depends on the data: x1 is the degraded picture with some noise, x0 the picture it was made of. In both
-runs the network sees the degraded picture as a condition beside xt, and is told no class. `rmse` is the error of the
+runs the network sees the degraded picture as a condition besides xt, and no class. `rmse` is the error of the
 restored held-out digits, in units of the grey scale [0, 1], after 1, 2, 5 and 20 evaluations of the network.
 
     sh run.sh examples/image_to_image.py                              lower halves are missing
@@ -39,7 +39,7 @@ class Settings(Config):
 
 
 class FromNoise(ExampleDiffusionTrainer):
-    independent = False  # samples start from held-out pictures, and the truth is shown beside them
+    independent = False  # samples start from held-out pictures, and the truth is shown with them
 
     def prepare_batch_fn(self, batch, is_train):
         prepared = super().prepare_batch_fn(batch, is_train)
@@ -50,7 +50,7 @@ class FromNoise(ExampleDiffusionTrainer):
         return {f'euler_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 2, 5, 20)}
 
     def sample_metrics(self, x, inputs):
-        truth = inputs.beside[1].to(x.device)
+        truth = self.decode(inputs.truth)
         return {'rmse': float((x - truth).square().mean().sqrt()), **super().sample_metrics(x, inputs)}
 
 
@@ -64,7 +64,7 @@ class FromDegraded(FromNoise):
 if __name__ == '__main__':
     side_by_side(
         {'from_noise': dict(trainer_class=FromNoise), 'from_degraded': dict(trainer_class=FromDegraded)},
-        numbers=('final/*/rmse', 'final/*/frechet_pixels'),
+        numbers=('final/*/rmse', 'final/*/frechet'),
         usual='--preset digits_long --num_training_steps 800 --label_dropout 1',
         config_class=Settings,
     )

@@ -19,11 +19,10 @@ import torch
 import utils
 from data_loading.toy2d import load_pairs
 from data_utils import DATASETS, DataSpec
-from evaluation import pixel_metrics
+from evaluation.distances import distance_from_set
 from networks import NETWORKS, mlp
 from scripts.compare import side_by_side
-from trainer import ExampleDiffusionTrainer
-from training.batches import ProcessedBatch
+from trainer import ExampleDiffusionTrainer, ProcessedBatch
 
 DATASETS['moons_to_gaussians'] = DataSpec(partial(load_pairs, 'moons', 'eight_gaussians'), (2,), scale='float')
 NETWORKS['two_outputs'] = lambda config, shape, num_classes: mlp(config, (2, *shape), num_classes)
@@ -51,7 +50,7 @@ class Interpolant(ExampleDiffusionTrainer):
         return utils.image_square_error(out, torch.stack([batch.x1 - batch.x0, batch.z], 1))
 
     def draw(self, model_fn, inputs, solver, start=1, noise=0.0):
-        x, steps = inputs.x1 if start else inputs.beside[1].to(inputs.x1), self.config.sample_nfe or 100
+        x, steps = inputs.x1 if start else inputs.truth, self.config.sample_nfe or 100
         for t, s in itertools.pairwise(torch.linspace(start, 1 - start, steps + 1).tolist()):
             middle, dt = (t + s) / 2, abs(s - t)  # the middle of a step, where nothing is singular
             v, eta = model_fn(torch.stack([x, x], 1), x.new_full((len(x),), middle)).unbind(1)
@@ -64,9 +63,7 @@ class Interpolant(ExampleDiffusionTrainer):
         return down | {f'up_{e:g}': partial(self.draw, solver='', start=0, noise=e) for e in self.noises}
 
     def sample_metrics(self, x, inputs):
-        return pixel_metrics.distance_from_set(x, 'moons', '_x0') | pixel_metrics.distance_from_set(
-            x, 'eight_gaussians', '_x1'
-        )
+        return distance_from_set(x, 'moons', '_x0') | distance_from_set(x, 'eight_gaussians', '_x1')
 
 
 class Plain(Interpolant):

@@ -1,9 +1,8 @@
 """Diffusion of latents: pictures become small tensors, which are cached, and samples are decoded (Rombach et al. 2022).
 
 `encode` and `decode` may be any two functions; here they are an autoencoder that is trained on the spot. `load` encodes
-all pictures once, into a file, with the mean and standard deviation of each channel, which scale the latents to mean 0
-and standard deviation 0.5. To the trainer they are data of floats, and `decode` is all that an experiment adds. Both
-runs are judged by samples in pixels, on Fashion-MNIST, 784 pixels, 196 numbers.       sh run.sh examples/latent.py
+all pictures once, into a file, and scales each channel to mean 0 and standard deviation 0.5. To the trainer they are
+floats, and `decode` is all that an experiment adds. Both runs are judged in pixels.       sh run.sh examples/latent.py
 """
 
 from pathlib import Path
@@ -13,15 +12,15 @@ from torch.nn import Buffer, Conv2d, ConvTranspose2d, ModuleDict, Sequential, Si
 
 import utils
 from data_utils import DATASETS, DataSpec
-from evaluation import pixel_metrics
+from evaluation.detectors import support_vectors
+from evaluation.distances import compare
+from runtime.files import whole
 from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
-SOURCE = 'fashion_mnist'
-
 
 def pictures(config):  # x (N, 1, H, W) in [0, 1] and labels (N,), to train and held out
-    return [(x.float() / DATASETS[SOURCE].max_value, labels) for x, labels in DATASETS[SOURCE].load(config)[:2]]
+    return [(x / 255, labels) for x, labels in DATASETS['fashion_mnist'].load(config)[:2]]
 
 
 def autoencoder(k=4, width=64):  # (N, 1, H, W) <-> (N, k, H / k, W / k)
@@ -33,22 +32,21 @@ def autoencoder(k=4, width=64):  # (N, 1, H, W) <-> (N, k, H / k, W / k)
 
 
 def stored(config):
-    file = Path(config.data_dir, f'latents_of_{SOURCE}_seed_{config.seed}.pt')  # computed once
+    file = Path(config.data_dir, f'latents_of_fashion_mnist_seed_{config.seed}.pt')  # computed once
     if not file.exists():
         utils.seed_everything(config.seed, 'autoencoder')
         parts, net = pictures(config), autoencoder()
         optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
         for _ in range(1000):
             x = parts[0][0][torch.randint(len(parts[0][0]), (64,))]
-            loss = (net['decode'](net['encode'](x)) - x).square().mean()
             optimizer.zero_grad()
-            loss.backward()
+            (net['decode'](net['encode'](x)) - x).square().mean().backward()
             optimizer.step()
         z = [torch.cat([net['encode'](some).detach() for some in x.split(500)]) for x, _ in parts]
-        net.mean, net.std = z[0].mean((0, 2, 3), keepdim=True), z[0].std((0, 2, 3), keepdim=True)
+        net.mean, net.std = (f(z[0], dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
         parts = [((x - net.mean) / (2 * net.std), labels) for x, (_, labels) in zip(z, parts, strict=True)]
-        torch.save(dict(parts=parts, net=net.state_dict()), file.with_suffix('.part'))
-        file.with_suffix('.part').rename(file)
+        with whole(file) as temporary:
+            torch.save(dict(parts=parts, net=net.state_dict()), temporary)
     return torch.load(file)
 
 
@@ -58,14 +56,16 @@ DATASETS['latents'] = DataSpec(lambda config: tuple(stored(config)['parts']), nu
 class Pixels(ExampleDiffusionTrainer):
     def sample_metrics(self, x, inputs):
         (train, labels), (held_out, _) = pictures(self.config)
-        return pixel_metrics.pixel_metrics(x, inputs.label, train[:10_000], labels[:10_000], held_out[:1000])
+        agreement = (support_vectors(train[:5000], labels[:5000])(x) == inputs.label).float().mean()
+        distances = compare(*(2 * y.flatten(1).cpu() - 1 for y in (x, train[:10_000], held_out[:1000])), most=5000)
+        return {'label_agreement': float(agreement), **distances}
 
 
 class Latents(Pixels):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.modules['autoencoder'] = autoencoder().to(self.device).requires_grad_(False)
-        self.modules['autoencoder'].load_state_dict(stored(self.config)['net'])
+    def setup_networks(self):
+        self.modules['autoencoder'] = net = autoencoder().to(self.device).requires_grad_(False)
+        net.load_state_dict(stored(self.config)['net'])
+        super().setup_networks()
 
     def decode(self, x0):
         net = self.modules['autoencoder']

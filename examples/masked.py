@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from scripts.compare import side_by_side
-from trainer import ExampleDiffusionTrainer
-from training.batches import ProcessedBatch
+from trainer import ExampleDiffusionTrainer, ProcessedBatch
 
 LEVELS = 17  # 0 to 16; symbol 17 is 'hidden'
 
@@ -31,7 +30,7 @@ class Plain(ExampleDiffusionTrainer):
 
 class Masked(Plain):
     independent = False
-    has_reference = False  # the network is no denoiser of Gaussian noise
+    has_reference = False  # the network is not a denoiser of Gaussian noise
 
     def encode(self, x):  # (B, 1, H, W) in [0, 1] to (B, 18, H, W), one symbol a pixel
         return F.one_hot((x[:, 0] * (LEVELS - 1)).round().long(), LEVELS + 1).permute(0, 3, 1, 2).float()
@@ -56,7 +55,7 @@ class Masked(Plain):
 
     def sample_inputs(self, n):
         inputs = super().sample_inputs(n)
-        return dataclasses.replace(inputs, x1=self.all_hidden(inputs.x1), beside=[])
+        return dataclasses.replace(inputs, x1=self.all_hidden(inputs.x1), given=[], truth=None)
 
     def draw(self, model_fn, inputs, solver, nfe=0):
         x = inputs.x1
@@ -72,6 +71,6 @@ class Masked(Plain):
 if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'masked': dict(trainer_class=Masked)},
-        numbers=('eval/bits*', 'final/*/label_agreement', 'final/*/frechet_pixels', 'final/*/nearest*'),
+        numbers=('eval/bits*', 'final/*/label_agreement', 'final/*/frechet', 'final/*/nearest*'),
         usual='--preset digits_long --num_training_steps 1000',
     )

@@ -51,6 +51,6 @@ if __name__ == '__main__':
             'ot': dict(trainer_class=OptimalTransport),
             'immiscible': dict(trainer_class=Immiscible),
         },
-        numbers=('final/*/wasserstein', 'final/euler_2/real_w*', 'final/*/frechet_pixels'),
+        numbers=('final/*/wasserstein', 'final/euler_2/real_w*', 'final/*/frechet'),
         usual='--preset toy2d',
     )

@@ -1,7 +1,7 @@
 """The second round of a rectified flow: train on the pairs that the first one makes (Liu et al. 2023, algorithm 1).
 
-In the second run, x0 is what the first one draws from the noise x1, with 20 evaluations, anew for each batch. Noise and
-point belong together then, so paths hardly cross: they are nearly straight, and one step nearly follows them.
+In the second run, x0 is what the first one draws from the noise x1 of each batch, with 20 evaluations. Noise and point
+belong together then, so paths hardly cross: they are nearly straight, and one step nearly follows them.
 `straightness` is E |(x1 - x0) - v(xt, t)|^2 along paths of 50 steps, 0 for straight lines. `longer` is
 the first run with as many steps as both rounds have together; drawing the pairs costs more than that.
 
@@ -15,7 +15,7 @@ import torch
 
 import utils
 from config import Config
-from evaluation import pixel_metrics
+from evaluation.distances import distance_from_set
 from main import load_run
 from sampling import sample
 from scripts.compare import side_by_side
@@ -33,9 +33,8 @@ class Flow(ExampleDiffusionTrainer):
         return {f'euler_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 2, 4)}
 
     def sample_metrics(self, x, inputs):
-        return pixel_metrics.distance_from_set(x, self.config.dataset) | {
-            'straightness': self.straightness(inputs, steps=50)
-        }
+        straightness = self.straightness(inputs, steps=50)
+        return distance_from_set(x, self.config.dataset) | {'straightness': straightness}
 
     @torch.no_grad()
     def straightness(self, inputs, steps):
@@ -51,9 +50,9 @@ class Flow(ExampleDiffusionTrainer):
 class Second(Flow):
     independent = False
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
         self.modules['first'] = load_run(self.config.first).network.requires_grad_(False)
+        super().setup_networks()
 
     def prepare_batch_fn(self, batch, is_train):
         prepared = super().prepare_batch_fn(batch, is_train)

@@ -1,8 +1,8 @@
-"""The launcher that run.sh calls, by runtime/start.py: torchrun, with one process per GPU or one on a CPU machine.
+"""The launcher that run.sh calls, through launch/start.py: torchrun, with one process per GPU or one on a CPU machine.
 
 NPROC: processes on this machine.
 MAX_RESTARTS: how often a run that fails is started again, to go on from its last checkpoint.
-NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: several machines (runtime/machines.py); under Slurm they are derived.
+NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: several machines (launch/machines.py); under Slurm they are derived.
 NODE_WAIT: seconds for which machines wait for one that is late (600).
 TORCHRUN_ARGS: flags of torchrun, in place of those that this file would give it.
 """
@@ -28,9 +28,8 @@ from runtime import errors, stopping
 from settings.same_run import MAY_DIFFER
 
 # Exit codes of workers that have said why they end.
-SAID = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)
+EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)
 STORE_WAIT = 120  # seconds in which torchrun's store on machine 0 must be reached; the launchers have met by then
-TOLD = 'runtime.errors.RankFailed'  # the error of a rank that only heard of the failure of another
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,14 @@ class End:
     code: int
     text: str = ''  # why
     order: tuple[int, float] = (9, 0.0)  # of several failures the least is the cause
-    shown: bool = False  # rank 0, which is here, has said it already
+    already_printed: bool = False  # by rank 0, which is on this machine
 
 
-def launch(argv: list[str]) -> int:
-    """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code."""
+def launch(argv: list[str], module: str | None = None) -> int:
+    """torchrun `argv` (a script and its flags), as often as MAX_RESTARTS allows, and return an exit code.
+
+    `module`: the script is started as this module.
+    """
     if sys.platform == 'win32':
         print('Windows is not supported: use Linux, macOS or WSL (the Windows Subsystem for Linux).', file=sys.stderr)
         return 1
@@ -84,8 +86,10 @@ def launch(argv: list[str]) -> int:
                 f'--nproc-per-node={nproc}',
                 f'--log-dir={reports}',
                 '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1',
+                *(['--module'] if module else []),
                 '--',  # torchrun would take a flag of ours for one of its own that begins alike
-                *argv,
+                module or argv[0],
+                *argv[1:],
             ]
             if here.machines == 1 or flags:
                 return repeat(restarts, lambda: alone([*(flags or ['--standalone']), *arguments], Path(reports)))
@@ -130,7 +134,7 @@ def repeat(restarts: int, attempt: Callable[[], int]) -> int:
             print(error, file=sys.stderr, flush=True)
             if not restart:  # nothing has run that could go on
                 break
-        if code in (0, *SAID):
+        if code in (0, *EXPLAINED_CODES):
             break
     return code
 
@@ -151,7 +155,7 @@ def alone(arguments: list[str], reports: Path) -> int:
     """The exit code of torchrun with these arguments. Prints the cause, last."""
     end = run_workers(arguments, reports)
     on_stop(note_stop)
-    if end.text and not end.shown:
+    if end.text and not end.already_printed:
         print(end.text, file=sys.stderr, flush=True)
     return end.code
 
@@ -196,7 +200,7 @@ def together(here: Place, about: dict[str, str], wait: int, arguments: list[str]
             meeting.close()
     if code == 0 and end is not None and end.text:
         print(end.text, file=sys.stderr, flush=True)
-    known = end is not None and (end.shown or not end.text)
+    known = end is not None and (end.already_printed or not end.text)
     if text and not (known and cause == here.rank) and not (end and end.code == code == errors.EXIT_STOPPED):
         print(text, file=sys.stderr, flush=True)
     return code
@@ -224,8 +228,8 @@ def patch_signal_handler() -> None:
     if not hasattr(api, '_terminate_process_handler'):
         raise RuntimeError(
             f'torch {torch.__version__} has no _terminate_process_handler in torch.distributed.elastic.multiprocessing.'
-            'api, which runtime/launch.py replaces so that a second Ctrl-C cannot interrupt a save. '
-            'Install the torch of requirements.txt, or mend patch_signal_handler there.'
+            'api, which launch/launcher.py replaces so that a second Ctrl-C cannot interrupt a save. '
+            'Install the torch of requirements.txt, or fix patch_signal_handler there.'
         )
 
     def stop_once(signum: int, frame: Any) -> None:
@@ -255,10 +259,10 @@ def run_workers(arguments: list[str], reports: Path) -> End:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         order, text = min(causes(codes, reports))
-        said = [code for code in codes.values() if code in SAID]
+        said = [code for code in codes.values() if code in EXPLAINED_CODES]
         if said:
             told = any(reports.glob('failed_*'))
-            return End(said[0], text if told else '', order, shown=(reports / 'failed_0').exists())
+            return End(said[0], text if told else '', order, already_printed=(reports / 'failed_0').exists())
         outcome = (reports / 'outcome').read_text()
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(errors.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
@@ -287,6 +291,6 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
         )
         found.append(((3, 0.0), f'rank {rank} failed first ({how}).'))
     for failure in [json.loads(path.read_text()) for path in reports.glob('failed_*')]:
-        follows = failure['text'].startswith(TOLD) or 'gloo/transport' in failure['text']
+        follows = failure['follows'] or 'gloo/transport' in failure['text']
         found.append(((1 + follows, failure['time']), f'rank {failure["rank"]} failed first: {failure["text"]}'))
     return found

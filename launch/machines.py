@@ -33,9 +33,9 @@ class Place:
     task: int = 0  # which of them this is
 
 
-def whole_number(env: Mapping[str, str], name: str, usual: int, least: int = 0, most: int | None = None) -> int:
-    """The value of environment variable `name`, or `usual`. Raises ValueError if it is out of range."""
-    value = env.get(name) or str(usual)
+def whole_number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int | None = None) -> int:
+    """The value of environment variable `name`, or `default`. Raises ValueError if it is out of range."""
+    value = env.get(name) or str(default)
     if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
         limit = f' and at most {most}' if most is not None else ''
         raise ValueError(f'{name}={value!r}: must be a whole number, at least {least}{limit}.')
@@ -74,7 +74,7 @@ def by_hand(env: Mapping[str, str]) -> Place:
 
 
 def by_slurm(env: Mapping[str, str]) -> Place:
-    """Of a task of a step that srun has started."""
+    """The Place of this Slurm task."""
     machines, rank = int(env['SLURM_STEP_NUM_NODES']), int(env['SLURM_NODEID'])
     job = int(env['SLURM_JOB_ID']) * 7 + int(env['SLURM_STEP_ID']) % 7  # two jobs that share a node need two ports
     return Place(

@@ -49,12 +49,12 @@ class Row:
 
 def verdict(rows: list[Row]) -> tuple[int, int, str]:
     """How the whole run has ended, from the rows of machines that have ended or are gone: its exit code, the machine
-    that is the cause, and why in words."""
+    that is the cause, and why, as text."""
     ranked = list(enumerate(rows))
-    for said, usual in ((2, 'a setting is wrong'), (3, 'the loss is not finite'), (75, 'it was asked to stop')):
+    for said, reason in ((2, 'a setting is wrong'), (3, 'the loss is not finite'), (75, 'it was asked to stop')):
         for rank, row in ranked:
             if row.code == said:
-                return said, rank, f'machine {rank} ({row.host}): {row.text or usual}'
+                return said, rank, f'machine {rank} ({row.host}): {row.text or reason}'
     for rank, row in ranked:
         if row.gone:
             return 1, rank, f'machine {rank} ({row.host}) {row.gone}'
@@ -167,7 +167,7 @@ class Meeting:
         return self.watching
 
     def whom(self) -> str:
-        """The machines that are missing, in words."""
+        """The machines that are missing, as text."""
         here, port = self.place, self.place.port
         if here.rank > 0 and self.table.rows[0] is None:
             return f'machine 0 at {here.first}:{port}' + (f' = {self.address}' * (self.address != here.first))

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Train on a Slurm cluster, from the project's folder:  sbatch slurm.sh [script.py] [--flags ...]
+# Train on a Slurm cluster. In the project's folder:  sbatch launch/slurm.sh [script.py] [--flags ...]
 #
-#   sbatch slurm.sh --preset cifar10
-#   sbatch --nodes=4 --time=2-0 slurm.sh mine.py          options of sbatch come first, in place of those below
-#   sbatch --array=0-3 slurm.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
-#                                                         task i is the i-th run of the grid (sweep.py)
+#   sbatch launch/slurm.sh --preset cifar10
+#   sbatch --nodes=4 --time=2-0 launch/slurm.sh mine.py   options of sbatch come first and replace those below
+#   sbatch --array=0-3 launch/slurm.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
+#                                                         task i does the i-th run of the grid (scripts/sweep.py)
 #
-# Two minutes before the time is over, the run saves, and the job goes back into the queue; started again, it goes on
-# from there. `scancel --signal=TERM JOB` does the same at once, and `scancel JOB` ends it for good, saved.
-# Compute nodes without a network: make the environment once on the login node, by `sh run.sh --help`, and have the data
+# Two minutes before the time limit the run saves, and the job goes back into the queue. The next start resumes it.
+# `scancel --signal=TERM JOB` does the same at once; `scancel JOB` saves and ends the job for good.
+# Compute nodes without a network: make the environment once on the login node by `sh run.sh --help`, and put the data
 # there (docs/cluster.md).
 
 ##SBATCH --account=NAME                  # take one # away from lines that your cluster asks for
@@ -24,7 +24,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
 
-cd "${SLURM_SUBMIT_DIR:?'give it to sbatch: sbatch slurm.sh [script.py] [--flags ...]'}" || exit 1
+cd "${SLURM_SUBMIT_DIR:?'give it to sbatch: sbatch launch/slurm.sh [script.py] [--flags ...]'}" || exit 1
 if [ ! -f run.sh ]; then
     echo "slurm.sh: there is no run.sh in $SLURM_SUBMIT_DIR. Call sbatch in the project's folder: cd project" >&2
     exit 2
@@ -37,14 +37,14 @@ case $limit in
         ;;
 esac
 
-# module load cuda                       # what your cluster needs before python runs
+# module load cuda                       # whatever your cluster needs before python runs
 # . /path/to/environment/bin/activate    # or conda activate: run.sh uses an active environment that has what is needed
 code=0
 srun sh run.sh "$@" || code=$?
 # In a container that has the packages of requirements.txt, in place of the line above:
 # srun apptainer exec --nv --env VIRTUAL_ENV=/usr image.sif sh run.sh "$@" || code=$?
 
-if [ "$code" = 75 ]; then # stopped and saved: the job goes on where it is started again
+if [ "$code" = 75 ]; then # stopped and saved: the next start of the job resumes it
     scontrol requeue "$SLURM_JOB_ID" &&
         sleep 60 # Slurm ends this script when it has taken the job back
 fi

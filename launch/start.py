@@ -1,28 +1,61 @@
-"""What run.sh starts. It reads the flags of main.py before torch is imported, so that a wrong one is said at once."""
+"""The first Python program of run.sh: looks at the script and at the flags of main.py before torch is imported.
+
+python -m launch.start [--direct] SCRIPT [FLAGS]        --direct: without torchrun, as one process
+"""
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, cast
 
-from launch import machines
+from launch import machines, moved
+from runtime.errors import EXIT_BAD_SETTING
+
+# Python looks for packages in the folder of the script first. These folders would hide some: scripts/evaluate.py hides
+# an installed `evaluate`, tests/training hides training/. So their scripts are started as modules.
+RUN_AS_MODULES = ('scripts', 'tests')
 
 
 def start(script: str, *flags: str) -> int:
-    """Launch `script`; an exit code. A wrong flag of main.py ends the program with its message."""
-    if script == 'main.py' and not machines.several():  # the others would wait for one that ends before it meets them
+    """Launch `script`; returns an exit code. A wrong flag of main.py ends the program with its message."""
+    if is_outdated(script):
+        return EXIT_BAD_SETTING
+    if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
         import main
 
-        sys.argv = [script, *flags]  # whose name the message shows
-        main.flags(flags)  # the workers read them again
+        sys.argv = [script, *flags]  # its message shows this name
+        main.flags(flags)  # the workers parse them again
     from launch.launcher import launch
     from runtime import command
 
     sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
-    return launch([script, *flags])
+    return launch([script, *flags], module_of(script))
+
+
+def start_directly(script: str, *flags: str) -> int:
+    """Replace this process by one that runs `script`; an exit code if the script is outdated."""
+    if not is_outdated(script):
+        module = module_of(script)
+        os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
+    return EXIT_BAD_SETTING
+
+
+def is_outdated(script: str) -> bool:
+    """Whether `script` imports modules by the names of an older layout; prints the new ones."""
+    lines = moved.old_imports(Path(script), has_neighbours=module_of(script) is None)
+    print(*lines, sep='\n', end='\n' * bool(lines), file=sys.stderr, flush=True)
+    return bool(lines)
+
+
+def module_of(script: str) -> str | None:
+    """'scripts.generate' for scripts/generate.py, a path from the project's folder; None if it runs as a file."""
+    folder, _, name = script.removesuffix('.py').rpartition('/')
+    return f'{folder}.{name}' if folder in RUN_AS_MODULES else None
 
 
 if __name__ == '__main__':
-    code = start(*sys.argv[1:])
+    words = sys.argv[1:]
+    code = start_directly(*words[1:]) if words[0] == '--direct' else start(*words)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the destructors of torch, which take a third of a second
+    os._exit(code)  # without torch's destructors, which take a third of a second

@@ -1,5 +1,10 @@
-"""Networks. Read table.py first: the table of networks and the scaling that they share."""
+"""Networks: forward(xt, time, label, **cond) -> like xt. Read ../unet.py first, which has what they share, then:
 
-from networks.table import NETWORK_SETTINGS, NETWORKS, TIME_INPUTS, ScaledNetwork, get_network, mlp
+table.py         NETWORKS, and the scaling of inputs around each: forward(xt, t, label, **cond)
+residual_mlp.py  MLP, for points, vectors and other small data
+transformer.py   DiT, for images
+"""
 
-__all__ = ['NETWORKS', 'NETWORK_SETTINGS', 'TIME_INPUTS', 'ScaledNetwork', 'get_network', 'mlp']
+from networks.table import NETWORKS, TIME_INPUTS, ScaledNetwork, get_network, mlp
+
+__all__ = ['NETWORKS', 'TIME_INPUTS', 'ScaledNetwork', 'get_network', 'mlp']

@@ -1,17 +1,18 @@
 """A residual MLP for points, vectors and other small data: forward(xt, time, label, **cond) -> like xt.
 
-Data of any shape are flattened, and come back in their shape. As in the UNet, time, class and conditions make one
-embedding that scales and shifts inside the blocks, and outputs start at zero.
+Notable features:
+- data of any shape are flattened, and the output has their shape
+- residual blocks with layer norm, whose scale and shift come from the embedding of time, class and conditions
+- blocks and output start at zero, as in unet.py
 """
 
 import math
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Conditions, sinusoid, zero_init
+from unet import ConditionedNetwork, Conditions, zero_init
 
 
 class Block(nn.Module):
@@ -31,11 +32,11 @@ class Block(nn.Module):
         return x + self.linear2(self.dropout(h))
 
 
-class MLP(nn.Module):
+class MLP(ConditionedNetwork):
     """`forward(xt (B, *shape), time (B,), label (B,) int64 or None, **cond)`.
 
-    Label `num_classes` is the null class, which None means too. `width` (even): of all hidden layers. `cond`: name ->
-    shape of one item, see `Conditions`; those with a shape, of any rank, are flattened into vectors.
+    `width` (even): size of all hidden layers. `cond`: name -> shape of one item, see `Conditions`; conditions with a
+    shape, of any rank, are flattened into vectors.
     """
 
     def __init__(
@@ -47,10 +48,8 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         cond: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        super().__init__()
-        self.shape, self.num_classes, size = tuple(shape), num_classes, math.prod(shape)
-        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        super().__init__(num_classes, width, width)
+        self.shape, size = tuple(shape), math.prod(shape)
         self.stem = nn.Linear(size, width)
         self.blocks = nn.ModuleList([Block(width, dropout) for _ in range(num_blocks)])
         self.head = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zero_init(nn.Linear(width, size)))
@@ -59,10 +58,7 @@ class MLP(nn.Module):
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         if xt.shape[1:] != self.shape:
             raise ValueError(f'xt has shape {tuple(xt.shape)}; this MLP wants (B, {", ".join(map(str, self.shape))})')
-        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
-            label = torch.full((len(xt),), self.num_classes, device=xt.device)
-        emb = self.time_mlp(sinusoid(time, self.stem.out_features)) + self.class_embedding(label)
-        emb = F.silu(emb + self.conditions.embed(cond))
+        emb = self.embedding(time, label, cond)
         x = self.stem(xt.reshape(len(xt), -1))
         for block in self.blocks:
             x = block(x, emb)

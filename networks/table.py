@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,36 +40,32 @@ class ScaledNetwork(nn.Module):
         return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label, **cond)
 
 
-def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> UNet:
+def built(config: Config, network: Callable[..., nn.Module], *args: Any, **settings: Any) -> nn.Module:
+    """network(*args, **settings). Its ValueError becomes a SettingError."""
     try:
-        return UNet(
-            shape,
-            num_classes,
-            channels=config.channels,
-            channel_mults=config.channel_mults,
-            num_res_blocks=config.num_res_blocks,
-            attention_resolutions=config.attention_resolutions,
-            dropout=config.dropout,
-            cond=cond,
-        )
+        return network(*args, **settings)
     except ValueError as error:
         raise SettingError(f'network={config.network!r}: {error}.') from None
 
 
-def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> DiT:
-    usual = choose('dit_size', config.dit_size, DIT_SIZES)
+def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
+    return built(
+        config, UNet, shape, num_classes, config.channels, config.channel_mults, config.num_res_blocks,
+        config.attention_resolutions, config.dropout, cond,
+    )  # fmt: skip
+
+
+def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
+    defaults = choose('dit_size', config.dit_size, DIT_SIZES)
     given = config.dit_depth, config.dit_width, config.dit_heads
-    depth, width, heads = (value or of_size for value, of_size in zip(given, usual, strict=True))
+    depth, width, heads = (value or default for value, default in zip(given, defaults, strict=True))
     if width % (4 * heads):
         fit = [n for n in range(1, 65) if width % (4 * n) == 0]
         raise SettingError(
             f'dit_width={width}, dit_heads={heads}: the width must be a multiple of 4 x heads. With this width, pass '
             f'--dit_heads {", ".join(map(str, fit)) or "1 and another --dit_width"}.'
         )
-    try:
-        return DiT(shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
-    except ValueError as error:
-        raise SettingError(f'network={config.network!r}: {error}.') from None
+    return built(config, DiT, shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
 
 
 def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:
@@ -78,17 +75,7 @@ def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
 
 # name -> (config, shape of one item of data, num_classes) -> forward(scaled xt, time, label, **cond); label num_classes
 # is the null class. Only where there are conditions, cond={name: shape of one item} is passed too.
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    'unet': unet,
-    'mlp': mlp,
-    'dit': dit,
-}
-
-# The settings that shape a network's weights; saving.py names those that differ when weights do not fit.
-NETWORK_SETTINGS = (
-    'network channels channel_mults num_res_blocks attention_resolutions '
-    'dit_size dit_depth dit_width dit_heads dit_patch'
-).split()
+NETWORKS: dict[str, Callable[..., nn.Module]] = {'unet': unet, 'mlp': mlp, 'dit': dit}
 
 
 def get_network(
@@ -96,7 +83,7 @@ def get_network(
 ) -> ScaledNetwork:
     """The network with its scaling, for data of `shape`; weights are a function of the seed of torch's generator.
 
-    `cond`: the conditions beside the class, name -> shape of one item, such as {'ink': (), 'text': (16,)}.
+    `cond`: the conditions besides the class, name -> shape of one item, such as {'ink': (), 'text': (16,)}.
     Raises SettingError, also if the network takes no conditions and there are some.
     """
     build = choose('network', config.network, NETWORKS)

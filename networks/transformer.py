@@ -1,6 +1,6 @@
 """A diffusion transformer for images of any channels and size: forward(xt, time, label, **cond) -> (B, C, H, W).
 
-Peebles and Xie 2023 (DiT), with what plain transformers have learned since, as in Li and He 2025 (JiT). Notable
+Peebles and Xie 2023 (DiT), with later improvements of plain transformers, as in Li and He 2025 (JiT). Notable
 features:
 - patches of more than 128 values enter through a bottleneck of 128
 - time, class and conditions steer each block by scale, shift and gate, which start at zero (adaLN-Zero): at first each
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Conditions, sinusoid, zero_init
+from unet import ConditionedNetwork, Conditions, zero_init
 
 BOTTLENECK = 128
 DIT_SIZES = {  # Peebles and Xie 2023, table 1: depth, width, heads
@@ -92,11 +92,11 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
 
-class DiT(nn.Module):
+class DiT(ConditionedNetwork):
     """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
 
-    Label `num_classes` is the null class, which None means too. `patch`: side of a patch in pixels; sides that are no
-    multiple of it are padded, and the output cropped. `cond`: name -> shape of one item, see `unet.Conditions`.
+    `patch`: side of a patch in pixels; sides that are not a multiple of it are padded, and the output is cropped.
+    `cond`: name -> shape of one item, see `unet.Conditions`.
     Raises ValueError for data that are not images, and if a head's width is not a multiple of 4.
     """
 
@@ -111,17 +111,13 @@ class DiT(nn.Module):
         dropout: float = 0.0,
         cond: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        super().__init__()
         if len(shape) != 3:
             raise ValueError(f'a DiT is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         if width % (4 * heads):
             raise ValueError(f'width={width} with heads={heads}: the width must be a multiple of 4 x heads')
-        self.in_channels, self.num_classes, self.patch, self.heads = shape[0], num_classes, patch, heads
-        self.conditions = Conditions(cond, width)
-        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embedding = nn.Embedding(num_classes + 1, width)
-
-        channels = shape[0] + self.conditions.channels  # conditions that are images come beside xt
+        super().__init__(num_classes, 256, width, Conditions(cond, width))
+        self.in_channels, self.patch, self.heads = shape[0], patch, heads
+        channels = shape[0] + self.conditions.channels
         self.patchify = nn.Conv2d(channels, width, patch, stride=patch)
         if channels * patch**2 > BOTTLENECK:
             narrow = nn.Conv2d(channels, BOTTLENECK, patch, stride=patch, bias=False)
@@ -133,13 +129,10 @@ class DiT(nn.Module):
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
         if xt.ndim != 4 or xt.shape[1] != self.in_channels:
             raise ValueError(f'xt has shape {tuple(xt.shape)}; this DiT wants images (B, {self.in_channels}, H, W)')
-        if label is None or self.num_classes == 0:  # then labels are no classes, and mean nothing here
-            label = torch.full((len(xt),), self.num_classes, device=xt.device)
-        emb = self.time_mlp(sinusoid(time, 256)) + self.class_embedding(label)
-        emb = F.silu(emb + self.conditions.embed(cond))
-
+        emb = self.embedding(time, label, cond)
         height, width = xt.shape[2:]
-        x = F.pad(self.conditions.beside(xt, cond), (0, -width % self.patch, 0, -height % self.patch), mode='replicate')
+        padding = (0, -width % self.patch, 0, -height % self.patch)
+        x = F.pad(self.conditions.with_images(xt, cond), padding, mode='replicate')
         x = self.patchify(x)  # (B, width, rows, columns)
         rows, columns = x.shape[2:]
         place = angles(rows, columns, x.shape[1] // 2, x.device)

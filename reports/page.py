@@ -7,14 +7,15 @@ import base64
 import fnmatch
 import html
 import io
+import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import SettingError
+from config import PRESETS, Config, SettingError
+from runtime import files
 from settings.same_run import migrated
 
 STYLE = """
@@ -73,12 +74,8 @@ class Run:
     def names(self, patterns: Sequence[str]) -> list[str]:
         """Names of the record that are among `patterns`, in which a * stands for anything but times."""
         found = list(dict.fromkeys(name for line in self.lines for name in line))
-        return [
-            name
-            for pattern in patterns
-            for name in found
-            if fnmatch.fnmatchcase(name, pattern) and ('_t_' in pattern) == ('_t_' in name)
-        ]
+        alike = [(pattern, name) for pattern in patterns for name in found if ('_t_' in pattern) == ('_t_' in name)]
+        return [name for pattern, name in alike if fnmatch.fnmatchcase(name, pattern)]
 
     def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
         """(floors of the curves that have one, the reference loss of what has learned nothing), see reference.py."""
@@ -95,17 +92,16 @@ class Run:
         return {k: v for k, v in found.items() if '_t_' not in k and k not in (GAUSSIAN, 'eval/reference_floor')}
 
     def changed(self) -> dict[str, Any]:
-        """The settings that are not those of the preset."""
-        from config import PRESETS, Config
-
-        usual = vars(Config()) | PRESETS.get(self.config['preset'], {})
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        """The settings that differ from the preset's."""
+        default = vars(Config()) | PRESETS.get(self.config['preset'], {})
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in default.items()}
         names = ('experiment_name', 'ckpt_dir')
         return {k: v for k, v in self.config.items() if k not in names and (k not in plain or plain[k] != v)}
 
-    def pictures(self) -> list[Path]:
-        """All sample pictures, the oldest first."""
-        return sorted((self.folder / 'samples').glob('step_*.png'))
+    def pictures(self) -> list[list[Path]]:
+        """The sample pictures of each step, the oldest first."""
+        paths = sorted((self.folder / 'samples').glob('step_*.png'))
+        return [list(group) for _, group in itertools.groupby(paths, lambda path: path.name.split('_')[1])]
 
 
 def read(folder: str | Path) -> Run:
@@ -127,21 +123,19 @@ def read(folder: str | Path) -> Run:
 # ---------------------------------------------------------------- parts of a page
 
 
-def plot(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    title: str,
-    floors: Mapping[str, float] | None = None,
-    ceiling: float | None = None,
-) -> str:
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
+GREY = '#808080'  # seen on white and on black
+
+
+def plot(curves: Curves, title: str, floors: Mapping[str, float] | None = None, ceiling: float | None = None) -> str:
     """Curves (x, y) as SVG on no background; empty if there is no point. `floors`: for some of the curves, the level
-    that they cannot get below, dotted. `ceiling`: with one floor, all between the two is shaded."""
-    from matplotlib import colormaps, rc_context
+    that they cannot get below, dotted. `ceiling`: with one floor, the range between the two is shaded."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    curves, floors = {name: xy for name, xy in curves.items() if len(xy[0])}, floors or {}
+    curves, floors = {name: xy for name, xy in curves.items() if xy[0]}, floors or {}
     if not curves:
         return ''
-    grey = '#808080'  # seen on white and on black
     figure = Figure(figsize=(5.4, 3.2))
     figure.patch.set_alpha(0)
     by_time = all('_t_' in name for name in curves)
@@ -155,30 +149,42 @@ def plot(
         if name in floors and floors[name] > lowest / 20:  # a floor of next to nothing would squeeze the curves
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
-        ax.axhspan(max(floors.values(), default=0), ceiling, color=grey, alpha=0.15, label='what can be learned')
+        ax.axhspan(max(floors.values(), default=0), ceiling, color=GREY, alpha=0.15, label='what can be learned')
     if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
-        ax.set_yscale('log')
-        low, high = ax.get_ylim()
-        few = '25' if high > 3 * low else '123456789'  # of many ticks between powers of ten, some have a number
-        ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
-        ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
-    ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=grey)
-    ax.tick_params(colors=grey, which='both')
+        logarithmic(ax)
+    ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=GREY)
+    ax.tick_params(colors=GREY, which='both')
     for spine in ax.spines.values():
-        spine.set_color(grey)
+        spine.set_color(GREY)
     if len(curves) > 1 or floors:
         place = dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}
-        ax.legend(fontsize=7, framealpha=0, labelcolor=grey, **place)
+        ax.legend(fontsize=7, framealpha=0, labelcolor=GREY, **place)
+    return svg_of(figure)
+
+
+def logarithmic(ax: Any) -> None:
+    """A logarithmic y axis; some of its many ticks between powers of ten have a number."""
+    ax.set_yscale('log')
+    low, high = ax.get_ylim()
+    few = '25' if high > 3 * low else '123456789'
+    ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
+    ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
+
+
+def svg_of(figure: Any) -> str:
+    """The figure as an <svg> element, in which letters stay letters."""
+    from matplotlib import rc_context
+
     file = io.StringIO()
-    with rc_context({'svg.fonttype': 'none'}):  # letters stay letters
+    with rc_context({'svg.fonttype': 'none'}):
         figure.savefig(file, format='svg', metadata={'Date': None})
     text = file.getvalue()
     return text[text.index('<svg') :]
 
 
 def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of evaluation.jsonl that differ in evaluations or guidance: the Frechet distance against these, with a
-    curve for each choice of the rest. Only lines that compare with the last: detector, counts and seed are the same."""
+    """The Frechet distance against network evaluations, and against guidance, of lines of evaluation.jsonl that differ
+    in them; a curve for each choice of the rest. Only of lines with the detector, number, seed and step of the last."""
     alike = [x for x in lines if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
     rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
     varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
@@ -195,11 +201,15 @@ def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return plots
 
 
-def image(path: Path, caption: str) -> str:
-    """A PNG inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}"><figcaption>' \
-           f'{html.escape(caption)}</figcaption></figure>'  # fmt: skip
+def images(captions: Mapping[Path, str]) -> str:
+    """PNGs with captions in a row, inside the page; those that do not exist are left out."""
+    parts = []
+    for path, caption in captions.items():
+        if path.exists():
+            data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
+            image = f'<img src="data:image/png;base64,{data}" alt="{text}">'
+            parts.append(f'<figure>{image}<figcaption>{text}</figcaption></figure>')
+    return row(parts)
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -218,7 +228,7 @@ def text_of(value: Any) -> str:
 
 
 def row(parts: Sequence[str]) -> str:
-    return '<div class="row">' + ''.join(parts) + '</div>'
+    return f'<div class="row">{"".join(parts)}</div>' if any(parts) else ''
 
 
 def page(title: str, sections: Mapping[str, str]) -> str:
@@ -230,13 +240,6 @@ def page(title: str, sections: Mapping[str, str]) -> str:
     )
 
 
-def write(path: Path, text: str) -> None:
-    """Write a page, whole or not at all."""
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    partial.write_text(text)
-    partial.replace(path)
-
-
 # ---------------------------------------------------------------- the report of one run
 
 
@@ -245,27 +248,19 @@ def report(run: Run) -> str:
     step = run.lines[-1]['train/step'] if run.lines else 0
     total = run.config.get('num_training_steps', 0)
     start = run.starts[-1] if run.starts else {}
-    plots = [
-        plot({name: run.curve(name) for name in run.names(names)}, title, *run.bounds(run.names(names)))
-        for title, names in CURVES.items()
-    ]
-    pictures, by_step = run.pictures(), {}
-    for picture in pictures:
-        by_step.setdefault(picture.name.split('_')[1], []).append(picture)
-    steps = list(by_step)
-    data, path = run.folder / 'samples/data_and_augmented.png', run.folder / 'path.png'
+    names = {title: run.names(patterns) for title, patterns in CURVES.items()}
+    plots = [plot({n: run.curve(n) for n in shown}, title, *run.bounds(shown)) for title, shown in names.items()]
+    captions = [{path: path.stem for path in paths} for paths in run.pictures()]
     return page(
         f'{run.name}: step {step} of {total}',
         {
             'Numbers': table(sorted(run.final().items())),
             'Evaluations': evaluations_of(run),
             'Curves': row(plots),
-            'Newest samples': row([image(each, each.stem) for each in by_step[steps[-1]]]) if steps else '',
-            'First samples': row([image(each, each.stem) for each in by_step[steps[0]]]) if len(steps) > 1 else '',
-            'Newest samples on their way': row([image(path, 'from what they started from, left')])
-            if path.exists()
-            else '',
-            'Data': row([image(data, 'as loaded, and as training sees them')]) if data.exists() else '',
+            'Newest samples': images(captions[-1] if captions else {}),
+            'First samples': images(captions[0] if len(captions) > 1 else {}),
+            'Newest samples on their way': images({run.folder / 'path.png': 'from what they started from, left'}),
+            'Data': images({run.folder / 'samples/data_and_augmented.png': 'as loaded, and as training sees them'}),
             'Settings that differ from the preset': table(sorted(run.changed().items())),
             'Started': table([(name, start[name]) for name in STARTED if name in start]),
         },
@@ -287,8 +282,8 @@ def cell_of(line: Mapping[str, Any], name: str) -> Any:
 
 
 def update(folder: Path) -> None:
-    """Write report.html of a run. What fails is said, and the run goes on."""
+    """Write report.html of a run. A failure is printed, and the run continues."""
     try:
-        write(folder / 'report.html', report(read(folder)))
+        files.write_text(folder / 'report.html', report(read(folder)))
     except Exception as error:  # a page is not worth a run
         print(f'warning: {folder}/report.html could not be written ({type(error).__name__}: {error})', flush=True)

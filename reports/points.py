@@ -1,4 +1,4 @@
-"""Pictures of points in the plane: scatter plots with their classes, the exact density beside, and paths."""
+"""Pictures of points in the plane: scatter plots with classes, the exact density, and paths."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -11,15 +11,12 @@ Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
 
 
 def scatter(
-    sets: Sequence[Tensor],
-    titles: Sequence[str] = (),
-    label: Tensor | None = None,
-    density: Density | None = None,
+    sets: Sequence[Tensor], titles: Sequence[str] = (), label: Tensor | None = None, density: Density | None = None
 ) -> Tensor:
-    """Points (n, 2) of each set in a plot of its own, and last the density that they should have: (3, H, W) uint8.
+    """Points (n, 2) of each set in a plot of its own, then the density that they should have: (3, H, W) uint8.
 
-    The axes of all plots but the first hold the last set too, so that they compare. `label` (n,): classes, as colours,
-    in the sets that have as many points.
+    All plots except the first also have room for the last set, to compare. `label` (n,): classes, as colours, in sets
+    of n points.
     """
     figure, axes = subplots(len(sets) + (density is not None))
     for i, (ax, points) in enumerate(zip(axes, sets, strict=False)):
@@ -33,27 +30,27 @@ def scatter(
         grid = torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)
         axes[-1].pcolormesh(x, y, density(grid).reshape(100, 100).numpy(), cmap='magma', shading='nearest')
         axes[-1].set_title('exact density', fontsize=10)
-    return drawn(figure)
+    return rendered(figure)
 
 
 def paths(frames: Sequence[Tensor], label: Tensor | None = None) -> Tensor:
-    """The way of each point, frames (n, 2) from the first to the last, as a line that ends in a dot: (3, H, W)."""
+    """The path of each point, frames (n, 2) from first to last, as a line that ends in a dot: (3, H, W)."""
     figure, (ax,) = subplots(1)
-    ways = torch.stack(list(frames)).double().cpu().numpy()  # (frames, n, 2)
-    ax.plot(ways[:, :, 0], ways[:, :, 1], color='grey', linewidth=0.4, alpha=0.5)
-    ax.scatter(*ways[0].T, s=3, color='black', linewidths=0)
-    ax.scatter(*ways[-1].T, s=8, linewidths=0, zorder=3, **colours(label))
-    limit(ax, torch.from_numpy(ways).flatten(0, 1))
-    return drawn(figure)
+    lines = torch.stack(list(frames)).double().cpu().numpy()  # (frames, n, 2)
+    ax.plot(lines[:, :, 0], lines[:, :, 1], color='grey', linewidth=0.4, alpha=0.5)
+    ax.scatter(*lines[0].T, s=3, color='black', linewidths=0)
+    ax.scatter(*lines[-1].T, s=8, linewidths=0, zorder=3, **colours(label))
+    limit(ax, torch.from_numpy(lines).flatten(0, 1))
+    return rendered(figure)
 
 
 def colours(label: Tensor | None) -> dict:
-    """What a scatter plot is told, for a colour for each class."""
+    """Arguments of scatter() that colour points by class."""
     return {} if label is None else dict(c=label.cpu(), cmap='tab10', vmin=0, vmax=10)
 
 
 def subplots(n: int):
-    """A figure of n square plots in a row, 400 pixels each, and these."""
+    """A figure, and its n square plots in a row, 400 pixels each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,7 +63,7 @@ def subplots(n: int):
 
 
 def limit(ax, points: Tensor) -> None:
-    """Equal axes that hold the points, with some room; those that are not finite do not count."""
+    """Equal axes that hold the finite points, with some room."""
     points = points[points.isfinite().all(1)].double().cpu()
     if len(points) == 0:
         return
@@ -76,7 +73,7 @@ def limit(ax, points: Tensor) -> None:
         ax.set(**{f'{axis}lim': (centre - half, centre + half)})
 
 
-def drawn(figure) -> Tensor:
+def rendered(figure) -> Tensor:
     """The figure as (3, H, W) uint8."""
     from PIL import Image
 

@@ -1,5 +1,8 @@
-"""How every program of this project begins and ends: its flags are read, and what the user can mend is said once,
-without a traceback. Exit codes are those of runtime/stopping.py."""
+"""How every program of this project begins and ends.
+
+Its flags are parsed, and an error that the user can fix is printed once, without a traceback. runtime/errors.py has the
+exit codes; read runtime/stopping.py next.
+"""
 
 import atexit
 import contextlib
@@ -10,62 +13,64 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from config import SettingError
+from runtime import errors
+from runtime.errors import DataError, NonFiniteLoss, SaveError, SettingError, Stopped
 
 T = TypeVar('T')
 
-# As launch/launcher.py does for its workers: of use in a notebook, if torch is imported later.
+# launch/launcher.py sets it for its workers; this is for notebooks that import torch later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 
 def parsed(parse: Callable[[], T]) -> T:
-    """What `parse` makes of the flags; a wrong one is said once, not once for each process, and ends the program."""
-    is_rank_0, said = os.environ.get('RANK', '0') == '0', io.StringIO()
+    """The result of `parse()`, which reads the flags. A wrong flag is printed once for all processes, and exits."""
+    is_rank_0, printed = os.environ.get('RANK', '0') == '0', io.StringIO()
     try:
-        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(said):
+        with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(printed):
             return parse()
     except (SettingError, SystemExit) as error:
         if not is_rank_0:
-            if os.environ.get('LOCAL_RANK') == '0':  # on its machine alone the flags, or the code, may be others
+            if os.environ.get('LOCAL_RANK') == '0':  # this machine may have been given other flags or other code
                 from runtime.stopping import report_failure
 
-                report_failure(SettingError(said.getvalue().strip() or str(error)))
-            time.sleep(5)  # the first process must have said it before torchrun ends all for the first that leaves
+                report_failure(SettingError(printed.getvalue().strip() or str(error)))
+            time.sleep(5)  # torchrun ends all processes when the first one exits: let rank 0 print its message
         if isinstance(error, SystemExit):
             raise
         show(error)
-        sys.exit(2)  # EXIT_BAD_SETTING
+        sys.exit(errors.EXIT_BAD_SETTING)
 
 
 def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
-    """Join the other processes, `do` the work and end, with `undo` if a setting was wrong."""
+    """Join the other processes, `do` the work and leave them; exits with an exit code of runtime/errors.py, if not 0.
+
+    `undo` is called if a setting was wrong.
+    """
     exit_code = 1
     if 'RANK' in os.environ:
         sys.stdout, sys.stderr = cast(Any, Output(sys.stdout)), cast(Any, Output(sys.stderr))
-        # Leave out the C++ destructors of torch: one of them aborts now and then in a process that had a process group.
-        # (Registered early, so run late: after what registers itself from here on.)
+        # Skip torch's C++ destructors: in a process that had a process group, one of them aborts now and then.
+        # Handlers run in reverse order, so this one comes after all that are registered from here on.
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
-    from runtime import errors, ranks, stopping  # they import torch, which --help need not wait for
+    from runtime import ranks, stopping  # they import torch, and --help need not wait for it
 
     stopping.end_with_parent()
-    stopping.die_of_stop_signals()
-    from runtime.errors import DataError, NonFiniteLoss
-
+    stopping.exit_on_stop_signals()
     error = None
     try:
         ranks.setup()
         do()
         exit_code = 0
-    except SettingError as bad:
+    except SettingError as wrong:
         undo()
-        error, exit_code = bad, errors.EXIT_BAD_SETTING
+        error, exit_code = wrong, errors.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
         error, exit_code = diverged, errors.EXIT_NOT_FINITE
-    except errors.Stopped:
+    except Stopped:
         exit_code = errors.EXIT_STOPPED
-    except errors.SaveError as failed:
+    except SaveError as failed:
         error = failed
-    except DataError as failed:  # a file, read by this rank alone: it leaves without waiting for the others
+    except DataError as failed:  # only this rank reads that file, so it leaves without waiting for the others
         if not stopping.report_failure(failed):
             show(failed)
         sys.exit(1)
@@ -73,17 +78,16 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
         stopping.report_failure(failed)
         raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
     stopping.set_outcome(exit_code)
-    if error is not None and not (stopping.report_failure(error) and exit_code == 1):  # which the launcher shows last
+    if error is not None and not (stopping.report_failure(error) and exit_code == 1):  # the launcher prints it at last
         show(error)
     ranks.close(exit_code)
-    if getattr(sys.modules.get('logging_utils'), 'wandb_hangs', False):
-        stopping.end_soon(exit_code)
+    stopping.limit_exit(exit_code)  # wandb's exit handler waits for its server, and for its own process
     if exit_code:
         sys.exit(exit_code)
 
 
 class Output:
-    """A stream that may break without ending the program: a run trains on where `head` or a full disk took it."""
+    """A stream that may break without ending the program: training continues after `head` or a full disk closed it."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -101,7 +105,7 @@ class Output:
             self.stream.flush()
 
 
-def show(message: BaseException) -> None:
-    """Say why it ends, on the first process."""
+def show(error: BaseException) -> None:
+    """Print an error's class and text to stderr, on rank 0 only."""
     if os.environ.get('RANK', '0') == '0':
-        print(f'{type(message).__name__}: {message}', file=sys.stderr, flush=True)
+        print(f'{type(error).__name__}: {error}', file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Every error that ends a run on purpose, and the exit codes that tell the launcher which it was."""
+"""The errors that end a run on purpose, and the exit codes by which the launcher tells them apart."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from typing import TypeVar
 
 T = TypeVar('T')
 
-# Exit codes of a worker that has printed why it ends, so that the launcher stays quiet.
+# Exit codes of a worker that has printed why it exits, so the launcher prints nothing.
 EXIT_BAD_SETTING = 2
 EXIT_NOT_FINITE = 3  # NaN loss
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: asked to stop, state saved, run me again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, state saved, run me again
 
 
 class SettingError(ValueError):
@@ -19,8 +19,7 @@ class SettingError(ValueError):
 class DataError(RuntimeError):
     """A file or an item of the data that cannot be used. The text is one line, which names it.
 
-    torch raises a loader process's error again with that process's traceback in front, of which only the last line is
-    kept.
+    torch raises an error of a loader process again with that process's traceback in front; only its last line is kept.
     """
 
     def __init__(self, text: str):
@@ -32,11 +31,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Stopped(Exception):
-    """This run was asked to stop (SIGTERM, SIGINT, ...)."""
+    """This run got a stop signal (SIGTERM, SIGINT, ...)."""
 
 
 class RankFailed(RuntimeError):
-    """One rank could not do its part of something that all ranks do together, so all give it up."""
+    """One rank could not do its part of something that all ranks do together, so all ranks give up."""
 
 
 class SaveError(RuntimeError):

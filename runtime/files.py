@@ -23,9 +23,7 @@ def temporary_name(path: Path) -> Path:
 @contextlib.contextmanager
 def whole(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end the file takes the place of `path`; after an error it is removed.
-
-    `durable`: it also survives a power cut. Makes the folder if there is none.
-    """
+    `durable`: it survives a power cut. Makes the folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -40,19 +38,17 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write a text file, whole or not at all."""
     with whole(path, durable) as temporary:
         temporary.write_text(text)
 
 
 def sync(path: Path) -> None:
     """Make the content of a file, or the names in a folder, survive a power cut."""
-    if os.name == 'posix':
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def link_as(path: Path, second: Path) -> None:
@@ -82,11 +78,7 @@ def digest(*things: 'Tensor | str', size: int = 8) -> str:
 
 def try_lock(file: IO) -> bool | None:
     """Lock an open file for this process, without waiting: True, or False if another has it; None if the file system
-    has no locks.
-
-    A POSIX record lock: the system takes it back from a process that dies, on shared file systems also from one on
-    another machine.
-    """
+    has no locks. A POSIX record lock ends with its process, on shared file systems also on another machine."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -96,10 +88,8 @@ def try_lock(file: IO) -> bool | None:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Only one process of this machine at a time is inside; `waiting` is called once if another one is.
-
-    Yields False where the file system has no locks, so that there may be others inside.
-    """
+    """Only one process of this machine at a time is inside; `waiting` is called once if another one is. Yields False
+    where the file system has no locks, so that there may be others inside."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as lock:
         has_lock = try_lock(lock)

@@ -4,8 +4,9 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -14,26 +15,46 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SettingError
+from runtime.errors import SettingError
 
 T = TypeVar('T')
 
+_alone = ContextVar('alone', default=False)  # of each thread: a writer in the background is not meant
+
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not is_alone() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not is_alone() else 1
 
 
 def is_main() -> bool:
     return rank() == 0
 
 
+def is_alone() -> bool:
+    """Whether this code runs inside `alone()`."""
+    return _alone.get()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: rank 0 of 1. Collectives are local, and stop signals wait for the end.
+
+    For work that only some ranks do, or that ranks do unequally often. `print_once` still prints on rank 0 only.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def print_once(text: str) -> None:
     """Print once, not once per process."""
-    if is_main():
+    if not dist.is_initialized() or dist.get_rank() == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -67,16 +88,16 @@ def setup() -> torch.device:
 def close(code: int = 0, seconds: float = 10) -> None:
     """Leave the process group, once all have come here: leaving early closes sockets that others still read from.
 
-    If the others do not come, because this rank alone has failed, the process ends after `seconds` with code `code`.
+    If the others do not come, because only this rank has failed, the process ends after `seconds` with code `code`.
     """
     if dist.is_initialized():
-        alone = threading.Timer(seconds, os._exit, [code])
-        alone.daemon = True
-        alone.start()
+        timer = threading.Timer(seconds, os._exit, [code])
+        timer.daemon = True
+        timer.start()
         with suppress(RuntimeError):  # a process that is gone
             barrier()
         dist.destroy_process_group()
-        alone.cancel()
+        timer.cancel()
 
 
 def barrier() -> None:
@@ -97,7 +118,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The processes' values, in order of rank. Small picklable objects only. `group`: of all processes, too."""
+    """The values of all processes, in order of rank. Small picklable objects only. `group` must hold all processes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -106,7 +127,12 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 
 def on_main(fn: Callable[[], T]) -> T:
-    """The result of `fn`, run on rank 0 only and sent to all; what it raises is raised on every rank."""
+    """The result of `fn`, run on rank 0 only and sent to all ranks; if it raises, all ranks raise its error.
+
+    All ranks must call this together, and the others wait for rank 0, half an hour at most. So `fn` may read, write and
+    compute, but not talk to other ranks: no collective, no `raise_if_stopped`. Hooks of an experiment may sample, which
+    does both: use `on_main_alone` for them. The result must be picklable.
+    """
     if world_size() == 1:
         return fn()
     outcome: list[Any] = [None, None]  # result, error
@@ -122,19 +148,24 @@ def on_main(fn: Callable[[], T]) -> T:
     return result
 
 
+def on_main_alone(fn: Callable[[], T]) -> T:
+    """`on_main`, with `fn` inside `alone()`: it may call whatever talks to other ranks elsewhere, such as `draw`."""
+    return on_main(alone()(fn))
+
+
 def portable(error: Exception) -> Exception:
     """`error`, or its text if it cannot be sent to other processes."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
-    except Exception:
+    except Exception:  # reading it back calls the error's own class, which may raise anything
         return RuntimeError(f'{type(error).__name__}: {error}')
 
 
 def on_each(fn: Callable[[], T], patient: bool = False) -> T:
-    """The result of `fn`, run on every rank; if it raises on any, the first such error is raised on all.
+    """The result of `fn`, run on every rank; if it raises on any rank, all ranks raise the first such error.
 
-    A rank waits for the others half an hour at most, or as long as it takes if `patient`: for a download, say.
+    A rank waits for the others half an hour at most, or if `patient` as long as it takes, for a download, say.
     """
     if world_size() == 1:
         return fn()
@@ -154,8 +185,8 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
 
 
 def is_first_of_machine() -> bool:
-    """Whether this is the process of its machine that writes what all of them read."""
-    return os.environ.get('LOCAL_RANK', '0') == '0'
+    """Whether this is the process that writes files for all processes of its machine."""
+    return is_alone() or os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def in_turns(fn: Callable[[], T]) -> T:

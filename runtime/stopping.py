@@ -1,5 +1,6 @@
-"""How a process ends: signals that ask it to stop, exit codes, and what it tells the launcher."""
+"""Stop signals, and how a process ends: agreement of the ranks to stop, and reports to the launcher."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -20,13 +21,11 @@ from runtime.errors import RankFailed, Stopped
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
-# What a rank tells the others; the greatest of all is what they agree on.
+# What a rank sends to the others; they agree on the greatest.
 FINE, STOP_ASKED, FAILED = 0, 1, 2
 
-
 _stop_asked = False
-_asks_nobody = False  # see asking_nobody
-_under_way: tuple[Tensor, dist.Work] | None = None  # the reduction that `poll_stop` began and has not read yet
+_under_way: tuple[Tensor, dist.Work] | None = None  # the reduction that `poll_stop` began and nobody has read yet
 
 
 def ask_to_stop(signum: int = 0, frame: Any = None) -> None:
@@ -35,8 +34,8 @@ def ask_to_stop(signum: int = 0, frame: Any = None) -> None:
     _stop_asked = True
 
 
-def die_of_stop_signals() -> None:
-    """Stop signals end a process that torchrun started, at once, as long as there is nothing to save."""
+def exit_on_stop_signals() -> None:
+    """Let stop signals end a process that torchrun started at once: there is nothing to save yet."""
     if 'RANK' in os.environ:
         for name in STOP_SIGNALS:
             signal.signal(name, signal.SIG_DFL)
@@ -50,8 +49,8 @@ def catch_stop_signals() -> None:
     if 'RANK' in os.environ:  # a notebook keeps its own
         for name in STOP_SIGNALS:
             signal.signal(name, ask_to_stop)
-        ranks.barrier()  # nobody trains while a signal could still end one rank alone
-        set_outcome(1)  # from now on an end without a recorded outcome counts as a failure
+        ranks.barrier()  # no rank trains while a signal could still end another one at once
+        set_outcome(1)  # from now on, exiting without a recorded outcome counts as a failure
 
 
 def agree(code: int) -> int:
@@ -60,13 +59,15 @@ def agree(code: int) -> int:
 
 
 def raise_if_stopped(failed: bool = False) -> None:
-    """Raise, on every rank, RankFailed if any rank passes `failed`, else Stopped if any was asked to stop.
+    """Raise, on every rank, RankFailed if any rank passes `failed`, else Stopped if any got a stop signal.
 
-    All ranks must call this together, and equally often. In a loop that all run through and that calls this once a
-    round, a rank that cannot go on (out of memory, say) makes its next call with `failed=True`, and so ends the loop of
-    all the others, which would else wait for it.
+    All ranks must call this together, and equally often. In a loop that all ranks run and that calls this once per
+    iteration, a rank that cannot continue (out of memory, say) makes its next call with `failed=True`: that ends the
+    loop on the other ranks too, which would wait for it otherwise.
+
+    Inside `ranks.alone()` only `failed` raises, on this rank: a stop signal waits for the next call outside.
     """
-    if _asks_nobody and not failed:
+    if ranks.is_alone() and not failed:
         return
     code = max(agree(FAILED if failed else int(_stop_asked)), finish_poll())
     if code == FAILED:
@@ -75,24 +76,16 @@ def raise_if_stopped(failed: bool = False) -> None:
         raise Stopped
 
 
-@contextlib.contextmanager
-def asking_nobody() -> Iterator[None]:
-    """Within, `raise_if_stopped` does nothing: for work that not all ranks do, or not equally often."""
-    global _asks_nobody
-    _asks_nobody = True
-    try:
-        yield
-    finally:
-        _asks_nobody = False
-
-
 def poll_stop() -> None:
     """`raise_if_stopped` for every training step: without waiting for the other ranks, and one step later.
 
-    It begins to reduce this step's flags in the background and reads the reduction that the step before began. All
-    ranks must call this together; they raise Stopped in the same step. With one process it raises at once.
+    It begins to reduce this step's flags in the background and reads the reduction that the previous step began. All
+    ranks must call this together; they raise Stopped in the same step. With one process it raises at once, and inside
+    `ranks.alone()` never.
     """
     global _under_way
+    if ranks.is_alone():
+        return
     mine = torch.tensor(int(_stop_asked))
     if ranks.world_size() == 1:
         code = int(mine)
@@ -101,14 +94,14 @@ def poll_stop() -> None:
         code = finish_poll()
         _under_way = mine, work
     if code:
-        finish_poll()  # nothing may be left unread when the group is left
+        finish_poll()  # leave no reduction unread when leaving the group
         raise Stopped
 
 
 def finish_poll() -> int:
-    """What the ranks agreed on in the reduction that `poll_stop` has begun; FINE if there is none that was not read."""
+    """The greatest code in the reduction that `poll_stop` began last; FINE if it was read already."""
     global _under_way
-    if _under_way is None:
+    if _under_way is None or ranks.is_alone():
         return FINE
     (code, work), _under_way = _under_way, None
     work.wait()
@@ -122,32 +115,58 @@ def set_outcome(code: int) -> None:
 
 
 def report_failure(error: BaseException) -> bool:
-    """Tell the launcher, if there is one, of an error and when it came: of ranks that fail, the first has the cause."""
+    """Send an error and its time to the launcher; False if there is none. The first rank that fails has the cause."""
     if 'RUN_REPORTS' not in os.environ:
         return False
-    if isinstance(error, RankFailed) and error.__context__ is not None:  # the rank that failed tells why
+    if isinstance(error, RankFailed) and error.__context__ is not None:  # this rank knows why it failed
         error = error.__context__
     text = ''.join(traceback.format_exception_only(error)).strip()
     report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
+    report |= dict(follows=isinstance(error, RankFailed))  # this rank only heard of the failure of another
     Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))
     return True
 
 
-def end_soon(code: int, seconds: int = 5) -> None:
-    """End this process with `code` in `seconds` at most, whatever threads and exit handlers still wait for."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-    signal.alarm(seconds)
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after `seconds`, also while Python waits there for a lock or a socket.
+
+    In the main thread only, as signals do; in another thread there is no limit.
+    """
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f'no answer in {seconds:g} s')
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limit_exit(code: int, seconds: int = 10) -> None:
+    """When this process exits, end it with `code` in `seconds` at most, whatever other exit handlers wait for."""
+
+    def begin() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
+        signal.alarm(seconds)
+
+    atexit.register(begin)
 
 
 def end_with_parent() -> None:
-    """Have this process end within a second of the process that started it, whose number is in RUN_PARENT, or of the
-    launcher's order to give up (launch/meeting.py).
+    """End this process within a second of its parent, whose number is in RUN_PARENT, or of the launcher's order to
+    give up (launch/meeting.py).
 
-    Workers and launcher are in sessions of their own, so that whoever kills run.sh or the launcher does not reach them.
-    They must not train on: they would hold the run's lock and write checkpoints behind the next one.
+    Workers and launcher are in sessions of their own, so a kill of run.sh or of the launcher does not reach them. If
+    they trained on, they would hold the run's lock and write checkpoints behind the next start.
     """
     parent = int(os.environ.pop('RUN_PARENT', 0))
-
     give_up = Path(os.environ.get('RUN_REPORTS', '/nowhere'), 'give_up')
 
     def watch() -> None:

@@ -2,7 +2,7 @@
 
 sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
 
-`side_by_side` trains them first: an idea beside what it claims to improve, as in examples/.
+`side_by_side` trains them first: an idea next to what it claims to improve, as in examples/.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import tyro
 
 from config import Config, SettingError
 from reports import page
-from runtime import command
+from runtime import command, files
 from settings.names import cut_middle, folder_name, in_name
 from settings.same_run import FREE_ON_RESUME, changes
 
@@ -29,7 +29,7 @@ class Compare:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of the runs."""
     out: str = ''
-    """Page to write; empty: compare.html beside the first run."""
+    """Page to write; empty: compare.html next to the first run."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,12 +66,11 @@ def side_by_side(
     """Train several runs, one after the other, with the same seed, data and flags, and print their numbers.
 
     `parts`: name of a run -> the settings in which it differs, and its `trainer_class`; a setting may be a function of
-    the config that all share. `numbers`: which of the numbers of the record are shown, * stands for anything. `usual`:
-    flags that come before those of the command line, which win. The runs are called after the script, the flags that
-    are not as usual, and the part. The same command again goes on where it was stopped. Ends as main.main does, with
-    SettingError also for a flag that a part would overrule.
+    the shared config. `numbers`: names in the record to show, * stands for anything. `usual`: flags that come before
+    those of the command line, which win. A run is named after the script, the flags that differ from `usual`, and the
+    part. The same command resumes. Ends as main.main does, and with SettingError for a flag that a part would overrule.
     """
-    from main import flags, start
+    from main import flags
 
     config = flags([*usual.split(), *(sys.argv[1:] if argv is None else argv)], config_class)
     before = flags(usual.split(), config_class)
@@ -82,21 +81,13 @@ def side_by_side(
 
     def work() -> None:
         nonlocal current
+        from main import start
         from runtime import ranks
 
-        for part, changed in parts.items():  # all, before the first is trained
-            for name in changed.keys() - {'trainer_class'}:
-                if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
-                    raise SettingError(
-                        f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
-                        f'Leave out --{name}, or change the file.'
-                    )
+        refuse_overruled(parts, config, before)  # before the first is trained
         folders = []
         for part, changed in parts.items():
-            settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
-            trainer_class = settings.pop('trainer_class', None)
-            settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
-            current = dataclasses.replace(config, **settings)
+            current, trainer_class = settings_of(part, changed, config)
             ranks.print_once(f'\n{part}: {current.run_dir}')
             start(current, trainer_class)
             folders.append(str(current.run_dir))
@@ -111,8 +102,27 @@ def side_by_side(
     command.run(work, undo)
 
 
+def refuse_overruled(parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config) -> None:
+    """Raise SettingError for a flag that one of the parts would overrule."""
+    for part, changed in parts.items():
+        for name in changed.keys() - {'trainer_class'}:
+            if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
+                raise SettingError(
+                    f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
+                    f'Leave out --{name}, or change the file.'
+                )
+
+
+def settings_of(part: str, changed: Mapping[str, Any], config: Config) -> tuple[Config, type | None]:
+    """(settings, trainer class or None) of one part."""
+    settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
+    trainer_class = settings.pop('trainer_class', None)
+    settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
+    return dataclasses.replace(config, **settings), trainer_class
+
+
 def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
-    """Print the numbers of these runs, called `names`, and write their page beside them."""
+    """Print the numbers of these runs, called `names`, and write their page next to them."""
     runs = [page.read(folder) for folder in folders]
     last = [{name: value for line in run.lines for name, value in line.items()} for run in runs]
     shown = [name for name in dict.fromkeys(n for f in last for n in f) if any(fnmatch(name, p) for p in numbers)]
@@ -131,15 +141,15 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:
-    """`names` are those of the folders, `labels` what a legend calls them."""
+    """`names`: of the folders; `labels`: of the runs, in legends."""
     plots = [over(runs, labels, title, names) for title, names in page.CURVES.items()]
     sections = {
         'Settings that differ': page.table([['run', *names], *differences(runs)], ['', *labels]),
         'Numbers at the end': page.table(numbers(runs), ['', *labels]),
-        'Curves': page.row([text for text in plots if text]),
+        'Curves': page.row(plots),
         'Newest samples': ''.join(newest(run, label) for run, label in zip(runs, labels, strict=True)),
     }
-    page.write(path, page.page(f'{len(runs)} runs', sections))
+    files.write_text(path, page.page(f'{len(runs)} runs', sections))
 
 
 def names_of(folders: Sequence[str]) -> list[str]:
@@ -163,9 +173,9 @@ def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
 
 def differences(runs: Sequence) -> list[list]:
     """Settings that are not the same in all runs, without names and places; one that a run lacks has its default."""
-    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(Config()).items()}
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(Config()).items()}
     names = list(dict.fromkeys(name for run in runs for name in run.config))
-    values = {name: [run.config.get(name, usual.get(name)) for run in runs] for name in names}
+    values = {name: [run.config.get(name, defaults.get(name)) for run in runs] for name in names}
     hidden = ('experiment_name', 'ckpt_dir')
     values['trainer'] = [(run.starts[-1:] or [{}])[0].get('trainer', {}).get('name') for run in runs]
     return [[name, *v] for name, v in values.items() if name not in hidden and any(x != v[0] for x in v)]
@@ -173,26 +183,24 @@ def differences(runs: Sequence) -> list[list]:
 
 def numbers(runs: Sequence) -> list[list]:
     """The step, held-out losses and final metrics of each run; of evaluations, the last of each kind."""
-    found = []
-    for run in runs:
-        values = {'step': run.lines[-1]['train/step'] if run.lines else 0} | run.final()
+    found = [{'step': run.lines[-1]['train/step'] if run.lines else 0} | run.final() for run in runs]
+    for run, values in zip(runs, found, strict=True):
         for line in run.evaluations:
             kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))
             values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
-        found.append(values)
     names = list(dict.fromkeys(name for values in found for name in values))
     return [[name, *[values.get(name) for values in found]] for name in names]
 
 
 def newest(run: Any, label: str) -> str:
     """The samples of a run's last pictures, of the weights that it is judged by if there are such, in one row."""
-    last = [path for path in run.pictures() if path.name[:12] == run.pictures()[-1].name[:12]]
+    last = [path for paths in run.pictures()[-1:] for path in paths]
     judged = [path for path in last if not path.stem.endswith('_raw')] or last
-    return page.row([page.image(path, f'{label}: {path.stem}') for path in judged])
+    return page.images({path: f'{label}: {path.stem}' for path in judged})
 
 
 def over(runs: Sequence, labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
-    """One plot of a curve of all runs: of those that a report shows together, the first that a run has."""
+    """One plot of a curve of all runs: of the curves that a report shows together, the first that a run has."""
     curves, metric = {}, ''
     for run, label in zip(runs, labels, strict=True):
         for name in run.names(patterns)[:1]:

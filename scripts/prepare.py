@@ -1,18 +1,18 @@
-"""A data set, decoded once, as one file that training reads in place.
+"""Decodes a data set once, into one file that training reads in place.
 
     sh run.sh prepare.py --dataset image_folder --data_path DIR --image_size 64 --out FILE.pt
     sh run.sh --dataset arrays --data_path FILE.pt
 
     sh run.sh prepare.py --dataset ... --latents encoder.py:encode --out LATENTS.pt
 
-With --latents, what a function `encode(x)` makes of images x (B, C, H, W) in [0, 1] is stored in their place: floats
-(B, ...), and their mean and standard deviation by channel. The flags of data sets are those of training.
+With --latents, the file holds `encode(x)` of images x (B, C, H, W) in [0, 1]: floats (B, ...), and their mean and
+standard deviation by channel. The flags that choose the data are the same as in training.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from config import Config, SettingError, parse_config
 from runtime import command
@@ -20,12 +20,14 @@ from runtime import command
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from data_loading.spec import DataSpec, Part
+
 BATCH = 64  # images that are encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig(Config):
-    """The settings of training, and what is written."""
+    """The settings of training, the file to write, and the encoder."""
 
     out: str = ''
     """File to write, FILE.pt."""
@@ -41,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Raises SettingError."""
-    from torch.utils.data import ConcatDataset, TensorDataset
-
+    """Write the file, and print how to train on it. Raises SettingError."""
     import data_utils
     from data_loading import packed
     from runtime import ranks
@@ -56,38 +56,40 @@ def prepare(config: PrepareConfig) -> None:
     # a second copy on the disk is needed only to find out first what cannot be read
     once = dataclasses.replace(config, cache=config.skip_unreadable)
     spec, train, test = data_utils.load_in_turns(once, data_utils.get_dataset(config))
-    held_out = len(test[0] if isinstance(test, tuple) else test)
-    parts: list[Any] = [TensorDataset(*part) if isinstance(part, tuple) else part for part in (test, train)]
-    if len(parts[0][0]) != 2:
-        raise SettingError(f'dataset={config.dataset!r} holds pairs, for which there is no such file.')
-    items: Any = ConcatDataset(parts)
-    facts: dict[str, Any] = dict(
-        num_classes=spec.num_classes,
-        classes=spec.classes,
-        scale=spec.scale,
-        max_value=spec.max_value,
-        held_out=held_out,
+    if test.has_pairs:
+        raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
+    write(config, path, spec, train, test)
+    found = packed.read(path)
+    shape = tuple(found['x'].shape[1:])
+    ranks.print_once(
+        f'{path}: {len(found["x"]):,} items of shape {shape}, {found["held_out"]} held out, '
+        f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
+        f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention_of(shape)}'
     )
+
+
+def write(config: PrepareConfig, path: Path, spec: 'DataSpec', train: 'Part', test: 'Part') -> None:
+    """Write both parts, or their latents, to `path`, the held-out part first. Raises SettingError."""
+    from torch.utils.data import ConcatDataset
+
+    from data_loading import packed
+
+    items: Any = ConcatDataset([cast(Any, part.items) for part in (test, train)])
+    facts = {name: getattr(spec, name) for name in ('num_classes', 'classes', 'scale', 'max_value')}
     if config.latents:
+        facts['held_out'] = len(test)
         rows = latents(items, function_of(config.latents), spec, facts)
         packed.write_rows(path, rows, len(items), path.name, facts)
     else:
-        del facts['held_out']
-        packed.build(items, path, held_out, config.skip_unreadable, path.name, **facts)
-    found = packed.read(path)
-    ranks.print_once(
-        f'{path}: {len(found["x"]):,} items of shape {tuple(found["x"].shape[1:])}, {held_out} held out, '
-        f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
-        f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention_of(tuple(found["x"].shape[1:]))}'
-    )
+        packed.build(items, path, len(test), config.skip_unreadable, path.name, **facts)
 
 
 def attention_of(shape: tuple[int, ...]) -> str:
-    """The flag with which the default UNet takes images of this shape: attention on its second level."""
+    """The flag that fits the default UNet to images of this shape: attention on its second level."""
     return f' --attention_resolutions {max(shape[1:]) // 2}' if len(shape) == 3 and min(shape[1:]) > 1 else ''
 
 
-def latents(items: Any, encode: Callable, spec: Any, facts: dict[str, Any]) -> Iterator[tuple['Tensor', int]]:
+def latents(items: Any, encode: Callable, spec: 'DataSpec', facts: dict[str, Any]) -> Iterator[tuple['Tensor', int]]:
     """(latent, label) of each item. After the last, mean and std of each channel are among the facts."""
     import torch
     from torch.utils.data import DataLoader
@@ -100,10 +102,10 @@ def latents(items: Any, encode: Callable, spec: Any, facts: dict[str, Any]) -> I
         with torch.no_grad():
             z = encode(x.to(device).float() / divisor).float().cpu()
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
+            bad = '' if z.isfinite().all() else ' with values that are not finite'
             raise SettingError(
-                f'latents: {tuple(x.shape)} became {tuple(z.shape)}'
-                f'{"" if z.isfinite().all() else " with values that are not finite"}. The encoder must give finite '
-                'floats (B, C, ...), one row for each image.'
+                f'latents: {tuple(x.shape)} became {tuple(z.shape)}{bad}. The encoder must give finite floats '
+                '(B, C, ...), one row for each image.'
             )
         by_channel = z.double().transpose(0, 1).flatten(1)
         count += by_channel.shape[1]

@@ -1,10 +1,10 @@
-"""Samples in files: PNGs in folders of 1000, or one .npz; and a grid of the first. Each file is there whole or not at
-all, so that a program that was cut off can go on."""
+"""Samples in files: PNGs in folders of 1000, or one .npz; and a grid of the first. Each file is whole or not there, so
+that a program that was stopped can resume."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,30 +12,25 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-import utils
 from config import SettingError
-from reports import pictures
-
-if TYPE_CHECKING:
-    from trainer import BaseDiffusionTrainer
+from reports.grids import image_grid
+from runtime import files
 
 
 class Output:
     """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
 
-    def __init__(self, out: str, num: int, trainer: 'BaseDiffusionTrainer', made_by: dict[str, Any]):
-        """For `num` samples of a trainer; `made_by`: what they depend on beside the trainer's settings.
+    def __init__(self, out: str, num: int, are_images: bool, made_by: dict[str, Any]):
+        """For `num` samples; `made_by`: everything that they depend on.
 
         Raises SettingError if `out` cannot hold the samples.
         """
         self.num, self.path, self.where = num, Path(out).expanduser(), f'out={out!r}'
-        self.one_file = self.path.suffix == '.npz'
-        self.images = pictures.kind(trainer.decode(trainer.example.x0[:1])) == 'images'
-        self.columns, self.shown = pictures.columns(trainer), min(num, pictures.num_shown(trainer))
+        self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
-            raise SettingError(f'{self.where}: these samples are no images. Pass a file, such as --out x.npz.')
-        self.made_by = json.loads(json.dumps(vars(trainer.config) | made_by))
+            raise SettingError(f'{self.where}: these samples are not images. Pass a file, such as --out x.npz.')
+        self.made_by = json.loads(json.dumps(made_by))
 
     def claim(self) -> None:
         """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
@@ -49,7 +44,7 @@ class Output:
                     'Pass another --out, or remove it.'
                 )
         elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
-            raise SettingError(f'{self.where} is there already, and not of this program. Pass another --out.')
+            raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(self.made_by, indent=1))
@@ -71,68 +66,58 @@ class Output:
         return parts
 
     def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
-        """Write these samples; each file is there whole or not at all."""
-        array = as_bytes(x) if self.images else x.float().cpu().numpy()
+        """Write these samples."""
+        if self.images:  # uint8 (n, H, W, C)
+            x = (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        array = (x if self.images else x.float()).cpu().numpy()
         if self.one_file:
             labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
-            target = self.folder / f'{indices[0]:08d}.npz'
-            partial = target.with_suffix('.unfinished')
-            with open(partial, 'wb') as file:
-                np.savez(file, x=array, label=labels, index=np.array(indices))
-            partial.replace(target)
+            write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices))
             return
         for i, image in zip(indices, array, strict=True):
-            target = self.png(i)
-            target.parent.mkdir(exist_ok=True)
-            partial = target.with_suffix('.unfinished')
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial, 'png')
-            partial.replace(target)
+            with files.whole(self.png(i)) as temporary:
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, 'png')
 
     def png(self, i: int) -> Path:
         return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
 
-    def beside(self, name: str) -> Path:
-        """A picture of the samples: in the folder, or with the name of the file in front."""
+    def picture(self, name: str) -> Path:
+        """The path of a picture of the samples: in the folder, or with the name of the file in front."""
         return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
 
-    def finish(self, names: Sequence[str]) -> None:
-        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first samples, which
-        have these `names`."""
-        n = self.shown
+    def finish(self, shown: int, columns: int, names: Sequence[str]) -> None:
+        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first `shown`
+        samples, which have these `names`."""
         if self.one_file:
-            parts = self.parts()
-            index = np.concatenate([part['index'] for part in parts])
-            index, rows = np.unique(index, return_index=True)
-            there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
-            x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
-            partial = self.path.with_suffix('.unfinished')
-            with open(partial, 'wb') as file:
-                np.savez(file, arr_0=x, arr_1=label)
-            partial.replace(self.path)
-            for path in self.folder.glob('*.npz'):
-                if arrays_of(path)['index'].max() < there:
-                    path.unlink()
-            first = x[:n]
+            first = self.join_parts()[:shown]
         else:
-            first = [np.array(Image.open(self.png(i))) for i in range(n)]
-            first = np.stack(first)
+            first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
         if self.images:
-            write_grid(first, self.columns, names, self.beside('grid.png'))
+            x = torch.from_numpy(first)
+            x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+            picture = image_grid(x.float() / 255, columns, names=names)
+            torchvision.io.write_png(picture, str(self.picture('grid.png')))
+
+    def join_parts(self) -> np.ndarray:
+        """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""
+        parts = self.parts()
+        index = np.concatenate([part['index'] for part in parts])
+        index, rows = np.unique(index, return_index=True)
+        there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
+        x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
+        write_npz(self.path, arr_0=x, arr_1=label)
+        for path in self.folder.glob('*.npz'):
+            if arrays_of(path)['index'].max() < there:
+                path.unlink()
+        return x
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    with files.whole(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **arrays)
 
 
 def arrays_of(path: Path) -> dict[str, Any]:
     """The arrays in an .npz."""
     with np.load(path) as arrays:
         return dict(arrays)
-
-
-def as_bytes(x: Tensor) -> Any:
-    """Images (n, C, H, W) in [0, 1] as uint8 (n, H, W, C)."""
-    return (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def write_grid(images: Any, columns: int, names: Sequence[str], path: Path) -> None:
-    """uint8 images (n, H, W) or (n, H, W, C) as one PNG."""
-    x = torch.from_numpy(images)
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    torchvision.io.write_png(utils.image_grid(x.float() / 255, columns, names=names), str(path))

@@ -2,8 +2,8 @@
 
     sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
 
-What stands after -- goes to every run. The same command goes on where it was cut off: runs that are finished are passed
-over. In a SLURM array, task i does the i-th run alone (SLURM_ARRAY_TASK_ID, from 0).
+Flags after -- go to every run. The same command resumes: runs that are finished are skipped. In a SLURM array, task i
+does only the i-th run (SLURM_ARRAY_TASK_ID, from 0).
 """
 
 import itertools
@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from config import SettingError, parse_config
 from runtime import command, errors
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:
-    """The flags of every run. Raises SettingError for a grid that is none, and for a flag that no run could have."""
+    """The flags of every run. Raises SettingError for an empty or malformed grid, and for a flag that no run has."""
     if not words or words[0] in ('-h', '--help'):
         print(__doc__)
         sys.exit(0)
@@ -49,16 +48,13 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     empty = [name for name, values in grid.items() if not values]
     if empty or not grid:
         raise SettingError(f'{empty[0] if empty else "The grid"} has no values. Write --setting VALUE VALUE ...')
-    shared = list(words[end + 1 :])
-    runs = [
-        [*shared, *itertools.chain(*zip(grid, values, strict=True))] for values in itertools.product(*grid.values())
-    ]
+    chosen = itertools.product(*grid.values())
+    runs = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
     names = [parse_config(flags).experiment_name for flags in runs]
-    if len(set(names)) < len(names):
-        raise SettingError(
-            f'Two runs would both be called {next(n for n in names if names.count(n) > 1)!r}. Leave --experiment_name '
-            'out, and give no value twice.'
-        )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        text = f'Two runs would both be called {twice[0]!r}. Leave --experiment_name out, and give no value twice.'
+        raise SettingError(text)
     return runs
 
 
@@ -91,14 +87,12 @@ def run_one(flags: list[str]) -> int:
 
     run = subprocess.Popen(['sh', str(ROOT / 'run.sh'), *flags])
 
-    def pass_on(signum: int, frame: Any) -> None:
-        run.send_signal(signum)
-
-    usual = {name: signal.signal(name, pass_on) for name in stopping.STOP_SIGNALS}
+    pass_on = lambda signum, frame: run.send_signal(signum)  # noqa: E731
+    previous = {name: signal.signal(name, pass_on) for name in stopping.STOP_SIGNALS}
     try:
         return run.wait()
     finally:
-        for name, handler in usual.items():
+        for name, handler in previous.items():
             signal.signal(name, handler)
 
 

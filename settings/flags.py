@@ -25,8 +25,8 @@ def parse(
 ) -> C:
     """A `config_class` from `argv` (default: `sys.argv[1:]`). `about` heads the text of --help.
 
-    `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's.
-    Raises SettingError for values that cannot be right; a wrong flag or type prints its message and exits with 2.
+    `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
+    SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
     """
     import tyro
 
@@ -38,10 +38,10 @@ def parse(
     first.add_argument('--no_debug', '--no-debug', dest='debug', action='store_false')
     known, _ = first.parse_known_args(argv)
 
-    values = dict(preset=known.preset, debug=known.debug) | dict(choose('preset', known.preset, presets))
+    values = {'preset': known.preset, 'debug': known.debug, **choose('preset', known.preset, presets)}
     if settings_in is not None and known.init_from:
         values |= settings_in(known.init_from)
-    defaults = config_class(**(values | (debug if known.debug else {})))
+    defaults = config_class(**{**values, **(debug if known.debug else {})})
     # the name was derived from the defaults; let it be derived from the flags too
     object.__setattr__(defaults, 'experiment_name', fields.experiment_name)
     shown = io.StringIO()

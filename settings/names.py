@@ -38,23 +38,20 @@ def in_name(name: str, value: Any) -> str:
 def folder_name(parts: list[str]) -> str:
     """The parts, joined by _, with - for every character that is not a letter, digit, _, =, + or -.
 
-    In a name that would be too long, the longest settings and values are cut in the middle, where + stands for what is
-    left out, and a hash of the whole is added: every part can still be seen, and no two names are the same.
+    In a name that would be too long, the longest settings and values are cut in the middle, marked by +, and a hash of
+    the whole is added: every part can still be seen, and no two names are the same.
     """
     plain = [re.sub('[^A-Za-z0-9_+=-]', '-', part) for part in parts]
     folder = '_'.join(plain)
     if len(folder) <= LONGEST_NAME:
         return folder
-    end = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
-    for width in range(60, 2, -1):
-        cut = ['='.join(cut_middle(text, width) for text in part.split('=')) for part in plain]
-        folder = '_'.join(cut) + end
-        if len(folder) <= LONGEST_NAME:
-            return folder
+    end, width = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8], 60
+    while len(folder) + len(end) > LONGEST_NAME and width > 2:
+        folder = '_'.join('='.join(cut_middle(text, width) for text in part.split('=')) for part in plain)
+        width -= 1
     return folder[: LONGEST_NAME - len(end)] + end
 
 
-def cut_middle(text: str, width: int) -> str:
-    """`text`, or its beginning and end around a +, `width` characters long."""
+def cut_middle(text: str, width: int) -> str:  # `width` characters long
     end = (width - 1) // 2
     return text if len(text) <= width else text[: width - 1 - end] + '+' + text[len(text) - end :]

@@ -37,19 +37,15 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('ema_decays', lambda ds: all(0 < d < 1 for d in ds), 'must lie between 0 and 1'),
     ('ema_decays', lambda ds: len(set(ds)) == len(ds), 'holds the same decay twice'),
     ('guidance_interval', lambda ts: 0 <= ts[0] <= ts[1] <= 1, 'must be two times, 0 <= from <= to <= 1'),
-    (
-        'experiment_name',
-        lambda name: re.fullmatch(r'([A-Za-z0-9_][A-Za-z0-9_+=-]*)?', name),
-        'must be a plain folder name: letters, digits and _ - + = only, no slash and no dots',
-    ),
-]
+    ('experiment_name', lambda name: re.fullmatch(r'([A-Za-z0-9_][A-Za-z0-9_+=-]*)?', name),
+     'must be a plain folder name: letters, digits and _ - + = only, no slash and no dots'),
+]  # fmt: skip
 
 
 def nearest(value: int, choices: Collection[int]) -> str:
     """The choices just below and just above `value`, as text: '96 or 104'."""
-    below = max((n for n in choices if n < value), default=None)
-    above = min((n for n in choices if n > value), default=None)
-    return ' or '.join(str(n) for n in (below, above) if n is not None)
+    below, above = [n for n in choices if n < value], [n for n in choices if n > value]
+    return ' or '.join(map(str, sorted(below)[-1:] + sorted(above)[:1]))
 
 
 def batch_size_near(c: Any) -> str:
@@ -67,49 +63,27 @@ def accumulation_near(c: Any) -> str:
 # Rules for several settings: (settings, does the config keep it?, the rule: a text, or a function of the config).
 RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], str]]] = [
     ('min_lr base_lr', lambda c: c.min_lr <= c.base_lr, 'min_lr must not be above base_lr'),
-    (
-        'warmup_steps num_training_steps',
-        lambda c: c.warmup_steps < c.num_training_steps,
-        'the warm-up must be shorter than the training: lower --warmup_steps',
-    ),
+    ('warmup_steps num_training_steps', lambda c: c.warmup_steps < c.num_training_steps,
+     'the warm-up must be shorter than the training: lower --warmup_steps'),
     ('t_min t_max', lambda c: 0 <= c.t_min < c.t_max <= 1, 'times need 0 <= t_min < t_max <= 1'),
-    (
-        'beta_min beta_max',
-        lambda c: c.beta_max >= c.beta_min and c.beta_max > 0,
-        'beta_max must be positive and not below beta_min',
-    ),
+    ('beta_min beta_max', lambda c: c.beta_max >= c.beta_min and c.beta_max > 0,
+     'beta_max must be positive and not below beta_min'),
     ('sigma_min sigma_max', lambda c: c.sigma_max > c.sigma_min, 'sigma_max must be above sigma_min'),
-    (
-        'global_batch_size batch_shards',
-        lambda c: c.global_batch_size % c.batch_shards == 0,
-        lambda c: f'the batch must be divisible by its shards: {batch_size_near(c)}',
-    ),
-    (
-        'batch_shards accumulation_steps',
-        lambda c: c.batch_shards % c.accumulation_steps == 0,
-        lambda c: f'accumulation_steps times the processes must divide the shards: {accumulation_near(c)}',
-    ),
-    (
-        'antithetic global_batch_size batch_shards',
-        lambda c: not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
-        lambda c: f'mirrored pairs need an even number of images in a shard: {batch_size_near(c)}',
-    ),
-    (
-        'stratified antithetic',
-        lambda c: not (c.stratified and c.antithetic),
-        'times are drawn in one way or the other: add --no_stratified',
-    ),
-    (
-        'dit_size dit_depth dit_width dit_heads',
-        lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
-        'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size',
-    ),
-    (
-        'guidance_scale label_dropout',
-        lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
-        'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1',
-    ),
-]
+    ('global_batch_size batch_shards', lambda c: c.global_batch_size % c.batch_shards == 0,
+     lambda c: f'the batch must be divisible by its shards: {batch_size_near(c)}'),
+    ('batch_shards accumulation_steps', lambda c: c.batch_shards % c.accumulation_steps == 0,
+     lambda c: f'accumulation_steps times the processes must divide the shards: {accumulation_near(c)}'),
+    ('antithetic global_batch_size batch_shards',
+     lambda c: not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
+     lambda c: f'mirrored pairs need an even number of images in a shard: {batch_size_near(c)}'),
+    ('stratified antithetic', lambda c: not (c.stratified and c.antithetic),
+     'times are drawn in one way or the other: add --no_stratified'),
+    ('dit_size dit_depth dit_width dit_heads',
+     lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
+     'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size'),
+    ('guidance_scale label_dropout', lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
+     'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1'),
+]  # fmt: skip
 
 
 def validate(config: Any, presets: Mapping[str, Any]) -> None:

@@ -13,6 +13,11 @@ FREE_ON_RESUME = frozenset(
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
+# Settings that shape a network's weights: they must be the same to load weights.
+NETWORK_SETTINGS = (
+    'network channels channel_mults num_res_blocks attention_resolutions '
+    'dit_size dit_depth dit_width dit_heads dit_patch'
+).split()
 # Settings that the machines of one run may differ in.
 MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
@@ -48,13 +53,10 @@ def changes(saved: Mapping[str, Any], config: Any, only: Collection[str] | None 
     A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
     """
     saved, now = class_defaults(config) | migrated(saved), dataclasses.asdict(config)
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
     names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
-    pairs = {name: (saved[name], now.get(name, 'absent')) for name in names}
-
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
-
-    return {name: pair for name, pair in pairs.items() if name not in now or plain(pair[0]) != plain(pair[1])}
+    differ = [name for name in names if name not in now or plain(saved[name]) != plain(now[name])]
+    return {name: (saved[name], now.get(name, 'absent')) for name in differ}
 
 
 def differences(saved: Mapping[str, Any], config: Any, only: Collection[str] | None = None) -> list[str]:

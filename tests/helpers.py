@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,38 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
         text=True,
         start_new_session=True,
     )
+
+
+def run_ranks(script, folder, local_ranks):
+    """What each of several processes, with these LOCAL_RANKs, wrote as JSON into `folder`."""
+    (folder / 'script.py').write_text(script)
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | dict(
+        WORLD_SIZE=str(len(local_ranks)),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        PYTHONPATH=str(ROOT),
+        OMP_NUM_THREADS='1',
+        CUDA_VISIBLE_DEVICES='',
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, folder / 'script.py', folder],
+            env=shared | dict(RANK=str(rank), LOCAL_RANK=str(local_rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert {process.returncode for process in processes} == {0}, errors
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(len(local_ranks))]
 
 
 def record_of(folder: Path, levels: bool = False) -> list[dict]:
@@ -135,3 +168,24 @@ def assert_same_runs(a: Path, b: Path) -> None:
     for name in ('network', 'ema', 'optimizer', 'step', 'finished', 'bad_steps', 'record'):
         assert_same(one[name], other[name])
     assert record_of(a) == record_of(b)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def cut_off(trainer, step, how):
+    """Train until `step` steps are done, then be killed at once, or be asked to stop."""
+    from runtime import stopping
+
+    train_step = trainer.train_step
+
+    def step_and_end(micro_batches):
+        train_step(micro_batches)
+        if trainer.step == step and how == 'killed':
+            raise Interrupted
+        if trainer.step == step:
+            stopping.ask_to_stop()
+
+    trainer.train_step = step_and_end
+    trainer.train_loop()

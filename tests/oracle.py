@@ -1,4 +1,4 @@
-"""Data of which everything is known: a mixture of Gaussians, its exact expectations under any process, in float64.
+"""Data with known answers: a mixture of Gaussians, its exact expectations under any process, in float64.
 
 Points are (B, D) here, so xt has two dimensions; the models take images too, (B, C, H, W) with D = C H W.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from config import Config
 from prediction import Prediction
 from processes import Coefs, GaussianProcess, get_process
+from solvers import Predict
 
 F64 = torch.float64
 
@@ -89,6 +90,11 @@ class GaussianMixture:
             return out.reshape(xt.shape).to(xt.dtype)
 
         return model_fn
+
+
+def exact_predict(process: GaussianProcess, mixture: GaussianMixture, memory: int = 0) -> Predict:
+    """What a solver calls, with a perfect network."""
+    return Predict(lambda x, t: mixture.prediction(x, at(process, t, len(x))), process, memory)
 
 
 class GivenMean:

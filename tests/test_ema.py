@@ -1,11 +1,12 @@
+"""Moving averages: the recursion, what stays right when tensors are replaced, and what a checkpoint restores."""
+
 import copy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ema import EMA, posthoc_mixture, power_profile, weights_of_steps
+from ema import EMA
 
 DECAYS = (0.5, 0.9, 0.99)
 
@@ -128,7 +129,7 @@ def replace_a_buffer(net, ema):
 
 @pytest.mark.parametrize('change', [move_to_double, load_other_tensors, load, replace_a_buffer])
 def test_what_was_looked_up_once_stays_right(change):
-    """An average that saw the change goes on as one that is built afterwards from the same weights."""
+    """An average that saw the change continues like one that is built afterwards from the same weights."""
     torch.manual_seed(0)
     net = Tied()
     ema = EMA(net, DECAYS)
@@ -170,54 +171,3 @@ def test_no_decays_no_work():
 
 def test_networks_without_weights_or_buffers():
     EMA(nn.Identity(), DECAYS).update(nn.Identity())
-
-
-# ---------------------------------------------------------------- averages of a length that is chosen afterwards
-
-
-@pytest.mark.parametrize('decay', [0.0, 0.5, 0.99])
-def test_the_weights_of_steps_are_those_of_the_average(decay):
-    """An average of a network whose only weight is a unit vector in turn."""
-    network, n = nn.Linear(30, 1, bias=False).requires_grad_(False), 30
-    network.weight.zero_()
-    ema = EMA(network, (decay,))
-    for k in range(n):
-        network.weight.copy_(torch.eye(n)[k : k + 1])
-        ema.update(network)
-    assert np.allclose(weights_of_steps(decay, n), ema.networks[decay].weight[0].numpy(), atol=1e-7)
-
-
-@pytest.mark.parametrize(('width', 'gamma'), [(0.05, 16.97), (0.10, 6.94)])
-def test_the_power_profile_has_the_width_and_the_exponent_of_the_paper(width, gamma):
-    """Karras et al. 2024 name gamma 16.97 and 6.94 for these two."""
-    n = 20_000
-    profile, at = power_profile(width, n), np.arange(1, n + 1) / n
-    assert profile.sum() == pytest.approx(1)
-    assert np.sqrt(profile @ at**2 - (profile @ at) ** 2) == pytest.approx(width, rel=1e-3)
-    slope = np.polyfit(np.log(at[n // 2 :]), np.log(profile[n // 2 :]), 1)[0]
-    assert slope == pytest.approx(gamma, abs=0.01)
-
-
-def test_the_mixture_comes_near_the_profile():
-    saved = [(decay, n) for n in range(250, 2001, 250) for decay in (0.0, 0.99, 0.999)]
-    factors, error = posthoc_mixture(saved, 0.1, 2000)
-    assert factors.sum() == pytest.approx(1) and error < 0.05
-    by_hand = sum(f * np.pad(weights_of_steps(d, n), (0, 2000 - n)) for f, (d, n) in zip(factors, saved, strict=True))
-    target = power_profile(0.1, 2000)
-    assert np.linalg.norm(by_hand - target) / np.linalg.norm(target) == pytest.approx(error)
-    assert posthoc_mixture(saved[-3:], 0.1, 2000)[1] > error  # fewer do worse
-
-
-def test_the_power_profile_of_a_short_training():
-    profile = power_profile(0.1, 50)
-    assert profile[49] / profile[24] == pytest.approx(2**6.937, rel=0.005)
-
-
-def test_the_mixture_of_a_long_training_takes_steps_together():
-    saved = [(decay, n) for n in range(5000, 50_001, 5000) for decay in (0.0, 0.998, 0.9998)]
-    factors, error = posthoc_mixture(saved, 0.1, 50_000)
-    assert factors.sum() == pytest.approx(1) and error < 0.06
-    profile = sum(f * np.pad(weights_of_steps(d, n), (0, 50_000 - n)) for f, (d, n) in zip(factors, saved, strict=True))
-    target = power_profile(0.1, 50_000)
-    parts = [np.add.reduceat(x, np.arange(0, 50_000, 1000)) for x in (profile, target)]
-    assert np.linalg.norm(parts[0] - parts[1]) / np.linalg.norm(parts[1]) < 0.06

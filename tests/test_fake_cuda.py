@@ -115,13 +115,13 @@ def build(pretend_cuda, monkeypatch, tmp_path):
     import main
     from config import PRESETS, Config
     from runtime import ranks
-    from training import batches
+    from training import first_images
 
     images = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
     spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=lambda config: (images, images))
     monkeypatch.setitem(data_utils.DATASETS, 'cifar10', spec)
     monkeypatch.setattr(ranks, 'setup', lambda: torch.device('cuda', 0))
-    monkeypatch.setattr(batches, 'signs_of_dependence', lambda trainer: None)  # read once, before the first step
+    monkeypatch.setattr(first_images, 'signs_of_dependence', lambda *parts: None)  # read once, before the first step
     utils._seed_accelerator.cache_clear()
     small = dict(channels=8, num_res_blocks=1, global_batch_size=32, compile='off', wandb='disabled')
     small |= dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path))
@@ -130,10 +130,10 @@ def build(pretend_cuda, monkeypatch, tmp_path):
 
 def watched_step(pretend_cuda, trainer) -> None:
     """A training step in which a sync is an error, after one in which the optimizer makes its state."""
-    shards = trainer.shards()
-    trainer.train_step(shards)
+    steps = trainer.batches.steps(trainer.step)
+    trainer.train_step(next(steps))
     pretend_cuda.watching = True
-    trainer.train_step(shards)
+    trainer.train_step(next(steps))
     pretend_cuda.watching = False
 
 

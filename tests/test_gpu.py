@@ -39,7 +39,7 @@ def build(tiny_config):
 def test_a_run_learns_evaluates_and_draws(build, settings):
     trainer = build(**settings)
     trainer.train_loop()
-    assert trainer.step == 20 and trainer.finished
+    assert trainer.step == 20 and trainer.checkpoints.finished
     assert all(p.device.type == 'cuda' and p.isfinite().all() for p in trainer.network.parameters())
     curve = losses(trainer.config.run_dir)
     assert len(curve) == 4 and curve[-1] < 0.9 * curve[0]
@@ -59,10 +59,10 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(build):
     whole = build(experiment_name='whole', precision='float32')
     whole.train_loop()
     first = build(precision='float32')
-    shards = first.shards()
+    steps = first.batches.steps(first.step)
     for _ in range(7):
-        first.train_step(shards)
-    first.save(wait=True)
+        first.train_step(next(steps))
+    first.checkpoints.save(first.step, wait=True)
     second = build(precision='float32')
     assert second.step == 7
     assert_same(second.network.state_dict(), first.network.state_dict())
@@ -92,7 +92,7 @@ def test_gpu_and_cpu_agree(build, precision, most):
     trainer = build(precision=precision)
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    batch = next(trainer.shards())
+    batch = next(next(trainer.batches.steps(trainer.step)))
     with torch.no_grad():
         here = trainer.get_model_fn(trainer.network)(batch.x0, batch.t, batch.label)
         network = copy.deepcopy(trainer.network).cpu().eval()
@@ -105,13 +105,13 @@ def test_gpu_and_cpu_agree(build, precision, most):
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_a_step_waits_for_nothing(build, time_sampler, precision):
     trainer = build(time_sampler=time_sampler, precision=precision)
-    shards = trainer.shards()
+    steps = trainer.batches.steps(trainer.step)
     for _ in range(3):  # libraries load, the optimizer makes its state
-        trainer.train_step(shards)
+        trainer.train_step(next(steps))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try:
-        trainer.train_step(shards)
+        trainer.train_step(next(steps))
     finally:
         torch.cuda.set_sync_debug_mode('default')
 

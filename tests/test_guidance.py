@@ -1,4 +1,4 @@
-"""Guidance and conditions, against scores and Gaussians of which the exact guided flow is known."""
+"""Guidance and conditions, against scores and Gaussians whose exact guided flow is known."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES
-from sampling import get_predict, get_sample_fn, sample
-from solvers import SOLVERS, Solver
+from sampling import Guidance, get_sample_fn, sample
+from solvers import SOLVERS, Solver, on_path
 from tests.oracle import F64, RING, GaussianMixture, GivenMean, at, base_noise, process_named, random_mixture, ring
 from utils import bcast_right
 
@@ -112,26 +112,25 @@ def test_guidance_rescale(rescale):
     x, t = base_noise(6, 12), 0.6
 
     def x0(**settings):
-        label = torch.arange(6) % 2
-        return get_predict(
-            mixture.as_model('velocity', process), process, label, model_type='velocity', null_label=2, **settings
-        )(x, t).x0
+        guidance = Guidance(null_label=2, **settings)
+        predictor = guidance.predictor(mixture.as_model('velocity', process), torch.arange(6) % 2, {}, 'velocity')
+        return predictor(x, t, None, at(process, t)).x0
 
-    plain, strong, scaled = x0(), x0(guidance_scale=5.0), x0(guidance_scale=5.0, guidance_rescale=rescale)
+    plain, strong, scaled = x0(), x0(scale=5.0), x0(scale=5.0, rescale=rescale)
     ratio = plain.std(1, keepdim=True) / strong.std(1, keepdim=True)
     torch.testing.assert_close(scaled, strong * (rescale * ratio + 1 - rescale))
     assert (ratio < 0.99).any()
 
 
-def test_guidance_rescale_leaves_a_predicted_x0_without_contrast_alone():
+def test_guidance_rescale_does_not_touch_a_predicted_x0_without_contrast():
     """Its standard deviation is 0, and nothing can be divided by it."""
     flat = torch.tensor([[0.25, 0.25], [0.5, -0.5]], dtype=F64)  # one x0 without contrast, one with
 
     def model_fn(xt, t, label):
         return torch.cat([flat, flat / 2])
 
-    settings = dict(model_type='x0', null_label=2, guidance_scale=3.0, guidance_rescale=1.0)
-    x0 = get_predict(model_fn, process_named('rf'), torch.tensor([0, 1]), **settings)(base_noise(2), 0.6).x0
+    predictor = Guidance(3.0, null_label=2, rescale=1.0).predictor(model_fn, torch.tensor([0, 1]), {}, 'x0')
+    x0 = predictor(base_noise(2), 0.6, None, at(process_named('rf'), 0.6)).x0
     guided = flat / 2 + 3 * (flat - flat / 2)
     torch.testing.assert_close(x0, torch.stack([guided[0], flat[1]]))
 
@@ -248,7 +247,7 @@ def test_guidance_with_nothing_to_leave_out_is_refused(given):
     [
         (dict(guidance_interval=(0.8, 0.2)), r'guidance_interval=\(0.8, 0.2\).*from <= to'),
         (dict(guidance_rescale=3.0), r'guidance_rescale=3.*between 0 and 1'),
-        (dict(guide_fn=lambda xt, t, label: xt), 'guidance_scale=1 makes nothing of guide_fn'),
+        (dict(guide_fn=lambda xt, t, label: xt), 'guidance_scale=1: guide_fn has no effect'),
         (dict(guidance_scale=2.0, null_cond={'ink': 0}), "null_cond has a value for 'ink'.*none"),
         (dict(guidance_scale=2.0, null_cond={'ink': 0}, cond={'size': SIZE}), r"'ink'.*size\. Pass it"),
         (dict(null_cond={'ink': torch.zeros(3)}, cond={'ink': INK}), r"null_cond\['ink'\] has shape \(3,\).*\(2,\)"),
@@ -266,7 +265,7 @@ def test_values_that_make_no_sense_are_refused(settings, match):
 
 @pytest.mark.parametrize('label_dropout', [0.0, 1.0])
 def test_guidance_needs_label_dropout_in_training(label_dropout):
-    """`get_sample_fn` has the config, so that a notebook is told what the command line would say."""
+    """`get_sample_fn` has the config, so a notebook gets the error of the command line."""
     fn = get_sample_fn(Config(label_dropout=label_dropout), process_named('rf'), null_label=9, null_cond=None)
     label = torch.tensor([4, 5])
     with pytest.raises(SettingError, match=f'guidance_scale=2.*label_dropout={label_dropout:g}.*label_dropout 0.1'):
@@ -319,16 +318,16 @@ def test_the_time_of_arrival_is_a_condition_of_the_type_of_t():
         return torch.zeros_like(xt)
 
     x = torch.zeros(3, 2, dtype=torch.bfloat16)
-    settings = dict(model_type='velocity', cond={'ink': torch.zeros(3)})
-    get_predict(model_fn, rf, None, **settings)(x, 0.75, 0.125)
-    get_predict(model_fn, rf, None, **settings)(x, 0.75)
+    predictor = Guidance().predictor(model_fn, None, {'ink': torch.zeros(3)}, 'velocity')
+    on_path(predictor, rf, rf)(x, 0.75, 0.125)
+    on_path(predictor, rf, rf)(x, 0.75)
     (t, cond), (_, without) = seen
     assert (
         t.tolist() == [0.75] * 3 and cond['s'].tolist() == [0.125] * 3 and cond['s'].dtype == t.dtype == torch.float32
     )
     assert cond.keys() == {'ink', 's'} and without.keys() == {'ink'}
 
-    get_predict(model_fn, rf, None, **settings, sampling_process=ve)(x.double(), 0.6, 0.5)  # times of ve
+    on_path(predictor, rf, ve)(x.double(), 0.6, 0.5)  # times of ve
     ratio = at(ve, 0.5).sigma
     torch.testing.assert_close(seen[-1][1]['s'], (ratio / (1 + ratio)).expand(3))  # the time of equal log-SNR
 
@@ -336,12 +335,12 @@ def test_the_time_of_arrival_is_a_condition_of_the_type_of_t():
 @pytest.mark.parametrize(('null_cond', 'expected'), [({'ink': 0}, [0.125] * 4), ({'s': -1}, [0.125, 0.125, -1, -1])])
 def test_guidance_of_a_network_of_two_times(null_cond, expected):
     seen = []
-    settings = dict(model_type='velocity', cond={'ink': INK}, null_cond=null_cond, guidance_scale=2.0)
     model_fn = lambda xt, t, label=None, **cond: seen.append(cond) or 0 * xt  # noqa: E731
-    get_predict(model_fn, process_named('rf'), None, **settings)(torch.zeros(2, 2), 0.75, 0.125)
+    predictor = Guidance(2.0, null_cond=null_cond).predictor(model_fn, None, {'ink': INK}, 'velocity')
+    predictor(torch.zeros(2, 2), 0.75, 0.125, at(process_named('rf'), 0.75))
     assert seen[0]['s'].tolist() == expected
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
-def test_solvers_of_the_table_ask_at_one_time_alone(solver):
+def test_solvers_of_the_table_pass_one_time_only(solver):
     assert all('s' not in call for call in calls_of(**RF, solver=solver))

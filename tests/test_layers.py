@@ -1,6 +1,7 @@
 """Who may import whom: imports go down the tiers only, also those under TYPE_CHECKING, and never in a circle."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,23 @@ def test_each_file_can_be_imported_first():
     )
     done = subprocess.run([sys.executable, '-c', program, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_start_reads_few_files():
+    """Of reports/ and evaluation/ only the two parts that a trainer owns; the others are read when they are used."""
+    program = (
+        'import json, sys, trainer\n'
+        'files = [getattr(m, "__file__", None) or "" for m in sys.modules.values()]\n'
+        'print(json.dumps([f for f in files if f.startswith(sys.argv[1]) and not f.endswith("__init__.py")]))'
+    )
+    done = subprocess.run([sys.executable, '-c', program, str(ROOT)], cwd=ROOT, capture_output=True, text=True)
+    files = [name_of(Path(file)) for file in json.loads(done.stdout) if Path(file).parts[-2] != 'site-packages']
+    mine = [name for name in files if name in OURS and name != 'trainer']
+    assert len(mine) <= 45, sorted(mine)
+    assert {name for name in mine if name.startswith(('reports', 'evaluation'))} == {
+        'reports.pictures',
+        'evaluation.judge',
+    }
 
 
 def test_what_keeps_a_run_alive_never_uses_the_maths():

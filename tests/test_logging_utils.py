@@ -1,6 +1,6 @@
-"""The record: metrics.jsonl, running means, and wandb for real, without its server."""
+"""The record: metrics.jsonl, means, speed, progress, and wandb for real, with a fake server or none."""
 
-import itertools
+import contextlib
 import json
 import math
 import os
@@ -16,51 +16,346 @@ from PIL import Image
 
 import logging_utils
 from config import Config, SettingError, parse_config
-from logging_utils import Logger, Progress, RunningMeans, Speedometer
+from logging_utils import Record
+from runtime import stopping
+from runtime.errors import SaveError, Stopped
+from tests.helpers import ROOT
+from tests.runtime.test_ranks import run_ranks
 
 CPU = torch.device('cpu')
-DISABLED = Config(wandb='disabled')
+
+
+def record_in(folder: Path, **settings) -> Record:
+    """A record whose folder is `folder`/run."""
+    settings = dict(wandb='disabled', global_batch_size=32, num_training_steps=100) | settings
+    return Record(Config(ckpt_dir=str(folder), experiment_name='run', **settings), CPU)
+
+
+def write(record: Record, step: int, **values: float) -> None:
+    with record.line(step) as line:
+        line |= values
 
 
 def lines_of(folder: Path) -> list[dict]:
     def refuse(name):
         raise AssertionError(f'{name} is not JSON')
 
-    return [json.loads(line, parse_constant=refuse) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse) for line in (folder / 'run/metrics.jsonl').read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- metrics.jsonl
 
 
-def test_each_line_is_json_with_the_step_and_exact_values(tmp_path):
-    logger = Logger(DISABLED, tmp_path)
-    logger.log({'train/loss': 0.1, 'train/images': 128}, 1)
-    logger.log({'train/loss': 1 / 3}, 2)
-    logger.close()
+def test_each_line_is_json_with_step_images_and_exact_values(tmp_path):
+    record = record_in(tmp_path)
+    with record.open(0):
+        write(record, 1, loss=0.1)
+        write(record, 2, loss=1 / 3)
+        write(record, 3)
     assert lines_of(tmp_path) == [
-        {'train/step': 1, 'train/loss': 0.1, 'train/images': 128},
-        {'train/step': 2, 'train/loss': 1 / 3},
+        {'train/step': 1, 'train/images': 32, 'loss': 0.1},
+        {'train/step': 2, 'train/images': 64, 'loss': 1 / 3},
     ]
+    assert list(lines_of(tmp_path)[0]) == ['train/step', 'train/images', 'loss']
+
+
+@pytest.mark.parametrize('error', [Stopped, ZeroDivisionError])
+def test_what_was_computed_before_a_stop_is_written(tmp_path, error):
+    record = record_in(tmp_path)
+    with pytest.raises(error), record.open(0), record.line(7) as line:
+        line['loss'] = 0.5
+        raise error
+    assert lines_of(tmp_path) == [{'train/step': 7, 'train/images': 224, 'loss': 0.5}]
 
 
 def test_values_that_are_not_finite_can_be_written(tmp_path):
-    Logger(DISABLED, tmp_path).log({'a': math.nan, 'b': math.inf, 'c': -math.inf, 'd': -3.5}, 1)
+    record = record_in(tmp_path)
+    with record.open(0):
+        write(record, 1, a=math.nan, b=math.inf, c=-math.inf, d=-3.5)
     (line,) = lines_of(tmp_path)
-    assert [float(line['a']), float(line['b']), float(line['c']), line['d']] == [
-        pytest.approx(math.nan, nan_ok=True),
-        math.inf,
-        -math.inf,
-        -3.5,
-    ]
+    assert [line[name] for name in 'abcd'] == ['nan', 'inf', '-inf', -3.5]
 
 
 @pytest.mark.parametrize('step, left', [(0, []), (1, []), (6, [3]), (7, [3, 6]), (9, [3, 6]), (99, [3, 6, 9])])
 def test_the_record_is_cut_back_to_the_step_of_the_checkpoint(tmp_path, step, left):
-    logger = Logger(DISABLED, tmp_path)
-    for i in (3, 6, 9):
-        logger.log({'train/loss': i / 7}, i)
-    Logger(DISABLED, tmp_path, step).log({'train/loss': 0.5}, 100)
+    record = record_in(tmp_path)
+    with record.open(0):
+        for i in (3, 6, 9):
+            write(record, i, loss=i / 7)
+    with record.open(step):
+        write(record, 100, loss=0.5)
     assert [line['train/step'] for line in lines_of(tmp_path)] == [*left, 100]
+
+
+def test_a_line_that_is_none_is_named(tmp_path):
+    record = record_in(tmp_path)
+    record.path.parent.mkdir()
+    for bad in ('{"train/step": 2]}', '{"step": 2}'):
+        record.path.write_text('{"train/step": 1}\n' + bad + '\n')
+        expected = rf'{record.path}: line 2 is not a line of a record \(.*step.*Fix or remove it'
+        with pytest.raises(SettingError, match=expected), record.open(5):
+            pass
+        assert record.path.read_text().endswith(bad + '\n')
+
+
+@pytest.mark.parametrize('half', ['{', '{"train/step": 9, "train/lo', '{"train/step": 9, "a": 1', '\n', '\0\0\0\0'])
+def test_a_half_written_last_line_is_dropped(tmp_path, half):
+    record = record_in(tmp_path)
+    with record.open(0):
+        write(record, 3, a=1.0)
+    with open(record.path, 'a') as file:
+        file.write(half)
+    with record.open(10):
+        write(record, 10, a=2.0)
+    assert [line['train/step'] for line in lines_of(tmp_path)] == [3, 10]
+
+
+def test_a_line_is_on_the_disk_when_its_block_ends(tmp_path, monkeypatch):
+    synced = []
+    record = record_in(tmp_path)
+    with record.open(0):
+        monkeypatch.setattr(logging_utils.os, 'fsync', lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        for step in (1, 2):
+            write(record, step, a=1.0)
+            assert len(synced) == step and synced[-1] == record.path.stat().st_size > 0
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(tmp_path):
+    record = record_in(tmp_path)
+    with record.open(0):
+        record.path.unlink()
+        record.path.mkdir()
+        with pytest.raises(SaveError, match=r'cannot be written.*Make room'):
+            write(record, 1, a=1.0)
+        (record.path.parent / 'samples').write_text('in the way')
+        with pytest.raises(SaveError, match='cannot be written'):
+            record.picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
+
+
+def test_a_picture_on_disk_has_the_same_pixels(tmp_path):
+    picture = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
+    record = record_in(tmp_path)
+    record.picture('before', picture, 3)  # not open: nothing is written
+    with record.open(0):
+        record.picture('step_0000003_heun_raw', picture, 3)
+        record.picture('path', picture, 3, '.')
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.png')) == [
+        'run/path.png',
+        'run/samples/step_0000003_heun_raw.png',
+    ]
+    for path in tmp_path.rglob('*.png'):
+        assert np.array_equal(np.asarray(Image.open(path)), picture.permute(1, 2, 0).numpy())
+
+
+# ---------------------------------------------------------------- means and speed
+
+
+def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear(tmp_path):
+    record = record_in(tmp_path)
+    record.log('mine', 100.0)  # not open: it belongs to no step
+    with record.open(0):
+        record.log('mine', 5.0)
+        record.clear()
+        record.log('mine', torch.tensor([1, 2, 3]))
+        record.log('mine', 10.0)
+        record.losses(torch.tensor([1.0, 3.0]), torch.tensor([0.05, 0.95]))
+        record.losses(torch.tensor([5.0, math.nan]), torch.tensor([0.05, 0.5]), torch.tensor([True, False]))
+        record.step(0.25, {'network': torch.tensor(2.0), 'other': torch.tensor(3.0)})
+        record.step(0.75, {'network': torch.tensor(math.inf), 'other': torch.tensor(5.0)})
+        values = record.summary(0, None)
+    record.log('mine', 100.0)
+    assert values.pop('train/memory_gb') > 0
+    assert values == {
+        'mine': 4.0,
+        'train/augmented': 0.5,
+        'train/grad_norm': 2.0,
+        'train/grad_norm_other': 4.0,
+        'train/loss': 3.0,
+        'train/loss_t_0.0_0.1': 3.0,
+        'train/loss_t_0.9_1.0': 3.0,
+        'train/lr': 0.5,
+    }
+    assert record.state_dict()['mine'].tolist() == [16.0, 4.0]
+
+
+def test_what_is_logged_apart_stays_apart(tmp_path):
+    record = record_in(tmp_path)
+    with record.apart() as early:  # also before the record is open, as evaluate.py does
+        record.log('x', 7.0)
+    with record.open(0):
+        record.log('x', 1.0)
+        with record.apart() as outer:
+            record.log('x', 2.0)
+            with record.apart() as inner:
+                record.log('x', 3.0)
+                record.losses(torch.tensor([9.0]), torch.tensor([0.5]))  # of training
+            record.log('x', 4.0)
+        with contextlib.suppress(Stopped), record.apart() as broken:
+            record.log('x', 50.0)
+            raise Stopped
+        record.log('x', 2.0)
+        values = record.summary(0, None)
+    assert (early, outer, inner, broken) == ({'x': 7.0}, {'x': 3.0}, {'x': 3.0}, {})
+    assert (values['x'], values['train/loss']) == (1.5, 9.0)
+
+
+def test_means_go_on_from_a_checkpoint(tmp_path):
+    first, second = record_in(tmp_path / 'first'), record_in(tmp_path / 'second')
+    with first.open(0):
+        first.log('x', 0.5)
+        torch.save(first.state_dict(), tmp_path / 'x.pt')
+    second.load_state_dict(torch.load(tmp_path / 'x.pt', weights_only=True))
+    with second.open(1):
+        second.log('x', 1.0)
+        assert second.summary(1, None)['x'] == 0.75
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A list with one number, the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(logging_utils.time, 'monotonic', lambda: now[0])
+    return now
+
+
+def test_speed_and_waiting_are_those_since_something_was_due(tmp_path, clock):
+    """At step 12 nothing is written, but a checkpoint was: how long that took is not part of the speed."""
+    record = record_in(tmp_path, log_every=5, save_every=12, eval_every=0, sample_every=0)
+    waited = [30.0]  # seconds for data since the loader was made
+    record.waited = lambda: waited[0]
+    with record.open(10):
+        assert 'train/images_per_second' not in record.summary(10, None)  # no step yet
+        clock[0] += 7
+        waited[0] += 5
+        write(record, 10)
+        assert record.restarted == (107.0, 10)
+        clock[0] += 4
+        waited[0] += 1
+        values = record.summary(11, None)
+        assert (values['train/images_per_second'], values['train/waiting']) == (32 / 4, 0.25)
+        write(record, 11, loss=1.0)  # where nothing is due
+        assert record.restarted == (107.0, 10)
+        write(record, 12)
+        assert record.restarted == (111.0, 12)
+        clock[0] += 2
+        waited[0] += 0.5
+        values = record.summary(15, None)
+        assert (values['train/images_per_second'], values['train/waiting']) == (3 * 32 / 2, 0.25)
+        write(record, 100)  # the last step
+        assert record.restarted == (113.0, 100)
+
+
+def test_progress_tells_the_step_the_loss_and_the_time_left(tmp_path, capsys, clock):
+    record = record_in(tmp_path, global_batch_size=64)
+    with record.open(20):
+        for step in (30, 40, 50, 100):
+            clock[0] += 4
+            record.losses(torch.tensor([0.125]), torch.tensor([0.5]))
+            record.summary(step, None if step < 50 else 60.0)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        'step 30/100  loss 0.1250  160 images/s  0.5 min of training left, then samples',
+        'step 50/100  loss 0.1250  160 images/s  1.3 min left',  # 4 s after a line is too early
+        'step 100/100  loss 0.1250  320 images/s  1.0 min left',  # the end is not
+    ]
+
+
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    record = record_in(tmp_path)
+    with record.open(20):
+        for _ in range(3):
+            record.step(0.1, {})
+        record.losses(torch.tensor([0.125]), torch.tensor([0.5]))
+        record.summary(23, None)
+        assert record.bar.n == 23
+    shown = capsys.readouterr()
+    assert 'loss 0.1250' in shown.err and '/100' in shown.err and shown.out == ''
+
+
+# What each of two processes does; the calls of torch.distributed are counted.
+RANKS = """
+import json, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from config import Config
+from logging_utils import Record
+from runtime import ranks
+from runtime.errors import SaveError
+
+device = ranks.setup()
+rank, calls, seen = ranks.rank(), [], {}
+
+def counted(name, call):
+    return lambda *args, **kwargs: calls.append(name) or call(*args, **kwargs)
+
+NAMES = 'send recv isend irecv barrier monitored_barrier batch_isend_irecv broadcast_object_list scatter_object_list'
+for name in dir(dist):
+    if callable(getattr(dist, name)) and (name in NAMES.split() or name.split('_')[0] in
+                                          ('all', 'reduce', 'broadcast', 'gather', 'scatter')):
+        setattr(dist, name, counted(name, getattr(dist, name)))
+
+folder = Path(sys.argv[1])
+config = Config(ckpt_dir=str(folder), experiment_name='run', wandb='disabled', global_batch_size=8)
+record = Record(config, device)
+with record.open(0):
+    calls.clear()
+    for step in range(1500):  # more than wait to be summed
+        record.clear() if step == 2 else None
+        record.log('mine', torch.tensor([1.0 + rank]))
+        record.log(f'only {rank}', 5.0)
+        record.losses(torch.rand(4), torch.rand(4), torch.ones(4, dtype=torch.bool))
+        record.step(0.5, {'network': torch.tensor(1.0)})
+    seen['in steps'] = list(calls)
+    values = record.summary(1500, None)
+    seen['in a summary'] = len(calls)
+    seen['values'] = {name: values[name] for name in ('mine', 'only 0', 'only 1', 'train/lr')}
+    seen['sums'] = {name: pair.tolist() for name, pair in record.state_dict().items() if name[0] != 't'}
+    with record.line(1500) as line:
+        line['loss'] = 0.25 + rank
+    record.picture('x', torch.full((3, 4, 4), rank, dtype=torch.uint8), 1500)
+    record.curve('x', [(0, 1)], 'step', 'lr')
+    record.histogram('x', torch.ones(3), 1500)
+    ranks.barrier()
+    seen['lines'] = record.path.read_text()
+    ranks.barrier()
+    if rank == 0:
+        record.path.unlink()
+        record.path.mkdir()
+    try:
+        with record.line(1501) as line:
+            line['loss'] = 0.5
+    except SaveError as error:
+        seen['error'] = str(error)
+(folder / f'{rank}.json').write_text(json.dumps(seen))
+ranks.close()
+"""
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    return run_ranks(RANKS, tmp_path_factory.mktemp('record'), [0, 1])
+
+
+def test_two_processes_send_nothing_while_they_train(two):
+    for seen in two:
+        assert seen['in steps'] == [] and seen['in a summary'] > 0
+
+
+def test_two_processes_have_the_same_means_and_one_record(two):
+    for seen in two:
+        assert seen['values'] == {'mine': 1.5, 'only 0': 5.0, 'only 1': 5.0, 'train/lr': 0.5}
+        assert seen['sums'] == {'mine': [4494.0, 2996.0], 'only 0': [7490.0, 1498.0], 'only 1': [7490.0, 1498.0]}
+        assert seen['lines'] == '{"train/step": 1500, "train/images": 12000, "loss": 0.25}\n'
+
+
+def test_two_processes_end_together_if_the_disk_is_full(two):
+    for seen in two:
+        assert 'cannot be written' in seen['error']
+
+
+# ---------------------------------------------------------------- wandb
 
 
 def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monkeypatch, capsys):
@@ -76,236 +371,6 @@ def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monk
     assert 'uid not found: 4711' in capsys.readouterr().out
     with pytest.raises(SettingError, match='uid not found: 4711'):
         logging_utils.start_wandb(Config(wandb='online'), tmp_path, None)
-
-
-def test_a_line_that_is_none_is_named(tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    for bad in ('{"train/step": 2]}', '{"step": 2}'):
-        path.write_text('{"train/step": 1}\n' + bad + '\n')
-        with pytest.raises(SettingError, match=rf'{path}: line 2 is no line of a record \(.*step.*Mend or remove it'):
-            Logger(Config(wandb='disabled'), tmp_path, 5)
-        assert path.read_text().endswith(bad + '\n')
-
-
-@pytest.mark.parametrize('half', ['{', '{"train/step": 9, "train/lo', '{"train/step": 9, "a": 1', '\n', '\0\0\0\0'])
-def test_a_half_written_last_line_is_dropped(tmp_path, half):
-    logger = Logger(DISABLED, tmp_path)
-    logger.log({'a': 1.0}, 3)
-    with open(tmp_path / 'metrics.jsonl', 'a') as file:
-        file.write(half)
-    Logger(DISABLED, tmp_path, 10).log({'a': 2.0}, 10)
-    assert [line['train/step'] for line in lines_of(tmp_path)] == [3, 10]
-
-
-def test_a_line_is_on_the_disk_when_log_returns(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(logging_utils.os, 'fsync', lambda descriptor: synced.append(os.fstat(descriptor).st_size))
-    logger = Logger(DISABLED, tmp_path)
-    for step in (1, 2):
-        logger.log({'a': 1.0}, step)
-        assert synced[-1] == (tmp_path / 'metrics.jsonl').stat().st_size > 0
-    assert len(synced) == 3  # and once when the record was opened
-
-
-def test_only_the_first_process_keeps_a_record(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logging_utils.ranks, 'is_main', lambda: False)
-    monkeypatch.setattr(logging_utils.ranks, 'on_main', lambda fn: None)
-    logger = Logger(DISABLED, tmp_path, wandb_id='abc')
-    logger.log({'a': 1.0}, 1)
-    logger.log_picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
-    logger.log_curve('x', [(0, 1)], 'step', 'lr')
-    logger.close()
-    logging_utils.print_once('hello')
-    assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().out == ''
-
-
-def test_a_picture_on_disk_has_the_same_pixels(tmp_path):
-    picture = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
-    Logger(DISABLED, tmp_path).log_picture('step_0000003_heun_raw', picture, 3)
-    pixels = np.asarray(Image.open(tmp_path / 'samples' / 'step_0000003_heun_raw.png'))
-    assert np.array_equal(pixels, picture.permute(1, 2, 0).numpy())
-
-
-# ---------------------------------------------------------------- running means
-
-
-def test_means_are_those_of_numpy():
-    rng = np.random.default_rng(0)
-    batches = [
-        rng.normal(5, 1, size).astype(np.float32) for size in (3, 8, 1)
-    ]  # unequal, so the mean of means would be wrong
-    means = RunningMeans(CPU)
-    for batch in batches:
-        means.add('loss', torch.from_numpy(batch).sum(), torch.tensor(float(len(batch))))
-    assert means.means()['loss'] == pytest.approx(np.concatenate(batches).mean(dtype=np.float64), rel=1e-6)
-
-
-def test_a_name_logged_on_some_steps_is_averaged_over_these():
-    means = RunningMeans(CPU)
-    for step in range(10):
-        means.add('always', torch.tensor(float(step)), torch.tensor(1.0))
-        if step % 4 == 0:
-            means.add('sometimes', torch.tensor(float(step)), torch.tensor(1.0))
-        means.add('empty bin', torch.tensor(0.0), torch.tensor(0.0))
-    assert means.means() == {'always': 4.5, 'sometimes': 4.0}
-    means.clear()
-    assert means.means() == {}
-
-
-def test_a_small_term_is_not_lost_in_a_large_sum():
-    means = RunningMeans(CPU)
-    for value in (2.0**24, *[1.0] * 1000):  # float32 would drop each 1
-        means.add('x', torch.tensor(value), torch.tensor(1.0))
-    assert means.means()['x'] == pytest.approx((2**24 + 1000) / 1001, rel=1e-6)
-
-
-def test_means_go_on_from_a_checkpoint(tmp_path):
-    whole, first, second = RunningMeans(CPU), RunningMeans(CPU), RunningMeans(CPU)
-    for i, value in enumerate((0.3, 0.9, 1.7, 0.2)):
-        for means in (whole, first if i < 2 else second):
-            means.add('x', torch.tensor(value), torch.tensor(1.0))
-        if i == 1:
-            torch.save(first.over_ranks(), tmp_path / 'x.pt')
-            second.load(torch.load(tmp_path / 'x.pt', weights_only=True))
-    assert second.means() == whole.means()
-
-
-def test_values_keep_no_graph():
-    means, weight = RunningMeans(CPU), torch.ones(1, requires_grad=True)
-    for _ in range(2):
-        means.add('x', (3 * weight).sum(), torch.tensor(1.0))
-        means.add_finite('y', 3 * weight)
-        means.add_by_time('z', 3 * weight, 0.5 * weight)
-        waiting = [x for calls in means.waiting.values() for call in calls for x in call if x is not None]
-        assert not any(x.requires_grad for x in waiting)
-        means.over_ranks()
-        assert means.waiting == {} and not any(pair.requires_grad for pair in means.sums.values())
-
-
-def steps_of_training(n):
-    """(losses, times, gradient norm) as a training step has them; some are not finite."""
-    generator = torch.Generator().manual_seed(0)
-    for step in range(n):
-        losses, t = torch.rand(2, 7 + step % 3, generator=generator)
-        losses = 10.0 ** (step % 9 - 4) * losses
-        if step % 5 == 2:
-            losses[1], losses[3] = torch.nan, torch.inf
-        yield losses, t, losses[0]
-
-
-def fill(means, steps):
-    for losses, t, norm in steps:
-        means.add_finite('loss', losses)
-        means.add_by_time('loss_t', losses, t)
-        means.add_finite('norm', norm)
-        means.add('total', losses[0].double() * 3, torch.tensor(3.0))
-        means.add('lr', 0.1, 1)
-
-
-def test_means_of_a_training_are_those_of_numpy():
-    steps = list(steps_of_training(40))
-    means = RunningMeans(CPU)
-    fill(means, steps)
-    losses, t = (np.concatenate([step[i].numpy() for step in steps]) for i in (0, 1))
-    first = np.array([losses[0].item() for losses, _, _ in steps], np.float64)
-    edges = np.arange(11) / 10
-    ok = np.isfinite(losses)
-    expected = dict(loss=losses[ok].mean(dtype=np.float64), norm=first.mean(), total=first.mean(), lr=0.1)
-    for low, high in itertools.pairwise(edges):
-        expected[f'loss_t_{low:.1f}_{high:.1f}'] = losses[ok & (t >= low) & (t < high)].mean(dtype=np.float64)
-    assert means.means() == pytest.approx(expected, rel=1e-6)
-    assert list(means.over_ranks()) == sorted(expected)
-    counts = {name: pair[1].item() for name, pair in means.over_ranks().items()}
-    assert (counts['loss'], counts['norm'], counts['total'], counts['lr']) == (ok.sum(), 40, 120, 40)
-
-
-@pytest.mark.parametrize('most', [1, 2, 7, 64])
-def test_sums_do_not_depend_on_when_they_are_made(monkeypatch, most):
-    """Bit for bit: neither on how many wait, nor on being saved and loaded in between."""
-    steps = list(steps_of_training(40))
-    whole = RunningMeans(CPU)
-    fill(whole, steps)
-    monkeypatch.setattr(RunningMeans, 'MOST', most)
-    often, saved = RunningMeans(CPU), RunningMeans(CPU)
-    fill(often, steps)
-    fill(saved, steps[:13])
-    resumed = RunningMeans(CPU)
-    fill(resumed, steps[:2])  # forgotten by load
-    resumed.load(saved.over_ranks())
-    fill(resumed, steps[13:])
-    expected = whole.over_ranks()
-    for means in (often, resumed):
-        sums = means.over_ranks()
-        assert sums.keys() == expected.keys()
-        assert all(sums[name].equal(expected[name]) for name in sums)
-
-
-def test_a_step_costs_no_arithmetic_and_what_waits_is_bounded():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Operations(TorchDispatchMode):
-        names = ()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names += (str(func),)
-            return func(*args, **kwargs or {})
-
-    steps, means = list(steps_of_training(600)), RunningMeans(CPU)
-    with Operations() as seen:
-        for losses, t, norm in steps[:100]:
-            means.add_finite('loss', losses)
-            means.add_by_time('loss_t', losses, t)
-            means.add_finite('norm', norm)
-            means.add('lr', 0.1, 1)
-    assert set(seen.names) <= {'aten.detach.default'}  # which computes nothing
-    for losses, t, norm in steps:
-        fill(means, [(losses, t, norm)])
-        assert sum(map(len, means.waiting.values())) < RunningMeans.MOST
-    assert means.sums  # some were folded
-
-
-def test_numbers_and_tensors_of_one_name_go_together():
-    means = RunningMeans(CPU)
-    means.add('x', 0.1, 1)
-    means.add('x', torch.tensor(0.5), torch.tensor(1.0))
-    means.add('x', 1, 2)
-    assert means.means() == {'x': pytest.approx(1.6 / 4, rel=1e-6)}
-
-
-def test_speed_is_that_since_the_restart(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(logging_utils.time, 'monotonic', lambda: now[0])
-    speed = Speedometer(10)
-    assert speed.images_per_second(10, 128) is None  # no step yet
-    now[0] += 4
-    assert speed.images_per_second(15, 128) == 5 * 128 / 4
-    speed.restart(15)
-    now[0] += 2
-    assert speed.images_per_second(16, 128) == 128 / 2
-
-
-# ---------------------------------------------------------------- the line for people
-
-
-def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(logging_utils.time, 'monotonic', lambda: now[0])
-    progress = Progress(20, 100, seconds_between_lines=5)
-    for step in (30, 40, 50, 100):
-        now[0] += 4
-        progress.show(step, 0.125, 640)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in shown] == [
-        '30/100',
-        '50/100',
-        '100/100',
-    ]  # 4 s after a line is too early, the end is not
-    assert 'loss 0.1250' in shown[0] and '640 images/s' in shown[0]
-    assert '0.3 min of training left' in shown[1]  # 30 steps took 12 s, 50 are left: 20 s
-
-
-# ---------------------------------------------------------------- wandb
 
 
 @pytest.fixture
@@ -337,51 +402,54 @@ def history(records: list[dict]) -> list[dict]:
     return [record['history']['item'] for record in records if record['type'] == 'history']
 
 
-def test_wandb_offline_holds_what_was_logged(tmp_path, no_account):
-    config = Config(wandb='offline', base_lr=0.125, wandb_project='a-project', experiment_name='a-run')
+def test_wandb_offline_holds_what_was_recorded(tmp_path, no_account):
+    record = record_in(tmp_path, wandb='offline', base_lr=0.125, wandb_project='a-project')
     start = dict(commit='abc', versions=dict(torch='2.15'), argv=['main.py'])
-    logger = Logger(config, tmp_path, step=100, start=start)
     values = [{'train/loss': 0.1, 'eval/loss': 1 / 3}, {'train/loss': 1e-8}]
-    logger.log(values[0], 100)
-    logger.log(values[1], 200)
     picture = torch.randint(0, 256, (3, 8, 9), dtype=torch.uint8)
-    logger.log_picture('step_0000200_heun_ema', picture, 200)
-    logger.log_curve('lr_schedule', [(0, 0.5), (1, 0.25)], 'step', 'lr')
-    logger.close()
-    records = offline_records(tmp_path)
-    run = next(record['run'] for record in records if record['type'] == 'run')
-    assert (run['project'], run['display_name'], run['run_id']) == ('a-project', 'a-run', logger.wandb_id)
+    with record.open(100, start):
+        write(record, 100, **values[0])
+        write(record, 200, **values[1])
+        record.picture('step_0000200_heun_ema', picture, 200)
+        record.histogram('times', torch.tensor([[0.0, 1.0], [1.0, 1.0]]), 200)
+        record.curve('lr_schedule', [(0, 0.5), (1, 0.25)], 'step', 'lr')
+    run_dir = record.path.parent
+    records = offline_records(run_dir)
+    run = next(each['run'] for each in records if each['type'] == 'run')
+    assert (run['project'], run['display_name'], run['run_id']) == ('a-project', 'run', record.wandb_id)
     stored = run['config']['update']
-    for name, value in vars(config).items():
+    for name, value in vars(record.config).items():
         assert stored[name] == (list(value) if isinstance(value, tuple) else value), name
     assert stored['start'] == start
     rows = history(records)
     for row, given, step in zip(rows, values, (100, 200), strict=False):
-        assert row['train/step'] == step
+        assert (row['train/step'], row['train/images']) == (step, step * 32)
         assert {name: row[name] for name in given} == given
-    assert rows[2]['train/step'] == 200
+    assert rows[2]['train/step'] == rows[3]['train/step'] == 200
     (path,) = [
         value for name, value in rows[2].items() if name.startswith('samples/heun_ema') and name.endswith('.path')
     ]
-    (file,) = (tmp_path / 'wandb').glob(f'offline-run-*/files/{path}')
+    (file,) = (run_dir / 'wandb').glob(f'offline-run-*/files/{path}')
     assert np.array_equal(np.asarray(Image.open(file)), picture.permute(1, 2, 0).numpy())
-    (table,) = (tmp_path / 'wandb').glob('offline-run-*/files/media/table/lr_schedule*.json')
+    assert 'histogram' in json.dumps(rows[3]) and sum(rows[3].get('times.values') or rows[3]['times']['values']) == 4
+    (table,) = (run_dir / 'wandb').glob('offline-run-*/files/media/table/lr_schedule*.json')
     assert json.loads(table.read_text())['data'] == [[0, 0.5], [1, 0.25]]
-    metric = next(record['metric'] for record in records if record['type'] == 'metric')
+    metric = next(each['metric'] for each in records if each['type'] == 'metric')
     assert (metric['glob_name'], metric['step_metric']) == ('*', 'train/step')
     assert records[-1]['exit']['exit_code'] == 0
 
 
 def test_a_table_of_evaluations_joins_the_run(tmp_path, no_account):
-    config = Config(wandb='offline', experiment_name='a-run')
-    logger = Logger(config, tmp_path)
-    logger.close()
-    (before,) = (tmp_path / 'wandb').glob('offline-run-*')
+    record = record_in(tmp_path, wandb='offline')
+    with record.open(0):
+        pass
+    run_dir, run_id = record.path.parent, record.wandb_id
+    (before,) = (run_dir / 'wandb').glob('offline-run-*')
     time.sleep(1.1)  # wandb names folders by the second
     rows = [dict(weights='ema', frechet=0.5), dict(weights='raw', kid=1.5)]
-    logging_utils.log_table(config, tmp_path, logger.wandb_id, 'evaluation', rows)
-    (new,) = {*(tmp_path / 'wandb').glob('offline-run-*')} - {before}
-    assert new.name.endswith(logger.wandb_id)  # the same run
+    logging_utils.log_table(record.config, run_dir, run_id, 'evaluation', rows)
+    (new,) = {*(run_dir / 'wandb').glob('offline-run-*')} - {before}
+    assert new.name.endswith(run_id)  # the same run
     (table,) = new.glob('files/media/table/evaluation*.json')
     found = json.loads(table.read_text())
     assert found['columns'] == ['weights', 'frechet', 'kid']
@@ -407,53 +475,56 @@ def test_a_wandb_sweep_starts_runs(monkeypatch):
 
 
 def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_account):
-    ids = []
+    ids = [None]
     for log_every in (50, 60):
-        logger = Logger(Config(wandb='offline', log_every=log_every), tmp_path, wandb_id=ids[0] if ids else None)
-        ids.append(logger.wandb_id)
-        logger.close()
-    assert ids[0] == ids[1] and len(ids[0]) >= 8
+        record = record_in(tmp_path, wandb='offline', log_every=log_every)
+        record.wandb_id = ids[-1]
+        with record.open(0):
+            ids.append(record.wandb_id)
+    assert ids[1] == ids[2] and len(ids[1]) >= 8
 
 
 def test_auto_without_a_key_keeps_the_record_on_disk_and_says_so(tmp_path, no_account, capsys):
     start = time.monotonic()
-    logger = Logger(Config(wandb='auto'), tmp_path / 'home', wandb_id='kept')
-    assert time.monotonic() - start < 5
-    logger.log({'a': 1.0}, 1)
-    logger.close()
-    assert logger.run is None and logger.wandb_id == 'kept'
+    record = record_in(tmp_path, wandb='auto')
+    record.wandb_id = 'kept'
+    with record.open(0):
+        assert time.monotonic() - start < 5
+        write(record, 1, a=1.0)
+    assert record.wandb_id == 'kept'
     shown = capsys.readouterr().out
     assert 'wandb' in shown and 'not logged in' in shown and 'on disk' in shown and 'wandb login' in shown
-    assert not (tmp_path / 'home' / 'wandb').exists()
-    assert len(lines_of(tmp_path / 'home')) == 1
+    assert not (tmp_path / 'run/wandb').exists()
+    assert len(lines_of(tmp_path)) == 1
 
 
-def test_auto_obeys_wandb_mode(tmp_path, no_account, monkeypatch):
-    for mode, expected in (('disabled', False), ('offline', True)):
-        monkeypatch.setenv('WANDB_MODE', mode)
-        logger = Logger(Config(wandb='auto'), tmp_path)
-        logger.close()
-        assert (logger.run is not None) is expected
-    assert (tmp_path / 'wandb').exists()
+@pytest.mark.parametrize('mode', ['disabled', 'offline'])
+def test_auto_obeys_wandb_mode(tmp_path, no_account, monkeypatch, mode):
+    monkeypatch.setenv('WANDB_MODE', mode)
+    with record_in(tmp_path, wandb='auto').open(0):
+        pass
+    assert (tmp_path / 'run/wandb').exists() is (mode == 'offline')
 
 
 def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # an import fails
-    Logger(DISABLED, tmp_path).close()
-    with pytest.raises(ImportError):
-        Logger(Config(wandb='offline'), tmp_path)
+    record = record_in(tmp_path)
+    with record.open(0):
+        record.curve('x', [(0, 1)], 'step', 'lr')
+    with pytest.raises(ImportError), record_in(tmp_path, wandb='offline').open(0):
+        pass
 
 
 def test_online_without_a_key_says_what_to_do(tmp_path, no_account):
     with pytest.raises(SettingError, match=r"wandb='online'.*wandb login.*--wandb offline"):
-        Logger(Config(wandb='online'), tmp_path)
+        record_in(tmp_path, wandb='online').open(0).__enter__()
 
 
 @pytest.mark.parametrize('mode', ['auto', 'online'])
 def test_a_malformed_key_is_an_error_with_a_remedy(tmp_path, no_account, monkeypatch, mode):
     monkeypatch.setenv('WANDB_API_KEY', 'abc')
     with pytest.raises(SettingError, match='WANDB_API_KEY'):
-        Logger(Config(wandb=mode), tmp_path)
+        record_in(tmp_path, wandb=mode).open(0).__enter__()
 
 
 @pytest.mark.slow
@@ -462,17 +533,167 @@ def test_auto_with_a_key_but_no_server_records_offline(tmp_path, no_account, mon
     monkeypatch.setenv('WANDB_BASE_URL', 'http://127.0.0.1:9')
     monkeypatch.setattr(logging_utils, 'WANDB_INIT_TIMEOUT', 2)
     start = time.monotonic()
-    logger = Logger(Config(wandb='auto'), tmp_path)
-    assert time.monotonic() - start < 60
-    logger.log({'train/loss': 0.25}, 3)
-    logger.close()
+    record = record_in(tmp_path, wandb='auto')
+    with record.open(0):
+        assert time.monotonic() - start < 60
+        write(record, 3, **{'train/loss': 0.25})
     assert 'does not answer' in capsys.readouterr().out
-    records = offline_records(tmp_path)
+    records = offline_records(tmp_path / 'run')
     assert [(row['train/step'], row['train/loss']) for row in history(records)] == [(3, 0.25)]
     assert records[-1]['exit']['exit_code'] == 0
-    assert lines_of(tmp_path) == [{'train/step': 3, 'train/loss': 0.25}]
-    assert 40 * 'a' not in json.dumps(records) + ''.join(os.listdir(tmp_path / 'wandb'))
+    assert lines_of(tmp_path) == [{'train/step': 3, 'train/images': 96, 'train/loss': 0.25}]
+    assert 40 * 'a' not in json.dumps(records) + ''.join(os.listdir(tmp_path / 'run/wandb'))
+
+
+# A server that answers what wandb asks at the start of a run, until the file `hang` exists: then it accepts and reads,
+# and never answers.
+SERVER = """
+import gzip, http.server, json, os, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        text = (gzip.decompress(body) if self.headers.get('Content-Encoding') == 'gzip' else body).decode('latin1')
+        while os.path.exists(sys.argv[1]):
+            time.sleep(0.2)
+        data = {}
+        if 'upsertBucket' in text:
+            project = dict(id='p', name='p', entity=dict(id='e', name='me'))
+            bucket = dict(id='x', name='abc', displayName='d', description='', config='{}', sweepName=None,
+                          project=project, historyLineCount=0)
+            data = dict(upsertBucket=dict(bucket=bucket, inserted=True))
+        elif 'createRunFiles' in text:
+            data = dict(createRunFiles=dict(runID='x', uploadHeaders=[], files=[]))
+        answer = json.dumps(dict(data=data)).encode()
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+# A run with a hundred lines, which makes the server hang, or kills it, or stops wandb's own process.
+CLIENT = """
+import json, os, signal, subprocess, sys, time
+import torch
+from config import Config
+from logging_utils import Record
+from runtime import command
+
+what, when, folder, server = sys.argv[1:]
+
+def harm():
+    if what == 'hangs':
+        open(f'{folder}/hang', 'w').close()
+    elif what == 'gone':
+        os.kill(int(server), signal.SIGKILL)
+    else:  # wandb's own process
+        found = subprocess.run(['ps', '-eo', 'pid,ppid,args'], capture_output=True, text=True).stdout.splitlines()
+        found = [words for words in map(str.split, found) if len(words) > 2 and words[2].endswith('/wandb-core')]
+        (core,) = [int(pid) for pid, parent, *_ in found if int(parent) == os.getpid()]
+        os.kill(core, signal.SIGSTOP)
+        open(f'{folder}/core', 'w').write(str(core))
+
+def seconds(call):
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
+
+def write(step):
+    with record.line(step) as line:
+        line |= {f'train/x{i}': float(i) for i in range(100)}
+
+def work():
+    if when == 'start':
+        harm()
+    context = record.open(0)
+    seen['open'] = seconds(context.__enter__)
+    seen['line'] = 0.0
+    for step in range(1, 201):
+        if step == 50 and when == 'mid':
+            harm()
+        seen['line'] = max(seen['line'], seconds(lambda: write(step)))
+    if when == 'end':
+        harm()
+    seen['close'] = seconds(lambda: context.__exit__(None, None, None))
+
+seen, start = {}, time.monotonic()
+config = Config(ckpt_dir=folder, experiment_name='run', wandb='auto', log_every=1, num_training_steps=200)
+record = Record(config, torch.device('cpu'))
+command.run(work)
+seen['ended'] = time.time()
+open(f'{folder}/seen.json', 'w').write(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'what, when',
+    [('hangs', 'start'), ('hangs', 'mid'), ('hangs', 'end'), ('gone', 'mid'), ('stopped', 'mid'), ('stopped', 'end')],
+)
+def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, no_account, what, when):
+    """Measured with wandb 0.31.0, in seconds: `open`, the longest line, `close`, and from there until the process ends.
+
+    what, when    | open | line | close | exit | wandb without time_limit and limit_exit
+    hangs, start  | 36.2 | 0.02 |  0.0  | 10.1 | exit 22.4: the offline run that takes its place
+    hangs, mid    |  1.0 | 0.07 | 10.1  | 10.1 | exit 12.3; a line with a picture 0.5, as without a server
+    hangs, end    |  1.0 | 0.07 | 10.1  | 10.1 | exit 12.3
+    gone, mid     |  1.0 | 0.05 | 10.1  |  0.8 |
+    stopped, mid  |  1.0 | 15.0 |  0.0  | 10.1 | `run.log` never returns
+    stopped, end  |  1.0 | 0.06 | 15.0  | 10.1 | `run.finish` never returns
+
+    So wandb's finish_timeout is enough for a server, and not for its own process (SIGSTOP).
+    """
+    hang = tmp_path / 'hang'
+    server = subprocess.Popen([sys.executable, '-c', SERVER, hang], stdout=subprocess.PIPE, text=True)
+    url = f'http://127.0.0.1:{server.stdout.readline().strip()}'
+    env = os.environ | dict(WANDB_API_KEY=40 * 'a', WANDB_BASE_URL=url, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    command = [sys.executable, '-c', CLIENT, what, when, tmp_path, str(server.pid)]
+    try:
+        with open(tmp_path / 'out', 'w') as out:  # not a pipe, of which a stopped process would hold the other end
+            done = subprocess.run(command, env=env, stdout=out, stderr=out, timeout=100)
+        exited, seen = time.time(), json.loads((tmp_path / 'seen.json').read_text())
+    finally:
+        server.kill()
+        if (tmp_path / 'core').exists():
+            os.kill(int((tmp_path / 'core').read_text()), 9)
+    assert done.returncode == 0
+    assert seen['open'] < 45 and seen['line'] < 16 and seen['close'] < 16 and exited - seen['ended'] < 12
+    assert what == 'stopped' or seen['line'] < 2  # a server that hangs does not hold up training
+    assert [line['train/step'] for line in lines_of(tmp_path)] == list(range(1, 201))
+    shown = (tmp_path / 'out').read_text()
+    if when == 'start':
+        assert 'recording offline' in shown
+    else:
+        problem = 'failed' if (what, when) == ('stopped', 'mid') else 'did not accept the rest of the record'
+        assert f'wandb {problem} (TimeoutError: ' in shown and '`wandb sync` can send' in shown
 
 
 def test_the_time_a_dead_server_costs_is_bounded():
     assert 5 <= logging_utils.WANDB_INIT_TIMEOUT <= 60
+
+
+def test_a_time_limit_ends_what_waits_and_leaves_other_timers_as_they_were():
+    import signal
+    import threading
+
+    before = signal.getsignal(signal.SIGALRM)
+    for wait in (lambda: threading.Event().wait(5), lambda: time.sleep(5)):
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match=r'no answer in 0\.1 s'), stopping.time_limit(0.1):
+            wait()
+        assert time.monotonic() - start < 2
+    with stopping.time_limit(0.1):
+        pass
+    time.sleep(0.2)  # nothing comes later
+    assert signal.getsignal(signal.SIGALRM) is before

@@ -41,13 +41,13 @@ SOLVERS['of_mine'] = replace(SOLVERS['heun'])
 
 
 class Mine(ExampleDiffusionTrainer):
-    def train_step(self, shards):
-        super().train_step(shards)
+    def train_step(self, micro_batches):
+        super().train_step(micro_batches)
         if self.step == int(os.environ.get('STOP_AT', 0)):
             stopping.ask_to_stop()
 
-    def show(self, name, x, beside):
-        super().show(name, x, beside)
+    def show(self, name, x, inputs):
+        super().show(name, x, inputs)
         torch.save(x, os.path.join(os.path.dirname(__file__), f'{name}.pt'))
 
 
@@ -63,7 +63,6 @@ from pathlib import Path
 
 import torch
 
-from reports import pictures
 import saving
 from config import SettingError
 from main import load_run
@@ -90,20 +89,21 @@ for asked in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
         facts['classes'] = [type(trainer).__name__, type(trainer.config).__name__, trainer.config.depth, trainer.step]
     if asked in ('ema', 'raw'):
         name = 'ema_0.5' if asked == 'ema' else 'raw'
-        inputs = trainer.sample_inputs(pictures.num_shown(trainer))
+        inputs = trainer.sample_inputs(trainer.gallery.num_shown)
         for solver, sampler in trainer.samplers().items():
-            x = pictures.generate(trainer, sampler, trainer.network, inputs)
+            x = trainer.drawing.samples(sampler, trainer.network, inputs)
             facts[f'{solver}_{name}'] = x.equal(torch.load(folder / f'step_0000012_{solver}_{name}.pt'))
 facts['unknown'] = error_of(lambda: load_run(run, weights='ema_0.99'))
 network, _, _ = saving.load_for_sampling(run / 'last.pt', config_class=type(trainer.config))
 facts['load_for_sampling'] = all(value.equal(states['ema_0.5'][key]) for key, value in network.state_dict().items())
 
 replayed = load_run(middle, weights='raw')
-replayed.means.clear()
-replayed.train_step(replayed.shards())
-facts['replayed'] = [replayed.step, replayed.means.means()['train/loss']]
+replayed.record.clear()
+replayed.train_step(next(replayed.batches.steps(replayed.step)))
+facts['replayed'] = [replayed.step, replayed.record.means.means()['train/loss']]
 reader = load_run(run)
-facts['train_loop'], facts['save'] = error_of(reader.train_loop), error_of(lambda: reader.save(wait=True))
+facts['train_loop'] = error_of(reader.train_loop)
+facts['save'] = error_of(lambda: reader.checkpoints.save(reader.step, wait=True))
 print('FACTS', json.dumps(facts))
 """
 
@@ -186,7 +186,7 @@ def test_a_step_is_replayed(made, read):
 
 def test_a_run_that_is_read_cannot_be_trained_on(read):
     for refused in (read['train_loop'], read['save']):
-        assert 'was opened to read (load_run). To train it on, call `main` or run.sh' in refused
+        assert 'was opened to read (load_run). To train it further, call `main` or run.sh' in refused
 
 
 def test_without_its_script_a_checkpoint_names_it(made, read):
@@ -252,7 +252,7 @@ if __name__ == '__main__':
 
 
 def test_a_script_that_only_fills_tables_is_imported_too(tmp_path, run_sh):
-    """The trainer's class is then in trainer.py, and run.json names the script beside it."""
+    """The trainer's class is then in trainer.py, and run.json names the script as well."""
     script = tmp_path / 'tables_of_mine.py'
     script.write_text(TABLES)
     result = run_sh(str(script), process_name='quadratic')

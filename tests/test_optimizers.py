@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from config import PRESETS, Config, SettingError
+from config import Config, SettingError
 from networks import NETWORKS, get_network
 from optimizers import (
     LR_SCHEDULES,
@@ -16,10 +16,10 @@ from optimizers import (
     clip_gradients,
     get_lr,
     get_optimizer,
-    lr_warning,
     orthogonal,
     set_lr,
     step_if,
+    trained_parameters,
 )
 from optimizers import OPTIMIZERS as BY_NAME
 
@@ -378,11 +378,33 @@ def test_clipping_returns_the_norm_before(max_norm, after):
     assert b.grad.flatten().tolist() == pytest.approx([0, -4 * after / 5], rel=1e-5)
 
 
-@pytest.mark.parametrize('preset', PRESETS)
-def test_no_preset_is_warned_of_its_learning_rate(preset):
-    assert lr_warning(Config(**PRESETS[preset])) is None
+# ---------------------------------------------------------------- who moves what
 
 
-def test_the_learning_rate_of_muon_is_too_high_for_adamw():
-    assert '--base_lr 1e-3' in (lr_warning(Config(optimizer='adamw')) or '')
-    assert lr_warning(Config(optimizer='adamw', base_lr=1e-3)) is None
+def sgd(*parameters):
+    return torch.optim.SGD(list(parameters), lr=0.1)
+
+
+def test_each_optimizer_has_its_parameters_and_frozen_modules_are_in_eval_mode():
+    a, b, teacher = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    teacher.requires_grad_(False)
+    b.bias.requires_grad_(False)
+    modules = dict(a=a, b=b, teacher=teacher, nothing=nn.Dropout())
+    moved = trained_parameters(modules, dict(one=sgd(a.weight, b.weight), two=sgd(a.bias)))
+    assert {name: [id(p) for p in parameters] for name, parameters in moved.items()} == {
+        'one': [id(a.weight), id(b.weight)],
+        'two': [id(a.bias)],
+    }
+    assert [module.training for module in modules.values()] == [True, True, False, False]
+
+
+def test_a_parameter_of_two_optimizers_or_of_none_or_of_no_module_is_refused():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"'one' and 'two' move the same parameter of shape \(2, 2\)"):
+        trained_parameters(dict(a=a), dict(one=sgd(*a.parameters()), two=sgd(a.weight)))
+    with pytest.raises(ValueError, match=r"modules\['b'\]: no optimizer moves weight, bias.*requires_grad_\(False\)"):
+        trained_parameters(dict(a=a, b=b), dict(one=sgd(*a.parameters())))
+    with pytest.raises(
+        ValueError, match=r"optimizers\['one'\] moves a parameter of shape \(3, 2\) that is in no module"
+    ):
+        trained_parameters(dict(a=a), dict(one=sgd(*a.parameters(), b.weight)))

@@ -11,9 +11,7 @@ from torch import nn
 import data_utils
 import saving
 import utils
-from evaluation import judge
 from networks import table
-from reports import pictures
 from runtime import stopping
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
@@ -41,7 +39,7 @@ def scrambled(trainer, std=0.05):
 
 def whole_batch(trainer):
     """The global batch of the first step, all its shards."""
-    return utils.concat(list(itertools.islice(trainer.shards(), trainer.config.batch_shards)))
+    return utils.concat(list(next(trainer.batches.steps(trainer.step))))
 
 
 # ---------------------------------------------------------------- dropout, precision
@@ -67,9 +65,9 @@ def test_dropout_is_on_in_training_and_off_elsewhere(tiny_config, build_trainer)
 
 def test_every_micro_step_drops_something_else(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(dropout=0.3, accumulation_steps=4))
-    passes, shards = watch_dropout(trainer), trainer.shards()
+    passes, steps = watch_dropout(trainer), trainer.batches.steps(0)
     for _ in range(3):
-        trainer.train_step(shards)
+        trainer.train_step(next(steps))
     masks = [zeros for _, zeros in passes]
     assert len(masks) == 12
     for one, other in itertools.combinations(masks, 2):
@@ -131,10 +129,10 @@ def test_accumulation_does_not_change_the_gradient(tiny_config, build_trainer):
 def test_averages_follow_the_step(tiny_config, build_trainer):
     """ema <- d ema + (1 - d) weights with the weights of after the step, and d = min(decay, (1 + n) / (10 + n))."""
     trainer = build_trainer(tiny_config(ema_decays=(0.999, 0.05), warmup_steps=0, base_lr=0.1))
-    shards = trainer.shards()
+    steps = trainer.batches.steps(trainer.step)
     seen = [{k: v.clone() for k, v in trainer.network.state_dict().items()}]
     for _ in range(2):
-        trainer.train_step(shards)
+        trainer.train_step(next(steps))
         seen.append({k: v.clone() for k, v in trainer.network.state_dict().items()})
     for decay, (first, second) in {0.999: (2 / 11, 3 / 12), 0.05: (0.05, 0.05)}.items():
         for name, average in trainer.ema.networks[decay].state_dict().items():
@@ -163,17 +161,15 @@ def test_a_run_is_judged_by_its_first_average(tiny_config, build_trainer, ema_de
             return {'mean': x.mean()}
 
     trainer = scrambled(build_trainer(tiny_config(ema_decays=ema_decays), Mine))
-    values = judge.final_metrics(trainer, num_samples=20)
+    values = trainer.judge.samples(trainer.config.num_training_steps, 20)
     assert values.keys() == {'final/adams/mean', 'final/sde_dpmpp_2m/mean'}
     for (name, sampler), (x, inputs) in zip(trainer.samplers().items(), judged, strict=True):
-        drawn = {module: pictures.generate(trainer, sampler, module, inputs) for module in trainer.weights().values()}
+        drawn = {module: trainer.drawing.samples(sampler, module, inputs) for module in trainer.weights().values()}
         assert [module for module in drawn if drawn[module].equal(x)] == [judges_by(trainer)], name
         assert values[f'final/{name}/mean'] == pytest.approx(float(x.mean()))
-    scores = {module: judge.reference(trainer, module, rounds=2) for module in trainer.weights().values()}
-    held_out = functools.partial(judge.reference, rounds=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge, 'reference', held_out)
-        values = judge.evaluate(trainer)
+    scores = {module: trainer.judge.reference_loss(module, rounds=2) for module in trainer.weights().values()}
+    trainer.judge.reference_loss = functools.partial(trainer.judge.reference_loss, rounds=2)
+    values = trainer.judge.held_out_losses(trainer.step)
     assert [m for m in scores if scores[m]['eval/reference'] == values['eval/reference']] == [judges_by(trainer)]
 
 
@@ -181,15 +177,15 @@ def test_a_grid_is_of_the_network_and_the_sampler_that_its_name_says(tiny_config
     shown = {}
 
     class Mine(ExampleDiffusionTrainer):
-        def show(self, name, x, beside):
+        def show(self, name, x, inputs):
             shown[name] = x
 
     trainer = scrambled(build_trainer(tiny_config(ema_decays=(0.9, 0.99)), Mine))
-    pictures.sample_grids(trainer)
+    trainer.gallery.sample_grids()
     modules = {'raw': trainer.network, 'ema_0.9': trainer.ema.networks[0.9], 'ema_0.99': trainer.ema.networks[0.99]}
     expected = {
-        f'step_0000000_{solver}_{name}': pictures.generate(
-            trainer, functools.partial(trainer.draw, solver=solver), module, trainer.sample_inputs(60)
+        f'step_0000000_{solver}_{name}': trainer.drawing.samples(
+            functools.partial(trainer.draw, solver=solver), module, trainer.sample_inputs(60)
         )
         for solver in ('adams', 'sde_dpmpp_2m')
         for name, module in modules.items()
@@ -211,9 +207,9 @@ def watch_labels(trainer):
 
 def test_the_samples_of_a_grid_are_of_all_classes_in_turn(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(num_sample_steps=1, ema_decays=()))
-    trainer.show = lambda name, x, beside: None
+    trainer.show = lambda name, x, inputs: None
     labels = watch_labels(trainer)
-    pictures.sample_grids(trainer)
+    trainer.gallery.sample_grids()
     of_adams, of_sde = torch.cat([label for _, label in labels]).chunk(2)
     assert of_adams.tolist() == of_sde.tolist() == 6 * list(range(10))
 
@@ -237,11 +233,11 @@ def test_held_out_loss_is_that_of_the_eval_mode(tiny_config, build_trainer):
         for train in (True, False):
             module.train(train)
             with torch.no_grad():
-                batches = [trainer.loss_fn(batch, module) for batch, _ in judge.held_out(trainer, None)]
+                batches = [trainer.loss_fn(batch, module) for batch, _ in trainer.batches.held_out()]
             by_hand[name, train] = torch.cat(batches).double()
         module.train()
     assert len(by_hand['raw', False]) == 297
-    values = judge.evaluate(trainer)
+    values = trainer.judge.held_out_losses(trainer.step)
     for name, suffix in {'raw': '', 'ema_0.999': '_ema_0.999'}.items():
         assert values[f'eval/loss{suffix}'] == pytest.approx(by_hand[name, False].mean().item(), rel=1e-6)
         assert values[f'eval/loss{suffix}'] != pytest.approx(by_hand[name, True].mean().item(), rel=1e-4)
@@ -296,8 +292,9 @@ def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build
 
     config = tiny_config(eval_every=4)
     trainer = scrambled(build_trainer(config, Logs))
+    trainer.judge.rehearse()  # which calls loss_fn, too
     seen.clear()
-    values = judge.evaluate(trainer)
+    values = trainer.judge.held_out_losses(trainer.step)
     averaged, raw = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     # the mean over all held-out images, of which the last batch has fewer
     assert values['eval/size'] == pytest.approx(torch.cat(raw).mean().item(), rel=1e-5)
@@ -316,7 +313,7 @@ def test_what_is_logged_while_sampling_is_in_the_line_of_that_step(tiny_config, 
             self.log('mine/drawn', self.step)
             return super().draw(model_fn, inputs, solver)
 
-        def show(self, name, x, beside):
+        def show(self, name, x, inputs):
             self.log('mine/shown', len(x))
 
         def sample_metrics(self, x, inputs):
@@ -382,5 +379,5 @@ def test_a_network_in_three_dimensions_learns_volumes(tiny_config, build_trainer
     losses = [line['train/loss'] for line in record_of(config.run_dir)]
     assert losses[-1] < 0.8 * losses[0]
     assert record_of(config.run_dir)[-1]['eval/reference'] < 2  # the velocity's own mean square
-    x = pictures.generate(trainer, trainer.samplers()['adams'], trainer.network, trainer.sample_inputs(3))
+    x = trainer.drawing.samples(trainer.samplers()['adams'], trainer.network, trainer.sample_inputs(3))
     assert x.shape == (3, 2, 4, 6, 5) and x.isfinite().all()

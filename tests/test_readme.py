@@ -20,6 +20,7 @@ from scripts.generate import Generate
 from scripts.prepare import PrepareConfig
 from scripts.sweep import combinations
 from tests.helpers import ROOT, TINY, as_flags, record_of
+from tests.test_layers import WINGS
 
 TEXTS = ROOT / 'README.md', ROOT / 'examples/README.md', *ROOT.glob('docs/*.md')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
@@ -59,7 +60,7 @@ HEART = PYTHON[0]
 COMMANDS = sorted(  # without variables before them; a job of Slurm as the run that it is
     {
         re.sub(
-            r'^(\w+=\S+ )+|^sbatch (-\S+ )*slurm\.sh(?=.*\w)',
+            r'^(\w+=\S+ )+|^sbatch (-\S+ )*launch/slurm\.sh(?=.*\w)',
             lambda m: '' if m[1] else 'sh run.sh',
             line.split('#')[0].strip(),
         )
@@ -74,7 +75,7 @@ COMMANDS = sorted(  # without variables before them; a job of Slurm as the run t
 
 
 def test_readme_is_short():
-    assert len(PAGES['README.md'].splitlines()) < 200
+    assert len(PAGES['README.md'].splitlines()) < 180
 
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('sh run.sh')])
@@ -115,13 +116,47 @@ def test_choices_of_a_setting_in_its_table_are_all_there_are():
         assert named[setting] == set(choices()[setting]), setting
 
 
-def test_every_file_is_in_the_table():
-    for path in ROOT.glob('*.py'):
-        assert f'`{path.name}`' in PAGES['README.md'], path.name
+def test_the_tree_is_the_house():
+    """A line for each file and folder of the top level, and nothing that is not there."""
+    tree = next(block for block in BLOCKS if block.page == 'README.md' and block.name.startswith('the-house'))
+    named = set(re.findall(r'(?:^|  )(\w+\.\w+|\w+/)(?= )', tree.code, re.M))
+    for name in named:
+        assert (ROOT / name).exists(), name
+    folders = {f'{name}/' for name in WINGS} | {'examples/', 'docs/', 'benchmarks/', 'tests/', 'data/', 'ckpts/'}
+    assert named >= folders | {'run.sh'} | {path.name for path in ROOT.glob('*.py')}
+
+
+def test_the_hour_has_the_lines_that_it_says():
+    """To the nearest hundred."""
+    text = re.search(r'\*\*The hour:\*\* .*?\n\n', PAGES['README.md'], re.S)[0]
+    text, lines = text.partition('Then')[0], int(re.search(r'([\d,]+) lines', text)[1].replace(',', ''))
+    files = re.findall(r'`([\w/]+\.py)`', text)
+    assert files[0] == 'trainer.py' and len(files) == len(set(files)) > 5
+    assert abs(sum(len((ROOT / file).read_text().splitlines()) for file in files) - lines) <= 50
+
+
+def defines(file: str, name: str) -> bool:
+    """Whether a file has a function, method, class or shell function of this name."""
+    return bool(re.search(rf'^ *(def|class) {name}\b|^{name}\(\)', (ROOT / file).read_text(), re.M))
+
+
+def test_inside_names_files_and_functions_that_exist():
+    page = PAGES['docs/inside.md']
+    sections = [re.findall(r'^\| (\d+) \| `([\w./]+)` `(\w+)` \|', part, re.M) for part in page.split('\n## ')[1:]]
+    assert [len(lines) for lines in sections] == [15, 10, 10, 6]
+    for lines in sections:
+        assert [int(number) for number, *_ in lines] == list(range(1, len(lines) + 1))
+    named = [line[1:] for lines in sections for line in lines]
+    named += [(file, name) for name, file in re.findall(r'`(\w+)`\s+in\s+`([\w/]+\.py)`', page)]
+    assert len(named) > 50
+    for file, name in named:
+        assert defines(file, name), f'{file} has no {name}'
+    for file in re.findall(r'`([\w/]+\.(?:py|sh))`', page):
+        assert (ROOT / file).is_file(), file
 
 
 def test_every_test_of_the_reliability_table_exists():
-    code = ''.join(path.read_text() for path in (ROOT / 'tests').glob('test_*.py'))
+    code = ''.join(path.read_text() for path in (ROOT / 'tests').glob('**/test_*.py'))
     names = re.findall(r'`(test_\w+)`', PAGES['docs/reliability.md'])
     assert len(names) > 25
     for name in names:
@@ -207,6 +242,13 @@ def guided_by_its_conditions(trainer, module, record):
     return names == inputs.cond.keys() == trainer.example.cond.keys() and set(nulls) == {(16, True, 0)}
 
 
+def restores_what_it_is_given(trainer, module, record):
+    """The pictures show x1, which is the truth where the image is not cut off."""
+    inputs = trainer.sample_inputs(3)
+    (given,), truth = inputs.given, trainer.decode(inputs.truth)
+    return given.equal(trainer.decode(inputs.x1)) and (given - truth)[:, :, :4].abs().mean() < 0.1 < given.std()
+
+
 # name of a recipe -> what must be true of its trainer, its module and its record after a run
 EXPECTED = {
     'diffusion-flow-matching-and-stochastic-interpolants-in-files-you-can-read-3': keys_of('train/mean_weight'),
@@ -221,7 +263,7 @@ EXPECTED = {
     'a-time-grid-1': quadratic_times,
     'conditions-1': guided_by_its_conditions,
     'conditions-2': lambda trainer, module, record: trainer.sample_inputs(3).cond['text'].shape == (3, 16),
-    'x1-is-data-1': lambda trainer, module, record: len(trainer.sample_inputs(3).beside) == 2,
+    'x1-is-data-1': restores_what_it_is_given,
     'x1-is-data-2': lambda trainer, module, record: not trainer.independent,
     'x1-is-data-3': lambda trainer, module, record: trainer.sample_inputs(3).label.tolist() == [3, 3, 3],
     'latents-1': lambda trainer, module, record: trainer.shape == (4, 4, 4),
@@ -229,7 +271,7 @@ EXPECTED = {
     'several-networks-1': keys_of('train/critic', 'train/grad_norm_critic', 'eval/critic'),
     'several-networks-2': lambda trainer, module, record: 'teacher' in trainer.modules,
     'derivatives-and-a-second-time-1': lambda trainer, module, record: list(trainer.samplers()) == ['mean_flow'],
-    'samplers-metrics-and-pictures-1': lambda trainer, module, record: len(trainer.samplers()) == 3,
+    'samplers-metrics-and-pictures-1': keys_of('samples/smallest_std'),
 }
 
 
@@ -272,8 +314,7 @@ def write_arrays(folder):
 
 @pytest.mark.parametrize('block', RECIPES, ids=lambda block: block.name[-40:])
 def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
-    """Trains by the command below it, evaluates, draws, saves, and goes on from its checkpoint."""
-    from evaluation import judge
+    """Trains by the command below it, evaluates, draws, saves, and resumes from its checkpoint."""
     from reports import pictures
 
     write_arrays(tmp_path / 'data')
@@ -290,7 +331,7 @@ def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
         config.run_dir.glob('samples/step_0000004_*.png')
     )
     if 'sample_metrics' in vars(type(trainer)):
-        numbers = judge.final_metrics(trainer, num_samples=16)
+        numbers = trainer.judge.samples(trainer.config.num_training_steps, 16)
         assert len(numbers) >= len(trainer.samplers()) and all(map(math.isfinite, numbers.values()))
     assert EXPECTED.get(block.name, lambda *_: True)(trainer, module, record)
 
@@ -313,7 +354,7 @@ def test_every_recipe_that_is_expected_exists():
 
 @pytest.fixture
 def notebook(tmp_path, tiny_config, build_trainer, monkeypatch):
-    """`notebook(page, old, new)`: runs the blocks of a page, with `old` read as `new`, beside a run in ckpts/digits."""
+    """`notebook(page, old, new)`: runs the blocks of a page, `old` read as `new`, where there is a run ckpts/digits."""
     import main
 
     main.train(tiny_config(experiment_name='digits', save_every=4, eval_every=4), None)
@@ -335,7 +376,7 @@ def test_samples_in_a_notebook(notebook):
     import unet
 
     names = notebook('README.md')
-    assert names['x'].shape == (20, 1, 8, 8) and isinstance(names['network'].net, unet.UNet)
+    assert isinstance(names['trainer'].network.net, unet.UNet)
     assert names['pictures'].shape == (20, 1, 8, 8)
     assert names['pictures'].min() >= 0 and names['pictures'].max() <= 1
 
@@ -366,15 +407,17 @@ def test_replay_of_a_bad_step(notebook, tmp_path):
     assert trainer.step == 12 and names['losses'].isfinite().all()
     for name, weights in saving.load(digits / 'last.pt')['network'].items():  # where the run itself was at this step
         assert trainer.network.state_dict()[name].equal(weights), name
-    again = trainer.draw_shard(
+    again = trainer.batches.draw_shard(
         trainer.train_loader.take(shard_indices(trainer, 12)), trainer.config.batch_shards - 1, 12
     )
-    assert batch.x0.equal(again.x0) and batch.t.equal(again.t) and batch.x1.equal(again.x1)
+    end = slice(-len(again.t), None)  # the batch is the whole step, which has one micro-batch
+    assert len(batch.t) == trainer.config.global_batch_size == trainer.config.batch_shards * len(again.t)
+    assert batch.x0[end].equal(again.x0) and batch.t[end].equal(again.t) and batch.x1[end].equal(again.x1)
     assert {path.name: path.read_bytes() for path in replay.glob('*.*')} == before, 'reading wrote something'
 
 
 def shard_indices(trainer, step):
     """Indices of the images in the last shard of a step."""
-    trainer.train_sampler.set_step(step)
-    shards = iter(trainer.train_sampler)
-    return [next(shards) for _ in trainer.train_sampler.my_shards][-1]
+    trainer.batches.train_sampler.set_step(step)
+    shards = iter(trainer.batches.train_sampler)
+    return [next(shards) for _ in trainer.batches.train_sampler.my_shards][-1]

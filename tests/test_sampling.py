@@ -1,4 +1,4 @@
-"""What every sampler must do: cost, times, ends, settings. Entries of yours in the tables are tested too."""
+"""Cost, times, ends and settings of every sampler, and `Sampling`. Entries of yours in the tables are tested too."""
 
 import dataclasses
 import gc
@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, SettingError
 from prediction import ROWS
-from processes import PROCESSES, Coefs
-from sampling import TIME_GRIDS, get_predict, get_sample_fn, sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, coefs_at, multistep
-from tests.oracle import F64, RING, GaussianMixture, at, base_noise, process_named
+from processes import PROCESSES
+from sampling import TIME_GRIDS, Sampling, get_sample_fn, sample
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Multistep, Noise, Solver
+from tests.oracle import RING, GaussianMixture, at, base_noise, exact_predict, process_named
 
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
 FIXED = [name for name, solver in SOLVERS.items() if solver.nfe]
@@ -22,11 +22,7 @@ each_solver = pytest.mark.parametrize('solver', SOLVERS)
 each_grid = pytest.mark.parametrize('time_grid', TIME_GRIDS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
-STEPS_IN_T = [name for name, solver in SOLVERS.items() if getattr(solver.step, 'func', None) is not multistep]
-
-
-def exact_predict(process, mixture, memory=0):
-    return get_predict(mixture.as_model('x0', process), process, None, model_type='x0', memory=memory)
+STEPS_IN_T = [name for name, solver in SOLVERS.items() if not isinstance(solver.step, Multistep)]
 
 
 # ---------------------------------------------------------------- cost, times, ends
@@ -65,7 +61,7 @@ def test_steps_evaluations_and_times(solver, process_name, time_grid, num_steps)
 
 @pytest.mark.parametrize('solver', FIXED)
 @pytest.mark.parametrize('nfe', [4, 11, 50])
-def test_as_many_evaluations_as_asked_for(solver, nfe):
+def test_as_many_evaluations_as_requested(solver, nfe):
     calls = []
     sample(
         lambda xt, t, label: calls.append(t) or 0 * xt,
@@ -98,7 +94,7 @@ def test_start_is_the_noise_of_t_max():
 def test_whole_range_is_finite(process_name, solver, sde_noise, time_grid):
     """From alpha = 0 to sigma = 0: nothing diverges, whatever the noise.
 
-    Of rf, the natural noise is infinite at t = 1 and the constant one at t = 0.
+    With rf the natural noise is infinite at t = 1 and the constant noise at t = 0.
     """
     if process_name == 've' and time_grid != 'uniform' and solver in STEPS_IN_T:
         pytest.skip('the first of these steps spans most of the noise: not for a solver in t')
@@ -230,11 +226,6 @@ def test_unknown_choice_lists_the_choices(setting):
     refused(rf"{setting}='nonsense'.*Choose one of: \w+, \w+", **{setting: 'nonsense'})
 
 
-@pytest.mark.parametrize(('solver', 'nfe'), [('rk4', 3), ('dopri5', 50)])
-def test_evaluations_that_buy_no_step_are_refused(solver, nfe):
-    refused(rf"nfe={nfe} \(--sample_nfe\) with solver='{solver}'", solver=solver, nfe=nfe)
-
-
 @pytest.mark.parametrize(
     ('settings', 'match'),
     [
@@ -287,7 +278,7 @@ def test_singular_end_of_the_other_process_is_refused():
     )
 
 
-def test_time_keeps_its_digits_beside_bfloat16_images():
+def test_time_keeps_its_digits_next_to_bfloat16_images():
     times = []
     sample(
         lambda xt, t, label: times.append(t[0].item()) or 0 * xt,
@@ -379,26 +370,70 @@ def test_no_gradient_is_recorded():
     ).requires_grad
 
 
-def test_predict_remembers_only_what_is_asked_for():
-    predict = Predict(lambda x, t: t, process_named('rf'), memory=2)
-    for t in (0.9, 0.8, 0.7):
-        predict(None, t)
-    assert list(predict.past) == [(0.7, 0.7), (0.8, 0.8)] and predict.nfe == 3
-
-
-def test_coefs_of_one_time_are_double():
-    c = coefs_at(process_named('cosine'), 0.5)
-    assert isinstance(c, Coefs) and c.alpha.dtype == F64 and c.alpha.shape == (1,)
-    assert c.to(torch.zeros(1)).alpha.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ('solver', 'nfe', 'words'),
     [
-        ('heun', 1, 'which needs at least 2 evaluations a step. Use 2 or more'),
+        ('rk4', 3, r'nfe=3 \(--sample_nfe\).*which needs at least 4 evaluations a step. Use 4 or more'),
         ('dopri5', 40, 'which needs as many evaluations as its tolerance asks for. Set a number of steps'),
     ],
 )
 def test_too_few_evaluations_are_refused_with_what_the_solver_needs(solver, nfe, words):
     with pytest.raises(SettingError, match=words):
         sample(None, process_named('rf'), torch.zeros(1, 2), solver=solver, nfe=nfe)
+
+
+# ---------------------------------------------------------------- the sampling of a run
+
+
+def sampling_of(**settings):
+    return Sampling(Config(**settings), process_named('rf'), num_classes=2)
+
+
+def calls_of(sampling, **settings):
+    """How often the network is evaluated."""
+    calls = []
+    sampling(lambda xt, t, label: calls.append(t) or 0 * xt, torch.zeros(1, 2), **settings)
+    return len(calls)
+
+
+def test_replaced_settings_take_the_place_of_the_run_s_within_the_context():
+    sampling = sampling_of(num_sample_steps=9, solver='euler')
+    with sampling.replaced(num_steps=2):
+        assert calls_of(sampling) == 2 and calls_of(sampling, num_steps=3) == 3
+        with sampling.replaced(solver='heun'):
+            assert calls_of(sampling) == 4 and sampling.default_solvers(False) == ['heun']
+    with pytest.raises(KeyError), sampling.replaced(num_steps=2):
+        raise KeyError
+    assert calls_of(sampling) == 9
+    with pytest.raises(SettingError, match=r'nfe=1.*heun'), sampling.replaced(solver='heun', nfe=1):
+        pass
+    assert calls_of(sampling) == 9
+
+
+def test_recorded_is_each_step_of_each_call_and_a_callback_is_called_too():
+    sampling, process, seen = sampling_of(num_sample_steps=3), process_named('rf'), []
+    model_fn = RING.as_model('velocity', process)
+    with sampling.recorded() as outer:
+        first = sampling(model_fn, base_noise(5), callback=lambda i, t, x: seen.append((i, t)))
+        with sampling.recorded() as inner:
+            second = sampling(model_fn, base_noise(5), num_steps=2)
+    sampling(model_fn, base_noise(5))
+    times = [t for t, _ in outer]
+    assert [i for i, _ in seen] == [1, 2, 3] and [t for _, t in seen] == times[:3]
+    assert len(outer) == 5 and [t for t, _ in inner] == times[3:]
+    assert torch.equal(outer[2][1], first) and torch.equal(inner[-1][1], second)
+    assert times[2] == times[4] == pytest.approx(0.001)
+
+
+def test_a_recording_keeps_what_a_solver_changes_in_place(monkeypatch):
+    monkeypatch.setitem(SOLVERS, 'in_place', Solver(lambda x, t, s, predict, noise: x.mul_(0.5), nfe=1, order=1))
+    sampling = sampling_of(solver='in_place', num_sample_steps=2)
+    with sampling.recorded() as frames:
+        sampling(lambda xt, t, label: xt, torch.ones(1, 1))
+    assert frames[0][1] == 2 * frames[1][1]
+
+
+@pytest.mark.parametrize(('solver', 'other'), [('heun', 'sde_dpmpp_2m'), ('euler_maruyama', 'adams')])
+def test_default_solvers_are_of_both_kinds_where_an_sde_is_right(solver, other):
+    sampling = sampling_of(solver=solver)
+    assert sampling.default_solvers(True) == [solver, other] and sampling.default_solvers(False) == [solver]

@@ -145,7 +145,7 @@ def draw(build_trainer, tiny_config, n=20_000, **how):
     for step in range(n // 32):
         parts = []
         for shard in range(shards):
-            trainer.shard_position = (shard, shards)
+            trainer.batches.shard_position = (shard, shards)
             utils.seed_everything(0, 'batch', step, shard)
             parts.append(trainer.uniforms(32 // shards))
         rows.append(torch.cat(parts))

@@ -1,25 +1,25 @@
 """The trainer, on real digits in this process: randomness, resuming, losses, failures."""
 
+import copy
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import main
 import saving
 import utils
 from config import Config, SettingError, parse_config
 from data_utils import DATASETS, DataSpec
-from evaluation import judge
 from main import choices
 from prediction import ROWS
 from processes import PROCESSES
-from reports import pictures
 from runtime import errors, stopping
-from runtime.errors import NonFiniteLoss
-from tests.helpers import TINY, assert_same, assert_same_runs, record_of
+from tests.helpers import TINY, Interrupted, assert_same, assert_same_runs, cut_off, record_of
 from trainer import BaseDiffusionTrainer, ExampleDiffusionTrainer, ProcessedBatch
 from training import run_folder
 
@@ -34,25 +34,6 @@ def record(config):
 
 def assert_same_run(config_a, config_b):
     assert_same_runs(config_a.run_dir, config_b.run_dir)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def cut_off(trainer, step, how):
-    """Train until `step` steps are done, then be killed at once, or be asked to stop."""
-    train_step = trainer.train_step
-
-    def step_and_end(shards):
-        train_step(shards)
-        if trainer.step == step and how == 'killed':
-            raise Interrupted
-        if trainer.step == step:
-            stopping.ask_to_stop()
-
-    trainer.train_step = step_and_end
-    trainer.train_loop()
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +96,9 @@ def test_a_finished_run_can_be_prolonged_under_a_constant_schedule(tiny_config, 
     longer, short = (dict(experiment_name=name, lr_schedule_type='constant') for name in ('longer', 'short'))
     build_trainer(tiny_config(**longer)).train_loop()
     build_trainer(tiny_config(**short, num_training_steps=6)).train_loop()
-    assert build_trainer(tiny_config(**short, num_training_steps=6)).finished
+    assert build_trainer(tiny_config(**short, num_training_steps=6)).checkpoints.finished
     again = build_trainer(tiny_config(**short))
-    assert not again.finished
+    assert not again.checkpoints.finished
     again.train_loop()
     assert_same_run(tiny_config(**longer), tiny_config(**short))
 
@@ -126,10 +107,10 @@ def test_a_finished_run_can_be_prolonged_under_a_constant_schedule(tiny_config, 
 def test_a_run_that_was_stopped_beyond_a_new_end_trains_no_more(tiny_config, build_trainer):
     config = tiny_config(lr_schedule_type='constant')
     trainer = build_trainer(config)
-    shards = trainer.shards()
+    steps = trainer.batches.steps(trainer.step)
     for _ in range(8):
-        trainer.train_step(shards)
-    trainer.save(wait=True)
+        trainer.train_step(next(steps))
+    trainer.checkpoints.save(trainer.step, wait=True)
     shorter = build_trainer(tiny_config(lr_schedule_type='constant', num_training_steps=6))
     assert shorter.step == 8
     shorter.train_loop()
@@ -151,7 +132,7 @@ def test_every_output_with_every_target(tiny_config, build_trainer, process_name
             process_name=process_name, model_type=model_type, target_type=target_type, t_min=0.05, t_max=0.95
         )
         trainer = build_trainer(config)
-        batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0, 0)
+        batch = trainer.batches.draw_shard(next(iter(trainer.train_loader)), 0, 0)
         coefs = trainer.process(batch.t)
         truth = getattr(
             trainer.target_fn(
@@ -181,7 +162,7 @@ def test_every_choice_trains_and_samples(tiny_config, build_trainer, setting, ch
 def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
     """A network that outputs 0 for the noise has, for each image, the mean square of its noise as loss."""
     trainer = build_trainer(tiny_config(model_type='x1', target_type='x1'))
-    batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0, 0)
+    batch = trainer.batches.draw_shard(next(iter(trainer.train_loader)), 0, 0)
     losses = trainer.loss_fn(batch, lambda xt, t, label: torch.zeros_like(xt))
     assert torch.allclose(losses, (batch.x1**2).mean((1, 2, 3)))
 
@@ -189,7 +170,7 @@ def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
 def test_prepared_batch(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(global_batch_size=256, batch_shards=1, label_dropout=0.25, translate_prob=0.5))
     images = next(iter(trainer.train_loader))
-    batch = trainer.draw_shard(images, 0, 0)
+    batch = trainer.batches.draw_shard(images, 0, 0)
     assert batch.x_original is images[0] and batch.x_original.min() == 0 and batch.x_original.max() == 1
     assert batch.x0.min() == -1 and batch.x0.max() == 1
     untouched = ~batch.augmentation_label
@@ -204,7 +185,7 @@ def test_prepared_batch(tiny_config, build_trainer):
 
 def test_dequantization_stays_within_a_grey_level(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(dequantize=True))
-    batch = trainer.draw_shard(next(iter(trainer.train_loader)), 0, 0)
+    batch = trainer.batches.draw_shard(next(iter(trainer.train_loader)), 0, 0)
     levels = (batch.x0 + 1) / 2 * 17
     assert torch.equal(levels.floor(), (16 * batch.x_original).round())
     assert 0.4 < (levels - levels.floor()).mean() < 0.6
@@ -218,13 +199,13 @@ def test_a_shard_is_a_function_of_seed_step_and_shard(tiny_config, build_trainer
         build_trainer(tiny_config(seed=1, experiment_name='other')),
     )
     images = next(iter(first.train_loader))
-    a = first.draw_shard(images, 3, 0)
+    a = first.batches.draw_shard(images, 3, 0)
     torch.manual_seed(7), np.random.seed(7)
-    assert_same(vars(a), vars(second.draw_shard(images, 3, 0)))
+    assert_same(vars(a), vars(second.batches.draw_shard(images, 3, 0)))
     for different in (
-        first.draw_shard(images, 3, 1),
-        first.draw_shard(images, 2, 0),
-        other_seed.draw_shard(images, 3, 0),
+        first.batches.draw_shard(images, 3, 1),
+        first.batches.draw_shard(images, 2, 0),
+        other_seed.batches.draw_shard(images, 3, 0),
     ):
         assert not different.x1.equal(a.x1) and not different.t.equal(a.t)
 
@@ -233,7 +214,7 @@ def test_stratified_times_fill_every_stratum_of_the_global_batch(tiny_config, bu
     trainer = build_trainer(tiny_config())
     u = []
     for shard in range(8):
-        trainer.shard_position = (shard, 8)
+        trainer.batches.shard_position = (shard, 8)
         u.append(trainer.uniforms(4))
     assert (torch.cat(u) * 32).floor().sort().values.tolist() == list(range(32))
     assert not torch.cat(u).equal(torch.cat(u).sort().values)
@@ -251,7 +232,7 @@ def test_overfit_times_differ_from_step_to_step(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(overfit=True))
     strata = []
     for trainer.step in range(20):
-        trainer.shard_position = (0, 8)
+        trainer.batches.shard_position = (0, 8)
         utils.seed_everything(0, 'batch', trainer.step, 0)
         strata.append(int(trainer.uniforms(4)[0] * 4))
     assert set(strata) == {0, 1, 2, 3}
@@ -261,9 +242,9 @@ def test_held_out_loss_has_fixed_noise_and_times(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(dropout=0.5))
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    first = judge.evaluate(trainer)
+    first = trainer.judge.held_out_losses(trainer.step)
     torch.manual_seed(123)
-    assert judge.evaluate(trainer) == first
+    assert trainer.judge.held_out_losses(trainer.step) == first
     assert {'eval/loss', 'eval/loss_ema_0.999', 'eval/reference'} <= set(first) and first['eval/loss'] != first[
         'eval/loss_ema_0.999'
     ]
@@ -313,88 +294,6 @@ def test_learning_rate_is_set_before_the_step(tiny_config, build_trainer):
     assert all(isinstance(rate, float) for rate in rates)
 
 
-def bad_in(steps, where='loss'):
-    """A trainer whose loss, or gradient alone, is not finite in these steps."""
-
-    class Trainer(ExampleDiffusionTrainer):
-        def loss_fn(self, batch, model_fn):
-            losses = super().loss_fn(batch, model_fn)
-            if self.step not in steps or not torch.is_grad_enabled():
-                return losses
-            if where == 'loss':
-                return torch.where(
-                    torch.arange(len(losses)) == 3, float('inf'), losses
-                )  # finite gradient, infinite loss
-            losses.register_hook(lambda gradient: gradient * float('nan'))
-            return losses
-
-    return Trainer
-
-
-def state_of(trainer):
-    return run_folder.to_host(
-        {'network': trainer.network.state_dict(), 'optimizer': trainer.optimizers['network'].state_dict()}
-    )
-
-
-@pytest.mark.parametrize('where', ['loss', 'gradient'])
-@pytest.mark.parametrize('accumulation_steps', [1, 2])
-def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trainer, where, accumulation_steps):
-    trainer = build_trainer(tiny_config(accumulation_steps=accumulation_steps), bad_in({2, 3}, where))
-    shards = trainer.shards()
-    states = []
-    for _ in range(5):
-        trainer.train_step(shards)
-        states.append(state_of(trainer))
-    lr = [group.pop('lr') for state in states for group in state['optimizer']['param_groups']]
-    assert len(set(lr)) > 1  # the schedule goes on
-    assert_same(states[1], states[2])
-    assert_same(states[1], states[3])
-    assert all(
-        not a.equal(b)
-        for a, b in zip(states[3]['network'].values(), states[4]['network'].values(), strict=True)
-        if a.ndim > 1
-    )
-    assert int(states[4]['optimizer']['state'][0]['step']) == 3
-    assert trainer.bad_steps.counts.tolist() == [0, 2, 3]
-    assert all(w.isfinite().all() for w in trainer.ema.networks[0.999].state_dict().values())
-
-
-def test_a_bad_step_is_in_the_record(tiny_config, build_trainer, capsys):
-    config = tiny_config(log_every=2, eval_every=0)
-    build_trainer(config, bad_in({2, 7})).train_loop()
-    lines = record(config)
-    assert [line['train/bad_steps'] for line in lines] == [0, 1, 1, 2, 2, 2]
-    assert all(np.isfinite(line['train/loss']) and np.isfinite(line['train/grad_norm']) for line in lines)
-    assert capsys.readouterr().out.count('skipped 1 of the last steps') == 2
-
-
-@pytest.mark.parametrize('log_every', [1, 50])
-def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_config, build_trainer, log_every):
-    """Also when it is noticed later: nothing moves after max_bad_steps, though later steps are good."""
-    config = tiny_config(max_bad_steps=3, log_every=log_every, save_every=0 if log_every == 50 else 5, keep_every=0)
-    trainer = build_trainer(config, bad_in({2, 3, 6, 7, 8}))
-    with pytest.raises(NonFiniteLoss, match=r'max_bad_steps=3 steps in a row, from step 6 on'):
-        trainer.train_loop()
-    assert int(trainer.optimizers['network'].state_dict()['state'][0]['step']) == 4  # steps 0, 1, 4, 5
-    networks = [trainer.network, *trainer.ema.networks.values()]
-    assert all(w.isfinite().all() for network in networks for w in network.state_dict().values())
-    if log_every == 1:
-        kept = saving.load(run_folder.last_path(config))
-        assert kept['step'] == 5 and kept['bad_steps'].tolist() == [0, 2, 3]
-
-
-def test_bad_steps_in_a_row_are_counted_across_a_restart(tiny_config, build_trainer):
-    config = tiny_config(max_bad_steps=3, save_every=1, log_every=1)
-
-    with pytest.raises(Interrupted):
-        cut_off(build_trainer(config, bad_in({4, 5, 6})), 6, 'killed')
-    again = build_trainer(config, bad_in({4, 5, 6}))
-    assert again.bad_steps.counts.tolist() == [1, 1, 4]  # the save of step 5
-    with pytest.raises(NonFiniteLoss, match='from step 4 on'):
-        again.train_loop()
-
-
 def test_a_step_can_be_replayed(tiny_config, build_trainer):
     """As README.md says: from the last checkpoint, to the very batch."""
     seen = []
@@ -414,10 +313,10 @@ def test_a_step_can_be_replayed(tiny_config, build_trainer):
         cut_off(first, 10, 'killed')
     trainer = build_trainer(config)
     assert trainer.step == 8
-    shards = trainer.shards()
+    steps = trainer.batches.steps(trainer.step)
     while trainer.step < 9:
-        trainer.train_step(shards)
-    batch = utils.concat(list(itertools.islice(shards, trainer.shards_per_micro_step())))
+        trainer.train_step(next(steps))
+    batch = next(next(steps))
     (then, weights) = seen[0]
     assert_same(vars(batch), vars(then))
     assert_same(dict(trainer.network.state_dict()), dict(weights))
@@ -505,7 +404,7 @@ def test_samples_are_the_same_every_time(tiny_config, build_trainer):
     assert inputs.label.tolist() == 2 * list(range(10))
 
     def drawn(solver):
-        return pictures.generate(trainer, functools.partial(trainer.draw, solver=solver), trainer.network, inputs)
+        return trainer.drawing.samples(functools.partial(trainer.draw, solver=solver), trainer.network, inputs)
 
     first = drawn('sde_dpmpp_2m')
     torch.manual_seed(99)
@@ -536,3 +435,126 @@ def test_checkpoint_needs_no_trust(tiny_config, build_trainer):
     assert state['step'] == 12 and state['finished']
     assert {'network', 'ema', 'optimizer', 'config', 'shape', 'num_classes', 'wandb_id', 'record'} <= state.keys()
     assert (config.run_dir / 'step_0000012.pt').exists()
+
+
+@pytest.mark.parametrize(('value', 'kept'), [(np.float64(2.0), False), (Path('a'), False), ([2.0, {'a': 'b'}], True)])
+def test_a_state_that_could_not_be_read_again_is_refused_before_training(tiny_config, build_trainer, value, kept):
+    class Stateful(ExampleDiffusionTrainer):
+        def state(self):
+            return {'scale': value}
+
+    trainer = build_trainer(tiny_config(), Stateful)
+    if kept:
+        trainer.train_loop()
+        assert build_trainer(tiny_config(), Stateful).checkpoints.finished
+        return
+    with pytest.raises(SettingError, match=r'Stateful: a checkpoint cannot hold what `state` gives.*float\(x\)'):
+        trainer.train_loop()
+    assert trainer.step == 0
+
+
+def test_a_parameter_in_no_module_is_refused(tiny_config, build_trainer):
+    class Lone(ExampleDiffusionTrainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.weight = nn.Parameter(torch.ones(7))
+            self.optimizers['weight'] = torch.optim.SGD([self.weight], lr=0.1)
+
+    with pytest.raises(ValueError, match=r"optimizers\['weight'\].*shape \(7,\) that is in no module.*ParameterList"):
+        build_trainer(tiny_config(), Lone)
+
+
+def test_a_module_that_nothing_trains_is_in_eval_mode(tiny_config, build_trainer):
+    class Taught(ExampleDiffusionTrainer):
+        def setup_networks(self):
+            super().setup_networks()
+            self.modules['teacher'] = nn.BatchNorm2d(1).requires_grad_(False)
+
+    trainer = build_trainer(tiny_config(), Taught)
+    assert not trainer.modules['teacher'].training and trainer.network.training
+
+
+# ---------------------------------------------------------------- construction in two steps
+
+
+class Built(ExampleDiffusionTrainer):
+    """Modules before and after super(), an attribute that the hooks use, and state of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.factor, self.steps_seen = 3.0, 0
+        self.couple = self.reversed
+
+    def setup_networks(self):
+        assert not self.modules and not self.optimizers and not self.emas
+        self.modules['scale'] = nn.Linear(1, 1, bias=False).requires_grad_(False)
+        self.modules['scale'].weight.fill_(0.5)
+        super().setup_networks()
+        assert list(self.modules) == ['scale', 'network']
+        self.modules['first'] = copy.deepcopy(self.network).requires_grad_(False)
+        self.steps_seen = 0
+
+    def encode(self, x):
+        return self.modules['scale'](x[..., None])[..., 0] * self.factor
+
+    def reversed(self, x0, x1, label):
+        return x1.flip(0)
+
+    def train_step(self, micro_batches):
+        super().train_step(micro_batches)
+        self.steps_seen += 1
+        self.modules['scale'].weight.add_(1)  # as if it were learned
+
+    def state(self):
+        return {'steps_seen': self.steps_seen}
+
+    def load_state(self, state):
+        self.steps_seen = state['steps_seen']
+
+
+def weights_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_hooks_find_the_modules_and_attributes_of_a_subclass(tiny_config, build_trainer):
+    """In the first batch too, from which the network's shape is read."""
+    trainer = build_trainer(tiny_config(), Built)
+    assert trainer.example.x0.equal(1.5 * trainer.example.x_original) and not trainer.independent
+    assert_same(weights_of(trainer.modules['first']), weights_of(trainer.network))
+    copied, steps = weights_of(trainer.network), trainer.batches.steps(0)
+    trainer.train_step(next(steps))
+    assert_same(weights_of(trainer.modules['first']), copied)
+    assert not all(value.equal(copied[name]) for name, value in trainer.network.state_dict().items())
+
+
+def test_what_is_restored_is_not_set_again(tiny_config, build_trainer):
+    """Although __init__ and setup_networks of the subclass run in a resumed run as well."""
+    with pytest.raises(Interrupted):
+        cut_off(build_trainer(tiny_config(), Built), 6, 'killed')
+    again = build_trainer(tiny_config(), Built)
+    assert (again.step, again.steps_seen, again.modules['scale'].weight.item()) == (4, 4, 4.5)
+    saved = saving.load(run_folder.last_path(again.config))
+    assert_same(weights_of(again.modules['first']), dict(saved['modules']['first']))
+    assert not all(value.equal(saved['network'][name]) for name, value in saved['modules']['first'].items())
+
+
+def test_every_attribute_is_set_in_the_constructor(tiny_config, build_trainer):
+    """So that a reader finds all of them there; only what a subclass adds comes later."""
+    constructed = []
+
+    class Watched(ExampleDiffusionTrainer):
+        def begin(self, read_from=None):
+            constructed.extend(vars(self))
+            super().begin(read_from)
+
+    trainer = build_trainer(tiny_config(sample_every=6), Watched)
+    assert vars(trainer).keys() == set(constructed)
+    trainer.train_loop()
+    assert vars(trainer).keys() == set(constructed)
+
+
+def test_a_trainer_that_has_not_begun_says_so(tiny_config, build_trainer, monkeypatch):
+    monkeypatch.setattr(ExampleDiffusionTrainer, 'begin', lambda self, read_from: None)
+    trainer = build_trainer(tiny_config())
+    with pytest.raises(RuntimeError, match=r'call begin\(\), as main\.build does'):
+        trainer.train_step(next(trainer.batches.steps(0)))

@@ -1,1 +1,18 @@
-"""training"""
+"""The parts of a trainer. trainer.py makes each of them and calls them. Read in this order:
+
+experiment.py    the contract: a batch, what sampling starts from, the hooks that the parts may call
+batches.py       prepared batches for training, held-out losses and sampling; where randomness is seeded
+calling.py       networks as functions: train or eval mode, precision, torch.compile
+parallel.py      the loss on several processes
+bad_steps.py     steps whose loss or gradient is not finite
+drawing.py       samples, drawn by all processes together
+first_images.py  conclusions from the first images: are x0 and x1 independent, is the scale right
+advice.py        warnings about settings that learn badly, with flags that help
+checkpoints.py   what a checkpoint holds, and how it is put back
+writer.py        writes checkpoints in a thread
+posthoc.py       averaged weights of a length that is chosen after training
+run_folder.py    the folder of a run: name, lock, newest whole checkpoint, which run it holds
+run_record.py    what identifies a run, and run.json: code, command and versions of each start
+
+docs/inside.md follows a training step and a checkpoint through them.
+"""

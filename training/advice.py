@@ -1,94 +1,30 @@
-"""Weights of the squared error, by noise level: loss = w(coefs) error of the target. w is (B,), a process at times t.
+"""Advice: warnings about settings that make a network learn badly, and the flags that help.
 
-A published loss is a pair of weight and target, here named with each; the same loss is had from another target by the
-factor between their errors. With D the error of x0, the error of a type y = a x0 + b x1 (prediction.py) is
-(a - b alpha / sigma)^2 D: that of the noise x1 is SNR D, that of F is D / c_out^2. So these are the same loss, whatever
-the network outputs:
-
-    target x0, weight edm    = target F,  weight none
-    target x1, weight none   = target x0, weight SNR (Ho et al. 2020, eq. 14)
-    target v,  weight none   = target x0, weight SNR + 1 where variance is preserved (Salimans and Ho 2022, section 4)
-
-What the network outputs does matter to how well it learns: the same loss weighs the error of the output by the factor
-between output and target, too. `effective_weight` is the product; `pair_warning` says when it leaves most times out.
+A loss weighs an error of the output by the loss weight, times the factor between output and target (prediction.py).
+`effective_weight` is the product; `pair_warning` warns if it leaves most times out.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from prediction import ROWS, determinant, error_factor
-from processes import Coefs, GaussianProcess, get_process
+from prediction import LOSS_WEIGHTS, ROWS, determinant, error_factor, get_loss_weight
+from processes import Coefs, GaussianProcess
 from time_samplers import TIME_SAMPLERS, get_time_sampler
 
-LossWeight = Callable[[Coefs], Tensor]
-# beyond these, pair_warning says so
+# beyond these, pair_warning warns
 LEAST_NOISY_SHARE = 0.05
 LARGEST_ERROR_AT_NOISE = 2.0
 
 
-def min_snr(c: Coefs, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma), for target x0 (Hang et al. 2023, section 3.4)."""
-    return c.log_snr.exp().clamp(max=gamma)
-
-
-def edm(c: Coefs) -> Tensor:
-    """1 / c_out^2 = (alpha^2 sigma_data^2 + sigma^2) / (sigma sigma_data)^2, for target x0.
-
-    Karras et al. 2022, table 1, for any alpha.
-    """
-    return 1 / (c.sigma * c.sigma_data * c.c_in).square()
-
-
-def elbo(c: Coefs) -> Tensor:
-    """-1/2 d log-SNR / dt, for target x1 and uniform times.
-
-    The loss is then a bound on -log p(x0), per pixel (Kingma et al. 2021, eq. 17).
-    """
-    return c.sigma_dot / c.sigma - c.f
-
-
-def sigmoid(c: Coefs, bias: float = 2.0) -> Tensor:
-    """The ELBO's weight times sigmoid(bias - log-SNR), for target x1 and uniform times.
-
-    Kingma and Gao 2023, section 4.
-    """
-    return elbo(c) * torch.sigmoid(bias - c.log_snr)
-
-
-LOSS_WEIGHTS: dict[str, LossWeight] = {
-    'none': lambda c: torch.ones_like(c.alpha),
-    'min_snr': min_snr,
-    'edm': edm,
-    'elbo': elbo,
-    'sigmoid': sigmoid,
-}
-
-
-def get_loss_weight(config: Config) -> LossWeight:
-    """Raises SettingError for an unknown `loss_weight`, and for one that is infinite at t_min or t_max."""
-    weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)
-    for setting, usual in (('t_min', 0.001), ('t_max', 0.999)):
-        time = getattr(config, setting)
-        if not weight(get_process(config)(torch.tensor([time], dtype=torch.float64))).isfinite():
-            raise SettingError(
-                f'loss_weight={config.loss_weight!r} is infinite at {setting}={time:g} '
-                f'with process_name={config.process_name!r}. Use --{setting} {usual}.'
-            )
-    return weight
-
-
 def effective_weight(config: Config, process: GaussianProcess, t: Tensor) -> Tensor:
-    """The weight of a squared error of the network's output in the loss at times t, (B,) float64.
-
-    That of the target's error, which `loss_weight` gives, times (d target / d output)^2.
-    """
+    """The weight of a squared error of the network's output in the loss at times t, (B,) float64: the weight of the
+    target's error, from `loss_weight`, times (d target / d output)^2."""
     coefs = process(t.double())
     weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)(coefs)
     return weight * error_factor(config.model_type, config.target_type, coefs).square()
@@ -100,18 +36,14 @@ def drawn_times(config: Config, n: int = 20_000) -> Tensor:
 
 
 def drawn_weights(config: Config, process: GaussianProcess) -> Tensor:
-    """The share of each of many times, as the time sampler draws them, in the loss of a new network, largest first.
-
-    That is the effective weight times the mean square of what the network should output, as it outputs 0 at first: a
-    score of 1 / sigma is large where sigma is small, and its errors are too.
-    """
+    """The share of each of many times, as the time sampler draws them, in the loss of a new network, which outputs 0;
+    largest first. That is the effective weight times the mean square of what the network should output."""
     t = drawn_times(config)
-    weights = effective_weight(config, process, t) * mean_square_of_output(config, process(t))
-    return weights.sort(descending=True).values
+    return (effective_weight(config, process, t) * mean_square_of_output(config, process(t))).sort(descending=True)[0]
 
 
 def mean_square_of_output(config: Config, coefs: Coefs) -> Tensor:
-    """(B,): of what the network should output, for x0 and x1 of mean 0 and standard deviation sigma_data and 1."""
+    """(B,): the mean square of the right output, for x0 and x1 of mean 0 and standard deviation sigma_data and 1."""
     a, b = (0.0 if k is None else k for k in ROWS[config.model_type](coefs))
     return (a**2 * config.sigma_data**2 + b**2) * torch.ones_like(coefs.alpha)
 
@@ -122,11 +54,9 @@ def is_uneven(weights: Tensor) -> bool:
 
 
 def noisy_share(config: Config, process: GaussianProcess) -> float:
-    """The share of noisy times, sigma > 3 alpha, in the loss of a network that errs alike at all times.
-
-    Alike: in x1 - x0, the velocity of the straight line, which no time makes small. A loss of x1 has the factor
-    alpha / (alpha + sigma) on an error of it, and is nearly blind there, where it is decided what an image shows.
-    """
+    """The share of noisy times, sigma > 3 alpha, in the loss of a network whose error of x1 - x0, the velocity of the
+    straight line, is the same at all times. A loss of x1 has the factor alpha / (alpha + sigma) on it, and is nearly
+    blind at these times, when it is decided what an image shows."""
     coefs = process(drawn_times(config))
     factor = determinant(config.target_type, coefs) / (coefs.alpha + coefs.sigma)
     weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)(coefs) * factor.square()
@@ -144,13 +74,11 @@ def error_at_noise(config: Config, process: GaussianProcess, ratio: float = 10.0
 def pair_warning(config: Config, process: GaussianProcess) -> str | None:
     """None, or why a network of this output learns badly from this target's loss, and the flags that help.
 
-    A few times near an end may hold nearly all weight, and the optimizer then serves these alone: where the network
-    predicts x1 and the loss compares velocities, an error of the output is multiplied by 1 / alpha. The noisy times may
-    have so little of it that a short run never learns what is decided there. Or the output is one whose small errors
-    are large ones of what an image shows. docs/pairs.md has measurements.
+    A few times near an end may hold nearly all weight: where the network predicts x1 and the loss compares velocities,
+    an error of the output is multiplied by 1 / alpha. The noisy times may have so little weight that a short run never
+    learns them. Or small errors of the output are large errors of what an image shows. docs/pairs.md has measurements.
     """
-    reasons: list[str] = []
-    weights = drawn_weights(config, process)
+    reasons, weights = list[str](), drawn_weights(config, process)
     share, error = noisy_share(config, process), error_at_noise(config, process)
     if is_uneven(weights):
         times = [config.t_min, (config.t_min + config.t_max) / 2, config.t_max]
@@ -187,7 +115,7 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
 
 
 def find_remedy(config: Config, process: GaussianProcess) -> dict[str, Any] | None:
-    """The settings to change so that nothing is to be warned of; None if there are none, in a range without noise."""
+    """The settings to change so that nothing is warned of; None if there are none, in a range without noise."""
     if error_at_noise(config, process) <= LARGEST_ERROR_AT_NOISE:
         return well_spread(config, process)
     change = well_spread(dataclasses.replace(config, model_type='F'), process)
@@ -195,8 +123,8 @@ def find_remedy(config: Config, process: GaussianProcess) -> dict[str, Any] | No
 
 
 def well_spread(config: Config, process: GaussianProcess) -> dict[str, Any] | None:
-    """The first settings with which the weight is well spread over the times, {} if it is so already, None if there are
-    none: other times, the output's own loss, another loss or weight, or two of these; the fewest changes first."""
+    """The fewest changes with which the weight is well spread over the times: other times, the output's own loss,
+    another loss or weight, or two of these. {} if it is so already, None if nothing helps."""
     times = [{}, *(dict(time_sampler=name) for name in TIME_SAMPLERS), dict(time_sampler='logit_normal', time_mean=1.0)]
     losses = [{}, *(dict(target_type=name) for name in (config.model_type, *ROWS))]
     losses += [dict(loss_weight=name) for name in LOSS_WEIGHTS]
@@ -215,3 +143,11 @@ def well_spread(config: Config, process: GaussianProcess) -> dict[str, Any] | No
 
 def as_flags(settings: dict[str, Any]) -> str:
     return ' '.join(f'--{name} {value}' for name, value in settings.items())
+
+
+def lr_warning(config: Config) -> str | None:
+    """None, or a warning that the learning rate does not suit the optimizer, with the remedy."""
+    if config.optimizer != 'adamw' or config.base_lr <= 3e-3:
+        return None
+    given = f"base_lr={config.base_lr:g}, optimizer='adamw'"
+    return f'{given}: this is a learning rate for muon. AdamW usually wants 1e-3 or less: pass --base_lr 1e-3.'

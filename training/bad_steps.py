@@ -23,10 +23,8 @@ class BadSteps:
         return losses.mean() * torch.where(losses.detach().isfinite().all(), 1.0, torch.nan)
 
     def check(self, grad_norm: Tensor, step: int) -> Tensor:
-        """Whether the step may be taken, a 0-dimensional bool tensor; counts it if not.
-
-        After max_bad_steps in a row every step is skipped, until `raise_if_too_many` is called.
-        """
+        """Whether the step may be taken, a 0-dimensional bool tensor; counts it if not. After max_bad_steps in a row
+        every step is skipped, until `raise_if_too_many` is called."""
         in_a_row, in_total, last = self.counts
         ok = grad_norm.isfinite() & (in_a_row < self.config.max_bad_steps)
         self.counts = torch.stack([torch.where(ok, 0, in_a_row + 1), in_total + ~ok, torch.where(ok, last, step)])
@@ -44,13 +42,12 @@ class BadSteps:
             )
 
     def report(self) -> int:
-        """How many steps were skipped in total; prints it when there are new ones."""
+        """How many steps were skipped in total; prints it when there are new ones. Raises NonFiniteLoss."""
+        self.raise_if_too_many()
         _, total, last = self.counts.tolist()  # CPU-GPU sync
         if total > self.reported:
-            print_once(
-                f'skipped {total - self.reported} of the last steps, the latest of them step {last}: '
-                'loss or gradient not finite'
-            )
+            new = f'skipped {total - self.reported} of the last steps, the latest of them step {last}'
+            print_once(f'{new}: loss or gradient not finite')
         self.reported = total
         return total
 

@@ -1,16 +1,15 @@
-"""How the batch of a step comes about: shards, coupling, conditions that are dropped, and what sampling starts from.
+"""Batches for training, evaluation and sampling: shards, coupling, label dropout, inputs for samplers.
 
 A global batch is always drawn as `batch_shards` shards. Before a shard is prepared the generators are seeded from a
 hash of (seed, step, shard), so that a shard is the same on any number of processes, and in a run that was killed and
-resumed.
-The functions take a trainer; some of them are its methods (trainer.py).
+resumed. The hooks `prepare_batch_fn` and `couple` of the experiment do the rest.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,159 +17,195 @@ from torch import Tensor
 
 import utils
 from config import SettingError
-from data_loading.loader import Loader
-from runtime.ranks import print_once
+from data_loading.loader import HeldOutSampler, Loader, StreamSampler
+from runtime import stopping
 from sampling import nulled
-
-if TYPE_CHECKING:
-    from trainer import BaseDiffusionTrainer
+from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
 
-@dataclass
-class ProcessedBatch:
-    """A prepared batch: all randomness of a training step has been drawn when this exists. May be subclassed."""
+class Batches:
+    """Prepared batches of an experiment. Randomness is a function of (seed, step, shard)."""
 
-    x_original: Tensor  # (B, ...) as loaded; images are in [0, 1]
-    x0: Tensor  # (B, ...) encoded: what is noised
-    x1: Tensor  # (B, ...) base sample
-    t: Tensor  # (B,)
-    label: Tensor | None  # (B,) int64 class; num_classes means 'no label'
-    augmentation_label: Tensor | None = None  # (B,) bool: was anything done to this image?
-    cond: dict[str, Tensor] = field(default_factory=dict)  # named inputs of the network beside the class, each (B, ...)
+    def __init__(self, experiment: Experiment, train_loader: Loader, train_sampler: StreamSampler, test_loader: Loader):
+        self.experiment, self.config = experiment, experiment.config
+        self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
+        self.shard_position = (0, 1)  # which shard of how many is being prepared
 
+    def __enter__(self) -> None:
+        # Later, while a thread writes a checkpoint, a fork could copy a lock that nobody will release.
+        self.test_loader.start_workers()
 
-@dataclass
-class SampleInputs:
-    """What sampling starts from. May be subclassed."""
+    def __exit__(self, *error: object) -> None:
+        self.train_loader.close()
+        self.test_loader.close()
 
-    x1: Tensor  # (n, ...)
-    label: Tensor | None = None  # (n,) int64
-    cond: dict[str, Tensor] = field(default_factory=dict)  # as in training, each (n, ...)
-    beside: list[Tensor] = field(default_factory=list)  # shown left of the samples, as decode returns them; empty: x1
+    # ---------------------------------------------------------------- training
 
+    def steps(self, first: int) -> Iterator[Iterator[ProcessedBatch]]:
+        """For every training step from `first` on, this process's micro-batches. Take all of a step before the next.
 
-def shards(trainer: 'BaseDiffusionTrainer') -> Iterator[ProcessedBatch]:
-    """This process's shards of all training steps from `trainer.step` on, prepared.
+        If the experiment has `couple`, every process prepares all shards of a step, couples them and keeps its own.
+        """
+        self.train_sampler.all_shards = self.experiment.couple is not None
+        self.train_sampler.set_step(first)
+        loaded = iter(self.train_loader)
+        for step in itertools.count(first):
+            yield self.micro_batches(step, loaded)
 
-    Where an experiment overrides `couple`, every process prepares all shards of a step, couples them and takes its own.
-    """
-    sampler = trainer.train_sampler
-    sampler.all_shards = trainer.couples
-    sampler.set_step(trainer.step)
-    loaded = iter(trainer.train_loader)
-    for step in itertools.count(trainer.step):
-        drawn = (trainer.draw_shard(next(loaded), shard, step) for shard in sampler.shards_read)
-        yield from couple_shards(trainer, list(drawn), sampler.my_shards, step) if trainer.couples else drawn
+    def micro_batches(self, step: int, loaded: Iterator[tuple[Tensor, ...]]) -> Iterator[ProcessedBatch]:
+        """This process's parts of the global batch of a step, from the shards of `loaded`."""
+        sampler = self.train_sampler
+        shards = (self.draw_shard(next(loaded), shard, step) for shard in sampler.shards_read)
+        if self.experiment.couple is not None:
+            shards = iter(self.couple_shards(list(shards), sampler.my_shards, step))
+        for _ in range(self.config.accumulation_steps):
+            yield utils.concat(list(itertools.islice(shards, self.shards_per_micro_step)))
 
+    @property
+    def shards_per_micro_step(self) -> int:  # of this process, through the network together
+        return len(self.train_sampler.my_shards) // self.config.accumulation_steps
 
-def draw_shard(
-    trainer: 'BaseDiffusionTrainer', batch: tuple[Tensor, ...], shard: int, step: int | str
-) -> ProcessedBatch:
-    """Shard `shard` of the global batch of a step, before it is coupled; step 'evaluate' is the held-out data."""
-    trainer.shard_position = (shard % trainer.config.batch_shards, trainer.config.batch_shards)
-    utils.seed_everything(trainer.config.seed, 'batch', step, shard)
-    is_train = step != 'evaluate'
-    prepared = trainer.prepare_batch_fn(batch, is_train=is_train)
-    return prepared if trainer.couples else drop_conditions(trainer, prepared, is_train)
+    @property
+    def images_at_once(self) -> int:  # of this process, through the network
+        return self.shards_per_micro_step * self.config.global_batch_size // self.config.batch_shards
 
+    def draw_shard(
+        self, batch: tuple[Tensor, ...], shard: int, step: int | str, is_train: bool = True
+    ) -> ProcessedBatch:
+        """Shard `shard` of the global batch of a step, before it is coupled; `step` is a part of the seed."""
+        self.shard_position = (shard % self.config.batch_shards, self.config.batch_shards)
+        utils.seed_everything(self.config.seed, 'batch', step, shard)
+        prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
+        return prepared if self.experiment.couple is not None else self.drop_conditions(prepared, is_train)
 
-def couple_shards(
-    trainer: 'BaseDiffusionTrainer', drawn: list[ProcessedBatch], mine: Sequence[int], step: int | str
-) -> list[ProcessedBatch]:
-    """The shards of one global batch, coupled; of these, those at the positions `mine`."""
-    sizes = [len(shard.t) for shard in drawn]
-    whole = utils.concat(drawn)
-    utils.seed_everything(trainer.config.seed, 'couple', step)
-    x1 = trainer.couple(whole.x0, whole.x1, whole.label)
-    if x1.shape != whole.x1.shape:
-        raise ValueError(f'couple must return x1 of shape {tuple(whole.x1.shape)}, not {tuple(x1.shape)}')
-    whole = drop_conditions(trainer, dataclasses.replace(whole, x1=x1), is_train=step != 'evaluate')
-    ends = np.cumsum([0, *sizes])
-    return [utils.rows(whole, slice(int(ends[i]), int(ends[i + 1]))) for i in mine]
+    def couple_shards(
+        self, drawn: list[ProcessedBatch], mine: Sequence[int], step: int | str, is_train: bool = True
+    ) -> list[ProcessedBatch]:
+        """The shards of one global batch, coupled; those at the positions `mine` are returned."""
+        sizes = [len(shard.t) for shard in drawn]
+        together = utils.concat(drawn)
+        utils.seed_everything(self.config.seed, 'couple', step)
+        x1 = self.experiment.couple(together.x0, together.x1, together.label)
+        if x1.shape != together.x1.shape:
+            raise ValueError(f'couple must return x1 of shape {tuple(together.x1.shape)}, not {tuple(x1.shape)}')
+        together = self.drop_conditions(dataclasses.replace(together, x1=x1), is_train)
+        ends = np.cumsum([0, *sizes])
+        return [utils.rows(together, slice(int(ends[i]), int(ends[i + 1]))) for i in mine]
 
+    def drop_conditions(self, batch: ProcessedBatch, is_train: bool) -> ProcessedBatch:
+        """In training, with probability label_dropout for each image, the null class in place of the label and the null
+        value of every condition that has one (Ho and Salimans 2022, algorithm 1). With label_dropout 1, always."""
+        probability, null_cond = self.config.label_dropout, self.experiment.null_cond
+        if probability == 0 or (not is_train and probability < 1):
+            return batch
+        dropped = torch.rand(len(batch.t), device=batch.t.device) < probability
+        label, nulls = batch.label, nulled(batch.cond, null_cond)
+        if label is not None and label.ndim == 1 and not label.is_floating_point():
+            label = torch.where(dropped, self.experiment.data.num_classes, label)
+        cond = dict(batch.cond)
+        for name in null_cond.keys() & cond.keys():
+            cond[name] = torch.where(utils.bcast_right(dropped, cond[name].ndim), nulls[name], cond[name])
+        return dataclasses.replace(batch, label=label, cond=cond)
 
-def drop_conditions(trainer: 'BaseDiffusionTrainer', batch: ProcessedBatch, is_train: bool) -> ProcessedBatch:
-    """In training, with probability label_dropout for each image, the null class in place of the label and the null
-    value of every condition that has one (Ho and Salimans 2022, algorithm 1). With label_dropout 1, always."""
-    probability = trainer.config.label_dropout
-    if probability == 0 or (not is_train and probability < 1):
-        return batch
-    dropped = torch.rand(len(batch.t), device=batch.t.device) < probability
-    label = batch.label
-    if label is not None and label.ndim == 1 and not label.is_floating_point():
-        label = torch.where(dropped, trainer.data.num_classes, label)
-    nulls = nulled(batch.cond, trainer.null_cond)
-    cond = {
-        name: torch.where(utils.bcast_right(dropped, value.ndim), nulls[name], value)
-        if name in trainer.null_cond
-        else value
-        for name, value in batch.cond.items()
-    }
-    return dataclasses.replace(batch, label=label, cond=cond)
+    def uniforms(self, n: int) -> Tensor:
+        """(n,) numbers in [0, 1] for the time sampler. If `stratified`, one in each of n x shards equal intervals: a
+        shard takes every `shards`-th interval, in random order. If `antithetic`, in pairs u, 1 - u."""
+        device = self.experiment.device
+        u = torch.rand(n, device=device)
+        if self.config.antithetic:
+            return torch.cat([u[: (n + 1) // 2], 1 - u[: n // 2]])
+        if not self.config.stratified:
+            return u
+        shard, shards = self.shard_position
+        return (shard + shards * torch.randperm(n, device=device) + u) / (shards * n)
 
+    # ---------------------------------------------------------------- the example, held-out data
 
-def uniforms(trainer: 'BaseDiffusionTrainer', n: int) -> Tensor:
-    """(n,) numbers in [0, 1] for the time sampler. If `stratified`, one in each of n x shards equal intervals: a shard
-    takes every `shards`-th interval, in random order. If `antithetic`, in pairs u, 1 - u. Else independent."""
-    u = torch.rand(n, device=trainer.device)
-    if trainer.config.antithetic:
-        return torch.cat([u[: (n + 1) // 2], 1 - u[: n // 2]])
-    if not trainer.config.stratified:
-        return u
-    shard, of = trainer.shard_position
-    return (shard + of * torch.randperm(n, device=trainer.device) + u) / (of * n)
+    @cached_property
+    def example(self) -> ProcessedBatch:  # from which the shapes of x0 and of the conditions are read
+        return self.draw_example('first')
 
+    def draw_example(self, draw: str) -> ProcessedBatch:
+        """A prepared batch of the first images; another `draw` gives them other noise, times and conditions. Raises
+        SettingError if its parts do not fit together."""
+        n, self.shard_position = min(64, self.config.global_batch_size, self.train_loader.size), (0, 1)
+        utils.seed_everything(self.config.seed, 'example', draw)
+        prepared = self.experiment.prepare_batch_fn(self.train_loader.take(range(n)), is_train=False)
+        check_shapes(prepared, f'{type(self.experiment).__name__}.prepare_batch_fn')
+        return self.drop_conditions(prepared, is_train=False)
 
-def example(trainer: 'BaseDiffusionTrainer', draw: str = 'first') -> ProcessedBatch:
-    """A prepared batch of the first images; another `draw` has other noise, times and conditions for them.
+    def about(self) -> dict[str, Any]:
+        """The data and shapes that a network was built for, as checkpoints hold them."""
+        spec, example = self.train_loader.spec, self.example
+        return dict(
+            shape=tuple(example.x0.shape[1:]),
+            num_classes=spec.num_classes,
+            classes=list(spec.classes),
+            about_data=self.train_loader.about,
+            cond={name: tuple(value.shape[1:]) for name, value in example.cond.items()},
+        )
 
-    Raises SettingError if its parts do not fit together.
-    """
-    n = min(64, trainer.config.global_batch_size, trainer.train_loader.size)
-    utils.seed_everything(trainer.config.seed, 'example', draw)
-    prepared = trainer.prepare_batch_fn(trainer.train_loader.take(range(n)), is_train=False)
-    trainer.means.clear()  # what it logged is of no step
-    check_shapes(prepared, f'{type(trainer).__name__}.prepare_batch_fn')
-    return drop_conditions(trainer, prepared, is_train=False)
+    def held_out(self, rounds: int | None = None) -> Iterator[tuple[ProcessedBatch, Tensor]]:
+        """(prepared batch, indices (B,) of its images in the held-out part), of all images or the first `rounds`. The
+        processes share the work; as many images at once as in training. Raises Stopped."""
+        pieces, loaded, at_once = self.test_loader.batch_sampler, iter(self.test_loader), self.shards_per_micro_step
+        assert isinstance(pieces, HeldOutSampler)
+        couples = pieces.all_shards = self.experiment.couple is not None
+        for number in range(min(rounds or pieces.rounds, pieces.rounds)):
+            stopping.raise_if_stopped()
+            numbers = pieces.numbers(number)
+            drawn = [self.draw_shard(next(loaded), piece, 'evaluate', is_train=False) for piece in numbers]
+            if couples:
+                own = self.train_sampler.my_shards
+                mine = [i for i, piece in enumerate(numbers) if piece % self.config.batch_shards in own]
+                drawn = self.couple_shards(drawn, mine, f'evaluate {number}', is_train=False)
+                numbers = [numbers[i] for i in mine]
+            for i in range(0, len(drawn), at_once):  # in the last round some processes have none
+                together = list(zip(numbers[i : i + at_once], drawn[i : i + at_once], strict=True))
+                index = [torch.arange(len(part.t)) + pieces.first_index(piece) for piece, part in together]
+                yield utils.concat([part for _, part in together]), torch.cat(index).to(self.experiment.device)
+
+    # ---------------------------------------------------------------- inputs of samplers
+
+    def sample_inputs(self, n: int, indices: Sequence[int] | None = None) -> SampleInputs:
+        """Inputs of n samples, the same every time; `indices`: which samples of the run these are, default the first n.
+
+        Noise, and the classes in turn. Other conditions are of held-out data; where x1 is data (`independent` is False)
+        x1 is held out too, and is given.
+        """
+        experiment, seed, classes = self.experiment, self.config.seed, self.experiment.data.num_classes
+        indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
+        utils.seed_everything(seed, 'sample_inputs')
+        if experiment.independent and not self.example.cond:
+            shape = self.example.x0.shape[1:]
+            x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
+            label = torch.tensor(list(indices), device=experiment.device) % max(1, classes)
+            return SampleInputs(x1, torch.full_like(label, classes) if self.config.label_dropout == 1 else label)
+        turns = classes_in_turn(self.test_loader, max(indices) + 1)
+        batch = self.test_loader.take([turns[i] for i in indices])
+        utils.seed_everything(seed, 'sample_inputs')
+        batch = self.drop_conditions(experiment.prepare_batch_fn(batch, is_train=False), is_train=False)
+        if experiment.independent:
+            return SampleInputs(batch.x1, batch.label, batch.cond)
+        given = [experiment.decode(batch.x1)]
+        return SampleInputs(batch.x1, batch.label, batch.cond, truth=batch.x0, given=given)
 
 
 def check_shapes(batch: ProcessedBatch, made_by: str) -> None:
     """Raise SettingError if a part of the batch does not have one row for each x0, x1 not its shape, or t not (B,)."""
     rows, shape = len(batch.x0), tuple(batch.x0.shape)
-    parts = {'t': batch.t, 'x1': batch.x1, 'label': batch.label}
-    for name, value in {**parts, **{f'cond[{key!r}]': value for key, value in batch.cond.items()}}.items():
-        wanted = {'t': (rows,), 'x1': shape}.get(name, (rows, *value.shape[1:]) if value is not None else None)
-        if value is not None and tuple(value.shape) != wanted:
+    parts: dict[str, Any] = {f'cond[{name!r}]': value for name, value in batch.cond.items()}
+    for name, value in {'t': batch.t, 'x1': batch.x1, 'label': batch.label, **parts}.items():
+        wanted = {'t': (rows,), 'x1': shape}.get(name)
+        if value is not None and (tuple(value.shape) != wanted if wanted else value.shape[:1] != (rows,)):
             raise SettingError(
                 f'{made_by} gives {name} of shape {tuple(value.shape)}, and x0 of shape {shape}: {name} must be '
-                f'{wanted if name in ("t", "x1") else f"({rows}, ...), one value for each x0"}'
+                f'{wanted or f"({rows}, ...), one value for each x0"}'
             )
 
 
-def sample_inputs(trainer: 'BaseDiffusionTrainer', n: int, numbers: Sequence[int] | None = None) -> SampleInputs:
-    """What n samples start from, the same every time; `numbers` are theirs among many, by default 0 to n - 1.
-
-    Noise, and the classes in turn. Where the network has other conditions, these are of held-out data; where x1 is data
-    (`independent` is False) x1 is held out too, and shown left of the samples.
-    """
-    classes, unlabelled = trainer.data.num_classes, trainer.config.label_dropout == 1
-    numbers = range(n) if numbers is None else numbers
-    utils.seed_everything(trainer.config.seed, 'sample_inputs')
-    if trainer.independent and not trainer.example.cond:
-        x1 = trainer.process.sample_base(torch.zeros(n, *trainer.shape, device=trainer.device))
-        label = torch.tensor(list(numbers), device=trainer.device) % max(1, classes)
-        return SampleInputs(x1, torch.full_like(label, classes) if unlabelled else label)
-    turns = classes_in_turn(trainer.test_loader, max(numbers) + 1)
-    batch = trainer.test_loader.take([turns[i] for i in numbers])
-    utils.seed_everything(trainer.config.seed, 'sample_inputs')
-    batch = drop_conditions(trainer, trainer.prepare_batch_fn(batch, is_train=False), is_train=False)
-    if trainer.independent:
-        return SampleInputs(batch.x1, batch.label, batch.cond)
-    return SampleInputs(batch.x1, batch.label, batch.cond, [trainer.decode(batch.x1), trainer.decode(batch.x0)])
-
-
 def classes_in_turn(loader: Loader, n: int) -> list[int]:
-    """Indices of n images of `loader`, a class after the other if known; from the first again when all are taken."""
+    """Indices of n images of `loader`, one class after another if known; from the first again when all are taken."""
     order = np.arange(loader.size)
     if loader.labels is not None:
         labels = loader.labels.numpy()
@@ -179,70 +214,3 @@ def classes_in_turn(loader: Loader, n: int) -> list[int]:
             nth[labels == label] = np.arange((labels == label).sum())
         order = np.lexsort((labels, nth))
     return np.resize(order, n).tolist()
-
-
-def is_independent(trainer: 'BaseDiffusionTrainer') -> bool:
-    """Whether x1 is the process's base, drawn anew for each image: as a subclass says, else as can be seen. Prints what
-    it sees in the data."""
-    seen, name = signs_of_dependence(trainer), type(trainer).__name__
-    if utils.overridden(trainer, 'independent'):
-        if trainer.independent and seen:
-            print_once(
-                f'warning: {name}.independent is True, but {seen}. Samples start from noise and SDE solvers follow a '
-                'wrong score. Set independent = False.'
-            )
-        return trainer.independent
-    if seen:
-        print_once(
-            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and there are no '
-            'SDE samples. Set `independent` in the class to decide this yourself.'
-        )
-    return not (seen or trainer.couples or trainer.train_loader.has_pairs)
-
-
-def signs_of_dependence(trainer: 'BaseDiffusionTrainer') -> str | None:
-    """What shows in the first images that x1 is not drawn from the process's base for each image anew; None if nothing.
-
-    Two preparations of the same images are compared: where x1 is made of x0, it is alike in both.
-    """
-    x0, x1, again = trainer.example.x0, trainer.example.x1, example(trainer, 'again').x1
-    if not x1.is_floating_point() or len(x1) < 8 or x1.shape != again.shape:
-        return None
-    first, second = ((x - x.mean(0)).flatten(1).double() for x in (x1, again))
-    products = (first * second).sum(1)  # (n,), of mean 0 if the two have nothing in common
-    if products.mean() > 5 * products.std() / len(products) ** 0.5:
-        correlation = float(products.sum() / (first.norm() * second.norm()))
-        return f'x1 goes with x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
-    base = trainer.process.sample_base(x0)
-    (mean, std), (usual_mean, usual_std) = ((float(x.mean()), float(x.std())) for x in (x1, base))
-    chance = max(0.05, 5 / x1.numel() ** 0.5)
-    if abs(mean - usual_mean) > chance * usual_std or abs(std / usual_std - 1) > chance:
-        return (
-            f'x1 has mean {mean:.2f} and standard deviation {std:.2f}, and the base of process '
-            f'{trainer.config.process_name!r} has {usual_mean:.2f} and {usual_std:.2f}'
-        )
-    return None
-
-
-def warning_of_scale(trainer: 'BaseDiffusionTrainer') -> str | None:
-    """What is odd about x0 of the first images, with the numbers and the remedy; None if nothing is."""
-    x0 = trainer.example.x0
-    if not x0.is_floating_point():
-        return None
-    finite = x0[x0.isfinite()]
-    bad = x0.numel() - finite.numel()
-    low, high = (float(v) for v in finite.aminmax()) if finite.numel() else (float('nan'), float('nan'))
-    numbers = f'x0 of the first {len(x0)} images lies in [{low:.4g}, {high:.4g}]'
-    if bad:
-        return f'{numbers}, and {bad} of its {x0.numel()} values are not finite. Mend the data, or override encode.'
-    if low == high:
-        return f'x0 of the first {len(x0)} images is {low:.4g} everywhere. Look at the data, and at encode.'
-    std, sigma_data = float(finite.double().std()), trainer.config.sigma_data
-    as_assumed = 0.8 < std / sigma_data < 1.25 and abs(float(finite.mean())) < sigma_data and high - low < 20 * std
-    if (low < -1.5 or high > 1.5) and not as_assumed:
-        return (
-            f'{numbers}, standard deviation {std:.3g}. The defaults (sigma_data={trainer.config.sigma_data:g}, the '
-            'time grid) are made for data in [-1, 1]: override encode and decode, e.g. with '
-            f'(x - {float(finite.mean()):.3g}) / {2 * std:.3g} and its inverse, or set --sigma_data {std:.3g}.'
-        )
-    return None

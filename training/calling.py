@@ -1,4 +1,4 @@
-"""How networks are called: as they are, or compiled by torch.compile.
+"""Networks as functions: precision, train or eval mode, and torch.compile.
 
 One compiled function serves all networks of a run. torch looks at a module's structure and at the shapes and types of
 its tensors, not at its identity, so a network and all of its moving averages share their code, and no weight is copied.
@@ -18,11 +18,10 @@ from sampling import ModelFn
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Tensor]], Any]
 
 MODES = {'on': 'default', 'graphs': 'reduce-overhead'}  # choice of --compile -> mode of torch.compile
-# Training steps from which on compiling, some minutes of it, takes less time than it saves. An estimate: no GPU was at
-# hand. The same number of samples, of some ten evaluations each and many at once, is no less work.
+# Training steps, or samples, from which on compiling takes less time, some minutes, than it saves. An estimate.
 WORTH_COMPILING = 5000
 # Versions of one function that torch keeps: training, evaluation, raw and averaged weights, with and without a
-# condition, an odd batch, for each network of an experiment. What is beyond them runs as it is.
+# condition, an odd batch, for each network of an experiment. Others run uncompiled.
 MOST_VERSIONS = 32
 
 
@@ -32,25 +31,39 @@ def plainly(
     return module(xt, t, label, **cond)
 
 
-def get_call(config: Config, device: torch.device) -> Call:
-    """`plainly`, or the same compiled, as `config.compile` says: auto compiles long runs on a GPU."""
-    chosen = config.compile
-    if chosen == 'auto':
-        worth_it = device.type == 'cuda' and config.num_training_steps >= WORTH_COMPILING
-        chosen = 'on' if worth_it else 'off'
-    return plainly if chosen == 'off' else Compiled(chosen, optional=config.compile == 'auto')
+class Caller:
+    """`caller(module)`: a network as a function of (xt, t, label, **cond), which hides train/eval mode, autocast and
+    compiling, at the moment it is called."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.device, self.dtype = device, autocast_dtype(config.precision, device)
+        chosen = config.compile
+        if chosen == 'auto':  # long runs on a GPU
+            worth_it = device.type == 'cuda' and config.num_training_steps >= WORTH_COMPILING
+            chosen = 'on' if worth_it else 'off'
+        self.call: Call = plainly if chosen == 'off' else Compiled(chosen, optional=config.compile == 'auto')
+
+    def __call__(self, module: nn.Module, train: bool = False) -> ModelFn:
+        def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Any:
+            if module.training != train:  # a walk over all modules
+                module.train(train)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                out = self.call(module, xt, t, label, cond)
+            return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+
+        return model_fn
 
 
 def settings_for(samples: int) -> dict[str, str]:
-    """Settings of a run that is opened to draw so many samples: of few, none is worth compiling for."""
+    """Settings of a run that is opened to draw so many samples: compile only for many."""
     return {} if samples >= WORTH_COMPILING else {'compile': 'off'}
 
 
 class Compiled:
     """`plainly`, compiled: in training for the shapes that come, in evaluation for any size of the batch.
 
-    A network that is being differentiated itself is called as it is: compiled code has neither forward mode nor second
-    derivatives. If torch cannot compile, an `optional` one says so and goes on as it is; else that is a SettingError.
+    A network that is being differentiated itself is called uncompiled: compiled code has neither forward mode nor
+    second derivatives. If torch cannot compile, `optional` warns and stays uncompiled; else that is a SettingError.
     """
 
     def __init__(self, chosen: str, optional: bool):
@@ -66,23 +79,22 @@ class Compiled:
         if self.call is plainly or is_differentiated(inputs):
             return plainly(module, xt, t, label, cond)
         if not self.called:
-            self.called = True
-            print_once(
-                f'compiling the network, which may take minutes (compile={self.chosen!r}; --compile off does without)'
-            )
+            self.called, flags = True, f'(compile={self.chosen!r}; --compile off does without)'
+            print_once(f'compiling the network, which may take minutes {flags}')
         xt = xt.contiguous()  # in a sampler it may have the order of what it is computed from: one more version
         if not module.training:
             for x in (xt, *inputs[1:]):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
+        from torch._dynamo.exc import TorchDynamoException  # takes a second, and is there by now
+
         try:
             out = self.call(module, xt, t, label, cond)
-        except dynamo_errors() as error:
+        except TorchDynamoException as error:
             about = str(error).strip().split('\n\n')[0]
             reason = f'{type(error).__name__}: {" ".join(about.split())}'
             if not self.optional:
-                raise SettingError(
-                    f'compile={self.chosen!r}: torch.compile failed with {reason}. Pass --compile off.'
-                ) from error
+                text = f'compile={self.chosen!r}: torch.compile failed with {reason}. Pass --compile off.'
+                raise SettingError(text) from error
             print_once(f'warning: the network runs uncompiled, because torch.compile failed with {reason}')
             self.call = plainly
             return plainly(module, xt, t, label, cond)
@@ -99,50 +111,22 @@ def is_differentiated(inputs: Iterable[Tensor]) -> bool:
     return in_forward_mode or transformed or any(x.requires_grad for x in inputs)
 
 
-def dynamo_errors() -> type[Exception]:
-    """What torch.compile raises where it cannot compile; imported when it is used, for it takes a second."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    return TorchDynamoException
-
-
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """On the device, in channels-last order: GPUs' convolutions want it, and those in three dimensions have none."""
-    if any(p.ndim > 4 for p in network.parameters()):
-        return network.to(device)
-    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    """On the device, in channels-last order, which GPUs' convolutions want; it exists for 2-D convolutions only."""
+    order = torch.preserve_format if any(p.ndim > 4 for p in network.parameters()) else torch.channels_last
+    return network.to(device, memory_format=order)  # pyright: ignore[reportCallIssue]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What the network computes in if not float32. auto: bfloat16 on a GPU that has it in hardware."""
+    """The type that the network computes in; None: float32. auto: bfloat16 on a GPU that has it in hardware."""
     has_it = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if precision == 'bfloat16' or (precision == 'auto' and has_it) else None
 
 
-def as_model_fn(
-    module: nn.Module, train: bool, device: torch.device, dtype: torch.dtype | None, call: Call = plainly
-) -> ModelFn:
-    """`module` as a function of (xt, t, label, **cond) that hides train/eval mode and autocast when it is called, and
-    whether it is compiled."""
-
-    def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Any:
-        if module.training != train:  # a walk over all modules
-            module.train(train)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            out = call(module, xt, t, label, cond)
-        return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
-
-    return model_fn
-
-
 def set_precision(precision: str) -> None:
-    """How GPUs compute products of float32: float32 is IEEE everywhere, tf32 is TensorFloat-32 everywhere; else torch's
-    settings stay. And let cuDNN look for the fastest convolutions: shapes stay the same.
-
-    By the older of torch's two sets of flags. After the newer ones these cannot be read, as torch.compile does in
-    torch 2.11; in all versions they set the newer ones too.
-    """
+    """Set how GPUs multiply float32: by IEEE everywhere, by TensorFloat-32 everywhere, or by torch's default. cuDNN may
+    search for the fastest convolutions, because shapes stay the same."""
     torch.backends.cudnn.benchmark = True
-    if precision in ('float32', 'tf32'):
+    if precision in ('float32', 'tf32'):  # by old flags: torch.compile in 2.11 cannot read them once the new are used
         torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
         torch.backends.cudnn.allow_tf32 = precision == 'tf32'

@@ -1,4 +1,4 @@
-"""What a run is made by: its trainer's class and code; in run.json the machine, versions and command of each start."""
+"""The origin of a run: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
 import importlib.metadata
 import importlib.util
@@ -20,13 +20,13 @@ import torch
 from config import Config, SettingError
 from runtime import ranks
 from runtime.errors import SaveError
+from runtime.files import write_text
+from runtime.importing import only_importing
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
-
-importing: Path | None = None  # the script that is being imported to read its run: it must not train
 
 
 # ---------------------------------------------------------------- the experiment's classes and code
@@ -48,18 +48,17 @@ def users_script() -> Path | None:
     return path if is_script and path != ROOT / 'main.py' else None
 
 
-def identity_of(trainer_class: type, fingerprint: str) -> Identity:
+def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Identity:
     """The Identity of a run of this trainer on the data set with this fingerprint.
 
-    Its code is the user's script and every class between `trainer_class` and BaseDiffusionTrainer that is in another
-    file; a class that has no source, as in some notebooks, is left out.
+    Its code is the user's script and, from other files, every class from `trainer_class` up to `base_class`, which is
+    not in it. A class without source, as in some notebooks, is left out.
     """
     script = users_script()
     code = {} if script is None else {script.name: script.read_text()}
-    base = next((cls for cls in trainer_class.__mro__ if cls.__name__ == 'BaseDiffusionTrainer'), object)
     for cls in trainer_class.__mro__:
         file = file_of(cls)
-        if cls not in base.__mro__ and (script is None or file != script):
+        if cls not in base_class.__mro__ and (script is None or file != script):
             try:
                 code[name_of(cls)] = inspect.getsource(cls)
             except (OSError, TypeError):
@@ -68,13 +67,13 @@ def identity_of(trainer_class: type, fingerprint: str) -> Identity:
 
 
 def name_of(cls: type) -> str:
-    """'mine.py:MyTrainer', or the class alone if it has no file."""
+    """'mine.py:MyTrainer', or only the class if it has no file."""
     file = file_of(cls)
     return f'{file.name}:{cls.__qualname__}' if file else cls.__qualname__
 
 
 def where(cls: type) -> dict[str, str | None]:
-    """What import_class needs to find a class again: its file, relative to the project if it is inside, and name."""
+    """Arguments with which import_class finds a class again: its file, as by from_root, and its name."""
     return dict(file=from_root(file_of(cls)), name=cls.__qualname__)
 
 
@@ -99,12 +98,11 @@ def import_class(file: str | None, name: str) -> type:
 
 
 def import_file(file: str) -> Any:
-    """A file, relative to the project if it is inside, as a module: that of an earlier import or run, if there was one.
+    """A file, relative to the project if it is inside, as a module: the existing one, if it was imported or run before.
 
     Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
     Raises SettingError if it is gone, or calls `main` outside that part.
     """
-    global importing
     path = (ROOT / file).resolve()
     found = loaded_module(path)
     if found is None:
@@ -116,14 +114,12 @@ def import_file(file: str) -> Any:
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None, 'a Python file has a loader'
         found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        importing = path
         try:
-            spec.loader.exec_module(found)
+            with only_importing(path):
+                spec.loader.exec_module(found)
         except BaseException:
             del sys.modules[module_name]
             raise
-        finally:
-            importing = None
     return found
 
 
@@ -140,7 +136,7 @@ def loaded_module(path: Path) -> Any:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """The output of a command; None if it is not there or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -149,8 +145,8 @@ def output_of(*command: str) -> str | None:
 
 
 def git_state() -> dict[str, str | None]:
-    """Commit of the project's repository and what differs from it, cut to LONGEST_DIFF; None where it is in none."""
-    if output_of('git', 'ls-files', '--error-unmatch', 'config.py') is None:  # a repository around it is not meant
+    """Commit of the project's repository and the diff to it, cut to LONGEST_DIFF; None without a repository."""
+    if output_of('git', 'ls-files', '--error-unmatch', 'config.py') is None:  # none, or another one around the project
         return dict(commit=None, diff=None)
     diff = output_of('git', '--no-pager', 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
     if diff is not None and len(diff) > LONGEST_DIFF:
@@ -159,7 +155,7 @@ def git_state() -> dict[str, str | None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of what computes; None for what is not there."""
+    """Versions of Python, packages, CUDA and driver; None for what is not there."""
     on_gpu = torch.cuda.is_available()
     query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
     return dict(
@@ -187,40 +183,40 @@ def checksum(path: Path) -> str:
     return f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'
 
 
+def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
+    """Name -> value of everything that must be the same in all processes; `files` are relative to ROOT."""
+    code = {file: ROOT / file for file in files}
+    if (script := users_script()) is not None:  # anywhere
+        code[Path(script.name)] = script
+    packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
+    return {
+        **{f'the code in {name}': checksum(path) for name, path in code.items()},
+        **{f'version of {name}': version for name, version in packages.items()},
+        'version of python': platform.python_version(),
+        **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
+    }
+
+
 def refuse_unlike(config: Config) -> None:
     """Raise SettingError, on every rank, if ranks have other settings, code or versions than rank 0.
 
-    They do where machines have clones or environments of their own and one of them was forgotten in a change. The code
-    is the files of the project that rank 0 has imported, not a file that happens to lie beside them. Where a machine
-    has its data may differ.
+    They do if machines have clones or environments of their own and one of them was forgotten in a change. The code is
+    the files of the project that rank 0 has imported; other files of it may differ, and so may the place of the data.
     """
     if ranks.world_size() == 1:
         return
-
-    def facts(files: list[Path]) -> dict[str, Any]:
-        code = {file: ROOT / file for file in files}
-        if (script := users_script()) is not None:  # anywhere
-            code[Path(script.name)] = script
-        packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
-        return dict(
-            {f'the code in {name}': checksum(path) for name, path in code.items()},
-            host=socket.gethostname(),
-            **{f'version of {name}': version for name, version in packages.items()},
-            **{'version of python': platform.python_version()},
-            **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
-        )
-
-    files, first = ranks.on_main(lambda: (files := imported_files(), facts(files)))
+    host = socket.gethostname()
+    main_host, files, first = ranks.on_main(lambda: (host, files := imported_files(), facts_of(config, files)))
 
     def compare() -> None:
-        here = facts(files)
+        here = facts_of(config, files)
         lines = [
-            f'  {name}: {first.get(name)} on {first["host"]}, {here.get(name)} on {here["host"]}'
+            f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}'
             for name in {**first, **here}
-            if name != 'host' and first.get(name) != here.get(name)
+            if first.get(name) != here.get(name)
         ]
         if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
-            raise SettingError(f'init_from={config.init_from!r}: {here["host"]} has no such file. Copy it there.')
+            raise SettingError(f'init_from={config.init_from!r}: {host} has no such file. Copy it there.')
         if lines:
             more = [f'  ... and {len(lines) - 20} more'] if len(lines) > 20 else []
             raise SettingError(
@@ -236,18 +232,18 @@ def command_line() -> str:
     if 'RUN_REPORTS' not in os.environ:  # of the launcher
         return shlex.join(['python', *sys.argv])
     machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
-    asked = {name: os.environ[name] for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ}
+    given = {name: os.environ[name] for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ}
     if machines and 'RUN_PORT' in os.environ:
-        asked['MASTER_PORT'] = os.environ['RUN_PORT']
+        given['MASTER_PORT'] = os.environ['RUN_PORT']
     script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
-    given = [f'{name}={shlex.quote(value)}' for name, value in asked.items()]
-    return ' '.join([*given, shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])])
+    variables = [f'{name}={shlex.quote(value)}' for name, value in given.items()]
+    return ' '.join([*variables, shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])])
 
 
 def write_start(config: Config, trainer_class: type, device: torch.device, step: int = 0) -> dict[str, Any]:
-    """Append what is known of this start to the run's run.json, and return it. All ranks must call this together.
+    """Append an entry for this start to the run's run.json, and return it. All ranks must call this together.
 
-    `step`: where the run goes on. Raises SaveError if the file cannot be written.
+    `step`: the step at which the run starts or resumes. Raises SaveError if the file cannot be written.
     """
 
     def write() -> dict[str, Any]:
@@ -266,13 +262,8 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
             config=where(type(config)),
         )
         path = config.run_dir / 'run.json'
-        temporary = path.with_name('.run.json.tmp')
         try:
-            with open(temporary, 'w') as file:
-                json.dump([*read_starts(config.run_dir), entry], file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            write_text(path, json.dumps([*read_starts(config.run_dir), entry], indent=2), durable=True)
         except OSError as error:
             raise SaveError(f'{path} cannot be written ({error}). Make room there, and run it again.') from error
         return entry

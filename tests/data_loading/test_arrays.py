@@ -77,7 +77,7 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
             r'the data are int32 \(8, 4, 4\)\. They must be uint8 images or floats',
         ),
         (dict(x=np.zeros(8)), r'float64 \(8,\)'),
-        (dict(x=np.zeros((8, 4), np.uint8)), r'uint8 data of shape \(8, 4\) are no images'),
+        (dict(x=np.zeros((8, 4), np.uint8)), r'uint8 data of shape \(8, 4\) are not images'),
         (dict(photos=np.zeros((8, 4))), 'holds photos. Name the data one of images, x'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(7, int)), r'labels are int64 \(7,\).*for each of 8'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\)'),
@@ -94,13 +94,13 @@ def test_bad_arrays_are_named_before_training(load, tmp_path, arrays, words):
         load(tmp_path / 'x.npz')
 
 
-def test_files_that_are_none(load, tmp_path):
+def test_files_that_cannot_be_used_are_named(load, tmp_path):
     for name, content, words in (
         ('gone.npy', None, 'there is no such file'),
         ('x.txt', b'1 2 3', 'its ending is none of .npy, .npz and .pt'),
         ('x.npy', b'1 2 3', 'cannot be read'),
         ('x.npz', b'', 'cannot be read'),
-        ('x.pt', b'1 2 3', 'cannot be read.*Make it anew'),
+        ('x.pt', b'1 2 3', 'cannot be read.*Make it again'),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -162,9 +162,9 @@ def test_channels_may_be_last():
     assert arrays.channels_first(np.zeros((9, 6, 5, 4), np.uint8), '').shape == (9, 4, 6, 5)
 
 
-def test_the_fingerprint_of_rows_sees_the_last():
-    x = np.zeros((30, 2), np.float32)
+def test_the_fingerprint_of_rows_depends_on_the_last():
+    x = np.arange(60, dtype=np.float32).reshape(30, 2)
     other = x.copy()
     other[-1] = 1
-    made = [arrays.ShuffledRows(a, np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other)]
-    assert made[0] != made[1]
+    mark, changed = (arrays.ShuffledRows(a, np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other))
+    assert mark != changed and len(mark) == 128 and mark.startswith('8ce714547b2ecd2f60a8e13b')  # must stay

@@ -17,7 +17,7 @@ CPU = torch.device('cpu')
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """No test asks the hub."""
+    """No test contacts the hub."""
 
     def refuse(*args, **kwargs):
         raise OSError('no network')
@@ -45,8 +45,8 @@ def write(folder: Path, splits: dict[str, int], mode='RGB', **columns) -> None:
 def load(tiny_config, tmp_path):
     def make(path=None, **settings):
         path = str(path or tmp_path / 'hub')
-        usual = dict(dataset='hub', data_path=path, image_size=(8,), num_workers=0)
-        return setup_data_train_and_test(tiny_config(**(usual | settings)), CPU)
+        default = dict(dataset='hub', data_path=path, image_size=(8,), num_workers=0)
+        return setup_data_train_and_test(tiny_config(**(default | settings)), CPU)
 
     (tmp_path / 'hub').mkdir()
     return make
@@ -83,14 +83,14 @@ def test_columns_are_found_or_named(load, tmp_path):
         name=(datasets.Value('string'), str),
     )
     write(tmp_path / 'hub', {'train': 20}, **more)
-    with pytest.raises(SettingError, match=r"which column holds the images\? Of images are \['picture', 'other'\]"):
+    with pytest.raises(SettingError, match=r"which column holds the images; image columns: \['picture', 'other'\]"):
         load()
     assert load(columns=('picture',))[0].spec.num_classes == 3
     train, *_ = load(columns=('other', 'age'))
     x, _ = train.everything()
     assert train.spec.num_classes == 5 and (x[:, 0] * 255).round().unique().tolist() == [200]
     for columns, words in (
-        (('age',), 'age holds the images'),
+        (('age',), "column 'age' does not hold images"),
         (('picture', 'name'), "'name' does not hold classes"),
         (('picture', 'gone'), "'gone' does not hold classes.*there are picture, kind, other, age, name"),
     ):
@@ -153,13 +153,13 @@ def test_where_there_are_both_the_validation_split_is_held_out(load, tmp_path):
     assert load()[2].size == 5
 
 
-def test_height_comes_before_width_and_other_sizes_are_decoded_anew(load, tmp_path):
+def test_height_comes_before_width_and_other_sizes_are_decoded_again(load, tmp_path):
     write(tmp_path / 'hub', {'train': 20})
     assert load(image_size=(8, 6))[0].spec.shape == (3, 8, 6)
     assert load(image_size=(4,))[0].spec.shape == (3, 4, 4)
 
 
-def test_other_files_are_decoded_anew(load, tmp_path):
+def test_other_files_are_decoded_again(load, tmp_path):
     write(tmp_path / 'hub', {'train': 20})
     first = load()[0]
     write(tmp_path / 'hub', {'train': 20}, mode='L')

@@ -1,4 +1,4 @@
-"""In which order data are read, how they are dealt to processes, and the processes that read them."""
+"""The order in which data are read, how they are dealt to processes, and the loader processes."""
 
 import itertools
 import json
@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from config import Config, SettingError
-from data_loading.loader import HeldOutSampler, cores_per_process
-from data_utils import DATASETS, DataSpec, Loader, StreamSampler, setup_data_train_and_test
+from data_loading.loader import HeldOutSampler, Loader, StreamSampler
+from data_loading.spec import Part
+from data_utils import DATASETS, DataSpec, setup_data_train_and_test
 from runtime import ranks, stopping
+from runtime.workers import cores_per_process
 from tests.helpers import ROOT, processes_with, wait_until
 
 CPU = torch.device('cpu')
@@ -94,10 +96,10 @@ def test_processes_together_see_the_same_images_in_each_step(tiny_config, as_pro
 
 
 def test_overfit_repeats_the_first_batch(tiny_config):
-    usual = take_steps(StreamSampler(200, tiny_config()), 0, 3)
+    steps = take_steps(StreamSampler(200, tiny_config()), 0, 3)
     again = take_steps(StreamSampler(200, tiny_config(overfit=True)), 0, 3)
-    assert again == [usual[0]] * 3
-    assert usual[1] != usual[0]
+    assert again == [steps[0]] * 3
+    assert steps[1] != steps[0]
 
 
 # ---------------------------------------------------------------- loaders
@@ -139,9 +141,9 @@ def test_train_loader_goes_on_from_a_step(tiny_config):
     assert np.array_equal(label.numpy(), digits.target[chosen])
 
 
-def test_loader_scales_by_the_largest_pixel(tiny_config):
+def test_loader_scales_by_the_largest_pixel():
     images = torch.tensor([0, 8, 16], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    loader = Loader((images, torch.arange(3)), [[2, 0], [1]], tiny_config(), DATASETS['digits'], CPU)
+    loader = Loader(Part((images, torch.arange(3))), [[2, 0], [1]], DATASETS['digits'], CPU, num_workers=0)
     assert [(x.flatten().tolist(), label.tolist()) for x, label in loader] == [([1.0, 0.0], [2, 0]), ([0.5], [1])]
 
 
@@ -263,7 +265,7 @@ def test_the_indices_of_a_step_are_copied_at_once(set_up, monkeypatch, as_proces
 
 
 def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
-    """Stop signals of others are for the trainer; only the parent ends a loader process."""
+    """Stop signals from other processes are meant for the trainer; only the parent ends a loader process."""
     of_others = set(multiprocessing.active_children())
     train, sampler, _ = set_up(TensorDataset(IMAGES, LABELS), workers=1)
     batches = iter(train)  # is still there when the loader is closed
@@ -284,9 +286,9 @@ def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize('how', ['usual', 'gone early'])
+@pytest.mark.parametrize('how', ['reading', 'gone early'])
 def test_loader_processes_end_with_a_killed_parent(how):
-    """Also where its exit handlers do not run, and where it is gone before they look for it."""
+    """Also if its exit handlers do not run, and if it is gone before they look for it."""
     script = SCRIPT + 'print(*(process.pid for process in multiprocessing.active_children()))\nos._exit(9)'
     ended = subprocess.run(
         [sys.executable, '-c', script, how, '.'], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -328,7 +330,7 @@ print('read')
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize('how', ['usual', 'error', 'only the iterator is left'])
+@pytest.mark.parametrize('how', ['reading', 'error', 'only the iterator is left'])
 def test_a_script_that_reads_a_batch_ends(how, tmp_path):
     command = [sys.executable, '-c', SCRIPT, how, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -340,7 +342,6 @@ def test_a_script_that_reads_a_batch_ends(how, tmp_path):
 
 def test_no_more_loader_processes_than_cores(set_up, monkeypatch, recwarn):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(6)), raising=False)
-    assert cores_per_process() == 6
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     train, *_ = set_up(TensorDataset(IMAGES, LABELS), workers=16)
     assert train.workers.num_workers == 3 and not recwarn.list

@@ -5,11 +5,22 @@ import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from config import SettingError
-from evaluation.distances import Moments, compare, density_coverage, frechet, nearest, radii, wasserstein
+from evaluation.distances import (
+    Moments,
+    compare,
+    density_coverage,
+    describe,
+    distance_from_set,
+    frechet,
+    nearest,
+    radii,
+    wasserstein,
+)
 
 GEN = torch.Generator().manual_seed(0)
 
@@ -33,6 +44,17 @@ def test_frechet_distance_is_that_of_torch_fidelity(shape):
     a, b = normal(*shape) @ mix, 1.3 * normal(*shape) @ mix + 0.2
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(x.double()) for x in (a, b)), verbose=False)
     assert frechet(Moments(a), Moments(b)) == pytest.approx(theirs['frechet_inception_distance'], rel=1e-6)
+
+
+@pytest.mark.parametrize('d', [2, 40])
+def test_frechet_distance_against_a_matrix_square_root(d):
+    a, b = normal(500, d) @ normal(d, d) + normal(1, d), normal(300, d) @ normal(d, d)
+    cov_a, cov_b = np.cov(a.double().numpy().T), np.cov(b.double().numpy().T)
+    gap = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
+    expected = gap + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet(Moments(a), Moments(b)) == pytest.approx(expected, rel=1e-6)
+    shift = torch.linspace(0, 1, d)
+    assert frechet(Moments(a), Moments(a + shift)) == pytest.approx(shift.square().sum().item(), rel=1e-4)
 
 
 def test_moments_do_not_lose_digits_far_from_zero():
@@ -73,13 +95,24 @@ def test_each_number_sees_its_own_fault():
     assert narrow['frechet'] == pytest.approx(8 * 0.49, rel=0.1) and wide['frechet'] == pytest.approx(32, rel=0.1)
 
 
-def test_nearest():
-    assert nearest(torch.tensor([[0.0, 3.0], [4.0, 0.0]]), torch.zeros(1, 2)) == pytest.approx(3.5)
+def test_nearest_by_hand():
+    train = torch.tensor([[0.0, 0], [10, 0]])
+    assert nearest(torch.tensor([[3.0, 0], [9, 0], [4, 3]]), train) == pytest.approx((3 + 1 + 5) / 3)
+    samples, data, held_out = normal(20, 3), normal(30, 3), normal(10, 3)
+    ratio = torch.cdist(samples, data).amin(1).mean() / torch.cdist(held_out, data).amin(1).mean()
+    assert compare(samples, data, held_out)['nearest_neighbour_ratio'] == pytest.approx(ratio.item(), rel=1e-5)
 
 
-def test_too_few_are_refused():
-    with pytest.raises(SettingError, match='9 samples, 20 training and 20 held-out images: at least 10'):
-        compare(normal(9, 2), normal(20, 2), normal(20, 2))
+def test_what_cannot_be_compared_is_refused():
+    for sizes in ((9, 20, 20), (20, 9, 20), (20, 20, 9)):
+        samples, train, held_out = (normal(n, 2) for n in sizes)
+        text = f'{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images: at least 10'
+        with pytest.raises(SettingError, match=text):
+            compare(samples, train, held_out)
+    broken = normal(20, 2)
+    broken[3, 1], broken[7] = math.nan, math.inf
+    with pytest.raises(SettingError, match=r'2 of 20 samples have values that are not finite.*--solver'):
+        compare(broken, normal(20, 2), normal(20, 2))
 
 
 def test_a_shift_is_the_same_in_every_direction():
@@ -97,7 +130,9 @@ def two_clusters(n):
 
 def test_the_real_distance_is_of_images_from_all_of_the_data():
     train = two_clusters(500)
-    assert compare(normal(500, 4), train, train)['real_frechet'] < 1
+    values = compare(normal(500, 4), train, train)
+    assert 0 < values['real_frechet'] < 1
+    assert compare(normal(500, 4, 3.0), train, train)['real_frechet'] == values['real_frechet']  # of no sample
 
 
 def test_of_much_data_a_part_of_all_is_compared():
@@ -148,3 +183,17 @@ def test_only_points_in_the_plane_have_a_wasserstein_distance():
     values = compare(normal(500, 2, 1.0, 2.0), data, held_out)
     assert values['wasserstein'] == pytest.approx(math.sqrt(8), rel=0.1) and values['real_wasserstein'] < 0.5
     assert not any('wasserstein' in name for name in compare(normal(50, 3), normal(50, 3), normal(50, 3)))
+
+
+def test_distance_from_a_set_is_small_for_new_points_of_it():
+    values = distance_from_set(torch.randn(300, 2, generator=GEN) + 5, 'moons', '_at_5')
+    assert values['wasserstein_at_5'] > 4 > 0.5 > values['real_wasserstein_at_5'] > 0
+
+
+def test_describe_names_what_is_there():
+    values = dict(label_agreement=0.5, frechet=1.25, real_frechet=0.75, nearest_neighbour_ratio=1.5)
+    text = describe(values)
+    assert len(text.splitlines()) == 4 and all(number in text for number in ('50.0%', '1.25', '0.75', '1.500'))
+    del values['label_agreement']
+    assert describe(values).splitlines() == text.splitlines()[1:]
+    assert describe({}) == '' and describe({'of my own': 1.0, 'kid': 0.1}) == '  of my own: 1'

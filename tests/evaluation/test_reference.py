@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from data_utils import DATASETS, DataSpec
-from evaluation import judge
-from evaluation.reference import levels, reference_errors
 from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
 from processes import PROCESSES
 from tests.helpers import record_of
@@ -19,7 +17,7 @@ from utils import bcast_right
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 # linear_vp and ve as wide as the straight line, whose times 0.001 and 0.999 have sigma / alpha 0.001 and 999: their
-# usual ends are nearer, and stand for the times beyond them. t_min and t_max matter to training alone.
+# default ends are nearer, and stand for the times beyond them. t_min and t_max matter to training only.
 WIDE = dict(beta_max=40.0, sigma_min=0.0005, sigma_max=1500.0, t_min=0.01, t_max=0.8)
 
 
@@ -40,8 +38,12 @@ def straight_line(trainer):
     return 2 * images - 1, torch.stack(noise), t, label
 
 
+def baselines_of(trainer):
+    return trainer.judge.reference.baselines()
+
+
 def reference_of(trainer, module=None):
-    return judge.reference(trainer, module or trainer.network)
+    return trainer.judge.reference_loss(module or trainer.network)
 
 
 def test_it_is_the_mean_square_error_of_the_velocity(tiny_config, build_trainer):
@@ -93,7 +95,7 @@ def test_it_does_not_depend_on_how_a_run_is_trained(tiny_config, build_trainer):
 
 
 class Knows(torch.nn.Module):
-    """A network that outputs, in the type that is asked for, what the best denoiser of the held-out images says."""
+    """A network that outputs, in the type of the config, what the best denoiser of the held-out images says."""
 
     def __init__(self, process, model_type, denoise):
         super().__init__()
@@ -134,7 +136,7 @@ def test_one_denoiser_has_one_value_whatever_it_is_read_through(
 @pytest.mark.parametrize('process_name', PROCESSES)
 def test_who_knows_the_image_has_no_loss(tiny_config, build_trainer, process_name):
     trainer = build_trainer(tiny_config(process_name=process_name))
-    batches = iter(list(judge.held_out(trainer, None)))
+    batches = iter(list(trainer.batches.held_out()))
 
     class Truth(torch.nn.Module):
         def forward(self, xt, t, label=None):
@@ -161,7 +163,7 @@ def test_two_processes_find_what_one_does(tiny_config, build_trainer, run_sh, tm
         assert theirs == pytest.approx(mine, rel=1e-3)  # the weights differ by the order of summation
 
 
-# ---------------------------------------------------------------- levels that losses are seen against
+# ---------------------------------------------------------------- baselines
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +180,7 @@ def test_the_floor_of_two_points_is_that_of_an_integral(tiny_config, build_train
     """E[x0 | xt] is tanh(alpha xt / sigma^2), and the velocity's error is that of x0 over t."""
     monkeypatch.setitem(DATASETS, 'two', DataSpec(two_points, (1,), scale='float'))
     trainer = build_trainer(tiny_config(dataset='two', network='mlp', t_min=0.01, global_batch_size=64))
-    values = levels(trainer)
+    values = baselines_of(trainer)
     noise = torch.from_numpy(np.random.default_rng(1).normal(size=(2000, 1)))
     t = torch.linspace(0.01, 0.999, 2001, dtype=torch.float64)[None]
     xt = (1 - t) + t * noise  # of the point 1: the other is its mirror image
@@ -202,7 +204,7 @@ def test_the_floor_of_two_points_is_that_of_an_integral(tiny_config, build_train
 )
 def test_no_training_loss_is_below_the_floor_and_one_that_knows_all_is_at_it(tiny_config, build_trainer, settings):
     trainer = build_trainer(tiny_config(global_batch_size=1024, num_training_steps=4, **settings))
-    floor = levels(trainer)['train/floor']
+    floor = baselines_of(trainer)['train/floor']
     x, label, *_ = trainer.train_loader.everything()
     denoise = optimal_denoiser(2 * x - 1, label)
 
@@ -212,18 +214,18 @@ def test_no_training_loss_is_below_the_floor_and_one_that_knows_all_is_at_it(tin
         alpha, sigma = (bcast_right(value, xt.ndim) for value in (coefs.alpha, coefs.sigma))
         return getattr(Prediction(xt, coefs, x0=x0, x1=(xt - alpha * x0) / sigma), trainer.config.model_type)
 
-    shards = trainer.shards()
-    losses = torch.cat([trainer.loss_fn(next(shards), knows) for _ in range(8)])
+    steps = trainer.batches.steps(trainer.step)
+    losses = trainer.loss_fn(next(next(steps)), knows)
     assert losses.mean().item() == pytest.approx(floor, rel=0.1)
     with torch.no_grad():
-        untrained = torch.cat([trainer.loss_fn(next(shards), trainer.get_model_fn(trainer.network)) for _ in range(8)])
+        untrained = trainer.loss_fn(next(next(steps)), trainer.get_model_fn(trainer.network))
     assert untrained.mean().item() > 1.5 * floor
 
 
-def test_the_levels_do_not_depend_on_the_process_or_output(tiny_config, build_trainer):
+def test_the_baselines_do_not_depend_on_the_process_or_output(tiny_config, build_trainer):
     found = []
     for i, settings in enumerate([{}, dict(process_name='cosine', model_type='v'), dict(model_type='x0')]):
-        values = levels(build_trainer(tiny_config(experiment_name=f'run{i}', **settings)))
+        values = baselines_of(build_trainer(tiny_config(experiment_name=f'run{i}', **settings)))
         found.append({name: values[name] for name in ('eval/reference_floor', 'eval/reference_gaussian')})
     for values in found[1:]:
         assert values == pytest.approx(found[0], rel=1e-3)
@@ -251,29 +253,29 @@ class Drawn(ExampleDiffusionTrainer):
         return super().encode(x) + 0.1 * torch.randn_like(x)
 
 
-def test_there_is_no_level_where_none_is_known(tiny_config, build_trainer):
+def test_there_is_no_baseline_where_none_is_known(tiny_config, build_trainer):
     """Of another loss and of changed images the least training loss is another; the reference loss knows neither."""
     for kind in (OwnBatch, Coupled, Drawn):
-        assert levels(build_trainer(tiny_config(experiment_name=kind.__name__), kind)) == {}
-    whole = levels(build_trainer(tiny_config(experiment_name='whole')))
+        assert baselines_of(build_trainer(tiny_config(experiment_name=kind.__name__), kind)) == {}
+    whole = baselines_of(build_trainer(tiny_config(experiment_name='whole')))
     reference = {name: value for name, value in whole.items() if name.startswith('eval/')}
     assert reference.keys() < whole.keys()
     for i, settings in enumerate([dict(translate_prob=0.5), dict(overfit=True), dict(label_dropout=0.3)]):
-        found = levels(build_trainer(tiny_config(experiment_name=f'run{i}', **settings)))
+        found = baselines_of(build_trainer(tiny_config(experiment_name=f'run{i}', **settings)))
         assert {name: found[name] for name in reference} == pytest.approx(reference, abs=1e-6)
         assert ('train/floor' in found) == ('label_dropout' in settings)
-    assert levels(build_trainer(tiny_config(), OwnLoss)) == pytest.approx(reference, abs=1e-6)
+    assert baselines_of(build_trainer(tiny_config(), OwnLoss)) == pytest.approx(reference, abs=1e-6)
 
 
-def test_where_memory_is_short_the_levels_are_left_out(tiny_config, build_trainer, monkeypatch):
+def test_where_memory_is_short_the_baselines_are_left_out(tiny_config, build_trainer, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr('evaluation.reference.optimal_denoiser', full)
-    assert levels(build_trainer(tiny_config())) == {}
+    assert baselines_of(build_trainer(tiny_config())) == {}
 
 
-def test_the_levels_are_in_the_record(tiny_config, build_trainer):
+def test_the_baselines_are_in_the_record(tiny_config, build_trainer):
     config = tiny_config()
     build_trainer(config).train_loop()
     lines = {line['train/step']: line for line in record_of(config.run_dir, levels=True)}
@@ -288,7 +290,7 @@ def seen_by_the_network(trainer, batch):
         seen.update(xt=xt, t=t, **cond)
         return torch.zeros_like(xt)
 
-    reference_errors(trainer, batch, torch.arange(len(batch.t)), network)
+    trainer.judge.reference.errors(batch, torch.arange(len(batch.t)), network)
     return seen
 
 
@@ -302,7 +304,7 @@ def test_where_x1_is_data_it_is_taken_for_the_noise_and_a_second_time_is_the_fir
     assert torch.equal(seen['s'], seen['t'])
 
 
-def test_the_gaussian_level_knows_each_pixel(tiny_config, build_trainer):
+def test_the_gaussian_baseline_knows_each_pixel(tiny_config, build_trainer):
     """By hand, of the best linear estimate of each pixel by itself."""
     trainer = build_trainer(tiny_config())
     x0 = 2 * trainer.train_loader.everything()[0].double() - 1
@@ -315,11 +317,11 @@ def test_the_gaussian_level_knows_each_pixel(tiny_config, build_trainer):
     xt = (1 - t) * clean + t * noise
     guess = mean + (1 - t) * variance / ((1 - t) ** 2 * variance + t**2) * (xt - (1 - t) * mean)
     by_hand = ((guess - clean) / t).square().mean().item()
-    assert levels(trainer)['eval/reference_gaussian'] == pytest.approx(by_hand, rel=1e-3)
+    assert baselines_of(trainer)['eval/reference_gaussian'] == pytest.approx(by_hand, rel=1e-3)
 
 
 @pytest.mark.parametrize('setting', ['flip_prob', 'rotate_prob'])
 def test_turned_images_have_no_floor(tiny_config, build_trainer, monkeypatch, setting):
     spec = dataclasses.replace(DATASETS['digits'], flip_keeps_label=True, rotation_keeps_label=True)
     monkeypatch.setitem(DATASETS, 'digits', spec)
-    assert 'train/floor' not in levels(build_trainer(tiny_config(**{setting: 0.5})))
+    assert 'train/floor' not in baselines_of(build_trainer(tiny_config(**{setting: 0.5})))

@@ -10,10 +10,8 @@ import saving
 import utils
 from config import Config, SettingError
 from data_utils import DATASETS
-from evaluation import judge
 from networks import NETWORKS
 from processes import PROCESSES
-from reports import pictures
 from solvers import SOLVERS
 from tests.helpers import TINY, losses, record_of
 
@@ -63,7 +61,7 @@ def test_it_trains_evaluates_draws_and_resumes(experiment, name):
     drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*_raw.png')}
     assert drawn == {f'step_0000012_{sampler}_raw.png' for sampler in trainer.samplers()}
     again = experiment(name)
-    assert again.finished and again.step == 12
+    assert again.checkpoints.finished and again.step == 12
     for key, value in utils.concat([again.example]).cond.items():
         assert value.equal(trainer.example.cond[key])
 
@@ -89,8 +87,8 @@ def test_two_processes_learn_what_one_does(experiment, run_sh, tmp_path, name):
 def test_a_coupling_sees_the_whole_global_batch_and_only_reorders(experiment):
     trainer = experiment('ot')
     alone = experiment('ot', experiment_name='alone')
-    alone.couples = False
-    coupled, plain = (utils.concat([next(shards) for _ in range(8)]) for shards in (trainer.shards(), alone.shards()))
+    alone.couple = None
+    coupled, plain = (next(next(each.batches.steps(0))) for each in (trainer, alone))
     assert coupled.x0.equal(plain.x0) and coupled.t.equal(plain.t) and not coupled.x1.equal(plain.x1)
     rows = {tuple(row) for row in plain.x1.flatten(1).tolist()}
     assert {tuple(row) for row in coupled.x1.flatten(1).tolist()} == rows
@@ -113,10 +111,10 @@ def test_samples_start_from_held_out_data_where_x1_is_data(experiment):
     trainer = experiment('restore_images')
     inputs = trainer.sample_inputs(20)
     held_out, _ = trainer.test_loader.everything()
-    whole = inputs.beside[1]
+    whole = trainer.decode(inputs.truth)
     assert all((held_out == image).flatten(1).all(1).any() for image in whole)
     assert inputs.label.tolist() == 2 * list(range(10))
-    assert torch.allclose(inputs.beside[0], trainer.decode(inputs.x1))
+    assert torch.allclose(inputs.given[0], trainer.decode(inputs.x1)) and len(inputs.given) == 1
     assert (inputs.cond['degraded'][:, :, 4:] == -1).all()
     assert (trainer.decode(inputs.cond['degraded'])[:, :, :4] == whole[:, :, :4]).all()
 
@@ -125,11 +123,10 @@ def test_shape_is_that_of_encode_and_decode_is_what_is_shown_and_judged(experime
     trainer = experiment('latent')
     assert trainer.shape == (4, 4, 4) and trainer.sample_inputs(3).x1.shape == (3, 4, 4, 4)
     sampler = trainer.samplers()['adams']
-    x = pictures.generate(trainer, sampler, trainer.network, trainer.sample_inputs(5))
+    x = trainer.drawing.samples(sampler, trainer.network, trainer.sample_inputs(5))
     assert x.shape == (5, 1, 8, 8) and x.min() >= 0 and x.max() <= 1
     images, *_ = trainer.train_loader.take(range(64))
     assert (trainer.decode(trainer.encode(images)) - images).square().mean() < 0.3 * images.var()
-    assert saving.load  # the checkpoint has the autoencoder and its scale
     trainer.train_loop()
     checkpoint = saving.load(trainer.config.run_dir / 'last.pt')
     assert checkpoint['shape'] == (4, 4, 4) and checkpoint['state']['std'].equal(trainer.std)
@@ -140,29 +137,28 @@ def test_floats_are_x0_as_they_are_and_said_to_be_far_from_usual(experiment, cap
     trainer = experiment('floats')
     assert trainer.example.x_original.max() == 740 and -1.01 < trainer.example.x0.min() < -0.99
     trainer.encode = lambda x: x
-    del trainer.__dict__['example']
-    judge.rehearse(trainer)
+    del trainer.batches.__dict__['example']
+    trainer.judge.rehearse()
     assert 'x0 of the first 64 images lies in [100, 740]' in capsys.readouterr().out
 
 
 def test_conditions_are_dropped_together_in_training_alone(experiment):
     trainer = experiment('conditions', label_dropout=0.5)
-    batch = utils.concat([next(trainer.shards()) for _ in range(1)])
-    shards = trainer.shards()
-    batch = utils.concat([next(shards) for _ in range(8)])
+    steps = trainer.batches.steps(trainer.step)
+    batch = next(next(steps))
     dropped = batch.label == 10
     assert 0.25 < dropped.float().mean() < 0.75
     assert (batch.cond['ink'][dropped] == 0).all() and (batch.cond['text'][dropped] == 0).all()
     assert (batch.cond['ink'][~dropped] != 0).all()
-    held_out, _ = next(judge.held_out(trainer, 1))
+    held_out, _ = next(trainer.batches.held_out(1))
     assert (held_out.label < 10).all() and (held_out.cond['ink'] != 0).all()
 
 
 def test_the_critic_and_the_network_move_by_their_own_terms(experiment):
     """The critic's gradient is that of its own term alone; the network's has nothing of it."""
     trainer = experiment('gan')
-    critic, batch = trainer.modules['critic'], next(trainer.shards())
-    trainer.parallel(batch).mean().backward()
+    critic, batch = trainer.modules['critic'], next(next(trainer.batches.steps(0)))
+    trainer.losses(batch).mean().backward()
     both = [p.grad.clone() for p in critic.parameters()]
     coefs = trainer.process(batch.t)
     xt = trainer.process.compute_xt(batch.x0, batch.x1, coefs)

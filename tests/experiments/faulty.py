@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-import saving
 from config import Config
 from main import main
-from runtime import ranks
+from runtime import files, ranks
 from trainer import ExampleDiffusionTrainer
+from training.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ PATCHES = {
     'half written': half_written,
     'before fsync': lambda trainer: before(os, 'fsync', lambda: die(trainer, 'before fsync')),
     'before rename': lambda trainer: before(os, 'replace', lambda: die(trainer, 'before rename'), 'last.pt'),
-    'after rename': lambda trainer: before(saving, 'sync_folder', lambda: die(trainer, 'after rename')),
+    'after rename': lambda trainer: before(
+        files, 'sync', lambda: die(trainer, 'after rename'), trainer.config.run_dir.name
+    ),
     'saving:SIGTERM:worker': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),
     'saving:SIGTERM:run.sh': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),
 }
@@ -147,11 +149,11 @@ if __name__ == '__main__':
     counted: dict[int, int] = {}
     if 'COUNT_IMAGES' in os.environ:  # that this process computes on, by step
 
-        def draw_shard(self, batch, shard, step, original=FaultyTrainer.draw_shard):
-            if step != 'evaluate':
+        def draw_shard(self, batch, shard, step, is_train=True, original=Batches.draw_shard):
+            if is_train:
                 counted[step] = counted.get(step, 0) + len(batch[0])
                 Path(f'{os.environ["COUNT_IMAGES"]}{ranks.rank()}').write_text(repr(counted))
-            return original(self, batch, shard, step)
+            return original(self, batch, shard, step, is_train)
 
-        FaultyTrainer.draw_shard = draw_shard
+        Batches.draw_shard = draw_shard
     main(trainer_class=FaultyTrainer, config_class=FaultyConfig)

@@ -11,8 +11,8 @@ from trainer import ExampleDiffusionTrainer
 
 
 class Adversarial(ExampleDiffusionTrainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
+        super().setup_networks()
         critic = nn.Sequential(nn.Flatten(), nn.LazyLinear(32), nn.SiLU(), nn.Linear(32, 1)).to(self.device)
         critic(self.example.x0)
         self.modules['critic'] = critic

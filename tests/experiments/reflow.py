@@ -21,12 +21,12 @@ class Reflow(ExampleDiffusionTrainer):
         return (x0 / 2 + 0.5).clamp(0, 1)
 
     def samplers(self):
-        return {f'euler_{n}': lambda fn, inputs, n=n: self.sample_fn(
-            fn, x1=inputs.x1, label=inputs.label, solver='euler', num_steps=n, nfe=0, time_grid='uniform'
+        return {f'euler_{n}': lambda fn, inputs, n=n: self.draw(
+            fn, inputs, 'euler', num_steps=n, nfe=0, time_grid='uniform'
         ) for n in (1, 2, 4)}  # fmt: skip
 
     def sample_metrics(self, x, inputs):
-        return {'rmse': float((x - inputs.beside[1]).square().mean().sqrt())}
+        return {'rmse': float((x - self.decode(inputs.truth)).square().mean().sqrt())}
 
 
 if __name__ == '__main__':

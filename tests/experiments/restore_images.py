@@ -17,7 +17,7 @@ class Restore(ExampleDiffusionTrainer):
         return dataclasses.replace(prepared, x1=x1, cond={'degraded': degraded})
 
     def sample_metrics(self, x, inputs):
-        return {'rmse': float((x - inputs.beside[1]).square().mean().sqrt())}
+        return {'rmse': float((x - self.decode(inputs.truth)).square().mean().sqrt())}
 
 
 if __name__ == '__main__':

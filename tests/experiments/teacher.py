@@ -11,8 +11,8 @@ from trainer import ExampleDiffusionTrainer
 
 
 class Taught(ExampleDiffusionTrainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def setup_networks(self):
+        super().setup_networks()
         self.modules['teacher'] = copy.deepcopy(self.network).requires_grad_(False)
         self.modules['log_variance'] = nn.Linear(1, 1).to(self.device)  # of the loss, by time (Karras et al. 2024)
         self.optimizers['log_variance'] = torch.optim.SGD(self.modules['log_variance'].parameters(), 1e-2)

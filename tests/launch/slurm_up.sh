@@ -3,7 +3,7 @@
 # name and an address of their own, and all share the machine's disk. Root on Debian, with slurm-wlm, munge and iproute2.
 #
 #   sh tests/launch/slurm_up.sh up                        start munge (if it is not there), slurmctld, and slurmd on each node
-#   sh tests/launch/slurm_up.sh on head sbatch slurm.sh   run a command on head, node1 or node2
+#   sh tests/launch/slurm_up.sh on head sbatch launch/slurm.sh   run a command on head, node1 or node2
 #   sh tests/launch/slurm_up.sh down                      stop all that `up` started, and jobs that are left
 #
 # CLUSTER: a folder for its files, whose name sets this cluster apart from others.

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT, launch_env, wait_until
+from tests.helpers import ROOT, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def fresh(tmp_path):
     import zipfile
 
     folder = tmp_path / 'fresh'
-    (folder / 'runtime').mkdir(parents=True)
+    (folder / 'launch').mkdir(parents=True)
     for name in ('run.sh', 'launch/environment.sh', 'pyproject.toml'):
         (folder / name).write_text((ROOT / name).read_text())
     for name in ('alpha', 'beta'):
@@ -182,30 +182,3 @@ def test_a_copy_of_run_sh_alone_says_so(tmp_path):
     result = subprocess.run(['sh', tmp_path / 'run.sh'], capture_output=True, text=True, timeout=20)
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert f'no launch/environment.sh in {tmp_path}' in result.stderr
-
-
-@pytest.mark.parametrize(
-    'given, cwd, runs',
-    [
-        ('mine.py', 'elsewhere', 'elsewhere/mine.py'),  # the caller's comes first
-        ('other.py', 'elsewhere', 'repo/other.py'),
-        ('examples/mine.py', 'elsewhere', 'repo/examples/mine.py'),
-        ('mine.py', 'repo', 'repo/mine.py'),
-        ('{tmp_path}/elsewhere/mine.py', 'repo', 'elsewhere/mine.py'),
-        ('nowhere.py', 'elsewhere', None),
-    ],
-)
-def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo(tmp_path, given, cwd, runs):
-    repo = tmp_path / 'repo'
-    for path in ('elsewhere/mine.py', 'repo/mine.py', 'repo/other.py', 'repo/examples/mine.py'):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text('import os, sys; print(os.path.abspath(__file__), *sys.argv[1:])')
-    (repo / 'runtime').mkdir()
-    for path in ('run.sh', 'launch/environment.sh', 'pyproject.toml'):
-        (repo / path).write_text((ROOT / path).read_text())
-    command = ['sh', repo / 'run.sh', given.format(tmp_path=tmp_path), '--flag', '--help']
-    result = subprocess.run(command, cwd=tmp_path / cwd, env=launch_env(1), capture_output=True, text=True, timeout=60)
-    if runs:
-        assert result.stdout == f'{tmp_path / runs} --flag --help\n', result.stderr
-    else:
-        assert result.returncode == 1 and f'no script nowhere.py in {tmp_path}/elsewhere or {repo}' in result.stderr

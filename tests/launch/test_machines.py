@@ -56,7 +56,7 @@ def test_a_wrong_flag_waits_for_the_meeting_of_several_machines(monkeypatch):
     monkeypatch.setattr(sys, 'argv', [])
     monkeypatch.setattr(sys, 'stdout', sys.stdout)
     monkeypatch.setattr(sys, 'stderr', sys.stderr)
-    monkeypatch.setattr(launcher, 'launch', lambda argv: argv)
+    monkeypatch.setattr(launcher, 'launch', lambda argv, module: argv)
     monkeypatch.delenv('SLURM_STEP_NUM_NODES', raising=False)
     monkeypatch.setenv('NNODES', '2')
     assert start('main.py', '--base_lr', 'x') == ['main.py', '--base_lr', 'x']
@@ -212,7 +212,7 @@ def test_a_lost_connection_is_no_cause(tmp_path):
     """Clocks of two machines differ: what follows from another failure is told by its text, not by its time."""
     texts = ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer', 'KeyError: broken']
     for rank, text in enumerate(texts):
-        (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=text)))
+        (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=text, follows=False)))
     assert min(launcher.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     assert [order for order, _ in sorted(launcher.causes({0: 1}, tmp_path))] == [(1, 2.0), (2, 1.0), (3, 0.0)]
 
@@ -560,7 +560,7 @@ def test_ones_own_end_counts_where_machine_0_is_gone(meet):
     assert second.settle(75)[:2] == (75, 1)
 
 
-@pytest.mark.parametrize('code', launcher.SAID)
+@pytest.mark.parametrize('code', launcher.EXPLAINED_CODES)
 def test_an_end_that_was_said_is_not_repeated(code):
     began = []
     assert launcher.repeat(3, lambda: began.append(1) or code) == code and began == [1]

@@ -62,7 +62,7 @@ def test_it_learns_eight_gaussians_in_two_classes():
 
 
 def test_it_learns_what_a_vector_and_a_number_tell_it():
-    """Half the points get their mean as a vector, and a number says which; the others must be told from xt alone."""
+    """Half the points get their mean as a vector, and a number says which; the others have only xt to tell."""
     data = GivenMean(std=0.3, spread=0.8)
 
     def draw(n):

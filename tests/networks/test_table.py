@@ -134,8 +134,18 @@ def test_numbers_and_vectors_start_neutral(network):
     assert not torch.allclose(net(*batch(), **conditions(low=low)), net(*batch(), **few))
 
 
+@each_network
+def test_the_names_that_checkpoints_hold(network):
+    """What the networks share keeps its names; MLPs of conditions come first, or last in the residual MLP."""
+    names = [name for name, _ in build(network=network, randomise=False, cond={'ink': ()}).named_parameters()]
+    layers = '0.weight 0.bias 2.weight 2.bias'.split()
+    assert {'net.class_embedding.weight', *(f'net.time_mlp.{layer}' for layer in layers)} <= set(names)
+    own = [f'net.conditions.mlps.mlp_ink.{layer}' for layer in layers]
+    assert own == (names[-4:] if network == 'mlp' else names[:4])
+
+
 def test_conditions_without_any_are_the_same_network():
-    """Weights of the same seed, whatever is declared beside: a run without conditions is what it was before."""
+    """Weights of the same seed: a run without conditions is what it was before there were any."""
     plain, told = build(cond={}), build(cond=None)
     assert plain.state_dict().keys() == told.state_dict().keys()
     assert all(map(torch.equal, plain.state_dict().values(), told.state_dict().values()))

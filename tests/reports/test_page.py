@@ -64,10 +64,10 @@ def trained(tiny_config, build_trainer):
 
 def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     written = []
-    usual = page.write
-    monkeypatch.setattr(page, 'write', lambda path, text: written.append(path.name) or usual(path, text))
+    update = page.update
+    monkeypatch.setattr(page, 'update', lambda folder: written.append(folder.name) or update(folder))
     folder = trained('a', channels=16)
-    assert written == ['report.html'] * 2  # at steps 6 and 12
+    assert written == ['a'] * 2  # at steps 6 and 12
     seen = Page(folder / 'report.html')
     assert not seen.outside and 'a: step 12 of 12' in seen.text
     pictures = sorted((folder / 'samples').glob('step_*.png'))
@@ -87,12 +87,10 @@ def run_of(lines, **config):
 
 
 def test_the_curves_of_a_page_are_found_by_their_names():
-    names = (
-        'eval/loss eval/loss_ema_0.9 eval/loss_t_0.0_0.1 eval/adams/frechet_pixels eval/adams/kid final/adams/frechet'
-    )
+    names = 'eval/loss eval/loss_ema_0.9 eval/loss_t_0.0_0.1 eval/adams/frechet eval/adams/kid final/adams/frechet'
     run = run_of([{'train/step': 1, **dict.fromkeys(names.split(), 1.0)}])
     assert run.names(page.CURVES['loss']) == ['eval/loss', 'eval/loss_ema_0.9']
-    assert run.names(page.CURVES['Frechet distance of samples']) == ['eval/adams/frechet_pixels']
+    assert run.names(page.CURVES['Frechet distance of samples']) == ['eval/adams/frechet']
     assert run.names(('eval/loss_t_*',)) == ['eval/loss_t_0.0_0.1']
 
 

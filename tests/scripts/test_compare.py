@@ -30,7 +30,7 @@ def compared(tmp_path, monkeypatch, build_trainer):
         as_flags(TINY | dict(num_training_steps=3, warmup_steps=1, eval_every=3, save_every=3, final_eval=True))
     )
 
-    def run(parts, *flags, numbers=('eval/*', 'final/*/frechet_pixels')):
+    def run(parts, *flags, numbers=('eval/*', 'final/*/frechet')):
         monkeypatch.setattr(sys, 'argv', ['examples/mine.py', '--ckpt_dir', str(tmp_path), *flags])
         side_by_side(parts, numbers, usual=usual)
 
@@ -49,7 +49,7 @@ def test_runs_are_trained_and_compared(compared, tmp_path, capsys):
     table = table_in(capsys.readouterr().out, list(PARTS))
     losses = [float(value) for value in table['eval/loss']]
     assert losses[1] == pytest.approx(losses[0] / 2, rel=0.05) and losses[2] != losses[0]
-    assert {'eval/loss', 'adams/frechet_pixels', 'eval/half'} <= set(table) and 'train/loss' not in table
+    assert {'eval/loss', 'adams/frechet', 'eval/half'} <= set(table) and 'train/loss' not in table
     configs = [json.loads((tmp_path / f'mine_{part}/config.json').read_text()) for part in PARTS]
     assert [config['base_lr'] for config in configs] == [1e-3, 1e-3, 0.01]
     page = (tmp_path / 'mine_compared.html').read_text()

@@ -4,21 +4,21 @@ import dataclasses
 import json
 import signal
 import subprocess
-import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import utils
 from config import SettingError
 from main import load_run
+from reports.grids import image_grid
 from runtime import errors
 from scripts import generate as program
 from scripts.generate import Generate
 from scripts.sample_files import Output
 from tests.helpers import ROOT, launch_env, wait_until
+from training.experiment import SampleInputs
 from utils import NoiseOfEach
 
 
@@ -70,17 +70,17 @@ def test_two_processes_draw_what_one_draws(draw, run, tmp_path):
 
 
 def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
-    usual = images(draw('usual.npz'))
+    plain = images(draw('plain.npz'))
     threes = np.load(draw('threes.npz', labels='3, 5'))
     assert threes['arr_1'].tolist() == [3, 5] * 15
-    assert np.load(draw('usual.npz'))['arr_1'].tolist() == [i % 10 for i in range(30)]
+    assert np.load(draw('plain.npz'))['arr_1'].tolist() == [i % 10 for i in range(30)]
     label = np.array([i % 10 for i in range(30)])
     same = label == np.array([3, 5] * 15)
-    assert np.abs(threes['arr_0'][..., 0].astype(int) - usual)[same].max() <= 1
+    assert np.abs(threes['arr_0'][..., 0].astype(int) - plain)[same].max() <= 1
     for i, options in enumerate(
         (dict(weights='raw'), dict(weights='ema_0.9'), dict(guidance_scale=3.0), dict(nfe=9), dict(time_grid='uniform'))
     ):
-        assert not np.array_equal(images(draw(f'{i}.npz', **options)), usual), options
+        assert not np.array_equal(images(draw(f'{i}.npz', **options)), plain), options
 
 
 def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatch):
@@ -90,7 +90,9 @@ def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatc
     for i in range(5):
         with NoiseOfEach(0, 'sample_inputs', [i]):
             x1 = torch.randn_like(torch.empty(1, 1, 8, 8))
-        x = trainer.sample_fn(trainer.get_model_fn(trainer.network), x1, torch.tensor([i % 10]))
+        inputs = SampleInputs(x1, torch.tensor([i % 10]))
+        with torch.no_grad():
+            x = trainer.draw(trainer.get_model_fn(trainer.network), inputs, trainer.config.solver)
         rows.append((trainer.decode(x) * 255).round().byte()[0, 0].numpy())
     assert np.abs(np.stack(rows).astype(int) - images(draw('x.npz', num=5))).max() <= 1
 
@@ -101,10 +103,8 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
     for i in (3, 17):
         (out / f'000/{i:06d}.png').unlink()
     added = []
-    usual = Output.add
-    monkeypatch.setattr(
-        Output, 'add', lambda self, indices, *rest: added.extend(indices) or usual(self, indices, *rest)
-    )
+    add = Output.add
+    monkeypatch.setattr(Output, 'add', lambda self, indices, *rest: added.extend(indices) or add(self, indices, *rest))
     draw('folder', num=25)
     assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them are there' in capsys.readouterr().out
     assert sum(path.stat().st_mtime_ns == time for path, time in before.items()) == 18
@@ -146,7 +146,7 @@ def test_a_gap_in_an_unfinished_file_is_filled(draw, tmp_path):
 
 
 @pytest.mark.slow
-def test_cut_off_and_gone_on(run, draw, tmp_path):
+def test_cut_off_and_resumed(run, draw, tmp_path):
     flags = ['--run', run, '--out', tmp_path / 'x.npz', '--num', '400', '--num_sample_steps', '3', '--batch_size', '2']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags)]
     start = dict(cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -184,7 +184,7 @@ def test_a_folder_with_other_files_is_left_alone(draw, tmp_path):
     (tmp_path / 'mine/thesis.txt').write_text('years of work')
     np.savez(tmp_path / 'mine.npz', years=3)
     for out in ('mine', 'mine.npz'):
-        with pytest.raises(SettingError, match='is there already, and not of this program'):
+        with pytest.raises(SettingError, match=r'already exists and was not written by generate\.py'):
             draw(out)
 
 
@@ -251,17 +251,12 @@ def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, 
     arrays = np.load(draw('x.npz', labels='3,5', batch_size=7))
     assert arrays['arr_1'].tolist() == [3, 5] * 15
     x = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2) / 255
-    grid = utils.image_grid(x, 10, names=[str(k) for k in arrays['arr_1']])
+    grid = image_grid(x, 10, names=[str(k) for k in arrays['arr_1']])
     assert np.array_equal(np.array(Image.open(tmp_path / 'x_grid.png')), grid.permute(1, 2, 0).numpy())
 
 
-def test_files_are_found_by_number(run, tmp_path):
-    out = Output(str(tmp_path / 'x'), 2000, load_run(run), {})
-    assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
-
-
 def test_classes_of_a_run_without_any_are_refused():
-    config = types.SimpleNamespace(label_dropout=1)
-    trainer = types.SimpleNamespace(data=types.SimpleNamespace(num_classes=10), config=config)
     with pytest.raises(SettingError, match='the run has learned no classes'):
-        program.labels_of(Generate('', '', labels='3'), trainer)
+        program.labels_of(Generate('', '', labels='3'), 10, 1.0)
+    with pytest.raises(SettingError, match='the run has no classes'):
+        program.labels_of(Generate('', '', labels='3'), 0, 0.0)

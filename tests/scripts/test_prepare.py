@@ -10,7 +10,7 @@ import torch
 from config import SettingError
 from data_loading import packed
 from data_loading.image_folder import list_images
-from data_utils import setup_data_train_and_test
+from data_utils import DATASETS, DataSpec, setup_data_train_and_test
 from scripts.prepare import PrepareConfig, prepare
 from tests.data_loading.test_image_folder import write_images
 from tests.helpers import ROOT, launch_env
@@ -121,6 +121,14 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, encoder
     assert [path.name for path in tmp_path.iterdir()] == ['encoder.py']
 
 
+def test_pairs_are_refused(tmp_path, monkeypatch):
+    pairs = torch.zeros(9, 2), torch.zeros(9), torch.ones(9, 2)
+    monkeypatch.setitem(DATASETS, 'pairs', DataSpec(lambda config: (pairs, pairs), scale='float'))
+    with pytest.raises(SettingError, match=r"dataset='pairs': prepare\.py cannot store pairs \(x, label, x1\)"):
+        prepare(PrepareConfig(dataset='pairs', data_dir=str(tmp_path), out=str(tmp_path / 'x.pt')))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_is_there_is_kept(tmp_path):
     (tmp_path / 'x.pt').write_text('mine')
     with pytest.raises(SettingError, match='is there already'):
@@ -128,7 +136,7 @@ def test_a_file_that_is_there_is_kept(tmp_path):
     assert (tmp_path / 'x.pt').read_text() == 'mine'
 
 
-def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_missing_room_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, 'space_for', lambda path: 1000)
     with pytest.raises(SettingError, match='Make room, or take another place'):
         prepare(PrepareConfig(dataset='digits', out=str(tmp_path / 'x.pt')))

@@ -1,41 +1,27 @@
-"""Solvers against a mixture of Gaussians, of which the exact solution and distribution are known.
+"""All solvers of the table against a mixture of Gaussians, of known exact solution and distribution.
 
-Tables are gone through: a solver, noise or process of yours is tested as soon as it is in its table.
+A solver, noise or process of yours is tested as soon as it is in its table.
 """
 
-import dataclasses
 import itertools
 import math
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from processes import PROCESSES, GaussianProcess
-from sampling import TIME_GRIDS, get_predict, sample
-from solvers import (
-    LAST_STEPS,
-    SDE_NOISES,
-    SOLVERS,
-    Noise,
-    Predict,
-    coefs_at,
-    gaussian,
-    multistep,
-    relative_noise,
-    steps,
-)
-from tests.oracle import F64, RING, GaussianMixture, at, base_noise, process_named, random_mixture
+from sampling import sample
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Multistep
+from tests.oracle import F64, RING, at, base_noise, exact_predict, process_named, random_mixture
 
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
-# Solvers that are no linear multistep in the log-SNR or the angle step in t itself; for these, equal steps of t are a
-# fair choice on any process.
-STEPS_IN_T = [name for name, solver in SOLVERS.items() if getattr(solver.step, 'func', None) is not multistep]
+# Solvers that are not linear multistep methods in the log-SNR or the angle step in t itself; for these, equal steps of
+# t are a fair choice on any process.
+STEPS_IN_T = [name for name, solver in SOLVERS.items() if not isinstance(solver.step, Multistep)]
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
 
 
@@ -44,10 +30,6 @@ def seeded(seed):
 
 
 # ---------------------------------------------------------------- order of convergence
-
-
-def exact_predict(process, mixture, memory=0):
-    return get_predict(mixture.as_model('x0', process), process, None, model_type='x0', memory=memory)
 
 
 def rk4_path(process, mixture, x, t, s, n=40):
@@ -106,184 +88,6 @@ def test_a_converged_default_is_exact(process_name):
     torch.testing.assert_close(sample(model_fn, **settings, num_steps=150), fine, rtol=1e-4, atol=1e-4)
 
 
-@each_process
-def test_adaptive_steps_keep_their_tolerance(process_name):
-    process = process_named(process_name)
-    model_fn = RING.as_model('velocity', process)
-    fine = sample(model_fn, process, base_noise(50), solver='rk4', num_steps=500)
-    coarse = sample(model_fn, process, base_noise(50), solver='dopri5', num_steps=1)
-    assert 1e-9 < (coarse - fine).square().mean().sqrt() < 1e-3
-
-
-@each_process
-def test_adaptive_steps_go_on_from_one_another(process_name):
-    """Not a second evaluation where a step of the grid ends, and no step size found anew; the result is as exact."""
-    process, method = process_named(process_name), SOLVERS['dopri5']
-    model_fn, x1, n = RING.as_model('x0', process), base_noise(50), 12
-    calls, ends = [], []
-
-    def counted(xt, t, label):
-        calls.append(t[0].item())
-        return model_fn(xt, t, label)
-
-    x = sample(
-        counted,
-        process,
-        x1,
-        solver='dopri5',
-        num_steps=n,
-        model_type='x0',
-        callback=lambda i, s, x: ends.append((s, len(calls))),
-    )
-    alone, y, t = 0, at(process, 0.999).sigma * x1, 0.999
-    for s, _ in ends:
-        predict = exact_predict(process, RING)  # a new one: it knows nothing of the step before
-        y, t = method.step(y, t, s, predict, None), s
-        alone += predict.nfe
-    assert len(calls) <= alone - 6 * (n - 1)  # the evaluation, and more for step sizes
-    for (s, number), (_, following) in itertools.pairwise(ends):
-        assert calls[number - 1] == pytest.approx(s, abs=1e-12) and (following - number) % 6 == 0  # 6 per attempt
-    fine = sample(model_fn, process, x1, solver='rk4', num_steps=500, model_type='x0')
-    assert (x - fine).square().mean().sqrt() < 1e-3
-
-
-def test_an_adaptive_step_from_elsewhere_asks_for_its_velocity():
-    process, step = process_named('rf'), SOLVERS['dopri5'].step
-    used, new = (exact_predict(process, RING) for _ in range(2))
-    step(base_noise(5), 0.9, 0.6, used, None)
-    x = base_noise(10)[5:]
-    torch.testing.assert_close(step(x, 0.6, 0.3, used, None), step(x, 0.6, 0.3, new, None), rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------- closed forms and published formulas
-
-
-@each_process
-@pytest.mark.parametrize('solver', [name for name in ODE if SOLVERS[name].nfe == 1])
-def test_multistep_is_the_same_on_all_paths(solver, process_name):
-    """On the same log-SNRs, methods in the log-SNR or the angle give the same on every process; Euler does not."""
-    if solver in STEPS_IN_T:
-        pytest.skip('a step in t')
-    trained, other = process_named('rf'), process_named(process_name)
-    other_model = RING.as_model('velocity', other)
-    t_max, t_min = other.time_of_log_snr(trained.log_snr(torch.tensor([0.98, 0.02], dtype=F64))).tolist()
-    x = sample(
-        RING.as_model('velocity', trained), trained, base_noise(20), solver=solver, num_steps=12, t_min=0.02, t_max=0.98
-    )
-    start, end = at(other, t_max), at(other, t_min)
-    x1 = base_noise(20) * 0.98 / math.hypot(0.98, 0.02) * torch.hypot(start.alpha, start.sigma) / start.sigma
-    y = sample(other_model, other, x1, solver=solver, num_steps=12, t_min=t_min, t_max=t_max)
-    torch.testing.assert_close(y / torch.hypot(end.alpha, end.sigma), x / math.hypot(0.02, 0.98), rtol=1e-6, atol=1e-8)
-
-
-def dpm_solver(model_fn, process, x1, times, order):
-    """DPM-Solver++ for x0 by divided differences (Lu et al. 2022b, section 4), written for itself."""
-    alpha, sigma = process.alpha(times), process.sigma(times)
-    lam = (alpha / sigma).log()
-    x, past = sigma[0] * x1, []
-    for i in range(len(times) - 1):
-        past.insert(0, model_fn(x, times[i].expand(len(x)), None))
-        h = lam[i + 1] - lam[i]
-        phi_1, phi_2 = -torch.expm1(-h), h - 1 + (-h).exp()
-        phi_3 = h**2 / 2 - phi_2
-        change = phi_1 * past[0]
-        if order > 1 and i > 0:
-            r0 = lam[i] - lam[i - 1]
-            d0 = (past[0] - past[1]) / r0
-            first = d0
-            if order > 2 and i > 1:
-                r1 = lam[i - 1] - lam[i - 2]
-                d1 = (past[1] - past[2]) / r1
-                second = (d0 - d1) / (r0 + r1)
-                first = d0 + r0 * second
-                change = change + 2 * phi_3 * second
-            change = change + phi_2 * first
-        x = sigma[i + 1] / sigma[i] * x + alpha[i + 1] * change
-    return x
-
-
-@each_process
-@pytest.mark.parametrize(('solver', 'order'), [('ddim', 1), ('dpmpp_2m', 2), ('dpmpp_3m', 3)])
-def test_exponential_methods_are_the_published_ones(solver, order, process_name):
-    process, n = process_named(process_name), 9
-    model_fn = RING.as_model('x0', process)
-    times = TIME_GRIDS['logistic'](process, 0.999, 0.001, n)
-    x = sample(model_fn, process, base_noise(20), solver=solver, num_steps=n, model_type='x0')
-    torch.testing.assert_close(x, dpm_solver(model_fn, process, base_noise(20), times, order), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(('solver', 'lower', 'num_steps'), [('dpmpp_2m', 'ddim', 2), ('dpmpp_3m', 'dpmpp_2m', 3)])
-def test_a_value_at_infinite_noise_is_not_looked_back_at(solver, lower, num_steps):
-    """At t = 1 the log-SNR is infinite: the step after it can use no past, and the one after that only one value.
-
-    The mean of the data is not 0: it is the value there.
-    """
-    process = process_named('rf')
-    settings = dict(process=process, x1=base_noise(20), model_type='x0', t_max=1.0, num_steps=num_steps)
-    x, y = (sample(SMOOTH.as_model('x0', process), **settings, solver=name) for name in (solver, lower))
-    torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-
-
-@each_process
-@pytest.mark.parametrize('times', [(0.9, 0.6), (0.8, 0.9, 0.4), (0.3, 0.6, 0.95, 0.1)], ids=len)
-def test_weights_for_gaussian_data_have_the_least_error(times, process_name):
-    """At the least mean square, the errors at the end are orthogonal to all that is summed.
-
-    Paths, predictions and the growth of an error are found by following the ODE of Gaussians of 32 widths.
-    """
-    process, (*nodes, s), start = process_named(process_name), times, 0.96
-    std = 0.5 * torch.tensor(np.geomspace(1 / 20, 2.5, 32))
-
-    def follow(x, t, s, n=1000):
-        c = process(torch.linspace(t, s, 2 * n + 1, dtype=F64)[:, None])
-        rate = (c.alpha * c.alpha_dot * std**2 + c.sigma * c.sigma_dot) / (c.alpha**2 * std**2 + c.sigma**2)
-        h = (s - t) / n
-        for first, middle, last in zip(rate[0:-2:2], rate[1:-1:2], rate[2::2], strict=True):
-            k1 = first * x
-            k2 = middle * (x + h / 2 * k1)
-            k3 = middle * (x + h / 2 * k2)
-            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + last * (x + h * k3))
-        return x
-
-    def x0(x, t):
-        c = at(process, t)
-        return c.alpha * std**2 / (c.alpha**2 * std**2 + c.sigma**2) * x
-
-    x = {t: follow(torch.ones(32, dtype=F64), start, t) for t in (*nodes, s)}
-    x = {t: std * xt / follow(x[s], s, 1e-4, 4000) for t, xt in x.items()}  # the paths that end at std
-    mean = [at(process, nodes[0]).alpha, *[torch.ones(1, dtype=F64) for _ in nodes]]
-    terms = [torch.cat(pair) for pair in zip([x[nodes[0]], *(x0(x[t], t) for t in nodes)], mean, strict=True)]
-    wanted = torch.cat([x[s], at(process, s).alpha])
-    growth = torch.cat([std, torch.ones(1)]) / wanted
-    level = exact_predict(process, RING).level
-    a, b = gaussian(level(nodes[0]), level(s), tuple(map(level, nodes)), 0.0, sigma_data=0.5)
-    errors = growth * (sum(w * term for w, term in zip((a, *b), terms, strict=True)) - wanted)
-    cosines = torch.stack([(growth * term) @ errors / (growth * term).norm() / errors.norm() for term in terms])
-    assert errors.norm() > 1e-4 and cosines.abs().max() < 1e-3, (errors.norm(), cosines)
-
-
-@pytest.mark.parametrize(
-    ('n', 'formula', 'predicted', 'corrected'),
-    [
-        (11, 'angular', [1, 2, 3, *[4] * 6, 3, 2], [2, 3, 4, *[5] * 7]),
-        (10, 'gaussian', [1, 2, *[3] * 8], [2, *[3] * 8]),
-    ],
-)
-def test_how_far_the_steps_of_the_default_look_back(n, formula, predicted, corrected, monkeypatch):
-    asked, original, adams = [], getattr(steps, formula), SOLVERS['adams']
-
-    def counted(here, there, nodes, *others):
-        asked.append(len(nodes))
-        return original(here, there, nodes, *others)
-
-    step = 'step' if formula == 'angular' else 'few'
-    given = {step: partial(getattr(adams, step), formula=counted)}
-    monkeypatch.setitem(SOLVERS, 'adams', dataclasses.replace(adams, **given))
-    process = process_named('rf')
-    sample(RING.as_model('velocity', process), process, base_noise(3), num_steps=n)
-    assert (asked[::2], asked[1::2]) == (predicted, corrected)
-
-
 @pytest.mark.parametrize(('dim', 'nfe'), [(16, 4), (32, 6), (16, 8), (32, 10)])
 def test_with_few_evaluations_the_default_leads(dim, nfe):
     """By its median error, all our other solvers, each on the grid that is best for it."""
@@ -301,58 +105,6 @@ def test_with_few_evaluations_the_default_leads(dim, nfe):
         if solver != 'adams' and SOLVERS[solver].nfe and SOLVERS[solver].nfe <= nfe
     }
     assert error() < 0.75 * min(others.values()), (error(), min(others, key=others.get), min(others.values()))
-
-
-def test_noise_levels_are_the_published_ones():
-    """w^2 = 2 sigma level: g^2 (Song et al. 2021, eq. 6), 2 sigma^2, and 1 on rf or pi / 2 on cosine."""
-    t = torch.linspace(0.05, 0.95, 7, dtype=F64)
-    rf, cosine, vp = (process_named(name)(t) for name in ('rf', 'cosine', 'linear_vp'))
-
-    def w2(name, coefs):
-        return 2 * coefs.sigma * SDE_NOISES[name](coefs)
-
-    torch.testing.assert_close(w2('natural', rf), 2 * t / (1 - t))
-    torch.testing.assert_close(w2('natural', vp), 0.1 + t * (20 - 0.1))  # beta(t)
-    torch.testing.assert_close(w2('sigma', rf), 2 * t**2)
-    torch.testing.assert_close(w2('constant', rf), torch.ones_like(t))
-    torch.testing.assert_close(w2('constant', cosine), torch.full_like(t, math.pi / 2))
-    torch.testing.assert_close(w2('constant', vp), vp.alpha * vp.sigma_dot - vp.sigma * vp.alpha_dot)
-
-
-@each_process
-@pytest.mark.parametrize('scale', [0.0, 1.0])
-def test_stochastic_ddim(process_name, scale, monkeypatch):
-    """With the natural noise, one step of sde_dpmpp_2m is the posterior of the forward process given x0.
-
-    Song et al. 2021a, eq. 12 and 16.
-    """
-    process, z = process_named(process_name), base_noise(60)[40:]
-    monkeypatch.setattr(torch, 'randn_like', lambda x: z)
-    predict = exact_predict(process, RING, 1)
-    x, t, s = base_noise(20), 0.6, 0.5
-    y = SOLVERS['sde_dpmpp_2m'].step(x, t, s, predict, Noise(SDE_NOISES['natural'], scale))
-    c, d, truth = at(process, t), at(process, s), RING.prediction(x, at(process, t, 20))
-    ratio = c.alpha / d.alpha
-    std = scale * d.sigma / c.sigma * (c.sigma**2 - ratio**2 * d.sigma**2).sqrt()
-    torch.testing.assert_close(
-        y, d.alpha * truth.x0 + (d.sigma**2 - std**2).sqrt() * truth.x1 + std * z, rtol=1e-8, atol=1e-8
-    )
-
-
-@each_process
-@each_noise
-def test_euler_maruyama_is_euler_maruyama_in_the_limit(process_name, sde_noise, monkeypatch):
-    process, z = process_named(process_name), base_noise(60)[40:]
-    monkeypatch.setattr(torch, 'randn_like', lambda x: z)
-    x, t, h = base_noise(20), 0.5, 1e-7
-    y = SOLVERS['euler_maruyama'].step(x, t, t - h, exact_predict(process, RING), Noise(SDE_NOISES[sde_noise]))
-    c = at(process, t)
-    w = (2 * c.sigma * SDE_NOISES[sde_noise](c)).sqrt()
-    truth = RING.prediction(x, at(process, t, 20))
-    expected = -h * (truth.velocity - w**2 / 2 * truth.score) + w * math.sqrt(h) * z
-    assert (y - x - expected).abs().max() < 1e-3 * h * (1 + w.item() ** 2 + truth.velocity.abs().max()) + 3 * h**1.5 * (
-        1 + w.item() ** 3
-    )
 
 
 # ---------------------------------------------------------------- distributions
@@ -469,84 +221,3 @@ def test_sampling_under_another_process(trained, process_name, solver):
     )
     end = other.time_of_log_snr(trained.log_snr(torch.tensor([0.001], dtype=F64))).item()
     assert_distributed(x, other, end)
-
-
-def test_sampling_under_another_process_asks_the_network_at_the_same_log_snr():
-    rf, ve, seen = process_named('rf'), process_named('ve'), []
-
-    def model_fn(xt, t, label):
-        seen.append((xt, t))
-        return torch.zeros_like(xt)
-
-    predict = get_predict(model_fn, rf, None, model_type='x0', sampling_process=ve)
-    x = base_noise(3)
-    prediction = predict(x, 0.5)
-    sigma = at(ve, 0.5).sigma
-    (xt, t), time = seen[0], sigma / (1 + sigma)
-    torch.testing.assert_close(t, time.expand(3))
-    torch.testing.assert_close(xt, x * (1 - time), rtol=1e-10, atol=0)
-    torch.testing.assert_close(prediction.x1, x / sigma, rtol=1e-10, atol=0)
-
-
-def output_variance(solver, n, monkeypatch, process, t_max, **settings):
-    """Exact variance of the samples for data N(0, 0.3^2).
-
-    A sample is linear in the start and in each noise drawn, so one image for each of them tells all.
-    """
-    drawn, start = itertools.count(1), at(process, t_max)
-    mixture = GaussianMixture(torch.zeros(1, 1), torch.full((1, 1, 1), 0.3**2, dtype=F64))
-
-    def one_hot(x):
-        noise = torch.zeros_like(x)
-        noise[next(drawn)] = 1
-        return noise
-
-    monkeypatch.setattr(torch, 'randn_like', one_hot)
-    x1 = torch.zeros(n + 2, 1, dtype=F64)
-    x1[0] = (
-        (0.3 * start.alpha).square() + start.sigma.square()
-    ).sqrt() / start.sigma  # the exact variance to begin with
-    return (
-        sample(
-            mixture.as_model('v', process),
-            process,
-            x1,
-            model_type='v',
-            solver=solver,
-            num_steps=n,
-            t_max=t_max,
-            **settings,
-        )
-        .square()
-        .sum()
-        .item()
-    )
-
-
-@each_noise
-@pytest.mark.parametrize('solver', SDE)
-@each_process
-def test_weak_order(solver, sde_noise, process_name, monkeypatch):
-    """The error of the variance, free of sampling noise."""
-    process = process_named(process_name)
-    t_max, t_min = process.time_of_log_snr(-2 * torch.tensor([1.2, 0.4], dtype=F64).tan().log()).tolist()
-    end = at(process, t_min)
-    exact = ((end.alpha * 0.3).square() + end.sigma.square()).item()
-    settings = dict(sde_noise=sde_noise, sde_last_step='ode', t_max=t_max, t_min=t_min)
-    errors = [abs(output_variance(solver, n, monkeypatch, process, **settings) - exact) for n in (200, 400)]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[solver].order, abs=0.15)
-
-
-@pytest.mark.parametrize(('t', 's'), [(0.05, 0.048), (0.05, 0.03)])
-def test_near_the_data_a_step_exchanges_no_more_noise_than_it_can_bear(t, s):
-    """There the constant level asks for more: it is lowered to eta = 0.1, or to the process's own if that is more."""
-    process = process_named('rf')
-    predict = Predict(lambda x, t: None, process)
-    step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
-    tau2 = relative_noise(predict, t, s, Noise(SDE_NOISES['constant'], 1.0))
-    middle = coefs_at(process, (t + s) / 2)
-    assert (SDE_NOISES['constant'](middle) * middle.sigma / middle.delta).item() * step > 2 * max(
-        0.1, step
-    )  # what it asks for
-    assert tau2 * step == pytest.approx(max(0.1, step))
-    assert relative_noise(predict, t, s, Noise(SDE_NOISES['constant'], 0.5)) == pytest.approx(tau2 / 2)

@@ -1,76 +1,13 @@
-"""What the trainer sees by itself in an experiment: whether x1 goes with x0, what nobody saves, what nobody trains."""
+"""Batches: parts that do not fit, pairs, labels without classes, conditions that are dropped, and couplings."""
 
 import dataclasses
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from config import SettingError
 from data_utils import DATASETS, DataSpec
 from trainer import ExampleDiffusionTrainer
-from training import batches, checkpoints, parallel
-
-
-def with_base(make):
-    """A trainer class whose x1 is make(x0)."""
-
-    class Based(ExampleDiffusionTrainer):
-        def prepare_batch_fn(self, batch, is_train):
-            prepared = super().prepare_batch_fn(batch, is_train)
-            return dataclasses.replace(prepared, x1=make(prepared.x0))
-
-    return Based
-
-
-def corner(x0):
-    """The lower right of an image and noise: it correlates with x0 by 0.2, and knows it all the same."""
-    x1 = 0.1 * torch.randn_like(x0)
-    x1[:, :, 5:, 5:] += x0[:, :, 5:, 5:]
-    return x1
-
-
-@pytest.mark.parametrize(
-    ('make', 'words'),
-    [
-        (corner, 'x1 goes with x0'),
-        (torch.abs, 'x1 goes with x0'),
-        (lambda x0: 0.7 * x0 + 0.7 * torch.randn_like(x0), 'x1 goes with x0'),
-        (lambda x0: 3 * torch.randn_like(x0), 'and the base of process'),
-        (torch.rand_like, 'x1 has mean 0.'),
-    ],
-    ids=['corner', 'size', 'mixed', 'wide', 'uniform'],
-)
-@pytest.mark.parametrize('batch', [16, 64])
-def test_a_base_that_is_no_noise_of_its_own_is_seen(tiny_config, build_trainer, capsys, make, words, batch):
-    trainer = build_trainer(tiny_config(global_batch_size=batch), with_base(make))
-    assert not trainer.independent and words in capsys.readouterr().out
-    assert list(trainer.samplers()) == ['adams']
-    x1, shown = trainer.sample_inputs(30).x1, trainer.sample_inputs(30).beside
-    assert x1.std().item() == pytest.approx(trainer.example.x1.std().item(), rel=0.2)  # as in training
-    assert torch.equal(shown[0], trainer.decode(x1)) and len(shown) == 2
-
-
-@pytest.mark.parametrize('seed', range(20))
-def test_noise_is_never_taken_for_data(tiny_config, build_trainer, seed):
-    blurred = with_base(lambda x0: nn.functional.avg_pool2d(torch.randn_like(x0), 3, 1, 1) * 3)  # pixels go together
-    assert build_trainer(tiny_config(seed=seed, experiment_name='noise')).independent
-    trainer = build_trainer(tiny_config(seed=seed, experiment_name='blurred'), blurred)
-    assert 'goes with' not in (batches.signs_of_dependence(trainer) or '')
-
-
-def test_independence_that_an_instance_states_counts(tiny_config, build_trainer):
-    class Stated(ExampleDiffusionTrainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.independent = False
-
-    assert not build_trainer(tiny_config(), Stated).independent
-
-
-# ---------------------------------------------------------------- what would be lost or wrong
 
 
 def test_augmentation_of_pairs_is_refused(tiny_config, build_trainer, monkeypatch):
@@ -95,47 +32,11 @@ def test_grey_levels_of_floats_are_refused(tiny_config, build_trainer, monkeypat
         build_trainer(tiny_config(dataset='numbers', network='mlp', dequantize=True))
 
 
-@pytest.mark.parametrize(('value', 'kept'), [(np.float64(2.0), False), (Path('a'), False), ([2.0, {'a': 'b'}], True)])
-def test_a_state_that_could_not_be_read_again_is_refused_before_training(tiny_config, build_trainer, value, kept):
-    class Stateful(ExampleDiffusionTrainer):
-        def state(self):
-            return {'scale': value}
-
-    trainer = build_trainer(tiny_config(), Stateful)
-    if kept:
-        return checkpoints.check_state(trainer)
-    with pytest.raises(SettingError, match=r'Stateful: a checkpoint cannot hold what `state` gives.*float\(x\)'):
-        trainer.train_loop()
-    assert trainer.step == 0
-    return None
-
-
-def test_a_parameter_in_no_module_is_refused(tiny_config, build_trainer):
-    class Lone(ExampleDiffusionTrainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.weight = nn.Parameter(torch.ones(7))
-            self.optimizers['weight'] = torch.optim.SGD([self.weight], lr=0.1)
-
-    with pytest.raises(ValueError, match=r"optimizers\['weight'\].*shape \(7,\) that is in no module.*ParameterList"):
-        build_trainer(tiny_config(), Lone)
-
-
-def test_a_module_that_nothing_trains_is_in_eval_mode(tiny_config, build_trainer):
-    class Taught(ExampleDiffusionTrainer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.modules['teacher'] = nn.BatchNorm2d(1).requires_grad_(False)
-
-    trainer = build_trainer(tiny_config(), Taught)
-    assert not trainer.modules['teacher'].training and trainer.network.training
-
-
 def test_labels_without_classes_are_not_looked_up(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setitem(DATASETS, 'unnamed', dataclasses.replace(DATASETS['digits'], num_classes=0))
     for network in ('unet', 'mlp', 'dit'):
         trainer = build_trainer(tiny_config(dataset='unnamed', network=network, experiment_name=network))
-        batch = next(trainer.shards())
+        batch = next(next(trainer.batches.steps(trainer.step)))
         assert batch.label.max() > 0 and trainer.loss_fn(batch, trainer.get_model_fn(trainer.network)).isfinite().all()
 
 
@@ -148,22 +49,11 @@ def test_a_condition_is_dropped_to_the_value_that_guidance_gives(tiny_config, bu
     trainer = build_trainer(tiny_config(label_dropout=0.5), Sized)
     prepared = trainer.prepare_batch_fn(trainer.train_loader.take(range(64)), is_train=True)
     batch = dataclasses.replace(prepared, cond={'size': torch.full((64,), 3)})
-    size = batches.drop_conditions(trainer, batch, is_train=True).cond['size']
+    size = trainer.batches.drop_conditions(batch, is_train=True).cond['size']
     assert set(size.tolist()) == {3.0, 0.5}
     type(trainer).null_cond = {'size': torch.zeros(2)}
     with pytest.raises(SettingError, match=r"null_cond\['size'\] has shape \(2,\)"):
-        batches.drop_conditions(trainer, batch, is_train=True)
-
-
-def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, build_trainer):
-    """Two processes would wait for their gradients for ever, or end with an error, if this were not known."""
-    trainer = build_trainer(tiny_config())
-    trainer.log('train/before', 3.0)  # as in a checkpoint that a run resumes from
-    assert not parallel.has_unused(trainer)
-    assert trainer.means.means() == {'train/before': 3.0}
-    trainer.network.add_module('auxiliary', nn.Linear(3, 3))
-    assert parallel.has_unused(trainer)
-    assert all(p.grad is None for p in trainer.network.parameters())
+        trainer.batches.drop_conditions(batch, is_train=True)
 
 
 @pytest.mark.parametrize(
@@ -190,3 +80,51 @@ def test_parts_of_a_batch_that_do_not_fit_are_named(tiny_config, build_trainer, 
 
     with pytest.raises(SettingError, match='Odd.prepare_batch_fn ' + words):
         build_trainer(tiny_config(), Odd)
+
+
+# ---------------------------------------------------------------- coupling
+
+
+class Turned(ExampleDiffusionTrainer):
+    def couple(self, x0, x1, label):
+        return x1.roll(1, 0)
+
+
+def test_nothing_is_coupled_unless_there_is_a_method(tiny_config, build_trainer):
+    """The method is given the whole global batch; also of the held-out images."""
+    assert ExampleDiffusionTrainer.couple is None
+    config = tiny_config(label_dropout=0.5)
+    plain, turned = (build_trainer(config, kind) for kind in (None, Turned))
+    (before, after), (held_out, coupled) = (
+        [find(each) for each in (plain, turned)]
+        for find in (lambda t: next(next(t.batches.steps(0))), lambda t: next(t.batches.held_out(1))[0])
+    )
+    for one, other in ((before, after), (held_out, coupled)):
+        assert one.x0.equal(other.x0) and one.t.equal(other.t) and other.x1.equal(one.x1.roll(1, 0))
+    assert plain.independent and not turned.independent
+    assert 0 < (after.label == 10).sum() < len(after.label)  # dropped when they are coupled
+
+
+def test_a_coupling_of_another_shape_is_refused(tiny_config, build_trainer):
+    class Short(ExampleDiffusionTrainer):
+        def couple(self, x0, x1, label):
+            return x1[:5]
+
+    trainer = build_trainer(tiny_config(), Short)
+    with pytest.raises(ValueError, match=r'couple must return x1 of shape \(32, 1, 8, 8\), not \(5, 1, 8, 8\)'):
+        next(next(trainer.batches.steps(0)))
+
+
+def test_sample_inputs_are_the_same_at_every_moment(tiny_config, build_trainer):
+    """Also conditions that depend on the time, whichever shard was prepared last."""
+
+    class Timed(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            prepared = super().prepare_batch_fn(batch, is_train)
+            return dataclasses.replace(prepared, cond={'moment': prepared.t})
+
+    trainer = build_trainer(tiny_config(), Timed)
+    before = trainer.sample_inputs(8)
+    next(next(trainer.batches.steps(3)))
+    after = trainer.sample_inputs(8)
+    assert before.x1.equal(after.x1) and before.cond['moment'].equal(after.cond['moment'])

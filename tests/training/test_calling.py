@@ -55,17 +55,17 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)  # the last layer begins at zero
     averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in range(3)]
-    call = calling.get_call(config, CPU)
+    compiled, plain = (calling.Caller(dataclasses.replace(config, compile=on), CPU) for on in ('on', 'off'))
 
-    def out(module, size, train, call):
+    def out(module, size, train, caller):
         torch.manual_seed(size)
         xt, t, label = torch.randn(size, 3, 8, 8), torch.rand(size), torch.randint(0, 11, (size,))
         if size == 17:
             xt = xt.contiguous(memory_format=torch.channels_last)  # as a sampler's may be
-        return calling.as_model_fn(module, train, CPU, None, call)(xt, t, label)
+        return caller(module, train)(xt, t, label)
 
     for _ in range(3):
-        out(net, 32, True, call).square().mean().backward()
+        out(net, 32, True, compiled).square().mean().backward()
     assert graphs == ['forward', 'backward'] and all(p.grad is not None for p in net.parameters())
     graphs.clear()
     with torch.no_grad():
@@ -73,9 +73,9 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
             for p in average.parameters():
                 p.mul_(1 + 0.1 * i)  # as many others
             for size in (32, 17, 64):
-                torch.testing.assert_close(out(average, size, False, call), out(average, size, False, calling.plainly))
+                torch.testing.assert_close(out(average, size, False, compiled), out(average, size, False, plain))
     assert graphs == ['inference']
-    out(net, 32, True, call)
+    out(net, 32, True, compiled)
     assert graphs == ['inference']
 
 
@@ -120,7 +120,7 @@ def test_a_compiled_run_learns_the_same(graphs, tiny_config, build_trainer):
 )
 def test_what_is_compiled(compile, device, steps, compiled):
     config = Config(compile=compile, num_training_steps=steps, warmup_steps=1)
-    assert isinstance(calling.get_call(config, device), calling.Compiled) is compiled
+    assert isinstance(calling.Caller(config, device).call, calling.Compiled) is compiled
     assert calling.settings_for(64) == {'compile': 'off'} and calling.settings_for(50_000) == {}
 
 
@@ -158,13 +158,14 @@ def test_where_torch_cannot_compile_auto_goes_on_and_on_is_refused(monkeypatch, 
     torch._dynamo.reset()
     net = table.get_network(Config(network='mlp', channels=8), (2,), 0)
     xt, t = torch.randn(4, 2), torch.rand(4)
-    auto, on = (calling.Compiled('on', optional) for optional in (True, False))
+    auto, on = (calling.Caller(Config(compile='on'), CPU) for _ in range(2))
+    auto.call = calling.Compiled('on', optional=True)
     for _ in range(2):
-        assert calling.as_model_fn(net, False, CPU, None, auto)(xt, t).equal(net(xt, t))
+        assert auto(net)(xt, t).equal(net(xt, t))
     said = capsys.readouterr().out
     assert said.count('warning: the network runs uncompiled') == 1 and 'Failed to find C compiler' in said
     with pytest.raises(SettingError, match=r"compile='on': torch.compile failed.*Pass --compile off"):
-        calling.as_model_fn(net, False, CPU, None, on)(xt, t)
+        on(net)(xt, t)
 
 
 def test_the_output_of_cuda_graphs_is_not_overwritten_by_the_next_call(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import saving
 from config import SettingError
 from runtime import stopping
+from runtime.errors import Stopped
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
 
@@ -51,6 +52,47 @@ def test_nothing_is_drawn_at_the_end_of_a_run_that_is_told_so(tiny_config, build
     assert set(steps) == {0}  # the trial at the start
     assert [path.name for path in (config.run_dir / 'samples').iterdir()] == ['data_and_augmented.png']
     assert not any(name.startswith('final/') for line in record_of(config.run_dir) for name in line)
+
+
+def test_a_caller_may_watch_the_steps(tiny_config, build_trainer):
+    """With `callback`, and with other settings of sampling; a stop request is seen between two steps all the same."""
+    trainer = build_trainer(tiny_config(num_sample_steps=5))
+    model_fn, inputs, seen = trainer.get_model_fn(trainer.network), trainer.sample_inputs(3), []
+    x0 = trainer.draw(model_fn, inputs, 'euler', callback=lambda i, t, x: seen.append((i, t, x.clone())))
+    assert [i for i, _, _ in seen] == list(range(1, 6)) and [t for _, t, _ in seen] == sorted({t for _, t, _ in seen})[
+        ::-1
+    ]
+    assert seen[-1][1] == pytest.approx(trainer.config.t_min) and seen[-1][2].shape == x0.shape
+    seen.clear()
+    trainer.draw(model_fn, inputs, 'euler', num_steps=2, callback=lambda *step: seen.append(step))
+    assert len(seen) == 2
+    seen.clear()
+
+    def ask_to_stop(i, t, x):
+        seen.append(i)
+        stopping.ask_to_stop()
+
+    with pytest.raises(Stopped):
+        trainer.draw(model_fn, inputs, 'euler', callback=ask_to_stop)
+    assert seen == [1]
+
+
+def test_a_draw_of_the_users_is_given_three_arguments_only(tiny_config, build_trainer):
+    """By everything that draws in a run: the first trial, pictures, paths, and the numbers at the end."""
+    given = []
+
+    class Mine(ExampleDiffusionTrainer):
+        def draw(self, model_fn, inputs, solver, **settings):
+            given.append((len(inputs.x1), solver, settings))
+            return super().draw(model_fn, inputs, solver)
+
+        def sample_metrics(self, x, inputs):
+            return {}
+
+    config = tiny_config(sample_every=6, final_eval=True, num_training_steps=6)
+    build_trainer(config, Mine).train_loop()
+    assert {solver for _, solver, _ in given} == {'adams', 'sde_dpmpp_2m'} and not any(s for _, _, s in given)
+    assert {n for n, _, _ in given} > {2, 4} and (config.run_dir / 'path.png').exists()
 
 
 SHORT_OF_MEMORY = """

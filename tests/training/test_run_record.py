@@ -1,4 +1,4 @@
-"""What a run is made by: code and class of its trainer, and the entry of each start in run.json."""
+"""The origin of a run: code and class of its trainer, and the entry of each start in run.json."""
 
 import json
 import os
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from config import Config, SettingError
+from runtime import files
 from runtime.errors import SaveError
+from runtime.importing import refuse_to_train
 from tests.helpers import ROOT
 from training import run_record
 from training.run_record import identity_of, import_class, read_start, write_start
@@ -19,20 +21,20 @@ EXPERIMENT = """
 import sys
 from training.run_record import identity_of, import_class, where
 
-class BaseDiffusionTrainer: ...
-class Common(BaseDiffusionTrainer): ...
+class Base: ...
+class Common(Base): ...
 
-from beside import Mixin, helped
+from other import Mixin, helped
 
 class Mine(Mixin, Common):
     class Inner: ...
 
 if __name__ == '__main__':
-    identity = identity_of(Mine, 'f00d')
+    identity = identity_of(Mine, Base, 'f00d')
     assert identity.trainer == 'mine.py:Mine' and identity.data == 'f00d'
-    assert list(identity.code) == ['mine.py', 'beside.py:Mixin'], list(identity.code)
+    assert list(identity.code) == ['mine.py', 'other.py:Mixin'], list(identity.code)
     assert identity.code['mine.py'] == open(__file__).read()
-    assert identity.code['beside.py:Mixin'] == 'class Mixin:\\n    factor = 2\\n'
+    assert identity.code['other.py:Mixin'] == 'class Mixin:\\n    factor = 2\\n'
     assert import_class(**where(Mine)) is Mine  # also while it is the script itself
     assert 'mine' not in sys.modules
     print('ran')
@@ -42,11 +44,11 @@ if __name__ == '__main__':
 @pytest.fixture
 def experiment(tmp_path):
     """A script of a user, which imports another file from its folder."""
-    (tmp_path / 'beside.py').write_text('def helped(): ...\n\n\nclass Mixin:\n    factor = 2\n')
+    (tmp_path / 'other.py').write_text('def helped(): ...\n\n\nclass Mixin:\n    factor = 2\n')
     path = tmp_path / 'mine.py'
     path.write_text(EXPERIMENT)
     yield path
-    for name in ('mine', 'beside', f'{tmp_path.name}_mine'):
+    for name in ('mine', 'other', f'{tmp_path.name}_mine'):
         sys.modules.pop(name, None)
     if str(tmp_path) in sys.path:
         sys.path.remove(str(tmp_path))
@@ -62,13 +64,13 @@ def test_code_is_the_users_script_and_the_classes_of_other_files(experiment):
 
 
 def test_without_a_script_code_is_the_classes_below_the_base():
-    """Here pytest is the script, which is no experiment."""
+    """Here pytest is the script, which is not an experiment."""
     import trainer
 
     class Mine(trainer.ExampleDiffusionTrainer):
         marker = 1
 
-    identity = identity_of(Mine, '')
+    identity = identity_of(Mine, trainer.BaseDiffusionTrainer, '')
     here = 'test_run_record.py:test_without_a_script_code_is_the_classes_below_the_base.<locals>.Mine'
     assert identity.trainer == here
     assert list(identity.code) == [here, 'trainer.py:ExampleDiffusionTrainer']
@@ -76,7 +78,7 @@ def test_without_a_script_code_is_the_classes_below_the_base():
     assert identity.code['trainer.py:ExampleDiffusionTrainer'] in (ROOT / 'trainer.py').read_text()
 
 
-def test_main_py_is_no_script_of_a_user(monkeypatch):
+def test_main_py_is_not_a_users_script(monkeypatch):
     class Main:
         __spec__ = None
         __file__ = str(ROOT / 'main.py')
@@ -95,7 +97,7 @@ def test_main_py_is_no_script_of_a_user(monkeypatch):
 def test_a_class_without_source_is_left_out():
     names = {}
     exec('class Typed: ...', names)
-    assert identity_of(names['Typed'], 'x') == run_record.Identity('Typed', {}, 'x')
+    assert identity_of(names['Typed'], object, 'x') == run_record.Identity('Typed', {}, 'x')
     with pytest.raises(SettingError, match='Typed was defined in no file'):
         import_class(**run_record.where(names['Typed']))
 
@@ -138,8 +140,17 @@ def test_a_file_that_fails_is_tried_again(experiment):
     experiment.write_text('1 / 0\n')
     with pytest.raises(ZeroDivisionError):
         import_class(str(experiment), 'Mine')
-    experiment.write_text('class Mine: ...  # mended\n')
+    experiment.write_text('class Mine: ...  # fixed\n')
     assert import_class(str(experiment), 'Mine').__name__ == 'Mine'
+
+
+def test_a_script_that_trains_when_it_is_imported_is_refused(experiment):
+    experiment.write_text('from runtime.importing import refuse_to_train\nrefuse_to_train()\n')  # as main.main does
+    with pytest.raises(
+        SettingError, match=r'mine\.py trains when it is imported: put its main\(\.\.\.\) under if __name'
+    ):
+        import_class(str(experiment), 'Mine')
+    refuse_to_train()  # nothing is being imported now
 
 
 # ---------------------------------------------------------------- run.json
@@ -219,7 +230,7 @@ def test_git_tells_the_commit_and_what_was_changed_since(tmp_path, monkeypatch):
     assert run_record.git_state() == nothing  # no git
 
 
-def test_a_start_that_cannot_be_written_says_so_and_spoils_nothing(tiny_config, monkeypatch):
+def test_a_start_that_cannot_be_written_is_an_error_and_leaves_the_earlier_ones(tiny_config, monkeypatch):
     config = tiny_config(experiment_name='run')
     config.run_dir.mkdir(parents=True)
     entry = write_start(config, Config, CPU)
@@ -227,7 +238,7 @@ def test_a_start_that_cannot_be_written_says_so_and_spoils_nothing(tiny_config, 
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(run_record.os, 'fsync', full)
+    monkeypatch.setattr(files.os, 'fsync', full)
     with pytest.raises(SaveError, match=r'run\.json cannot be written.*No space'):
         write_start(config, Config, CPU)
     assert read_start(config.run_dir) == entry

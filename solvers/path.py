@@ -1,0 +1,110 @@
+"""The path of a sample: the times, the network on a process other than the one it was trained with, and all steps."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from config import SettingError, choose
+from prediction import Prediction, check_ends
+from processes import Coefs, GaussianProcess
+from solvers.step import Noise, Predict, Solver, coefs_at
+from solvers.table import SOLVERS
+from solvers.time_grids import TIME_GRIDS
+
+Predictor = Callable[[Tensor, float, float | None, Coefs], Prediction]  # (xt, t, s, coefs at t) -> Prediction
+Callback = Callable[[int, float, Tensor], None]  # (i, t, x) after step i, from 1, which led to x at t
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A solver, and how many steps it takes between which times."""
+
+    solver: str = 'adams'  # key of SOLVERS
+    num: int = 20
+    nfe: int = 0  # network evaluations: as many steps as cost no more than that; 0: `num` steps
+    grid: str = 'logistic'  # key of TIME_GRIDS
+    t_min: float = 0.001
+    t_max: float = 0.999
+
+    def times(self, process: GaussianProcess, path: GaussianProcess, model_type: str) -> list[float]:
+        """The times of `path` that the solver visits, from high to low; t_min and t_max are times of `process`.
+
+        All checks that need no network are made here. Raises SettingError.
+        """
+        method = choose('solver', self.solver, SOLVERS)
+        choose('time_grid', self.grid, TIME_GRIDS)
+        self.check(method.nfe)
+        seen = 1 if method.nfe == 1 else 2  # a solver of one evaluation a step never evaluates at t_min
+        ends = [self.t_max, self.t_min]
+        check_ends(process, model_type, ends[:seen])
+        if path is not process:
+            ends = path.time_of_log_snr(process.log_snr(torch.tensor(ends, dtype=torch.float64))).tolist()
+            check_ends(path, 'v', ends[:seen], ('velocity',))
+        n = self.nfe // method.nfe if self.nfe and method.nfe else self.num
+        _, grids = method.for_steps(n)
+        return grids[self.grid](path, ends[0], ends[1], n).tolist()
+
+    def check(self, cost: int | None) -> None:
+        """Raise SettingError for bad numbers. `cost`: evaluations that each step takes."""
+        t_min, t_max = self.t_min, self.t_max
+        if not 0 <= t_min < t_max <= 1:
+            raise SettingError(f't_min={t_min:g}, t_max={t_max:g}: times need 0 <= t_min < t_max <= 1.')
+        if self.num < 1:
+            raise SettingError(f'num_steps={self.num}: must be at least 1.')
+        if self.nfe and (cost is None or self.nfe < cost):
+            need = (
+                f'at least {cost} evaluations a step. Use {cost} or more'
+                if cost
+                else 'as many evaluations as its tolerance asks for. Set a number of steps instead'
+            )
+            raise SettingError(
+                f'nfe={self.nfe} (--sample_nfe) with solver={self.solver!r}, which needs {need}, or another solver.'
+            )
+
+
+def on_path(predictor: Predictor, process: GaussianProcess, path: GaussianProcess) -> Callable[..., Prediction]:
+    """(x, t, s=None) -> Prediction: a network trained with `process`, at x and times t and s of `path`.
+
+    Another path visits the same distributions at other times and scales: the network is evaluated at the time of equal
+    log-SNR, at x scaled to match (Karras et al. 2022, section 3; Kingma et al. 2021, appendix).
+    """
+
+    def evaluate(x: Tensor, t: float, s: float | None = None) -> Prediction:
+        here = coefs_at(path, t)
+        if path is process:
+            return predictor(x, t, s, on_device_of(x, here))
+        time = process.time_of_log_snr(here.log_snr)
+        trained = process(time)
+        scale = torch.hypot(trained.alpha, trained.sigma) / torch.hypot(here.alpha, here.sigma)
+        if s is not None:
+            s = process.time_of_log_snr(coefs_at(path, s).log_snr).item()
+        prediction = predictor(scale.item() * x, time.item(), s, on_device_of(x, trained))
+        return Prediction(x, on_device_of(x, here), x0=prediction.x0, x1=prediction.x1)
+
+    return evaluate
+
+
+def on_device_of(x: Tensor, coefs: Coefs) -> Coefs:
+    """Coefs (1,) on the CPU, with the device and type of x. Filled in there, not copied: copies make the CPU wait."""
+    values = {name: value for name, value in vars(coefs).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(coefs, **{name: x.new_full((1,), value.item()) for name, value in values.items()})
+
+
+def follow(
+    solver: Solver, times: list[float], x1: Tensor, predict: Predict, noise: Noise, callback: Callback | None = None
+) -> Tensor:
+    """x at the last of the times, from sigma x1 at the first, one step of the solver between each two."""
+    step, _ = solver.for_steps(len(times) - 1)
+    x = coefs_at(predict.process, times[0]).sigma.item() * x1
+    for i, (t, s) in enumerate(itertools.pairwise(times), 1):
+        predict.steps_left = len(times) - i
+        if solver.stochastic and predict.steps_left == 1:
+            step = noise.last_step or step
+        x = step(x, t, s, predict, noise)
+        if callback is not None:
+            callback(i, s, x)
+    return x

@@ -1,0 +1,71 @@
+"""Runge-Kutta methods for the ODE: steps in t itself, on the velocity. They remember nothing and ignore `noise`."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from solvers.step import Noise, Predict, Reached
+
+
+def euler(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """x(s) = x + (s - t) velocity(x, t)."""
+    return x + (s - t) * predict(x, t).velocity
+
+
+def heun(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The trapezoidal rule on an Euler step (Karras et al. 2022, algorithm 1, without its last Euler step)."""
+    h, here = s - t, predict(x, t).velocity
+    there = predict(x + h * here, s).velocity
+    return x + h / 2 * (here + there)
+
+
+def midpoint(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The midpoint rule on half an Euler step (Hairer et al. 1993, section II.1)."""
+    h, middle = s - t, (t + s) / 2
+    return x + h * predict(x + h / 2 * predict(x, t).velocity, middle).velocity
+
+
+def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """The classical Runge-Kutta method (Hairer et al. 1993, section II.1)."""
+    h, middle = s - t, (t + s) / 2
+    k1 = predict(x, t).velocity
+    k2 = predict(x + h / 2 * k1, middle).velocity
+    k3 = predict(x + h / 2 * k2, middle).velocity
+    k4 = predict(x + h * k3, s).velocity
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
+    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq).
+
+    The error is a mean over the batch. The last evaluation, at s, is the first of the next step, which begins with the
+    step size that was reached here (Hairer et al. 1993, section II.4).
+    """
+    from torchdiffeq import odeint
+
+    reached = predict.reached if predict.reached is not None and predict.reached.x is x else None
+    first = None if reached is None else reached.velocity
+    times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
+    options = within(times) | ({} if reached is None else dict(first_step=reached.step))
+    last, size = x, options['first_step']
+
+    def velocity(time: Tensor, x: Tensor) -> Tensor:
+        nonlocal first, last
+        last, first = predict(x, time.item()).velocity if first is None else first, None
+        return last
+
+    def remember_size(time: Tensor, x: Tensor, step: Tensor) -> None:
+        nonlocal size
+        size = step  # before the end at s cuts it short
+
+    velocity.callback_step = remember_size  # torchdiffeq calls it before each attempt
+    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=options)
+    end = cast(Tensor, path)[-1]
+    predict.reached = Reached(end, last, size)
+    return end
+
+
+def within(times: Tensor) -> dict[str, Tensor]:
+    """Options that keep torchdiffeq's adaptive methods within the ends: beyond them a process may not exist."""
+    return dict(first_step=(times[-1] - times[0]).abs() / 100, step_t=times[-1:])

@@ -1,0 +1,119 @@
+"""What a step of a solver is: (x, t, s, predict, noise) -> x at time s < t. Read table.py next.
+
+The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time SDE
+
+    dx = (velocity - w^2/2 score) dt + w dw = (velocity + w^2 / (2 sigma) x1) dt + w dw        (dt < 0)
+
+have the same marginals (Song et al. 2021, eq. 13; Albergo et al. 2023, section 2). The drift is written with x1 in
+place of the score, and SDE_NOISES holds w^2 / (2 sigma). In a step, the part of the SDE that is not the ODE shrinks the
+noise in xt by e^-eta and draws new noise,
+
+    x1 -> e^-eta x1 + sqrt(1 - e^(-2 eta)) z,    eta = integral of w^2 / (2 sigma^2) dt,
+
+which stays finite where w does not: at both ends of every process.
+
+In all files of solvers/, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between
+data and noise. The cost of a solver is counted in network evaluations (NFE). Citations: Song et al. 2021 is the paper
+on score SDEs and 2021a the one on DDIM, Lu et al. 2022 is DPM-Solver and 2022b DPM-Solver++.
+"""
+
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prediction import Prediction
+from processes import Coefs, GaussianProcess, log_snr
+from solvers.time_grids import TIME_GRIDS, TimeGrid, logistic_of_few
+
+
+def coefs_at(process: GaussianProcess, t: float) -> Coefs:
+    """The process at one time, in float64 on the CPU; every tensor is (1,)."""
+    return process(torch.tensor([t], dtype=torch.float64))
+
+
+class Level(NamedTuple):
+    """The process at one time, as floats."""
+
+    alpha: float
+    sigma: float
+    half_log_snr: float  # l above; infinite at an end where alpha or sigma is 0
+
+
+class Reached(NamedTuple):
+    """The end of an adaptive step, for the next one, which starts at x."""
+
+    x: Tensor  # (B, ...)
+    velocity: Tensor  # (B, ...), at x
+    step: Tensor  # scalar, in t
+
+
+class Predict:
+    """`predict(x, t, s=None)`: the network, guided, at x (B, ...) and time t of `process`, as a Prediction.
+
+    `s` is the time to which the step goes: a solver that passes it is for networks of two times, which get it as the
+    condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
+    by the step x + (s - t) predict(x, t, s).velocity.
+    `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
+    `steps_left` is the number of steps to the end, this one included, as far as it is known. `taken` is (a, b) of the
+    step x(s) = a x(t) + b that led here, if a multistep method took it; `reached` is what an adaptive solver knows.
+    """
+
+    def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
+        """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s."""
+        self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
+        self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
+        self.levels: dict[float, Level] = {}
+        self.taken: tuple[float, Tensor] | None = None
+        self.reached: Reached | None = None
+
+    def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
+        prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)
+        self.past.appendleft((t, prediction))
+        self.nfe += 1
+        return prediction
+
+    def level(self, t: float) -> Level:
+        if t not in self.levels:
+            time = torch.tensor([t], dtype=torch.float64)
+            alpha, sigma = self.process.alpha(time), self.process.sigma(time)
+            self.levels[t] = Level(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
+        return self.levels[t]
+
+
+StepFn = Callable[[Tensor, float, float, Predict, 'Noise'], Tensor]  # (x, t, s, predict, noise) -> x at s < t
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a stochastic solver; a solver of the ODE ignores it."""
+
+    level: Callable[[Coefs], Tensor]  # coefs -> w^2 / (2 sigma), (B,); a value of SDE_NOISES
+    scale: float = 1.0  # factor on it
+    last_step: StepFn | None = None  # takes the place of the solver's last step; a value of LAST_STEPS
+
+
+@dataclass(frozen=True)
+class Solver:
+    step: StepFn
+    nfe: int | None  # network evaluations per step; None: it depends
+    # The error is O(h^order) in the step h; for an SDE, the error in distribution. This is the global order: the first
+    # steps of a multistep method, and the last ones with `taper`, are of lower order.
+    order: int
+    stochastic: bool = False
+    memory: int = 0  # earlier predictions that a step looks back at
+    few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
+    few_steps: int = 10  # with fewer, extrapolation by polynomials is unreliable
+
+    def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
+        """The step and the table of time grids for a path of n steps.
+
+        A solver that has a step for few of them takes these at more noise on the grid logistic.
+        """
+        if self.few is None or n > self.few_steps:
+            return self.step, TIME_GRIDS
+        return self.few, TIME_GRIDS | {'logistic': logistic_of_few}

@@ -1,0 +1,110 @@
+"""A decoded data set as one file: its contents, the room that it takes, and what is left of a killed build."""
+
+import os
+import time
+import zipfile
+
+import pytest
+import torch
+
+from config import SettingError
+from data_loading import packed
+from runtime import files
+
+X = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)
+LABEL = torch.arange(6) % 2
+
+
+def write(path, x, label=LABEL, most=6, **facts):
+    packed.write_rows(path, iter(zip(x, label.tolist(), strict=True)), most, 'title', facts)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+@pytest.mark.parametrize('most', [6, 9])
+def test_rows_are_stored_as_torch_stores_tensors(tmp_path, dtype, most):
+    """Also if there are fewer than expected; and torch reads them without mmap, which checks nothing of ours."""
+    x, facts = X.to(dtype), dict(classes=('a', 'ä'), held_out=1)
+    write(tmp_path / 'rows.pt', x, most=most, **facts)
+    packed.write(tmp_path / 'tensors.pt', x, LABEL, **facts)
+    in_place, wanted = packed.read(tmp_path / 'rows.pt'), packed.read(tmp_path / 'tensors.pt')
+    in_memory = torch.load(tmp_path / 'rows.pt', weights_only=True)
+    assert zipfile.ZipFile(tmp_path / 'rows.pt').testzip() is None  # checksums
+    for found in (in_place, in_memory):
+        assert torch.equal(found.pop('x'), x) and torch.equal(found.pop('label'), LABEL)
+    wanted = {name: value for name, value in wanted.items() if name not in ('x', 'label')}
+    assert in_place == in_memory == wanted and wanted.items() >= facts.items()
+    assert packed.read(tmp_path / 'rows.pt')['x'].data_ptr() % 64 == 0  # aligned
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['rows.pt', 'tensors.pt']
+
+
+def test_facts_may_be_completed_with_the_last_row(tmp_path):
+    facts = dict(held_out=1)
+
+    def rows():
+        yield from zip(X.byte(), LABEL.tolist(), strict=True)
+        facts['std'] = (0.1234, 5.0)
+
+    packed.write_rows(tmp_path / 'x.pt', rows(), 6, 'title', facts)
+    assert packed.read(tmp_path / 'x.pt')['std'] == (0.1234, 5.0)
+
+
+def test_a_file_takes_the_room_of_its_rows_once(tmp_path, monkeypatch):
+    path, size = tmp_path / 'x.pt', X.numel()
+    monkeypatch.setattr(packed, 'space_for', lambda path: size - 1)
+    with pytest.raises(packed.NoRoomError, match=r'this takes 3\.6e-07 GB; 3\.59e-07 GB are free there\. Make room'):
+        write(path, X.byte())
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(packed, 'space_for', lambda path: size)
+    taken = []
+
+    def rows():
+        for x, label in zip(X.byte().repeat(10_000, 1, 1, 1), LABEL.repeat(10_000).tolist(), strict=True):
+            taken.append(sum(file.stat().st_blocks for file in tmp_path.iterdir()) * 512)
+            yield x, label
+
+    packed.write_rows(path, rows(), 6, 'title', {})
+    assert max(taken) <= path.stat().st_size < 1.3 * 10_000 * size  # 8 bytes for each label of 60
+
+
+def test_rows_that_differ_or_are_missing_are_refused_and_leave_nothing(tmp_path):
+    with pytest.raises(SettingError, match=r'title: item 1 is uint8 \(3, 4\), the first one uint8 \(3, 4, 5\)'):
+        packed.write_rows(tmp_path / 'x.pt', iter([(X[0].byte(), 0), (X[1, :, :, 0].byte(), 1)]), 2, 'title', {})
+    with pytest.raises(SettingError, match=r'item 2 is float32 .*the same shape and type'):
+        rows = [(X[0].byte(), 0), (X[1].byte(), 1), (X[2].float(), 1)]
+        packed.write_rows(tmp_path / 'x.pt', iter(rows), 3, 'title', {})
+    with pytest.raises(SettingError, match='nothing that can be read'):
+        packed.write_rows(tmp_path / 'x.pt', iter([]), 3, 'title', {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_remains_of_a_killed_build_are_removed_by_the_next(tmp_path):
+    """Unless they have changed within the hour: another machine may be building."""
+    path = tmp_path / 'x[1].pt'
+    other, fresh, old = tmp_path / '.other.pt.7.tmp', tmp_path / '.x[1].pt.8.tmp', files.temporary_name(path)
+    for file in (other, fresh, old):
+        file.write_text('half')
+    for file in (other, old):
+        os.utime(file, (0, time.time() - 3700))
+    assert packed.read_or_build(path, lambda: write(path, X.byte()))['x'].shape == (6, 3, 4, 5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        [other.name, fresh.name, '.x[1].pt.lock', path.name]
+    )
+    assert packed.read_or_build(path, lambda: pytest.fail('it is there'))['label'].tolist() == LABEL.tolist()
+
+
+def test_the_digest_covers_pixels_classes_and_names():
+    x, facts = torch.arange(24).view(6, 4).byte(), dict(classes=('a', 'b'), held_out=1)
+    mark = packed.digest_of(x, LABEL, facts)
+    assert mark == '9b804e78f9441a0f'  # must stay: it decides whether a run may resume
+    other = x.clone()
+    other[5, 3] = 1
+    for changed in (
+        packed.digest_of(other, LABEL, facts),
+        packed.digest_of(x, 1 - LABEL, facts),
+        packed.digest_of(x, LABEL, facts | dict(classes=('a', 'c'))),
+    ):
+        assert changed != mark
+
+
+def test_how_many_are_held_out_by_default():
+    assert [packed.held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]

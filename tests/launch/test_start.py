@@ -1,0 +1,146 @@
+"""Which script run.sh starts, by which path and with which modules in reach; what its launcher refuses and reports."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from launch import launcher, start
+from runtime import errors, stopping
+from tests.helpers import ROOT, launch_env
+
+# Prints where it is and its flags, and which `evaluate` and `training` it finds.
+SCRIPT = """
+import os, sys
+import evaluate, training
+files = [os.path.relpath(path, os.environ['BASE']) for path in (__file__, evaluate.__file__, training.__file__)]
+print(*files, *sys.argv[1:], os.environ.get('RANK', 'direct'), flush=True)
+"""
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """A repo of scripts that all print where they are, a folder elsewhere, and an installed `evaluate`."""
+    base = tmp_path_factory.mktemp('base')
+    for folder in ('launch', 'runtime', 'settings'):
+        shutil.copytree(ROOT / folder, base / 'repo' / folder)
+    for name in ('run.sh', 'pyproject.toml'):
+        shutil.copy(ROOT / name, base / 'repo')
+    scripts = (
+        'repo/main.py repo/mine.py repo/other.py repo/examples/mine.py repo/scripts/generate.py '
+        'repo/scripts/evaluate.py repo/scripts/sweep.py repo/tests/probe.py elsewhere/mine.py elsewhere/sub/generate.py'
+    )
+    packages = 'repo/training repo/scripts repo/tests repo/tests/training installed/evaluate'
+    for path in [*scripts.split(), *(f'{package}/__init__.py' for package in packages.split())]:
+        (base / path).parent.mkdir(parents=True, exist_ok=True)
+        (base / path).write_text(SCRIPT if path in scripts else '')
+    return base
+
+
+def run(base, cwd, *words, **env):
+    env = launch_env(1) | dict(BASE=str(base), PYTHONPATH=str(base / 'installed')) | env
+    command = ['sh', base / 'repo/run.sh', *words]
+    return subprocess.run(command, cwd=base / cwd, env=env, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    'given, cwd, runs',
+    [
+        ('mine.py', 'elsewhere', 'elsewhere/mine.py'),  # the caller's comes first
+        ('other.py', 'elsewhere', 'repo/other.py'),
+        ('examples/mine.py', 'elsewhere', 'repo/examples/mine.py'),
+        ('mine.py', 'repo', 'repo/mine.py'),
+        ('{base}/elsewhere/mine.py', 'repo', 'elsewhere/mine.py'),
+        ('generate.py', 'repo', 'repo/scripts/generate.py'),
+        ('generate.py', 'elsewhere', 'repo/scripts/generate.py'),
+        ('generate.py', 'repo/scripts', 'repo/scripts/generate.py'),
+        ('generate.py', 'elsewhere/sub', 'elsewhere/sub/generate.py'),  # one of the user
+        ('scripts/generate.py', 'repo', 'repo/scripts/generate.py'),
+        ('./scripts/generate.py', 'repo', 'repo/scripts/generate.py'),
+        ('scripts/generate.py', 'elsewhere', 'repo/scripts/generate.py'),
+        ('../repo/scripts/generate.py', 'elsewhere', 'repo/scripts/generate.py'),
+        ('{base}/repo/scripts/generate.py', 'elsewhere', 'repo/scripts/generate.py'),
+        ('tests/probe.py', 'repo', 'repo/tests/probe.py'),
+        ('nowhere.py', 'elsewhere', None),
+    ],
+)
+def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo_and_its_scripts(base, given, cwd, runs):
+    """And it finds an installed `evaluate` and the repo's `training`, whatever is next to it in scripts/ and tests/."""
+    result = run(base, cwd, given.format(base=base), '--flag', '--help')
+    if runs:
+        found = 'installed/evaluate/__init__.py repo/training/__init__.py'
+        assert result.stdout == f'{runs} {found} --flag --help direct\n', result.stderr
+    else:
+        where = f'no script nowhere.py in {base}/elsewhere or {base}/repo'
+        assert result.returncode == 1 and where in result.stderr
+
+
+@pytest.mark.parametrize(
+    'given, rank', [('generate.py', '0'), ('tests/probe.py', '0'), ('mine.py', '0'), ('sweep.py', 'direct')]
+)
+def test_the_same_modules_are_in_reach_under_torchrun(base, given, rank):
+    """A script of scripts/ that always is one process runs without it, by whatever path it is called."""
+    result = run(base, 'repo', given, '--flag')
+    path = given if given[0] in 'tm' else f'scripts/{given}'
+    found = f'repo/{path} installed/evaluate/__init__.py repo/training/__init__.py --flag {rank}\n'
+    assert found in result.stdout, result.stderr
+    assert (rank == 'direct') == (result.stdout == found) or 'ended without a run' in result.stderr
+
+
+@pytest.mark.parametrize('path', ['scripts/sweep.py', '../repo/scripts/sweep.py', '{base}/repo/scripts/sweep.py'])
+def test_a_program_of_one_process_is_known_by_any_path(base, path):
+    assert run(base, 'repo', path.format(base=base)).stdout.endswith('direct\n')
+
+
+def test_scripts_of_folders_that_would_hide_packages_are_modules():
+    expected = {
+        'scripts/generate.py': 'scripts.generate',
+        'tests/oracle.py': 'tests.oracle',
+        'tests/experiments/gan.py': None,
+        'examples/edm.py': None,
+        'main.py': None,
+        '/home/me/scripts/mine.py': None,
+    }
+    assert {path: start.module_of(path) for path in expected} == expected
+    hidden = {path.stem for folder in start.RUN_AS_MODULES for path in (ROOT / folder).glob('*')}
+    assert {'evaluate', 'training', 'runtime'} <= hidden
+
+
+# ---------------------------------------------------------------- the launcher
+
+
+@pytest.mark.parametrize('nproc', ['0', '-1', 'two', '1.5'])
+def test_the_launcher_refuses_a_bad_number_of_processes(nproc, monkeypatch, capsys):
+    monkeypatch.setenv('NPROC', nproc)
+    monkeypatch.setattr(os, 'setsid', lambda: None)
+    assert launcher.launch(['main.py']) == errors.EXIT_BAD_SETTING
+    assert f'NPROC={nproc!r}' in capsys.readouterr().err
+
+
+def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path, monkeypatch):
+    """The other ranks report that their connection broke."""
+    for rank, when, text in ((0, 7.5, 'RuntimeError: connection closed'), (1, 7.4, 'KeyError: broken')):
+        report = dict(time=when, rank=rank, text=text, follows=False)
+        (tmp_path / f'failed_{rank}').write_text(json.dumps(report))
+    assert min(launcher.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
+    monkeypatch.setenv('RANK', '2')
+    stopping.report_failure(errors.RankFailed('another rank failed'))
+    heard = json.loads((tmp_path / 'failed_2').read_text())
+    (tmp_path / 'failed_2').write_text(json.dumps(heard | dict(time=7.3)))
+    assert min(launcher.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    assert 'rank 2 was killed by signal 9 (SIGKILL)' in min(launcher.causes({0: 1, 2: -9}, tmp_path))[1]
+
+
+def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch):
+    from torch.distributed.elastic.multiprocessing import api
+
+    before = api._terminate_process_handler
+    monkeypatch.setattr(api, '_terminate_process_handler', before)  # put back at the end
+    launcher.patch_signal_handler()
+    assert api._terminate_process_handler is not before
+    monkeypatch.delattr(api, '_terminate_process_handler')
+    with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler.*requirements\.txt'):
+        launcher.patch_signal_handler()

@@ -1,0 +1,103 @@
+"""How a program ends: exit codes, what it prints and reports, and flags that are wrong on one of several processes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runtime import command
+from runtime.errors import SettingError
+from tests.helpers import ROOT
+
+PROGRAM = """
+import sys
+from runtime import command, errors
+
+def do():
+    kind = sys.argv[1]
+    if kind != 'done':
+        raise getattr(errors, kind, RuntimeError)('lr=1: too large. Try 1e-3.')
+
+command.run(do, undo=lambda: print('undone', flush=True))
+"""
+
+
+def run(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(('RUN_', 'RANK', 'LOCAL_RANK'))}
+    env = clean | {'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''} | env
+    return subprocess.run([sys.executable, '-c', code, *arguments], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    'kind, code, out, err',
+    [
+        ('done', 0, '', ''),
+        ('SettingError', 2, 'undone\n', 'SettingError: lr=1: too large. Try 1e-3.\n'),
+        ('NonFiniteLoss', 3, '', 'NonFiniteLoss: lr=1: too large. Try 1e-3.\n'),
+        ('Stopped', 75, '', ''),
+        ('SaveError', 1, '', 'SaveError: lr=1: too large. Try 1e-3.\n'),
+        ('DataError', 1, '', 'DataError: lr=1: too large. Try 1e-3.\n'),
+    ],
+)
+def test_each_error_has_its_exit_code_and_is_printed_in_one_line(kind, code, out, err):
+    done = run(PROGRAM, kind)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+def test_other_errors_keep_their_traceback():
+    done = run(PROGRAM, 'unexpected')
+    assert done.returncode == 1 and done.stderr.startswith('Traceback') and 'RuntimeError: lr=1' in done.stderr
+
+
+def test_the_launcher_is_told_the_error_and_prints_it(tmp_path):
+    """What ends with code 1 is printed by the launcher, last."""
+    for kind, printed in (('SaveError', False), ('SettingError', True)):
+        done = run(PROGRAM, kind, RANK='0', LOCAL_RANK='0', RUN_REPORTS=str(tmp_path))
+        report = json.loads((tmp_path / 'failed_0').read_text())
+        assert report['rank'] == 0 and report['text'] == f'runtime.errors.{kind}: lr=1: too large. Try 1e-3.'
+        assert ('lr=1' in done.stderr) == printed
+        assert (tmp_path / 'outcome').read_text() == str(done.returncode)
+
+
+def wrong_flag():
+    print('usage: main.py', file=sys.stderr)
+    raise SystemExit(2)
+
+
+def wrong_setting():
+    raise SettingError('lr=1: too large.')
+
+
+@pytest.mark.parametrize('parse, text', [(wrong_flag, 'usage: main.py'), (wrong_setting, 'lr=1: too large.')])
+def test_a_wrong_flag_is_printed_by_the_first_process_only(parse, text, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
+    assert command.parsed(lambda: 5) == 5
+    for rank, local_rank in (('0', '0'), ('1', '1'), ('2', '0')):  # the last one is the first of another machine
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('LOCAL_RANK', local_rank)
+        with pytest.raises(SystemExit) as ended:
+            command.parsed(parse)
+        assert ended.value.code == 2
+        assert (text in capsys.readouterr().err) == (rank == '0')
+    assert [path.name for path in tmp_path.iterdir()] == ['failed_2']
+    assert text in json.loads((tmp_path / 'failed_2').read_text())['text']
+
+
+def test_help_does_not_wait_for_torch():
+    done = run('from runtime import command\nimport sys\nassert "torch" not in sys.modules\nprint("ok")')
+    assert done.stdout == 'ok\n', done.stderr
+
+
+def test_a_broken_stream_does_not_end_the_program():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    out = command.Output(Full('seen'))
+    assert out.write('text') == 4
+    out.flush()
+    assert out.getvalue() == 'seen'  # all else is the stream's own

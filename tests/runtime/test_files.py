@@ -1,0 +1,134 @@
+"""Files that are whole or not there, names for one file, hashes of tensors, and locks between processes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runtime import files
+from tests.helpers import ROOT, wait_until
+
+
+@pytest.fixture
+def python(tmp_path):
+    """`python(code, *arguments)`: a process that runs it in an empty folder, ended with the test."""
+    started = []
+
+    def start(code: str, *arguments: object) -> subprocess.Popen:
+        command = [sys.executable, '-c', code, *map(str, arguments)]
+        env = os.environ | {'PYTHONPATH': str(ROOT)}
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize('durable', [False, True])
+def test_whole_replaces_the_file_at_the_end_only(tmp_path, durable):
+    path = tmp_path / 'new folder/numbers.txt'
+    with files.whole(path, durable) as temporary:
+        temporary.write_text('first')
+        assert not path.exists()
+    with files.whole(path, durable) as temporary:
+        temporary.write_text('second')
+        assert path.read_text() == 'first'
+    assert path.read_text() == 'second' and os.listdir(path.parent) == ['numbers.txt']
+
+
+def test_whole_leaves_nothing_behind_after_an_error(tmp_path):
+    files.write_text(tmp_path / 'numbers.txt', 'before')
+    with pytest.raises(OSError, match='disk'), files.whole(tmp_path / 'numbers.txt') as temporary:
+        temporary.write_text('half')
+        raise OSError('the disk is full')
+    assert (tmp_path / 'numbers.txt').read_text() == 'before' and os.listdir(tmp_path) == ['numbers.txt']
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from runtime import files
+for i in range(10**6):
+    with files.whole(Path('numbers.txt')) as temporary, open(temporary, 'w') as file:
+        for _ in range(1000):
+            file.write(f'{i % 10}' * 100)
+            file.flush()
+    print(i, flush=True)
+"""
+
+
+def test_whole_survives_a_kill_in_the_middle_of_a_write(python, tmp_path):
+    writer = python(WRITER)
+    writer.stdout.readline()
+    assert wait_until(lambda: any(tmp_path.glob('.*.tmp')), 20)
+    writer.send_signal(signal.SIGSTOP)  # wherever it is, mostly within a write
+    writer.kill()
+    writer.wait()
+    text = (tmp_path / 'numbers.txt').read_text()
+    assert len(text) == 100_000 and len(set(text)) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {'numbers.txt', f'.numbers.txt.{writer.pid}.tmp'}
+
+
+def test_link_as_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypatch):
+    first, second, copy = tmp_path / 'last.pt', tmp_path / 'step_1.pt', tmp_path / 'step_2.pt'
+    first.write_bytes(b'weights')
+    second.write_bytes(b'of an earlier run')
+    files.link_as(first, second)
+    assert first.samefile(second)
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    files.link_as(first, copy)
+    assert not first.samefile(copy)
+    with files.whole(first) as temporary:
+        temporary.write_bytes(b'new weights')
+    assert second.read_bytes() == copy.read_bytes() == b'weights'
+
+
+def test_digest_is_of_all_bytes_in_order():
+    x = torch.arange(12.0).reshape(3, 4)
+    assert files.digest(x) == files.digest(x[:1], x[1:]) == files.digest(x.T.contiguous().T)  # laid out otherwise
+    other = [x.double(), x.flip(0), x[:2], x + torch.eye(3, 4) * 1e-6]
+    assert len({files.digest(y) for y in [x, *other]}) == 5
+    assert files.digest('a', x) != files.digest('b', x) and len(files.digest(x, size=16)) == 32
+    assert files.digest(torch.tensor(1.5)) == files.digest(torch.tensor([1.5]))
+
+
+def test_digest_of_a_large_tensor_is_that_of_its_parts(monkeypatch):
+    x = torch.arange(2**23, dtype=torch.int32).reshape(2**11, 2**12)  # 32 MB: two parts
+    assert files.digest(x) == files.digest(*x.split(100))
+
+
+LOCKER = """
+import sys, time
+from pathlib import Path
+from runtime import files
+with files.locked(Path('lock'), lambda: print('waits', flush=True)) as is_locked:
+    print('inside' if is_locked else 'no locks', flush=True)
+    time.sleep(float(sys.argv[1]))
+print('out', flush=True)
+"""
+
+
+def test_locked_lets_one_process_in_at_a_time_and_outlives_a_kill(python):
+    first = python(LOCKER, 60)
+    assert first.stdout.readline() == 'inside\n'
+    second = python(LOCKER, 0)
+    assert second.stdout.readline() == 'waits\n'
+    first.kill()
+    assert second.communicate(timeout=20)[0] == 'inside\nout\n'
+    third = python(LOCKER, 0)
+    assert third.communicate(timeout=20)[0] == 'inside\nout\n'
+
+
+def test_locked_where_there_are_no_locks_says_so(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise OSError(95, 'Operation not supported')
+
+    monkeypatch.setattr(files.fcntl, 'lockf', refuse)
+    with files.locked(tmp_path / 'lock', lambda: pytest.fail('it waits')) as is_locked:
+        assert not is_locked

@@ -1,0 +1,195 @@
+"""All ranks stop in the same step; what a process reports; how it ends."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from runtime import errors, ranks, stopping
+from tests.helpers import ROOT, run_ranks, wait_until
+
+# What each of two processes does; it writes what it saw as JSON. What all ranks do together comes in the same order.
+SCRIPT = """
+import json, os, signal, sys, time
+import torch
+from runtime import errors, ranks as d, stopping
+
+d.setup()
+rank, seen = d.rank(), {}
+
+def raised(call, **flags):
+    try:
+        call(**flags)
+    except (errors.Stopped, errors.RankFailed) as error:
+        return type(error).__name__
+    return ''
+
+seen['agreed'] = [stopping.agree(code) for code in (0, rank, 2 * rank, 1 - rank)]
+stopping.catch_stop_signals()
+seen['fine'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), raised(stopping.poll_stop)]
+seen['failed'] = [raised(stopping.raise_if_stopped, failed=rank == r) for r in (0, 1, 2)]
+
+start = time.monotonic()
+if rank == 0:
+    time.sleep(0.3)  # the other rank reads what was begun a step ago, and does not wait for this one
+stopping.poll_stop()
+if rank == 1:
+    seen['polled'] = time.monotonic() - start
+d.barrier()
+
+stopping.poll_stop()  # its reduction is under way while rank 1 works by itself
+if rank == 1:
+    with d.alone():
+        before = stopping._under_way
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen['alone'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), stopping.finish_poll()]
+        seen['alone'] += [raised(stopping.raise_if_stopped, failed=True), before is stopping._under_way]
+seen['polls'] = [raised(stopping.poll_stop) for _ in range(4)]  # each that raises leaves nothing to read
+seen['unread'] = stopping._under_way is not None
+seen['stopped'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
+seen['failed and stopped'] = raised(stopping.raise_if_stopped, failed=rank == 0)
+
+stopping._stop_asked = False
+stopping.poll_stop()
+stopping._stop_asked = rank == 0
+stopping.poll_stop()  # its reduction, not read by a third poll, is read by the next `raise_if_stopped`
+stopping._stop_asked = False
+seen['read by the other'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
+seen['in order'] = d.all_gather_objects(rank)
+stopping.poll_stop()  # begun and never read: the group is left all the same
+with open(f'{sys.argv[1]}/{rank}.json', 'w') as file:
+    json.dump(seen, file)
+d.close()
+"""
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    """What rank 0 and rank 1 of SCRIPT saw."""
+    return run_ranks(SCRIPT, tmp_path_factory.mktemp('ranks'), [0, 1])
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def test_two_agree_on_the_greatest_code(both):
+    assert [seen['agreed'] for seen in both] == [[0, 1, 2, 1]] * 2
+
+
+def test_two_stop_together_when_one_got_the_signal(both):
+    assert [seen['fine'] for seen in both] == [['', '', '']] * 2
+    assert [seen['stopped'] for seen in both] == [['Stopped', 'Stopped']] * 2
+
+
+def test_two_give_up_together_when_one_failed(both):
+    """It ends as many calls as there were, on both: the third call, in which no rank failed, finds them in step."""
+    assert [seen['failed'] for seen in both] == [['RankFailed', 'RankFailed', '']] * 2
+    assert [seen['failed and stopped'] for seen in both] == ['RankFailed'] * 2
+
+
+def test_two_polls_stop_in_the_same_step_one_later_than_the_signal_and_wait_for_nobody(both):
+    assert [seen['polls'] for seen in both] == [['', 'Stopped', '', 'Stopped']] * 2
+    assert [seen['unread'] for seen in both] == [False] * 2
+    assert both[1]['polled'] < 0.25
+
+
+def test_two_polls_leave_nothing_that_disturbs_what_comes_after(both):
+    """Nor the end: SCRIPT leaves the group after a poll whose reduction nobody reads."""
+    assert [seen['read by the other'] for seen in both] == [['Stopped', '']] * 2
+    assert [seen['in order'] for seen in both] == [[0, 1]] * 2
+
+
+def test_two_a_signal_in_work_of_one_rank_is_noted_and_obeyed_by_all_later(both):
+    """Inside `alone`, nothing is agreed on, and the reduction that is under way is not read."""
+    assert both[1]['alone'] == ['', '', 0, 'RankFailed', True]
+
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize('check', [stopping.raise_if_stopped, stopping.poll_stop])
+def test_one_process_stops_at_once_but_only_after_a_signal(monkeypatch, check):
+    monkeypatch.setattr(stopping, '_stop_asked', False)
+    check()
+    stopping.ask_to_stop()
+    with pytest.raises(errors.Stopped):
+        check()
+
+
+def test_one_process_that_failed_gives_up_and_reports_its_own_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(stopping, '_stop_asked', True)
+    monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
+    monkeypatch.setenv('RANK', '3')
+    with pytest.raises(errors.RankFailed) as failed:
+        try:
+            raise MemoryError('no room for 64 images')
+        except MemoryError:
+            stopping.raise_if_stopped(failed=True)
+    stopping.report_failure(failed.value)
+    assert json.loads((tmp_path / 'failed_3').read_text())['text'] == 'MemoryError: no room for 64 images'
+
+
+def test_one_process_alone_stops_after_its_work(monkeypatch):
+    monkeypatch.setattr(stopping, '_stop_asked', True)
+    with ranks.alone():
+        stopping.raise_if_stopped()
+        stopping.poll_stop()
+    with pytest.raises(errors.Stopped):
+        stopping.raise_if_stopped()
+
+
+@pytest.mark.parametrize('rank', [None, '0'])
+def test_stop_signals_are_taken_over_only_in_processes_of_torchrun(monkeypatch, tmp_path, rank):
+    monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.delenv('RANK', raising=False)
+    if rank is not None:
+        monkeypatch.setenv('RANK', rank)
+    before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+    try:
+        stopping.exit_on_stop_signals()
+        ends = {signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+        stopping.catch_stop_signals()
+        caught = {signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    if rank is None:
+        assert ends == caught == set(before.values()) and not (tmp_path / 'outcome').exists()
+    else:
+        assert ends == {signal.SIG_DFL} and caught == {stopping.ask_to_stop}
+        assert (tmp_path / 'outcome').read_text() == '1'
+
+
+def test_a_block_that_hangs_is_left_at_its_time_limit():
+    before, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+    with pytest.raises(TimeoutError, match=r'0\.1 s'), stopping.time_limit(0.1):
+        threading.Event().wait(30)
+    with stopping.time_limit(30):
+        pass
+    assert signal.getsignal(signal.SIGALRM) is before  # of the limit of this test itself
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(left, abs=5)
+
+
+def test_an_exit_handler_that_hangs_is_cut_off():
+    code = (
+        'import atexit, time\nfrom runtime import stopping\n'
+        'atexit.register(lambda: time.sleep(60))\nstopping.limit_exit(3, seconds=1)'
+    )
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=40).returncode == 3
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+    code = 'import os, time\nfrom runtime import stopping\nstopping.end_with_parent()\nprint(os.getpid(), flush=True)\n'
+    parent = (
+        'import os, subprocess, sys\nenv = os.environ | {"RUN_PARENT": str(os.getpid())}\n'
+        f'subprocess.run([sys.executable, "-c", {code + "time.sleep(60)"!r}], env=env, start_new_session=True)'
+    )
+    with subprocess.Popen([sys.executable, '-c', parent], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.kill()
+    assert wait_until(lambda: not Path(f'/proc/{child}').exists(), 10)

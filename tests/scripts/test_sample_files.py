@@ -1,0 +1,57 @@
+"""Samples in files: where each goes, what resumes, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import SettingError
+from scripts.sample_files import Output
+
+X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
+
+
+def test_files_are_found_by_number(tmp_path):
+    out = Output(str(tmp_path / 'x'), 2000, True, {})
+    assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
+
+
+def test_a_folder_holds_each_image_and_a_grid(tmp_path):
+    out = Output(str(tmp_path / 'x'), 6, True, {})
+    out.claim()
+    out.add([0, 3], X[[0, 3]], None)
+    assert out.drawn() == {0, 3}
+    out.add([1, 2, 4, 5], X[[1, 2, 4, 5]], None)
+    out.finish(4, 2, [])
+    with Image.open(out.png(3)) as image:
+        assert np.array_equal(np.array(image), (X[3, 0] * 255).round().byte().numpy())
+    with Image.open(tmp_path / 'x/grid.png') as grid:
+        assert grid.size == (2 + 2 * 50, 2 + 2 * 50)
+
+
+def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
+    out = Output(str(tmp_path / 'x.npz'), 6, False, {})
+    out.claim()
+    label = torch.arange(6)
+    out.add([4, 5], X[4:], label[4:])
+    out.add([0, 1], X[:2], label[:2])
+    out.finish(2, 2, [])  # 2 and 3 are missing: only what comes before them is in the file
+    assert len(np.load(tmp_path / 'x.npz')['arr_0']) == 2 and out.drawn() == {0, 1, 4, 5}
+    out.add([2, 3], X[2:4], label[2:4])
+    out.finish(6, 2, [])
+    whole = np.load(tmp_path / 'x.npz')
+    assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [0, 1, 2, 3, 4, 5]
+    assert [path.name for path in (tmp_path / 'x.npz.parts').iterdir()] == ['generate.json']
+    assert not (tmp_path / 'x_grid.png').exists()  # floats that are not images
+
+
+def test_samples_that_are_not_images_need_a_file(tmp_path):
+    with pytest.raises(SettingError, match='not images'):
+        Output(str(tmp_path / 'x'), 6, False, {})
+
+
+def test_samples_of_other_settings_are_not_mixed(tmp_path):
+    Output(str(tmp_path / 'x'), 6, True, dict(seed=0, pair=(1, 2))).claim()
+    Output(str(tmp_path / 'x'), 9, True, dict(seed=0, pair=(1, 2))).claim()
+    with pytest.raises(SettingError, match=r'of other settings \(there -> now\): seed: 0 -> 1. Pass another --out'):
+        Output(str(tmp_path / 'x'), 6, True, dict(seed=1, pair=(1, 2))).claim()

@@ -1,0 +1,62 @@
+"""Adaptive steps: tolerance, cost, ends. test_table.py has the order of the others."""
+
+import itertools
+
+import pytest
+import torch
+
+from processes import PROCESSES
+from sampling import sample
+from solvers import SOLVERS
+from tests.oracle import RING, at, base_noise, exact_predict, process_named
+
+each_process = pytest.mark.parametrize('process_name', PROCESSES)
+
+
+@each_process
+def test_adaptive_steps_keep_their_tolerance(process_name):
+    process = process_named(process_name)
+    model_fn = RING.as_model('velocity', process)
+    fine = sample(model_fn, process, base_noise(50), solver='rk4', num_steps=500)
+    coarse = sample(model_fn, process, base_noise(50), solver='dopri5', num_steps=1)
+    assert 1e-9 < (coarse - fine).square().mean().sqrt() < 1e-3
+
+
+@each_process
+def test_adaptive_steps_go_on_from_one_another(process_name):
+    """Not a second evaluation where a step of the grid ends, and no step size found anew; the result is as exact."""
+    process, method = process_named(process_name), SOLVERS['dopri5']
+    model_fn, x1, n = RING.as_model('x0', process), base_noise(50), 12
+    calls, ends = [], []
+
+    def counted(xt, t, label):
+        calls.append(t[0].item())
+        return model_fn(xt, t, label)
+
+    x = sample(
+        counted,
+        process,
+        x1,
+        solver='dopri5',
+        num_steps=n,
+        model_type='x0',
+        callback=lambda i, s, x: ends.append((s, len(calls))),
+    )
+    alone, y, t = 0, at(process, 0.999).sigma * x1, 0.999
+    for s, _ in ends:
+        predict = exact_predict(process, RING)  # a new one: it knows nothing of the step before
+        y, t = method.step(y, t, s, predict, None), s
+        alone += predict.nfe
+    assert len(calls) <= alone - 6 * (n - 1)  # the evaluation, and more for step sizes
+    for (s, number), (_, following) in itertools.pairwise(ends):
+        assert calls[number - 1] == pytest.approx(s, abs=1e-12) and (following - number) % 6 == 0  # 6 per attempt
+    fine = sample(model_fn, process, x1, solver='rk4', num_steps=500, model_type='x0')
+    assert (x - fine).square().mean().sqrt() < 1e-3
+
+
+def test_an_adaptive_step_from_elsewhere_asks_for_its_velocity():
+    process, step = process_named('rf'), SOLVERS['dopri5'].step
+    used, new = (exact_predict(process, RING) for _ in range(2))
+    step(base_noise(5), 0.9, 0.6, used, None)
+    x = base_noise(10)[5:]
+    torch.testing.assert_close(step(x, 0.6, 0.3, used, None), step(x, 0.6, 0.3, new, None), rtol=0, atol=0)

@@ -1,0 +1,128 @@
+"""Drawing samples on all processes together."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import utils
+from config import SettingError
+from runtime import ranks, stopping
+from runtime.errors import RankFailed
+from sampling import ModelFn, Sampling
+from solvers import SOLVERS
+from training.batches import Batches
+from training.experiment import Experiment, SampleInputs, Sampler
+
+
+class Drawing:
+    """Draws samples of an experiment with the settings of its config, and measures the rate."""
+
+    def __init__(self, experiment: Experiment, batches: Batches):
+        self.experiment, self.batches = experiment, batches
+        self.seconds_per_sample = 0.0  # measured when samples were last drawn
+        self.num_at_end = 0  # samples that will be drawn after the last step
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """Made when it is first used: null_cond may be set in the constructor of an experiment."""
+        experiment = self.experiment
+        return Sampling(experiment.config, experiment.process, experiment.data.num_classes, experiment.null_cond)
+
+    def check(self) -> None:
+        """Raise SettingError for settings of sampling that cannot work."""
+        self.refuse_sde_solver(self.experiment.config.solver)
+        _ = self.sampling
+
+    def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: Any) -> Tensor:
+        """x0 (n, ...) by this solver; `settings` replace those of the config. Between two steps a stop request of any
+        process ends it on all. Raises SettingError, Stopped."""
+        self.refuse_sde_solver(solver)
+        callback = settings.pop('callback', None)
+
+        def after_step(i: int, t: float, x: Tensor) -> None:
+            stopping.raise_if_stopped()
+            if callable(callback):
+                callback(i, t, x)
+
+        given: dict[str, Any] = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
+        given |= settings | {'callback': after_step}
+        return self.sampling(model_fn, **given)
+
+    def default_solvers(self) -> list[str]:
+        """The config's solver and, where an SDE is right, one of the other kind: ODE and SDE."""
+        return self.sampling.default_solvers(bool(self.experiment.independent))
+
+    def refuse_sde_solver(self, solver: str) -> None:
+        """Raise SettingError for an SDE solver where x0 and x1 are not independent."""
+        if solver in SOLVERS and SOLVERS[solver].stochastic and not self.experiment.independent:
+            raise SettingError(
+                f'solver={solver!r} follows the score, which would be wrong: x0 and x1 are not independent '
+                f'({type(self.experiment).__name__}.independent is False). Use an ODE solver: --solver adams.'
+            )
+
+    @torch.no_grad()
+    def samples(self, sampler: Sampler, module: nn.Module, inputs: SampleInputs) -> Tensor:
+        """Decoded samples (n, ...) on every rank, from inputs that every rank has; the processes share the work.
+
+        Raises Stopped and, on every rank, RankFailed if one of them ran out of memory.
+        """
+        n, model_fn, began = len(inputs.x1), self.experiment.get_model_fn(module), time.monotonic()
+        mine = torch.tensor(ranks.my_items(n), device=self.experiment.device)
+        drawn: list[Tensor] = []
+        with out_of_memory_on_any_rank():
+            for i, part in enumerate(mine.split(self.batches.images_at_once)):
+                utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # for the SDE
+                drawn.append(self.experiment.decode(sampler(model_fn, utils.rows(inputs, part))))
+                stopping.raise_if_stopped()
+        samples = ranks.gather_items(torch.cat(drawn), n)
+        self.seconds_per_sample = (time.monotonic() - began) / n
+        return samples
+
+    @property
+    def seconds_at_end(self) -> float | None:
+        """Seconds that drawing after the last step will take; None before some samples were drawn."""
+        n, each = self.num_at_end, self.seconds_per_sample
+        return n * each if each or not n else None
+
+    @torch.no_grad()
+    def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[Tensor]:
+        """x(t) / sqrt(alpha^2 + sigma^2), decoded, (n, ...) after each step of the solver, on this process; empty for a
+        sampler that does not use `draw`. If a sampler has several stages, the path of the last one."""
+        with self.sampling.recorded() as steps:
+            sampler(model_fn, inputs)
+        frames: list[Tensor] = []
+        for t, x in steps:
+            coefs = self.experiment.process(torch.tensor([t], dtype=torch.float64))
+            frames.append(self.experiment.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
+            if frames[-1].shape != frames[0].shape:
+                del frames[:-1]
+        return frames
+
+    def samplers_and_weights(self) -> Iterator[tuple[str, Sampler, str, nn.Module]]:
+        """(sampler's name, sampler, weights' name, network) of all pictures."""
+        for sampler_name, sampler in self.experiment.samplers().items():
+            for weights, module in self.experiment.weights().items():
+                yield sampler_name, sampler, weights, module
+
+
+@contextlib.contextmanager
+def out_of_memory_on_any_rank() -> Iterator[None]:
+    """Around drawing that calls stopping.raise_if_stopped: if one rank runs out of memory, all raise RankFailed."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f'rank {ranks.rank()}: {error}', flush=True)
+        stopping.raise_if_stopped(failed=True)
+        raise RankFailed('this process ran out of memory') from error  # a process by itself has nobody to tell
+
+
+def no_memory(step: int, sampler: str, what: str) -> str:
+    text = f'step {step}: not enough memory to draw with {sampler}; {what} left out, and the run continues.'
+    return f'{text} A smaller --global_batch_size or more --accumulation_steps draw fewer at once.'

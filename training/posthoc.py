@@ -1,0 +1,93 @@
+"""Averaged weights of a length that is chosen after training, mixed from the averages in a run's checkpoints.
+
+Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2, with ordinary
+moving averages (ema.EMA) in place of power-function ones.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from config import SettingError
+from runtime.ranks import print_once
+from saving import load_checkpoint
+
+POSTHOC = 'posthoc_'  # posthoc_0.1: the weights of this relative width
+MOST_STEPS = 20_000  # the largest number of steps that a mixture tells apart
+
+
+def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str, Any]:
+    """Weights of `network` by their `name`, posthoc_WIDTH: WIDTH is the standard deviation of the averaged steps in
+    units of the training so far, such as 0.1.
+
+    They are mixed from all averages in the run's checkpoints up to this one, and the error of the mixture is printed.
+    Buffers are the checkpoint's. Raises SettingError for another name, or if there are too few averages for this width.
+    """
+    width = float(name.removeprefix(POSTHOC)) if re.fullmatch(r'posthoc_0?[.]\d+', name) else 0.0
+    if not 0.01 <= width <= 0.25:
+        raise SettingError(f'weights={name!r}: write posthoc_ and a width from 0.01 to 0.25, such as posthoc_0.1.')
+    last = load_checkpoint(checkpoint)
+    n = last['ema']['num_updates']
+    others = sorted({*checkpoint.parent.glob('step_*.pt'), *checkpoint.parent.glob('last*.pt')} - {checkpoint})
+    saved: dict[tuple[float, int], Path] = {}
+    for path in [*others, checkpoint]:
+        ema = (last if path == checkpoint else load_checkpoint(path))['ema']
+        if 0 < ema['num_updates'] <= n:
+            saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks'])}
+    keys = list(saved)
+    factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
+    print_once(f'{name}: {len(keys)} averages of {checkpoint.parent} come within {error:.1%} of this profile')
+    if error > 0.3:
+        raise SettingError(
+            f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
+            'Choose another width, or save more in training: a lower --keep_every, or --ema_decays as long as that.'
+        )
+    mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
+    total = {key: value.double() * 0 if key in mixed else value for key, value in last['network'].items()}
+    for path in dict.fromkeys(saved.values()):
+        found = last if path == checkpoint else load_checkpoint(path)
+        for (decay, updates), factor in zip(keys, factors, strict=True):
+            if saved[decay, updates] == path:
+                weights = found['ema']['networks'][decay] if decay else found['network']
+                for key in mixed:
+                    total[key] = total[key] + factor * weights[key].double()
+    return {key: value.to(last['network'][key].dtype) for key, value in total.items()}
+
+
+def weights_of_steps(decay: float, n: int) -> np.ndarray:
+    """(n,): by how much the weights after update 1, ..., n count in the average at update n. The initial weights have
+    the rest."""
+    update = np.arange(1, n + 1)
+    decays = np.minimum(decay, (1 + update) / (10 + update))
+    later = np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # product of the decays after each update
+    return (1 - decays) * later
+
+
+def power_profile(relative_width: float, n: int) -> np.ndarray:
+    """(n,): the same for an average whose length grows with the training: update k counts as k^gamma. Its standard
+    deviation is `relative_width` times n (Karras et al. 2024, eq. 2 and algorithm 2)."""
+    inverse = relative_width**-2
+    gamma = np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()
+    counts = (np.arange(1, n + 1) / n) ** gamma
+    return counts / counts.sum()
+
+
+def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n: int) -> tuple[np.ndarray, float]:
+    """(factors, error) of the mixture of saved averages that is nearest to the power profile at update n.
+
+    An average is (decay, number of updates), with decay 0 for raw weights. The factors sum to 1. `error` is the norm of
+    the difference in units of the profile's norm.
+    """
+    blocks = np.arange(0, n, -(-n // MOST_STEPS))  # steps of a long training are taken together
+    profiles = np.zeros((len(saved), len(blocks)))
+    for row, (decay, updates) in zip(profiles, saved, strict=True):
+        row[:] = np.add.reduceat(np.pad(weights_of_steps(decay, updates), (0, n - updates)), blocks)
+    target = np.add.reduceat(power_profile(relative_width, n), blocks)
+    free = profiles[1:] - profiles[0]  # with factors that sum to 1
+    factors = np.linalg.lstsq(free.T, target - profiles[0], rcond=1e-10)[0]
+    factors = np.concatenate([[1 - factors.sum()], factors])
+    return factors, float(np.linalg.norm(factors @ profiles - target) / np.linalg.norm(target))
