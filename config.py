@@ -36,7 +36,7 @@ class Config:
     init_from: str = ''
     """Checkpoint whose EMA weights (raw ones if it has none) and network settings start this new run; empty: none."""
     same_code: bool = False
-    """Go on with a run although the code of its experiment has changed since."""
+    """Resume a run although the code of its experiment has changed since."""
     check: bool = False
     """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
     final_eval: bool = True
@@ -136,7 +136,7 @@ class Config:
     dropout: float = 0.0
     """Dropout probability inside residual blocks."""
     time_input: str = 't'
-    """What the network is told of the time: t or log_snr."""
+    """How the network gets the time: t or log_snr."""
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for the scale of the network's input, F, weight edm, grid logistic."""
 
@@ -214,7 +214,7 @@ class Config:
     guidance_scale: float = 1.0
     """Classifier-free guidance: 1 none, above 1 stronger."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times t between which there is guidance; outside, the plain network is evaluated alone."""
+    """Times t between which there is guidance; outside, only the plain network is evaluated."""
     guidance_rescale: float = 0.0
     """How much of the contrast that guidance adds to an image is taken back: 0 none, 1 all."""
 

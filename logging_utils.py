@@ -21,7 +21,7 @@ from tqdm import tqdm
 import utils
 from config import Config, SettingError
 from runtime import files, ranks, stopping
-from runtime.errors import SaveError
+from runtime.errors import SaveError, Stopped
 from runtime.means import RunningMeans
 from runtime.ranks import print_once
 
@@ -33,9 +33,8 @@ SECONDS_BETWEEN_LINES = 5  # of progress, where there is no terminal
 
 class Record:
     """Means, speed, pictures and the progress of a run. Rank 0 writes them.
-
     All ranks call `open`, `summary`, `line`, `apart` and `state_dict` together. `log`, `losses`, `step` and `clear`
-    send nothing to other ranks. `picture`, `curve` and `histogram` are for rank 0; on the others they do nothing.
+    send nothing. `picture`, `curve` and `histogram` do nothing on ranks but 0.
     """
 
     def __init__(self, config: Config, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
@@ -54,8 +53,7 @@ class Record:
     def open(self, step: int, start: dict[str, Any] | None = None) -> Iterator[None]:
         """Keep a record within the block. Lines of metrics.jsonl from `step` on, where the run resumes, are dropped.
 
-        `start`: this start's entry of run.json, for wandb. Raises SettingError for a line that cannot be read, or if
-        wandb='online' cannot be.
+        `start`: this start's entry of run.json. Raises SettingError for a broken line, or if wandb='online' cannot be.
         """
 
         def begin() -> str | None:
@@ -161,23 +159,28 @@ class Record:
 
     @contextlib.contextmanager
     def line(self, step: int) -> Iterator[dict[str, float]]:
-        """Yields a dict, which becomes a line of the record at the end, also if an error or a stop ends the block.
-
-        Raises SaveError on every rank if rank 0 cannot write. If anything was due, speed is measured from the end on.
-        """
+        """Yields a dict, which becomes a line of the record at the end, also at a stop or an error of the only process:
+        with several, an error may be one rank's. Raises SaveError on every rank if rank 0 cannot write. If anything was
+        due, speed is measured from the end on."""
         values: dict[str, float] = {}
         try:
             yield values
-        finally:
-            if values:
-                first = {'train/step': step, 'train/images': step * self.config.global_batch_size}
-                ranks.on_main(lambda: self._write(first | values))  # a full disk is an error on every rank
+        except Exception as error:
+            if isinstance(error, Stopped) or ranks.world_size() == 1:
+                self._write(step, values)
+            raise
+        self._write(step, values)
         c, last = self.config, step >= self.config.num_training_steps
         periods = (c.log_every, c.eval_every, c.eval_metrics_every, c.sample_every, c.save_every)
         if last or step == self.restarted[1] or any(every > 0 and step % every == 0 for every in periods):
             self.restart(step)
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if values:
+            first = {'train/step': step, 'train/images': step * self.config.global_batch_size}
+            ranks.on_main(lambda: self._append(first | values))  # a full disk is an error on every rank
+
+    def _append(self, values: dict[str, float]) -> None:
         finite = {k: v if abs(v) < math.inf else str(v) for k, v in values.items()}  # JSON has no NaN
         with self._disk(), open(self.path, 'a') as file:
             file.write(json.dumps(finite) + '\n')
@@ -210,8 +213,7 @@ class Record:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """A histogram on wandb, of all elements of a tensor."""
-        flat = values.detach().float().flatten().cpu().numpy()
-        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(flat)})
+        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(values.detach().float().cpu().numpy())})
 
     def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
         """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""
@@ -285,8 +287,7 @@ def has_wandb_key(mode: str) -> bool:
 
 
 def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Add a table to the wandb run of this id, whose record is in `run_dir`; a failure is printed. Offline it is
-    another folder of the same run, and `wandb sync` sends both."""
+    """Add a table to the wandb run of this id, offline in another folder in `run_dir`. A failure is printed."""
     columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
     try:
         import wandb

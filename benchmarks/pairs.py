@@ -2,7 +2,7 @@
 
     python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      20 s a run on one core
 
-A cell is the share of 500 samples in which a support-vector classifier of real digits sees the asked digit. A pair that
+A cell is the share of 500 samples in which a support-vector classifier of real digits sees the requested digit. A pair
 the program warns of runs as it is and with the remedy that the warning names; one that is refused does not run. Each
 run is one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is docs/pairs.md, the
 picture docs/pairs.png.
@@ -138,7 +138,7 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         '# Which outputs learn from which targets',
         '',
         f'Digits, {args.steps} steps, uniform times in [0.001, 0.999], no loss weight. A number is the percentage of',
-        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the asked digit: the mean over',
+        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the requested digit: the mean over',
         f'{args.seeds} seeds. Guessing gives 10.',
         '',
         '- A plain number is a pair without a warning.',

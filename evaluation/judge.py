@@ -72,7 +72,7 @@ class Judge:
                 print_once(f'warning: {warning}')
         with self.record.apart():
             _ = self.loss_needs_gradients, self.has_reference
-        self.drawing.num_at_end += self.num_at_end()
+        self.drawing.at_end['judge'] = self.num_at_end()
 
     @cached_property
     def reference(self) -> 'Reference':
@@ -88,6 +88,8 @@ class Judge:
             with torch.no_grad():
                 self.experiment.loss_fn(example, model_fn)
             return False
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
             return True
@@ -141,9 +143,10 @@ class Judge:
     def held_out_means(self, module: nn.Module, losses_of: Losses, rounds: int | None = None) -> RunningMeans:
         """Means of losses over held-out images, by time too; the processes share the work."""
         means, model_fn = RunningMeans(self.experiment.device), self.experiment.get_model_fn(module)
+        needs_gradients = self.loss_needs_gradients  # found out before the generators are seeded
         for batch, index in self.batches.held_out(rounds):
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
-            with torch.set_grad_enabled(self.loss_needs_gradients):
+            with torch.set_grad_enabled(needs_gradients):
                 losses, t = losses_of(batch, index, model_fn)
             means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)

@@ -1,9 +1,9 @@
 """Tell the network how much ink a digit has and how far it leans, and ask for both, with guidance.
 
-A condition is a named tensor beside the class: here a vector of two measured numbers, in standard deviations of the
+A condition is a named tensor besides the class: here a vector of two measured numbers, in standard deviations of the
 data. It is dropped together with the label in one picture of ten, so that guidance makes both count more (Ho and
-Salimans 2022). `error` is the root mean square difference of asked and measured numbers of 1000 samples, each with the
-numbers of a held-out digit. `plain` is told the class alone.
+Salimans 2022). `error` is the root mean square difference of requested and measured numbers of 1000 samples, each with
+the numbers of a held-out digit. `plain` gets only the class.
 
     sh run.sh examples/condition.py                       digits
 """

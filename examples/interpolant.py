@@ -7,7 +7,7 @@ The network gives v = E[x1 - x0 | xt] and eta = E[z | xt]. With these, the veloc
 
     dx = v dt + eta dgamma - e eta |dt| + sqrt(2 e gamma) dw
 
-`plain` leaves out z: the flow alone. All take 100 steps; `real` are new points.    sh run.sh examples/interpolant.py
+`plain` is only the flow, without z. All take 100 steps; `real` are new points.    sh run.sh examples/interpolant.py
 """
 
 import itertools

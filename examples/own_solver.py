@@ -2,8 +2,8 @@
 
     sh run.sh examples/own_solver.py
 
-Move the step and its line into solvers.py, and `sh tests/run.sh tests/test_solvers.py tests/test_sampling.py` will
-check its order of convergence, its cost, and that its samples have the right distribution.
+Move the step and its line into solvers/table.py, and `sh tests/run.sh tests/solvers tests/test_sampling.py` will check
+its order of convergence, its cost, and that its samples have the right distribution.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def two_step(x, t, s, predict, noise):
     `predict(x, t)` asks the network, with guidance if there is any, and gives every prediction type: .x0 .x1 .score
     .velocity .v .F. `predict.past` holds (time, prediction) of the calls before this one, the newest first: this is a
     method of two steps (Bashforth and Adams 1883, for steps of any length), which begins with a step of Euler's.
-    `noise` is for SDE solvers: see euler_maruyama in solvers.py.
+    `noise` is for SDE solvers: see euler_maruyama in solvers/noise.py.
     """
     past = list(predict.past)
     h, now = s - t, predict(x, t).velocity

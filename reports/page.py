@@ -104,18 +104,18 @@ class Run:
         return [list(group) for _, group in itertools.groupby(paths, lambda path: path.name.split('_')[1])]
 
 
+def lines_in(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file, without a last one that a kill has cut; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().split('\n')[:-1] if line] if path.exists() else []
+
+
 def read(folder: str | Path) -> Run:
     """Raises SettingError if the folder is not that of a run."""
     folder = Path(folder)
-
-    def lines_of(name: str) -> list[dict[str, Any]]:
-        path = folder / name
-        return [json.loads(line) for line in path.read_text().splitlines() if line] if path.exists() else []
-
     try:
         config = migrated(json.loads((folder / 'config.json').read_text()))
         starts = json.loads((folder / 'run.json').read_text()) if (folder / 'run.json').exists() else []
-        return Run(folder, config, lines_of('metrics.jsonl'), starts, lines_of('evaluation.jsonl'))
+        return Run(folder, config, lines_in(folder / 'metrics.jsonl'), starts, lines_in(folder / 'evaluation.jsonl'))
     except (OSError, ValueError) as error:
         raise SettingError(f'{str(folder)!r} is not the folder of a run ({error}). Pass ckpts/NAME.') from None
 

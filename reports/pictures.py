@@ -76,7 +76,7 @@ class Gallery:
                         'starts from. Use another --solver or --time_grid.'
                     )
                 self.picture_of(x, inputs)
-        self.drawing.num_at_end += self.num_at_end()
+        self.drawing.at_end['gallery'] = self.num_at_end()
         if step == 0:
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)

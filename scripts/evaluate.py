@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from config import Config, SettingError, choose
+from config import SettingError, choose
 from runtime import command
 from scripts.generate import draw_alone, inputs_of
 
@@ -78,13 +78,14 @@ def evaluate(options: Evaluate) -> list[dict[str, Any]]:
 
 
 class Evaluation:
-    """The numbers that the options ask for, of a run that is opened to read once for each set of weights."""
+    """The requested numbers of a run, which is opened to read for each combination of weights and settings."""
 
     def __init__(self, options: Evaluate):
         self.options = options
         self.folder = Path(options.run).parent if options.run.endswith('.pt') else Path(options.run)
         self.record = self.folder / 'evaluation.jsonl'
         self.detector: Any = None
+        self.losses: dict[str, dict[str, float]] = {}  # by weights
         self.has_new = False
 
     def run(self) -> list[dict[str, Any]]:
@@ -94,13 +95,15 @@ class Evaluation:
         from runtime import ranks, stopping
         from training import calling
 
-        lines: list[dict[str, Any]] = []
+        o, lines = self.options, []
         stopping.catch_stop_signals()
         trained: Any = None
-        for weights in self.options.weights:
-            trained = load_run(self.options.run, weights, **calling.settings_for(self.options.num))
+        sampling = itertools.product(o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,))
+        for weights, (solver, nfe, scale) in itertools.product(o.weights, sampling):
+            given = dict(solver=solver, sample_nfe=nfe, guidance_scale=scale) | calling.settings_for(o.num)
+            trained = load_run(o.run, weights, **{name: value for name, value in given.items() if value is not None})
             self.detector = self.detector or self.get_detector(trained)
-            lines += self.lines_of(trained, weights)
+            lines.append(self.line_of(trained, weights))
         ranks.on_main(lambda: page.update(self.folder))
         wandb_id = trained.record.wandb_id
         if self.has_new and wandb_id is not None:
@@ -123,30 +126,27 @@ class Evaluation:
             raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
         return detector
 
-    def lines_of(self, trained: Any, weights: str) -> list[dict[str, Any]]:
-        """A line for each combination of solver, evaluations and guidance, with these weights."""
+    def line_of(self, trained: Any, weights: str) -> dict[str, Any]:
+        """The numbers of these weights with these settings: read from the record, or computed and added to it."""
         from runtime import ranks
 
-        o, lines, losses = self.options, [], None
-        for solver, nfe, scale in itertools.product(o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,)):
-            given = dict(solver=solver, sample_nfe=nfe, guidance_scale=scale)
-            config = dataclasses.replace(trained.config, **{k: v for k, v in given.items() if v is not None})
-            made_by = self.made_by(trained, weights, config)
-            known = ranks.on_main(lambda made_by=made_by: find(self.record, made_by))
-            if known is None:
-                numbers = self.numbers(trained, config)
-                losses = losses or self.losses(trained)
-                known = made_by | numbers | losses
-                ranks.on_main(lambda line=known: append(self.record, line))
-                self.has_new = True
-            lines.append(known)
-        return lines
+        made_by = self.made_by(trained, weights)
+        line = ranks.on_main(lambda: find(self.record, made_by))
+        if line is None:
+            numbers = self.numbers(trained)
+            if weights not in self.losses:
+                self.losses[weights] = self.losses_of(trained)
+            line = made_by | numbers | self.losses[weights]
+            ranks.on_main(lambda: append(self.record, line))
+            self.has_new = True
+        return line
 
-    def made_by(self, trained: Any, weights: str, c: Config) -> dict[str, Any]:
+    def made_by(self, trained: Any, weights: str) -> dict[str, Any]:
         """Everything that a result depends on."""
         from evaluation.detectors import digest_of
         from training import run_record
 
+        c = trained.config
         return dict(
             step=trained.step, weights=weights, weights_digest=digest_of(trained.network),
             solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
@@ -157,7 +157,7 @@ class Evaluation:
             commit=run_record.git_state()['commit'],
         )  # fmt: skip
 
-    def numbers(self, trained: Any, c: Config) -> dict[str, float]:
+    def numbers(self, trained: Any) -> dict[str, float]:
         """Distances of new samples from the data, with as many training images, drawn at random, as a floor
         (`real_...`); and an experiment's own `sample_metrics`."""
         import torch
@@ -167,10 +167,9 @@ class Evaluation:
 
         own = trained.overrides('sample_metrics')
         looked, kept, began, n = Looked(self.detector), [], time.monotonic(), self.options.num
-        with trained.drawing.sampling.replaced(nfe=c.sample_nfe, guidance_scale=c.guidance_scale):
-            for x, inputs in self.samples(trained, c.solver):
-                looked.add(x, trained.data.known_classes(inputs.label, c.label_dropout))
-                kept += [x.cpu()] if own else []
+        for x, inputs in self.samples(trained):
+            looked.add(x, trained.data.known_classes(inputs.label, trained.config.label_dropout))
+            kept += [x.cpu()] if own else []
         rate = n / (time.monotonic() - began)
         values = trained.judge.compared(looked, n, self.detector)
         width = looked.features[0].shape[1]
@@ -180,11 +179,12 @@ class Evaluation:
                 'compare it with real_frechet, or draw more'
             )
         if own:
-            x = ranks.gather_items(torch.cat(kept), n)  # a number of the same name is that of the chosen detector
+            x = ranks.gather_items(torch.cat(kept), n).to(trained.device)
+            # a number of the chosen detector goes before one of the same name
             values = trained.judge.numbers(x, inputs_of(trained, range(n), self.options.seed, n)) | values
         return values | dict(images_per_second=rate)
 
-    def samples(self, trained: Any, solver: str) -> Iterator[tuple[Any, Any]]:
+    def samples(self, trained: Any) -> Iterator[tuple[Any, Any]]:
         """Decoded samples and what they started from, in batches: this process's share."""
         from tqdm import tqdm
 
@@ -196,9 +196,9 @@ class Evaluation:
         for indices in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
             stopping.raise_if_stopped()
             inputs = inputs_of(trained, indices, o.seed, o.num)
-            yield draw_alone(trained, model_fn, inputs, indices, o.seed, solver), inputs
+            yield draw_alone(trained, model_fn, inputs, indices, o.seed, trained.config.solver), inputs
 
-    def losses(self, trained: Any) -> dict[str, float]:
+    def losses_of(self, trained: Any) -> dict[str, float]:
         """The held-out loss of the run and the reference loss, by time, of these weights; and bits per dimension."""
         values = {'eval/loss': trained.judge.held_out_loss(trained.network)}
         if trained.judge.has_reference:
@@ -249,14 +249,20 @@ def bits_of(experiment: Any, rows: Any, number: int) -> list[float]:
 
 def find(record: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
     """The line of the record with the same `made_by`, if there is one."""
-    lines = map(json.loads, record.read_text().splitlines() if record.exists() else [])
+    from reports.page import lines_in
+
+    lines = lines_in(record)
     wanted = {name: value for name, value in made_by.items() if name != 'commit'}
     return next((line for line in lines if wanted.items() <= line.items()), None)
 
 
 def append(record: Path, line: dict[str, Any]) -> None:
-    with open(record, 'a') as file:
-        file.write(json.dumps(line) + '\n')
+    """Add a line to the record, in one piece."""
+    from reports.page import lines_in
+    from runtime import files
+
+    with files.whole(record) as temporary:
+        temporary.write_text(''.join(json.dumps(x) + '\n' for x in [*lines_in(record), line]))
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from config import SettingError
-from runtime import command
+from runtime import command, files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,11 +163,12 @@ class Generation:
         if not frames:
             raise SettingError(f'trajectory=True: {type(trained).__name__}.draw does not use the solvers of the repo.')
         frames.insert(0, trained.decode(inputs.x1).cpu())
-        torchvision.io.write_png(in_rows([x[:8] for x in frames]), str(self.out.picture('path.png')))
+        with files.whole(self.out.picture('path.png')) as temporary:
+            torchvision.io.write_png(in_rows([x[:8] for x in frames]), str(temporary))
         grids = [Image.fromarray(image_grid(x, self.columns).permute(1, 2, 0).numpy()) for x in frames]
         durations = [100] * (len(grids) - 1) + [1500]
-        path = self.out.picture('path.gif')
-        grids[0].save(path, save_all=True, append_images=grids[1:], duration=durations, loop=0)
+        with files.whole(self.out.picture('path.gif')) as temporary:
+            grids[0].save(temporary, 'gif', save_all=True, append_images=grids[1:], duration=durations, loop=0)
 
 
 def draw_alone(

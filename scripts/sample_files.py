@@ -47,7 +47,8 @@ class Output:
             raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(self.made_by, indent=1))
+            with files.whole(record) as temporary:
+                temporary.write_text(json.dumps(self.made_by, indent=1))
 
     def drawn(self) -> set[int]:
         """Indices of the samples that are there."""
@@ -96,7 +97,8 @@ class Output:
             x = torch.from_numpy(first)
             x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
             picture = image_grid(x.float() / 255, columns, names=names)
-            torchvision.io.write_png(picture, str(self.picture('grid.png')))
+            with files.whole(self.picture('grid.png')) as temporary:
+                torchvision.io.write_png(picture, str(temporary))
 
     def join_parts(self) -> np.ndarray:
         """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""

@@ -320,6 +320,14 @@ with record.open(0):
     ranks.barrier()
     seen['lines'] = record.path.read_text()
     ranks.barrier()
+    calls.clear()
+    try:
+        with record.line(1501) as line:
+            line['loss'] = 0.5
+            raise ZeroDivisionError  # on the other rank, too, but `line` does not know
+    except ZeroDivisionError:
+        seen['at an error'] = list(calls)
+    ranks.barrier()
     if rank == 0:
         record.path.unlink()
         record.path.mkdir()
@@ -341,6 +349,10 @@ def two(tmp_path_factory):
 def test_two_processes_send_nothing_while_they_train(two):
     for seen in two:
         assert seen['in steps'] == [] and seen['in a summary'] > 0
+
+
+def test_an_error_that_may_be_of_one_rank_waits_for_no_other(two):
+    assert [seen['at an error'] for seen in two] == [[], []]
 
 
 def test_two_processes_have_the_same_means_and_one_record(two):

@@ -25,7 +25,7 @@ class Drawing:
     def __init__(self, experiment: Experiment, batches: Batches):
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
-        self.num_at_end = 0  # samples that will be drawn after the last step
+        self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -86,7 +86,7 @@ class Drawing:
     @property
     def seconds_at_end(self) -> float | None:
         """Seconds that drawing after the last step will take; None before some samples were drawn."""
-        n, each = self.num_at_end, self.seconds_per_sample
+        n, each = sum(self.at_end.values()), self.seconds_per_sample
         return n * each if each or not n else None
 
     @torch.no_grad()

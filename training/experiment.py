@@ -88,7 +88,7 @@ class Experiment(Protocol):
 
 
 class Renamed:
-    """An attribute that is gone: reading it raises an AttributeError with the new name."""
+    """An attribute that is gone: reading and setting it raise an AttributeError with the new name."""
 
     def __init__(self, new: str):
         self.new = new
@@ -100,6 +100,9 @@ class Renamed:
         if thing is None:
             return self
         raise AttributeError(f'{type(thing).__name__}.{self.old} is now {self.new}')
+
+    def __set__(self, thing: object, value: Any) -> None:
+        self.__get__(thing, type(thing))
 
 
 class OldNames:

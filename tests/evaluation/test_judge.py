@@ -1,5 +1,6 @@
 """Numbers that a run computes itself: held-out losses, and for samples at the end and in between."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,8 @@ class Blurred(ExampleDiffusionTrainer):
 
     def sample_metrics(self, x, inputs):
         again = self.decode(self.draw(None, inputs, 'adams'))
-        return super().sample_metrics(x, inputs) | dict(brightness=float(x.mean()), gap=float((x - again).abs().max()))
+        mine = dict(brightness=float(x.mean()), gap=float((x - again).abs().max()), budget=self.config.sample_nfe)
+        return super().sample_metrics(x, inputs) | mine
 
 
 def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_trainer, monkeypatch):
@@ -220,6 +222,14 @@ def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_train
     monkeypatch.setattr(detectors, 'CLASSIFIER_STEPS', 30)
     (other,) = evaluate(Evaluate(run=str(config.run_dir), num=80, detector='classifier'))
     assert other['gap'] == 0 and other['frechet'] < 0.5 * final['frechet']  # of the detector that the line names
+    lines = evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(3, 7)))
+    assert [line['budget'] for line in lines] == [3, 7]  # hooks read the settings of their line
+    record = config.run_dir / 'evaluation.jsonl'
+    texts = record.read_text().splitlines()
+    record.write_text('\n'.join([*texts[:-1], texts[-1][:30]]))  # a kill
+    assert evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(3,))) == lines[:1]
+    evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(7,)))
+    assert [json.loads(text)['nfe'] for text in record.read_text().splitlines()] == [0, 0, 3, 7]
 
 
 # ---------------------------------------------------------------- the time that is left
