@@ -1,4 +1,4 @@
-"""What the training loop costs beside the network: images/s of `train_step` over those of a bare loop.
+"""What the training loop costs on top of the network: images/s of `train_step` over those of a bare loop.
 
     python benchmarks/loop.py
 

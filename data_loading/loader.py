@@ -121,7 +121,7 @@ class Loader:
         self, part: Part, batch_sampler: Iterable[list[int]], spec: DataSpec, device: torch.device, num_workers: int
     ):
         self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
-        self.fingerprint = ''  # of the data of both parts
+        self.fingerprint = ''  # hash of the training and held-out data
         self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
         self.size = len(part)

@@ -101,7 +101,7 @@ def test_scripts_of_folders_that_would_hide_packages_are_modules():
         'tests/experiments/gan.py': None,
         'examples/edm.py': None,
         'main.py': None,
-        '/home/me/scripts/mine.py': None,
+        '/elsewhere/scripts/mine.py': None,
     }
     assert {path: start.module_of(path) for path in expected} == expected
     hidden = {path.stem for folder in start.RUN_AS_MODULES for path in (ROOT / folder).glob('*')}
