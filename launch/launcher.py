@@ -269,6 +269,8 @@ def run_workers(arguments: list[str], reports: Path) -> End:
             return End(errors.EXIT_STOPPED)
         return End(1, text, order)
     except Exception as error:  # of torchrun itself, which did not reach its store on machine 0, say
+        if isinstance(error.__context__, SignalException):  # an error of torchrun's own while it obeyed a stop signal
+            return outcome_of_stop(reports)
         return End(1, f'torchrun failed: {type(error).__name__}: {error}')
     if (reports / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # as it was before: no worker told of an end
         script = next((word for word in arguments if word.endswith('.py')), 'the script')

@@ -43,7 +43,8 @@ def start_directly(script: str, *flags: str) -> int:
 def is_outdated(script: str) -> bool:
     """Whether `script` imports modules by the names of an older layout; prints the new ones."""
     lines = moved.old_imports(Path(script), has_neighbours=module_of(script) is None)
-    print(*lines, sep='\n', end='\n' * bool(lines), file=sys.stderr, flush=True)
+    if lines:  # else nothing at all is written: the output may be a file on a full disk
+        print(*lines, sep='\n', file=sys.stderr, flush=True)
     return bool(lines)
 
 

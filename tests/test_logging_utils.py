@@ -596,7 +596,8 @@ server.serve_forever()
 
 # A run with a hundred lines, which makes the server hang, or kills it, or stops wandb's own process.
 CLIENT = """
-import json, os, signal, subprocess, sys, time
+import json, os, signal, sys, time
+from pathlib import Path
 import torch
 from config import Config
 from logging_utils import Record
@@ -610,9 +611,9 @@ def harm():
     elif what == 'gone':
         os.kill(int(server), signal.SIGKILL)
     else:  # wandb's own process
-        found = subprocess.run(['ps', '-eo', 'pid,ppid,args'], capture_output=True, text=True).stdout.splitlines()
-        found = [words for words in map(str.split, found) if len(words) > 2 and words[2].endswith('/wandb-core')]
-        (core,) = [int(pid) for pid, parent, *_ in found if int(parent) == os.getpid()]
+        parent = f'PPid:\\t{os.getpid()}\\n'
+        children = [path.parent for path in Path('/proc').glob('[0-9]*/status') if parent in path.read_text()]
+        (core,) = [int(path.name) for path in children if 'wandb-core' in (path / 'cmdline').read_text()]
         os.kill(core, signal.SIGSTOP)
         open(f'{folder}/core', 'w').write(str(core))
 

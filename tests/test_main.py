@@ -10,8 +10,9 @@ import torch
 
 from config import SettingError
 from main import load_run
+from runtime import importing
 from tests.helpers import ROOT, TINY, launch_env, record_of
-from training import run_folder, run_record
+from training import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +187,7 @@ def test_a_step_is_replayed(made, read):
 
 def test_a_run_that_is_read_cannot_be_trained_on(read):
     for refused in (read['train_loop'], read['save']):
-        assert 'was opened to read (load_run). To train it further, call `main` or run.sh' in refused
+        assert 'was opened to read (load_run). To train it on, call `main` or run.sh' in refused
 
 
 def test_without_its_script_a_checkpoint_names_it(made, read):
@@ -223,7 +224,7 @@ def test_a_script_that_would_train_when_it_is_imported_says_so(made, tmp_path):
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'unguarded.py')))
     with pytest.raises(SettingError, match=r'unguarded\.py trains when it is imported: put its main'):
         load_run(tmp_path / 'run')
-    assert run_record.importing is None
+    importing.refuse_to_train()  # does nothing: the import is over
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
