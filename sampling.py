@@ -1,11 +1,9 @@
 """From noise to data: guidance, and `sample`. t runs from t_max down to t_min; solvers/ has the steps and time grids.
 
-`sample` is for notebooks. A trainer draws with `Sampling`, which has the settings of its run. x is of any shape
-(B, ...).
+`sample` is for notebooks; `get_sample_fn` gives it the settings of a run. x is of any shape (B, ...).
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,95 +203,29 @@ SETTINGS = (
 ).split()
 
 
-class Sampling:
-    """`sample` with the settings of a run: `sampling(model_fn, x1, label, cond)`, or others by keyword."""
-
-    def __init__(
-        self,
-        config: Config,
-        process: GaussianProcess,
-        num_classes: int,
-        null_cond: Mapping[str, Tensor | float] | None = None,
-    ):
-        """`num_classes` is the label that means 'no label'. Raises SettingError."""
-        self.num_classes, self.label_dropout = num_classes, config.label_dropout
-        self.null_class_is_trained = 0 < config.label_dropout < 1 and num_classes != 0
-        self.recordings: tuple[list[tuple[float, Tensor]], ...] = ()
-        self.settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS} | dict(
-            process=process,
-            num_steps=config.num_sample_steps,
-            nfe=config.sample_nfe,
-            null_label=num_classes if self.null_class_is_trained else None,
-            null_cond=null_cond,
-        )
-        self.check()
-
-    def check(self) -> None:
-        """Raise SettingError for settings that cannot work, before there is anything to sample."""
-        c = self.settings
-        steps = Steps(c['solver'], c['num_steps'], c['nfe'], c['time_grid'], c['t_min'], c['t_max'])
-        steps.times(c['process'], c.get('sampling_process') or c['process'], c['model_type'])
-
-    def __call__(
-        self,
-        model_fn: ModelFn,
-        x1: Tensor,
-        label: Tensor | None = None,
-        cond: Mapping[str, Tensor] | None = None,
-        **settings: Any,
-    ) -> Tensor:
-        """x (B, ...) at t_min; `settings` of `sample` take the place of the run's. Raises SettingError."""
-        chosen = self.settings | settings
-        scale, guide = chosen['guidance_scale'], chosen.get('guide_fn') or chosen['null_cond']
-        if scale != 1 and not guide and not self.null_class_is_trained:
-            raise SettingError(
-                f'guidance_scale={scale:g}: with {self.num_classes} classes and label_dropout={self.label_dropout:g} '
-                'the network did not learn both classes and their absence. Train with classes and --label_dropout 0.1, '
-                'pass null_cond or a guide_fn (a second network), or use guidance_scale=1.'
-            )
-        callback, recordings = chosen.pop('callback', None), self.recordings
-
-        def after_step(i: int, t: float, x: Tensor) -> None:
-            for recording in recordings:
-                recording.append((t, x.clone()))
-            if callback is not None:
-                callback(i, t, x)
-
-        return sample(model_fn, x1=x1, label=label, cond=cond, callback=after_step, **chosen)
-
-    @contextlib.contextmanager
-    def replaced(self, **settings: Any) -> Iterator[None]:
-        """Within this context, these settings of `sample` take the place of the run's. Raises SettingError."""
-        before = self.settings
-        self.settings = before | settings
-        try:
-            self.check()
-            yield
-        finally:
-            self.settings = before
-
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[list[tuple[float, Tensor]]]:
-        """A list that gets (t, x) after each step of every call within this context."""
-        before, recording = self.recordings, []
-        self.recordings = (*before, recording)
-        try:
-            yield recording
-        finally:
-            self.recordings = before
-
-    def default_solvers(self, independent: bool) -> list[str]:
-        """The run's solver and, if x0 and x1 are independent, one of the other kind, ODE or SDE."""
-        own = self.settings['solver']
-        other = 'adams' if SOLVERS[own].stochastic else 'sde_dpmpp_2m'
-        return [own, other] if independent else [own]
-
-
 def get_sample_fn(
     config: Config, process: GaussianProcess, null_label: int, null_cond: Mapping[str, Tensor | float] | None = None
-) -> Sampling:
+) -> Callable[..., Tensor]:
     """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., cond=...)`, or others by keyword.
 
     `null_label`: the number of classes, which means 'no label'. Raises SettingError, now or in the call.
     """
-    return Sampling(config, process, null_label, null_cond)
+    null_is_trained = 0 < config.label_dropout < 1 and null_label != 0
+    of_run: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS}
+    of_run |= dict(process=process, num_steps=config.num_sample_steps, nfe=config.sample_nfe, null_cond=null_cond)
+    of_run['null_label'] = null_label if null_is_trained else None
+    steps = Steps(config.solver, of_run['num_steps'], of_run['nfe'], config.time_grid, config.t_min, config.t_max)
+    steps.times(process, process, config.model_type)  # what cannot work fails before there is anything to sample
+
+    def sample_fn(model_fn: ModelFn, x1: Tensor, label: Tensor | None = None, **given: Any) -> Tensor:
+        chosen = of_run | given
+        scale, guide = chosen['guidance_scale'], chosen.get('guide_fn') or chosen['null_cond']
+        if scale != 1 and not guide and not null_is_trained:
+            raise SettingError(
+                f'guidance_scale={scale:g}: with {null_label} classes and label_dropout={config.label_dropout:g} '
+                'the network did not learn both classes and their absence. Train with classes and --label_dropout 0.1, '
+                'pass null_cond or a guide_fn (a second network), or use guidance_scale=1.'
+            )
+        return sample(model_fn, x1=x1, label=label, **chosen)
+
+    return sample_fn

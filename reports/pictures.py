@@ -66,7 +66,7 @@ class Gallery:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
         inputs = self.experiment.sample_inputs(2)
         weights, module = list(self.experiment.weights().items())[-1]  # the raw ones
-        with self.record.apart(), self.drawing.sampling.replaced(num_steps=2, nfe=0), torch.no_grad():
+        with self.record.apart(), self.drawing.within(num_steps=2, nfe=0), torch.no_grad():
             for name, sampler in self.experiment.samplers().items():
                 utils.seed_everything(self.config.seed, 'first_drawing')
                 x = self.experiment.decode(sampler(self.experiment.get_model_fn(module), inputs))

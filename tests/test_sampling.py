@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES
-from sampling import TIME_GRIDS, Sampling, get_sample_fn, sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Multistep, Noise, Solver
+from sampling import TIME_GRIDS, get_sample_fn, sample
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Multistep, Noise
 from tests.oracle import RING, GaussianMixture, at, base_noise, exact_predict, process_named
 
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
@@ -380,60 +380,3 @@ def test_no_gradient_is_recorded():
 def test_too_few_evaluations_are_refused_with_what_the_solver_needs(solver, nfe, words):
     with pytest.raises(SettingError, match=words):
         sample(None, process_named('rf'), torch.zeros(1, 2), solver=solver, nfe=nfe)
-
-
-# ---------------------------------------------------------------- the sampling of a run
-
-
-def sampling_of(**settings):
-    return Sampling(Config(**settings), process_named('rf'), num_classes=2)
-
-
-def calls_of(sampling, **settings):
-    """How often the network is evaluated."""
-    calls = []
-    sampling(lambda xt, t, label: calls.append(t) or 0 * xt, torch.zeros(1, 2), **settings)
-    return len(calls)
-
-
-def test_replaced_settings_take_the_place_of_the_run_s_within_the_context():
-    sampling = sampling_of(num_sample_steps=9, solver='euler')
-    with sampling.replaced(num_steps=2):
-        assert calls_of(sampling) == 2 and calls_of(sampling, num_steps=3) == 3
-        with sampling.replaced(solver='heun'):
-            assert calls_of(sampling) == 4 and sampling.default_solvers(False) == ['heun']
-    with pytest.raises(KeyError), sampling.replaced(num_steps=2):
-        raise KeyError
-    assert calls_of(sampling) == 9
-    with pytest.raises(SettingError, match=r'nfe=1.*heun'), sampling.replaced(solver='heun', nfe=1):
-        pass
-    assert calls_of(sampling) == 9
-
-
-def test_recorded_is_each_step_of_each_call_and_a_callback_is_called_too():
-    sampling, process, seen = sampling_of(num_sample_steps=3), process_named('rf'), []
-    model_fn = RING.as_model('velocity', process)
-    with sampling.recorded() as outer:
-        first = sampling(model_fn, base_noise(5), callback=lambda i, t, x: seen.append((i, t)))
-        with sampling.recorded() as inner:
-            second = sampling(model_fn, base_noise(5), num_steps=2)
-    sampling(model_fn, base_noise(5))
-    times = [t for t, _ in outer]
-    assert [i for i, _ in seen] == [1, 2, 3] and [t for _, t in seen] == times[:3]
-    assert len(outer) == 5 and [t for t, _ in inner] == times[3:]
-    assert torch.equal(outer[2][1], first) and torch.equal(inner[-1][1], second)
-    assert times[2] == times[4] == pytest.approx(0.001)
-
-
-def test_a_recording_keeps_what_a_solver_changes_in_place(monkeypatch):
-    monkeypatch.setitem(SOLVERS, 'in_place', Solver(lambda x, t, s, predict, noise: x.mul_(0.5), nfe=1, order=1))
-    sampling = sampling_of(solver='in_place', num_sample_steps=2)
-    with sampling.recorded() as frames:
-        sampling(lambda xt, t, label: xt, torch.ones(1, 1))
-    assert frames[0][1] == 2 * frames[1][1]
-
-
-@pytest.mark.parametrize(('solver', 'other'), [('heun', 'sde_dpmpp_2m'), ('euler_maruyama', 'adams')])
-def test_default_solvers_are_of_both_kinds_where_an_sde_is_right(solver, other):
-    sampling = sampling_of(solver=solver)
-    assert sampling.default_solvers(True) == [solver, other] and sampling.default_solvers(False) == [solver]

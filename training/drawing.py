@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,9 @@ import utils
 from config import SettingError
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
-from sampling import ModelFn, Sampling
+from sampling import ModelFn, get_sample_fn
 from solvers import SOLVERS
+from solvers.path import Callback
 from training.batches import Batches
 from training.experiment import Experiment, SampleInputs, Sampler
 
@@ -26,36 +27,50 @@ class Drawing:
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
         self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
+        self.watching: Callback | None = None  # see `within`
+        self.replaced: dict[str, Any] = {}
 
     @cached_property
-    def sampling(self) -> Sampling:
-        """Made when it is first used: null_cond may be set in the constructor of an experiment."""
+    def sample_fn(self) -> Callable[..., Tensor]:  # made when it is first used: a constructor may set null_cond
         experiment = self.experiment
-        return Sampling(experiment.config, experiment.process, experiment.data.num_classes, experiment.null_cond)
+        num_classes = experiment.data.num_classes
+        return get_sample_fn(experiment.config, experiment.process, num_classes, experiment.null_cond)
 
     def check(self) -> None:
         """Raise SettingError for settings of sampling that cannot work."""
         self.refuse_sde_solver(self.experiment.config.solver)
-        _ = self.sampling
+        _ = self.sample_fn
 
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: Any) -> Tensor:
         """x0 (n, ...) by this solver; `settings` replace those of the config. Between two steps a stop request of any
         process ends it on all. Raises SettingError, Stopped."""
         self.refuse_sde_solver(solver)
-        callback = settings.pop('callback', None)
+        settings = dict(label=inputs.label, cond=inputs.cond) | self.replaced | dict(solver=solver) | settings
+        callbacks = [call for call in (settings.pop('callback', None), self.watching) if call is not None]
 
         def after_step(i: int, t: float, x: Tensor) -> None:
             stopping.raise_if_stopped()
-            if callable(callback):
+            for callback in callbacks:
                 callback(i, t, x)
 
-        given: dict[str, Any] = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
-        given |= settings | {'callback': after_step}
-        return self.sampling(model_fn, **given)
+        return self.sample_fn(model_fn, inputs.x1, callback=after_step, **settings)
+
+    @contextlib.contextmanager
+    def within(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:
+        """In every `draw` within the block these settings of `sample` replace those of the config, and `watching` is
+        called after each step. A setting that a caller of `draw` passes wins."""
+        before = self.watching, self.replaced
+        self.watching, self.replaced = watching, replaced
+        try:
+            yield
+        finally:
+            self.watching, self.replaced = before
 
     def default_solvers(self) -> list[str]:
-        """The config's solver and, where an SDE is right, one of the other kind: ODE and SDE."""
-        return self.sampling.default_solvers(bool(self.experiment.independent))
+        """The config's solver and, where x0 and x1 are independent, one of the other kind: ODE and SDE."""
+        own = self.experiment.config.solver
+        other = 'adams' if SOLVERS[own].stochastic else 'sde_dpmpp_2m'
+        return [own, other] if self.experiment.independent else [own]
 
     def refuse_sde_solver(self, solver: str) -> None:
         """Raise SettingError for an SDE solver where x0 and x1 are not independent."""
@@ -93,7 +108,8 @@ class Drawing:
     def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[Tensor]:
         """x(t) / sqrt(alpha^2 + sigma^2), decoded, (n, ...) after each step of the solver, on this process; empty for a
         sampler that does not use `draw`. If a sampler has several stages, the path of the last one."""
-        with self.sampling.recorded() as steps:
+        steps: list[tuple[float, Tensor]] = []
+        with self.within(watching=lambda i, t, x: steps.append((t, x.clone()))):
             sampler(model_fn, inputs)
         frames: list[Tensor] = []
         for t, x in steps:

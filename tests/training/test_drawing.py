@@ -1,11 +1,15 @@
 """Sampling within a run: when it is broken, when it is not wanted, and when memory does not suffice for it."""
 
+from functools import partial
+
 import pytest
+import torch
 
 import saving
 from config import SettingError
 from runtime import stopping
 from runtime.errors import Stopped
+from solvers import SOLVERS, Solver
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
 
@@ -75,6 +79,45 @@ def test_a_caller_may_watch_the_steps(tiny_config, build_trainer):
     with pytest.raises(Stopped):
         trainer.draw(model_fn, inputs, 'euler', callback=ask_to_stop)
     assert seen == [1]
+
+
+def test_settings_within_a_block_replace_those_of_the_config(tiny_config, build_trainer):
+    """And those that a caller of `draw` passes replace both; a watcher is called besides the caller's `callback`."""
+    trainer, calls = build_trainer(tiny_config(num_sample_steps=9)), []
+    inputs, drawing = trainer.sample_inputs(2), trainer.drawing
+
+    def steps(solver='euler', **settings):
+        calls.clear()
+        trainer.draw(lambda xt, t, label: calls.append(t) or 0 * xt, inputs, solver, **settings)
+        return len(calls)
+
+    with drawing.within(num_steps=2):
+        assert steps() == 2 and steps('heun') == 4 and steps(num_steps=3) == 3
+    with pytest.raises(KeyError), drawing.within(num_steps=2):
+        raise KeyError
+    watched, called = [], []
+    with drawing.within(watching=lambda i, t, x: watched.append((i, t))):
+        assert steps(callback=lambda i, t, x: called.append((i, t))) == 9
+    assert watched == called and [i for i, _ in watched] == list(range(1, 10))
+    assert steps() == 9 and len(watched) == 9
+
+
+def test_a_path_keeps_what_a_solver_changes_in_place(tiny_config, build_trainer, monkeypatch):
+    monkeypatch.setitem(SOLVERS, 'in_place', Solver(lambda x, t, s, predict, noise: x.mul_(0.5), nfe=1, order=1))
+    trainer = build_trainer(tiny_config(solver='in_place', num_sample_steps=2, time_grid='uniform'))
+    trainer.decode = lambda x: x
+    model_fn, inputs = (lambda xt, t, label: xt), trainer.sample_inputs(2)
+    first, second = trainer.drawing.path(partial(trainer.draw, solver='in_place'), model_fn, inputs)
+    lengths = [float(torch.hypot(c.alpha, c.sigma)) for c in map(trainer.process, torch.tensor([[0.5], [0.001]]))]
+    assert torch.allclose(first * lengths[0], 2 * second * lengths[1])
+
+
+@pytest.mark.parametrize(('solver', 'other'), [('heun', 'sde_dpmpp_2m'), ('euler_maruyama', 'adams')])
+def test_default_solvers_are_of_both_kinds_where_an_sde_is_right(tiny_config, build_trainer, solver, other):
+    trainer = build_trainer(tiny_config(solver=solver))
+    assert trainer.drawing.default_solvers() == [solver, other]
+    trainer.independent = False
+    assert trainer.drawing.default_solvers() == [solver]
 
 
 def test_a_draw_of_the_users_is_given_three_arguments_only(tiny_config, build_trainer):
