@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config
 from main import build
-from training import parallel
+from training import calling
 
 
 class SmallBuckets(DistributedDataParallel):
@@ -76,7 +76,7 @@ def worker(compiled: bool, folder: str) -> None:
     settings = dict(channels=64, num_res_blocks=2, channel_mults=(1, 2, 2), attention_resolutions=())
     settings |= dict(compile='on' if compiled else 'off', ckpt_dir=folder, wandb='disabled', global_batch_size=64)
     steps = {}
-    for name, parallel.DistributedDataParallel in KINDS.items():  # pyright: ignore
+    for name, calling.DistributedDataParallel in KINDS.items():  # pyright: ignore
         trainer = build(Config(**settings, experiment_name=name))
         batches = trainer.batches.steps(0)
         steps[name] = lambda t=trainer, s=batches: t.train_step(next(s))

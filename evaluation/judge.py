@@ -18,11 +18,10 @@ from runtime import ranks
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from sampling import ModelFn
-from training.advice import lr_warning, pair_warning
+from training.advice import lr_warning, pair_warning, scale_warning
 from training.batches import Batches
 from training.drawing import Drawing, no_memory
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
-from training.first_images import scale_warning
 
 if TYPE_CHECKING:  # imported when used: a start need not wait for them
     from evaluation.detectors import Detector, JudgedData

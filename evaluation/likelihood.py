@@ -22,7 +22,7 @@ from prediction import check_ends
 from processes import GaussianProcess
 from sampling import Guidance, ModelFn, check_cond
 from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, Steps, on_path
-from solvers.runge_kutta import within
+from solvers.one_step import within
 from utils import bcast_right
 
 

@@ -19,7 +19,7 @@ def two_step(x, t, s, predict, noise):
     `predict(x, t)` asks the network, with guidance if there is any, and gives every prediction type: .x0 .x1 .score
     .velocity .v .F. `predict.past` holds (time, prediction) of the calls before this one, the newest first: this is a
     method of two steps (Bashforth and Adams 1883, for steps of any length), which begins with a step of Euler's.
-    `noise` is for SDE solvers: see euler_maruyama in solvers/noise.py.
+    `noise` is for SDE solvers: see euler_maruyama in solvers/one_step.py.
     """
     past = list(predict.past)
     h, now = s - t, predict(x, t).velocity

@@ -1,9 +1,8 @@
 """Solvers: how samples go from noise to data, from time t to s < t, and the times that they visit. Read in this order:
 
-step.py         the two equations, and what a step is: (x, t, s, predict, noise) -> x at s
-runge_kutta.py  Runge-Kutta methods on the velocity: euler, heun, midpoint, rk4, dopri5
+step.py         the two equations, what a step is: (x, t, s, predict, noise) -> x at s, and the noise it may draw
+one_step.py     methods that remember nothing: euler, heun, midpoint, rk4, dopri5; euler_maruyama of the SDE
 multistep.py    methods that remember predictions, and their weights: ddim, dpmpp, unipc, adams
-noise.py        steps of the SDE, and how much noise each draws
 time_grids.py   TIME_GRIDS
 table.py        SOLVERS, SDE_NOISES, LAST_STEPS: an entry of yours is tested as soon as it is in its table
 path.py         a whole path: its times, the network on a process other than the one it was trained with, all steps
@@ -12,9 +11,8 @@ sampling.py puts them to use.
 """
 
 from solvers.multistep import Multistep, angular, gaussian
-from solvers.noise import relative_noise
 from solvers.path import Predictor, Steps, on_path
-from solvers.step import Noise, Predict, Solver, StepFn, coefs_at
+from solvers.step import Noise, Predict, Solver, StepFn, coefs_at, relative_noise
 from solvers.table import LAST_STEPS, SDE_NOISES, SOLVERS
 from solvers.time_grids import TIME_GRIDS, equal_steps, logistic
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.noise import fresh_noise, relative_noise, shrinkage
-from solvers.step import Level, Noise, Predict
+from solvers.step import Level, Noise, Predict, fresh_noise, relative_noise, shrinkage
 
 # (here, there, nodes, tau2, sigma_data) -> (a, b) of x(s) = a x(t) + sum_j b_j y_j; `here` is t, `there` s, and y_j the
 # prediction at nodes j

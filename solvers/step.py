@@ -17,6 +17,7 @@ data and noise. The cost of a solver is counted in network evaluations (NFE). Ci
 on score SDEs and 2021a the one on DDIM, Lu et al. 2022 is DPM-Solver and 2022b DPM-Solver++.
 """
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -117,3 +118,29 @@ class Solver:
         if self.few is None or n > self.few_steps:
             return self.step, TIME_GRIDS
         return self.few, TIME_GRIDS | {'logistic': logistic_of_few}
+
+
+# ---------------------------------------------------------------- the noise of the SDE: how much of it a step exchanges
+
+
+def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: float = 0.1) -> float:
+    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise over that of the process's own noise.
+
+    0 is the ODE. Any w leaves the marginals right, but only while a step changes little: so where a noise level would
+    exchange more noise in one step than eta = `limit`, and more than the process's own noise does, it is lowered to the
+    greater of these two (the constant level near the data), before the scale.
+    """
+    middle = coefs_at(predict.process, (t + s) / 2)
+    step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
+    return noise.scale * min((noise.level(middle) * middle.sigma / middle.delta).item(), max(1.0, limit / step))
+
+
+def shrinkage(here: Level, there: Level, tau2: float) -> float:
+    """e^-eta, with eta = tau2 (l(s) - l(t))."""
+    return math.exp(-tau2 * (there.half_log_snr - here.half_log_snr)) if tau2 else 1.0
+
+
+def fresh_noise(x: Tensor, predict: Predict, t: float, s: float, tau2: float) -> Tensor:
+    """sigma_s sqrt(1 - e^(-2 eta)) z."""
+    keep = shrinkage(predict.level(t), predict.level(s), tau2)
+    return predict.level(s).sigma * math.sqrt(1 - keep**2) * torch.randn_like(x)

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from processes import Coefs
 from solvers.multistep import Multistep, angular, exponential, gaussian
-from solvers.noise import euler_maruyama, posterior_mean
-from solvers.runge_kutta import dopri5, euler, heun, midpoint, rk4
+from solvers.one_step import dopri5, euler, euler_maruyama, heun, midpoint, posterior_mean, rk4
 from solvers.step import Solver, StepFn
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process

@@ -3,10 +3,8 @@
 experiment.py    the contract: a batch, what sampling starts from, the hooks that the parts may call
 batches.py       prepared batches for training, held-out losses and sampling; where randomness is seeded
 calling.py       networks as functions: train or eval mode, precision, torch.compile
-parallel.py      the loss on several processes
 bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
-first_images.py  conclusions from the first images: are x0 and x1 independent, is the scale right
 advice.py        warnings about settings that learn badly, with flags that help
 checkpoints.py   what a checkpoint holds, and how it is put back
 writer.py        writes checkpoints in a thread

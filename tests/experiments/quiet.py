@@ -1,4 +1,4 @@
-"""What the processes send each other in one step of training; QUIET names the file for it (see test_parallel.py)."""
+"""What the processes send each other in one step of training; QUIET names the file for it (see test_calling.py)."""
 
 import json
 import os

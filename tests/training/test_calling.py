@@ -4,11 +4,13 @@ for the code generator.
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import saving
@@ -18,6 +20,7 @@ from networks import table
 from tests.helpers import losses
 from trainer import ExampleDiffusionTrainer
 from training import calling, run_folder
+from training.calling import has_unused
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda', 0)
 NETWORKS = dict(
@@ -199,3 +202,27 @@ def test_precision_of_products_is_the_same_in_matrices_and_convolutions(monkeypa
         assert all((backend.fp32_precision == 'tf32') is tf32 for backend in newer)
     finally:
         backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark = before
+
+
+def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, build_trainer):
+    """Two processes would wait for their gradients for ever, or end with an error, if this were not known."""
+    trainer = build_trainer(tiny_config())
+    losses = lambda: trainer.loss_fn(trainer.example, trainer.get_model_fn(trainer.network))  # noqa: E731
+    assert not has_unused(trainer.modules, losses())
+    trainer.network.add_module('auxiliary', nn.Linear(3, 3))
+    assert has_unused(trainer.modules, losses())
+    trainer.network.auxiliary.requires_grad_(False)
+    assert not has_unused(trainer.modules, losses())
+    assert all(p.grad is None for p in trainer.network.parameters())
+
+
+@pytest.mark.parametrize(('watched', 'due'), [(7, False), (9, True)])
+def test_processes_send_gradients_and_the_stop_flag_only(run_sh, tmp_path, watched, due):
+    """One bucket of gradients, averaged in the last of two backward passes, and the flag; unless something is due."""
+    env = dict(QUIET=str(tmp_path / 'sent'), WATCHED=str(watched))
+    settings = dict(num_training_steps=12, log_every=5, save_every=0, eval_every=0, accumulation_steps=2)
+    done = run_sh('tests/experiments/quiet.py', nproc=2, env=env, final_pictures=False, **settings)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        sent = json.loads((tmp_path / f'sent_{rank}').read_text())
+        assert (sent != ['c10d::allreduce_', 'c10d::allreduce_']) == due, sent

@@ -1,11 +1,11 @@
-"""Runge-Kutta methods for the ODE: steps in t itself, on the velocity. They remember nothing and ignore `noise`."""
+"""Solvers that remember nothing: Runge-Kutta methods for the ODE, and a step of the SDE. Read step.py first."""
 
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from solvers.step import Noise, Predict, Reached
+from solvers.step import Noise, Predict, Reached, fresh_noise, relative_noise, shrinkage
 
 
 def euler(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
@@ -69,3 +69,21 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
 def within(times: Tensor) -> dict[str, Tensor]:
     """Options that keep torchdiffeq's adaptive methods within the ends: beyond them a process may not exist."""
     return dict(first_step=(times[-1] - times[0]).abs() / 100, step_t=times[-1:])
+
+
+# ---------------------------------------------------------------- the SDE
+
+
+def euler_maruyama(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """An Euler step of the ODE, then the exact exchange of noise of the SDE.
+
+    It differs from Euler and Maruyama's step by terms of higher order.
+    """
+    here, tau2 = predict(x, t), relative_noise(predict, t, s, noise)
+    lost = (1 - shrinkage(predict.level(t), predict.level(s), tau2)) * predict.level(s).sigma
+    return x + (s - t) * here.velocity - lost * here.x1 + fresh_noise(x, predict, t, s, tau2)
+
+
+def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
+    """E[x0 | xt]: the rest of the noise is removed, not carried to t_min."""
+    return predict(x, t).x0
