@@ -204,7 +204,7 @@ class Config:
     sample_nfe: int = 0
     """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
     time_grid: str = 'logistic'
-    """Spacing of solver steps, a key of TIME_GRIDS in solvers/time_grids.py; on ve, euler and heun want uniform."""
+    """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, euler and heun want uniform."""
     sde_noise: str = 'natural'
     """Noise level of stochastic solvers, a key of SDE_NOISES in solvers/table.py; constant is lowered near the data."""
     sde_noise_scale: float = 1.0

@@ -43,7 +43,7 @@ class Generate:
     num_sample_steps: int | None = None
     """Steps for each sample, if nfe is 0."""
     time_grid: str | None = None
-    """Key of TIME_GRIDS in solvers/time_grids.py."""
+    """Key of TIME_GRIDS in solvers/table.py."""
     guidance_scale: float | None = None
     """Strength of classifier-free guidance; 1 is none."""
     seed: int = 0

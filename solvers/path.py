@@ -11,9 +11,8 @@ from torch import Tensor
 from config import SettingError, choose
 from prediction import Prediction, check_ends
 from processes import Coefs, GaussianProcess
-from solvers.step import Noise, Predict, Solver, coefs_at
-from solvers.table import SOLVERS
-from solvers.time_grids import TIME_GRIDS
+from solvers.step import Noise, Predict, coefs_at
+from solvers.table import SOLVERS, TIME_GRIDS, Solver
 
 Predictor = Callable[[Tensor, float, float | None, Coefs], Prediction]  # (xt, t, s, coefs at t) -> Prediction
 Callback = Callable[[int, float, Tensor], None]  # (i, t, x) after step i, from 1, which led to x at t

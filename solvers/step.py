@@ -20,7 +20,7 @@ on score SDEs and 2021a the one on DDIM, Lu et al. 2022 is DPM-Solver and 2022b 
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,6 @@ from torch import Tensor
 
 from prediction import Prediction
 from processes import Coefs, GaussianProcess, log_snr
-from solvers.time_grids import TIME_GRIDS, TimeGrid, logistic_of_few
 
 
 def coefs_at(process: GaussianProcess, t: float) -> Coefs:
@@ -96,28 +95,6 @@ class Noise:
     level: Callable[[Coefs], Tensor]  # coefs -> w^2 / (2 sigma), (B,); a value of SDE_NOISES
     scale: float = 1.0  # factor on it
     last_step: StepFn | None = None  # takes the place of the solver's last step; a value of LAST_STEPS
-
-
-@dataclass(frozen=True)
-class Solver:
-    step: StepFn
-    nfe: int | None  # network evaluations per step; None: it depends
-    # The error is O(h^order) in the step h; for an SDE, the error in distribution. This is the global order: the first
-    # steps of a multistep method, and the last ones with `taper`, are of lower order.
-    order: int
-    stochastic: bool = False
-    memory: int = 0  # earlier predictions that a step looks back at
-    few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
-    few_steps: int = 10  # with fewer, extrapolation by polynomials is unreliable
-
-    def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
-        """The step and the table of time grids for a path of n steps.
-
-        A solver that has a step for few of them takes these at more noise on the grid logistic.
-        """
-        if self.few is None or n > self.few_steps:
-            return self.step, TIME_GRIDS
-        return self.few, TIME_GRIDS | {'logistic': logistic_of_few}
 
 
 # ---------------------------------------------------------------- the noise of the SDE: how much of it a step exchanges

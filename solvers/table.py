@@ -1,13 +1,97 @@
-"""The tables of solvers, of noise levels of the SDE, and of last steps."""
+"""The tables: SOLVERS, SDE_NOISES, LAST_STEPS, TIME_GRIDS. An entry of yours is tested once it is there."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from processes import Coefs
+from config import SettingError
+from processes import Coefs, GaussianProcess
 from solvers.multistep import Multistep, angular, exponential, gaussian
 from solvers.one_step import dopri5, euler, euler_maruyama, heun, midpoint, posterior_mean, rk4
-from solvers.step import Solver, StepFn
+from solvers.step import StepFn
+
+# ---------------------------------------------------------------- time grids: the n + 1 times, from t_max down to t_min
+
+# (sigma / alpha, sigma_data) -> a variable u that rises from noise to data, and its inverse: (u, sigma_data) -> ratio
+Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
+
+
+def logistic(centre: float, scale: float = 1.2) -> Variable:
+    """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha."""
+    return (
+        lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
+        lambda u, std: centre * std * (1 / u - 1) ** scale,
+    )
+
+
+GRID_VARIABLES: dict[str, Variable] = {
+    'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
+    'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
+    'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
+    # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
+    'logistic': logistic(centre=0.6),
+}
+
+
+def equal_steps(
+    name: str, process: GaussianProcess, t_max: float, t_min: float, n: int, variable: Variable | None = None
+) -> Tensor:
+    """n + 1 times, float64, at equal steps of a variable, by default the one of this name in GRID_VARIABLES.
+
+    Raises SettingError if it is infinite at an end.
+    """
+    forward, inverse = variable or GRID_VARIABLES[name]
+    ends = torch.tensor([t_max, t_min], dtype=torch.float64)
+    first, last = forward((-process.log_snr(ends) / 2).exp(), process.sigma_data).tolist()
+    if not (math.isfinite(first) and math.isfinite(last)):
+        raise SettingError(
+            f'time_grid={name!r} is infinite at t_max={t_max:g} or t_min={t_min:g}. Use --t_min 0.001 --t_max 0.999.'
+        )
+    inner = inverse(torch.linspace(first, last, n + 1, dtype=torch.float64)[1:-1], process.sigma_data)
+    return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
+
+
+def logistic_of_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
+    """The grid logistic for at most some ten steps: at more noise, the more the fewer they are."""
+    return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n))
+
+
+TimeGrid = Callable[[GaussianProcess, float, float, int], Tensor]
+
+# name -> (process, t_max, t_min, n) -> n + 1 decreasing times, float64.
+TIME_GRIDS: dict[str, TimeGrid] = {
+    'uniform': lambda process, t_max, t_min, n: torch.linspace(t_max, t_min, n + 1, dtype=torch.float64),
+} | {name: partial(equal_steps, name) for name in GRID_VARIABLES}
+
+
+# ---------------------------------------------------------------- solvers
+
+
+@dataclass(frozen=True)
+class Solver:
+    step: StepFn
+    nfe: int | None  # network evaluations per step; None: it depends
+    # The error is O(h^order) in the step h; for an SDE, the error in distribution. This is the global order: the first
+    # steps of a multistep method, and the last ones with `taper`, are of lower order.
+    order: int
+    stochastic: bool = False
+    memory: int = 0  # earlier predictions that a step looks back at
+    few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
+    few_steps: int = 10  # with fewer, extrapolation by polynomials is unreliable
+
+    def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
+        """The step and the table of time grids for a path of n steps.
+
+        A solver that has a step for few of them takes these at more noise on the grid logistic.
+        """
+        if self.few is None or n > self.few_steps:
+            return self.step, TIME_GRIDS
+        return self.few, TIME_GRIDS | {'logistic': logistic_of_few}
+
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 ddim = Multistep(exponential, 'x0', order=1)

@@ -1,5 +1,7 @@
 """The contract of an experiment: names that are gone raise an error with the new one."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def test_inputs_without_old_names_are_bundles():
 def test_beside_is_now_given_and_truth(use):
     with pytest.raises((TypeError, AttributeError), match=r'pass given=\[.*self\.decode\(inputs\.truth\)'):
         use()
+
+
+def test_inputs_of_a_subclass_may_have_a_list_of_their_own():
+    @dataclass
+    class Mine(SampleInputs):
+        names: list = field(default_factory=list)
+
+    assert Mine(X, None, {}, ['a']).names == ['a']
 
 
 @pytest.mark.parametrize(
