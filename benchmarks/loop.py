@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,6 +24,7 @@ from interleaved import in_turn, ratio, write
 from config import PRESETS, Config, SettingError
 from main import build
 from optimizers import get_optimizer
+from training.calling import autocast_dtype
 
 ROUNDS = 15
 # name -> (settings, steps between the changes)
@@ -35,16 +37,13 @@ CASES: dict[str, tuple[dict, int]] = {
 }
 
 
-def bare_step(trainer) -> Callable[[], None]:
-    """One step of the bare loop, on a copy of the trainer's network."""
-    c, network = trainer.config, copy.deepcopy(trainer.network).train()
+def bare_step(c: Config, network: nn.Module, data: Tensor, labels: Tensor) -> Callable[[], None]:
+    """One step of the bare loop, on a copy of the network. data: x0 of all images (N, ...), on its device."""
+    network = copy.deepcopy(network).train()
     average = copy.deepcopy(network).requires_grad_(False)
     parameters, averaged = list(network.parameters()), list(average.parameters())
-    optimizer = get_optimizer(c, network)
-    images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
-    data = trainer.encode(images)
-    dtype = trainer.caller.dtype
-    autocast = torch.autocast(trainer.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    optimizer, dtype = get_optimizer(c, network), autocast_dtype(c.precision, data.device)
+    autocast = torch.autocast(data.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def step() -> None:
         index = torch.randint(len(data), (c.global_batch_size,), device=data.device)
@@ -81,8 +80,10 @@ def main() -> None:
             except SettingError as error:  # data that are not there
                 print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
                 continue
-            steps = trainer.batches.steps(0)
-            ways = {'bare': bare_step(trainer), 'ours': lambda t=trainer, s=steps: t.train_step(next(s))}
+            images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
+            bare = bare_step(trainer.config, trainer.network, trainer.encode(images), labels)
+            micro_batches = trainer.batches.steps(0)
+            ways = {'bare': bare, 'ours': lambda t=trainer, m=micro_batches: t.train_step(next(m))}
             times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)
             bare, ours = (1000 * median(times[way]) / steps for way in ('bare', 'ours'))
             rows.append(dict(case=name, bare_ms=bare, ours_ms=ours, ratio=ratio(times, of='ours', to='bare')))

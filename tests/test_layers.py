@@ -189,7 +189,7 @@ def test_maths_never_print_log_or_ask_for_a_rank(path):
     assert not {'print', 'print_once', 'rank', 'is_main', 'get_rank', 'world_size'} & called
 
 
-@pytest.mark.parametrize('path', FILES, ids=name_of)
+@pytest.mark.parametrize('path', [*FILES, *PAGES], ids=name_of)
 def test_no_function_takes_a_trainer(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
