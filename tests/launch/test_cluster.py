@@ -265,6 +265,7 @@ def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
     def goes_on():
         if slurm.job(job, 'JobState') == ['PENDING']:  # else Slurm lets two minutes pass, from the job's last end on
             slurm.on('scontrol', 'update', f'JobId={job}', 'StartTime=now')
+        time.sleep(1)  # calls without a pause keep Slurm from starting it, on two busy cores
         return steps(folder) > done
 
     assert wait_until(goes_on, 150), log.read_text()
