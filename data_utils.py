@@ -1,35 +1,89 @@
-"""The table of data sets, and how a run gets its loaders. Yours is one more entry of DATASETS.
+"""The data sets of scikit-learn and torchvision, the table of all, and how a run gets its loaders.
 
-What `load` returns is checked by data_loading/checks.py, and read in the order of data_loading/loader.py.
+Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/checks.py, and read in the order of
+data_loading/loader.py.
 """
 
+import importlib.util
 import os
+import urllib.error
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
-from data_loading.built_in import from_torchvision, load_cifar, load_digits, load_mnist
 from data_loading.checks import check_parts, describe_counts, fingerprint
 from data_loading.hub import load_hub
 from data_loading.image_folder import load_image_folder
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
-from data_loading.spec import DataSpec, Part
+from data_loading.spec import Arrays, DataSpec, Part
 from data_loading.toy2d import LOADERS
 from runtime import ranks
 
-__all__ = ['DATASETS', 'DataSpec', 'from_torchvision', 'get_dataset', 'load_digits', 'setup_data_train_and_test']
+
+def load_digits(config: Config) -> tuple[Arrays, Arrays]:
+    """scikit-learn's 1797 handwritten digits, 8x8, values 0 to 16; 1500 to train, 297 held out."""
+    package = importlib.util.find_spec('sklearn')  # found, not imported: that takes a second of every start
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / 'datasets/data/digits.csv.gz', delimiter=',', dtype=np.uint8)
+    table = torch.from_numpy(table[np.random.default_rng(0).permutation(1797)])
+    images, labels = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].long()
+    return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
+
+
+def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
+    """The training and the held-out part of a torchvision data set, downloaded as `files` if they are not there.
+
+    Raises SettingError.
+    """
+    import torchvision
+    from torchvision.datasets.utils import check_integrity
+
+    kind = getattr(torchvision.datasets, name)
+    try:
+        return [kind(config.data_dir, train=train, download=True) for train in (True, False)]
+    except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+        cause = f'cannot be downloaded ({" ".join(str(error).split())})'
+        wanted = Path(config.data_dir, files)
+        sums = dict(getattr(kind, 'resources', [])) | {getattr(kind, 'filename', ''): getattr(kind, 'tgz_md5', None)}
+        there = [path for path in sorted(wanted.parent.glob(wanted.name)) if sums.get(path.name)]
+        other = [path.name for path in there if not check_integrity(str(path), sums[path.name])]
+        if other:
+            remedy = f'unpack it: gunzip -k {wanted}' if wanted.name == '*.gz' else 'copy it again'
+            raise SettingError(
+                f'dataset={config.dataset!r}: {", ".join(other)} in {wanted.parent}: there, but with other checksums '
+                f"than torchvision's, and it {cause}. It is damaged, or was repacked, as in Debian's packages: "
+                f'{remedy}.'
+            ) from error
+        raise SettingError(
+            f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and {cause}. '
+            f'With no network, copy {wanted} from a machine that has it, or train on --dataset digits.'
+        ) from error
+
+
+def load_torchvision(name: str, config: Config, files: str = '') -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of CIFAR, of which `files` is the archive, or of a data set like MNIST."""
+
+    def arrays(part: Any) -> Arrays:
+        x, label = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+        return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()), label
+
+    train, test = from_torchvision(config, name, files or f'{name}/raw/*.gz')
+    return arrays(train), arrays(test), dict(classes=tuple(train.classes))
+
 
 DATASETS: dict[str, DataSpec] = {
     'digits': DataSpec(load_digits, (1, 8, 8), 10, max_value=16, flip_keeps_label=False, rotation_keeps_label=False),
     'mnist': DataSpec(
-        partial(load_mnist, 'MNIST'), (1, 28, 28), 10, flip_keeps_label=False, rotation_keeps_label=False
+        partial(load_torchvision, 'MNIST'), (1, 28, 28), 10, flip_keeps_label=False, rotation_keeps_label=False
     ),
-    'fashion_mnist': DataSpec(partial(load_mnist, 'FashionMNIST'), (1, 28, 28), 10),
-    'cifar10': DataSpec(partial(load_cifar, 'CIFAR10', 'cifar-10-python.tar.gz'), (3, 32, 32), 10),
-    'cifar100': DataSpec(partial(load_cifar, 'CIFAR100', 'cifar-100-python.tar.gz'), (3, 32, 32), 100),
+    'fashion_mnist': DataSpec(partial(load_torchvision, 'FashionMNIST'), (1, 28, 28), 10),
+    'cifar10': DataSpec(partial(load_torchvision, 'CIFAR10', files='cifar-10-python.tar.gz'), (3, 32, 32), 10),
+    'cifar100': DataSpec(partial(load_torchvision, 'CIFAR100', files='cifar-100-python.tar.gz'), (3, 32, 32), 100),
     **{name: DataSpec(load, (2,), classes, scale='float') for name, (load, classes) in LOADERS.items()},
     'image_folder': DataSpec(load_image_folder),  # shape and classes of these three are read from the files
     'arrays': DataSpec(load_arrays),
@@ -43,7 +97,8 @@ def get_dataset(config: Config) -> DataSpec:
 
 
 def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]:
-    """`spec` with the shape and the facts of the data, and the parts that `spec.load` returns, checked.
+    """`spec` with the shape and the facts of the data, and the parts that `spec.load` returns, checked: the training
+    part, and the held-out part or its first `config.held_out` items if that is not 0.
 
     Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
     one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.
@@ -59,17 +114,12 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]
                 'Pass a folder of yours as --data_dir.'
             ) from error
         known, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
-        return known, train, with_held_out(test, config)
+        n = config.held_out
+        if n > len(test) and not config.skip_unreadable:  # with it, some of them may have been left out
+            raise SettingError(f'held_out={n}: {test.name} has {len(test)} held-out images. Use a smaller --held_out.')
+        return known, train, test.first(n) if 0 < n < len(test) else test
 
     return ranks.in_turns(load)
-
-
-def with_held_out(part: Part, config: Config) -> Part:
-    """The held-out part, or its first `config.held_out` items if that is not 0. Raises SettingError."""
-    n = config.held_out
-    if n > len(part) and not config.skip_unreadable:  # with it, some of them may have been left out
-        raise SettingError(f'held_out={n}: {part.name} has {len(part)} held-out images. Use a smaller --held_out.')
-    return part if n == 0 or n >= len(part) else part.first(n)
 
 
 def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str:

@@ -1,7 +1,6 @@
 """Data: where they come from, how they are checked, in which order they are read. In the order to read:
 
 spec.py            DataSpec, what a data set is, and Part, its training or held-out part
-built_in.py        digits, MNIST, CIFAR
 toy2d.py           points in the plane, with known densities
 arrays.py          .npy, .npz and the files of prepare.py
 image_folder.py    a folder of images
@@ -10,5 +9,5 @@ packed.py          decoded images as one file that is read in place: the cache, 
 checks.py          what `load` returned is checked before training; the fingerprint of the data
 loader.py          the order of the data, and Loader, which yields batches on the device
 
-The table of data sets, and the function that puts all this together, are in data_utils.py.
+The built-in data sets, the table of all, and the function that puts this together are in data_utils.py.
 """
