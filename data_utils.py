@@ -17,8 +17,7 @@ import torch
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
 from data_loading.checks import check_parts, describe_counts, fingerprint
-from data_loading.hub import load_hub
-from data_loading.image_folder import load_image_folder
+from data_loading.images import load_hub, load_image_folder
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
 from data_loading.spec import Arrays, DataSpec, Part
 from data_loading.toy2d import LOADERS

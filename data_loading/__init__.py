@@ -3,8 +3,7 @@
 spec.py            DataSpec, what a data set is, and Part, its training or held-out part
 toy2d.py           points in the plane, with known densities
 arrays.py          .npy, .npz and the files of prepare.py
-image_folder.py    a folder of images
-hub.py             a data set of Hugging Face `datasets`
+images.py          a folder of images; a data set of Hugging Face `datasets`
 packed.py          decoded images as one file that is read in place: the cache, and the files of prepare.py
 checks.py          what `load` returned is checked before training; the fingerprint of the data
 loader.py          the order of the data, and Loader, which yields batches on the device

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 16  # pixels between two grids
@@ -63,8 +64,6 @@ def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, n
 
 def rendered_text(text: str, width: int) -> Tensor:
     """One line of text in black on white, (3, LINE_HEIGHT, width), cut off where it does not fit."""
-    from PIL import Image, ImageDraw, ImageFont
-
     image = Image.new('RGB', (width, LINE_HEIGHT), 'white')
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(10)
     if draw.textlength(text, font) > width:
@@ -93,7 +92,7 @@ def scatter(
         limit(ax, points if i == 0 and len(sets) > 1 else torch.cat([points, sets[-1].to(points)]))
         ax.set_title(titles[i] if titles else '', fontsize=10)
     if density is not None:
-        x, y = (np.linspace(*limits, 100) for limits in (axes[-2].get_xlim(), axes[-2].get_ylim()))
+        x, y = (np.linspace(low, high, 100) for low, high in (axes[-2].get_xlim(), axes[-2].get_ylim()))
         grid = torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)
         axes[-1].pcolormesh(x, y, density(grid).reshape(100, 100).numpy(), cmap='magma', shading='nearest')
         axes[-1].set_title('exact density', fontsize=10)
