@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from data_loading.spec import Arrays, DataSpec, Part, SizedDataset, describe
+from data_loading.spec import Arrays, DataSpec, Part, describe
 from runtime.errors import DataError, SettingError
 from runtime.files import digest
 
@@ -16,6 +16,7 @@ HOW_TO_RETURN = (
     'It must return the training and the held-out part, each (x, label), (x, label, x1) or a torch Dataset of such '
     'items: return (x, label), (held_out_x, held_out_label)'
 )
+EMPTY = 'it is empty. Put at least one item into it.'
 
 
 def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
@@ -33,10 +34,15 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
     parts, entries = [], []
     for source, name in zip(loaded, ('training', 'held-out'), strict=True):
         here = f'{where}, {name} part'
-        if isinstance(source, (tuple, list)):
-            source = first = check_arrays(source, spec, here)
-        else:
-            first = first_item(source, spec, here)
+        try:
+            if isinstance(source, (tuple, list)):
+                source = first = check_arrays(source, spec, here)
+            elif len(source) == 0:
+                raise DataError(f'{here}: {EMPTY}')
+            else:
+                first = collate([source[0]], spec, f'{here}, first item')
+        except DataError as error:
+            raise SettingError(str(error)) from None
         spec = replace(spec, shape=tuple(first[0].shape[1:]))
         parts.append(Part(source, where))
         entries.append(len(first))
@@ -54,58 +60,47 @@ def may_be_part(part: Any) -> bool:
     return hasattr(part, '__len__') and hasattr(part, '__getitem__')
 
 
-def first_item(part: SizedDataset, spec: DataSpec, where: str) -> Arrays:
-    """The first item of a Dataset as a batch of one. Raises SettingError."""
-    if len(part) == 0:
-        raise SettingError(f'{where}: it is empty. Put at least one item into it.')
-    try:
-        return collate([part[0]], spec, f'{where}, first item')
-    except DataError as error:
-        raise SettingError(str(error)) from None
-
-
 def collate(items: list, spec: DataSpec, where: str) -> Arrays:
     """A batch from items of a Dataset, checked. Raises DataError."""
     try:
-        return check_arrays(default_collate(items), spec, where)
-    except SettingError as error:
-        raise DataError(str(error)) from None
-    except (TypeError, RuntimeError):  # of default_collate
+        arrays = default_collate(items)
+    except (TypeError, RuntimeError):
         kinds = list(dict.fromkeys(map(describe, items)))
         raise DataError(
             f'{where}: no batch can be made of {" and ".join(kinds[:3])}. Every item must be (x, label) or '
             '(x, label, x1): x a tensor, label a whole number, all of the same types and shapes.'
         ) from None
+    return check_arrays(arrays, spec, where)
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str) -> Arrays:
     """Tensors from tensors or numpy arrays: x and x1 uint8 (scale 'image') or float32 ('float'), class labels int64.
 
-    Raises SettingError, which says what was found, what is expected and how to fix it.
+    Raises DataError, which says what was found, what is expected and how to fix it.
     """
     if (
         not isinstance(arrays, (tuple, list))
         or len(arrays) not in (2, 3)
         or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays)
     ):
-        raise SettingError(
+        raise DataError(
             f'{where}: {describe(arrays)}. It must be (x, label) or (x, label, x1), of tensors or numpy arrays.'
         )
     try:
         arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
     except TypeError as error:
-        raise SettingError(f'{where}: {describe(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
+        raise DataError(f'{where}: {describe(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
     x, label, *x1 = arrays
     if len({len(array) for array in arrays}) > 1:
         counts = [f'{len(array)} {name}' for array, name in zip(arrays, ('x', 'labels', 'x1'), strict=False)]
-        raise SettingError(f'{where}: {", ".join(counts)}. x, labels and x1 must have the same length.')
+        raise DataError(f'{where}: {", ".join(counts)}. x, labels and x1 must have the same length.')
     if len(x) == 0:
-        raise SettingError(f'{where}: it is empty. Put at least one item into it.')
+        raise DataError(f'{where}: {EMPTY}')
     x = check_values(x, spec, f'{where}: x')
     check_shape(tuple(x.shape[1:]), spec, f'{where}: x')
     x1 = [check_values(values, spec, f'{where}: x1') for values in x1]
     if x1 and x1[0].shape != x.shape:
-        raise SettingError(f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. x and x1 must have the same shape.')
+        raise DataError(f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. x and x1 must have the same shape.')
     return x, check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label, *x1
 
 
@@ -113,26 +108,26 @@ def check_values(x: Tensor, spec: DataSpec, where: str) -> Tensor:
     """`x` as uint8 up to max_value for scale 'image', as finite float32 for scale 'float'."""
     if spec.scale == 'image':
         if x.dtype != torch.uint8:
-            raise SettingError(
+            raise DataError(
                 f'{where} is {describe(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images must be '
                 f"uint8, 0 to max_value={spec.max_value}: convert them, or pass scale='float' to the DataSpec if the "
                 'values are meant as they are.'
             )
         if spec.max_value < 255 and x.max() > spec.max_value:
-            raise SettingError(
+            raise DataError(
                 f'{where} goes up to {x.max()}, but max_value={spec.max_value}, which becomes 1. '
                 f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur.'
             )
         return x
     if not x.is_floating_point():
-        raise SettingError(
+        raise DataError(
             f"{where} is {describe(x)}, but scale='float' takes floats as they are. Convert it to float32, in the "
             "range that the trainer is to see, or pass scale='image' to the DataSpec for uint8 images."
         )
     x = x.float()
     if not x.isfinite().all():
         bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise SettingError(
+        raise DataError(
             f'{where}: {len(bad)} of {len(x)} items hold NaN or infinite values, the first is number {bad[0]}. '
             'Fix them or leave them out.'
         )
@@ -155,7 +150,7 @@ def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
         remedy = 'If the channels come last, put them first: images.permute(0, 3, 1, 2)'
     else:
         remedy = 'Resize the data in load'
-    raise SettingError(
+    raise DataError(
         f'{where} has items of shape {found}, expected is ({", ".join(map(str, wanted))}). '
         f'{remedy}. If this shape is meant, pass shape={found} to the DataSpec.'
     )
@@ -164,14 +159,14 @@ def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
 def check_labels(label: Tensor, num_classes: int, where: str) -> Tensor:
     """`label` as int64, one class from 0 to num_classes - 1 for each item."""
     if label.ndim != 1 or label.is_floating_point() or label.is_complex():
-        raise SettingError(
+        raise DataError(
             f'{where} is {describe(label)}, but num_classes={num_classes} needs one whole number for each item, shape '
             f'({len(label)},). With num_classes=0 it may be anything.'
         )
     label = label.long()
     low, high = int(label.min()), int(label.max())
     if low < 0 or high >= num_classes:
-        raise SettingError(
+        raise DataError(
             f'{where} goes from {low} to {high}, but num_classes={num_classes} allows 0 to {num_classes - 1} '
             f"({num_classes} means 'no label'). Number the classes from 0, or pass num_classes={max(high, 0) + 1} to "
             'the DataSpec.'

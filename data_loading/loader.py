@@ -102,10 +102,9 @@ class HeldOutSampler(ShardSampler):
 def fits(arrays: Arrays, device: torch.device) -> bool:
     """Whether data may live on the device: on a GPU they may take a quarter of the free memory. On the CPU they stay
     where they are; the system keeps as much of a memory-mapped file in memory as it can."""
-    size = sum(array.numel() * array.element_size() for array in arrays)
     if device.type != 'cuda' or not torch.cuda.is_available():
         return True
-    return size < torch.cuda.mem_get_info(device)[0] / 4
+    return sum(array.nbytes for array in arrays) < torch.cuda.mem_get_info(device)[0] / 4
 
 
 class Loader:
@@ -125,6 +124,7 @@ class Loader:
         self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
         self.size = len(part)
+        self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
         self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64
         is_resident = part.arrays is not None and fits(part.arrays, device)
         self.part = part.to(device) if is_resident else part
@@ -145,18 +145,16 @@ class Loader:
             )
 
     @property
-    def rounds(self) -> int:
-        """Rounds of `batch_shards` pieces in which the held-out loader reads its part."""
-        assert isinstance(self.batch_sampler, HeldOutSampler)
-        return self.batch_sampler.rounds
-
-    @property
     def has_pairs(self) -> bool:
         """Whether batches are (x, label, x1)."""
         return self.part.has_pairs
 
     def __iter__(self) -> Iterator[Arrays]:
-        batches = self._from_resident() if self.workers is None else self._from_workers(self.workers)
+        if self.workers is None:
+            batches = self._from_resident()
+        else:
+            moved = (tuple(array.to(self.device, non_blocking=True) for array in arrays) for arrays in self.workers)
+            batches = itertools.starmap(self._scaled, moved)
         while True:
             began = time.monotonic()
             arrays = next(batches, None)
@@ -202,10 +200,6 @@ class Loader:
         if self.device.type == 'cuda' and not indices.is_cuda:  # only from pinned memory is a copy no CPU-GPU sync
             return indices.pin_memory().to(self.device, non_blocking=True)
         return indices.to(self.device)
-
-    def _from_workers(self, workers: Iterable[Sequence[Tensor]]) -> Iterator[Arrays]:
-        for arrays in workers:
-            yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
 
     def _from_resident(self) -> Iterator[Arrays]:
         """A step's shards are gathered and scaled together: the cost is the same for one shard as for all."""

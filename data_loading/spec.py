@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 from config import Config
 
@@ -73,22 +73,16 @@ class SizedDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Rows(Dataset):
+class Rows(Subset):
     """Items `start` to `stop` of a Dataset, with its fingerprint and labels if it has them."""
 
-    def __init__(self, items: SizedDataset, start: int, stop: int):
-        self.items, self.rows = items, range(start, stop)
-        whole: Any = items
-        if hasattr(whole, 'fingerprint'):
-            self.fingerprint = lambda: f'{whole.fingerprint()} {self.rows}'
-        if hasattr(whole, 'labels'):
-            self.labels = whole.labels[start:stop]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.items[self.rows[i]]
+    def __init__(self, items: Any, start: int, stop: int):
+        rows = range(start, stop)
+        super().__init__(items, rows)
+        if hasattr(items, 'fingerprint'):
+            self.fingerprint = lambda: f'{items.fingerprint()} {rows}'
+        if hasattr(items, 'labels'):
+            self.labels = items.labels[start:stop]
 
 
 class Part:
