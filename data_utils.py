@@ -1,6 +1,6 @@
 """The data sets of scikit-learn and torchvision, the table of all, and how a run gets its loaders.
 
-Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/checks.py, and read in the order of
+Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/spec.py, and read in the order of
 data_loading/loader.py.
 """
 
@@ -16,12 +16,11 @@ import torch
 
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
-from data_loading.checks import check_parts, describe_counts, fingerprint
 from data_loading.images import load_hub, load_image_folder
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
-from data_loading.spec import Arrays, DataSpec, Part
-from data_loading.toy2d import LOADERS
-from runtime import ranks
+from data_loading.spec import Arrays, DataSpec, Part, check_parts
+from data_loading.toy2d import TOY2D, load_points
+from runtime import files, ranks
 
 
 def load_digits(config: Config) -> tuple[Arrays, Arrays]:
@@ -83,7 +82,7 @@ DATASETS: dict[str, DataSpec] = {
     'fashion_mnist': DataSpec(partial(load_torchvision, 'FashionMNIST'), (1, 28, 28), 10),
     'cifar10': DataSpec(partial(load_torchvision, 'CIFAR10', files='cifar-10-python.tar.gz'), (3, 32, 32), 10),
     'cifar100': DataSpec(partial(load_torchvision, 'CIFAR100', files='cifar-100-python.tar.gz'), (3, 32, 32), 100),
-    **{name: DataSpec(load, (2,), classes, scale='float') for name, (load, classes) in LOADERS.items()},
+    **{name: DataSpec(partial(load_points, name), (2,), toy.num_classes, scale='float') for name, toy in TOY2D.items()},
     'image_folder': DataSpec(load_image_folder),  # shape and classes of these three are read from the files
     'arrays': DataSpec(load_arrays),
     'hub': DataSpec(load_hub),
@@ -121,6 +120,31 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]
     return ranks.in_turns(load)
 
 
+def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
+    """One line: the numbers of items and classes, the names of the first classes, and how many items each class has."""
+    shape = 'x'.join(map(str, spec.shape or ()))
+    text = f'{dataset}: {len(parts[0]):,} + {len(parts[1]):,} held-out items of shape {shape}'
+    if not spec.num_classes:
+        return f'{text}, no classes'
+    labels = [np.asarray([] if part.labels is None else part.labels, dtype=np.int64) for part in parts]
+    counts = np.bincount(np.concatenate(labels), minlength=spec.num_classes)
+    names = spec.classes or [str(i) for i in range(spec.num_classes)]
+    known = bool(counts.any())
+    shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
+    more = [f'and {spec.num_classes - 12} more'] if spec.num_classes > 12 else []
+    return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
+
+
+def fingerprint(parts: list[Part], spec: DataSpec) -> str:
+    """A short text that differs for other data: the numbers of items and classes, and a hash of both parts.
+
+    The hash is of `spec.digest` if that is known, else of the `contents` of the parts: all bytes of arrays.
+    """
+    hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
+    sizes = '+'.join(str(len(part)) for part in parts)
+    return f'{sizes} items, {spec.num_classes} classes, {files.digest(*hashed, size=6)}'
+
+
 def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str:
     """`fingerprint` of rank 0. Raises SettingError on every rank if another machine has other data."""
     mine = ranks.on_main(lambda: fingerprint(parts, spec))
@@ -148,8 +172,8 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had or used.
     """
     processes = ranks.world_size()
-    if config.batch_shards % (processes * config.accumulation_steps):
-        least = processes * config.accumulation_steps
+    least = processes * config.accumulation_steps
+    if config.batch_shards % least:
         raise SettingError(
             f'batch_shards={config.batch_shards} is not divisible by {processes} processes x '
             f'accumulation_steps={config.accumulation_steps}. Use another number of processes (NPROC), or a '

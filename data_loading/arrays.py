@@ -81,16 +81,14 @@ def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 def channels_first(x: np.ndarray, where: str) -> np.ndarray:
     """uint8 images as (N, C, H, W). Raises SettingError."""
-    if x.ndim == 3:
-        return x[:, None]
-    if x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]:
-        return np.moveaxis(x, -1, 1)
-    if x.ndim != 4:
+    if x.ndim not in (3, 4):
         raise SettingError(
             f'{where}: uint8 data of shape {x.shape} are not images, which are (N, H, W), (N, C, H, W) or '
             '(N, H, W, C). Convert other data to floats, in the range that the trainer is to see.'
         )
-    return x
+    if x.ndim == 3:
+        return x[:, None]
+    return np.moveaxis(x, -1, 1) if x.shape[-1] <= 4 < x.shape[1] else x
 
 
 def count_classes(label: np.ndarray, n: int, where: str) -> int:

@@ -10,16 +10,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from config import Config
-from data_loading.checks import collate
-from data_loading.spec import Arrays, DataSpec, Part
+from data_loading.spec import Arrays, DataSpec, Part, collate
 from runtime import ranks
 from runtime.workers import cores_per_process, ignore_signals_except_from_parent
 
@@ -126,16 +125,16 @@ class Loader:
         self.size = len(part)
         self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
         self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64
-        is_resident = part.arrays is not None and fits(part.arrays, device)
-        self.part = part.to(device) if is_resident else part
-        self.resident = self.part.arrays if is_resident else None
         # `load` is left out: where processes are spawned, a lambda could not be sent to them
         self.collate = partial(collate, spec=replace(spec, load=None), where=part.name)
-        self.workers = None
-        if not is_resident:
+        self.part, self.resident, self.workers = part, None, None
+        if part.arrays is not None and fits(part.arrays, device):
+            self.resident = tuple(array.to(device) for array in part.arrays)
+            self.part = Part(self.resident, part.name)  # lets go of the arrays on the CPU
+        else:
             workers = min(num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
-                cast(Dataset, part.items),
+                part.items,
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
                 num_workers=workers,

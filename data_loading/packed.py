@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config
-from data_loading.spec import Rows, SizedDataset, describe
+from data_loading.spec import Rows, describe
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
@@ -43,7 +43,7 @@ class NoRoomError(SettingError):
 
 
 def decoded_once(
-    config: Config, items: SizedDataset, held_out: int, facts: dict[str, Any], state: str, title: str
+    config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
     there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
@@ -54,9 +54,8 @@ def decoded_once(
     path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
     n = held_out or held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
     stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # what was skipped is not in the data
-    found = None
-    if config.cache:
-        found = read_or_build(path, lambda: build(items, path, n, config.skip_unreadable, title, **stored))
+    make = partial(build, items, path, n, config.skip_unreadable, title, **stored)
+    found = read_or_build(path, make) if config.cache else None
     if found is None:
         return Rows(items, n, len(items)), Rows(items, 0, n), facts
     left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
@@ -70,10 +69,8 @@ def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | Non
     Only one process of this machine builds, if the file system has locks; else each does, and the last file stays.
     """
 
-    def waiting() -> None:
-        print(f'waiting for another process of this machine, which builds {path}', flush=True)
-
-    with files.locked(path.with_name(f'.{path.name}.lock'), waiting) as has_lock:
+    waiting = f'waiting for another process of this machine, which builds {path}'
+    with files.locked(path.with_name(f'.{path.name}.lock'), lambda: print(waiting, flush=True)) as has_lock:
         found = cached(path)
         if found is not None:
             return found
@@ -90,7 +87,7 @@ def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | Non
         return read(path)
 
 
-def attempts(items: SizedDataset, indices: list[int]) -> list[tuple[Tensor, int] | str]:
+def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
     """These items; in place of one that cannot be read, the text of its DataError."""
     found = []
     for i in indices:
@@ -101,14 +98,14 @@ def attempts(items: SizedDataset, indices: list[int]) -> list[tuple[Tensor, int]
     return found
 
 
-def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
+def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
     """Read all items (x, label), x of one shape and type, in parallel and with a bar, and write them to `path`.
 
     Items that cannot be read are an error after the last has been tried, which names them; with `skip` they are left
     out, counted and named. What is left of the first `held_out` items is the held-out part. Raises SettingError.
     """
     loader = DataLoader(
-        range(len(items)),  # pyright: ignore[reportArgumentType]
+        cast(Any, range(len(items))),
         batch_size=32,
         num_workers=cores_per_process() if len(items) > 256 else 0,
         collate_fn=partial(attempts, items),

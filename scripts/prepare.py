@@ -12,12 +12,10 @@ standard deviation by channel. The flags that choose the data are the same as in
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from config import Config, SettingError, parse_config
 from runtime import command
-
-BATCH = 64  # images that are encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +53,7 @@ def prepare(config: PrepareConfig) -> None:
     spec, train, test = data_utils.load_in_turns(once, data_utils.get_dataset(config))
     if test.has_pairs:
         raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
-    items: Any = ConcatDataset([cast(Any, part.items) for part in (test, train)])
+    items: Any = ConcatDataset([part.items for part in (test, train)])
     facts = {name: getattr(spec, name) for name in ('num_classes', 'classes', 'scale', 'max_value')}
     if config.latents:
         facts['held_out'] = len(test)
@@ -83,7 +81,7 @@ def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -
     from runtime import ranks
 
     device, count, total, squares = ranks.setup(), 0, 0, 0
-    for x, label in DataLoader(items, BATCH):
+    for x, label in DataLoader(items, batch_size=64):
         with torch.no_grad():
             z = encode(x.to(device).float() / divisor).float().cpu()
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
