@@ -94,15 +94,16 @@ def get_dataset(config: Config) -> DataSpec:
     return choose('dataset', config.dataset, DATASETS)
 
 
-def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]:
-    """`spec` with the shape and the facts of the data, and the parts that `spec.load` returns, checked: the training
-    part, and the held-out part or its first `config.held_out` items if that is not 0.
+def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
+    """The DataSpec with the shape and the facts of the data, the training part, and the held-out part or, if that is not
+    0, its first `config.held_out` items; all checked.
 
     Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
     one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.
     """
 
     def load() -> tuple[DataSpec, Part, Part]:
+        spec = get_dataset(config)
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             loaded = spec.load(config)
@@ -111,11 +112,11 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]
                 f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
                 'Pass a folder of yours as --data_dir.'
             ) from error
-        known, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
+        spec, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
         n = config.held_out
         if n > len(test) and not config.skip_unreadable:  # with it, some of them may have been left out
             raise SettingError(f'held_out={n}: {test.name} has {len(test)} held-out images. Use a smaller --held_out.')
-        return known, train, test.first(n) if 0 < n < len(test) else test
+        return spec, train, test.first(n) if 0 < n < len(test) else test
 
     return ranks.in_turns(load)
 
@@ -151,10 +152,7 @@ def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str
 
     def compare() -> None:
         machine = os.environ.get('GROUP_RANK', '0')  # torchrun's
-        if machine == '0' or os.environ['LOCAL_RANK'] != '0':
-            return
-        here = fingerprint(parts, spec)
-        if here != mine:
+        if machine != '0' and os.environ['LOCAL_RANK'] == '0' and (here := fingerprint(parts, spec)) != mine:
             raise SettingError(
                 f'data_dir={config.data_dir!r}: on machine {machine} it holds other data ({here}) than on machine 0 '
                 f'({mine}). Copy the data of machine 0, or share the folder.'
@@ -179,19 +177,17 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
             f'accumulation_steps={config.accumulation_steps}. Use another number of processes (NPROC), or a '
             f'--batch_shards that is a multiple of {least} and divides --global_batch_size.'
         )
-    spec = ranks.on_each(lambda: get_dataset(config))
-    spec, train, test = load_in_turns(config, spec)
+    spec, train, test = load_in_turns(config)
     if spec.scale == 'float' and config.dequantize:
         raise SettingError(
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
             'Use --no_dequantize.'
         )
-    mark = agreed_fingerprint(config, [train, test], spec)
     counts = describe_counts(config.dataset, [train, test], spec)
     sampler = StreamSampler(len(train), config)
     train_loader = Loader(train, sampler, spec, device, config.num_workers)
     test_loader = Loader(test, HeldOutSampler(len(test), config), spec, device, config.num_workers)
-    train_loader.fingerprint = test_loader.fingerprint = mark
+    train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
     train_loader.about = '; '.join(filter(None, [counts, spec.skipped]))
     ranks.print_once(counts)
     return train_loader, sampler, test_loader

@@ -36,9 +36,7 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
         why = 'there is no such file' if not path.is_file() else 'its ending is none of .npy, .npz and .pt'
         raise SettingError(f'{where}: {why}. Pass X.npy, an .npz with images and labels, or a file of prepare.py.')
     if path.suffix == '.pt':
-        found = packed.read(path)
-        known = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
-        return *packed.parts_of(found), {name: found[name] for name in known if name in found}
+        return packed.parts_of(packed.read(path))
     x, label = read_numpy(path, where)
     held_out = packed.held_out_rows(config.held_out, len(x), where)
     is_image = x.dtype == np.uint8

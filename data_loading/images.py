@@ -106,9 +106,8 @@ class ImageFiles(Dataset):
     root: Path
     files: list[str]  # paths below root
     labels: list[int]
-    classes: list[str]  # names; empty if there are none
     made: dict[str, Any]  # arguments of pixels_of
-    skipped: str  # files that were ignored, for the report
+    facts: dict[str, Any]  # classes, and which files were skipped
 
     def __len__(self) -> int:
         return len(self.files)
@@ -147,7 +146,9 @@ def list_images(config: Config) -> ImageFiles:
     if not root.is_dir():
         raise SettingError(f'{where}: there is no such folder. {remedy}')
     files, others = walk(root, where)
-    ignored = described(others)
+    counts = [f'{ending} {count}' for ending, count in others.most_common(8)]
+    more = [f'and {len(others) - 8} more kinds'] if len(others) > 8 else []
+    ignored = ', '.join(counts + more)
     if not files:
         only = ignored and f', only {ignored}'
         raise SettingError(f'{where}: it holds no image ({", ".join(IMAGE_ENDINGS)}){only}. {remedy}')
@@ -163,16 +164,15 @@ def list_images(config: Config) -> ImageFiles:
     skipped = ignored and f'skipped {sum(others.values())} files that are not images: {ignored}'
     if skipped:
         print_once(f'image_folder: {skipped}')
-    made = how_made(config, (root / name for name in files))
-    return ImageFiles(root, files, labels, classes, made, skipped)
+    facts = dict(classes=tuple(classes), num_classes=len(classes), skipped=skipped)
+    return ImageFiles(root, files, labels, how_made(config, (root / name for name in files)), facts)
 
 
 def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default."""
     images = list_images(config)
-    facts = dict(classes=tuple(images.classes), num_classes=len(images.classes), skipped=images.skipped)
     title = f'image_folder {images.root.resolve().name}'
-    return packed.decoded_once(config, images, 0, facts, images.state(), title)
+    return packed.decoded_once(config, images, 0, images.facts, images.state(), title)
 
 
 def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
@@ -201,12 +201,6 @@ def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
             else:
                 others[Path(name).suffix or name] += 1
     return sorted(files, key=lambda name: blake2b(os.fsencode(name)).digest()), others
-
-
-def described(counts: Counter[str]) -> str:
-    """'.svg 410, .txt 12', the most frequent first."""
-    shown = [f'{name} {count}' for name, count in counts.most_common(8)]
-    return ', '.join(shown + ([f'and {len(counts) - 8} more kinds'] if len(counts) > 8 else []))
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -260,8 +254,7 @@ def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     image, label, classes = columns_of(train, config.columns, where)
     splits = [train.shuffle(seed=0)] if own is None else [own, train]
     splits = [split.cast_column(image, datasets.Image(decode=False)) for split in splits]
-    files = (file_of(row[image]) for split in splits for row in cast(Any, split))
-    made = how_made(config, files)
+    made = how_made(config, (file_of(row[image]) for split in splits for row in cast(Any, split)))
     items = ConcatDataset([HubImages(split, image, label, made) for split in splits])
     facts, held_out = dict(classes=classes, num_classes=len(classes)), 0 if own is None else len(own)
     state = repr(([split._fingerprint for split in splits], dict(image=image, label=label, **made)))

@@ -60,7 +60,8 @@ def decoded_once(
         return Rows(items, n, len(items)), Rows(items, 0, n), facts
     left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
     skipped = '; '.join(filter(None, [facts.get('skipped'), left_out]))
-    return *parts_of(found), facts | dict(digest=found['digest'], skipped=skipped)
+    train, test, known = parts_of(found)
+    return train, test, known | dict(skipped=skipped)
 
 
 def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | None:
@@ -167,7 +168,9 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
 
 
 def contents(x: Tensor, label: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
-    return dict(format=FORMAT, x=x, label=label, digest=digest_of(x, label, facts), **facts)
+    """The dict in a file: `digest` is a hash of all bytes and facts."""
+    digest = files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
+    return dict(format=FORMAT, x=x, label=label, digest=digest, **facts)
 
 
 def add_contents(path: Path, x: Tensor, label: Tensor, facts: dict[str, Any]) -> None:
@@ -183,7 +186,7 @@ def add_contents(path: Path, x: Tensor, label: Tensor, facts: dict[str, Any]) ->
 
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
-    """Write a packed file from tensors, whole or not at all; `digest` is added to the facts."""
+    """Write a packed file from tensors, whole or not at all."""
     with files.whole(path) as temporary:
         torch.save(contents(x, label, facts), temporary)
 
@@ -207,17 +210,9 @@ def cached(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def digest_of(x: Tensor, label: Tensor, facts: dict[str, Any]) -> str:
-    """A hash of all bytes and facts."""
-    return files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
-
-
 def space_for(path: Path) -> int:
     """Free bytes where `path` is to be."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
-
-
-# ---------------------------------------------------------------- the held-out part
 
 
 def held_out_rows(wanted: int, n: int, where: str) -> int:
@@ -229,11 +224,13 @@ def held_out_rows(wanted: int, n: int, where: str) -> int:
     return wanted or min(1000, max(1, n // 10))
 
 
-def parts_of(found: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(training, held-out) part of a packed file, memory-mapped."""
+def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if one is empty."""
     x, label, held_out = found['x'], found['label'], found['held_out']
     if not 0 < held_out < len(x):
         raise SettingError(
             f'{held_out} of {len(x)} images are held out: at least one, and not all, must be left. Add some.'
         )
-    return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out])
+    names = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
+    facts = {name: found[name] for name in names if name in found}
+    return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out]), facts

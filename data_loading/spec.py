@@ -180,9 +180,8 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
 
 def may_be_part(part: Any) -> bool:
     """Whether `part` is a tuple of arrays, or a Dataset of known length."""
-    if isinstance(part, (Tensor, np.ndarray, dict, str)):
-        return False
-    return hasattr(part, '__len__') and hasattr(part, '__getitem__')
+    is_other = isinstance(part, (Tensor, np.ndarray, dict, str))
+    return not is_other and hasattr(part, '__len__') and hasattr(part, '__getitem__')
 
 
 def collate(items: list, spec: DataSpec, where: str) -> Arrays:
@@ -203,11 +202,8 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str) -> Arrays:
 
     Raises DataError, which says what was found, what is expected and how to fix it.
     """
-    if (
-        not isinstance(arrays, (tuple, list))
-        or len(arrays) not in (2, 3)
-        or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays)
-    ):
+    is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
+    if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
         raise DataError(
             f'{where}: {describe(arrays)}. It must be (x, label) or (x, label, x1), of tensors or numpy arrays.'
         )

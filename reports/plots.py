@@ -17,10 +17,8 @@ Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
 
 def next_to_each_other(pictures: Sequence[Tensor]) -> Tensor:
     """Pictures (3, H, W) uint8 from left to right on white, as one."""
-    height = max(picture.shape[1] for picture in pictures)
-    white = [(0, GAP, 0, height - picture.shape[1]) for picture in pictures]
-    pad = torch.nn.functional.pad
-    padded = [pad(picture, sides, value=255) for picture, sides in zip(pictures, white, strict=True)]
+    height, pad = max(picture.shape[1] for picture in pictures), torch.nn.functional.pad
+    padded = [pad(picture, (0, GAP, 0, height - picture.shape[1]), value=255) for picture in pictures]
     return torch.cat(padded, 2)[:, :, :-GAP]
 
 

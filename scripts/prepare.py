@@ -29,7 +29,6 @@ class PrepareConfig(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the file that the flags ask for."""
     config = command.parsed(lambda: parse_config(argv, PrepareConfig))
     assert isinstance(config, PrepareConfig)
     command.run(lambda: prepare(config))
@@ -49,8 +48,7 @@ def prepare(config: PrepareConfig) -> None:
     if path.exists():
         raise SettingError(f'out={config.out!r} is there already. Remove it, or pass another name.')
     # a second copy on the disk is needed only to find out first what cannot be read
-    once = dataclasses.replace(config, cache=config.skip_unreadable)
-    spec, train, test = data_utils.load_in_turns(once, data_utils.get_dataset(config))
+    spec, train, test = data_utils.load_in_turns(dataclasses.replace(config, cache=config.skip_unreadable))
     if test.has_pairs:
         raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
     items: Any = ConcatDataset([part.items for part in (test, train)])
@@ -107,8 +105,7 @@ def function_of(text: str) -> Callable:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise SettingError(f'latents={text!r}: there is no file {file!r}. Pass FILE.py:FUNCTION.')
-    module = run_record.import_file(str(path))
-    found = getattr(module, name, None)
+    found = getattr(run_record.import_file(str(path)), name, None)
     if not callable(found):
         raise SettingError(f'latents={text!r}: {file} has no function {name!r}.')
     return found

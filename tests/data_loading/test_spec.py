@@ -1,5 +1,4 @@
-"""DataSpec's classes and their names; Part, which is arrays or a Dataset; checks of what `load` returns, their messages,
-and the fingerprint of the data."""
+"""DataSpec's classes and their names; Part; checks of what `load` returns, their messages, and the fingerprint."""
 
 import pickle
 import re
