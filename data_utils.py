@@ -95,7 +95,7 @@ def get_dataset(config: Config) -> DataSpec:
 
 
 def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
-    """The DataSpec with the shape and the facts of the data, the training part, and the held-out part or, if that is not
+    """The DataSpec with the shape and the facts of the data, the training part, and the held-out part or, if it is not
     0, its first `config.held_out` items; all checked.
 
     Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
