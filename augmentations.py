@@ -42,12 +42,9 @@ def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor
 
 # setting with the probability -> (what is done, name of the data set's property that allows it)
 AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, Tensor]], str]] = {
-    'flip_prob': (lambda x, chosen, config: flip(x, chosen), 'flip_keeps_label'),
-    'rotate_prob': (lambda x, chosen, config: rotate(x, chosen), 'rotation_keeps_label'),
-    'translate_prob': (
-        lambda x, chosen, config: translate(x, chosen, config.max_translation),
-        'translation_keeps_label',
-    ),
+    'flip_prob': (lambda x, chosen, c: flip(x, chosen), 'flip_keeps_label'),
+    'rotate_prob': (lambda x, chosen, c: rotate(x, chosen), 'rotation_keeps_label'),
+    'translate_prob': (lambda x, chosen, c: translate(x, chosen, c.max_translation), 'translation_keeps_label'),
 }
 
 
@@ -58,27 +55,24 @@ def get_augmenter(config: Config, allowed: dict[str, bool], pairs: bool = False)
     Raises SettingError for an augmentation that would change the data set's meaning, and for any where the data are
     `pairs` (x0, x1), of which only x0 would be changed.
     """
-    active = []
-    for setting, (fn, needs) in AUGMENTATIONS.items():
-        prob = getattr(config, setting)
-        if prob > 0 and not allowed[needs]:
+    active = {setting: getattr(config, setting) for setting in AUGMENTATIONS if getattr(config, setting) > 0}
+    for setting, prob in active.items():
+        if not allowed[AUGMENTATIONS[setting][1]]:
             raise SettingError(
                 f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. '
                 f'Use --{setting} 0.'
             )
-        if prob > 0 and pairs:
+        if pairs:
             raise SettingError(
                 f'{setting}={prob:g} would change x0 and not x1 of the pairs of dataset={config.dataset!r}. '
                 f'Use --{setting} 0, and augment both alike in prepare_batch_fn.'
             )
-        if prob > 0:
-            active.append((fn, prob))
 
     def augmenter(x: Tensor) -> tuple[Tensor, Tensor]:
         augmented = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for fn, prob in active:
+        for setting, prob in active.items():
             chosen = torch.rand(len(x), device=x.device) < prob
-            x, done = fn(x, chosen, config)
+            x, done = AUGMENTATIONS[setting][0](x, chosen, config)
             augmented |= done
         return x, augmented
 

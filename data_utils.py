@@ -1,36 +1,88 @@
-"""The table of data sets, and how a run gets its loaders. Yours is one more entry of DATASETS.
+"""The data sets of scikit-learn and torchvision, the table of all, and how a run gets its loaders.
 
-What `load` returns is checked by data_loading/checks.py, and read in the order of data_loading/loader.py.
+Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/spec.py, and read in the order of
+data_loading/loader.py.
 """
 
+import importlib.util
 import os
+import urllib.error
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
-from data_loading.built_in import from_torchvision, load_cifar, load_digits, load_mnist
-from data_loading.checks import check_parts, describe_counts, fingerprint
-from data_loading.hub import load_hub
-from data_loading.image_folder import load_image_folder
+from data_loading.images import load_hub, load_image_folder
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
-from data_loading.spec import DataSpec, Part
-from data_loading.toy2d import LOADERS
-from runtime import ranks
+from data_loading.spec import Arrays, DataSpec, Part, check_parts
+from data_loading.toy2d import TOY2D, load_points
+from runtime import files, ranks
 
-__all__ = ['DATASETS', 'DataSpec', 'from_torchvision', 'get_dataset', 'load_digits', 'setup_data_train_and_test']
+
+def load_digits(config: Config) -> tuple[Arrays, Arrays]:
+    """scikit-learn's 1797 handwritten digits, 8x8, values 0 to 16; 1500 to train, 297 held out."""
+    package = importlib.util.find_spec('sklearn')  # found, not imported: that takes a second of every start
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / 'datasets/data/digits.csv.gz', delimiter=',', dtype=np.uint8)
+    table = torch.from_numpy(table[np.random.default_rng(0).permutation(1797)])
+    images, labels = table[:, :64].reshape(-1, 1, 8, 8), table[:, 64].long()
+    return (images[:1500], labels[:1500]), (images[1500:], labels[1500:])
+
+
+def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
+    """The training and the held-out part of a torchvision data set, downloaded as `files` if they are not there.
+
+    Raises SettingError.
+    """
+    import torchvision
+    from torchvision.datasets.utils import check_integrity
+
+    kind = getattr(torchvision.datasets, name)
+    try:
+        return [kind(config.data_dir, train=train, download=True) for train in (True, False)]
+    except (urllib.error.URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+        cause = f'cannot be downloaded ({" ".join(str(error).split())})'
+        wanted = Path(config.data_dir, files)
+        sums = dict(getattr(kind, 'resources', [])) | {getattr(kind, 'filename', ''): getattr(kind, 'tgz_md5', None)}
+        there = [path for path in sorted(wanted.parent.glob(wanted.name)) if sums.get(path.name)]
+        other = [path.name for path in there if not check_integrity(str(path), sums[path.name])]
+        if other:
+            remedy = f'unpack it: gunzip -k {wanted}' if wanted.name == '*.gz' else 'copy it again'
+            raise SettingError(
+                f'dataset={config.dataset!r}: {", ".join(other)} in {wanted.parent}: there, but with other checksums '
+                f"than torchvision's, and it {cause}. It is damaged, or was repacked, as in Debian's packages: "
+                f'{remedy}.'
+            ) from error
+        raise SettingError(
+            f'dataset={config.dataset!r}: it is not in data_dir={config.data_dir!r} and {cause}. '
+            f'With no network, copy {wanted} from a machine that has it, or train on --dataset digits.'
+        ) from error
+
+
+def load_torchvision(name: str, config: Config, files: str = '') -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of CIFAR, of which `files` is the archive, or of a data set like MNIST."""
+
+    def arrays(part: Any) -> Arrays:
+        x, label = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+        return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()), label
+
+    train, test = from_torchvision(config, name, files or f'{name}/raw/*.gz')
+    return arrays(train), arrays(test), dict(classes=tuple(train.classes))
+
 
 DATASETS: dict[str, DataSpec] = {
     'digits': DataSpec(load_digits, (1, 8, 8), 10, max_value=16, flip_keeps_label=False, rotation_keeps_label=False),
     'mnist': DataSpec(
-        partial(load_mnist, 'MNIST'), (1, 28, 28), 10, flip_keeps_label=False, rotation_keeps_label=False
+        partial(load_torchvision, 'MNIST'), (1, 28, 28), 10, flip_keeps_label=False, rotation_keeps_label=False
     ),
-    'fashion_mnist': DataSpec(partial(load_mnist, 'FashionMNIST'), (1, 28, 28), 10),
-    'cifar10': DataSpec(partial(load_cifar, 'CIFAR10', 'cifar-10-python.tar.gz'), (3, 32, 32), 10),
-    'cifar100': DataSpec(partial(load_cifar, 'CIFAR100', 'cifar-100-python.tar.gz'), (3, 32, 32), 100),
-    **{name: DataSpec(load, (2,), classes, scale='float') for name, (load, classes) in LOADERS.items()},
+    'fashion_mnist': DataSpec(partial(load_torchvision, 'FashionMNIST'), (1, 28, 28), 10),
+    'cifar10': DataSpec(partial(load_torchvision, 'CIFAR10', files='cifar-10-python.tar.gz'), (3, 32, 32), 10),
+    'cifar100': DataSpec(partial(load_torchvision, 'CIFAR100', files='cifar-100-python.tar.gz'), (3, 32, 32), 100),
+    **{name: DataSpec(partial(load_points, name), (2,), toy.num_classes, scale='float') for name, toy in TOY2D.items()},
     'image_folder': DataSpec(load_image_folder),  # shape and classes of these three are read from the files
     'arrays': DataSpec(load_arrays),
     'hub': DataSpec(load_hub),
@@ -42,14 +94,16 @@ def get_dataset(config: Config) -> DataSpec:
     return choose('dataset', config.dataset, DATASETS)
 
 
-def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]:
-    """`spec` with the shape and the facts of the data, and the parts that `spec.load` returns, checked.
+def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
+    """The DataSpec with the shape and the facts of the data, the training part, and the held-out part or, if it is not
+    0, its first `config.held_out` items; all checked.
 
     Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
     one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.
     """
 
     def load() -> tuple[DataSpec, Part, Part]:
+        spec = get_dataset(config)
         try:
             Path(config.data_dir).mkdir(parents=True, exist_ok=True)
             loaded = spec.load(config)
@@ -58,18 +112,38 @@ def load_in_turns(config: Config, spec: DataSpec) -> tuple[DataSpec, Part, Part]
                 f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
                 'Pass a folder of yours as --data_dir.'
             ) from error
-        known, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
-        return known, train, with_held_out(test, config)
+        spec, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
+        n = config.held_out
+        if n > len(test) and not config.skip_unreadable:  # with it, some of them may have been left out
+            raise SettingError(f'held_out={n}: {test.name} has {len(test)} held-out images. Use a smaller --held_out.')
+        return spec, train, test.first(n) if 0 < n < len(test) else test
 
     return ranks.in_turns(load)
 
 
-def with_held_out(part: Part, config: Config) -> Part:
-    """The held-out part, or its first `config.held_out` items if that is not 0. Raises SettingError."""
-    n = config.held_out
-    if n > len(part) and not config.skip_unreadable:  # with it, some of them may have been left out
-        raise SettingError(f'held_out={n}: {part.name} has {len(part)} held-out images. Use a smaller --held_out.')
-    return part if n == 0 or n >= len(part) else part.first(n)
+def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
+    """One line: the numbers of items and classes, the names of the first classes, and how many items each class has."""
+    shape = 'x'.join(map(str, spec.shape or ()))
+    text = f'{dataset}: {len(parts[0]):,} + {len(parts[1]):,} held-out items of shape {shape}'
+    if not spec.num_classes:
+        return f'{text}, no classes'
+    labels = [np.asarray([] if part.labels is None else part.labels, dtype=np.int64) for part in parts]
+    counts = np.bincount(np.concatenate(labels), minlength=spec.num_classes)
+    names = spec.classes or [str(i) for i in range(spec.num_classes)]
+    known = bool(counts.any())
+    shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
+    more = [f'and {spec.num_classes - 12} more'] if spec.num_classes > 12 else []
+    return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
+
+
+def fingerprint(parts: list[Part], spec: DataSpec) -> str:
+    """A short text that differs for other data: the numbers of items and classes, and a hash of both parts.
+
+    The hash is of `spec.digest` if that is known, else of the `contents` of the parts: all bytes of arrays.
+    """
+    hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
+    sizes = '+'.join(str(len(part)) for part in parts)
+    return f'{sizes} items, {spec.num_classes} classes, {files.digest(*hashed, size=6)}'
 
 
 def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str:
@@ -78,10 +152,7 @@ def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str
 
     def compare() -> None:
         machine = os.environ.get('GROUP_RANK', '0')  # torchrun's
-        if machine == '0' or os.environ['LOCAL_RANK'] != '0':
-            return
-        here = fingerprint(parts, spec)
-        if here != mine:
+        if machine != '0' and os.environ['LOCAL_RANK'] == '0' and (here := fingerprint(parts, spec)) != mine:
             raise SettingError(
                 f'data_dir={config.data_dir!r}: on machine {machine} it holds other data ({here}) than on machine 0 '
                 f'({mine}). Copy the data of machine 0, or share the folder.'
@@ -99,26 +170,24 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had or used.
     """
     processes = ranks.world_size()
-    if config.batch_shards % (processes * config.accumulation_steps):
-        least = processes * config.accumulation_steps
+    least = processes * config.accumulation_steps
+    if config.batch_shards % least:
         raise SettingError(
             f'batch_shards={config.batch_shards} is not divisible by {processes} processes x '
             f'accumulation_steps={config.accumulation_steps}. Use another number of processes (NPROC), or a '
             f'--batch_shards that is a multiple of {least} and divides --global_batch_size.'
         )
-    spec = ranks.on_each(lambda: get_dataset(config))
-    spec, train, test = load_in_turns(config, spec)
+    spec, train, test = load_in_turns(config)
     if spec.scale == 'float' and config.dequantize:
         raise SettingError(
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
             'Use --no_dequantize.'
         )
-    mark = agreed_fingerprint(config, [train, test], spec)
     counts = describe_counts(config.dataset, [train, test], spec)
     sampler = StreamSampler(len(train), config)
     train_loader = Loader(train, sampler, spec, device, config.num_workers)
     test_loader = Loader(test, HeldOutSampler(len(test), config), spec, device, config.num_workers)
-    train_loader.fingerprint = test_loader.fingerprint = mark
+    train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
     train_loader.about = '; '.join(filter(None, [counts, spec.skipped]))
     ranks.print_once(counts)
     return train_loader, sampler, test_loader

@@ -36,34 +36,37 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
         why = 'there is no such file' if not path.is_file() else 'its ending is none of .npy, .npz and .pt'
         raise SettingError(f'{where}: {why}. Pass X.npy, an .npz with images and labels, or a file of prepare.py.')
     if path.suffix == '.pt':
-        return load_packed(path)
+        return packed.parts_of(packed.read(path))
     x, label = read_numpy(path, where)
     held_out = packed.held_out_rows(config.held_out, len(x), where)
-    facts: dict[str, Any] = dict(scale='image' if x.dtype == np.uint8 else 'float')
-    if facts['scale'] == 'image':
-        x = channels_first(x, where)
-    if label is not None:
-        facts['num_classes'] = count_classes(label, len(x), where)
+    is_image = x.dtype == np.uint8
+    x = channels_first(x, where) if is_image else x
+    num_classes = 0 if label is None else count_classes(label, len(x), where)
+    facts = dict(scale='image' if is_image else 'float', num_classes=num_classes)
+    label = np.zeros(len(x), np.int64) if label is None else label
+    order = np.random.default_rng(0).permutation(len(x))
+    rows = order[held_out:], order[:held_out]
     if x.nbytes > LARGEST_SHUFFLED:
         print_once(
             f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one prepared file: '
             f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
         )
-    return *shuffled(x, np.zeros(len(x), np.int64) if label is None else label, held_out), facts
+        train, test = (ShuffledRows(x, label, chosen) for chosen in rows)
+    else:
+        train, test = ((torch.from_numpy(x[chosen]), torch.from_numpy(label[chosen])) for chosen in rows)
+    return train, test, facts
 
 
 def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
     """(x, memory-mapped if the file holds nothing else; labels or None). Raises SettingError."""
     try:
         found = np.load(path, mmap_mode='r', allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            arrays, x, label = {}, found, None
-        else:
-            arrays = {name: found[name] for name in found.files}
-            x = next((arrays[name] for name in NAMES_OF_X if name in arrays), None)
-            label = next((arrays[name] for name in NAMES_OF_LABEL if name in arrays), None)
+        arrays = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise SettingError(f'{where} cannot be read ({error}). Write plain numbers by np.save or np.savez.') from None
+    x, label = (
+        next((arrays[name] for name in names if name in arrays), None) for names in (NAMES_OF_X, NAMES_OF_LABEL)
+    )
     if x is None:
         raise SettingError(f'{where} holds {", ".join(arrays)}. Name the data one of {", ".join(NAMES_OF_X)}.')
     if x.ndim < 2 or (x.dtype != np.uint8 and x.dtype.kind != 'f'):
@@ -76,16 +79,14 @@ def read_numpy(path: Path, where: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 def channels_first(x: np.ndarray, where: str) -> np.ndarray:
     """uint8 images as (N, C, H, W). Raises SettingError."""
-    if x.ndim == 3:
-        return x[:, None]
-    if x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]:
-        return np.moveaxis(x, -1, 1)
-    if x.ndim != 4:
+    if x.ndim not in (3, 4):
         raise SettingError(
             f'{where}: uint8 data of shape {x.shape} are not images, which are (N, H, W), (N, C, H, W) or '
             '(N, H, W, C). Convert other data to floats, in the range that the trainer is to see.'
         )
-    return x
+    if x.ndim == 3:
+        return x[:, None]
+    return np.moveaxis(x, -1, 1) if x.shape[-1] <= 4 < x.shape[1] else x
 
 
 def count_classes(label: np.ndarray, n: int, where: str) -> int:
@@ -101,22 +102,6 @@ def count_classes(label: np.ndarray, n: int, where: str) -> int:
             'that occur from 0: np.unique(labels, return_inverse=True)[1].'
         )
     return classes
-
-
-def shuffled(x: np.ndarray, label: np.ndarray, held_out: int) -> list[Any]:
-    """The training and the held-out part, drawn at random, the same in every run; as Datasets if x is large."""
-    order = np.random.default_rng(0).permutation(len(x))
-    chosen = order[held_out:], order[:held_out]
-    if x.nbytes > LARGEST_SHUFFLED:
-        return [ShuffledRows(x, label, rows) for rows in chosen]
-    return [(torch.from_numpy(x[rows]), torch.from_numpy(label[rows])) for rows in chosen]
-
-
-def load_packed(path: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """(training part, held-out part, facts) of a file of prepare.py, memory-mapped. Raises SettingError."""
-    found = packed.read(path)
-    known = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
-    return *packed.parts_of(found), {name: found[name] for name in known if name in found}
 
 
 class ShuffledRows(Dataset):

@@ -5,21 +5,20 @@ positions [s B, (s + 1) B). A step's global batch is cut into `batch_shards` sha
 them, so the images of a step do not depend on the number of processes.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from config import Config
-from data_loading.checks import collate
-from data_loading.spec import Arrays, DataSpec, Part
+from data_loading.spec import Arrays, DataSpec, Part, collate
 from runtime import ranks
 from runtime.workers import cores_per_process, ignore_signals_except_from_parent
 
@@ -28,13 +27,12 @@ class ShardSampler(Sampler):
     """Deals the `batch_shards` equal shards of a global batch: each process has a block of consecutive ones."""
 
     def __init__(self, num_images: int, config: Config):
-        self.num_images = num_images
+        self.num_images, self.config = num_images, config
         self.num_shards, self.shard_size = config.batch_shards, config.global_batch_size // config.batch_shards
         self.all_shards = False  # True: this process reads the shards of all processes, in order
 
     @property
     def my_shards(self) -> range:
-        """This process's shards."""
         n = self.num_shards // ranks.world_size()
         return range(ranks.rank() * n, (ranks.rank() + 1) * n)
 
@@ -47,32 +45,24 @@ class ShardSampler(Sampler):
 class StreamSampler(ShardSampler):
     """Endless lists of image indices, one for each shard that this process reads of each step, from `set_step` on."""
 
-    def __init__(self, num_images: int, config: Config):
-        super().__init__(num_images, config)
-        self.seed, self.overfit, self.batch_size = config.seed, config.overfit, config.global_batch_size
-        self.step = 0
+    step = 0
 
     def set_step(self, step: int) -> None:
         """Make the next iteration begin with this step."""
         self.step = step
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        return np.random.default_rng((self.config.seed, epoch)).permutation(self.num_images)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, np.empty(0, int)
+        permutation = functools.lru_cache(maxsize=1)(self.permutation)
         for step in itertools.count(self.step):
             for shard in self.shards_read:
-                first = (0 if self.overfit else step * self.batch_size) + shard * self.shard_size
-                end, indices = first + self.shard_size, []
-                while first < end:  # a shard may reach into the next epoch, or over several of a small data set
-                    if first // self.num_images != epoch:
-                        epoch = first // self.num_images
-                        order = self.permutation(epoch)
-                    place = first - epoch * self.num_images
-                    indices += order[place : place + end - first].tolist()
-                    first = min(end, (epoch + 1) * self.num_images)
-                yield indices
+                first = (0 if self.config.overfit else step * self.config.global_batch_size) + shard * self.shard_size
+                epochs, places = np.divmod(np.arange(first, first + self.shard_size), self.num_images)
+                # a shard may reach into the next epoch, or over several of a small data set
+                parts = [permutation(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+                yield np.concatenate(parts).tolist()
 
 
 class HeldOutSampler(ShardSampler):
@@ -86,7 +76,6 @@ class HeldOutSampler(ShardSampler):
         return -(-self.num_images // (self.num_shards * self.shard_size))
 
     def first_index(self, number: int) -> int:
-        """Index of the first image of piece `number`."""
         return number * self.shard_size
 
     def numbers(self, round: int) -> list[int]:
@@ -102,10 +91,9 @@ class HeldOutSampler(ShardSampler):
 def fits(arrays: Arrays, device: torch.device) -> bool:
     """Whether data may live on the device: on a GPU they may take a quarter of the free memory. On the CPU they stay
     where they are; the system keeps as much of a memory-mapped file in memory as it can."""
-    size = sum(array.numel() * array.element_size() for array in arrays)
     if device.type != 'cuda' or not torch.cuda.is_available():
         return True
-    return size < torch.cuda.mem_get_info(device)[0] / 4
+    return sum(array.nbytes for array in arrays) < torch.cuda.mem_get_info(device)[0] / 4
 
 
 class Loader:
@@ -124,18 +112,19 @@ class Loader:
         self.fingerprint = ''  # hash of the training and held-out data
         self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
-        self.size = len(part)
+        self.size, self.has_pairs = len(part), part.has_pairs  # has_pairs: batches are (x, label, x1)
+        self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
         self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64
-        is_resident = part.arrays is not None and fits(part.arrays, device)
-        self.part = part.to(device) if is_resident else part
-        self.resident = self.part.arrays if is_resident else None
         # `load` is left out: where processes are spawned, a lambda could not be sent to them
-        self.collate = partial(collate, spec=replace(spec, load=None), where=part.name)
-        self.workers = None
-        if not is_resident:
+        self.collate = functools.partial(collate, spec=replace(spec, load=None), where=part.name)
+        self.part, self.resident, self.workers = part, None, None
+        if part.arrays is not None and fits(part.arrays, device):
+            self.resident = tuple(array.to(device) for array in part.arrays)
+            self.part = Part(self.resident, part.name)  # lets go of the arrays on the CPU
+        else:
             workers = min(num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
-                cast(Dataset, part.items),
+                part.items,
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
                 num_workers=workers,
@@ -144,19 +133,12 @@ class Loader:
                 worker_init_fn=ignore_signals_except_from_parent,
             )
 
-    @property
-    def rounds(self) -> int:
-        """Rounds of `batch_shards` pieces in which the held-out loader reads its part."""
-        assert isinstance(self.batch_sampler, HeldOutSampler)
-        return self.batch_sampler.rounds
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether batches are (x, label, x1)."""
-        return self.part.has_pairs
-
     def __iter__(self) -> Iterator[Arrays]:
-        batches = self._from_resident() if self.workers is None else self._from_workers(self.workers)
+        if self.workers is None:
+            batches = self._from_resident()
+        else:
+            moved = (tuple(array.to(self.device, non_blocking=True) for array in arrays) for arrays in self.workers)
+            batches = itertools.starmap(self._scaled, moved)
         while True:
             began = time.monotonic()
             arrays = next(batches, None)
@@ -202,10 +184,6 @@ class Loader:
         if self.device.type == 'cuda' and not indices.is_cuda:  # only from pinned memory is a copy no CPU-GPU sync
             return indices.pin_memory().to(self.device, non_blocking=True)
         return indices.to(self.device)
-
-    def _from_workers(self, workers: Iterable[Sequence[Tensor]]) -> Iterator[Arrays]:
-        for arrays in workers:
-            yield self._scaled(*(array.to(self.device, non_blocking=True) for array in arrays))
 
     def _from_resident(self) -> Iterator[Arrays]:
         """A step's shards are gathered and scaled together: the cost is the same for one shard as for all."""

@@ -12,17 +12,18 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config
-from data_loading.spec import Rows, SizedDataset, describe
+from data_loading.spec import Rows, describe
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
@@ -42,7 +43,7 @@ class NoRoomError(SettingError):
 
 
 def decoded_once(
-    config: Config, items: SizedDataset, held_out: int, facts: dict[str, Any], state: str, title: str
+    config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str
 ) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
     there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
@@ -53,14 +54,14 @@ def decoded_once(
     path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
     n = held_out or held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
     stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # what was skipped is not in the data
-    found = None
-    if config.cache:
-        found = read_or_build(path, lambda: build(items, path, n, config.skip_unreadable, title, **stored))
+    make = partial(build, items, path, n, config.skip_unreadable, title, **stored)
+    found = read_or_build(path, make) if config.cache else None
     if found is None:
         return Rows(items, n, len(items)), Rows(items, 0, n), facts
     left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
     skipped = '; '.join(filter(None, [facts.get('skipped'), left_out]))
-    return *parts_of(found), facts | dict(digest=found['digest'], skipped=skipped)
+    train, test, known = parts_of(found)
+    return train, test, known | dict(skipped=skipped)
 
 
 def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | None:
@@ -69,60 +70,46 @@ def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | Non
     Only one process of this machine builds, if the file system has locks; else each does, and the last file stays.
     """
 
-    def waiting() -> None:
-        print(f'waiting for another process of this machine, which builds {path}', flush=True)
-
-    with files.locked(path.with_name(f'.{path.name}.lock'), waiting) as has_lock:
+    waiting = f'waiting for another process of this machine, which builds {path}'
+    with files.locked(path.with_name(f'.{path.name}.lock'), lambda: print(waiting, flush=True)) as has_lock:
         found = cached(path)
-        if found is None:
-            if has_lock:
-                remove_remains(path)
-            try:
-                build()
-                found = read(path)
-            except NoRoomError as error:
-                print_once(f'no room for a cache, so images are decoded again in every epoch: {error}')
+        if found is not None:
+            return found
+        # A killed build leaves its file. A lock may hold on one machine only, so another machine may still be building.
+        for remains in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp') if has_lock else ():
+            with contextlib.suppress(OSError):
+                if time.time() - remains.stat().st_mtime > 3600:
+                    remains.unlink()
+        try:
+            build()
+        except NoRoomError as error:
+            print_once(f'no room for a cache, so images are decoded again in every epoch: {error}')
+            return None
+        return read(path)
+
+
+def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
+    """These items; in place of one that cannot be read, the text of its DataError."""
+    found = []
+    for i in indices:
+        try:
+            found.append(items[i])
+        except DataError as error:
+            found.append(str(error))
     return found
 
 
-def remove_remains(path: Path) -> None:
-    """Remove what a killed build of `path` has left: temporary files that have not changed for an hour.
-
-    Call with the lock held; a lock may hold on one machine only, so another machine may still be building.
-    """
-    for file in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'):
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > 3600:
-                file.unlink()
-
-
-class Attempts(Dataset):
-    """The items of a Dataset, or the text of the DataError where one cannot be read."""
-
-    def __init__(self, items: SizedDataset):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | str:
-        try:
-            return self.items[i]
-        except DataError as error:
-            return str(error)
-
-
-def build(items: SizedDataset, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
+def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
     """Read all items (x, label), x of one shape and type, in parallel and with a bar, and write them to `path`.
 
     Items that cannot be read are an error after the last has been tried, which names them; with `skip` they are left
     out, counted and named. What is left of the first `held_out` items is the held-out part. Raises SettingError.
     """
     loader = DataLoader(
-        Attempts(items),
+        cast(Any, range(len(items))),
         batch_size=32,
         num_workers=cores_per_process() if len(items) > 256 else 0,
-        collate_fn=list,
+        collate_fn=partial(attempts, items),
         worker_init_fn=ignore_signals_except_from_parent,
     )
     unread: list[str] = []
@@ -166,44 +153,42 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
         )
     labels: list[int] = []
     with files.whole(path) as temporary:
-        with (
-            zipfile.ZipFile(temporary, 'w') as archive,
-            archive.open(X, 'w', force_zip64=True) as file,
-            tqdm(total=most, desc=title, unit='item', disable=None, leave=False) as bar,
-        ):
-            for value, label in itertools.chain([first], rows):
+        with zipfile.ZipFile(temporary, 'w') as archive, archive.open(X, 'w', force_zip64=True) as file:
+            rows = itertools.chain([first], rows)
+            for value, label in tqdm(rows, title, most, leave=False, unit='item', disable=None):
                 if value.shape != x.shape or value.dtype != x.dtype:
                     raise SettingError(
                         f'{title}: item {len(labels)} is {describe(value)}, the first one {describe(x)}. '
                         'All must have the same shape and type.'
                     )
-                file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(value.numpy().tobytes())
                 labels.append(int(label))
-                bar.update()
         written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: what torch can wrap
-        add_contents(temporary, torch.from_numpy(written).view(x.dtype).view(-1, *x.shape), labels, facts)
+        add_contents(temporary, torch.from_numpy(written).view(x.dtype).view(-1, *x.shape), torch.tensor(labels), facts)
 
 
-def add_contents(path: Path, x: Tensor, labels: list[int], facts: dict[str, Any]) -> None:
+def contents(x: Tensor, label: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
+    """The dict in a file: `digest` is a hash of all bytes and facts."""
+    digest = files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
+    return dict(format=FORMAT, x=x, label=label, digest=digest, **facts)
+
+
+def add_contents(path: Path, x: Tensor, label: Tensor, facts: dict[str, Any]) -> None:
     """Make the zip file `path`, which holds the entry X, a file of torch: add the labels, and the dict of it all."""
-    label = torch.tensor(labels)
-    contents = dict(format=FORMAT, x=x, label=label, digest=digest_of(x, label, facts), **facts)
     with tempfile.TemporaryDirectory() as folder:
         frame = Path(folder, 'archive')
         with torch.serialization.skip_data():  # tensors are holes in this file, which take no room
-            torch.save(contents, frame)
+            torch.save(contents(x, label, facts), frame)
         with zipfile.ZipFile(frame) as source, zipfile.ZipFile(path, 'a') as archive:
             for name in source.namelist():
-                if name == LABEL:
-                    archive.writestr(name, label.numpy().tobytes())
-                elif name != X:
-                    archive.writestr(name, source.read(name))
+                if name != X:
+                    archive.writestr(name, label.numpy().tobytes() if name == LABEL else source.read(name))
 
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
-    """Write a packed file from tensors, whole or not at all; `digest` is added to the facts."""
+    """Write a packed file from tensors, whole or not at all."""
     with files.whole(path) as temporary:
-        torch.save(dict(format=FORMAT, x=x, label=label, digest=digest_of(x, label, facts), **facts), temporary)
+        torch.save(contents(x, label, facts), temporary)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -225,17 +210,9 @@ def cached(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def digest_of(x: Tensor, label: Tensor, facts: dict[str, Any]) -> str:
-    """A hash of all bytes and facts."""
-    return files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
-
-
 def space_for(path: Path) -> int:
     """Free bytes where `path` is to be."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
-
-
-# ---------------------------------------------------------------- the held-out part
 
 
 def held_out_rows(wanted: int, n: int, where: str) -> int:
@@ -247,11 +224,13 @@ def held_out_rows(wanted: int, n: int, where: str) -> int:
     return wanted or min(1000, max(1, n // 10))
 
 
-def parts_of(found: dict[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(training, held-out) part of a packed file, memory-mapped."""
-    x, label, held_out = cast(Tensor, found['x']), cast(Tensor, found['label']), found['held_out']
+def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if one is empty."""
+    x, label, held_out = found['x'], found['label'], found['held_out']
     if not 0 < held_out < len(x):
         raise SettingError(
             f'{held_out} of {len(x)} images are held out: at least one, and not all, must be left. Add some.'
         )
-    return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out])
+    names = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
+    facts = {name: found[name] for name in names if name in found}
+    return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out]), facts

@@ -6,7 +6,6 @@ Each is centred, has a standard deviation of about 0.5, as the settings assume, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -92,6 +91,3 @@ def load_pairs(first: str, second: str, config: Config) -> tuple[tuple[Tensor, .
     """Like load_points, but pairs (x0, class of x0, x1): independent draws of two sets."""
     ends = zip(load_points(first, config), load_points(second, config), strict=True)
     return tuple((x0, label, x1) for (x0, label), (x1, _) in ends)
-
-
-LOADERS = {name: (partial(load_points, name), points.num_classes) for name, points in TOY2D.items()}

@@ -39,7 +39,7 @@ def num_shown(kind: str | None, columns: int, num_classes: int) -> int:
 def image_picture(parts: Sequence[Tensor], columns: int, names: Sequence[str] = ()) -> Tensor:
     """Batches of images, from left to right, as one picture (3, H, W) uint8, with `names` in each batch that has as
     many. A batch that leaves [0, 1] is scaled: its smallest value is black and its largest white."""
-    from reports.grids import image_grid, next_to_each_other, within_unit
+    from reports.plots import image_grid, next_to_each_other, within_unit
 
     named = [names if len(x) == len(names) else () for x in parts]
     return next_to_each_other([image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)])
@@ -125,11 +125,11 @@ class Gallery:
             frames = [start, *frames] if start.shape == frames[0].shape else frames
             classes = self.data.known_classes(few.label, self.config.label_dropout)
             if self.kind == 'images':
-                from reports.grids import in_rows
+                from reports.plots import in_rows
 
                 picture = in_rows(frames)
             else:
-                from reports.points import paths
+                from reports.plots import paths
 
                 picture = paths(frames, classes)
             ranks.on_main(lambda: self.record.picture('path', picture, self.step, '.'))
@@ -159,7 +159,7 @@ class Gallery:
     ) -> Tensor:
         """Points (n, 2) of each set as one picture, with the exact density of a data set that has one."""
         from data_loading.toy2d import TOY2D
-        from reports.points import scatter
+        from reports.plots import scatter
 
         toy = TOY2D.get(self.config.dataset) if with_density else None
         return scatter(sets, titles, classes, toy.density if toy else None)

@@ -153,7 +153,7 @@ class Generation:
         import torchvision
         from PIL import Image
 
-        from reports.grids import image_grid, in_rows
+        from reports.plots import image_grid, in_rows
         from utils import NoiseOfEach
 
         indices, trained = list(range(min(self.options.num, 3 * self.columns))), self.trained

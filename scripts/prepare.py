@@ -12,17 +12,10 @@ standard deviation by channel. The flags that choose the data are the same as in
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from config import Config, SettingError, parse_config
 from runtime import command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from data_loading.spec import DataSpec, Part
-
-BATCH = 64  # images that are encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +29,15 @@ class PrepareConfig(Config):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the file that the flags ask for."""
     config = command.parsed(lambda: parse_config(argv, PrepareConfig))
     assert isinstance(config, PrepareConfig)
     command.run(lambda: prepare(config))
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write the file, and print how to train on it. Raises SettingError."""
+    """Write the file, the held-out part first, and print how to train on it. Raises SettingError."""
+    from torch.utils.data import ConcatDataset
+
     import data_utils
     from data_loading import packed
     from runtime import ranks
@@ -54,51 +48,38 @@ def prepare(config: PrepareConfig) -> None:
     if path.exists():
         raise SettingError(f'out={config.out!r} is there already. Remove it, or pass another name.')
     # a second copy on the disk is needed only to find out first what cannot be read
-    once = dataclasses.replace(config, cache=config.skip_unreadable)
-    spec, train, test = data_utils.load_in_turns(once, data_utils.get_dataset(config))
+    spec, train, test = data_utils.load_in_turns(dataclasses.replace(config, cache=config.skip_unreadable))
     if test.has_pairs:
         raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
-    write(config, path, spec, train, test)
-    found = packed.read(path)
-    shape = tuple(found['x'].shape[1:])
-    ranks.print_once(
-        f'{path}: {len(found["x"]):,} items of shape {shape}, {found["held_out"]} held out, '
-        f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
-        f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention_of(shape)}'
-    )
-
-
-def write(config: PrepareConfig, path: Path, spec: 'DataSpec', train: 'Part', test: 'Part') -> None:
-    """Write both parts, or their latents, to `path`, the held-out part first. Raises SettingError."""
-    from torch.utils.data import ConcatDataset
-
-    from data_loading import packed
-
-    items: Any = ConcatDataset([cast(Any, part.items) for part in (test, train)])
+    items: Any = ConcatDataset([part.items for part in (test, train)])
     facts = {name: getattr(spec, name) for name in ('num_classes', 'classes', 'scale', 'max_value')}
     if config.latents:
         facts['held_out'] = len(test)
-        rows = latents(items, function_of(config.latents), spec, facts)
+        divisor = spec.max_value if spec.scale == 'image' else 1
+        rows = latents(items, function_of(config.latents), divisor, facts)
         packed.write_rows(path, rows, len(items), path.name, facts)
     else:
         packed.build(items, path, len(test), config.skip_unreadable, path.name, **facts)
+    found = packed.read(path)
+    n, *shape = found['x'].shape
+    # attention on the second level of the default UNet
+    attention = f' --attention_resolutions {max(shape[1:]) // 2}' if len(shape) == 3 and min(shape[1:]) > 1 else ''
+    ranks.print_once(
+        f'{path}: {n:,} items of shape {tuple(shape)}, {found["held_out"]} held out, '
+        f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
+        f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention}'
+    )
 
 
-def attention_of(shape: tuple[int, ...]) -> str:
-    """The flag that fits the default UNet to images of this shape: attention on its second level."""
-    return f' --attention_resolutions {max(shape[1:]) // 2}' if len(shape) == 3 and min(shape[1:]) > 1 else ''
-
-
-def latents(items: Any, encode: Callable, spec: 'DataSpec', facts: dict[str, Any]) -> Iterator[tuple['Tensor', int]]:
-    """(latent, label) of each item. After the last, mean and std of each channel are among the facts."""
+def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -> Iterator[tuple[Any, int]]:
+    """(encode(x / divisor), label) of each item. After the last, mean and std of each channel are among the facts."""
     import torch
     from torch.utils.data import DataLoader
 
     from runtime import ranks
 
-    device, divisor = ranks.setup(), spec.max_value if spec.scale == 'image' else 1
-    count, total, squares = 0, 0, 0
-    for x, label in DataLoader(items, BATCH):
+    device, count, total, squares = ranks.setup(), 0, 0, 0
+    for x, label in DataLoader(items, batch_size=64):
         with torch.no_grad():
             z = encode(x.to(device).float() / divisor).float().cpu()
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
@@ -118,17 +99,13 @@ def latents(items: Any, encode: Callable, spec: 'DataSpec', facts: dict[str, Any
 
 def function_of(text: str) -> Callable:
     """The function that FILE.py:FUNCTION names. Raises SettingError."""
-    import importlib.util
+    from training import run_record
 
     file, _, name = text.rpartition(':')
-    path = Path(file).expanduser()
+    path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise SettingError(f'latents={text!r}: there is no file {file!r}. Pass FILE.py:FUNCTION.')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, 'a Python file has a loader'
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
+    found = getattr(run_record.import_file(str(path)), name, None)
     if not callable(found):
         raise SettingError(f'latents={text!r}: {file} has no function {name!r}.')
     return found

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import SettingError
-from reports.grids import image_grid
+from reports.plots import image_grid
 from runtime import files
 
 

@@ -94,14 +94,14 @@ def test_remains_of_a_killed_build_are_removed_by_the_next(tmp_path):
 
 def test_the_digest_covers_pixels_classes_and_names():
     x, facts = torch.arange(24).view(6, 4).byte(), dict(classes=('a', 'b'), held_out=1)
-    mark = packed.digest_of(x, LABEL, facts)
+    mark = packed.contents(x, LABEL, facts)['digest']
     assert mark == '9b804e78f9441a0f'  # must stay: it decides whether a run may resume
     other = x.clone()
     other[5, 3] = 1
     for changed in (
-        packed.digest_of(other, LABEL, facts),
-        packed.digest_of(x, 1 - LABEL, facts),
-        packed.digest_of(x, LABEL, facts | dict(classes=('a', 'c'))),
+        packed.contents(other, LABEL, facts)['digest'],
+        packed.contents(x, 1 - LABEL, facts)['digest'],
+        packed.contents(x, LABEL, facts | dict(classes=('a', 'c')))['digest'],
     ):
         assert changed != mark
 

@@ -11,10 +11,9 @@ from PIL import Image
 from config import Config
 from data_utils import DATASETS, DataSpec
 from optimizers import get_lr
-from reports import pictures
-from reports import points as plots
-from reports.grids import GAP, LINE_HEIGHT, image_grid, next_to_each_other, rendered_text
+from reports import pictures, plots
 from reports.pictures import Gallery, kind
+from reports.plots import GAP, LINE_HEIGHT, image_grid, next_to_each_other, rendered_text
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs

@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import SettingError
 from main import load_run
-from reports.grids import image_grid
+from reports.plots import image_grid
 from runtime import errors
 from scripts import generate as program
 from scripts.generate import Generate

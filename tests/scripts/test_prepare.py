@@ -9,10 +9,10 @@ import torch
 
 from config import SettingError
 from data_loading import packed
-from data_loading.image_folder import list_images
+from data_loading.images import list_images
 from data_utils import DATASETS, DataSpec, setup_data_train_and_test
 from scripts.prepare import PrepareConfig, prepare
-from tests.data_loading.test_image_folder import write_images
+from tests.data_loading.test_images import write_images
 from tests.helpers import ROOT, launch_env
 
 CPU = torch.device('cpu')
