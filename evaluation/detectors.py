@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Detector:
     about: str
     predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows the classes of the data
     is_slow: bool = True  # features of data are kept in a file
+    name: str = ''  # key of DETECTORS
 
 
 def pixels(data: JudgedData, weights: str) -> Detector:
@@ -236,10 +237,13 @@ def digest_of(network: nn.Module) -> str:
     return files.digest(*itertools.chain.from_iterable(network.state_dict().items()))
 
 
-def default_detector(data: JudgedData) -> str:
-    """The detector when none is chosen: classifier for images with classes, except small grey ones, else pixels."""
-    with_classes = data.are_images and data.spec.num_classes > 1
-    return 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
+def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detector:
+    """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
+    `weights`: a file, '' for its own download."""
+    if not name:
+        with_classes = data.are_images and data.spec.num_classes > 1
+        name = 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
+    return replace(DETECTORS[name](data, weights), name=name)
 
 
 def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:

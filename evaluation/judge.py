@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import utils
+from config import SettingError
 from logging_utils import Record, RunningMeans
 from runtime import ranks
 from runtime.errors import RankFailed
@@ -35,7 +36,10 @@ Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -
 
 
 class Looked:
-    """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
+    """Features of samples, and whether their classes were recognised, as they come; this process's share of them.
+
+    Labels that are classes in some batches only, or on some ranks only, are none: all ranks decide together.
+    """
 
     def __init__(self, detector: 'Detector'):
         self.detector = detector
@@ -52,7 +56,7 @@ class Looked:
     def of_all_ranks(self, n: int) -> tuple[Tensor, dict[str, float]]:
         """(features (n, D), label_agreement if classes were requested) of the n samples that ranks.my_items dealt."""
         values: dict[str, float] = {}
-        if self.recognised:
+        if not ranks.any_rank(len(self.recognised) < len(self.features)):
             values['label_agreement'] = float(ranks.gather_items(torch.cat(self.recognised), n).double().mean())
         return ranks.gather_items(torch.cat(self.features), n), values
 
@@ -70,9 +74,8 @@ class Judge:
         for warning in (scale_warning(x0, c.sigma_data), pair_warning(c, self.experiment.process), lr_warning(c)):
             if warning:
                 print_once(f'warning: {warning}')
-        with self.record.apart():
-            _ = self.loss_needs_gradients, self.has_reference
-        self.drawing.at_end['judge'] = self.num_at_end()
+        _ = self.loss_needs_gradients, self.has_reference
+        self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
 
     @cached_property
     def reference(self) -> 'Reference':
@@ -84,15 +87,16 @@ class Judge:
     def loss_needs_gradients(self) -> bool:
         """Whether the loss itself differentiates (score matching, Jacobians), so that no_grad would break it."""
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        try:
-            with torch.no_grad():
-                self.experiment.loss_fn(example, model_fn)
-            return False
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
-            return True
+        with self.record.apart():
+            try:
+                with torch.no_grad():
+                    self.experiment.loss_fn(example, model_fn)
+                return False
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
+                return True
 
     @cached_property
     def has_reference(self) -> bool:
@@ -100,14 +104,17 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        works = True
-        try:
-            with torch.no_grad():
-                self.reference.errors(example, torch.arange(len(example.t)), model_fn)
-        except Exception as error:  # whatever a network of the user raises for inputs that it is not made for
-            works = False
-            print_once(f'eval/reference is left out: this network cannot be evaluated as a denoiser ({error})')
-        return not ranks.any_rank(not works)
+        why_not = None
+        with self.record.apart():
+            try:
+                with torch.no_grad():
+                    self.reference.errors(example, torch.arange(len(example.t)), model_fn)
+            except Exception as error:  # whatever a network of the user raises for inputs that it is not made for
+                why_not = f'this network cannot be evaluated as a denoiser ({error})'
+        reasons = [reason for reason in ranks.all_gather_objects(why_not) if reason is not None]
+        if reasons:
+            print_once(f'eval/reference is left out: {reasons[0]}')
+        return not reasons
 
     def judged_weights(self) -> tuple[str, nn.Module]:
         """Name and network by which the run is judged."""
@@ -151,6 +158,40 @@ class Judge:
             means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)
         return means
+
+    def bits_per_dim(self, module: nn.Module, n: int, at_once: int = 32) -> dict[str, float]:
+        """Bits per dimension of n held-out images, dequantized, and the standard error of this mean; without guidance.
+
+        Raises SettingError where no density is defined: floats, x1 that is data.
+        """
+        experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
+        if spec.scale != 'image' or not experiment.independent or experiment.overrides('encode'):
+            raise SettingError('bits: needs images, the default encode, and noise as x1.')
+        if not self.config.dequantize:
+            print_once('warning: the run was trained without --dequantize, so its density is one of grey levels and '
+                       'bits per dimension may be any number')  # fmt: skip
+        n = min(n, loader.size)
+        blocks = torch.arange(n).split(at_once)  # the same on any number of processes
+        bits = torch.zeros(n)
+        for number in range(ranks.rank(), len(blocks), ranks.world_size()):
+            bits[blocks[number]] = self.bits_of_block(module, blocks[number], number).cpu()
+        ranks.all_reduce(bits)
+        return {'bits_per_dim': float(bits.mean()), 'bits_per_dim_error': float(bits.std() / n**0.5), 'bits_images': n}
+
+    def bits_of_block(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
+        """Bits per dimension (n,) of the held-out images with the indices `rows` (n,), which are block `number`."""
+        from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
+
+        c, spec = self.config, self.experiment.data
+        levels = spec.max_value + 1
+        x, label, *_ = self.batches.test_loader.take(rows)
+        with utils.NoiseOfEach(0, 'bits', rows.tolist()):
+            x = dequantize((x * spec.max_value).round(), levels)
+        utils.seed_everything(0, 'probes', number)
+        settings: dict[str, Any] = dict(model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
+        label = label if spec.num_classes else None
+        found = log_likelihood(self.experiment.get_model_fn(module), self.experiment.process, x, label, **settings)
+        return bits_per_dim(found.log_prob, spec.shape or (), levels)
 
     # ---------------------------------------------------------------- numbers for samples
 
@@ -230,9 +271,9 @@ class Judge:
     @cached_property
     def detector(self) -> 'Detector':
         """The default detector, made when samples are first judged."""
-        from evaluation.detectors import DETECTORS, default_detector
+        from evaluation.detectors import get_detector
 
-        detector = DETECTORS[default_detector(self.data)](self.data, '')
+        detector = get_detector(self.data)
         print_once(f'  judged by {detector.about}')
         return detector
 
@@ -248,7 +289,3 @@ class Judge:
         few = x.is_floating_point() and x.numel() <= MOST_PIXELS
         sizes = self.batches.train_loader.size, self.batches.test_loader.size
         return (few or (x.ndim == 4 and x.shape[1] in (1, 3, 4))) and min(sizes) >= 10
-
-    def num_at_end(self) -> int:
-        """How many samples are drawn after the last step."""
-        return self.config.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED

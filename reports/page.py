@@ -9,7 +9,7 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,13 @@ def text_of(value: Any) -> str:
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else '' if value is None else str(value)
 
 
+def aligned(rows: Sequence[Sequence[Any]], justify: Callable[[str, int], str] = str.ljust) -> str:
+    """A table as plain text; the first row is its head."""
+    text = [[text_of(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return '\n'.join('  '.join(map(justify, line, widths)).rstrip() for line in text)
+
+
 def row(parts: Sequence[str]) -> str:
     return f'<div class="row">{"".join(parts)}</div>' if any(parts) else ''
 
@@ -250,12 +257,13 @@ def report(run: Run) -> str:
     start = run.starts[-1] if run.starts else {}
     names = {title: run.names(patterns) for title, patterns in CURVES.items()}
     plots = [plot({n: run.curve(n) for n in shown}, title, *run.bounds(shown)) for title, shown in names.items()]
+    head, *rows = evaluations(run.evaluations)
     captions = [{path: path.stem for path in paths} for paths in run.pictures()]
     return page(
         f'{run.name}: step {step} of {total}',
         {
             'Numbers': table(sorted(run.final().items())),
-            'Evaluations': evaluations_of(run),
+            'Evaluations': table(rows, head) + row(sweep_plots(run.evaluations)) if rows else '',
             'Curves': row(plots),
             'Newest samples': images(captions[-1] if captions else {}),
             'First samples': images(captions[0] if len(captions) > 1 else {}),
@@ -267,18 +275,12 @@ def report(run: Run) -> str:
     )
 
 
-def evaluations_of(run: Run) -> str:
-    """What evaluate.py has found out: a table, and plots of sweeps."""
-    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in run.evaluations)]
-    rows = [[cell_of(line, name) for name in columns] for line in run.evaluations]
-    return table(rows, columns) + row(sweep_plots(run.evaluations)) if rows else ''
-
-
-def cell_of(line: Mapping[str, Any], name: str) -> Any:
-    """A number of a line of evaluation.jsonl for a table. Where steps were given, they stand for evaluations."""
-    if name == 'nfe' and not line.get('nfe'):
-        return f'{line.get("num_sample_steps")} steps'
-    return line.get(name)
+def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Lines of evaluation.jsonl as a table, the names of COLUMNS that occur first. Where steps were given, they stand
+    for evaluations."""
+    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in lines)]
+    with_steps = [dict(line, nfe=line.get('nfe') or f'{line.get("num_sample_steps")} steps') for line in lines]
+    return [columns, *[[line.get(name) for name in columns] for line in with_steps]]
 
 
 def update(folder: Path) -> None:

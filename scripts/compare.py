@@ -50,7 +50,7 @@ def compare(options: Compare) -> None:
     names = names_of(options.runs)
     labels = labels_of(runs, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(runs), *numbers(runs)]
-    print_once(aligned([['', *labels], *rows]))
+    print_once(page.aligned([['', *labels], *rows]))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, runs, names, labels)
     print_once(f'\n  page        {path}')
@@ -127,17 +127,10 @@ def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -
     last = [{name: value for line in run.lines for name, value in line.items()} for run in runs]
     shown = [name for name in dict.fromkeys(n for f in last for n in f) if any(fnmatch(name, p) for p in numbers)]
     rows = [[name.removeprefix('final/'), *[f.get(name) for f in last]] for name in shown]
-    print(f'\n{aligned([["", *names], *rows])}', flush=True)
+    print(f'\n{page.aligned([["", *names], *rows])}', flush=True)
     path = Path(f'{folders[0].removesuffix(names[0])}compared.html')
     write_page(path, runs, names_of(folders), names)
     print(f'\n  page        {path}', flush=True)
-
-
-def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """A table as text; the first row is its head."""
-    text = [[page.text_of(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in text)
 
 
 def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:

@@ -1,0 +1,147 @@
+"""Samples of a run that is opened to read, for generate.py and evaluate.py.
+
+Sample i starts from noise of its own, a function of (seed, i): it is the same in any batch and on any process.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import utils
+from config import SettingError
+from evaluation.detectors import Detector
+from evaluation.judge import Looked
+from main import load_run
+from reports.grids import image_grid, in_rows
+from runtime import files, ranks, stopping
+from runtime.errors import Stopped
+from scripts.sample_files import Output
+from training import calling
+from training.experiment import SampleInputs
+
+
+class Samples:
+    """The samples 0 to num - 1 of a run, with settings of sampling in place of the run's own."""
+
+    def __init__(self, run: str, weights: str, num: int, seed: int, labels: str = '', **settings: Any):
+        """`labels`: classes in turn, such as '3,5'; empty: all of them. Settings that are None are the run's own.
+        Raises SettingError."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        self.run = load_run(run, weights, **calling.settings_for(num), **given)
+        self.num, self.seed = num, seed
+        self.labels = labels_of(labels, self.run.data.num_classes, self.run.config.label_dropout)
+        self.model_fn = self.run.get_model_fn(self.run.network)
+
+    @cached_property
+    def own_inputs(self) -> SampleInputs:
+        """Inputs of all samples, of an experiment with a sample_inputs of its own."""
+        return self.run.sample_inputs(self.num)
+
+    def inputs(self, indices: Sequence[int]) -> SampleInputs:
+        """What the samples of these indices start from."""
+        run = self.run
+        if run.overrides('sample_inputs'):
+            inputs = utils.rows(self.own_inputs, torch.tensor(indices, device=self.own_inputs.x1.device))
+        else:
+            with utils.NoiseOfEach(self.seed, 'sample_inputs', indices):
+                inputs = run.batches.sample_inputs(len(indices), indices)
+        if not self.labels:
+            return inputs
+        label = torch.tensor([self.labels[i % len(self.labels)] for i in indices], device=run.device)
+        return dataclasses.replace(inputs, label=label)
+
+    @torch.no_grad()
+    def draw(self, indices: Sequence[int]) -> tuple[Tensor, SampleInputs]:
+        """The decoded samples (n, ...) of these indices and what they started from, by this process only."""
+        inputs = self.inputs(indices)
+        with ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
+            return self.run.decode(self.run.draw(self.model_fn, inputs, self.run.config.solver)), inputs
+
+    def write(self, out: Output, indices: list[int], batch_size: int) -> None:
+        """Draw and write the samples of these indices; the processes share the work. Raises Stopped."""
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        with tqdm(total=len(indices), unit='image', disable=None if ranks.is_main() else True) as bar:
+            try:
+                for i in range(0, len(batches), ranks.world_size()):
+                    stopping.raise_if_stopped()
+                    for mine in batches[i + ranks.rank() : i + ranks.rank() + 1]:  # one, or none in the last round
+                        x, inputs = self.draw(mine)
+                        out.add(mine, x, inputs.label)
+                    bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
+                stopping.raise_if_stopped()
+            except Stopped:
+                ranks.print_once('stopped: the same command resumes, and draws nothing twice')
+                raise
+
+    def show_path(self, out: Output) -> None:
+        """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid, step by step.
+
+        The frames are x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError where `draw` is overridden so that
+        it has no steps.
+        """
+        run, columns = self.run, self.run.data.columns()
+        indices = range(min(self.num, 3 * columns))
+        inputs = self.inputs(indices)
+        with utils.NoiseOfEach(self.seed, 'draw', indices):
+            frames = run.drawing.path(lambda fn, given: run.draw(fn, given, run.config.solver), self.model_fn, inputs)
+        if not frames:
+            raise SettingError(f'trajectory=True: {type(run).__name__}.draw does not use the solvers of the repo.')
+        frames.insert(0, run.decode(inputs.x1).cpu())
+        with files.whole(out.picture('path.png')) as temporary:
+            torchvision.io.write_png(in_rows([x[:8] for x in frames]), str(temporary))
+        grids = [Image.fromarray(image_grid(x, columns).permute(1, 2, 0).numpy()) for x in frames]
+        durations = [100] * (len(grids) - 1) + [1500]
+        with files.whole(out.picture('path.gif')) as temporary:
+            grids[0].save(temporary, 'gif', save_all=True, append_images=grids[1:], duration=durations, loop=0)
+
+    def numbers(self, detector: Detector, batch_size: int) -> dict[str, float]:
+        """Distances from the data, with as many training images, drawn at random, as a floor (`real_...`); and an
+        experiment's own `sample_metrics`. The processes share the work. Raises Stopped."""
+        run, looked, kept, began = self.run, Looked(detector), [], time.monotonic()
+        own = run.overrides('sample_metrics')
+        mine = ranks.my_items(self.num)
+        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        for indices in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
+            stopping.raise_if_stopped()
+            x, inputs = self.draw(indices)
+            looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
+            kept += [x.cpu()] if own else []
+        rate = self.num / (time.monotonic() - began)
+        values = run.judge.compared(looked, self.num, detector)
+        width = looked.features[0].shape[1]
+        if self.num <= width:
+            ranks.print_once(
+                f'warning: {self.num} samples for {width} features: frechet is far from its value for many samples, so '
+                'compare it with real_frechet, or draw more'
+            )
+        if own:  # a number of the chosen detector goes before one of the same name
+            x = ranks.gather_items(torch.cat(kept), self.num).to(run.device)
+            values = run.judge.numbers(x, self.inputs(range(self.num))) | values
+        return values | dict(images_per_second=rate)
+
+    def losses(self, bits: int) -> dict[str, float]:
+        """The held-out loss of the run and the reference loss, by time; bits per dimension of so many images."""
+        judge, network = self.run.judge, self.run.network
+        values = {'eval/loss': judge.held_out_loss(network)}
+        if judge.has_reference:
+            values |= judge.reference_loss(network)
+        return values | (judge.bits_per_dim(network, bits) if bits else {})
+
+
+def labels_of(labels: str, classes: int, label_dropout: float) -> list[int]:
+    """The classes that were requested, empty for all. Raises SettingError."""
+    words = labels.replace(',', ' ').split()
+    if not all(word.isdigit() and int(word) < classes for word in words):
+        has = f'classes 0 to {classes - 1}' if classes else 'no classes'
+        raise SettingError(f'labels={labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
+    if words and label_dropout == 1:
+        raise SettingError(f'labels={labels!r}: the run has learned no classes (label_dropout=1). Leave it out.')
+    return [int(word) for word in words]
