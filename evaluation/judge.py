@@ -5,6 +5,7 @@ Nothing here changes what is trained: a run that is killed here does it again wh
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +36,13 @@ AT_ONCE = 256  # samples in a detector
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
 
+@dataclass
 class Looked:
-    """Features of samples, and whether their classes were recognised, as they come; this process's share of them.
+    """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
 
-    Labels that are classes in some batches only, or on some ranks only, are none: all ranks decide together.
-    """
-
-    def __init__(self, detector: 'Detector'):
-        self.detector = detector
-        self.features: list[Tensor] = []
-        self.recognised: list[Tensor] = []
+    detector: 'Detector'
+    features: list[Tensor] = field(default_factory=list)
+    recognised: list[Tensor] = field(default_factory=list)  # of batches with known classes
 
     @torch.no_grad()
     def add(self, x: Tensor, classes: Tensor | None) -> None:
@@ -52,13 +50,6 @@ class Looked:
         self.features.append(self.detector.features(x).cpu())
         if self.detector.predict is not None and classes is not None:
             self.recognised.append((self.detector.predict(x) == classes.to(x.device)).float().cpu())
-
-    def of_all_ranks(self, n: int) -> tuple[Tensor, dict[str, float]]:
-        """(features (n, D), label_agreement if classes were requested) of the n samples that ranks.my_items dealt."""
-        values: dict[str, float] = {}
-        if not ranks.any_rank(len(self.recognised) < len(self.features)):
-            values['label_agreement'] = float(ranks.gather_items(torch.cat(self.recognised), n).double().mean())
-        return ranks.gather_items(torch.cat(self.features), n), values
 
 
 class Judge:
@@ -198,20 +189,18 @@ class Judge:
     def samples(self, step: int, num_samples: int | None = None) -> dict[str, float]:
         """Numbers for samples of the judged weights, printed too: final/<sampler>/... of every sampler at the end,
         eval/<sampler>/... of the first before."""
-        names, values = list(self.experiment.samplers()), {}
-        last = step >= self.config.num_training_steps
+        c, names, values = self.config, list(self.experiment.samplers()), {}
+        last = step >= c.num_training_steps
         if not self.can_judge:
             if last:
-                name = self.config.dataset
-                print_once(f'final_eval: nothing here can judge samples of {name!r}: override sample_metrics')
+                print_once(f'final_eval: nothing here can judge samples of {c.dataset!r}: override sample_metrics')
             return values
         with self.record.apart() as logged:
             for name in names if last else names[:1]:
                 found = self.judged(name, num_samples or NUM_JUDGED, step)
-                values |= {f'{"final" if last else "eval"}/{name}/{key}': value for key, value in found.items()}
-        if last and self.config.eval_metrics_every:  # the last point of their curve
-            first = f'final/{names[0]}/'
-            values |= {k.replace('final', 'eval', 1): v for k, v in values.items() if k.startswith(first)}
+                values |= {f'final/{name}/{key}': value for key, value in found.items() if last}
+                if name == names[0] and (c.eval_metrics_every or not last):  # a point of their curve
+                    values |= {f'eval/{name}/{key}': value for key, value in found.items()}
         return values | logged
 
     def judged(self, name: str, num_samples: int, step: int) -> dict[str, float]:
@@ -243,21 +232,21 @@ class Judge:
         for rows in mine.split(AT_ONCE):
             requested = None if classes is None else classes[rows.to(classes.device)]
             looked.add(x[rows].to(self.experiment.device), requested)
-        return self.compared(looked, len(x), self.detector, MOST_COMPARED, MOST_NEIGHBOURS)
+        return self.compared(looked, len(x), MOST_COMPARED, MOST_NEIGHBOURS)
 
     def compared(
-        self, looked: Looked, n: int, detector: 'Detector', most: int | None = None, neighbours: int | None = None
+        self, looked: Looked, n: int, most: int | None = None, neighbours: int | None = None
     ) -> dict[str, float]:
-        """Distances of n samples from `most` training images, on every rank; at most `neighbours` of them in pairs."""
-        from evaluation.detectors import features_of_data
+        """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
+        `neighbours` of them in pairs. label_agreement, if all labels on all ranks were classes."""
+        from evaluation.detectors import features_of_data, on_main_patiently
         from evaluation.distances import compare
 
-        features, values = looked.of_all_ranks(n)
-        data = features_of_data(detector, self.data, most)
-        found = ranks.on_each(
-            lambda: compare(features, *data, most=neighbours) if ranks.is_main() else {}, patient=True
-        )
-        return values | ranks.on_main(lambda: found)
+        values, features = {}, ranks.gather_items(torch.cat(looked.features), n)
+        if not ranks.any_rank(len(looked.recognised) < len(looked.features)):
+            values['label_agreement'] = float(ranks.gather_items(torch.cat(looked.recognised), n).double().mean())
+        data = features_of_data(looked.detector, self.data, most)
+        return values | on_main_patiently(lambda: compare(features, *data, most=neighbours))
 
     @cached_property
     def data(self) -> 'JudgedData':

@@ -166,17 +166,16 @@ def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
 
 def differences(runs: Sequence) -> list[list]:
     """Settings that are not the same in all runs, without names and places; one that a run lacks has its default."""
-    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(Config()).items()}
+    defaults = page.as_json(vars(Config()))
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     values = {name: [run.config.get(name, defaults.get(name)) for run in runs] for name in names}
-    hidden = ('experiment_name', 'ckpt_dir')
     values['trainer'] = [(run.starts[-1:] or [{}])[0].get('trainer', {}).get('name') for run in runs]
-    return [[name, *v] for name, v in values.items() if name not in hidden and any(x != v[0] for x in v)]
+    return [[name, *v] for name, v in values.items() if name not in page.PLACES and any(x != v[0] for x in v)]
 
 
 def numbers(runs: Sequence) -> list[list]:
     """The step, held-out losses and final metrics of each run; of evaluations, the last of each kind."""
-    found = [{'step': run.lines[-1]['train/step'] if run.lines else 0} | run.final() for run in runs]
+    found = [{'step': run.step} | run.final() for run in runs]
     for run, values in zip(runs, found, strict=True):
         for line in run.evaluations:
             kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))

@@ -59,8 +59,7 @@ def generate(options: Generate) -> None:
     """Draw what is not there yet, all processes together. Raises SettingError and Stopped."""
     from evaluation.detectors import digest_of
     from runtime import ranks, stopping
-    from scripts.sample_files import Output
-    from scripts.samples import Samples
+    from scripts.samples import Output, Samples
 
     o = options
     if o.num < 1 or o.batch_size < 1:

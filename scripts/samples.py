@@ -1,14 +1,18 @@
-"""Samples of a run that is opened to read, for generate.py and evaluate.py.
+"""Samples of a run that is opened to read, for generate.py and evaluate.py, and the files that hold them.
 
-Sample i starts from noise of its own, a function of (seed, i): it is the same in any batch and on any process.
+Sample i starts from noise of its own, a function of (seed, i): it is the same in any batch and on any process. Each
+file is whole or not there, so that a program that was stopped can resume.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -23,7 +27,6 @@ from main import load_run
 from reports.grids import image_grid, in_rows
 from runtime import files, ranks, stopping
 from runtime.errors import Stopped
-from scripts.sample_files import Output
 from training import calling
 from training.experiment import SampleInputs
 
@@ -65,7 +68,7 @@ class Samples:
         with ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
             return self.run.decode(self.run.draw(self.model_fn, inputs, self.run.config.solver)), inputs
 
-    def write(self, out: Output, indices: list[int], batch_size: int) -> None:
+    def write(self, out: 'Output', indices: list[int], batch_size: int) -> None:
         """Draw and write the samples of these indices; the processes share the work. Raises Stopped."""
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         with tqdm(total=len(indices), unit='image', disable=None if ranks.is_main() else True) as bar:
@@ -81,7 +84,7 @@ class Samples:
                 ranks.print_once('stopped: the same command resumes, and draws nothing twice')
                 raise
 
-    def show_path(self, out: Output) -> None:
+    def show_path(self, out: 'Output') -> None:
         """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid, step by step.
 
         The frames are x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError where `draw` is overridden so that
@@ -115,7 +118,7 @@ class Samples:
             looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
             kept += [x.cpu()] if own else []
         rate = self.num / (time.monotonic() - began)
-        values = run.judge.compared(looked, self.num, detector)
+        values = run.judge.compared(looked, self.num)
         width = looked.features[0].shape[1]
         if self.num <= width:
             ranks.print_once(
@@ -145,3 +148,106 @@ def labels_of(labels: str, classes: int, label_dropout: float) -> list[int]:
     if words and label_dropout == 1:
         raise SettingError(f'labels={labels!r}: the run has learned no classes (label_dropout=1). Leave it out.')
     return [int(word) for word in words]
+
+
+class Output:
+    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
+
+    def __init__(self, out: str, num: int, are_images: bool, made_by: dict[str, Any]):
+        """For `num` samples; `made_by`: everything that they depend on.
+
+        Raises SettingError if `out` cannot hold the samples.
+        """
+        self.num, self.path, self.where = num, Path(out).expanduser(), f'out={out!r}'
+        self.one_file, self.images = self.path.suffix == '.npz', are_images
+        self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
+        if not self.images and not self.one_file:
+            raise SettingError(f'{self.where}: these samples are not images. Pass a file, such as --out x.npz.')
+        self.made_by = json.loads(json.dumps(made_by))
+
+    def claim(self) -> None:
+        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
+        record = self.folder / 'generate.json'
+        if record.exists():
+            before = json.loads(record.read_text())
+            other = [f'{k}: {before.get(k)} -> {v}' for k, v in self.made_by.items() if before.get(k) != v]
+            if other:
+                raise SettingError(
+                    f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
+                    'Pass another --out, or remove it.'
+                )
+        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+            raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
+        else:
+            files.write_text(record, json.dumps(self.made_by, indent=1))
+
+    def drawn(self) -> set[int]:
+        """Indices of the samples that are there."""
+        if self.one_file:
+            return {int(i) for part in self.parts() for i in part['index']}
+        return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """x, label and index of the samples that are there: the finished file, and batches that are not in it yet."""
+        parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
+        if self.path.exists():
+            whole = arrays_of(self.path)
+            count = np.arange(len(whole['arr_0']))
+            parts = [part for part in parts if not set(part['index']) & set(count)]
+            parts.append(dict(x=whole['arr_0'], label=whole['arr_1'], index=count))
+        return parts
+
+    def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
+        """Write these samples."""
+        if self.images:  # uint8 (n, H, W, C)
+            x = (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        array = (x if self.images else x.float()).cpu().numpy()
+        if self.one_file:
+            labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
+            write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices))
+            return
+        for i, image in zip(indices, array, strict=True):
+            with files.whole(self.png(i)) as temporary:
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, 'png')
+
+    def png(self, i: int) -> Path:
+        return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
+
+    def picture(self, name: str) -> Path:
+        """The path of a picture of the samples: in the folder, or with the name of the file in front."""
+        return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
+
+    def finish(self, shown: int, columns: int, names: Sequence[str]) -> None:
+        """One .npz of the parts, arr_0 uint8 (N, H, W, C) and arr_1 the classes; and a grid of the first `shown`
+        samples, which have these `names`."""
+        if self.one_file:
+            first = self.join_parts()[:shown]
+        else:
+            first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
+        if self.images:
+            x = torch.from_numpy(first).reshape(*first.shape[:3], -1).permute(0, 3, 1, 2)
+            with files.whole(self.picture('grid.png')) as temporary:
+                torchvision.io.write_png(image_grid(x / 255, columns, names=names), str(temporary))
+
+    def join_parts(self) -> np.ndarray:
+        """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""
+        parts = self.parts()
+        index, rows = np.unique(np.concatenate([part['index'] for part in parts]), return_index=True)
+        there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
+        x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
+        write_npz(self.path, arr_0=x, arr_1=label)
+        for path in self.folder.glob('*.npz'):
+            if arrays_of(path)['index'].max() < there:
+                path.unlink()
+        return x
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    with files.whole(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **arrays)
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """The arrays in an .npz."""
+    with np.load(path) as arrays:
+        return dict(arrays)

@@ -16,8 +16,7 @@ from reports.grids import image_grid
 from runtime import errors
 from scripts import generate as program
 from scripts.generate import Generate
-from scripts.sample_files import Output
-from scripts.samples import labels_of
+from scripts.samples import Output, labels_of
 from tests.helpers import ROOT, launch_env, wait_until
 from training.experiment import SampleInputs
 from utils import NoiseOfEach

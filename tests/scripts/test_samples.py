@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from scripts.sample_files import Output
+from scripts.samples import Output
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
