@@ -106,8 +106,8 @@ class Run:
     def own_pictures(self) -> list[Path]:
         """The pictures that an experiment gave other names: of names that differ in their step_N only, the newest."""
         paths = sorted((self.folder / 'samples').glob('*.png'))
-        others = [path for path in paths if not path.stem.startswith(('step_', DATA_PICTURE))]
-        return list({re.sub(r'step_\d+', '', path.stem): path for path in others}.values())
+        newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
+        return [path for path in newest.values() if path.stem != DATA_PICTURE]
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,15 +199,14 @@ def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
     varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
     plots = []
-    for along in ('nfe', 'guidance_scale'):
+    for along in [k for k in ('nfe', 'guidance_scale') if k in varied]:
         curves: dict[str, tuple[list[float], list[float]]] = {}
         for x in sorted(rows, key=lambda x: x.get(along, 0)):
             name = ', '.join(f'{k} {text_of(x.get(k))}' for k in varied if k != along) or 'frechet'
             xs, ys = curves.setdefault(name, ([], []))
             xs.append(x.get(along, 0))
             ys.append(x['frechet'])
-        if along in varied:
-            plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
+        plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
     return plots
 
 

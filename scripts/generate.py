@@ -69,7 +69,7 @@ def generate(options: Generate) -> None:
     run, are_images = samples.run, samples.run.gallery.kind == 'images'
     made_by = dict(step=run.step, weights=o.weights, labels=samples.labels, sample_seed=o.seed)
     made_by['weights_digest'] = digest_of(run.network)
-    out = Output(o.out, o.num, are_images, vars(run.config) | made_by)
+    out = Output(o.out, are_images, vars(run.config) | made_by)
     if o.trajectory and not are_images:
         raise SettingError('trajectory=True: these samples are not images.')
 

@@ -7,7 +7,7 @@ file is whole or not there, so that a program that was stopped can resume.
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,21 +68,24 @@ class Samples:
         with ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
             return self.run.decode(self.run.draw(self.model_fn, inputs, self.run.config.solver)), inputs
 
-    def write(self, out: 'Output', indices: list[int], batch_size: int) -> None:
-        """Draw and write the samples of these indices; the processes share the work. Raises Stopped."""
-        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        with tqdm(total=len(indices), unit='image', disable=None if ranks.is_main() else True) as bar:
-            try:
-                for i in range(0, len(batches), ranks.world_size()):
-                    stopping.raise_if_stopped()
-                    for mine in batches[i + ranks.rank() : i + ranks.rank() + 1]:  # one, or none in the last round
-                        x, inputs = self.draw(mine)
-                        out.add(mine, x, inputs.label)
-                    bar.update(sum(map(len, batches[i : i + ranks.world_size()])))
-                stopping.raise_if_stopped()
-            except Stopped:
-                ranks.print_once('stopped: the same command resumes, and draws nothing twice')
-                raise
+    def batches(self, indices: Sequence[int], at_once: int) -> Iterator[tuple[list[int], Tensor, SampleInputs]]:
+        """(indices, decoded samples, what they started from) of this process's share, in batches. The last sample may
+        come on several processes. Raises Stopped."""
+        mine = [indices[i] for i in ranks.my_items(len(indices))]
+        batches = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
+        for batch in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
+            stopping.raise_if_stopped()
+            yield batch, *self.draw(batch)
+        stopping.raise_if_stopped()
+
+    def write(self, out: 'Output', indices: list[int], at_once: int) -> None:
+        """Draw and write the samples of these indices. Raises Stopped."""
+        try:
+            for batch, x, inputs in self.batches(indices, at_once):
+                out.add(batch, x, inputs.label)
+        except Stopped:
+            ranks.print_once('stopped: the same command resumes, and draws nothing twice')
+            raise
 
     def show_path(self, out: 'Output') -> None:
         """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid, step by step.
@@ -105,16 +108,12 @@ class Samples:
         with files.whole(out.picture('path.gif')) as temporary:
             grids[0].save(temporary, 'gif', save_all=True, append_images=grids[1:], duration=durations, loop=0)
 
-    def numbers(self, detector: Detector, batch_size: int) -> dict[str, float]:
+    def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
         """Distances from the data, with as many training images, drawn at random, as a floor (`real_...`); and an
-        experiment's own `sample_metrics`. The processes share the work. Raises Stopped."""
+        experiment's own `sample_metrics`. Raises Stopped."""
         run, looked, kept, began = self.run, Looked(detector), [], time.monotonic()
         own = run.overrides('sample_metrics')
-        mine = ranks.my_items(self.num)
-        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        for indices in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
-            stopping.raise_if_stopped()
-            x, inputs = self.draw(indices)
+        for _, x, inputs in self.batches(range(self.num), at_once):
             looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
             kept += [x.cpu()] if own else []
         rate = self.num / (time.monotonic() - began)
@@ -153,12 +152,9 @@ def labels_of(labels: str, classes: int, label_dropout: float) -> list[int]:
 class Output:
     """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
 
-    def __init__(self, out: str, num: int, are_images: bool, made_by: dict[str, Any]):
-        """For `num` samples; `made_by`: everything that they depend on.
-
-        Raises SettingError if `out` cannot hold the samples.
-        """
-        self.num, self.path, self.where = num, Path(out).expanduser(), f'out={out!r}'
+    def __init__(self, out: str, are_images: bool, made_by: dict[str, Any]):
+        """`made_by`: everything that the samples depend on. Raises SettingError if `out` cannot hold them."""
+        self.path, self.where = Path(out).expanduser(), f'out={out!r}'
         self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
@@ -188,13 +184,11 @@ class Output:
         return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
 
     def parts(self) -> list[dict[str, Any]]:
-        """x, label and index of the samples that are there: the finished file, and batches that are not in it yet."""
+        """x, label and index of the samples that are there: the finished file, if any, and batches."""
         parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
         if self.path.exists():
-            whole = arrays_of(self.path)
-            count = np.arange(len(whole['arr_0']))
-            parts = [part for part in parts if not set(part['index']) & set(count)]
-            parts.append(dict(x=whole['arr_0'], label=whole['arr_1'], index=count))
+            x, label = arrays_of(self.path).values()
+            parts.insert(0, dict(x=x, label=label, index=np.arange(len(x))))
         return parts
 
     def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
