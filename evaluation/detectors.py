@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from config import SettingError
+from config import SettingError, choose
 from data_loading.loader import Loader
 from data_loading.spec import DataSpec
 from runtime import files, ranks
@@ -241,11 +241,11 @@ def digest_of(network: nn.Module) -> str:
 
 def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detector:
     """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
-    `weights`: a file, '' for its own download."""
+    `weights`: a file, '' for its own download. Raises SettingError."""
     if not name:
         with_classes = data.are_images and data.spec.num_classes > 1
         name = 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
-    return replace(DETECTORS[name](data, weights), name=name)
+    return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
 def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:

@@ -27,15 +27,6 @@ def kind(x: Tensor) -> str | None:
     return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
 
-def image_picture(parts: Sequence[Tensor], columns: int, names: Sequence[str] = ()) -> Tensor:
-    """Batches of images, from left to right, as one picture (3, H, W) uint8, with `names` in each batch that has as
-    many. A batch that leaves [0, 1] is scaled: its smallest value is black and its largest white."""
-    from reports.grids import image_grid, next_to_each_other, within_unit
-
-    named = [names if len(x) == len(names) else () for x in parts]
-    return next_to_each_other([image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)])
-
-
 class Gallery:
     """Draws and writes the pictures of an experiment."""
 
@@ -146,11 +137,19 @@ class Gallery:
     def joined(
         self, parts: Sequence[Tensor], titles: Sequence[str], label: Tensor | None, are_data: bool = False
     ) -> Tensor | None:
-        """Batches of one kind as one picture (3, H, W) uint8, images as grids, points as scatter plots; else None.
-        Samples have the names of their classes, or the exact density of a data set that has one."""
+        """Batches of one kind from left to right as one picture (3, H, W) uint8: images as grids, points as scatter
+        plots; else None. Samples have the names of their classes, or the exact density of a data set that has one.
+
+        A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
+        """
         if kind(parts[-1]) == 'images':
-            names = () if are_data else self.data.class_names(label, self.config.label_dropout)
-            return image_picture(parts, 8 if are_data else self.data.columns(), names)
+            from reports.grids import image_grid, next_to_each_other, within_unit
+
+            columns = 8 if are_data else self.data.columns()
+            names = [] if are_data else self.data.class_names(label, self.config.label_dropout)
+            named = [names if len(x) == len(names) else () for x in parts]
+            grids = [image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)]
+            return next_to_each_other(grids)
         if kind(parts[-1]) == 'points':
             from data_loading.toy2d import TOY2D
             from reports.points import scatter

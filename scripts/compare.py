@@ -84,10 +84,8 @@ def side_by_side(
         from main import start
         from runtime import ranks
 
-        refuse_overruled(parts, config, before)  # before the first is trained
         folders = []
-        for part, changed in parts.items():
-            current, trainer_class = settings_of(part, changed, config)
+        for part, (current, trainer_class) in runs_of(parts, config, before).items():
             ranks.print_once(f'\n{part}: {current.run_dir}')
             start(current, trainer_class)
             folders.append(str(current.run_dir))
@@ -102,23 +100,23 @@ def side_by_side(
     command.run(work, undo)
 
 
-def refuse_overruled(parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config) -> None:
-    """Raise SettingError for a flag that one of the parts would overrule."""
+def runs_of(
+    parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config
+) -> dict[str, tuple[Config, type | None]]:
+    """Settings and trainer class of each part. Raises SettingError for a flag that one of them would overrule."""
+    runs = {}
     for part, changed in parts.items():
-        for name in changed.keys() - {'trainer_class'}:
+        settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
+        trainer_class = settings.pop('trainer_class', None)
+        for name in changed.keys() & settings.keys():
             if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
                 raise SettingError(
                     f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
                     f'Leave out --{name}, or change the file.'
                 )
-
-
-def settings_of(part: str, changed: Mapping[str, Any], config: Config) -> tuple[Config, type | None]:
-    """(settings, trainer class or None) of one part."""
-    settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
-    trainer_class = settings.pop('trainer_class', None)
-    settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
-    return dataclasses.replace(config, **settings), trainer_class
+        settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
+        runs[part] = dataclasses.replace(config, **settings), trainer_class
+    return runs
 
 
 def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
