@@ -50,9 +50,10 @@ class JudgedData:
             return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
 
     @property
-    def are_images(self) -> bool:
-        """Whether decoded data are images like those that were loaded."""
-        return self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
+    def show_classes(self) -> bool:
+        """Whether decoded data are images like those that were loaded, of two or more classes."""
+        alike = self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
+        return alike and self.spec.num_classes > 1
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def pixels(data: JudgedData, weights: str) -> Detector:
 
 def is_grey_with_classes(data: JudgedData) -> bool:
     """Whether the data are images of one channel, few pixels, and two or more classes."""
-    small = data.are_images and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
-    return small and data.spec.num_classes > 1
+    return data.show_classes and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
 
 
 def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -243,8 +243,7 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
     """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
     `weights`: a file, '' for its own download. Raises SettingError."""
     if not name:
-        with_classes = data.are_images and data.spec.num_classes > 1
-        name = 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
+        name = 'classifier' if data.show_classes and not is_grey_with_classes(data) else 'pixels'
     return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
@@ -269,14 +268,12 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
         values = (first.double().cpu() * 1000).round().flatten().tolist()  # another encoder gives others
         key = files.digest(f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}')
         path = data.cache / f'features-{key}.pt'
-        known = read_cache(path)
-        if not ranks.any_rank(known is None):
-            assert known is not None
-            return known['x']
-        found = compute(loader, rows)
-        if ranks.is_first_of_machine():
-            write_cache(path, dict(x=found))
-        return found
+        known = read_cache(path) or {}
+        if ranks.any_rank('x' not in known):
+            known = dict(x=compute(loader, rows))
+            if ranks.is_first_of_machine():
+                write_cache(path, known)
+        return known['x']
 
     return cached(data.train, 'train'), cached(data.held_out, 'held out')
 
