@@ -7,8 +7,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import utils
-from config import SettingError
-from data_loading import packed
+from config import SettingError, choose
 from data_loading.loader import Loader
 from data_loading.spec import DataSpec
 from runtime import files, ranks
@@ -51,9 +50,10 @@ class JudgedData:
             return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
 
     @property
-    def are_images(self) -> bool:
-        """Whether decoded data are images like those that were loaded."""
-        return self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
+    def show_classes(self) -> bool:
+        """Whether decoded data are images like those that were loaded, of two or more classes."""
+        alike = self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
+        return alike and self.spec.num_classes > 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Detector:
     about: str
     predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows the classes of the data
     is_slow: bool = True  # features of data are kept in a file
+    name: str = ''  # key of DETECTORS
 
 
 def pixels(data: JudgedData, weights: str) -> Detector:
@@ -87,8 +88,7 @@ def pixels(data: JudgedData, weights: str) -> Detector:
 
 def is_grey_with_classes(data: JudgedData) -> bool:
     """Whether the data are images of one channel, few pixels, and two or more classes."""
-    small = data.are_images and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
-    return small and data.spec.num_classes > 1
+    return data.show_classes and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
 
 
 def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -98,34 +98,28 @@ def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor
     def flat(x: Tensor) -> np.ndarray:
         return (2 * x.detach().cpu().float().flatten(1) - 1).numpy()
 
-    machine: Any = None
+    @cache
+    def machine() -> Any:
+        from sklearn.svm import SVC  # a second to import
 
-    def predict(x: Tensor) -> Tensor:
-        nonlocal machine
-        if machine is None:
-            from sklearn.svm import SVC  # a second to import
+        return SVC(gamma='scale').fit(flat(images), labels.cpu().numpy())
 
-            machine = SVC(gamma='scale').fit(flat(images), labels.cpu().numpy())
-        return torch.from_numpy(machine.predict(flat(x))).to(x.device)
-
-    return predict
+    return lambda x: torch.from_numpy(machine().predict(flat(x))).to(x.device)
 
 
-def from_torch_fidelity(name: str, layer: str, data: JudgedData, weights: str) -> Detector:
+def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData, weights: str) -> Detector:
     """A feature extractor of torch-fidelity (Obukhov et al. 2020), from the file `weights` or its own download.
 
     Grey images become three equal channels. Raises SettingError if the weights cannot be had.
     """
-    import torch_fidelity.feature_extractor_dinov2 as dino
-    import torch_fidelity.feature_extractor_inceptionv3 as inception
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    kind = dict(inception=inception.FeatureExtractorInceptionV3, dinov2=dino.FeatureExtractorDinoV2)[name]
-    names = dict(inception='inception-v3-compat', dinov2='dinov2-vit-l-14')
+    kind = FEATURE_EXTRACTORS_REGISTRY[full_name]
     path = str(Path(weights).expanduser()) if weights else None
     if path is not None and not Path(path).is_file():
         raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to have it downloaded.')
     try:
-        network: Any = ranks.in_turns(lambda: kind(names[name], [layer], feature_extractor_weights_path=path))
+        network: Any = ranks.in_turns(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
     except Exception as error:  # no file, another network's, no network to download from
         text = ' '.join(str(error).split())[:300]
         raise SettingError(
@@ -140,7 +134,7 @@ def from_torch_fidelity(name: str, layer: str, data: JudgedData, weights: str) -
         x = (x.clamp(0, 1) * 255).round().byte().to(data.device)
         return network(x.expand(-1, 3, -1, -1))[0].float()
 
-    return Detector(features, digest_of(network), f'torch-fidelity {names[name]}, layer {layer}')
+    return Detector(features, digest_of(network), f'torch-fidelity {full_name}, layer {layer}')
 
 
 def classifier(data: JudgedData, weights: str) -> Detector:
@@ -153,12 +147,15 @@ def classifier(data: JudgedData, weights: str) -> Detector:
     if spec.num_classes < 2 or not spec.shape or len(spec.shape) != 3:
         raise SettingError("detector='classifier' needs images of two or more classes. Use --detector pixels.")
     path = data.cache / f'classifier-{files.digest(data.train.fingerprint)}.pt'
-    kept = ranks.on_main(lambda: read_classifier(path))
-    if kept is None:
-        kept = ranks.on_each(lambda: train_classifier(data) if ranks.is_main() else None, patient=True)
-        ranks.on_main(lambda: write_cache(path, lambda temporary: torch.save(kept, temporary)))
-    found = ranks.on_main(lambda: kept)
-    assert found is not None
+
+    def make() -> dict[str, Any]:
+        kept = read_cache(path)
+        if kept is None:
+            kept = train_classifier(data)
+            write_cache(path, kept)
+        return kept
+
+    found = on_main_patiently(make)
     network = Classifier(spec.shape[0], spec.num_classes).to(data.device).eval()
     network.load_state_dict(found['network'])
     about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
@@ -214,19 +211,25 @@ def train_classifier(data: JudgedData) -> dict[str, Any]:
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
-def read_classifier(path: Path) -> dict[str, Any] | None:
-    """The result of `train_classifier` for these data; None if it is not there, or damaged."""
+def on_main_patiently(fn: Callable[[], Any]) -> Any:
+    """`ranks.on_main`, where the others wait as long as it takes."""
+    found = ranks.on_each(lambda: fn() if ranks.is_main() else None, patient=True)
+    return ranks.on_main(lambda: found)
+
+
+def read_cache(path: Path) -> dict[str, Any] | None:
+    """What `write_cache` wrote, its tensors memory-mapped; None if it is not there, or damaged."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, mmap=True, weights_only=True)
     except Exception:  # torch raises many kinds for a damaged file
         return None
 
 
-def write_cache(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file that becomes `path` when it is whole; on failure print why and go without a cache."""
+def write_cache(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is whole or not there; on failure print why and go without a cache."""
     try:
         with files.whole(path) as temporary:
-            write(temporary)
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         print(f'{path} cannot be kept for the next time: {error}', flush=True)
 
@@ -236,10 +239,12 @@ def digest_of(network: nn.Module) -> str:
     return files.digest(*itertools.chain.from_iterable(network.state_dict().items()))
 
 
-def default_detector(data: JudgedData) -> str:
-    """The detector when none is chosen: classifier for images with classes, except small grey ones, else pixels."""
-    with_classes = data.are_images and data.spec.num_classes > 1
-    return 'classifier' if with_classes and not is_grey_with_classes(data) else 'pixels'
+def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detector:
+    """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
+    `weights`: a file, '' for its own download. Raises SettingError."""
+    if not name:
+        name = 'classifier' if data.show_classes and not is_grey_with_classes(data) else 'pixels'
+    return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
 def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -263,21 +268,19 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
         values = (first.double().cpu() * 1000).round().flatten().tolist()  # another encoder gives others
         key = files.digest(f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}')
         path = data.cache / f'features-{key}.pt'
-        known = packed.cached(path)
-        if not ranks.any_rank(known is None):
-            assert known is not None
-            return known['x']
-        found = compute(loader, rows)
-        if ranks.is_first_of_machine():
-            write_cache(path, lambda temporary: packed.write(temporary, found, torch.zeros(len(found)).long()))
-        return found
+        known = read_cache(path) or {}
+        if ranks.any_rank('x' not in known):
+            known = dict(x=compute(loader, rows))
+            if ranks.is_first_of_machine():
+                write_cache(path, known)
+        return known['x']
 
     return cached(data.train, 'train'), cached(data.held_out, 'held out')
 
 
 DETECTORS: dict[str, Callable[[JudgedData, str], Detector]] = {
-    'inception': lambda data, weights: from_torch_fidelity('inception', '2048', data, weights),
-    'dinov2': lambda data, weights: from_torch_fidelity('dinov2', 'dinov2', data, weights),
+    'inception': partial(from_torch_fidelity, 'inception', 'inception-v3-compat', '2048'),
+    'dinov2': partial(from_torch_fidelity, 'dinov2', 'dinov2-vit-l-14', 'dinov2'),
     'classifier': classifier,
     'pixels': pixels,
 }

@@ -115,10 +115,11 @@ def neighbourhoods(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str
     kid = kid_features_to_metric(samples.double(), train.double(), kid_subset_size=size, kid_subsets=100, verbose=False)
     prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     density, coverage = density_coverage(samples, train)
-    ratio = nearest(samples, train) / max(nearest(held_out, train), 1e-12)
-    values = {'kid': kid['kernel_inception_distance_mean'], 'kid_std': kid['kernel_inception_distance_std']}
-    values |= {name: prc[name] for name in ('precision', 'recall')}
-    return values | dict(density=density, coverage=coverage, nearest_neighbour_ratio=ratio)
+    return dict(
+        kid=kid['kernel_inception_distance_mean'], kid_std=kid['kernel_inception_distance_std'],
+        precision=prc['precision'], recall=prc['recall'], density=density, coverage=coverage,
+        nearest_neighbour_ratio=nearest(samples, train) / max(nearest(held_out, train), 1e-12),
+    )  # fmt: skip
 
 
 def distance_from_set(x: Tensor, name: str, end: str = '') -> dict[str, float]:

@@ -5,14 +5,16 @@ Nothing here changes what is trained: a run that is killed here does it again wh
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import utils
+from config import SettingError
 from logging_utils import Record, RunningMeans
 from runtime import ranks
 from runtime.errors import RankFailed
@@ -33,13 +35,13 @@ AT_ONCE = 256  # samples in a detector
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
 
+@dataclass
 class Looked:
     """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
 
-    def __init__(self, detector: 'Detector'):
-        self.detector = detector
-        self.features: list[Tensor] = []
-        self.recognised: list[Tensor] = []
+    detector: 'Detector'
+    features: list[Tensor] = field(default_factory=list)
+    recognised: list[Tensor] = field(default_factory=list)  # of batches with known classes
 
     @torch.no_grad()
     def add(self, x: Tensor, classes: Tensor | None) -> None:
@@ -47,13 +49,6 @@ class Looked:
         self.features.append(self.detector.features(x).cpu())
         if self.detector.predict is not None and classes is not None:
             self.recognised.append((self.detector.predict(x) == classes.to(x.device)).float().cpu())
-
-    def of_all_ranks(self, n: int) -> tuple[Tensor, dict[str, float]]:
-        """(features (n, D), label_agreement if classes were requested) of the n samples that ranks.my_items dealt."""
-        values: dict[str, float] = {}
-        if self.recognised:
-            values['label_agreement'] = float(ranks.gather_items(torch.cat(self.recognised), n).double().mean())
-        return ranks.gather_items(torch.cat(self.features), n), values
 
 
 class Judge:
@@ -69,9 +64,8 @@ class Judge:
         for warning in (scale_warning(x0, c.sigma_data), pair_warning(c, self.experiment.process), lr_warning(c)):
             if warning:
                 print_once(f'warning: {warning}')
-        with self.record.apart():
-            _ = self.loss_needs_gradients, self.has_reference
-        self.drawing.at_end['judge'] = self.num_at_end()
+        _ = self.loss_needs_gradients, self.has_reference
+        self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
 
     @cached_property
     def reference(self) -> 'Reference':
@@ -83,15 +77,16 @@ class Judge:
     def loss_needs_gradients(self) -> bool:
         """Whether the loss itself differentiates (score matching, Jacobians), so that no_grad would break it."""
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        try:
-            with torch.no_grad():
-                self.experiment.loss_fn(example, model_fn)
-            return False
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
-            return True
+        with self.record.apart():
+            try:
+                with torch.no_grad():
+                    self.experiment.loss_fn(example, model_fn)
+                return False
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
+                return True
 
     @cached_property
     def has_reference(self) -> bool:
@@ -99,14 +94,17 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        works = True
-        try:
-            with torch.no_grad():
-                self.reference.errors(example, torch.arange(len(example.t)), model_fn)
-        except Exception as error:  # whatever a network of the user raises for inputs that it is not made for
-            works = False
-            print_once(f'eval/reference is left out: this network cannot be evaluated as a denoiser ({error})')
-        return not ranks.any_rank(not works)
+        why_not = None
+        with self.record.apart():
+            try:
+                with torch.no_grad():
+                    self.reference.errors(example, torch.arange(len(example.t)), model_fn)
+            except Exception as error:  # whatever a network of the user raises for inputs that it is not made for
+                why_not = f'this network cannot be evaluated as a denoiser ({error})'
+        reasons = [reason for reason in ranks.all_gather_objects(why_not) if reason is not None]
+        if reasons:
+            print_once(f'eval/reference is left out: {reasons[0]}')
+        return not reasons
 
     def judged_weights(self) -> tuple[str, nn.Module]:
         """Name and network by which the run is judged."""
@@ -151,25 +149,57 @@ class Judge:
             means.add_by_time('loss_t', losses.detach(), t)
         return means
 
+    def bits_per_dim(self, module: nn.Module, n: int, at_once: int = 32) -> dict[str, float]:
+        """Bits per dimension of n held-out images, dequantized, and the standard error of this mean; without guidance.
+
+        Raises SettingError where no density is defined: floats, x1 that is data.
+        """
+        experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
+        if spec.scale != 'image' or not experiment.independent or experiment.overrides('encode'):
+            raise SettingError('bits: needs images, the default encode, and noise as x1.')
+        if not self.config.dequantize:
+            print_once('warning: the run was trained without --dequantize, so its density is one of grey levels and '
+                       'bits per dimension may be any number')  # fmt: skip
+        n = min(n, loader.size)
+        blocks = torch.arange(n).split(at_once)  # the same on any number of processes
+        bits = torch.zeros(n)
+        for number in range(ranks.rank(), len(blocks), ranks.world_size()):
+            bits[blocks[number]] = self.bits_of_block(module, blocks[number], number).cpu()
+        ranks.all_reduce(bits)
+        return {'bits_per_dim': float(bits.mean()), 'bits_per_dim_error': float(bits.std() / n**0.5), 'bits_images': n}
+
+    def bits_of_block(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
+        """Bits per dimension (n,) of the held-out images with the indices `rows` (n,), which are block `number`."""
+        from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
+
+        c, spec = self.config, self.experiment.data
+        levels = spec.max_value + 1
+        x, label, *_ = self.batches.test_loader.take(rows)
+        with utils.NoiseOfEach(0, 'bits', rows.tolist()):
+            x = dequantize((x * spec.max_value).round(), levels)
+        utils.seed_everything(0, 'probes', number)
+        settings: dict[str, Any] = dict(model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
+        label = label if spec.num_classes else None
+        found = log_likelihood(self.experiment.get_model_fn(module), self.experiment.process, x, label, **settings)
+        return bits_per_dim(found.log_prob, spec.shape or (), levels)
+
     # ---------------------------------------------------------------- numbers for samples
 
     def samples(self, step: int, num_samples: int | None = None) -> dict[str, float]:
         """Numbers for samples of the judged weights, printed too: final/<sampler>/... of every sampler at the end,
         eval/<sampler>/... of the first before."""
-        names, values = list(self.experiment.samplers()), {}
-        last = step >= self.config.num_training_steps
+        c, names, values = self.config, list(self.experiment.samplers()), {}
+        last = step >= c.num_training_steps
         if not self.can_judge:
             if last:
-                name = self.config.dataset
-                print_once(f'final_eval: nothing here can judge samples of {name!r}: override sample_metrics')
+                print_once(f'final_eval: nothing here can judge samples of {c.dataset!r}: override sample_metrics')
             return values
         with self.record.apart() as logged:
             for name in names if last else names[:1]:
                 found = self.judged(name, num_samples or NUM_JUDGED, step)
-                values |= {f'{"final" if last else "eval"}/{name}/{key}': value for key, value in found.items()}
-        if last and self.config.eval_metrics_every:  # the last point of their curve
-            first = f'final/{names[0]}/'
-            values |= {k.replace('final', 'eval', 1): v for k, v in values.items() if k.startswith(first)}
+                values |= {f'final/{name}/{key}': value for key, value in found.items() if last}
+                if name == names[0] and (c.eval_metrics_every or not last):  # a point of their curve
+                    values |= {f'eval/{name}/{key}': value for key, value in found.items()}
         return values | logged
 
     def judged(self, name: str, num_samples: int, step: int) -> dict[str, float]:
@@ -201,21 +231,21 @@ class Judge:
         for rows in mine.split(AT_ONCE):
             requested = None if classes is None else classes[rows.to(classes.device)]
             looked.add(x[rows].to(self.experiment.device), requested)
-        return self.compared(looked, len(x), self.detector, MOST_COMPARED, MOST_NEIGHBOURS)
+        return self.compared(looked, len(x), MOST_COMPARED, MOST_NEIGHBOURS)
 
     def compared(
-        self, looked: Looked, n: int, detector: 'Detector', most: int | None = None, neighbours: int | None = None
+        self, looked: Looked, n: int, most: int | None = None, neighbours: int | None = None
     ) -> dict[str, float]:
-        """Distances of n samples from `most` training images, on every rank; at most `neighbours` of them in pairs."""
-        from evaluation.detectors import features_of_data
+        """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
+        `neighbours` of them in pairs. label_agreement, if all labels on all ranks were classes."""
+        from evaluation.detectors import features_of_data, on_main_patiently
         from evaluation.distances import compare
 
-        features, values = looked.of_all_ranks(n)
-        data = features_of_data(detector, self.data, most)
-        found = ranks.on_each(
-            lambda: compare(features, *data, most=neighbours) if ranks.is_main() else {}, patient=True
-        )
-        return values | ranks.on_main(lambda: found)
+        values, features = {}, ranks.gather_items(torch.cat(looked.features), n)
+        if not ranks.any_rank(len(looked.recognised) < len(looked.features)):
+            values['label_agreement'] = float(ranks.gather_items(torch.cat(looked.recognised), n).double().mean())
+        data = features_of_data(looked.detector, self.data, most)
+        return values | on_main_patiently(lambda: compare(features, *data, most=neighbours))
 
     @cached_property
     def data(self) -> 'JudgedData':
@@ -229,9 +259,9 @@ class Judge:
     @cached_property
     def detector(self) -> 'Detector':
         """The default detector, made when samples are first judged."""
-        from evaluation.detectors import DETECTORS, default_detector
+        from evaluation.detectors import get_detector
 
-        detector = DETECTORS[default_detector(self.data)](self.data, '')
+        detector = get_detector(self.data)
         print_once(f'  judged by {detector.about}')
         return detector
 
@@ -247,7 +277,3 @@ class Judge:
         few = x.is_floating_point() and x.numel() <= MOST_PIXELS
         sizes = self.batches.train_loader.size, self.batches.test_loader.size
         return (few or (x.ndim == 4 and x.shape[1] in (1, 3, 4))) and min(sizes) >= 10
-
-    def num_at_end(self) -> int:
-        """How many samples are drawn after the last step."""
-        return self.config.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED

@@ -10,6 +10,7 @@ x is of any shape (B, ...).
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from config import SettingError, choose
 from prediction import check_ends
 from processes import GaussianProcess
 from sampling import Guidance, ModelFn, check_cond
-from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, Steps, on_path
+from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, on_path
 from solvers.one_step import within
 from utils import bcast_right
 
@@ -73,9 +74,8 @@ def log_likelihood(
     Raises SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular
     end, for conditions that are not (B, ...), and for a tolerance that the solver does not keep.
     """
-    cond = cond or {}
-    steps = Steps(solver or ('adams' if tolerance is None else 'dopri5'), num_steps, 0, time_grid, t_min, t_max)
-    check_method(steps, tolerance, guidance_scale)
+    cond, solver = cond or {}, solver or ('adams' if tolerance is None else 'dopri5')
+    check_method(solver, tolerance, guidance_scale)
     if not x0.is_floating_point():
         raise SettingError(f'x0 must be floating point, not {x0.dtype}: a density needs it. Pass dequantize(x0).')
     if num_probes < 1 or num_steps < 1:
@@ -89,23 +89,18 @@ def log_likelihood(
 
     start, end = process(times[:1]), process(times[-1:])
     with torch.no_grad():
-        x, total = integrate(field, bcast_right(start.alpha, x0.ndim) * x0, times, steps.solver, tolerance or 1e-5)
+        x, total = integrate(field, bcast_right(start.alpha, x0.ndim) * x0, times, solver, tolerance or 1e-5)
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
-    log_prob = log_normal(x, mean, end.sigma) + total.mean(0) + x0[0].numel() * start.alpha.log()
+    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
+    log_normal = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()  # of x, (B,)
+    log_prob = log_normal + total.mean(0) + z.shape[1] * start.alpha.log()
     spread = total.std(0) if len(total) > 1 else torch.full_like(log_prob, torch.nan)
     error = torch.zeros_like(log_prob) if field.exact else spread / math.sqrt(num_probes)
     return LogLikelihood(log_prob, error, predict.nfe)
 
 
-def log_normal(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mean, sigma^2) of x and mean (B, ...) and sigma (1,), (B,) in nats."""
-    z = ((x - mean) / bcast_right(sigma, x.ndim)).reshape(len(x), -1)
-    return -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * sigma.log()
-
-
-def check_method(steps: Steps, tolerance: float | None, guidance_scale: float) -> None:
+def check_method(solver: str, tolerance: float | None, guidance_scale: float) -> None:
     """Raise SettingError unless the samples of this solver have a density, which it can compute."""
-    solver = steps.solver
     if solver in SOLVERS and SOLVERS[solver].stochastic:
         raise SettingError(
             f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. '
@@ -119,13 +114,13 @@ def check_method(steps: Steps, tolerance: float | None, guidance_scale: float) -
         raise SettingError(f'tolerance={tolerance:g}: solver={solver!r} takes num_steps steps. Use solver="dopri5".')
 
 
+@dataclass(frozen=True)
 class Field:
     """`field(x, t, name)`: the prediction of that type, like x, and the terms of its divergence, (P, B)."""
 
-    def __init__(self, predict: Predict, probes: Tensor, exact: bool):
-        """`probes`: (P, B, ...); if `exact`, they are all unit vectors, and there is one term (1, B), the sum."""
-        self.predict, self.probes, self.exact = predict, probes, exact
-        self.terms = 1 if exact else len(probes)
+    predict: Predict
+    probes: Tensor  # (P, B, ...)
+    exact: bool  # the probes are all unit vectors, and there is one term (1, B), the sum
 
     def __call__(self, x: Tensor, t: float, name: str) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -140,38 +135,38 @@ def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: fl
     """x (B, ...) at the last of the `times`, and the integral of the divergence of the velocity, (P, B)."""
     from torchdiffeq import odeint
 
+    start = x, x.new_zeros(1 if field.exact else len(field.probes), len(x))
     if solver == 'adams':
-        return adams(field, x, times.tolist())
+        return adams(field, *start, times.tolist())
     ends = times[[0, -1]] if solver == 'dopri5' else times
+    options = within(ends) if solver == 'dopri5' else None
     change = lambda t, state: field(state[0], t.item(), 'velocity')  # noqa: E731
-    start, options = (x, x.new_zeros(field.terms, len(x))), within(ends) if solver == 'dopri5' else None
     x, total = odeint(change, start, ends, rtol=tolerance, atol=tolerance, method=solver, options=options)
     return x[-1], total[-1]
 
 
-def adams(field: Field, x: Tensor, times: list[float]) -> tuple[Tensor, Tensor]:
-    """As `integrate`, by the solver adams.
+def adams(field: Field, x: Tensor, total: Tensor, times: list[float]) -> tuple[Tensor, Tensor]:
+    """As `integrate`, by the solver adams; `total` (P, B) is 0.
 
     With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular), of which the divergence with
     respect to y is that of v with respect to x; and a volume of x is n^D times that of y. So n times the integral over
     theta goes through the same steps as x, as if n times the divergence were its v.
     """
-    batch, shape, terms = len(x), x.shape, field.terms
+    shape, terms = x.shape, len(total)
 
     def length(t: float) -> float:
         return math.hypot(*predict.level(t)[:2])
 
     def evaluate(state: Tensor, t: float) -> Any:
         v, divergence = field(state[:, :-terms].reshape(shape), t, 'v')
-        return SimpleNamespace(v=torch.cat([v.reshape(batch, -1), length(t) * divergence.T], 1))
+        return SimpleNamespace(v=torch.cat([v.reshape(len(x), -1), length(t) * divergence.T], 1))
 
     predict, step = Predict(evaluate, field.predict.process, SOLVERS['adams'].memory), SOLVERS['adams'].step
-    state = torch.cat([x.reshape(batch, -1), x.new_zeros(batch, terms)], 1)
+    state = torch.cat([x.reshape(len(x), -1), total.T], 1)
     for t, s in itertools.pairwise(times):
         state = step(state, t, s, predict, Noise(lambda coefs: coefs.sigma, scale=0.0))  # an ODE: there is no noise
-    x, integral = state[:, :-terms], state[:, -terms:].T / length(times[-1])
-    grown = x.shape[1] * math.log(length(times[-1]) / length(times[0]))
-    return x.reshape(shape), integral + grown
+    grown = (state.shape[1] - terms) * math.log(length(times[-1]) / length(times[0]))
+    return state[:, :-terms].reshape(shape), state[:, -terms:].T / length(times[-1]) + grown
 
 
 def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:

@@ -63,20 +63,18 @@ class Reference:
         eval/reference_floor     its reference loss, on training images
         eval/reference_gaussian  reference loss of a network that knows only mean and variance of each pixel
         """
-        experiment, n = self.experiment, self.number_of_draws()
+        experiment, c, n = self.experiment, self.experiment.config, self.number_of_draws()
         if n == 0:
             return {}
-        c = experiment.config
         changed = c.dequantize or c.overfit or any(getattr(c, probability) for probability in AUGMENTATIONS)
-        wanted = {'eval/reference_floor': 'optimal', 'eval/reference_gaussian': 'gaussian'}
-        if not changed and not experiment.overrides('loss_fn'):
-            wanted['train/floor'] = 'optimal'
         means = RunningMeans(experiment.device)
         try:
             with torch.no_grad(), out_of_memory_on_any_rank():
-                denoisers = self.known_denoisers()
-                for name, denoiser in wanted.items():
-                    self.add_losses(means, n, name, denoisers[denoiser])
+                optimal, gaussian = self.known_denoisers()
+                self.add_losses(means, n, 'eval/reference_floor', optimal)
+                self.add_losses(means, n, 'eval/reference_gaussian', gaussian)
+                if not changed and not experiment.overrides('loss_fn'):
+                    self.add_losses(means, n, 'train/floor', optimal)
                 stopping.raise_if_stopped()
         except RankFailed:
             return {}
@@ -85,10 +83,9 @@ class Reference:
     def number_of_draws(self) -> int:
         """How many noisy images a baseline averages; 0 where the optimal denoiser is unknown or takes too long."""
         experiment, loader = self.experiment, self.batches.train_loader
-        known = experiment.independent and experiment.couple is None and not loader.has_pairs
-        known &= not self.batches.example.cond and not experiment.overrides('prepare_batch_fn')
-        known &= type(experiment.process).sample_base is GaussianProcess.sample_base and loader.size >= 16
-        if ranks.any_rank(not known or loader.resident is None):
+        known = experiment.independent and experiment.couple is None and not experiment.overrides('prepare_batch_fn')
+        known &= type(experiment.process).sample_base is GaussianProcess.sample_base and not self.batches.example.cond
+        if ranks.any_rank(not known or loader.has_pairs or loader.resident is None or loader.size < 16):
             return 0
         first = loader.take(range(16))[0]
         with torch.no_grad():
@@ -99,7 +96,7 @@ class Reference:
         n = n // experiment.config.batch_shards * experiment.config.batch_shards
         return n if n >= LEAST_DRAWS else 0
 
-    def known_denoisers(self) -> dict[str, ModelFn]:
+    def known_denoisers(self) -> tuple[ModelFn, ModelFn]:
         """The optimal denoisers of the training images and of a Gaussian with the mean and variance of each pixel, as
         networks with the output of the config."""
         experiment = self.experiment
@@ -118,7 +115,7 @@ class Reference:
             return getattr(clean, experiment.config.model_type)
 
         optimal = optimal_denoiser(x0, label.to(experiment.device) if has_classes else None)
-        return {'optimal': partial(as_network, optimal), 'gaussian': partial(as_network, gaussian)}
+        return partial(as_network, optimal), partial(as_network, gaussian)
 
     def add_losses(self, means: RunningMeans, n: int, name: str, model_fn: ModelFn) -> None:
         """Add the losses of this process's shards of n noisy training images: the run's own if `name` is of training,

@@ -42,11 +42,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     folder = Path(ranks.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:
         ranks.on_main(lambda: link_data(config, folder / 'data'))
-        apart = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
-        trainer = build(dataclasses.replace(config, **apart))
-        if found is not None:
-            run_folder.refuse_other(config, found, trainer.checkpoints.identity)
-        Rehearsal(config, 0 if found is None else found['step'], trainer).run()
+        Rehearsal(config, found, folder, build).run()
     finally:
         if ranks.is_main():
             shutil.rmtree(folder, ignore_errors=True)
@@ -108,11 +104,16 @@ def time_steps(step: Callable[[], object]) -> tuple[float, float]:
 
 
 class Rehearsal:
-    """What a run of `config` does, tried by a trainer; what it measures adds up to the estimate."""
+    """What a run of `config` does, tried in `folder`; what it measures adds up to the estimate."""
 
-    def __init__(self, config: Config, begins_at: int, trained: Any):
-        self.config, self.begins_at, self.trained = config, begins_at, trained
-        self.steps_left = max(0, config.num_training_steps - begins_at)
+    def __init__(self, config: Config, found: dict[str, Any] | None, folder: Path, build: Callable[[Config], Any]):
+        """`found`: of the checkpoint that the run will resume from. Raises SettingError if it is another run's."""
+        apart = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
+        self.config, self.trained = config, build(dataclasses.replace(config, **apart))
+        if found is not None:
+            run_folder.refuse_other(config, found, self.trained.checkpoints.identity)
+        self.begins_at = 0 if found is None else found['step']
+        self.steps_left = max(0, config.num_training_steps - self.begins_at)
         self.seconds: dict[str, float] = {}  # part of the run -> seconds
         self.size = 0  # bytes of a checkpoint
         self.step = 0.0  # seconds
@@ -171,42 +172,35 @@ class Rehearsal:
 
     def try_sampling(self) -> None:
         c, t = self.config, self.trained
-        per_image, path, judging, x = [], 0.0, [0.0, 0.0], torch.empty(0)
+        per_image, path, x = [], 0.0, torch.empty(0)
         for name, sampler in t.samplers().items():
             few, many, x = self.seconds_of(sampler)
             print_once(f'sample    {name}: {many:.3g} s an image')
             per_image.append(many)
             path = path or few
-        judged, grids = t.judge.can_judge, self.times(c.sample_every) - (not c.final_pictures)
-        if judged and (c.final_eval or c.eval_metrics_every):
-            judging = self.seconds_of_judging(x)
-            print_once(f'judge     {judging[0]:.3g} s the first time, {judging[1]:.3g} s from then on')
-        between = judged * (c.eval_metrics_every > 0) * (self.times(c.eval_metrics_every) - 1)
-        final = judged * c.final_eval
-        verdicts = between + final * len(per_image)
         pictures = sum(per_image) * t.gallery.num_shown * len(t.weights()) + path
-        self.seconds['for pictures'] = grids * pictures
-        comparing = (judging[0] + judging[1] * (verdicts - 1)) * (verdicts > 0)
-        self.seconds['for numbers'] = NUM_JUDGED * (between * per_image[0] + final * sum(per_image)) + comparing
+        self.seconds['for pictures'] = pictures * (self.times(c.sample_every) - (not c.final_pictures))
+        if not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
+            return
+        inputs, x = t.sample_inputs(NUM_JUDGED), x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
+        first, later = (timed(lambda: t.judge.numbers(x, inputs)) for _ in range(2))
+        print_once(f'judge     {first:.3g} s the first time, {later:.3g} s from then on')
+        between = (c.eval_metrics_every > 0) * (self.times(c.eval_metrics_every) - 1)
+        verdicts = between + c.final_eval * len(per_image)
+        drawing = NUM_JUDGED * (between * per_image[0] + c.final_eval * sum(per_image))
+        self.seconds['for numbers'] = drawing + (first + later * (verdicts - 1)) * (verdicts > 0)
 
     def seconds_of(self, sampler: Sampler) -> tuple[float, float, torch.Tensor]:
         """Seconds for the few samples of a path, seconds per sample of as many as are drawn at once, or fewer if that
         takes long, and the samples, decoded."""
-        t, few, many, x = self.trained, 0.0, 0.0, torch.empty(0)
+        t, few, many, drawn = self.trained, 0.0, 0.0, []
         for n in sorted({8, t.gallery.num_shown, t.batches.images_at_once * ranks.world_size()}):
-            inputs, drawn = t.sample_inputs(n), []
-            draw = lambda i=inputs, d=drawn: d.append(t.drawing.samples(sampler, t.network, i))  # noqa: E731
-            seconds = timed(draw)
-            few, many, x = few or seconds, seconds / n, drawn[0]
+            inputs = t.sample_inputs(n)
+            seconds = timed(lambda i=inputs: drawn.append(t.drawing.samples(sampler, t.network, i)))
+            few, many = few or seconds, seconds / n
             if seconds > 2:
                 break
-        return few, many, x
-
-    def seconds_of_judging(self, x: torch.Tensor) -> list[float]:
-        """Seconds of comparing samples with the data, the first time and from then on; x, repeated, are the samples."""
-        inputs = self.trained.sample_inputs(NUM_JUDGED)
-        x = x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
-        return [timed(lambda: self.trained.judge.numbers(x, inputs)) for _ in range(2)]
+        return few, many, drawn[-1]
 
     def print_estimate(self) -> None:
         """Raises SettingError if the disk has no room for the checkpoints."""

@@ -9,7 +9,8 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     'images per second': ('train/images_per_second',),
     'share of time waiting for data': ('train/waiting',),
 }
+DATA_PICTURE = 'data_and_augmented'
 GAUSSIAN = 'eval/reference_gaussian'
 LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
 # Of a table of evaluations.
@@ -49,6 +51,7 @@ COLUMNS = (
     'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet wasserstein real_wasserstein '
     'kid precision recall density coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
 ).split()
+PLACES = ('experiment_name', 'ckpt_dir')  # settings that tell where a run is, not what it does
 STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')
 
 
@@ -63,8 +66,8 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # of evaluation.jsonl
 
     @property
-    def name(self) -> str:
-        return self.folder.name
+    def step(self) -> int:
+        return self.lines[-1]['train/step'] if self.lines else 0
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one name of the record."""
@@ -86,22 +89,30 @@ class Run:
 
     def final(self) -> dict[str, float]:
         """The last value of each name of the record that tells how good the run is."""
-        found: dict[str, float] = {}
-        for line in self.lines:
-            found |= {name: value for name, value in line.items() if name.startswith(('eval/', 'final/'))}
-        return {k: v for k, v in found.items() if '_t_' not in k and k not in (GAUSSIAN, 'eval/reference_floor')}
+        last = {name: value for line in self.lines for name, value in line.items() if '_t_' not in name}
+        hidden = (GAUSSIAN, 'eval/reference_floor')
+        return {k: v for k, v in last.items() if k.startswith(('eval/', 'final/')) and k not in hidden}
 
     def changed(self) -> dict[str, Any]:
         """The settings that differ from the preset's."""
-        default = vars(Config()) | PRESETS.get(self.config['preset'], {})
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in default.items()}
-        names = ('experiment_name', 'ckpt_dir')
-        return {k: v for k, v in self.config.items() if k not in names and (k not in plain or plain[k] != v)}
+        default = as_json(vars(Config()) | PRESETS.get(self.config['preset'], {}))
+        return {k: v for k, v in self.config.items() if k not in PLACES and (k not in default or default[k] != v)}
 
     def pictures(self) -> list[list[Path]]:
         """The sample pictures of each step, the oldest first."""
         paths = sorted((self.folder / 'samples').glob('step_*.png'))
         return [list(group) for _, group in itertools.groupby(paths, lambda path: path.name.split('_')[1])]
+
+    def own_pictures(self) -> list[Path]:
+        """The pictures that an experiment gave other names: of names that differ in their step_N only, the newest."""
+        paths = sorted((self.folder / 'samples').glob('*.png'))
+        newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
+        return [path for path in newest.values() if path.stem != DATA_PICTURE]
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as config.json has them: lists in place of tuples."""
+    return json.loads(json.dumps(settings))
 
 
 def lines_in(path: Path) -> list[dict[str, Any]]:
@@ -125,22 +136,37 @@ def read(folder: str | Path) -> Run:
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
 GREY = '#808080'  # seen on white and on black
+THEME: dict[str, Any] = {
+    'svg.fonttype': 'none',  # letters stay letters
+    **dict.fromkeys(('figure.facecolor', 'axes.facecolor'), 'none'),
+    **dict.fromkeys(('axes.edgecolor', 'axes.titlecolor', 'xtick.color', 'ytick.color', 'legend.labelcolor'), GREY),
+    **{'legend.fontsize': 7, 'legend.framealpha': 0},
+}
 
 
 def plot(curves: Curves, title: str, floors: Mapping[str, float] | None = None, ceiling: float | None = None) -> str:
-    """Curves (x, y) as SVG on no background; empty if there is no point. `floors`: for some of the curves, the level
-    that they cannot get below, dotted. `ceiling`: with one floor, the range between the two is shaded."""
-    from matplotlib import colormaps
+    """Curves (x, y) as an <svg> element on no background; empty if there is no point. `floors`: for some of the curves,
+    the level that they cannot get below, dotted. `ceiling`: with one floor, the range between the two is shaded."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    curves, floors = {name: xy for name, xy in curves.items() if xy[0]}, floors or {}
+    curves, file = {name: xy for name, xy in curves.items() if xy[0]}, io.StringIO()
     if not curves:
         return ''
-    figure = Figure(figsize=(5.4, 3.2))
-    figure.patch.set_alpha(0)
+    with rc_context(THEME):
+        figure = Figure(figsize=(5.4, 3.2))
+        draw(figure, curves, title, floors or {}, ceiling)
+        figure.savefig(file, format='svg', metadata={'Date': None})
+    text = file.getvalue()
+    return text[text.index('<svg') :]
+
+
+def draw(figure: Any, curves: Curves, title: str, floors: Mapping[str, float], ceiling: float | None) -> None:
+    """`plot` on a figure. Curves by time share a scale of colours, and have room for their legend on the right."""
+    from matplotlib import colormaps
+
     by_time = all('_t_' in name for name in curves)
     ax = figure.add_axes((0.15, 0.1, 0.64 if by_time else 0.83, 0.8))
-    ax.patch.set_alpha(0)
     lowest = min(value for _, y in curves.values() for value in y)
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
@@ -150,16 +176,11 @@ def plot(curves: Curves, title: str, floors: Mapping[str, float] | None = None, 
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
         ax.axhspan(max(floors.values(), default=0), ceiling, color=GREY, alpha=0.15, label='what can be learned')
-    if not title.startswith(LINEAR) and all(value > 0 for _, y in curves.values() for value in y):
+    if not title.startswith(LINEAR) and lowest > 0:
         logarithmic(ax)
-    ax.set_title(title + (', floors dotted' if by_time and floors else ''), color=GREY)
-    ax.tick_params(colors=GREY, which='both')
-    for spine in ax.spines.values():
-        spine.set_color(GREY)
+    ax.set_title(title + (', floors dotted' if by_time and floors else ''))
     if len(curves) > 1 or floors:
-        place = dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}
-        ax.legend(fontsize=7, framealpha=0, labelcolor=GREY, **place)
-    return svg_of(figure)
+        ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}))
 
 
 def logarithmic(ax: Any) -> None:
@@ -171,17 +192,6 @@ def logarithmic(ax: Any) -> None:
     ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
 
 
-def svg_of(figure: Any) -> str:
-    """The figure as an <svg> element, in which letters stay letters."""
-    from matplotlib import rc_context
-
-    file = io.StringIO()
-    with rc_context({'svg.fonttype': 'none'}):
-        figure.savefig(file, format='svg', metadata={'Date': None})
-    text = file.getvalue()
-    return text[text.index('<svg') :]
-
-
 def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Frechet distance against network evaluations, and against guidance, of lines of evaluation.jsonl that differ
     in them; a curve for each choice of the rest. Only of lines with the detector, number, seed and step of the last."""
@@ -189,27 +199,25 @@ def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
     varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
     plots = []
-    for along in ('nfe', 'guidance_scale'):
+    for along in [k for k in ('nfe', 'guidance_scale') if k in varied]:
         curves: dict[str, tuple[list[float], list[float]]] = {}
         for x in sorted(rows, key=lambda x: x.get(along, 0)):
             name = ', '.join(f'{k} {text_of(x.get(k))}' for k in varied if k != along) or 'frechet'
             xs, ys = curves.setdefault(name, ([], []))
             xs.append(x.get(along, 0))
             ys.append(x['frechet'])
-        if along in varied:
-            plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
+        plots.append(plot(curves, f'Frechet distance ({lines[-1]["detector"]}) by {along}'))
     return plots
 
 
 def images(captions: Mapping[Path, str]) -> str:
     """PNGs with captions in a row, inside the page; those that do not exist are left out."""
-    parts = []
-    for path, caption in captions.items():
-        if path.exists():
-            data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(caption)
-            image = f'<img src="data:image/png;base64,{data}" alt="{text}">'
-            parts.append(f'<figure>{image}<figcaption>{text}</figcaption></figure>')
-    return row(parts)
+
+    def figure(path: Path, text: str) -> str:
+        source = f'data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}'
+        return f'<figure><img src="{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+    return row([figure(path, html.escape(caption)) for path, caption in captions.items() if path.exists()])
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -225,6 +233,13 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return f'{value:.4g}'
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else '' if value is None else str(value)
+
+
+def aligned(rows: Sequence[Sequence[Any]], justify: Callable[[str, int], str] = str.ljust) -> str:
+    """A table as plain text; the first row is its head."""
+    text = [[text_of(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return '\n'.join('  '.join(map(justify, line, widths)).rstrip() for line in text)
 
 
 def row(parts: Sequence[str]) -> str:
@@ -245,40 +260,34 @@ def page(title: str, sections: Mapping[str, str]) -> str:
 
 def report(run: Run) -> str:
     """The page of one run."""
-    step = run.lines[-1]['train/step'] if run.lines else 0
-    total = run.config.get('num_training_steps', 0)
     start = run.starts[-1] if run.starts else {}
     names = {title: run.names(patterns) for title, patterns in CURVES.items()}
     plots = [plot({n: run.curve(n) for n in shown}, title, *run.bounds(shown)) for title, shown in names.items()]
+    head, *rows = evaluations(run.evaluations)
     captions = [{path: path.stem for path in paths} for paths in run.pictures()]
     return page(
-        f'{run.name}: step {step} of {total}',
+        f'{run.folder.name}: step {run.step} of {run.config.get("num_training_steps", 0)}',
         {
             'Numbers': table(sorted(run.final().items())),
-            'Evaluations': evaluations_of(run),
+            'Evaluations': table(rows, head) + row(sweep_plots(run.evaluations)) if rows else '',
             'Curves': row(plots),
             'Newest samples': images(captions[-1] if captions else {}),
             'First samples': images(captions[0] if len(captions) > 1 else {}),
             'Newest samples on their way': images({run.folder / 'path.png': 'from what they started from, left'}),
-            'Data': images({run.folder / 'samples/data_and_augmented.png': 'as loaded, and as training sees them'}),
+            'Newest of other pictures': images({path: path.stem for path in run.own_pictures()}),
+            'Data': images({run.folder / f'samples/{DATA_PICTURE}.png': 'as loaded, and as training sees them'}),
             'Settings that differ from the preset': table(sorted(run.changed().items())),
             'Started': table([(name, start[name]) for name in STARTED if name in start]),
         },
     )
 
 
-def evaluations_of(run: Run) -> str:
-    """What evaluate.py has found out: a table, and plots of sweeps."""
-    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in run.evaluations)]
-    rows = [[cell_of(line, name) for name in columns] for line in run.evaluations]
-    return table(rows, columns) + row(sweep_plots(run.evaluations)) if rows else ''
-
-
-def cell_of(line: Mapping[str, Any], name: str) -> Any:
-    """A number of a line of evaluation.jsonl for a table. Where steps were given, they stand for evaluations."""
-    if name == 'nfe' and not line.get('nfe'):
-        return f'{line.get("num_sample_steps")} steps'
-    return line.get(name)
+def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Lines of evaluation.jsonl as a table, the names of COLUMNS that occur first. Where steps were given, they stand
+    for evaluations."""
+    columns = [name for name in COLUMNS if any(line.get(name) is not None for line in lines)]
+    with_steps = [dict(line, nfe=line.get('nfe') or f'{line.get("num_sample_steps")} steps') for line in lines]
+    return [columns, *[[line.get(name) for name in columns] for line in with_steps]]
 
 
 def update(folder: Path) -> None:

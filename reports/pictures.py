@@ -27,24 +27,6 @@ def kind(x: Tensor) -> str | None:
     return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
 
-def num_shown(kind: str | None, columns: int, num_classes: int) -> int:
-    """How many samples a picture has: about 60 images, each of up to 100 classes, or enough points for a density."""
-    if kind == 'points':
-        return POINTS_SHOWN
-    if num_classes > 20:
-        return -(-min(num_classes, 100) // columns) * columns
-    return columns * max(3, 60 // columns)
-
-
-def image_picture(parts: Sequence[Tensor], columns: int, names: Sequence[str] = ()) -> Tensor:
-    """Batches of images, from left to right, as one picture (3, H, W) uint8, with `names` in each batch that has as
-    many. A batch that leaves [0, 1] is scaled: its smallest value is black and its largest white."""
-    from reports.plots import image_grid, next_to_each_other, within_unit
-
-    named = [names if len(x) == len(names) else () for x in parts]
-    return next_to_each_other([image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)])
-
-
 class Gallery:
     """Draws and writes the pictures of an experiment."""
 
@@ -60,7 +42,11 @@ class Gallery:
 
     @property
     def num_shown(self) -> int:
-        return num_shown(self.kind, self.data.columns(), self.data.num_classes)
+        """How many samples a picture has: about 60 images, each of up to 100 classes; or enough points."""
+        columns, classes = self.data.columns(), self.data.num_classes
+        if self.kind == 'points':
+            return POINTS_SHOWN
+        return -(-min(classes, 100) // columns) * columns if classes > 20 else columns * max(3, 60 // columns)
 
     def rehearse(self, step: int) -> None:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
@@ -76,7 +62,8 @@ class Gallery:
                         'starts from. Use another --solver or --time_grid.'
                     )
                 self.picture_of(x, inputs)
-        self.drawing.at_end['gallery'] = self.num_at_end()
+        ways = len(self.experiment.samplers()) * len(self.experiment.weights())
+        self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
@@ -123,7 +110,6 @@ class Gallery:
         if frames and kind(frames[0]) == self.kind:
             start = self.experiment.decode(few.x1).cpu()
             frames = [start, *frames] if start.shape == frames[0].shape else frames
-            classes = self.data.known_classes(few.label, self.config.label_dropout)
             if self.kind == 'images':
                 from reports.plots import in_rows
 
@@ -131,7 +117,7 @@ class Gallery:
             else:
                 from reports.plots import paths
 
-                picture = paths(frames, classes)
+                picture = paths(frames, self.data.known_classes(few.label, self.config.label_dropout))
             ranks.on_main(lambda: self.record.picture('path', picture, self.step, '.'))
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
@@ -141,28 +127,37 @@ class Gallery:
             self.record.picture(name, picture, self.step)
 
     def picture_of(self, x: Tensor, inputs: SampleInputs) -> Tensor | None:
-        """What samples x were made from, the truth if known, and x, as one picture (3, H, W) uint8: images as grids,
-        points as scatter plots; None if x is neither."""
+        """What samples x were made from, the truth if known, and x, as one picture (3, H, W) uint8, or None."""
         truth = [] if inputs.truth is None else [self.experiment.decode(inputs.truth)]
         given = inputs.given or [self.experiment.decode(inputs.x1)]
         parts = [part for part in (*given, *truth, x) if kind(part) == kind(x)]
-        dropout = self.config.label_dropout
-        if kind(x) == 'images':
-            return image_picture(parts, self.data.columns(), self.data.class_names(inputs.label, dropout))
-        if kind(x) == 'points':
-            titles = {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}.get(len(parts), ())
-            return self.scatter(parts, titles, self.data.known_classes(inputs.label, dropout), with_density=True)
+        titles = {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}.get(len(parts), ())
+        return self.joined(parts, titles, inputs.label)
+
+    def joined(
+        self, parts: Sequence[Tensor], titles: Sequence[str], label: Tensor | None, are_data: bool = False
+    ) -> Tensor | None:
+        """Batches of one kind from left to right as one picture (3, H, W) uint8: images as grids, points as scatter
+        plots; else None. Samples have the names of their classes, or the exact density of a data set that has one.
+
+        A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
+        """
+        if kind(parts[-1]) == 'images':
+            from reports.plots import image_grid, next_to_each_other, within_unit
+
+            columns = 8 if are_data else self.data.columns()
+            names = [] if are_data else self.data.class_names(label, self.config.label_dropout)
+            named = [names if len(x) == len(names) else () for x in parts]
+            grids = [image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)]
+            return next_to_each_other(grids)
+        if kind(parts[-1]) == 'points':
+            from data_loading.toy2d import TOY2D
+            from reports.plots import scatter
+
+            toy = None if are_data else TOY2D.get(self.config.dataset)
+            classes = self.data.known_classes(label, self.config.label_dropout)
+            return scatter(parts, titles, classes, toy.density if toy else None)
         return None
-
-    def scatter(
-        self, sets: Sequence[Tensor], titles: Sequence[str], classes: Tensor | None, with_density: bool = False
-    ) -> Tensor:
-        """Points (n, 2) of each set as one picture, with the exact density of a data set that has one."""
-        from data_loading.toy2d import TOY2D
-        from reports.plots import scatter
-
-        toy = TOY2D.get(self.config.dataset) if with_density else None
-        return scatter(sets, titles, classes, toy.density if toy else None)
 
     def show_data(self) -> None:
         """A picture of the first images, as loaded on the left and as trained on on the right; a plot of the learning
@@ -173,11 +168,9 @@ class Gallery:
         batch = self.experiment.prepare_batch_fn(first, is_train=True)
         x0 = self.experiment.decode(batch.x0)
         parts = [part for part in (batch.x_original, x0) if kind(part) == kind(x0)]
-        if kind(x0) == 'images':
-            self.record.picture('data_and_augmented', image_picture(parts, 8), 0)
-        elif kind(x0) == 'points':
-            classes = self.data.known_classes(first[1], self.config.label_dropout)
-            self.record.picture('data_and_augmented', self.scatter(parts, ['data', 'as trained on'], classes), 0)
+        picture = self.joined(parts, ['data', 'as trained on'], first[1], are_data=True)
+        if picture is not None:
+            self.record.picture('data_and_augmented', picture, 0)
         total = self.config.num_training_steps
         curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
         self.record.curve('lr_schedule', curve, 'step', 'lr')
@@ -187,8 +180,3 @@ class Gallery:
         from reports import page
 
         ranks.on_main(lambda: page.update(self.config.run_dir))
-
-    def num_at_end(self) -> int:
-        """How many samples are drawn for pictures after the last step."""
-        ways = len(self.experiment.samplers()) * len(self.experiment.weights())
-        return self.config.final_pictures * ways * self.num_shown

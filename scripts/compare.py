@@ -50,7 +50,7 @@ def compare(options: Compare) -> None:
     names = names_of(options.runs)
     labels = labels_of(runs, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(runs), *numbers(runs)]
-    print_once(aligned([['', *labels], *rows]))
+    print_once(page.aligned([['', *labels], *rows]))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, runs, names, labels)
     print_once(f'\n  page        {path}')
@@ -84,10 +84,8 @@ def side_by_side(
         from main import start
         from runtime import ranks
 
-        refuse_overruled(parts, config, before)  # before the first is trained
         folders = []
-        for part, changed in parts.items():
-            current, trainer_class = settings_of(part, changed, config)
+        for part, (current, trainer_class) in runs_of(parts, config, before).items():
             ranks.print_once(f'\n{part}: {current.run_dir}')
             start(current, trainer_class)
             folders.append(str(current.run_dir))
@@ -102,23 +100,23 @@ def side_by_side(
     command.run(work, undo)
 
 
-def refuse_overruled(parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config) -> None:
-    """Raise SettingError for a flag that one of the parts would overrule."""
+def runs_of(
+    parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config
+) -> dict[str, tuple[Config, type | None]]:
+    """Settings and trainer class of each part. Raises SettingError for a flag that one of them would overrule."""
+    runs = {}
     for part, changed in parts.items():
-        for name in changed.keys() - {'trainer_class'}:
+        settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
+        trainer_class = settings.pop('trainer_class', None)
+        for name in changed.keys() & settings.keys():
             if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
                 raise SettingError(
                     f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
                     f'Leave out --{name}, or change the file.'
                 )
-
-
-def settings_of(part: str, changed: Mapping[str, Any], config: Config) -> tuple[Config, type | None]:
-    """(settings, trainer class or None) of one part."""
-    settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
-    trainer_class = settings.pop('trainer_class', None)
-    settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
-    return dataclasses.replace(config, **settings), trainer_class
+        settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
+        runs[part] = dataclasses.replace(config, **settings), trainer_class
+    return runs
 
 
 def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
@@ -127,17 +125,10 @@ def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -
     last = [{name: value for line in run.lines for name, value in line.items()} for run in runs]
     shown = [name for name in dict.fromkeys(n for f in last for n in f) if any(fnmatch(name, p) for p in numbers)]
     rows = [[name.removeprefix('final/'), *[f.get(name) for f in last]] for name in shown]
-    print(f'\n{aligned([["", *names], *rows])}', flush=True)
+    print(f'\n{page.aligned([["", *names], *rows])}', flush=True)
     path = Path(f'{folders[0].removesuffix(names[0])}compared.html')
     write_page(path, runs, names_of(folders), names)
     print(f'\n  page        {path}', flush=True)
-
-
-def aligned(rows: Sequence[Sequence[Any]]) -> str:
-    """A table as text; the first row is its head."""
-    text = [[page.text_of(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in text)
 
 
 def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:
@@ -173,17 +164,16 @@ def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
 
 def differences(runs: Sequence) -> list[list]:
     """Settings that are not the same in all runs, without names and places; one that a run lacks has its default."""
-    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(Config()).items()}
+    defaults = page.as_json(vars(Config()))
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     values = {name: [run.config.get(name, defaults.get(name)) for run in runs] for name in names}
-    hidden = ('experiment_name', 'ckpt_dir')
     values['trainer'] = [(run.starts[-1:] or [{}])[0].get('trainer', {}).get('name') for run in runs]
-    return [[name, *v] for name, v in values.items() if name not in hidden and any(x != v[0] for x in v)]
+    return [[name, *v] for name, v in values.items() if name not in page.PLACES and any(x != v[0] for x in v)]
 
 
 def numbers(runs: Sequence) -> list[list]:
     """The step, held-out losses and final metrics of each run; of evaluations, the last of each kind."""
-    found = [{'step': run.lines[-1]['train/step'] if run.lines else 0} | run.final() for run in runs]
+    found = [{'step': run.step} | run.final() for run in runs]
     for run, values in zip(runs, found, strict=True):
         for line in run.evaluations:
             kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))

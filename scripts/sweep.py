@@ -32,22 +32,21 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     if not words or words[0] in ('-h', '--help'):
         print(__doc__)
         sys.exit(0)
-    end = words.index('--') if '--' in words else len(words)
+    end = [*words, '--'].index('--')
     grid: dict[str, list[str]] = {}
     name = ''
     for word in words[:end]:
         if word.startswith('--'):
             name, _, value = word.partition('=')
             grid[name] = [value] if value else []
-        elif not name:
-            raise SettingError(
-                f'{word!r} comes before a flag. Write --setting VALUE VALUE ..., and -- before the rest.'
-            )
-        else:
+        elif name:
             grid[name].append(word)
-    empty = [name for name, values in grid.items() if not values]
-    if empty or not grid:
-        raise SettingError(f'{empty[0] if empty else "The grid"} has no values. Write --setting VALUE VALUE ...')
+        else:
+            text = f'{word!r} comes before a flag. Write --setting VALUE VALUE ..., and -- before the rest.'
+            raise SettingError(text)
+    empty = [name for name, values in grid.items() if not values] or ['The grid'] * (not grid)
+    if empty:
+        raise SettingError(f'{empty[0]} has no values. Write --setting VALUE VALUE ...')
     chosen = itertools.product(*grid.values())
     runs = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
     names = [parse_config(flags).experiment_name for flags in runs]
@@ -65,18 +64,18 @@ def sweep(runs: list[list[str]]) -> None:
     only = os.environ.get('SLURM_ARRAY_TASK_ID')
     if only is not None and int(only) >= len(runs):
         raise SettingError(f'SLURM_ARRAY_TASK_ID={only}: there are runs 0 to {len(runs) - 1}.')
-    chosen = range(len(runs)) if only is None else [int(only)]
-    failed = []
+    chosen, failed = range(len(runs)) if only is None else [int(only)], []
     for i in chosen:
-        print(f'run {i + 1} of {len(runs)}: {" ".join(runs[i])}', flush=True)
+        flags = ' '.join(runs[i])
+        print(f'run {i + 1} of {len(runs)}: {flags}', flush=True)
         code = run_one(runs[i])
         if code == errors.EXIT_STOPPED:
             raise errors.Stopped
-        failed += [' '.join(runs[i])] if code else []
-    folders = [str(parse_config(flags).run_dir) for flags in runs]
-    there = [folder for folder in folders if Path(folder, 'metrics.jsonl').exists()]
+        failed += [flags] if code else []
+    folders = [parse_config(flags).run_dir for flags in runs]
+    there = [folder for folder in folders if (folder / 'metrics.jsonl').exists()]
     if only is None and len(there) > 1:
-        compare.compare(compare.Compare(tuple(there), str(Path(there[0]).parent / 'sweep.html')))
+        compare.compare(compare.Compare(tuple(map(str, there)), str(there[0].parent / 'sweep.html')))
     if failed:
         raise SettingError(f'{len(failed)} of {len(chosen)} runs failed, see above: {"; ".join(failed)}')
 
@@ -86,7 +85,6 @@ def run_one(flags: list[str]) -> int:
     from runtime import stopping
 
     run = subprocess.Popen(['sh', str(ROOT / 'run.sh'), *flags])
-
     pass_on = lambda signum, frame: run.send_signal(signum)  # noqa: E731
     previous = {name: signal.signal(name, pass_on) for name in stopping.STOP_SIGNALS}
     try:

@@ -73,7 +73,7 @@ def test_data_of_one_class_or_none_have_no_label_agreement(tiny_config, build_tr
 @pytest.mark.parametrize(('dataset', 'network'), [('digits', 'unet'), ('moons', 'mlp')])
 def test_small_grey_images_and_points_are_judged_by_their_values(tiny_config, build_trainer, dataset, network):
     data = build_trainer(tiny_config(dataset=dataset, network=network)).judge.data
-    assert detectors.default_detector(data) == 'pixels'
+    assert detectors.get_detector(data).name == 'pixels'
     x = data.held_out.everything()[0]
     features = detectors.pixels(data, '').features(x)
     assert torch.equal(features, 2 * x.flatten(1) - 1 if dataset == 'digits' else x)

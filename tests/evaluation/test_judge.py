@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data_utils import DATASETS, DataSpec
 from evaluation import detectors, judge
 from scripts.evaluate import Evaluate, evaluate
-from tests.helpers import record_of
+from tests.helpers import record_of, run_ranks
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
 from training.run_record import write_start
@@ -279,3 +279,75 @@ def test_without_classes_in_the_network_none_agree(tiny_config, build_trainer, c
     trainer = build_trainer(tiny_config(dataset='colour', label_dropout=1.0))
     x, label, *_ = trainer.test_loader.everything()
     assert 'label_agreement' not in distances(trainer, x, label)
+
+
+# ---------------------------------------------------------------- what all ranks must agree on
+
+
+ON_TWO_RANKS = """
+import contextlib, io, json, sys, types
+from pathlib import Path
+
+import torch
+
+from evaluation import detectors
+from evaluation.judge import Judge, Looked
+from runtime import ranks
+
+ranks.setup()
+rank, n = ranks.rank(), 24
+x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+detectors.features_of_data = lambda *_: (x, x)
+mine = torch.tensor(ranks.my_items(n)).split(6)
+detector = detectors.Detector(lambda x: x, '', '', predict=lambda x: torch.zeros(len(x)))
+
+
+def compared(odd):
+    looked = Looked(detector)
+    for i, rows in enumerate(mine):
+        looked.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
+    return Judge.compared(types.SimpleNamespace(data=None), looked, n)
+
+
+def errors(*_):
+    if rank == 1:
+        raise ValueError('of rank 1')
+
+
+def has_reference():
+    judge = types.SimpleNamespace(
+        experiment=types.SimpleNamespace(has_reference=True, get_model_fn=lambda module: None),
+        batches=types.SimpleNamespace(example=types.SimpleNamespace(t=torch.zeros(2))),
+        judged_weights=lambda: ('raw', None),
+        record=types.SimpleNamespace(apart=contextlib.nullcontext),
+        reference=types.SimpleNamespace(errors=errors),
+    )
+    return Judge.has_reference.func(judge)
+
+
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    found = dict(odd=compared(True), known=compared(False), has_reference=has_reference())
+Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found | dict(printed=printed.getvalue())))
+"""
+
+
+def test_ranks_agree_whether_labels_are_classes_and_say_which_network_is_not_a_denoiser(tmp_path):
+    """Also where only one of them has found the reason."""
+    first, second = run_ranks(ON_TWO_RANKS, tmp_path, [0, 1])
+    for found in (first, second):
+        assert found['known']['label_agreement'] == 0.25 and 'frechet' in found['known']
+        assert 'label_agreement' not in found['odd'] and found['odd']['frechet'] == found['known']['frechet']
+        assert found['has_reference'] is False
+    assert 'eval/reference is left out: this network cannot be evaluated as a denoiser (of rank 1)' in first['printed']
+
+
+class LogsTrials(ExampleDiffusionTrainer):
+    def loss_fn(self, batch, model_fn):
+        self.log('trial', float(batch is self.example))
+        return super().loss_fn(batch, model_fn)
+
+
+def test_a_trial_of_the_loss_is_not_among_the_held_out_losses(tiny_config, build_trainer):
+    """Also where nobody called `rehearse`."""
+    values = build_trainer(tiny_config(), LogsTrials).judge.held_out_losses(12)
+    assert values['eval/trial'] == values['eval/trial_ema_0.999'] == 0

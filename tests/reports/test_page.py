@@ -9,12 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from config import SettingError
 from reports import page
 from scripts.compare import Compare, compare, labels_of
 from settings.names import cut_middle
 from tests.helpers import record_of
+from trainer import ExampleDiffusionTrainer
 
 
 class Page(html.parser.HTMLParser):
@@ -54,9 +56,9 @@ class Page(html.parser.HTMLParser):
 def trained(tiny_config, build_trainer):
     """`trained(name, **settings)`: the folder of a finished run, with its report."""
 
-    def make(name, **settings):
+    def make(name, trainer_class=None, **settings):
         config = tiny_config(experiment_name=name, sample_every=6, **settings)
-        build_trainer(config).train_loop()
+        build_trainer(config, trainer_class).train_loop()
         return config.run_dir
 
     return make
@@ -80,6 +82,24 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     assert seen.text.count('<svg') == 0 and (folder / 'report.html').read_text().count('<svg') >= 6
     settings = dict(re.findall(r'<tr><td>(\w+)</td><td>([^<]*)</td></tr>', (folder / 'report.html').read_text()))
     assert settings['channels'] == '16' and settings['num_training_steps'] == '12' and 'seed' not in settings
+
+
+class Inked(ExampleDiffusionTrainer):
+    def after_sampling(self, name, x, inputs):
+        grey = torch.full((3, 4, 5), 10 * self.step, dtype=torch.uint8)
+        self.picture('ink', grey)
+        self.picture(f'ink_{name}', grey + 1)
+
+
+def test_pictures_of_an_experiment_are_on_the_page_the_newest_of_each_name(trained):
+    folder = trained('a', Inked)
+    inside = [base64.b64decode(image.split(',')[1]) for image in Page(folder / 'report.html').images]
+    ways = [f'{sampler}_{weights}' for sampler in ('adams', 'sde_dpmpp_2m') for weights in ('ema_0.999', 'raw')]
+    newest = ['ink', *(f'ink_step_0000012_{way}' for way in ways)]
+    pictures = {path.stem: path.read_bytes() for path in (folder / 'samples').glob('ink*.png')}
+    assert pictures.keys() == {*newest, *(f'ink_step_0000006_{way}' for way in ways)}
+    assert [inside.count(pictures[name]) for name in newest] == [1, 4, 4, 4, 4]  # the four are alike
+    assert pictures[f'ink_step_0000006_{ways[0]}'] not in inside
 
 
 def run_of(lines, **config):
@@ -126,7 +146,7 @@ def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
     both = page.sweep_plots([line(n, guidance=g) for n in (4, 8) for g in (1.0, 2.0)])
     assert len(both) == 2 and {'guidance_scale 1', 'guidance_scale 2'} <= numbers_in(both[0])
     assert {'nfe 4', 'nfe 8'} <= numbers_in(both[1])
-    assert page.cell_of(dict(nfe=0, num_sample_steps=7), 'nfe') == '7 steps'
+    assert page.evaluations([dict(nfe=0, num_sample_steps=7), dict(nfe=3)]) == [['nfe'], ['7 steps'], [3]]
 
 
 def test_numbers_on_axes_are_plain():

@@ -8,7 +8,8 @@ import pytest
 import main
 from config import Config
 from evaluation import judge
-from scripts.compare import aligned, side_by_side
+from reports.page import aligned
+from scripts.compare import side_by_side
 from tests.helpers import TINY, as_flags
 from trainer import ExampleDiffusionTrainer
 

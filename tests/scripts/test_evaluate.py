@@ -13,9 +13,11 @@ import torch
 from config import SettingError
 from evaluation import detectors
 from main import load_run
+from reports import page
 from scripts import evaluate as program
 from scripts.evaluate import Evaluate
 from scripts.generate import Generate, generate
+from scripts.samples import Samples
 from tests.helpers import ROOT, launch_env
 
 
@@ -58,11 +60,11 @@ def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge
         'step weights solver nfe guidance_scale num seed detector detector_digest data train_images commit time_grid'
     )
     assert set(named.split()) <= first[0].keys() and first[0]['step'] == 12
-    monkeypatch.setattr(program.Evaluation, 'numbers', lambda *_: 1 / 0)
+    monkeypatch.setattr(Samples, 'numbers', lambda *_: 1 / 0)
     assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == first
     with pytest.raises(ZeroDivisionError):
         judge(seed=1)
-    text = program.table(first)
+    text = page.aligned(page.evaluations(first), str.rjust)
     assert len(text.splitlines()) == 5 and {'frechet', 'label_agreement'} <= set(text.split())
     assert 'bits_per_dim' not in text  # in no line
 
@@ -124,7 +126,7 @@ def test_bits_are_those_of_the_likelihood_of_the_held_out_images(run, monkeypatc
 
     monkeypatch.setattr('evaluation.likelihood.log_likelihood', likelihood)
     trainer = load_run(run)
-    found = program.bits(trainer, 6)
+    found = trainer.judge.bits_per_dim(trainer.network, 6)
     assert found['bits_per_dim'] == pytest.approx(2.5 + math.log2(17 / 2))
     assert found['bits_per_dim_error'] == pytest.approx(np.std(np.arange(6), ddof=1) / 6**0.5)
     x, label, *_ = trainer.test_loader.take(range(6))

@@ -16,7 +16,7 @@ from reports.plots import image_grid
 from runtime import errors
 from scripts import generate as program
 from scripts.generate import Generate
-from scripts.sample_files import Output
+from scripts.samples import Output, labels_of
 from tests.helpers import ROOT, launch_env, wait_until
 from training.experiment import SampleInputs
 from utils import NoiseOfEach
@@ -241,7 +241,7 @@ def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, m
             return 2 * inputs.x1 - 1
 
     trainer.__class__ = Own
-    monkeypatch.setattr('main.load_run', lambda *args, **kwargs: trainer)
+    monkeypatch.setattr('scripts.samples.load_run', lambda *args, **kwargs: trainer)
     program.generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=30, batch_size=7))
     assert set(asked) == {30}
     assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
@@ -257,6 +257,6 @@ def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, 
 
 def test_classes_of_a_run_without_any_are_refused():
     with pytest.raises(SettingError, match='the run has learned no classes'):
-        program.labels_of(Generate('', '', labels='3'), 10, 1.0)
+        labels_of('3', 10, 1.0)
     with pytest.raises(SettingError, match='the run has no classes'):
-        program.labels_of(Generate('', '', labels='3'), 0, 0.0)
+        labels_of('3', 0, 0.0)

@@ -6,18 +6,18 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from scripts.sample_files import Output
+from scripts.samples import Output
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
 
 def test_files_are_found_by_number(tmp_path):
-    out = Output(str(tmp_path / 'x'), 2000, True, {})
+    out = Output(str(tmp_path / 'x'), True, {})
     assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
 
 
 def test_a_folder_holds_each_image_and_a_grid(tmp_path):
-    out = Output(str(tmp_path / 'x'), 6, True, {})
+    out = Output(str(tmp_path / 'x'), True, {})
     out.claim()
     out.add([0, 3], X[[0, 3]], None)
     assert out.drawn() == {0, 3}
@@ -30,7 +30,7 @@ def test_a_folder_holds_each_image_and_a_grid(tmp_path):
 
 
 def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
-    out = Output(str(tmp_path / 'x.npz'), 6, False, {})
+    out = Output(str(tmp_path / 'x.npz'), False, {})
     out.claim()
     label = torch.arange(6)
     out.add([4, 5], X[4:], label[4:])
@@ -47,11 +47,11 @@ def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
 
 def test_samples_that_are_not_images_need_a_file(tmp_path):
     with pytest.raises(SettingError, match='not images'):
-        Output(str(tmp_path / 'x'), 6, False, {})
+        Output(str(tmp_path / 'x'), False, {})
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
-    Output(str(tmp_path / 'x'), 6, True, dict(seed=0, pair=(1, 2))).claim()
-    Output(str(tmp_path / 'x'), 9, True, dict(seed=0, pair=(1, 2))).claim()
+    Output(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
+    Output(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
     with pytest.raises(SettingError, match=r'of other settings \(there -> now\): seed: 0 -> 1. Pass another --out'):
-        Output(str(tmp_path / 'x'), 6, True, dict(seed=1, pair=(1, 2))).claim()
+        Output(str(tmp_path / 'x'), True, dict(seed=1, pair=(1, 2))).claim()
