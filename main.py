@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
 from runtime import command
-from runtime.importing import refuse_to_train
+from runtime.importing import import_class, import_file, refuse_to_train
 from settings.same_run import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     folder = checkpoint.parent
     start = run_record.read_start(folder)
     if start.get('script'):
-        run_record.import_file(start['script'])
-    trainer_class, config_class = (run_record.import_class(**start[name]) for name in ('trainer', 'config'))
+        import_file(start['script'])
+    trainer_class, config_class = (import_class(**start[name]) for name in ('trainer', 'config'))
     config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:

@@ -189,6 +189,12 @@ def is_first_of_machine() -> bool:
     return is_alone() or os.environ.get('LOCAL_RANK', '0') == '0'
 
 
+def cores_per_process() -> int:
+    """CPU cores for each of this machine's training processes, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def in_turns(fn: Callable[[], T]) -> T:
     """The result of `fn`, run on rank 0 first, then on the first process of each other machine, whose disk may be its
     own, then on all others: one process downloads, the others find the files. What it raises is raised on all."""

@@ -8,8 +8,7 @@ bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
 first_images.py  conclusions from the first images: are x0 and x1 independent, is the scale right
 advice.py        warnings about settings that learn badly, with flags that help
-checkpoints.py   what a checkpoint holds, and how it is put back
-writer.py        writes checkpoints in a thread
+checkpoints.py   what a checkpoint holds, how it is written in a thread, and how it is put back
 posthoc.py       averaged weights of a length that is chosen after training
 run_folder.py    the folder of a run: name, lock, newest whole checkpoint, which run it holds
 run_record.py    what identifies a run, and run.json: code, command and versions of each start

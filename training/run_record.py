@@ -1,7 +1,6 @@
 """The origin of a run: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import os
@@ -21,11 +20,10 @@ from config import Config, SettingError
 from runtime import ranks
 from runtime.errors import SaveError
 from runtime.files import write_text
-from runtime.importing import only_importing
+from runtime.importing import ROOT
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
-ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
 
 
@@ -80,56 +78,6 @@ def where(cls: type) -> dict[str, str | None]:
 def from_root(file: Path | None) -> str | None:
     """A path as run.json has it: relative to the project if it is inside."""
     return file and str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
-
-
-def import_class(file: str | None, name: str) -> type:
-    """The class `name` of `file`, an entry's trainer or config: `import_class(**read_start(run_dir)['trainer'])`.
-
-    Raises SettingError if the file or the class is gone.
-    """
-    if file is None:
-        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
-    found: Any = import_file(file)
-    for part in name.split('.'):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
-    return found
-
-
-def import_file(file: str) -> Any:
-    """A file, relative to the project if it is inside, as a module: the existing one, if it was imported or run before.
-
-    Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
-    Raises SettingError if it is gone, or calls `main` outside that part.
-    """
-    path = (ROOT / file).resolve()
-    found = loaded_module(path)
-    if found is None:
-        if not path.is_file():
-            raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
-        module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None, 'a Python file has a loader'
-        found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        try:
-            with only_importing(path):
-                spec.loader.exec_module(found)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return found
-
-
-def loaded_module(path: Path) -> Any:
-    """The module that was imported or is run from this file, if any."""
-    for module in list(sys.modules.values()):
-        file = getattr(module, '__dict__', {}).get('__file__')
-        if isinstance(file, str) and Path(file).name == path.name and Path(file).resolve() == path:
-            return module
-    return None
 
 
 # ---------------------------------------------------------------- run.json
