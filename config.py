@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SettingError, choose
-from settings import names, rules
-from settings.same_run import class_defaults
+from settings import rules, same_run
 
 __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
 
@@ -232,11 +231,11 @@ class Config:
 
     def baseline(self) -> dict[str, Any]:
         """The value that every setting would have with this preset and `debug`, and no other flag."""
-        return class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
+        return same_run.class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
 
     def default_name(self, *more: str) -> str:
         """The name of a run that was given none: the preset, the settings that differ, and `more`."""
-        return names.default_name(self, PRESETS, *more)
+        return same_run.default_name(self, PRESETS, *more)
 
     @property
     def run_dir(self) -> Path:

@@ -18,8 +18,7 @@ import tyro
 from config import Config, SettingError
 from reports import page
 from runtime import command, files
-from settings.names import cut_middle, folder_name, in_name
-from settings.same_run import FREE_ON_RESUME, changes
+from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,5 @@
 
 flags.py      command line -> settings, and which value wins
 rules.py      which values are right, each and together
-names.py      the default name of a run
-same_run.py   what a resumed run may change, and how two configs differ
+same_run.py   what a resumed run may change, how two configs differ, and the default name of a run
 """

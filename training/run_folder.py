@@ -22,8 +22,7 @@ from config import Config, SettingError
 from runtime import ranks
 from runtime.files import link_as, try_lock, write_text
 from runtime.ranks import print_once
-from settings.names import in_name
-from settings.same_run import changes, differences
+from settings.same_run import changes, differences, in_name
 
 
 def last_path(config: Config) -> Path:
