@@ -28,20 +28,13 @@ def main(
     config = flags(argv, config_class)
 
     def work() -> None:
-        nonlocal config
         import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
         from training import run_folder, run_record
 
         run_record.refuse_unlike(config)
-        config = run_folder.settle_name(config, trainer_class)
-        start(config, trainer_class)
+        start(run_folder.settle_name(config, trainer_class), trainer_class)
 
-    def undo() -> None:
-        from training import run_folder
-
-        run_folder.discard_new(config)
-
-    command.run(work, undo)
+    command.run(work)
 
 
 def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
@@ -56,13 +49,19 @@ def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config
 
 
 def start(config: Config, trainer_class: type | None) -> None:
-    """The run, or with `check` its rehearsal."""
-    if config.check:
-        from reports.dry_run import dry_run
+    """The run, or with `check` its rehearsal. One that is refused leaves no new folder behind."""
+    from training import run_folder
 
-        dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
-    else:
-        train(config, trainer_class)
+    try:
+        if config.check:
+            from reports.dry_run import dry_run
+
+            dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
+        else:
+            train(config, trainer_class)
+    except SettingError:
+        run_folder.discard_new(config)
+        raise
 
 
 def build(config: Config, trainer_class: type | None = None, read_from: Path | None = None) -> 'BaseDiffusionTrainer':

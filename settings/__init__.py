@@ -1,6 +1,5 @@
 """What config.py needs of the settings. Nothing here imports config.py or torch.
 
-flags.py      command line -> settings, and which value wins
 rules.py      which values are right, each and together
 same_run.py   what a resumed run may change, how two configs differ, and the default name of a run
 """

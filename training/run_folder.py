@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import saving
 from config import Config, SettingError
@@ -23,6 +23,8 @@ from runtime import ranks
 from runtime.files import link_as, try_lock, write_text
 from runtime.ranks import print_once
 from settings.same_run import changes, differences, in_name
+
+T = TypeVar('T')
 
 
 def last_path(config: Config) -> Path:
@@ -37,10 +39,9 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
     """
     if config.experiment_name != config.default_name():
         return config
-    more = [trainer_class.__name__] if trainer_class is not None else []
 
     def free_name() -> str:
-        taken = ''
+        more, taken = [trainer_class.__name__] if trainer_class is not None else [], ''
         while True:
             name = config.default_name(*more)
             folder = Path(config.ckpt_dir, name)
@@ -49,13 +50,12 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
             except (OSError, ValueError):  # no run, or one that `claim` compares by its checkpoints
                 other = {}
             if not other:
-                break
+                if taken:
+                    print_once(f'{taken}, so this run is called {name}')
+                return name
             what = '; '.join(f'{setting}: {before} -> {now}' for setting, (before, now) in other.items())
             taken = taken or f'{folder} holds a run with other settings ({what})'
             more.extend(in_name(setting, now) for setting, (_, now) in other.items())
-        if taken:
-            print_once(f'{taken}, so this run is called {name}')
-        return name
 
     return dataclasses.replace(config, experiment_name=ranks.on_main(free_name))
 
@@ -179,17 +179,15 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
     Locks the folder and writes config.json. Raises SettingError if the folder cannot be written, is in use, holds
     another run (see refuse_other), or damaged checkpoints only.
     """
-    found: dict[str, Any] | None = None  # on rank 0
+    last = last_path(config)
 
-    def claim_on_main() -> bool:
-        nonlocal found
+    def claim_first() -> dict[str, Any] | None:
         try:
-            found = claim(config, identity)
+            return claim(config, identity)
         except OSError as error:
             raise SettingError(
                 f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.'
             ) from error
-        return found is not None
 
     def refuse_elsewhere() -> None:
         if last.exists():
@@ -198,10 +196,8 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
                 'folder there, put ckpt_dir on a disk that all machines share, or pass another --experiment_name.'
             )
 
-    last = last_path(config)
-    if not ranks.on_main(claim_on_main):
-        return ranks.on_each(refuse_elsewhere)
-    return load_on_all(last, lambda: found or saving.load(last))
+    found = load_on_all(last, lambda: saving.load(last), claim_first)
+    return ranks.on_each(refuse_elsewhere) if found is None else found
 
 
 def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
@@ -230,23 +226,23 @@ def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
     return checkpoint
 
 
-def load_on_all(path: Path, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The checkpoint that `load()` gives on rank 0, on every rank; what it raises there is raised on all.
-
-    It is read from the disk if every machine has the same file, else rank 0 sends it.
+def load_on_all(path: Path, load: Callable[[], T], load_first: Callable[[], T] | None = None) -> T:
+    """The checkpoint, or None, that `load_first()` (default: `load`) gives on rank 0, on every rank; what it raises
+    there is raised on all. The others `load` it if every machine has the same file, else rank 0 sends it.
     """
     if ranks.world_size() == 1:
-        return load()
-    mine: list[dict[str, Any]] = []
+        return (load_first or load)()
+    mine: list[T] = []
 
-    def load_first() -> tuple[int, int]:
-        mine.append(load())
-        return mark_of(path)
+    def first() -> tuple[int, int] | None:
+        mine.append((load_first or load)())
+        return None if mine[0] is None else mark_of(path)
 
-    mark = ranks.on_main(load_first)
-    if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
-        return ranks.on_each(lambda: mine[0] if mine else load())
-    print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
+    mark = ranks.on_main(first)
+    if mark is not None:
+        if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
+            return ranks.on_each(lambda: mine[0] if mine else load())
+        print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
     return ranks.on_main(lambda: mine[0])
 
 

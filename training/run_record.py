@@ -136,10 +136,9 @@ def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
     code = {file: ROOT / file for file in files}
     if (script := users_script()) is not None:  # anywhere
         code[Path(script.name)] = script
-    packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
     return {
         **{f'the code in {name}': checksum(path) for name, path in code.items()},
-        **{f'version of {name}': version for name, version in packages.items()},
+        **{f'version of {name}': importlib.metadata.version(name) for name in ('torch', 'numpy')},
         'version of python': platform.python_version(),
         **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
     }
