@@ -1,4 +1,4 @@
-"""Checkpoint files: named objects in one file, whole or not there, loadable with weights_only=True.
+"""Checkpoint files: named objects in one file, loadable with weights_only=True.
 
 A training checkpoint holds:
 version, config        the version of the format; the settings as a dict
@@ -26,7 +26,6 @@ from torch import nn
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
-from runtime.files import sync, whole
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
@@ -41,17 +40,9 @@ class DamagedCheckpoint(SettingError):
 def save(path: str | Path, **objects: Any) -> None:
     """Write objects under their names: the state_dict of what has one, plain values as they are.
 
-    A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
-    is full; the old file is then untouched.
+    The file is on the disk when this returns, but not whole before: give it a temporary path of `runtime.files.whole`.
+    Raises OSError or RuntimeError if the disk is full.
     """
-    path = Path(path)
-    with whole(path) as temporary:
-        write(temporary, **objects)
-    sync(path.parent)
-
-
-def write(path: Path, **objects: Any) -> None:
-    """`save` to a new file, which is on the disk when this returns."""
     states = {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
     with open(path, 'wb') as file:
         torch.save(states, file)
@@ -59,7 +50,7 @@ def write(path: Path, **objects: Any) -> None:
         os.fsync(file.fileno())
 
 
-def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """The objects of `save`, by name.
 
     Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole.
@@ -72,7 +63,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         )
     try:
         check_archive(path)
-        found = torch.load(path, map_location=map_location, weights_only=True)
+        found = torch.load(path, map_location='cpu', weights_only=True)
         if isinstance(found, dict) and isinstance(found.get('config'), dict):
             found['config'] = migrated(found['config'])
         return found

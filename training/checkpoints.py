@@ -250,7 +250,7 @@ def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False
     last = last_path(config)
     names = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
     with whole(last) as temporary:
-        saving.write(temporary, version=saving.VERSION, config=dataclasses.asdict(config), **objects)
+        saving.save(temporary, version=saving.VERSION, config=dataclasses.asdict(config), **objects)
         for newer, older in reversed(list(itertools.pairwise(names))):
             if newer.exists() and not again:
                 link_as(newer, older)

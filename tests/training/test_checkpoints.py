@@ -344,7 +344,7 @@ def test_a_write_that_fails_is_tried_again_and_then_an_error_that_names_the_fold
 def test_failed_writes_leave_all_earlier_saves_as_they_were(tiny_config, monkeypatch):
     config = tiny_config(keep_last=3)
     run_of(config, [1, 2, 3])
-    before = {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')}
+    before = files_of(config.run_dir)
 
     def full(state, file):
         file.write(b'half')
@@ -354,7 +354,21 @@ def test_failed_writes_leave_all_earlier_saves_as_they_were(tiny_config, monkeyp
     for _ in range(3):
         with pytest.raises(OSError, match='No space'):
             write_checkpoint(config, dict(step=4))
-    assert {path.name: path.read_bytes() for path in config.run_dir.glob('*.pt')} == before
+    assert files_of(config.run_dir) == before
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(tiny_config, monkeypatch):
+    config, write, seen = tiny_config(), torch.save, []
+    run_of(config, [7])
+
+    def write_and_look(state, file):
+        write(state, file)
+        file.flush()
+        seen.append(saving.load(last_path(config))['step'])
+
+    monkeypatch.setattr(torch, 'save', write_and_look)
+    write_checkpoint(config, dict(step=8))
+    assert seen == [7] and saving.load(last_path(config))['step'] == 8
 
 
 def test_a_save_of_the_same_step_leaves_the_one_before(tiny_config):
