@@ -10,9 +10,9 @@ import dataclasses
 import io
 import itertools
 import pickle
-import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +177,9 @@ class Writer:
     """Writes one checkpoint at a time, in a thread: training waits only while the state is copied. Rank 0 only."""
 
     def __init__(self, config: Config):
-        self.config = config
-        self.copy: dict[str, Any] | None = None  # the last state; its memory is reused, which is faster than new memory
-        self.thread: threading.Thread | None = None
-        self.error: SaveError | None = None
+        self.config, self.pool = config, ThreadPoolExecutor(1)
+        self.copy: Any = None  # the last state; its memory is reused, which is faster than new memory
+        self.writing: Future[None] | None = None  # the last write, with its error
         self.step: int | None = None  # the step of the last.pt that this writer has written
 
     def write(self, objects: dict[str, Any], keep: bool) -> None:
@@ -189,19 +188,17 @@ class Writer:
         self.copy = to_host(objects, self.copy)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.thread = threading.Thread(target=self._write, args=(self.copy, keep))
-        self.thread.start()
+        self.writing = self.pool.submit(self._write, self.copy, keep)
 
     def join(self) -> None:
         """Return when nothing is being written."""
-        if self.thread is not None:
-            self.thread.join()
+        if self.writing is not None:
+            self.writing.exception()
 
     def wait(self) -> None:
         """`join`, and raise SaveError if a write failed."""
-        self.join()
-        if self.error is not None:
-            raise self.error
+        if self.writing is not None:
+            self.writing.result()
 
     def _write(self, objects: dict[str, Any], keep: bool) -> None:
         step = objects['step']
@@ -214,13 +211,12 @@ class Writer:
                 # torch raises RuntimeError for a full disk
                 if seconds is None or not isinstance(error, (OSError, RuntimeError)):
                     cause = error.__context__ if isinstance(error.__context__, OSError) else error
-                    self.error = SaveError(
+                    stopping.ask_to_stop()  # on all ranks, at the end of this step
+                    raise SaveError(
                         f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {step} cannot be written '
                         f'({cause}). Earlier checkpoints in {self.config.run_dir} are untouched. Make room there, and '
                         'the same command resumes from the last of them.'
-                    )
-                    stopping.ask_to_stop()  # on all ranks, at the end of this step
-                    return
+                    ) from error
                 print_once(f'the checkpoint of step {step} could not be written ({error}); trying again in {seconds} s')
                 time.sleep(seconds)
 

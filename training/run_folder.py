@@ -1,7 +1,7 @@
 """The folder of a run: its name, its lock, and the checkpoint that the run resumes from.
 
 It holds last.pt, the checkpoints before it (last-1.pt, ...), step_N.pt, config.json and a lock, as well as the record
-(logging_utils.py, run_record.py). writer.py writes the checkpoints.
+(logging_utils.py, run_record.py). checkpoints.py writes the checkpoints.
 """
 
 import dataclasses
@@ -128,25 +128,22 @@ class Identity:
 def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity | None = None) -> None:
     """Raise SettingError if a checkpoint is from another experiment than `config` and `identity`: another config,
     trainer class, data set, or, without same_code, other code. What an older checkpoint lacks is not compared."""
-    changed = differences(checkpoint['config'], config)
-    if changed:
-        raise SettingError(
-            f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
-            'Pass another --experiment_name, or the saved values to resume it.'
-        )
+
+    def refuse(what: str, how: str, remedy: str) -> None:
+        raise SettingError(f'{what} (saved -> now): {how}. Pass another --experiment_name, or {remedy} to resume it.')
+
+    folder = config.run_dir
+    if changed := differences(checkpoint['config'], config):
+        refuse(f'{folder} holds a run with another config', '; '.join(changed), 'the saved values')
     if identity is None:
         return
     trainer, data = checkpoint.get('trainer', identity.trainer), checkpoint.get('data', identity.data)
     if trainer != identity.trainer:
-        raise SettingError(
-            f'{config.run_dir} holds a run of another trainer (saved -> now): {trainer} -> {identity.trainer}. '
-            'Pass another --experiment_name, or run the script of the saved one to resume it.'
-        )
+        how = f'{trainer} -> {identity.trainer}'
+        refuse(f'{folder} holds a run of another trainer', how, 'run the script of the saved one')
     if data != identity.data:
-        raise SettingError(
-            f'data_dir={config.data_dir!r}: the data are not those that the run in {config.run_dir} was trained on '
-            f'(saved -> now): {data} -> {identity.data}. Pass another --experiment_name, or the old data to resume it.'
-        )
+        what = f'data_dir={config.data_dir!r}: the data are not those that the run in {folder} was trained on'
+        refuse(what, f'{data} -> {identity.data}', 'the old data')
     diff = code_diff(checkpoint.get('code', identity.code), identity.code)
     if diff and not config.same_code:
         more = [f'... and {len(diff) - 40} more lines'] if len(diff) > 40 else []

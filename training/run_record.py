@@ -1,5 +1,6 @@
 """The origin of a run: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
+import contextlib
 import importlib.metadata
 import inspect
 import json
@@ -57,10 +58,8 @@ def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Iden
     for cls in trainer_class.__mro__:
         file = file_of(cls)
         if cls not in base_class.__mro__ and (script is None or file != script):
-            try:
+            with contextlib.suppress(OSError, TypeError):
                 code[name_of(cls)] = inspect.getsource(cls)
-            except (OSError, TypeError):
-                continue
     return Identity(name_of(trainer_class), code, fingerprint)
 
 
@@ -118,13 +117,10 @@ def imported_files() -> list[Path]:
     """The files of the project that this process has imported, relative to ROOT, in order."""
     modules = [getattr(module, '__dict__', {}).get('__file__') for module in list(sys.modules.values())]
     files = {Path(file).resolve() for file in modules if isinstance(file, str) and file.endswith('.py')}
-    environment = Path(sys.prefix).resolve()  # .venv is inside the project
-    inside = environment.is_relative_to(ROOT)
-    return sorted(
-        file.relative_to(ROOT)
-        for file in files
-        if file.is_relative_to(ROOT) and not (inside and file.is_relative_to(environment))
-    )
+    environment = Path(sys.prefix).resolve()
+    if environment.is_relative_to(ROOT):  # .venv
+        files = {file for file in files if not file.is_relative_to(environment)}
+    return sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
 
 
 def checksum(path: Path) -> str:
@@ -157,11 +153,8 @@ def refuse_unlike(config: Config) -> None:
 
     def compare() -> None:
         here = facts_of(config, files)
-        lines = [
-            f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}'
-            for name in {**first, **here}
-            if first.get(name) != here.get(name)
-        ]
+        differ = [name for name in first | here if first.get(name) != here.get(name)]
+        lines = [f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}' for name in differ]
         if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
             raise SettingError(f'init_from={config.init_from!r}: {host} has no such file. Copy it there.')
         if lines:
