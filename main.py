@@ -99,7 +99,8 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see training/posthoc.py), or the raw
     ones, which replaying a step needs. `settings` replace those of the run, such as solver='heun' or guidance_scale=2,
     if they do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
-    SettingError if the run, its script or the weights are not there, or a setting cannot be changed.
+    SettingError if the run, its script or the weights are not there, the script imports modules by their old names, or
+    a setting cannot be changed.
     """
     import saving
     from training import run_record

@@ -103,14 +103,11 @@ def git_state() -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, packages, CUDA and driver; None for what is not there."""
-    on_gpu = torch.cuda.is_available()
+    packages = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')}
     query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
-    return dict(
-        python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')},
-        cuda=torch.version.cuda,
-        driver=((output_of(*query) if on_gpu else None) or '').split('\n')[0] or None,
-    )
+    drivers = (output_of(*query) if torch.cuda.is_available() else None) or ''  # a line for each GPU
+    driver = drivers.partition('\n')[0] or None
+    return dict(python=platform.python_version(), **packages, cuda=torch.version.cuda, driver=driver)
 
 
 def imported_files() -> list[Path]:
@@ -187,20 +184,11 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
     """
 
     def write() -> dict[str, Any]:
-        entry = dict(
-            time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-            step=step,
-            command=command_line(),
-            argv=sys.argv,
-            **git_state(),
-            versions=versions(),
-            host=socket.gethostname(),
-            device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})',
-            processes=ranks.world_size(),
-            script=from_root(users_script()),
-            trainer=where(trainer_class),
-            config=where(type(config)),
-        )
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})'
+        entry: dict[str, Any] = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), step=step)
+        entry |= dict(command=command_line(), argv=sys.argv, **git_state(), versions=versions())
+        entry |= dict(host=socket.gethostname(), device=name, processes=ranks.world_size())
+        entry |= dict(script=from_root(users_script()), trainer=where(trainer_class), config=where(type(config)))
         path = config.run_dir / 'run.json'
         try:
             write_text(path, json.dumps([*read_starts(config.run_dir), entry], indent=2), durable=True)
