@@ -1,9 +1,10 @@
 """Every setting of an experiment: defaults, presets and command-line flags.
 
 The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --base_lr 3e-4`).
-Later wins: field default < PRESETS[preset] < DEBUG (with --debug) < command line.
+Later wins: field default < PRESETS[preset] < network of the checkpoint in --init_from < DEBUG (with --debug) < flags.
 A setting that names a choice (`process_name`, `solver`, ...) is a key of the table that its comment names.
-This file imports no torch, so `--help` is quick. settings/rules.py says which values can be right.
+The text after a setting, a comment or a docstring of one line, is its help. This file imports no torch, so `--help` is
+quick. settings/rules.py says which values can be right.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SettingError, choose
-from settings import names, rules
-from settings.same_run import class_defaults
+from settings import flags, rules, same_run
 
 __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
 
@@ -21,198 +21,132 @@ __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config
 @dataclass(frozen=True)
 class Config:
     # ---------------------------------------------------------------- the run
-    preset: str = 'digits'
-    """Named group of settings, a key of PRESETS in config.py."""
+    preset: str = 'digits'  # Named group of settings, a key of PRESETS in config.py.
     experiment_name: str = ''
     """Folder of the run inside ckpt_dir; empty: preset (or data set) and the settings that differ from the preset."""
-    ckpt_dir: str = 'ckpts'
-    """Folder of all runs."""
-    seed: int = 0
-    """Everything random is a function of (seed, step)."""
-    debug: bool = False
-    """Apply DEBUG of config.py: overfit one batch, log and sample often."""
-    overfit: bool = False
-    """Train on the first global batch of images again and again."""
+    ckpt_dir: str = 'ckpts'  # Folder of all runs.
+    seed: int = 0  # Everything random is a function of (seed, step).
+    debug: bool = False  # Apply DEBUG of config.py: overfit one batch, log and sample often.
+    overfit: bool = False  # Train on the first global batch of images again and again.
     init_from: str = ''
     """Checkpoint whose EMA weights (raw ones if it has none) and network settings start this new run; empty: none."""
-    same_code: bool = False
-    """Resume a run although the code of its experiment has changed since."""
+    same_code: bool = False  # Resume a run although the code of its experiment has changed since.
     check: bool = False
     """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
-    final_eval: bool = True
-    """At the end, draw 1000 samples and compare them with the data."""
-    final_pictures: bool = True
-    """Draw the sample grids of the last step."""
+    final_eval: bool = True  # At the end, draw 1000 samples and compare them with the data.
+    final_pictures: bool = True  # Draw the sample grids of the last step.
 
     # ---------------------------------------------------------------- data
-    dataset: str = 'digits'
-    """Key of DATASETS in data_utils.py."""
+    dataset: str = 'digits'  # Key of DATASETS in data_utils.py.
     data_dir: str = 'data'
     """Folder that data sets are downloaded to and read from, and that has the cache of decoded images."""
     data_path: str = ''
     """Your data: a folder (image_folder; empty: data_dir/image_folder), a file (arrays), a name or folder (hub)."""
-    held_out: int = 0
-    """How many images are held out; 0: the data set's own, else a tenth and at most 1000."""
+    held_out: int = 0  # How many images are held out; 0: the data set's own, else a tenth and at most 1000.
     image_size: tuple[int, ...] = (64,)
     """image_folder, hub: height and width in pixels to which images are resized and cropped; one number is both."""
-    background: str = 'white'
-    """image_folder, hub: colour behind transparent parts, a name or #rrggbb."""
+    background: str = 'white'  # image_folder, hub: colour behind transparent parts, a name or #rrggbb.
     columns: tuple[str, ...] = ()
     """hub: image column and, optionally, class column; empty: found if there is only one of each."""
     skip_unreadable: bool = False
     """image_folder, hub: leave out files that cannot be read, instead of refusing to train."""
-    cache: bool = True
-    """image_folder, hub: decode once into data_dir/cache; off: decode again in every epoch."""
-    num_workers: int = 4
-    """Loader processes per training process, for data sets too large to live on the device."""
-    flip_prob: float = 0.0
-    """Probability that an image is flipped left to right."""
-    rotate_prob: float = 0.0
-    """Probability that an image is turned by 90, 180 or 270 degrees."""
-    translate_prob: float = 0.0
-    """Probability that an image is shifted by up to max_translation pixels."""
-    max_translation: int = 1
-    """Largest shift along each axis, in pixels."""
-    dequantize: bool = False
-    """Add uniform noise of one grey level to the images (needed for densities)."""
+    cache: bool = True  # image_folder, hub: decode once into data_dir/cache; off: decode again in every epoch.
+    num_workers: int = 4  # Loader processes per training process, for data sets too large to live on the device.
+    flip_prob: float = 0.0  # Probability that an image is flipped left to right.
+    rotate_prob: float = 0.0  # Probability that an image is turned by 90, 180 or 270 degrees.
+    translate_prob: float = 0.0  # Probability that an image is shifted by up to max_translation pixels.
+    max_translation: int = 1  # Largest shift along each axis, in pixels.
+    dequantize: bool = False  # Add uniform noise of one grey level to the images (needed for densities).
 
     # ---------------------------------------------------------------- process: xt = alpha(t) x0 + sigma(t) x1
-    process_name: str = 'rf'
-    """Key of PROCESSES in processes.py."""
-    beta_min: float = 0.1
-    """linear_vp: noise rate at t = 0."""
-    beta_max: float = 20.0
-    """linear_vp: noise rate at t = 1."""
-    sigma_min: float = 0.01
-    """ve: noise standard deviation at t = 0."""
-    sigma_max: float = 80.0
-    """ve: noise standard deviation at t = 1."""
-    t_min: float = 0.001
-    """Smallest time in training and sampling (0 is the data)."""
-    t_max: float = 0.999
-    """Largest time in training and sampling (1 is the noise)."""
+    process_name: str = 'rf'  # Key of PROCESSES in processes.py.
+    beta_min: float = 0.1  # linear_vp: noise rate at t = 0.
+    beta_max: float = 20.0  # linear_vp: noise rate at t = 1.
+    sigma_min: float = 0.01  # ve: noise standard deviation at t = 0.
+    sigma_max: float = 80.0  # ve: noise standard deviation at t = 1.
+    t_min: float = 0.001  # Smallest time in training and sampling (0 is the data).
+    t_max: float = 0.999  # Largest time in training and sampling (1 is the noise).
 
     # ---------------------------------------------------------------- output and loss
     model_type: str = 'velocity'
     """What the network outputs: x0, x1 (noise), score, velocity, v or F (EDM's preconditioned output)."""
-    target_type: str = 'velocity'
-    """What the squared error compares: x0, x1, score, velocity, v or F."""
-    loss_weight: str = 'none'
-    """Factor on the squared error by noise level, a key of LOSS_WEIGHTS in prediction.py."""
-    time_sampler: str = 'logit_normal'
-    """Density of training times, a key of TIME_SAMPLERS in time_samplers.py."""
-    time_mean: float = 0.0
-    """logit_normal: mean of logit(t); log_normal: mean of log(sigma / alpha), -1.2 in EDM."""
+    target_type: str = 'velocity'  # What the squared error compares: x0, x1, score, velocity, v or F.
+    loss_weight: str = 'none'  # Factor on the squared error by noise level, a key of LOSS_WEIGHTS in prediction.py.
+    time_sampler: str = 'logit_normal'  # Density of training times, a key of TIME_SAMPLERS in time_samplers.py.
+    time_mean: float = 0.0  # logit_normal: mean of logit(t); log_normal: mean of log(sigma / alpha), -1.2 in EDM.
     time_std: float = 1.0
     """logit_normal: standard deviation of logit(t); log_normal: of log(sigma / alpha), 1.2 in EDM."""
     stratified: bool = True
     """Spread the times of a global batch evenly (less variance), instead of drawing them independently."""
-    antithetic: bool = False
-    """Draw the times of a global batch in mirrored pairs, u and 1 - u; needs --no_stratified."""
+    antithetic: bool = False  # Draw the times of a global batch in mirrored pairs, u and 1 - u; needs --no_stratified.
     label_dropout: float = 0.0
     """Probability that a label becomes the null class in training: 0 conditional only, 1 unconditional."""
 
     # ---------------------------------------------------------------- network
-    network: str = 'unet'
-    """Key of NETWORKS in networks/table.py."""
-    channels: int = 24
-    """Channels of the UNet's first level."""
+    network: str = 'unet'  # Key of NETWORKS in networks/table.py.
+    channels: int = 24  # Channels of the UNet's first level.
     channel_mults: tuple[int, ...] = (1, 2)
     """Channels of each level, in units of `channels`; each level halves the resolution."""
-    num_res_blocks: int = 1
-    """Residual blocks per level."""
+    num_res_blocks: int = 1  # Residual blocks per level.
     attention_resolutions: tuple[int, ...] = ()
     """Levels, by their longer side in pixels, that have self-attention; the middle always has."""
     dit_size: str = 'S'
     """Depth, width and heads of the paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
-    dit_depth: int = 0
-    """Transformer blocks; 0: those of dit_size."""
-    dit_width: int = 0
-    """Channels of a token; 0: those of dit_size."""
-    dit_heads: int = 0
-    """Attention heads; 0: those of dit_size."""
-    dit_patch: int = 2
-    """Side of a patch in pixels; each patch is a token, and images are padded to whole ones."""
-    dropout: float = 0.0
-    """Dropout probability inside residual blocks."""
-    time_input: str = 't'
-    """How the network gets the time: t or log_snr."""
+    dit_depth: int = 0  # Transformer blocks; 0: those of dit_size.
+    dit_width: int = 0  # Channels of a token; 0: those of dit_size.
+    dit_heads: int = 0  # Attention heads; 0: those of dit_size.
+    dit_patch: int = 2  # Side of a patch in pixels; each patch is a token, and images are padded to whole ones.
+    dropout: float = 0.0  # Dropout probability inside residual blocks.
+    time_input: str = 't'  # How the network gets the time: t or log_snr.
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for the scale of the network's input, F, weight edm, grid logistic."""
 
     # ---------------------------------------------------------------- batches and steps
-    global_batch_size: int = 128
-    """Images per optimizer step, over all processes and accumulation steps."""
-    batch_shards: int = 8
-    """Parts in which a global batch is drawn; a multiple of processes x accumulation_steps."""
-    accumulation_steps: int = 1
-    """Backward passes per optimizer step: more needs less memory."""
-    num_training_steps: int = 500
-    """Optimizer steps."""
+    global_batch_size: int = 128  # Images per optimizer step, over all processes and accumulation steps.
+    batch_shards: int = 8  # Parts in which a global batch is drawn; a multiple of processes x accumulation_steps.
+    accumulation_steps: int = 1  # Backward passes per optimizer step: more needs less memory.
+    num_training_steps: int = 500  # Optimizer steps.
     max_bad_steps: int = 10
     """Steps in a row, each skipped, with a loss or gradient that is not finite, after which the run stops."""
 
     # ---------------------------------------------------------------- optimizer
     optimizer: str = 'muon'
     """Key of OPTIMIZERS in optimizers.py: muon, or adamw, which needs more steps and a base_lr of 1e-3 or less."""
-    base_lr: float = 4e-3
-    """Learning rate after the warm-up."""
-    min_lr: float = 0.0
-    """Learning rate below which no schedule goes after the warm-up."""
-    warmup_steps: int = 30
-    """Steps of linear warm-up from 0 to base_lr."""
-    lr_schedule_type: str = 'cosine'
-    """After the warm-up: a key of LR_SCHEDULES in optimizers.py."""
-    weight_decay: float = 0.01
-    """AdamW's decay of weights with two or more dimensions."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    adam_eps: float = 1e-8
-    """AdamW's epsilon."""
-    grad_clip_norm: float = 1.0
-    """Gradient norm above which the gradient is scaled down; 0: never."""
+    base_lr: float = 4e-3  # Learning rate after the warm-up.
+    min_lr: float = 0.0  # Learning rate below which no schedule goes after the warm-up.
+    warmup_steps: int = 30  # Steps of linear warm-up from 0 to base_lr.
+    lr_schedule_type: str = 'cosine'  # After the warm-up: a key of LR_SCHEDULES in optimizers.py.
+    weight_decay: float = 0.01  # AdamW's decay of weights with two or more dimensions.
+    adam_betas: tuple[float, float] = (0.9, 0.99)  # AdamW's decay rates of the gradient's first and second moment.
+    adam_eps: float = 1e-8  # AdamW's epsilon.
+    grad_clip_norm: float = 1.0  # Gradient norm above which the gradient is scaled down; 0: never.
     ema_decays: tuple[float, ...] = (0.98,)
     """Decay per step of each moving average of the weights; the first is the one that is evaluated."""
 
     # ---------------------------------------------------------------- record (0: never, except at the end)
-    log_every: int = 25
-    """Steps between lines of the record."""
-    save_every: int = 100
-    """Steps between writes of last.pt."""
-    keep_last: int = 2
-    """Saves that are kept: last.pt, the one before it (last-1.pt), and so on."""
-    keep_every: int = 500
-    """Steps between checkpoints that are kept as step_N.pt."""
-    sample_every: int = 250
-    """Steps between sample grids."""
-    eval_every: int = 50
-    """Steps between held-out losses."""
-    eval_metrics_every: int = 0
-    """Steps between comparisons of 1000 samples with the data, as at the end."""
-    wandb: str = 'auto'
-    """auto (online when logged in, else disabled), online, offline or disabled."""
-    wandb_project: str = 'diffusion'
-    """wandb project."""
-    wandb_entity: str = ''
-    """wandb user or team; empty: your default."""
+    log_every: int = 25  # Steps between lines of the record.
+    save_every: int = 100  # Steps between writes of last.pt.
+    keep_last: int = 2  # Saves that are kept: last.pt, the one before it (last-1.pt), and so on.
+    keep_every: int = 500  # Steps between checkpoints that are kept as step_N.pt.
+    sample_every: int = 250  # Steps between sample grids.
+    eval_every: int = 50  # Steps between held-out losses.
+    eval_metrics_every: int = 0  # Steps between comparisons of 1000 samples with the data, as at the end.
+    wandb: str = 'auto'  # auto (online when logged in, else disabled), online, offline or disabled.
+    wandb_project: str = 'diffusion'  # wandb project.
+    wandb_entity: str = ''  # wandb user or team; empty: your default.
 
     # ---------------------------------------------------------------- sampling
-    solver: str = 'adams'
-    """Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py."""
-    num_sample_steps: int = 20
-    """Solver steps from t_max to t_min."""
-    sample_nfe: int = 0
-    """Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts."""
+    solver: str = 'adams'  # Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py.
+    num_sample_steps: int = 20  # Solver steps from t_max to t_min.
+    sample_nfe: int = 0  # Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts.
     time_grid: str = 'logistic'
     """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, euler and heun want uniform."""
     sde_noise: str = 'natural'
     """Noise level of stochastic solvers, a key of SDE_NOISES in solvers/table.py; constant is lowered near the data."""
-    sde_noise_scale: float = 1.0
-    """Factor on the variance of the noise of stochastic solvers; 0 gives the ODE."""
+    sde_noise_scale: float = 1.0  # Factor on the variance of the noise of stochastic solvers; 0 gives the ODE.
     sde_last_step: str = 'mean'
     """Last step of stochastic solvers, a key of LAST_STEPS in solvers/table.py: the posterior mean, or the ode."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance: 1 none, above 1 stronger."""
+    guidance_scale: float = 1.0  # Classifier-free guidance: 1 none, above 1 stronger.
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times t between which there is guidance; outside, only the plain network is evaluated."""
     guidance_rescale: float = 0.0
@@ -232,11 +166,11 @@ class Config:
 
     def baseline(self) -> dict[str, Any]:
         """The value that every setting would have with this preset and `debug`, and no other flag."""
-        return class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
+        return same_run.class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
 
     def default_name(self, *more: str) -> str:
         """The name of a run that was given none: the preset, the settings that differ, and `more`."""
-        return names.default_name(self, PRESETS, *more)
+        return same_run.default_name(self, PRESETS, *more)
 
     @property
     def run_dir(self) -> Path:
@@ -288,8 +222,10 @@ def parse_config(
     config_class: type[Config] = Config,
     settings_in: Callable[[str], dict[str, Any]] | None = None,
 ) -> Config:
-    """Flags to settings: see settings/flags.py."""
-    from settings import flags
+    """The settings by the flags `argv` (default: `sys.argv[1:]`).
 
+    `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
+    SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
+    """
     about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
     return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in, about)

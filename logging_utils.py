@@ -271,18 +271,17 @@ def has_wandb_key(mode: str) -> bool:
     """Whether an account is logged in. If not, prints that for mode='auto', and else raises SettingError."""
     import wandb
 
-    why = 'not logged in, so the record is kept on disk only (`wandb login` to change that).'
+    error: Exception | None = None
     try:
         if wandb.login(prompt=False, verify=False):
             return True
-    except Exception as error:
-        if mode != 'auto' or isinstance(error, wandb.Error):
-            text = f'wandb={mode!r}: {error} Correct or unset WANDB_API_KEY, or use --wandb offline or disabled.'
-            raise SettingError(text) from error
-        why = f'cannot start here ({error}), so the record is kept on disk only.'  # no home folder, say
-    if mode != 'auto':
-        raise SettingError(f'wandb={mode!r}: no account. Run `wandb login`, or use --wandb offline or disabled.')
-    print_once(f'wandb: {why}')
+    except Exception as caught:  # no home folder, say
+        error = caught
+    if mode != 'auto' or isinstance(error, wandb.Error):
+        why = f'{error} Correct or unset WANDB_API_KEY' if error else 'no account. Run `wandb login`'
+        raise SettingError(f'wandb={mode!r}: {why}, or use --wandb offline or disabled.') from error
+    why = f'cannot start here ({error})' if error else 'not logged in'
+    print_once(f'wandb: {why}, so the record is kept on disk only{"" if error else " (`wandb login` to change that)"}.')
     return False
 
 

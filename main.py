@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
 from runtime import command
-from runtime.importing import refuse_to_train
+from runtime.importing import import_class, import_file, refuse_to_train
 from settings.same_run import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -28,20 +28,13 @@ def main(
     config = flags(argv, config_class)
 
     def work() -> None:
-        nonlocal config
         import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
         from training import run_folder, run_record
 
         run_record.refuse_unlike(config)
-        config = run_folder.settle_name(config, trainer_class)
-        start(config, trainer_class)
+        start(run_folder.settle_name(config, trainer_class), trainer_class)
 
-    def undo() -> None:
-        from training import run_folder
-
-        run_folder.discard_new(config)
-
-    command.run(work, undo)
+    command.run(work)
 
 
 def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
@@ -56,13 +49,19 @@ def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config
 
 
 def start(config: Config, trainer_class: type | None) -> None:
-    """The run, or with `check` its rehearsal."""
-    if config.check:
-        from reports.dry_run import dry_run
+    """The run, or with `check` its rehearsal. One that is refused leaves no new folder behind."""
+    from training import run_folder
 
-        dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
-    else:
-        train(config, trainer_class)
+    try:
+        if config.check:
+            from reports.dry_run import dry_run
+
+            dry_run(config, lambda rehearsal: build(rehearsal, trainer_class))
+        else:
+            train(config, trainer_class)
+    except SettingError:
+        run_folder.discard_new(config)
+        raise
 
 
 def build(config: Config, trainer_class: type | None = None, read_from: Path | None = None) -> 'BaseDiffusionTrainer':
@@ -100,7 +99,8 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see training/posthoc.py), or the raw
     ones, which replaying a step needs. `settings` replace those of the run, such as solver='heun' or guidance_scale=2,
     if they do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
-    SettingError if the run, its script or the weights are not there, or a setting cannot be changed.
+    SettingError if the run, its script or the weights are not there, the script imports modules by their old names, or
+    a setting cannot be changed.
     """
     import saving
     from training import run_record
@@ -111,8 +111,8 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     folder = checkpoint.parent
     start = run_record.read_start(folder)
     if start.get('script'):
-        run_record.import_file(start['script'])
-    trainer_class, config_class = (run_record.import_class(**start[name]) for name in ('trainer', 'config'))
+        import_file(start['script'])
+    trainer_class, config_class = (import_class(**start[name]) for name in ('trainer', 'config'))
     config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:

@@ -26,7 +26,7 @@ from torch import nn
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
-from runtime.files import sync, whole
+from runtime.files import whole
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
@@ -44,10 +44,8 @@ def save(path: str | Path, **objects: Any) -> None:
     A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
     is full; the old file is then untouched.
     """
-    path = Path(path)
-    with whole(path) as temporary:
+    with whole(Path(path), durable=True) as temporary:
         write(temporary, **objects)
-    sync(path.parent)
 
 
 def write(path: Path, **objects: Any) -> None:
@@ -130,21 +128,18 @@ def load_weights(
     With `other_classes` the class embedding of another number of classes stays as it is in `network`, with a warning.
     """
     now = network.state_dict()
-    other = [
-        name
-        for name in weights.keys() & now.keys()
-        if name.endswith('class_embedding.weight') and weights[name].shape[0] != now[name].shape[0]
-    ]
+    embeddings = [name for name in weights.keys() & now.keys() if name.endswith('class_embedding.weight')]
+    other = {name: now[name] for name in embeddings if weights[name].shape[0] != now[name].shape[0]}
     if other and other_classes:
         print_once(f'warning: {misfits(weights, now)[0]}: it starts untrained, and the rest comes from {path}')
-        weights = weights | {name: now[name] for name in other}
+        weights = weights | other
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         ours = {field.name for field in dataclasses.fields(Config)}
         added = (saved_config.keys() | dataclasses.asdict(config).keys()) - ours  # by the experiment's config class
         changed = differences(saved_config, config, only={*NETWORK_SETTINGS, *added})
-        causes = [f'{line} (checkpoint -> now)' for line in changed] + misfits(weights, network.state_dict())[:1]
+        causes = [f'{line} (checkpoint -> now)' for line in changed] + misfits(weights, now)[:1]
         raise SettingError(
             f'checkpoint {str(path)!r} is of another network: {"; ".join(causes) or error}. '
             'Use the settings of the checkpoint, and data of the same shape, classes and conditions.'

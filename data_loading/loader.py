@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 from config import Config
 from data_loading.spec import Arrays, DataSpec, Part, collate
 from runtime import ranks
-from runtime.workers import cores_per_process, ignore_signals_except_from_parent
+from runtime.ranks import cores_per_process
+from runtime.stopping import ignore_signals_except_from_parent
 
 
 class ShardSampler(Sampler):

@@ -26,8 +26,8 @@ from config import Config
 from data_loading.spec import Rows, describe
 from runtime import files
 from runtime.errors import DataError, SettingError
-from runtime.ranks import print_once
-from runtime.workers import cores_per_process, ignore_signals_except_from_parent
+from runtime.ranks import cores_per_process, print_once
+from runtime.stopping import ignore_signals_except_from_parent
 
 FORMAT = 1
 # The zip entries in which torch stores the first two tensors of a file. x comes first in the file, behind a zip header

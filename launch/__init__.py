@@ -2,7 +2,6 @@
 
 environment.sh  the Python environment: the active one, or .venv, which it makes
 start.py        the first Python program: looks at the script and at the flags before torch is imported
-moved.py        refuses scripts that import modules by their old names
 launcher.py     torchrun, restarts, and the cause when workers fail
 machines.py     which machine this is, of several or of a Slurm job
 meeting.py      the launchers of several machines: they wait for each other, and end alike

@@ -8,18 +8,27 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-from launch import machines, moved
+from launch import machines
 from runtime.errors import EXIT_BAD_SETTING
+from runtime.importing import old_imports
 
 # Python looks for packages in the folder of the script first. These folders would hide some: scripts/evaluate.py hides
 # an installed `evaluate`, tests/training hides training/. So their scripts are started as modules.
 RUN_AS_MODULES = ('scripts', 'tests')
 
 
-def start(script: str, *flags: str) -> int:
-    """Launch `script`; returns an exit code. A wrong flag of main.py ends the program with its message."""
-    if is_outdated(script):
+def start(script: str, *flags: str, is_direct: bool = False) -> int:
+    """Launch `script`; returns an exit code. A wrong flag of main.py ends the program with its message.
+
+    `is_direct`: this process is replaced by one that runs the script.
+    """
+    module = module_of(script)
+    outdated = old_imports(Path(script), has_neighbours=module is None)
+    if outdated:  # else nothing at all is written: the output may be a file on a full disk
+        print(*outdated, sep='\n', file=sys.stderr, flush=True)
         return EXIT_BAD_SETTING
+    if is_direct:
+        os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
     if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
         import main
 
@@ -29,23 +38,7 @@ def start(script: str, *flags: str) -> int:
     from runtime import command
 
     sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
-    return launch([script, *flags], module_of(script))
-
-
-def start_directly(script: str, *flags: str) -> int:
-    """Replace this process by one that runs `script`; an exit code if the script is outdated."""
-    if not is_outdated(script):
-        module = module_of(script)
-        os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
-    return EXIT_BAD_SETTING
-
-
-def is_outdated(script: str) -> bool:
-    """Whether `script` imports modules by the names of an older layout; prints the new ones."""
-    lines = moved.old_imports(Path(script), has_neighbours=module_of(script) is None)
-    if lines:  # else nothing at all is written: the output may be a file on a full disk
-        print(*lines, sep='\n', file=sys.stderr, flush=True)
-    return bool(lines)
+    return launch([script, *flags], module)
 
 
 def module_of(script: str) -> str | None:
@@ -56,7 +49,8 @@ def module_of(script: str) -> str | None:
 
 if __name__ == '__main__':
     words = sys.argv[1:]
-    code = start_directly(*words[1:]) if words[0] == '--direct' else start(*words)
+    direct = words[0] == '--direct'
+    code = start(*words[direct:], is_direct=direct)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # without torch's destructors, which take a third of a second

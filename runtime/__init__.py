@@ -1,11 +1,10 @@
 """What every process needs, whatever it computes. Nothing here knows the maths. Read ranks.py first.
 
 ranks.py      rank and number of processes, and agreement between them
-stopping.py   stop signals, and what a process tells the launcher when it ends
+stopping.py   stop signals, what a process tells the launcher when it ends, and the end of loader processes
 errors.py     every error that ends a run on purpose, and the exit codes
 command.py    the beginning and the end of every program: flags, messages, exit codes
 files.py      files that are whole or not there, hashes, locks
 means.py      running means over steps and ranks
-workers.py    loader processes: how many, and which signals they obey
-importing.py  keeps a script that is only imported from training
+importing.py  the user's script: modules that it imports by old names, and how it is imported itself
 """

@@ -41,11 +41,8 @@ def parsed(parse: Callable[[], T]) -> T:
         sys.exit(errors.EXIT_BAD_SETTING)
 
 
-def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None:
-    """Join the other processes, `do` the work and leave them; exits with an exit code of runtime/errors.py, if not 0.
-
-    `undo` is called if a setting was wrong.
-    """
+def run(do: Callable[[], None]) -> None:
+    """Join the other processes, `do` the work and leave them; exits with a code of runtime/errors.py, if not 0."""
     exit_code = 1
     if 'RANK' in os.environ:
         sys.stdout, sys.stderr = cast(Any, Output(sys.stdout)), cast(Any, Output(sys.stderr))
@@ -62,7 +59,6 @@ def run(do: Callable[[], None], undo: Callable[[], None] = lambda: None) -> None
         do()
         exit_code = 0
     except SettingError as wrong:
-        undo()
         error, exit_code = wrong, errors.EXIT_BAD_SETTING
     except NonFiniteLoss as diverged:
         error, exit_code = diverged, errors.EXIT_NOT_FINITE

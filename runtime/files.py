@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the folder of `path`, of this process only. It ends in .tmp: what a kill leaves can be found."""
-    return path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-
-
 @contextlib.contextmanager
 def whole(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end the file takes the place of `path`; after an error it is removed.
-    `durable`: it survives a power cut. Makes the folder if there is none."""
+    `durable`: it survives a power cut. Makes the folder if there is none.
+
+    The temporary name is hidden and ends in .tmp: what a kill leaves can be found. Two containers that share the folder
+    may have one process number and one host name, so it is random as well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
     try:
         yield temporary
         if durable:

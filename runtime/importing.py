@@ -1,27 +1,134 @@
-"""A script that is imported only to read its run must not train: `main.main` refuses to, torch-free."""
+"""The user's script: whether it imports modules by their old names, and how it becomes a module. Needs no torch.
 
-import contextlib
-from collections.abc import Iterator
+run.sh and `main.load_run` refuse old names, with the new ones: CHANGELOG.md has the table.
+"""
+
+import ast
+import importlib.util
+import re
+import sys
 from contextvars import ContextVar
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import SettingError
 
-_script: ContextVar[Path | None] = ContextVar('script', default=None)
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+ROW = re.compile(r'^\| `([\w.]+)` \| (.+) \|$', re.MULTILINE)
+
+_script: ContextVar[Path | None] = ContextVar('script', default=None)  # the file that `import_file` imports
+
+# ---------------------------------------------------------------- old names
 
 
-@contextlib.contextmanager
-def only_importing(script: Path) -> Iterator[None]:
-    """Within, `refuse_to_train` raises an error that names this script."""
-    token = _script.set(script)
+def moved() -> dict[str, str]:
+    """Old module, or module.name -> its new place. Empty in a project that has deleted CHANGELOG.md."""
+    path = ROOT / 'CHANGELOG.md'
+    text = path.read_text() if path.exists() else ''
+    return {old: new.replace('`', '') for old, new in ROW.findall(text.partition('### An experiment')[0])}
+
+
+def old_imports(script: Path, has_neighbours: bool = True) -> list[str]:
+    """A line for each import by an old name: 'mine.py line 3: compare is now scripts.compare'.
+
+    Names that Python finds, installed or next to the script (if `has_neighbours`), are not old ones, nor are imports
+    whose failure the script handles.
+    """
     try:
-        yield
+        tree = ast.parse(script.read_bytes())
+    except (SyntaxError, ValueError):  # python will show it
+        return []
+    table, folder = moved(), script.resolve().parent
+    neighbours = [str(folder)] if has_neighbours and folder != ROOT else []
+    handled = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    found: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in handled:
+            for name in names_in(node):
+                if name in table and not is_found(name, neighbours):
+                    found.setdefault(name, node.lineno)
+    return [f'{script.name} line {line}: {name} is now {table[name]}' for name, line in found.items()]
+
+
+def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The modules of an import, except those that are files here today, and module.name for each name taken from one.
+
+    So `from solvers.multistep import ...` has no old name; `from solvers import multistep`, a function once, has one.
+    """
+    modules, names = [alias.name for alias in node.names], []
+    if isinstance(node, ast.ImportFrom):
+        modules = [node.module] if node.module and not node.level else []
+        names = [f'{module}.{alias.name}' for module in modules for alias in node.names]
+    return [name for name in modules if not Path(ROOT, *name.split('.')).with_suffix('.py').exists()] + names
+
+
+def is_found(name: str, neighbours: list[str]) -> bool:
+    """Whether an import finds a file or package of the user, or an installed one of this name; ours do not count.
+
+    Ours are the modules of which only single names have moved: `config` of `config.baseline`. No other has a file here,
+    so one in the project's folder is the user's. A folder without __init__.py is a package if it has Python files, but
+    Python prefers our module of its name.
+    """
+    module, _, rest = name.partition('.')
+    for spec in (PathFinder.find_spec(module, neighbours), None if rest else PathFinder.find_spec(module)):
+        folders = (spec and not rest and spec.submodule_search_locations) or []
+        if spec and (spec.origin or any(file for folder in folders for file in Path(folder).rglob('*.py'))):
+            return True
+    return False
+
+
+# ---------------------------------------------------------------- the script as a module
+
+
+def import_class(file: str | None, name: str) -> type:
+    """The class `name` of `file`, a trainer or config of run.json: `import_class(**read_start(run_dir)['trainer'])`.
+
+    Raises SettingError like `import_file`, and if the class is gone.
+    """
+    if file is None:
+        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
+    found: Any = import_file(file)
+    for part in name.split('.'):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
+    return found
+
+
+def import_file(file: str) -> Any:
+    """A file, relative to the project if it is inside, as a module: the existing one, if it was imported or run before.
+
+    Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
+    Raises SettingError if it is gone, imports modules by their old names, or calls `main` outside that part.
+    """
+    path = (ROOT / file).resolve()
+    for module in list(sys.modules.values()):
+        known = getattr(module, '__dict__', {}).get('__file__')
+        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
+            return module
+    if not path.is_file():
+        raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
+    if outdated := old_imports(path):
+        raise SettingError('\n'.join(outdated))
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, 'a Python file has a loader'
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    token = _script.set(path)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
     finally:
         _script.reset(token)
+    return module
 
 
 def refuse_to_train() -> None:
-    """Raise SettingError if a script is being imported only to read its run."""
-    script = _script.get()
-    if script is not None:
+    """Raise SettingError within `import_file`: a script that is imported to read its run must not train."""
+    if (script := _script.get()) is not None:
         raise SettingError(f"{script} trains when it is imported: put its main(...) under if __name__ == '__main__'")

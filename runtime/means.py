@@ -21,33 +21,34 @@ class RunningMeans:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.clear()
+
+    def clear(self) -> None:
         self.sums: dict[str, Tensor] = {}  # name -> [sum, count], float64
-        self.waiting: dict[tuple[str, int, bool], list[tuple[Number | None, ...]]] = {}
+        self.waiting: dict[tuple[str, int, bool], list[tuple[Number, ...]]] = {}  # (name, bins, counted) -> calls
         self.calls = 0
 
     def add(self, name: str, total: Number, count: Number) -> None:
         """Add `total`, the sum of `count` values: tensors of one element, or numbers."""
-        self._keep((name, 0, False), total, count, None)
+        self._keep((name, 0, True), total, count)
 
     def add_finite(self, name: str, values: Tensor) -> None:
         """Add those of `values` that are finite: a bad step must not hide the others."""
-        self._keep((name, 0, True), values, None, None)
+        self._keep((name, 0, False), values)
 
     def add_by_time(self, name: str, values: Tensor, t: Tensor, bins: int = 10) -> None:
         """Add values (B,), those that are finite, to the mean of their interval of t (B,): `name`_0.0_0.1 and so on."""
-        self._keep((name, bins, True), values, None, t)
+        self._keep((name, bins, False), values, t)
 
-    def _keep(self, key: tuple[str, int, bool], *given: Number | None) -> None:
+    def _keep(self, key: tuple[str, int, bool], *given: Number) -> None:
         own = tuple(x.detach().to(self.device) if isinstance(x, Tensor) else x for x in given)
         self.waiting.setdefault(key, []).append(own)
         self.calls += 1
         if self.calls >= self.MOST:
             self._fold()
 
-    def _column(self, values: tuple[Number | None, ...]) -> Tensor | None:
-        """All elements of the values, one after the other, on the device; None if they are."""
-        if values[0] is None:
-            return None
+    def _column(self, values: tuple[Number, ...]) -> Tensor:
+        """All elements of the values, one after the other, on the device."""
         if not any(isinstance(value, Tensor) for value in values):
             return torch.tensor(values, dtype=torch.float64).to(self.device, non_blocking=True)
         double = partial(torch.tensor, dtype=torch.float64, device=self.device)
@@ -55,14 +56,11 @@ class RunningMeans:
 
     def _fold(self) -> None:
         """Add to the sums what waits, in the order in which it came."""
-        for (name, bins, only_finite), calls in self.waiting.items():
-            totals, counts, t = map(self._column, zip(*calls, strict=True))
-            assert totals is not None
-            if only_finite:
-                counts = totals.isfinite()
-                totals = totals.where(counts, 0)
-            assert counts is not None
-            place = torch.zeros_like(totals, dtype=torch.int64) if t is None else (t * bins).long().clamp(0, bins - 1)
+        for (name, bins, counted), calls in self.waiting.items():
+            totals, *others = map(self._column, zip(*calls, strict=True))
+            counts = others[0] if counted else totals.isfinite()
+            totals = totals if counted else totals.where(counts, 0)
+            place = (others[0] * bins).long().clamp(0, bins - 1) if bins else torch.zeros_like(totals).long()
             names = [f'{name}_{i / bins:.1f}_{(i + 1) / bins:.1f}' for i in range(bins)] or [name]
             nothing = torch.zeros(2, dtype=torch.float64, device=self.device)
             table = torch.stack([self.sums.get(key, nothing) for key in names])  # (bins or 1, 2)
@@ -70,9 +68,6 @@ class RunningMeans:
                 table[:, column].index_add_(0, place, new.double())
             self.sums |= zip(names, table, strict=True)
         self.waiting, self.calls = {}, 0
-
-    def clear(self) -> None:
-        self.sums, self.waiting, self.calls = {}, {}, 0
 
     def over_ranks(self) -> dict[str, Tensor]:
         """The sums of all ranks together, on the CPU. Ranks may have logged different names."""

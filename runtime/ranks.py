@@ -135,12 +135,7 @@ def on_main(fn: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return fn()
-    outcome: list[Any] = [None, None]  # result, error
-    if is_main():
-        try:
-            outcome[0] = fn()
-        except Exception as error:
-            outcome[1] = portable(error)
+    outcome: list[Any] = list(attempt(fn)) if is_main() else [None, None]
     dist.broadcast_object_list(outcome, src=0)
     result, error = outcome
     if error is not None:
@@ -153,13 +148,16 @@ def on_main_alone(fn: Callable[[], T]) -> T:
     return on_main(alone()(fn))
 
 
-def portable(error: Exception) -> Exception:
-    """`error`, or its text if it cannot be sent to other processes."""
+def attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """(result, None) of `fn`, or (None, error): only the error's text if it cannot be sent to other processes."""
     try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:  # reading it back calls the error's own class, which may raise anything
-        return RuntimeError(f'{type(error).__name__}: {error}')
+        return fn(), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+            return None, error
+        except Exception:  # reading it back calls the error's own class, which may raise anything
+            return None, RuntimeError(f'{type(error).__name__}: {error}')
 
 
 def on_each(fn: Callable[[], T], patient: bool = False) -> T:
@@ -170,12 +168,7 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
     if world_size() == 1:
         return fn()
     group: Any = dist.new_group(backend='gloo', timeout=timedelta(days=30)) if patient else None
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = fn()
-    except Exception as caught:
-        error = portable(caught)
+    result, error = attempt(fn)
     errors = [e for e in all_gather_objects(error, group) if e is not None]
     if group is not None:
         dist.destroy_process_group(group)
@@ -187,6 +180,12 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
 def is_first_of_machine() -> bool:
     """Whether this is the process that writes files for all processes of its machine."""
     return is_alone() or os.environ.get('LOCAL_RANK', '0') == '0'
+
+
+def cores_per_process() -> int:
+    """CPU cores for each of this machine's training processes, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
 def in_turns(fn: Callable[[], T]) -> T:

@@ -1,8 +1,9 @@
-"""Stop signals, and how a process ends: agreement of the ranks to stop, and reports to the launcher."""
+"""Stop signals, and how a process ends: agreement of the ranks to stop, reports to the launcher, loader processes."""
 
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -176,3 +177,27 @@ def end_with_parent() -> None:
 
     if parent:
         threading.Thread(target=watch, daemon=True).start()
+
+
+def ignore_signals_except_from_parent(worker: int) -> None:
+    """In a loader process: ignore stop signals that are sent to all processes, for example by Slurm or Ctrl-C.
+
+    They are meant for the training process, which still reads data and saves. A SIGTERM from the parent counts:
+    multiprocessing sends it at exit and then waits for the process without a time limit.
+    """
+    for name in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(name, signal.SIG_IGN)
+    if hasattr(signal, 'sigtimedwait'):  # it tells who sent a signal; on macOS, which lacks it, any SIGTERM counts
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        parent = multiprocessing.parent_process()  # getppid() is another number if it is gone already
+        assert parent is not None
+        threading.Thread(target=exit_with_parent, args=(parent.pid,), daemon=True).start()
+
+
+def exit_with_parent(parent: int) -> None:
+    """End this process when process `parent` sends it SIGTERM, or within a second of the parent's end."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+        if received and received.si_pid == parent:
+            break
+    os._exit(0)

@@ -18,8 +18,7 @@ import tyro
 from config import Config, SettingError
 from reports import page
 from runtime import command, files
-from settings.names import cut_middle, folder_name, in_name
-from settings.same_run import FREE_ON_RESUME, changes
+from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +76,8 @@ def side_by_side(
     if config.experiment_name == config.default_name():
         changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
         config = dataclasses.replace(config, experiment_name=folder_name([Path(sys.argv[0]).stem, *changed]))
-    current = config
 
     def work() -> None:
-        nonlocal current
         from main import start
         from runtime import ranks
 
@@ -92,12 +89,7 @@ def side_by_side(
         if not config.check:
             ranks.on_main(lambda: show(folders, list(parts), numbers))
 
-    def undo() -> None:
-        from training import run_folder
-
-        run_folder.discard_new(current)
-
-    command.run(work, undo)
+    command.run(work)
 
 
 def runs_of(

@@ -99,13 +99,13 @@ def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -
 
 def function_of(text: str) -> Callable:
     """The function that FILE.py:FUNCTION names. Raises SettingError."""
-    from training import run_record
+    from runtime import importing
 
     file, _, name = text.rpartition(':')
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise SettingError(f'latents={text!r}: there is no file {file!r}. Pass FILE.py:FUNCTION.')
-    found = getattr(run_record.import_file(str(path)), name, None)
+    found = getattr(importing.import_file(str(path)), name, None)
     if not callable(found):
         raise SettingError(f'latents={text!r}: {file} has no function {name!r}.')
     return found

@@ -1,7 +1,6 @@
 """What config.py needs of the settings. Nothing here imports config.py or torch.
 
-flags.py      command line -> settings, and which value wins
+flags.py      from the command line to settings
 rules.py      which values are right, each and together
-names.py      the default name of a run
-same_run.py   what a resumed run may change, and how two configs differ
+same_run.py   what a resumed run may change, how two configs differ, and the default name of a run
 """

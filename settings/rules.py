@@ -54,12 +54,6 @@ def batch_size_near(c: Any) -> str:
     return f'use --global_batch_size {nearest(c.global_batch_size, range(unit, c.global_batch_size + 2 * unit, unit))}'
 
 
-def accumulation_near(c: Any) -> str:
-    """Values of accumulation_steps that divide the shards."""
-    parts = [n for n in range(1, c.batch_shards + 1) if c.batch_shards % n == 0]
-    return f'use --accumulation_steps {nearest(c.accumulation_steps, parts)}'
-
-
 # Rules for several settings: (settings, does the config keep it?, the rule: a text, or a function of the config).
 RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], str]]] = [
     ('min_lr base_lr', lambda c: c.min_lr <= c.base_lr, 'min_lr must not be above base_lr'),
@@ -72,7 +66,8 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
     ('global_batch_size batch_shards', lambda c: c.global_batch_size % c.batch_shards == 0,
      lambda c: f'the batch must be divisible by its shards: {batch_size_near(c)}'),
     ('batch_shards accumulation_steps', lambda c: c.batch_shards % c.accumulation_steps == 0,
-     lambda c: f'accumulation_steps times the processes must divide the shards: {accumulation_near(c)}'),
+     lambda c: 'accumulation_steps times the processes must divide the shards: use --accumulation_steps '
+     + nearest(c.accumulation_steps, [n for n in range(1, c.batch_shards + 1) if c.batch_shards % n == 0])),
     ('antithetic global_batch_size batch_shards',
      lambda c: not c.antithetic or c.global_batch_size // c.batch_shards % 2 == 0,
      lambda c: f'mirrored pairs need an even number of images in a shard: {batch_size_near(c)}'),

@@ -6,8 +6,7 @@ calling.py       networks as functions: train or eval mode, precision, torch.com
 bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
 advice.py        warnings about settings that learn badly, with flags that help
-checkpoints.py   what a checkpoint holds, and how it is put back
-writer.py        writes checkpoints in a thread
+checkpoints.py   what a checkpoint holds, how it is written in a thread, and how it is put back
 posthoc.py       averaged weights of a length that is chosen after training
 run_folder.py    the folder of a run: name, lock, newest whole checkpoint, which run it holds
 run_record.py    what identifies a run, and run.json: code, command and versions of each start

@@ -1,30 +1,37 @@
 """Checkpoints of a run: what is saved, how, and back.
 
-save      the state of everything that is held -> one dict of plain objects -> writer.py writes it in a thread
+save      the state of everything that is held -> one dict of plain objects -> `Writer` writes it in a thread
 restore   run_folder.py finds the newest whole file and refuses another experiment's -> its states are put back
 
 saving.py lists the names in a file, and reads files without a run.
 """
 
+import dataclasses
 import io
+import itertools
 import pickle
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import saving
 from config import Config, SettingError
-from runtime import ranks
+from runtime import ranks, stopping
+from runtime.errors import SaveError
+from runtime.files import link_as, sync, whole
 from runtime.ranks import print_once
 from settings.same_run import differences
 from training import run_folder
-from training.run_folder import Identity
-from training.writer import Writer
+from training.run_folder import Identity, last_path
 
 # dicts of held objects; in the file, the state of each one's 'network' has a name of its own
 GROUPS = {'modules': 'network', 'emas': 'ema', 'optimizers': 'optimizer'}
+RETRY_AFTER = (1, 3, 6)  # seconds after which a write that failed is tried again: a full disk may have room by then
 
 
 class Checkpoints:
@@ -40,6 +47,7 @@ class Checkpoints:
         """
         self.config, self.identity, self.held = config, identity, held
         self.writer = Writer(config)
+        self.name = type(held['experiment']).__name__  # for messages
         self.read_from: Path | None = None  # the checkpoint of a run that was opened to read
         self.finished = False  # is there nothing left to train?
 
@@ -78,11 +86,11 @@ class Checkpoints:
             torch.save(objects[name], file)
             file.seek(0)
             try:
-                torch.load(file, weights_only=True)
+                torch.load(file, map_location='cpu', weights_only=True)
             except pickle.UnpicklingError as error:
                 reason = str(error).split('WeightsUnpickler error: ')[-1].splitlines()[0]
                 raise SettingError(
-                    f'{self._experiment}: a checkpoint cannot hold what `{name}` gives ({reason}). It holds tensors, '
+                    f'{self.name}: a checkpoint cannot hold what `{name}` gives ({reason}). It holds tensors, '
                     'numbers, strings, lists and dicts of them: write float(x) for a number of numpy.'
                 ) from None
 
@@ -97,18 +105,10 @@ class Checkpoints:
         """Return when nothing is being written. Raises SaveError, on every rank, if a write failed."""
         ranks.on_main(self.writer.wait)
 
-    def close(self) -> None:
-        """Return when nothing is being written, in whatever way training has ended."""
-        self.writer.join()
-
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def _experiment(self) -> str:  # for messages
-        return type(self.held['experiment']).__name__
+        self.writer.join()
 
     # ---------------------------------------------------------------- restore
 
@@ -121,7 +121,7 @@ class Checkpoints:
         """
         c = self.config
         if read_from is None:
-            path, checkpoint = run_folder.last_path(c), run_folder.open_folder(c, self.identity)
+            path, checkpoint = last_path(c), run_folder.open_folder(c, self.identity)
         else:
             path = self.read_from = Path(read_from)
             checkpoint = saving.load_checkpoint(path)
@@ -148,7 +148,7 @@ class Checkpoints:
             saved, added = checkpoint[group], {name: x for name, x in held[group].items() if name != 'network'}
             if saved.keys() != added.keys():
                 raise SettingError(
-                    f'checkpoint {str(path)!r} has {group} {sorted(saved)} besides the network, {self._experiment} has '
+                    f'checkpoint {str(path)!r} has {group} {sorted(saved)} besides the network, {self.name} has '
                     f'{sorted(added)}. Pass another --experiment_name.'
                 )
             for name, thing in added.items():
@@ -168,3 +168,90 @@ class Checkpoints:
         changed = differences(other['config'], c, only=('model_type', 'time_input', 'process_name', 'sigma_data'))
         if changed:
             print_once(f'warning: they were trained with other settings (then -> now): {"; ".join(changed)}')
+
+
+# ---------------------------------------------------------------- the file
+
+
+class Writer:
+    """Writes one checkpoint at a time, in a thread: training waits only while the state is copied. Rank 0 only."""
+
+    def __init__(self, config: Config):
+        self.config, self.pool = config, ThreadPoolExecutor(1)
+        self.copy: Any = None  # the last state; its memory is reused, which is faster than new memory
+        self.writing: Future[None] | None = None  # the last write, with its error
+        self.step: int | None = None  # the step of the last.pt that this writer has written
+
+    def write(self, objects: dict[str, Any], keep: bool) -> None:
+        """Begin `write_checkpoint` of the objects as they are now. Raises SaveError if an earlier write failed."""
+        self.wait()
+        self.copy = to_host(objects, self.copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.writing = self.pool.submit(self._write, self.copy, keep)
+
+    def join(self) -> None:
+        """Return when nothing is being written."""
+        if self.writing is not None:
+            self.writing.exception()
+
+    def wait(self) -> None:
+        """`join`, and raise SaveError if a write failed."""
+        if self.writing is not None:
+            self.writing.result()
+
+    def _write(self, objects: dict[str, Any], keep: bool) -> None:
+        step = objects['step']
+        for seconds in (*RETRY_AFTER, None):
+            try:
+                write_checkpoint(self.config, objects, keep, again=self.step == step)
+                self.step = step
+                return
+            except Exception as error:
+                # torch raises RuntimeError for a full disk
+                if seconds is None or not isinstance(error, (OSError, RuntimeError)):
+                    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                    stopping.ask_to_stop()  # on all ranks, at the end of this step
+                    raise SaveError(
+                        f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {step} cannot be written '
+                        f'({cause}). Earlier checkpoints in {self.config.run_dir} are untouched. Make room there, and '
+                        'the same command resumes from the last of them.'
+                    ) from error
+                print_once(f'the checkpoint of step {step} could not be written ({error}); trying again in {seconds} s')
+                time.sleep(seconds)
+
+
+def to_host(value: Any, reuse: Any = None) -> Any:
+    """A copy in main memory of tensors in dicts, lists and tuples; into the tensors of `reuse`, an earlier copy."""
+    if isinstance(value, Tensor):
+        layout = value.shape, value.stride(), value.dtype
+        if not isinstance(reuse, Tensor) or (reuse.shape, reuse.stride(), reuse.dtype) != layout:
+            reuse = torch.empty_like(value, device='cpu', pin_memory=value.is_cuda, requires_grad=False)
+        return reuse.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        old = reuse if isinstance(reuse, dict) else {}
+        return {name: to_host(item, old.get(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        olds = reuse if isinstance(reuse, (list, tuple)) else ()
+        return type(value)(to_host(item, old) for item, old in itertools.zip_longest(value, olds[: len(value)]))
+    return value
+
+
+def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False, again: bool = False) -> None:
+    """Write the run's last.pt: these plain objects, its config and the version of the format. `keep`: also step_N.pt.
+
+    The checkpoints before it become last-1.pt (the previous one), last-2.pt, ...: keep_last in all. A kill at any
+    moment leaves them whole. `again`: last.pt is already of the same step, so the previous ones keep their names.
+    """
+    last = last_path(config)
+    names = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
+    with whole(last) as temporary:
+        saving.write(temporary, version=saving.VERSION, config=dataclasses.asdict(config), **objects)
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            if newer.exists() and not again:
+                link_as(newer, older)
+    if keep:
+        link_as(last, config.run_dir / f'step_{objects["step"]:07d}.pt')
+    for path in set(config.run_dir.glob('last-*.pt')) - set(names):  # keep_last was higher
+        path.unlink()
+    sync(config.run_dir)

@@ -1,7 +1,7 @@
 """The folder of a run: its name, its lock, and the checkpoint that the run resumes from.
 
 It holds last.pt, the checkpoints before it (last-1.pt, ...), step_N.pt, config.json and a lock, as well as the record
-(logging_utils.py, run_record.py). writer.py writes the checkpoints.
+(logging_utils.py, run_record.py). checkpoints.py writes the checkpoints.
 """
 
 import dataclasses
@@ -15,15 +15,16 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import saving
 from config import Config, SettingError
 from runtime import ranks
 from runtime.files import link_as, try_lock, write_text
 from runtime.ranks import print_once
-from settings.names import in_name
-from settings.same_run import changes, differences
+from settings.same_run import changes, differences, in_name
+
+T = TypeVar('T')
 
 
 def last_path(config: Config) -> Path:
@@ -38,10 +39,9 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
     """
     if config.experiment_name != config.default_name():
         return config
-    more = [trainer_class.__name__] if trainer_class is not None else []
 
     def free_name() -> str:
-        taken = ''
+        more, taken = [trainer_class.__name__] if trainer_class is not None else [], ''
         while True:
             name = config.default_name(*more)
             folder = Path(config.ckpt_dir, name)
@@ -50,13 +50,12 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
             except (OSError, ValueError):  # no run, or one that `claim` compares by its checkpoints
                 other = {}
             if not other:
-                break
+                if taken:
+                    print_once(f'{taken}, so this run is called {name}')
+                return name
             what = '; '.join(f'{setting}: {before} -> {now}' for setting, (before, now) in other.items())
             taken = taken or f'{folder} holds a run with other settings ({what})'
             more.extend(in_name(setting, now) for setting, (_, now) in other.items())
-        if taken:
-            print_once(f'{taken}, so this run is called {name}')
-        return name
 
     return dataclasses.replace(config, experiment_name=ranks.on_main(free_name))
 
@@ -129,25 +128,22 @@ class Identity:
 def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity | None = None) -> None:
     """Raise SettingError if a checkpoint is from another experiment than `config` and `identity`: another config,
     trainer class, data set, or, without same_code, other code. What an older checkpoint lacks is not compared."""
-    changed = differences(checkpoint['config'], config)
-    if changed:
-        raise SettingError(
-            f'{config.run_dir} holds a run with another config (saved -> now): {"; ".join(changed)}. '
-            'Pass another --experiment_name, or the saved values to resume it.'
-        )
+
+    def refuse(what: str, how: str, remedy: str) -> None:
+        raise SettingError(f'{what} (saved -> now): {how}. Pass another --experiment_name, or {remedy} to resume it.')
+
+    folder = config.run_dir
+    if changed := differences(checkpoint['config'], config):
+        refuse(f'{folder} holds a run with another config', '; '.join(changed), 'the saved values')
     if identity is None:
         return
     trainer, data = checkpoint.get('trainer', identity.trainer), checkpoint.get('data', identity.data)
     if trainer != identity.trainer:
-        raise SettingError(
-            f'{config.run_dir} holds a run of another trainer (saved -> now): {trainer} -> {identity.trainer}. '
-            'Pass another --experiment_name, or run the script of the saved one to resume it.'
-        )
+        how = f'{trainer} -> {identity.trainer}'
+        refuse(f'{folder} holds a run of another trainer', how, 'run the script of the saved one')
     if data != identity.data:
-        raise SettingError(
-            f'data_dir={config.data_dir!r}: the data are not those that the run in {config.run_dir} was trained on '
-            f'(saved -> now): {data} -> {identity.data}. Pass another --experiment_name, or the old data to resume it.'
-        )
+        what = f'data_dir={config.data_dir!r}: the data are not those that the run in {folder} was trained on'
+        refuse(what, f'{data} -> {identity.data}', 'the old data')
     diff = code_diff(checkpoint.get('code', identity.code), identity.code)
     if diff and not config.same_code:
         more = [f'... and {len(diff) - 40} more lines'] if len(diff) > 40 else []
@@ -180,17 +176,15 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
     Locks the folder and writes config.json. Raises SettingError if the folder cannot be written, is in use, holds
     another run (see refuse_other), or damaged checkpoints only.
     """
-    found: dict[str, Any] | None = None  # on rank 0
+    last = last_path(config)
 
-    def claim_on_main() -> bool:
-        nonlocal found
+    def claim_first() -> dict[str, Any] | None:
         try:
-            found = claim(config, identity)
+            return claim(config, identity)
         except OSError as error:
             raise SettingError(
                 f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.'
             ) from error
-        return found is not None
 
     def refuse_elsewhere() -> None:
         if last.exists():
@@ -199,10 +193,8 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
                 'folder there, put ckpt_dir on a disk that all machines share, or pass another --experiment_name.'
             )
 
-    last = last_path(config)
-    if not ranks.on_main(claim_on_main):
-        return ranks.on_each(refuse_elsewhere)
-    return load_on_all(last, lambda: found or saving.load(last))
+    found = load_on_all(last, lambda: saving.load(last), claim_first)
+    return ranks.on_each(refuse_elsewhere) if found is None else found
 
 
 def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
@@ -231,23 +223,23 @@ def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
     return checkpoint
 
 
-def load_on_all(path: Path, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The checkpoint that `load()` gives on rank 0, on every rank; what it raises there is raised on all.
-
-    It is read from the disk if every machine has the same file, else rank 0 sends it.
+def load_on_all(path: Path, load: Callable[[], T], load_first: Callable[[], T] | None = None) -> T:
+    """The checkpoint, or None, that `load_first()` (default: `load`) gives on rank 0, on every rank; what it raises
+    there is raised on all. The others `load` it if every machine has the same file, else rank 0 sends it.
     """
     if ranks.world_size() == 1:
-        return load()
-    mine: list[dict[str, Any]] = []
+        return (load_first or load)()
+    mine: list[T] = []
 
-    def load_first() -> tuple[int, int]:
-        mine.append(load())
-        return mark_of(path)
+    def first() -> tuple[int, int] | None:
+        mine.append((load_first or load)())
+        return None if mine[0] is None else mark_of(path)
 
-    mark = ranks.on_main(load_first)
-    if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
-        return ranks.on_each(lambda: mine[0] if mine else load())
-    print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
+    mark = ranks.on_main(first)
+    if mark is not None:
+        if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
+            return ranks.on_each(lambda: mine[0] if mine else load())
+        print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
     return ranks.on_main(lambda: mine[0])
 
 

@@ -1,7 +1,7 @@
 """The origin of a run: its trainer's class and code; in run.json the machine, versions and command of each start."""
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import inspect
 import json
 import os
@@ -21,11 +21,10 @@ from config import Config, SettingError
 from runtime import ranks
 from runtime.errors import SaveError
 from runtime.files import write_text
-from runtime.importing import only_importing
+from runtime.importing import ROOT
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
-ROOT = Path(__file__).resolve().parents[1]  # of the project
 LONGEST_DIFF = 200_000  # characters
 
 
@@ -59,10 +58,8 @@ def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Iden
     for cls in trainer_class.__mro__:
         file = file_of(cls)
         if cls not in base_class.__mro__ and (script is None or file != script):
-            try:
+            with contextlib.suppress(OSError, TypeError):
                 code[name_of(cls)] = inspect.getsource(cls)
-            except (OSError, TypeError):
-                continue
     return Identity(name_of(trainer_class), code, fingerprint)
 
 
@@ -80,56 +77,6 @@ def where(cls: type) -> dict[str, str | None]:
 def from_root(file: Path | None) -> str | None:
     """A path as run.json has it: relative to the project if it is inside."""
     return file and str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
-
-
-def import_class(file: str | None, name: str) -> type:
-    """The class `name` of `file`, an entry's trainer or config: `import_class(**read_start(run_dir)['trainer'])`.
-
-    Raises SettingError if the file or the class is gone.
-    """
-    if file is None:
-        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
-    found: Any = import_file(file)
-    for part in name.split('.'):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
-    return found
-
-
-def import_file(file: str) -> Any:
-    """A file, relative to the project if it is inside, as a module: the existing one, if it was imported or run before.
-
-    Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
-    Raises SettingError if it is gone, or calls `main` outside that part.
-    """
-    path = (ROOT / file).resolve()
-    found = loaded_module(path)
-    if found is None:
-        if not path.is_file():
-            raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
-        if str(path.parent) not in sys.path:
-            sys.path.insert(0, str(path.parent))
-        module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None, 'a Python file has a loader'
-        found = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-        try:
-            with only_importing(path):
-                spec.loader.exec_module(found)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return found
-
-
-def loaded_module(path: Path) -> Any:
-    """The module that was imported or is run from this file, if any."""
-    for module in list(sys.modules.values()):
-        file = getattr(module, '__dict__', {}).get('__file__')
-        if isinstance(file, str) and Path(file).name == path.name and Path(file).resolve() == path:
-            return module
-    return None
 
 
 # ---------------------------------------------------------------- run.json
@@ -156,27 +103,21 @@ def git_state() -> dict[str, str | None]:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, packages, CUDA and driver; None for what is not there."""
-    on_gpu = torch.cuda.is_available()
+    packages = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')}
     query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
-    return dict(
-        python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')},
-        cuda=torch.version.cuda,
-        driver=((output_of(*query) if on_gpu else None) or '').split('\n')[0] or None,
-    )
+    drivers = (output_of(*query) if torch.cuda.is_available() else None) or ''  # a line for each GPU
+    driver = drivers.partition('\n')[0] or None
+    return dict(python=platform.python_version(), **packages, cuda=torch.version.cuda, driver=driver)
 
 
 def imported_files() -> list[Path]:
     """The files of the project that this process has imported, relative to ROOT, in order."""
     modules = [getattr(module, '__dict__', {}).get('__file__') for module in list(sys.modules.values())]
     files = {Path(file).resolve() for file in modules if isinstance(file, str) and file.endswith('.py')}
-    environment = Path(sys.prefix).resolve()  # .venv is inside the project
-    inside = environment.is_relative_to(ROOT)
-    return sorted(
-        file.relative_to(ROOT)
-        for file in files
-        if file.is_relative_to(ROOT) and not (inside and file.is_relative_to(environment))
-    )
+    environment = Path(sys.prefix).resolve()
+    if environment.is_relative_to(ROOT):  # .venv
+        files = {file for file in files if not file.is_relative_to(environment)}
+    return sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
 
 
 def checksum(path: Path) -> str:
@@ -188,10 +129,9 @@ def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
     code = {file: ROOT / file for file in files}
     if (script := users_script()) is not None:  # anywhere
         code[Path(script.name)] = script
-    packages = {name: importlib.metadata.version(name) for name in ('torch', 'numpy')}
     return {
         **{f'the code in {name}': checksum(path) for name, path in code.items()},
-        **{f'version of {name}': version for name, version in packages.items()},
+        **{f'version of {name}': importlib.metadata.version(name) for name in ('torch', 'numpy')},
         'version of python': platform.python_version(),
         **{f'setting {name}': value for name, value in vars(config).items() if name not in MAY_DIFFER},
     }
@@ -210,11 +150,8 @@ def refuse_unlike(config: Config) -> None:
 
     def compare() -> None:
         here = facts_of(config, files)
-        lines = [
-            f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}'
-            for name in {**first, **here}
-            if first.get(name) != here.get(name)
-        ]
+        differ = [name for name in first | here if first.get(name) != here.get(name)]
+        lines = [f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}' for name in differ]
         if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
             raise SettingError(f'init_from={config.init_from!r}: {host} has no such file. Copy it there.')
         if lines:
@@ -247,20 +184,11 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
     """
 
     def write() -> dict[str, Any]:
-        entry = dict(
-            time=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-            step=step,
-            command=command_line(),
-            argv=sys.argv,
-            **git_state(),
-            versions=versions(),
-            host=socket.gethostname(),
-            device=torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})',
-            processes=ranks.world_size(),
-            script=from_root(users_script()),
-            trainer=where(trainer_class),
-            config=where(type(config)),
-        )
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})'
+        entry: dict[str, Any] = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), step=step)
+        entry |= dict(command=command_line(), argv=sys.argv, **git_state(), versions=versions())
+        entry |= dict(host=socket.gethostname(), device=name, processes=ranks.world_size())
+        entry |= dict(script=from_root(users_script()), trainer=where(trainer_class), config=where(type(config)))
         path = config.run_dir / 'run.json'
         try:
             write_text(path, json.dumps([*read_starts(config.run_dir), entry], indent=2), durable=True)

@@ -23,7 +23,7 @@ from data_loading.loader import HeldOutSampler, Loader, StreamSampler
 from data_loading.spec import Part
 from data_utils import DATASETS, DataSpec, setup_data_train_and_test
 from runtime import ranks, stopping
-from runtime.workers import cores_per_process
+from runtime.ranks import cores_per_process
 from tests.helpers import ROOT, processes_with, wait_until
 
 CPU = torch.device('cpu')

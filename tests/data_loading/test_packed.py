@@ -9,7 +9,6 @@ import torch
 
 from config import SettingError
 from data_loading import packed
-from runtime import files
 
 X = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)
 LABEL = torch.arange(6) % 2
@@ -80,7 +79,7 @@ def test_rows_that_differ_or_are_missing_are_refused_and_leave_nothing(tmp_path)
 def test_remains_of_a_killed_build_are_removed_by_the_next(tmp_path):
     """Unless they have changed within the hour: another machine may be building."""
     path = tmp_path / 'x[1].pt'
-    other, fresh, old = tmp_path / '.other.pt.7.tmp', tmp_path / '.x[1].pt.8.tmp', files.temporary_name(path)
+    other, fresh, old = tmp_path / '.other.pt.7.tmp', tmp_path / '.x[1].pt.8.tmp', tmp_path / '.x[1].pt.9-0a1b2c3d.tmp'
     for file in (other, fresh, old):
         file.write_text('half')
     for file in (other, old):

@@ -19,7 +19,7 @@ from config import Config
 from main import main
 from runtime import ranks
 from trainer import ExampleDiffusionTrainer
-from training import writer
+from training import checkpoints
 from training.batches import Batches
 
 
@@ -139,7 +139,7 @@ PATCHES = {
     'half written': half_written,
     'before fsync': lambda trainer: before(os, 'fsync', lambda: die(trainer, 'before fsync')),
     'before rename': lambda trainer: before(os, 'replace', lambda: die(trainer, 'before rename'), 'last.pt'),
-    'after rename': lambda trainer: before(writer, 'sync', lambda: die(trainer, 'after rename')),
+    'after rename': lambda trainer: before(checkpoints, 'sync', lambda: die(trainer, 'after rename')),
     'saving:SIGTERM:worker': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),
     'saving:SIGTERM:run.sh': lambda trainer: before(torch, 'save', lambda: (trainer.at('saving'), time.sleep(0.5))),
 }

@@ -14,7 +14,7 @@ import torch
 from config import SettingError
 from reports import page
 from scripts.compare import Compare, compare, labels_of
-from settings.names import cut_middle
+from settings.same_run import cut_middle
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
 

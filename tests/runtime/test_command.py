@@ -21,7 +21,7 @@ def do():
     if kind != 'done':
         raise getattr(errors, kind, RuntimeError)('lr=1: too large. Try 1e-3.')
 
-command.run(do, undo=lambda: print('undone', flush=True))
+command.run(do)
 """
 
 
@@ -35,7 +35,7 @@ def run(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
     'kind, code, out, err',
     [
         ('done', 0, '', ''),
-        ('SettingError', 2, 'undone\n', 'SettingError: lr=1: too large. Try 1e-3.\n'),
+        ('SettingError', 2, '', 'SettingError: lr=1: too large. Try 1e-3.\n'),
         ('NonFiniteLoss', 3, '', 'NonFiniteLoss: lr=1: too large. Try 1e-3.\n'),
         ('Stopped', 75, '', ''),
         ('SaveError', 1, '', 'SaveError: lr=1: too large. Try 1e-3.\n'),

@@ -72,7 +72,17 @@ def test_whole_survives_a_kill_in_the_middle_of_a_write(python, tmp_path):
     writer.wait()
     text = (tmp_path / 'numbers.txt').read_text()
     assert len(text) == 100_000 and len(set(text)) == 1
-    assert {path.name for path in tmp_path.iterdir()} <= {'numbers.txt', f'.numbers.txt.{writer.pid}.tmp'}
+    (left,) = {path.name for path in tmp_path.iterdir()} - {'numbers.txt'} or {f'.numbers.txt.{writer.pid}-.tmp'}
+    assert left.startswith(f'.numbers.txt.{writer.pid}-') and left.endswith('.tmp')
+
+
+def test_whole_in_two_containers_never_has_one_temporary_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'getpid', lambda: 7)
+    with files.whole(tmp_path / 'a') as first, files.whole(tmp_path / 'a') as second:
+        assert first != second and {first.parent, second.parent} == {tmp_path}
+        first.write_text('first')
+        second.write_text('second')
+    assert (tmp_path / 'a').read_text() == 'first' and os.listdir(tmp_path) == ['a']  # its block ended last
 
 
 def test_link_as_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Rank, collectives and shares, with one process and with two; `alone` makes one process of several the only one."""
 
+import os
+
 import pytest
 import torch
 
@@ -197,3 +199,15 @@ def test_shares_cover_all_items_for_any_number_of_processes(monkeypatch, world, 
     assert len({len(share) for share in shares}) == 1  # collectives need equal shapes
     assert [i for column in zip(*shares, strict=True) for i in column][:n] == list(range(n))
     assert {i for share in shares for i in share} == set(range(n))
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(6)), raising=False)
+    monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+    assert ranks.cores_per_process() == 6
+    for processes, cores in ((1, 6), (2, 3), (4, 1), (8, 1)):
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        assert ranks.cores_per_process() == cores
+    monkeypatch.delattr(os, 'sched_getaffinity')  # macOS
+    monkeypatch.setattr(os, 'cpu_count', lambda: None)
+    assert ranks.cores_per_process() == 1

@@ -8,7 +8,7 @@ import saving
 from runtime.errors import NonFiniteLoss
 from tests.helpers import Interrupted, assert_same, cut_off, record_of
 from trainer import ExampleDiffusionTrainer
-from training import run_folder, writer
+from training import checkpoints, run_folder
 from training.bad_steps import BadSteps
 
 
@@ -38,7 +38,7 @@ def bad_in(steps, where='loss'):
 
 
 def state_of(trainer):
-    return writer.to_host(
+    return checkpoints.to_host(
         {'network': trainer.network.state_dict(), 'optimizer': trainer.optimizers['network'].state_dict()}
     )
 

@@ -14,8 +14,8 @@ import saving
 from config import Config, SettingError
 from tests.helpers import ROOT
 from training import run_folder
+from training.checkpoints import write_checkpoint
 from training.run_folder import Identity
-from training.writer import write_checkpoint
 
 
 def test_a_new_run_has_a_config_and_no_checkpoint(tiny_config):

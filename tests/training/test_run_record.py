@@ -11,15 +11,16 @@ import torch
 from config import Config, SettingError
 from runtime import files
 from runtime.errors import SaveError
-from runtime.importing import refuse_to_train
+from runtime.importing import import_class
 from tests.helpers import ROOT
 from training import run_record
-from training.run_record import identity_of, import_class, read_start, write_start
+from training.run_record import identity_of, read_start, write_start
 
 CPU = torch.device('cpu')
 EXPERIMENT = """
 import sys
-from training.run_record import identity_of, import_class, where
+from runtime.importing import import_class
+from training.run_record import identity_of, where
 
 class Base: ...
 class Common(Base): ...
@@ -100,57 +101,6 @@ def test_a_class_without_source_is_left_out():
     assert identity_of(names['Typed'], object, 'x') == run_record.Identity('Typed', {}, 'x')
     with pytest.raises(SettingError, match='Typed was defined in no file'):
         import_class(**run_record.where(names['Typed']))
-
-
-# ---------------------------------------------------------------- classes from files
-
-
-def test_a_class_of_the_project_is_the_one_that_everybody_imports():
-    import trainer
-
-    assert run_record.where(Config) == dict(file='config.py', name='Config')
-    assert import_class('config.py', 'Config') is Config
-    assert import_class('trainer.py', 'BaseDiffusionTrainer') is trainer.BaseDiffusionTrainer
-
-
-def test_a_file_is_imported_as_a_module_and_once(experiment, capsys):
-    cls = import_class(str(experiment), 'Mine')
-    assert cls.factor == 2 and cls.__module__ == 'mine' and capsys.readouterr().out == ''
-    assert import_class(str(experiment), 'Mine') is cls is sys.modules['mine'].Mine
-    assert import_class(str(experiment), 'Mine.Inner') is cls.Inner
-    assert run_record.where(cls) == dict(file=str(experiment), name='Mine')
-
-
-def test_another_module_of_that_name_stays_as_it_is(experiment):
-    other = sys.modules['mine'] = type(sys)('mine')
-    assert import_class(str(experiment), 'Mine').factor == 2
-    assert sys.modules['mine'] is other
-
-
-def test_what_is_gone_is_named(experiment):
-    with pytest.raises(SettingError, match=r'mine\.py has no class Missing'):
-        import_class(str(experiment), 'Missing')
-    with pytest.raises(SettingError, match=r'mine\.py has no class helped'):
-        import_class(str(experiment), 'helped')  # a function
-    with pytest.raises(SettingError, match=r'gone\.py is gone, with which'):
-        import_class(str(experiment.with_name('gone.py')), 'Mine')
-
-
-def test_a_file_that_fails_is_tried_again(experiment):
-    experiment.write_text('1 / 0\n')
-    with pytest.raises(ZeroDivisionError):
-        import_class(str(experiment), 'Mine')
-    experiment.write_text('class Mine: ...  # fixed\n')
-    assert import_class(str(experiment), 'Mine').__name__ == 'Mine'
-
-
-def test_a_script_that_trains_when_it_is_imported_is_refused(experiment):
-    experiment.write_text('from runtime.importing import refuse_to_train\nrefuse_to_train()\n')  # as main.main does
-    with pytest.raises(
-        SettingError, match=r'mine\.py trains when it is imported: put its main\(\.\.\.\) under if __name'
-    ):
-        import_class(str(experiment), 'Mine')
-    refuse_to_train()  # nothing is being imported now
 
 
 # ---------------------------------------------------------------- run.json

@@ -1,13 +1,20 @@
-"""Imports by the names of the old flat layout: each is found and given its new place, and nothing else is."""
+"""Imports by the names of the old flat layout, each with its new place; and scripts that are imported as modules."""
 
 import importlib
+import json
 import re
 import subprocess
+import sys
 
 import pytest
 
-from launch import moved, start
+from config import Config, SettingError
+from launch import start
+from main import load_run
+from runtime import importing
+from runtime.importing import import_class, refuse_to_train
 from tests.helpers import ROOT, launch_env
+from training import run_record
 
 # The modules of the old layout that are not top-level files any more.
 OLD = (
@@ -26,16 +33,16 @@ def old(tmp_path):
 
     def find(code: str) -> list[str]:
         (tmp_path / 'mine.py').write_text(code)
-        return [re.split(': | is now ', line)[1] for line in moved.old_imports(tmp_path / 'mine.py')]
+        return [re.split(': | is now ', line)[1] for line in importing.old_imports(tmp_path / 'mine.py')]
 
     return find
 
 
 def test_every_module_of_the_old_layout_is_in_the_table():
-    assert {*OLD, *(f'runtime.{name}' for name in OLD_RUNTIME)} <= moved.moved().keys()
+    assert {*OLD, *(f'runtime.{name}' for name in OLD_RUNTIME)} <= importing.moved().keys()
 
 
-@pytest.mark.parametrize('name, new', moved.moved().items())
+@pytest.mark.parametrize('name, new', importing.moved().items())
 def test_every_new_place_exists(name, new):
     for place in re.findall(r'\b(?:[a-z_0-9]+\.)+[A-Za-z_0-9]+', new):
         owner, _, last = place.rpartition('.')
@@ -57,10 +64,12 @@ def test_every_new_place_exists(name, new):
         ('import runtime.run_record', ['runtime.run_record']),
         ('from runtime import ranks, run_folder', ['runtime.run_folder']),
         ('def f():\n    import toy2d, sweep', ['toy2d', 'sweep']),
+        ('from solvers import SOLVERS, multistep', ['solvers.multistep']),  # a function once, a file today
         # what is where it was, and new names
         ('import evaluation\nfrom evaluation import likelihood, judge\nimport evaluation.likelihood', []),
         ('from networks import NETWORKS, get_network, mlp\nimport networks', []),
         ('from sampling import TIME_GRIDS\nfrom solvers import SOLVERS, Solver, Predict', []),
+        ('from solvers.multistep import Multistep\nimport solvers.multistep', []),
         ('from .compare import over\nfrom scripts.compare import over', []),
         ('try:\n    from scripts.compare import over\nexcept ImportError:\n    from compare import over', []),
         ('this is no Python', []),
@@ -88,13 +97,21 @@ def test_a_file_or_package_of_the_user_is_not_an_old_name(old, tmp_path, monkeyp
     assert old(code) == ['packed']
 
 
+def test_a_folder_of_python_files_without_init_is_a_package_of_the_user(old, tmp_path):
+    code = 'from compare import over\nfrom evaluation import final_metrics\n'
+    for folder in ('compare', 'evaluation'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'over.py').touch()
+    assert old(code) == ['evaluation.final_metrics']  # our package comes before a folder without __init__.py
+
+
 def test_a_file_of_the_user_in_the_folder_of_the_project_is_not_an_old_name(old, tmp_path, monkeypatch):
     """mine.py and the user's metrics.py are next to this project's config.py and evaluation/."""
     (tmp_path / 'CHANGELOG.md').write_text((ROOT / 'CHANGELOG.md').read_text())
     for name in ('config.py', 'metrics.py', 'evaluation/__init__.py'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(moved, 'ROOT', tmp_path)
+    monkeypatch.setattr(importing, 'ROOT', tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     code = 'import metrics\nfrom config import baseline\nfrom evaluation import final_metrics\nimport compare\n'
     assert old(code) == ['config.baseline', 'evaluation.final_metrics', 'compare']
@@ -109,7 +126,7 @@ def test_no_script_of_the_repo_is_refused():
     assert len(SCRIPTS) > 50
     for script in SCRIPTS:
         path = script.relative_to(ROOT).as_posix()
-        assert not moved.old_imports(script, has_neighbours=start.module_of(path) is None), path
+        assert not importing.old_imports(script, has_neighbours=start.module_of(path) is None), path
 
 
 def test_run_sh_refuses_before_any_work(tmp_path):
@@ -123,3 +140,79 @@ def test_run_sh_refuses_before_any_work(tmp_path):
             'mine.py line 3: compare is now scripts.compare',
             'mine.py line 4: likelihood is now evaluation.likelihood',
         ]
+
+
+# ---------------------------------------------------------------- the script as a module
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A script of a user, which imports another file from its folder."""
+    (tmp_path / 'other.py').write_text('def helped(): ...\n\n\nclass Mixin:\n    factor = 2\n')
+    path = tmp_path / 'mine.py'
+    path.write_text('from other import Mixin, helped\n\n\nclass Mine(Mixin):\n    class Inner: ...\n')
+    yield path
+    for name in ('mine', 'other', f'{tmp_path.name}_mine'):
+        sys.modules.pop(name, None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+def test_a_class_of_the_project_is_the_one_that_everybody_imports():
+    import trainer
+
+    assert run_record.where(Config) == dict(file='config.py', name='Config')
+    assert import_class('config.py', 'Config') is Config
+    assert import_class('trainer.py', 'BaseDiffusionTrainer') is trainer.BaseDiffusionTrainer
+
+
+def test_a_file_is_imported_as_a_module_and_once(experiment, capsys):
+    cls = import_class(str(experiment), 'Mine')
+    assert cls.factor == 2 and cls.__module__ == 'mine' and capsys.readouterr().out == ''
+    assert import_class(str(experiment), 'Mine') is cls is sys.modules['mine'].Mine
+    assert import_class(str(experiment), 'Mine.Inner') is cls.Inner
+    assert run_record.where(cls) == dict(file=str(experiment), name='Mine')
+
+
+def test_another_module_of_that_name_stays_as_it_is(experiment):
+    other = sys.modules['mine'] = type(sys)('mine')
+    assert import_class(str(experiment), 'Mine').factor == 2
+    assert sys.modules['mine'] is other
+
+
+def test_what_is_gone_is_named(experiment):
+    with pytest.raises(SettingError, match=r'mine\.py has no class Missing'):
+        import_class(str(experiment), 'Missing')
+    with pytest.raises(SettingError, match=r'mine\.py has no class helped'):
+        import_class(str(experiment), 'helped')  # a function
+    with pytest.raises(SettingError, match=r'gone\.py is gone, with which'):
+        import_class(str(experiment.with_name('gone.py')), 'Mine')
+
+
+def test_a_file_that_fails_is_tried_again(experiment):
+    experiment.write_text('1 / 0\n')
+    with pytest.raises(ZeroDivisionError):
+        import_class(str(experiment), 'Mine')
+    experiment.write_text('class Mine: ...  # fixed\n')
+    assert import_class(str(experiment), 'Mine').__name__ == 'Mine'
+
+
+def test_a_script_that_trains_when_it_is_imported_is_refused(experiment):
+    experiment.write_text('from runtime.importing import refuse_to_train\nrefuse_to_train()\n')  # as main.main does
+    with pytest.raises(
+        SettingError, match=r'mine\.py trains when it is imported: put its main\(\.\.\.\) under if __name'
+    ):
+        import_class(str(experiment), 'Mine')
+    refuse_to_train()  # nothing is being imported now
+
+
+def test_a_run_whose_script_has_old_imports_is_refused_as_by_run_sh(experiment):
+    experiment.write_text('import likelihood\nfrom compare import over\n\nclass Mine: ...\n')
+    where = dict(file=str(experiment), name='Mine')
+    (experiment.parent / 'run.json').write_text(json.dumps([dict(script=None, trainer=where, config=where)]))
+    with pytest.raises(SettingError) as refused:
+        load_run(experiment.parent)
+    assert str(refused.value).splitlines() == [
+        'mine.py line 1: likelihood is now evaluation.likelihood',
+        'mine.py line 2: compare is now scripts.compare',
+    ]
