@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -429,6 +430,7 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket, 'create_connection', refuse)
     monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # the hub's client tries again, later and later
     datasets.disable_progress_bars()
 
 

@@ -85,10 +85,11 @@ def test_samples_of_the_same_kind_are_good_in_every_respect():
 
 
 def test_each_number_sees_its_own_fault():
-    data, held_out = normal(2000, 8), normal(2000, 8)
-    narrow = compare(normal(2000, 8, 0.3), data, held_out)
-    wide = compare(normal(2000, 8, 3.0), data, held_out)
-    copied = compare(data[torch.randperm(2000, generator=GEN)] + 1e-3, data, held_out)
+    n = 500
+    data, held_out = normal(n, 8), normal(n, 8)
+    narrow = compare(normal(n, 8, 0.3), data, held_out)
+    wide = compare(normal(n, 8, 3.0), data, held_out)
+    copied = compare(data[torch.randperm(n, generator=GEN)] + 1e-3, data, held_out)
     assert narrow['precision'] > 0.95 and narrow['recall'] < 0.2 and narrow['density'] > 1.5
     assert wide['precision'] < 0.2 and wide['density'] < 0.1
     assert copied['nearest_neighbour_ratio'] < 0.01 and copied['frechet'] < 0.001

@@ -8,6 +8,7 @@ import pytest
 import main
 from config import Config
 from evaluation import judge
+from reports import dry_run
 from reports.page import aligned
 from scripts.compare import side_by_side
 from tests.helpers import TINY, as_flags
@@ -99,7 +100,9 @@ def test_a_flag_that_a_run_overrules_is_refused(compared, tmp_path, capsys):
     assert json.loads((tmp_path / 'it_longer/config.json').read_text())['num_training_steps'] == 8
 
 
-def test_check_rehearses_each(compared, tmp_path, capsys):
+def test_check_rehearses_each(compared, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, 'SECONDS_FOR_STEPS', 0.1)
+    monkeypatch.setattr(dry_run, 'NUM_JUDGED', 32)
     compared({'plain': {}, 'halved': dict(trainer_class=Halved)}, '--check')
     text = capsys.readouterr().out
     assert text.count('checkpoint') >= 2 and 'mine_plain' in text and 'mine_halved' in text
