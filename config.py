@@ -92,9 +92,9 @@ class Config:
     """Levels, by their longer side in pixels, that have self-attention; the middle always has."""
     dit_size: str = 'S'
     """Depth, width and heads of the paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
-    dit_depth: int = 0  # Transformer blocks; 0: those of dit_size.
-    dit_width: int = 0  # Channels of a token; 0: those of dit_size.
-    dit_heads: int = 0  # Attention heads; 0: those of dit_size.
+    dit_depth: int = 0  # Transformer blocks; 0: as dit_size says.
+    dit_width: int = 0  # Channels of a token; 0: as dit_size says.
+    dit_heads: int = 0  # Attention heads; 0: as dit_size says.
     dit_patch: int = 2  # Side of a patch in pixels; each patch is a token, and images are padded to whole ones.
     dropout: float = 0.0  # Dropout probability inside residual blocks.
     time_input: str = 't'  # How the network gets the time: t or log_snr.

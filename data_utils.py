@@ -95,8 +95,9 @@ def get_dataset(config: Config) -> DataSpec:
 
 
 def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
-    """The DataSpec with the shape and the facts of the data, the training part, and the held-out part or, if it is not
-    0, its first `config.held_out` items; all checked.
+    """Load and check the data: (DataSpec with shape and facts, training part, held-out part).
+
+    With `config.held_out` above 0, only so many held-out items are kept, the first ones.
 
     Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
     one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.

@@ -195,7 +195,7 @@ class Record:
         except OSError as error:
             raise SaveError(
                 f'{self.path.parent}: the record cannot be written ({error}). Make room there, and the same command '
-                'goes on from the last checkpoint.'
+                'resumes from the last checkpoint.'
             ) from error
 
     def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:

@@ -119,7 +119,7 @@ class BaseDiffusionTrainer(OldNames):
         train_loader: Loader, train_sampler: StreamSampler, test_loader: Loader,
     ):  # fmt: skip
         self.config, self.device, self.data = config, device, train_loader.spec
-        self.train_loader, self.test_loader = train_loader, test_loader
+        self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
         self.process = get_process(config)
         check_time_range(config, self.process)
         self.time_sampler, self.loss_weight = get_time_sampler(config), get_loss_weight(config)

@@ -119,16 +119,17 @@ class ImageFiles(Dataset):
 
     def fingerprint(self) -> str:
         """The names and sizes of all files and how they are decoded, independent of where the folder is."""
-        return repr((sorted(zip(self.files, self.stats('st_size'), strict=True)), tuple(self.made.values())))
+        return repr((sorted((name, self.stat(name).st_size) for name in self.files), tuple(self.made.values())))
 
     def state(self) -> str:
         """`fingerprint` with the times of change: the cache of these pixels is valid while this is the same."""
-        return repr([self.fingerprint(), self.stats('st_mtime_ns')])
+        return repr([self.fingerprint(), [self.stat(name).st_mtime_ns for name in self.files]])
 
-    def stats(self, field: str) -> list[int]:
-        """What os.stat says of each file; 0 for a link to nowhere, which decoding will name."""
-        paths = [self.root / name for name in self.files]
-        return [getattr(path.stat(), field) if os.path.exists(path) else 0 for path in paths]
+    def stat(self, name: str) -> os.stat_result:
+        try:
+            return (self.root / name).stat()
+        except OSError:  # a link to nowhere, which decoding will name
+            return os.stat_result((0,) * 10)
 
 
 def list_images(config: Config) -> ImageFiles:

@@ -162,10 +162,7 @@ class Loader:
         return self._scaled(*(array.cpu() for array in self.resident))
 
     def start_workers(self) -> None:
-        """Fork the loader processes now.
-
-        Later, while a thread writes a checkpoint, a fork could copy a lock that nobody will release.
-        """
+        """Fork the loader processes now, while no thread runs."""
         if self.workers is not None and self.workers.persistent_workers:
             iter(self.workers)
 

@@ -161,7 +161,7 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
                         f'{title}: item {len(labels)} is {describe(value)}, the first one {describe(x)}. '
                         'All must have the same shape and type.'
                     )
-                file.write(value.numpy().tobytes())
+                file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
                 labels.append(int(label))
         written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: what torch can wrap
         add_contents(temporary, torch.from_numpy(written).view(x.dtype).view(-1, *x.shape), torch.tensor(labels), facts)

@@ -50,7 +50,7 @@ class JudgedData:
             return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
 
     @property
-    def show_classes(self) -> bool:
+    def are_images_with_classes(self) -> bool:
         """Whether decoded data are images like those that were loaded, of two or more classes."""
         alike = self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
         return alike and self.spec.num_classes > 1
@@ -88,7 +88,7 @@ def pixels(data: JudgedData, weights: str) -> Detector:
 
 def is_grey_with_classes(data: JudgedData) -> bool:
     """Whether the data are images of one channel, few pixels, and two or more classes."""
-    return data.show_classes and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
+    return data.are_images_with_classes and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
 
 
 def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -155,7 +155,7 @@ def classifier(data: JudgedData, weights: str) -> Detector:
             write_cache(path, kept)
         return kept
 
-    found = on_main_patiently(make)
+    found = ranks.on_main_patiently(make)
     network = Classifier(spec.shape[0], spec.num_classes).to(data.device).eval()
     network.load_state_dict(found['network'])
     about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
@@ -211,12 +211,6 @@ def train_classifier(data: JudgedData) -> dict[str, Any]:
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
-def on_main_patiently(fn: Callable[[], Any]) -> Any:
-    """`ranks.on_main`, where the others wait as long as it takes."""
-    found = ranks.on_each(lambda: fn() if ranks.is_main() else None, patient=True)
-    return ranks.on_main(lambda: found)
-
-
 def read_cache(path: Path) -> dict[str, Any] | None:
     """What `write_cache` wrote, its tensors memory-mapped; None if it is not there, or damaged."""
     try:
@@ -243,7 +237,7 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
     """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
     `weights`: a file, '' for its own download. Raises SettingError."""
     if not name:
-        name = 'classifier' if data.show_classes and not is_grey_with_classes(data) else 'pixels'
+        name = 'classifier' if data.are_images_with_classes and not is_grey_with_classes(data) else 'pixels'
     return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 

@@ -41,7 +41,7 @@ class Looked:
 
     detector: 'Detector'
     features: list[Tensor] = field(default_factory=list)
-    recognised: list[Tensor] = field(default_factory=list)  # of batches with known classes
+    recognised: list[Tensor] = field(default_factory=list)  # one of each batch whose classes are known
 
     @torch.no_grad()
     def add(self, x: Tensor, classes: Tensor | None) -> None:
@@ -197,7 +197,8 @@ class Judge:
         with self.record.apart() as logged:
             for name in names if last else names[:1]:
                 found = self.judged(name, num_samples or NUM_JUDGED, step)
-                values |= {f'final/{name}/{key}': value for key, value in found.items() if last}
+                if last:
+                    values |= {f'final/{name}/{key}': value for key, value in found.items()}
                 if name == names[0] and (c.eval_metrics_every or not last):  # a point of their curve
                     values |= {f'eval/{name}/{key}': value for key, value in found.items()}
         return values | logged
@@ -238,14 +239,14 @@ class Judge:
     ) -> dict[str, float]:
         """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
         `neighbours` of them in pairs. label_agreement, if all labels on all ranks were classes."""
-        from evaluation.detectors import features_of_data, on_main_patiently
+        from evaluation.detectors import features_of_data
         from evaluation.distances import compare
 
         values, features = {}, ranks.gather_items(torch.cat(looked.features), n)
         if not ranks.any_rank(len(looked.recognised) < len(looked.features)):
             values['label_agreement'] = float(ranks.gather_items(torch.cat(looked.recognised), n).double().mean())
         data = features_of_data(looked.detector, self.data, most)
-        return values | on_main_patiently(lambda: compare(features, *data, most=neighbours))
+        return values | ranks.on_main_patiently(lambda: compare(features, *data, most=neighbours))
 
     @cached_property
     def data(self) -> 'JudgedData':

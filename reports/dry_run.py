@@ -107,7 +107,7 @@ class Rehearsal:
     """What a run of `config` does, tried in `folder`; what it measures adds up to the estimate."""
 
     def __init__(self, config: Config, found: dict[str, Any] | None, folder: Path, build: Callable[[Config], Any]):
-        """`found`: of the checkpoint that the run will resume from. Raises SettingError if it is another run's."""
+        """`found`: the checkpoint that the run will resume from. Raises SettingError if it is another run's."""
         apart = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
         self.config, self.trained = config, build(dataclasses.replace(config, **apart))
         if found is not None:

@@ -43,7 +43,6 @@ CURVES: dict[str, tuple[str, ...]] = {
     'images per second': ('train/images_per_second',),
     'share of time waiting for data': ('train/waiting',),
 }
-DATA_PICTURE = 'data_and_augmented'
 GAUSSIAN = 'eval/reference_gaussian'
 LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
 # Of a table of evaluations.
@@ -107,7 +106,7 @@ class Run:
         """The pictures that an experiment gave other names: of names that differ in their step_N only, the newest."""
         paths = sorted((self.folder / 'samples').glob('*.png'))
         newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
-        return [path for path in newest.values() if path.stem != DATA_PICTURE]
+        return [path for path in newest.values() if path.stem != 'data_and_augmented']
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +274,7 @@ def report(run: Run) -> str:
             'First samples': images(captions[0] if len(captions) > 1 else {}),
             'Newest samples on their way': images({run.folder / 'path.png': 'from what they started from, left'}),
             'Newest of other pictures': images({path: path.stem for path in run.own_pictures()}),
-            'Data': images({run.folder / f'samples/{DATA_PICTURE}.png': 'as loaded, and as training sees them'}),
+            'Data': images({run.folder / 'samples/data_and_augmented.png': 'as loaded, and as training sees them'}),
             'Settings that differ from the preset': table(sorted(run.changed().items())),
             'Started': table([(name, start[name]) for name in STARTED if name in start]),
         },

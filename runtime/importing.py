@@ -52,23 +52,23 @@ def old_imports(script: Path, has_neighbours: bool = True) -> list[str]:
 
 
 def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """The modules of an import, except those that are files here today, and module.name for each name taken from one.
+    """The modules of an import, and module.name for each name taken from one, except those that are files here today.
 
-    So `from solvers.multistep import ...` has no old name; `from solvers import multistep`, a function once, has one.
+    So `from solvers import multistep`, once a function, imports the file without a word.
     """
     modules, names = [alias.name for alias in node.names], []
     if isinstance(node, ast.ImportFrom):
         modules = [node.module] if node.module and not node.level else []
         names = [f'{module}.{alias.name}' for module in modules for alias in node.names]
-    return [name for name in modules if not Path(ROOT, *name.split('.')).with_suffix('.py').exists()] + names
+    return [name for name in modules + names if not Path(ROOT, *name.split('.')).with_suffix('.py').exists()]
 
 
 def is_found(name: str, neighbours: list[str]) -> bool:
-    """Whether an import finds a file or package of the user, or an installed one of this name; ours do not count.
+    """Whether an import finds a file or package of the user, or an installed one of this name.
 
-    Ours are the modules of which only single names have moved: `config` of `config.baseline`. No other has a file here,
-    so one in the project's folder is the user's. A folder without __init__.py is a package if it has Python files, but
-    Python prefers our module of its name.
+    Our own modules are ignored: those of which only single names have moved, such as `config` of `config.baseline`. A
+    name that moved as a whole has no file of ours, so a file of that name is the user's. A folder without __init__.py
+    is a package if it has Python files, but Python prefers our module of its name.
     """
     module, _, rest = name.partition('.')
     for spec in (PathFinder.find_spec(module, neighbours), None if rest else PathFinder.find_spec(module)):

@@ -177,6 +177,12 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
     return result
 
 
+def on_main_patiently(fn: Callable[[], T]) -> T:
+    """`on_main`, where the others wait as long as it takes."""
+    found = on_each(lambda: fn() if is_main() else None, patient=True)
+    return on_main(lambda: cast(T, found))
+
+
 def is_first_of_machine() -> bool:
     """Whether this is the process that writes files for all processes of its machine."""
     return is_alone() or os.environ.get('LOCAL_RANK', '0') == '0'

@@ -1,7 +1,7 @@
 """Programs on runs and data. `sh run.sh generate.py ...` finds them here.
 
 generate.py  samples of a run, in files
-samples.py   samples of a run that is opened to read, for both of these; and their files
+samples.py   opens a run and draws its samples, for generate.py and evaluate.py; their files
 evaluate.py  numbers for a run: distances of samples from the data, held-out losses, bits per dimension
 compare.py   several runs on one page; side_by_side trains them first
 sweep.py     a grid of settings, a run for each combination

@@ -67,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
+    from evaluation.detectors import DETECTORS
     from solvers import SOLVERS
 
+    if options.detector:
+        choose('detector', options.detector, DETECTORS)
     if options.num < 10:
         raise SettingError(f'num={options.num}: at least 10 samples are needed to compare.')
     if not options.weights:

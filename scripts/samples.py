@@ -61,16 +61,15 @@ class Samples:
         label = torch.tensor([self.labels[i % len(self.labels)] for i in indices], device=run.device)
         return dataclasses.replace(inputs, label=label)
 
-    @torch.no_grad()
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, SampleInputs]:
         """The decoded samples (n, ...) of these indices and what they started from, by this process only."""
         inputs = self.inputs(indices)
-        with ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
+        with torch.no_grad(), ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
             return self.run.decode(self.run.draw(self.model_fn, inputs, self.run.config.solver)), inputs
 
     def batches(self, indices: Sequence[int], at_once: int) -> Iterator[tuple[list[int], Tensor, SampleInputs]]:
-        """(indices, decoded samples, what they started from) of this process's share, in batches. The last sample may
-        come on several processes. Raises Stopped."""
+        """(indices, decoded samples, what they started from) of this process's share, in batches. Several processes may
+        draw the last sample. Raises Stopped."""
         mine = [indices[i] for i in ranks.my_items(len(indices))]
         batches = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
         for batch in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
@@ -130,7 +129,7 @@ class Samples:
         return values | dict(images_per_second=rate)
 
     def losses(self, bits: int) -> dict[str, float]:
-        """The held-out loss of the run and the reference loss, by time; bits per dimension of so many images."""
+        """The held-out loss of the run and the reference loss, by time; bits per dimension of this many images."""
         judge, network = self.run.judge, self.run.network
         values = {'eval/loss': judge.held_out_loss(network)}
         if judge.has_reference:

@@ -44,9 +44,9 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
         else:
             text = f'{word!r} comes before a flag. Write --setting VALUE VALUE ..., and -- before the rest.'
             raise SettingError(text)
-    empty = [name for name, values in grid.items() if not values] or ['The grid'] * (not grid)
-    if empty:
-        raise SettingError(f'{empty[0]} has no values. Write --setting VALUE VALUE ...')
+    empty = [name for name, values in grid.items() if not values]
+    if empty or not grid:
+        raise SettingError(f'{empty[0] if empty else "The grid"} has no values. Write --setting VALUE VALUE ...')
     chosen = itertools.product(*grid.values())
     runs = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
     names = [parse_config(flags).experiment_name for flags in runs]

@@ -1,4 +1,4 @@
-"""What a step of a solver is: (x, t, s, predict, noise) -> x at time s < t. Read table.py next.
+"""What a step of a solver is: (x, t, s, predict, noise) -> x at time s < t. Read one_step.py next.
 
 The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time SDE
 

@@ -1,4 +1,4 @@
-"""The tables: SOLVERS, SDE_NOISES, LAST_STEPS, TIME_GRIDS. An entry of yours is tested once it is there."""
+"""The tables: SOLVERS, SDE_NOISES, LAST_STEPS, TIME_GRIDS. New entries are tested automatically."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -482,7 +482,7 @@ def test_damaged_checkpoint(tmp_path, whole, damage):
         }[damage]
     )
     code, out, err = job.run()
-    assert code == 0 and 'last.pt' in out and 'damaged' in out and 'going on from last-1.pt, step 24' in out, err
+    assert code == 0 and 'last.pt' in out and 'damaged' in out and 'resuming from last-1.pt, step 24' in out, err
     assert_same_runs(whole(), job.folder)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved, how, and back.
+"""Checkpoints of a run: what is saved, how it is written, and how it is restored.
 
 save      the state of everything that is held -> one dict of plain objects -> `Writer` writes it in a thread
 restore   run_folder.py finds the newest whole file and refuses another experiment's -> its states are put back

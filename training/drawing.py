@@ -27,7 +27,7 @@ class Drawing:
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
         self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
-        self.watching: Callback | None = None  # see `within`
+        self.watching: tuple[Callback, ...] = ()  # see `within`
         self.replaced: dict[str, Any] = {}
 
     @cached_property
@@ -45,22 +45,24 @@ class Drawing:
         """x0 (n, ...) by this solver; `settings` replace those of the config. Between two steps a stop request of any
         process ends it on all. Raises SettingError, Stopped."""
         self.refuse_sde_solver(solver)
-        settings = dict(label=inputs.label, cond=inputs.cond) | self.replaced | dict(solver=solver) | settings
-        callbacks = [call for call in (settings.pop('callback', None), self.watching) if call is not None]
+        given = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
+        settings = given | self.replaced | settings
+        callbacks = [call for call in (settings.pop('callback', None), *self.watching) if call is not None]
 
         def after_step(i: int, t: float, x: Tensor) -> None:
             stopping.raise_if_stopped()
             for callback in callbacks:
                 callback(i, t, x)
 
-        return self.sample_fn(model_fn, inputs.x1, callback=after_step, **settings)
+        return self.sample_fn(model_fn, callback=after_step, **settings)
 
     @contextlib.contextmanager
     def within(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:
         """In every `draw` within the block these settings of `sample` replace those of the config, and `watching` is
         called after each step. A setting that a caller of `draw` passes wins."""
         before = self.watching, self.replaced
-        self.watching, self.replaced = watching, replaced
+        self.watching = self.watching if watching is None else (*self.watching, watching)
+        self.replaced = self.replaced | replaced
         try:
             yield
         finally:

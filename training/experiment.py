@@ -87,8 +87,8 @@ class Experiment(Protocol):
     def overrides(self, name: str) -> bool: ...
 
 
-class Renamed:
-    """An attribute that is gone: reading and setting it raise an AttributeError with the new name."""
+class Moved:
+    """An attribute that is gone: reading it raises an AttributeError with the new name."""
 
     def __init__(self, new: str):
         self.new = new
@@ -101,6 +101,10 @@ class Renamed:
             return self
         raise AttributeError(f'{type(thing).__name__}.{self.old} is now {self.new}')
 
+
+class Renamed(Moved):
+    """So does setting it: an experiment that sets it expects that somebody reads it."""
+
     def __set__(self, thing: object, value: Any) -> None:
         self.__get__(thing, type(thing))
 
@@ -111,10 +115,13 @@ class OldNames:
     sample_fn = Renamed('draw(model_fn, inputs, solver, **settings)')
     logger = Renamed('the methods picture(name, image), log(name, value) and histogram(name, values)')
     shards = Renamed('batches.steps(step): for each step from there on, its micro-batches')
+    save = Moved('checkpoints.save(step)')
+    finished = Moved('checkpoints.finished')
+    draw_shard = Moved('batches.draw_shard(batch, shard, step)')
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if 'beside' in inspect.signature(vars(cls).get('show', cls.__init_subclass__)).parameters:
+        if 'beside' in inspect.signature(getattr(cls, 'show', cls.__init_subclass__)).parameters:
             raise TypeError(
                 f'{cls.__name__}.show(name, x, beside) is now show(name, x, inputs). inputs.given has what the samples '
                 'were made from, self.decode(inputs.truth) the held-out data that belong to them.'

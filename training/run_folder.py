@@ -109,7 +109,7 @@ def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
             'Put back a copy of one, or pass another --experiment_name.'
         )
     if newest is not None and damaged:
-        print_once(f'{"; ".join(damaged)}: going on from {newest[0].name}, step {newest[1]["step"]}')
+        print_once(f'{"; ".join(damaged)}: resuming from {newest[0].name}, step {newest[1]["step"]}')
     return newest
 
 

@@ -100,6 +100,8 @@ def test_settings_within_a_block_replace_those_of_the_config(tiny_config, build_
         assert steps(callback=lambda i, t, x: called.append((i, t))) == 9
     assert watched == called and [i for i, _ in watched] == list(range(1, 10))
     assert steps() == 9 and len(watched) == 9
+    with drawing.within(num_steps=2), drawing.within(watching=lambda i, t, x: watched.append((i, t))):
+        assert steps() == 2 and len(watched) == 11
 
 
 def test_a_path_keeps_what_a_solver_changes_in_place(tiny_config, build_trainer, monkeypatch):

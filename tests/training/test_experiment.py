@@ -43,8 +43,10 @@ def test_inputs_of_a_subclass_may_have_a_list_of_their_own():
         (lambda trainer: trainer.sample_fn, r'Mine\.sample_fn is now draw\(model_fn, inputs, solver'),
         (lambda trainer: trainer.logger.log_picture, r'Mine\.logger is now the methods picture\(name, image\)'),
         (lambda trainer: next(trainer.shards()), r'Mine\.shards is now batches\.steps\(step\)'),
+        (lambda trainer: trainer.save(), r'Mine\.save is now checkpoints\.save\(step\)'),
+        (lambda trainer: trainer.finished, r'Mine\.finished is now checkpoints\.finished'),
     ],
-    ids=['sample_fn', 'logger', 'shards'],
+    ids=['sample_fn', 'logger', 'shards', 'save', 'finished'],
 )
 def test_old_attributes_of_a_trainer_give_the_new_name(tiny_config, build_trainer, use, words):
     class Mine(ExampleDiffusionTrainer):
@@ -55,8 +57,11 @@ def test_old_attributes_of_a_trainer_give_the_new_name(tiny_config, build_traine
 
 
 def test_a_show_of_the_old_signature_is_refused_when_the_class_is_made():
+    class Old:
+        def show(self, name, x, beside):
+            pass
+
     with pytest.raises(TypeError, match=r'Mine\.show\(name, x, beside\) is now show\(name, x, inputs\).*inputs\.given'):
 
-        class Mine(ExampleDiffusionTrainer):
-            def show(self, name, x, beside):
-                pass
+        class Mine(Old, ExampleDiffusionTrainer):
+            pass

@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tiny_confi
     damaged = DAMAGE[damage](last.read_bytes())
     last.write_bytes(damaged)
     assert run_folder.open_folder(config)['step'] == 20
-    assert str(last) in (out := capsys.readouterr().out) and 'going on from last-1.pt, step 20' in out
+    assert str(last) in (out := capsys.readouterr().out) and 'resuming from last-1.pt, step 20' in out
     assert last.with_name('last.pt.damaged').read_bytes() == damaged  # nothing is lost
     assert saving.load(last)['step'] == 20  # and the next save pushes a good one back
     write_checkpoint(config, dict(step=26, finished=False))
