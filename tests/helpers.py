@@ -72,7 +72,7 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
 
 def run_ranks(script, folder, local_ranks):
     """What each of several processes, with these LOCAL_RANKs, wrote as JSON into `folder`."""
-    (folder / 'script.py').write_text(script)
+    (folder / 'script.py').write_text(f'{script}\nfrom runtime import ranks\n\nranks.close()\n')
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]

@@ -337,7 +337,6 @@ with record.open(0):
     except SaveError as error:
         seen['error'] = str(error)
 (folder / f'{rank}.json').write_text(json.dumps(seen))
-ranks.close()
 """
 
 

@@ -63,7 +63,6 @@ seen['in order'] = d.all_gather_objects(rank)
 stopping.poll_stop()  # begun and never read: the group is left all the same
 with open(f'{sys.argv[1]}/{rank}.json', 'w') as file:
     json.dump(seen, file)
-d.close()
 """
 
 

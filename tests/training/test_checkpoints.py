@@ -467,7 +467,6 @@ try:
 except SaveError as error:
     seen['error'] = str(error)
 Path(folder, f'{rank}.json').write_text(json.dumps(seen))
-ranks.close()
 """
 
 

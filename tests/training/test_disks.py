@@ -61,7 +61,6 @@ absent = Path('ckpts/nowhere.pt')
 seen['absent'] = refused(lambda: run_folder.load_on_all(absent, lambda: saving.load_checkpoint(absent)))
 with open(root / f'{rank}.json', 'w') as file:
     json.dump(seen, file)
-ranks.close()
 """
 
 
