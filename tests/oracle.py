@@ -3,6 +3,7 @@
 Points are (B, D) here, so xt has two dimensions; the models take images too, (B, C, H, W) with D = C H W.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from solvers import Predict
 F64 = torch.float64
 
 
+@functools.cache
 def process_named(name: str) -> GaussianProcess:
     return get_process(Config(process_name=name))
 

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Lint, types and tests:  sh tests/run.sh [pytest args]     e.g. sh tests/run.sh tests/test_processes.py -k rf
+#                         sh tests/run.sh --cov             and which lines they run
 #                         sh tests/run.sh -m slow -n 2      what a run survives: whole runs, killed and stopped in
 #                                                           every way, and clusters: two at a time, slow
 set -eu
@@ -11,9 +12,7 @@ find_python
 "$python" -m ruff format --check .
 "$python" -m basedpyright --pythonpath "$python"
 if [ "$#" -eq 0 ]; then # all: as many at once as there are cores, then those that want the machine for themselves
-    "$python" -m pytest -n logical --maxprocesses 4 --ignore=tests/launch/test_launcher.py --cov --cov-report=
-    echo 'Lines that the tests run (in their own processes: what only whole runs by run.sh reach is not counted):'
-    "$python" -m coverage report
+    "$python" -m pytest -n logical --maxprocesses 4 --ignore=tests/launch/test_launcher.py
     set -- tests/launch/test_launcher.py
 fi
 exec "$python" -m pytest "$@"

@@ -11,6 +11,7 @@ from torch import nn
 import data_utils
 import saving
 import utils
+from evaluation import judge
 from networks import table
 from runtime import stopping
 from tests.helpers import record_of
@@ -214,7 +215,8 @@ def test_the_samples_of_a_grid_are_of_all_classes_in_turn(tiny_config, build_tra
     assert of_adams.tolist() == of_sde.tolist() == 6 * list(range(10))
 
 
-def test_without_labels_the_network_meets_the_null_class_alone(tiny_config, build_trainer):
+def test_without_labels_the_network_meets_the_null_class_alone(tiny_config, build_trainer, monkeypatch):
+    monkeypatch.setattr(judge, 'NUM_JUDGED', 40)
     config = tiny_config(label_dropout=1.0, sample_every=6, final_eval=True)
     trainer = build_trainer(config)
     labels = watch_labels(trainer)

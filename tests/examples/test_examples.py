@@ -1,5 +1,6 @@
 """The examples: each is a page, trains, draws and resumes; and its formulas hold where the answer is known."""
 
+import functools
 import importlib.util
 import math
 import re
@@ -399,11 +400,12 @@ def test_own_process_is_a_process(load):
 @pytest.mark.parametrize('name', ['guidance', 'bridge'])
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(build, tmp_path, name):
     """Bridge draws its batches by the moving average, guidance keeps weights of the fourth step."""
-    whole, _ = build(name, num_training_steps=16, keep_every=8)
+    settings = dict(num_training_steps=16, keep_every=8, sample_every=0, final_pictures=False)
+    whole, _ = build(name, **settings)
     whole.train_loop()
     (tmp_path / 'ckpts/part').mkdir()
     shutil.copy(whole.config.run_dir / 'step_0000008.pt', tmp_path / 'ckpts/part/last.pt')
-    part, _ = build(name, num_training_steps=16, keep_every=8, experiment_name='part')
+    part, _ = build(name, **settings, experiment_name='part')
     assert part.step == 8
     part.train_loop()
     for key, module in whole.modules.items():
@@ -505,8 +507,9 @@ def test_reflow_finds_straight_lines_straight(load):
     assert this.straightness(inputs, 200) == pytest.approx(1 / 12, rel=0.01)
 
 
-def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer):
+def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer, monkeypatch):
     module = load('latent')
+    monkeypatch.setattr(module, 'autoencoder', functools.partial(module.autoencoder, width=8))
     pairs = [(torch.randint(256, (n, 1, 12, 12), dtype=torch.uint8), torch.arange(n) % 10) for n in (300, 50)]
     DATASETS['fashion_mnist'] = module.DataSpec(lambda config: tuple(pairs), num_classes=10)
     config = Config(data_dir=str(tmp_path))
