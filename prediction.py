@@ -49,7 +49,7 @@ ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | 
     'F': lambda c: (
         c.sigma * c.c_in / c.sigma_data,
         -c.alpha * c.c_in * c.sigma_data,
-    ),  # x0 = c_skip xt + c_out F, below
+    ),  # x0 = c_skip xt + c_out F, above
 }
 
 

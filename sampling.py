@@ -57,7 +57,7 @@ class Guidance:
         return torch.full_like(label, self.null_label)
 
     def check(self, label: Tensor | None, cond: Mapping[str, Tensor]) -> None:
-        """Raise SettingError if the network is to be its own guide, and these leave it nothing to do without."""
+        """Raise SettingError if there is nothing that the second evaluation of guidance could leave out."""
         if self.scale == 1 or self.guide_fn is not None:
             return
         unknown = sorted(self.null_cond.keys() - cond.keys() - {'s'})

@@ -1,7 +1,7 @@
 """How training times are drawn: a time sampler is an inverse CDF, t = sampler(u).
 
 u ~ U(0, 1) and t have shape (n,), one type and one device; t lies in [t_min, t_max]. Whether u is independent,
-stratified or antithetic is the trainer's business (`BaseDiffusionTrainer.uniforms`), so all three work with every
+stratified or antithetic is not decided here (`Batches.uniforms` in training/batches.py), so all three work with every
 sampler. A call moves nothing to the device: all that does not depend on u is computed once, as floats.
 """
 

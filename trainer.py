@@ -1,6 +1,6 @@
 """Training. Read ExampleDiffusionTrainer first, at the end: its two functions are the experiment.
 
-prepare_batch_fn   a batch of data becomes x0, x1, t and a label; all randomness of a training step is drawn here
+prepare_batch_fn   a batch of data becomes x0, x1, t and a label; draw random numbers here, not in loss_fn
 loss_fn            the loss of each image: the network's prediction at xt, compared with the target
 
 Data x0 is at t = 0, the base sample x1 at t = 1, and xt = alpha(t) x0 + sigma(t) x1.

@@ -112,7 +112,7 @@ class Loader:
         self.batch_sampler, self.spec, self.device = batch_sampler, spec, device
         self.fingerprint = ''  # hash of the training and held-out data
         self.about = ''  # a line about both parts, for the report
-        self.waited = 0.0  # seconds that iteration has waited for data, since this was set to 0
+        self.waited = 0.0  # seconds that iteration has waited for data
         self.size, self.has_pairs = len(part), part.has_pairs  # has_pairs: batches are (x, label, x1)
         self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
         self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64

@@ -110,10 +110,17 @@ def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor
 def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData, weights: str) -> Detector:
     """A feature extractor of torch-fidelity (Obukhov et al. 2020), from the file `weights` or its own download.
 
-    Grey images become three equal channels. Raises SettingError if the weights cannot be had.
+    Grey images become three equal channels. Raises SettingError for data that are not images in [0, 1], and if the
+    weights cannot be had.
     """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+    shape, low, high = tuple(data.example.shape[1:]), float(data.example.min()), float(data.example.max())
+    if len(shape) != 3 or shape[0] not in (1, 3) or low < -0.25 or high > 1.25:
+        raise SettingError(
+            f'detector={name!r} looks at images in [0, 1] of one or three channels, and these data have the shape '
+            f'{shape} and lie in [{low:.3g}, {high:.3g}]. Use --detector pixels.'
+        )
     kind = FEATURE_EXTRACTORS_REGISTRY[full_name]
     path = str(Path(weights).expanduser()) if weights else None
     if path is not None and not Path(path).is_file():
@@ -127,8 +134,6 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
             'and pass the file as --detector_weights PATH; or use --detector classifier or pixels, which need none.'
         ) from None
     network = network.to(data.device)
-    if tuple(data.example.shape[1:2]) not in ((1,), (3,)):
-        raise SettingError(f'detector={name!r} looks at images of one or three channels. Use --detector pixels.')
 
     def features(x: Tensor) -> Tensor:
         x = (x.clamp(0, 1) * 255).round().byte().to(data.device)

@@ -94,17 +94,17 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        why_not = None
-        with self.record.apart():
-            try:
-                with torch.no_grad():
-                    self.reference.errors(example, torch.arange(len(example.t)), model_fn)
-            except Exception as error:  # whatever a network of the user raises for inputs that it is not made for
-                why_not = f'this network cannot be evaluated as a denoiser ({error})'
-        reasons = [reason for reason in ranks.all_gather_objects(why_not) if reason is not None]
-        if reasons:
-            print_once(f'eval/reference is left out: {reasons[0]}')
-        return not reasons
+        index = torch.arange(len(example.t), device=self.experiment.device)
+        try:
+            with self.record.apart(), torch.no_grad():
+                ranks.on_each(lambda: self.reference.errors(example, index, model_fn))
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            # A network that loss_fn calls in a way of its own may not take what a denoiser takes.
+            if isinstance(error, torch.OutOfMemoryError) or not self.experiment.overrides('loss_fn'):
+                raise
+            print_once(f'eval/reference is left out: this network cannot be evaluated as a denoiser ({error})')
+            return False
+        return True
 
     def judged_weights(self) -> tuple[str, nn.Module]:
         """Name and network by which the run is judged."""
@@ -174,13 +174,17 @@ class Judge:
 
         c, spec = self.config, self.experiment.data
         levels = spec.max_value + 1
-        x, label, *_ = self.batches.test_loader.take(rows)
+        loaded = self.batches.test_loader.take(rows)
+        utils.seed_everything(0, 'conditions', number)
+        given = self.batches.prepared(loaded)  # the class and the conditions as in training
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
-            x = dequantize((x * spec.max_value).round(), levels)
+            x = dequantize((loaded[0] * spec.max_value).round(), levels)
+        if (given.x0 - x).abs().max() > 2.01 / levels:
+            raise SettingError('bits: needs x0 that is the image, and prepare_batch_fn makes something else of it.')
         utils.seed_everything(0, 'probes', number)
-        settings: dict[str, Any] = dict(model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
-        label = label if spec.num_classes else None
-        found = log_likelihood(self.experiment.get_model_fn(module), self.experiment.process, x, label, **settings)
+        settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
+        model_fn = self.experiment.get_model_fn(module)
+        found = log_likelihood(model_fn, self.experiment.process, x, given.label, **settings)
         return bits_per_dim(found.log_prob, spec.shape or (), levels)
 
     # ---------------------------------------------------------------- numbers for samples

@@ -31,7 +31,8 @@ class Reference:
     without a weight, x1 drawn independently.
 
     It does not depend on a run's process, output, loss and times: a network of another process is evaluated at the time
-    of equal log-SNR.
+    of equal log-SNR. Where x0 and x1 are not independent the batch's own x1 is taken: such a run compares only with
+    runs that have the same x1.
     """
 
     def __init__(self, experiment: Experiment, batches: Batches):
@@ -101,7 +102,7 @@ class Reference:
         networks with the output of the config."""
         experiment = self.experiment
         x, label, *_ = self.batches.train_loader.everything()
-        x0 = torch.cat([experiment.encode(part) for part in x.split(1024)])
+        x0 = torch.cat([experiment.encode(part.to(experiment.device)) for part in x.split(1024)])
         has_classes = experiment.data.num_classes and experiment.config.label_dropout < 1
         mean, variance = x0.mean(0), x0.var(0)
 

@@ -40,6 +40,15 @@ class Gallery:
         """The `kind` of the samples."""
         return kind(self.experiment.decode(self.batches.example.x0[:1]))
 
+    @cached_property
+    def are_images(self) -> bool:
+        """Whether samples are images in [0, 1], which bytes can hold: the data are images, or `decode` keeps everything
+        within [0, 1]. A little more is clipped."""
+        far = 1 if self.data.scale == 'image' else 1000
+        with torch.no_grad():
+            x = self.experiment.decode(far * self.batches.example.x0[:8])
+        return kind(x) == 'images' and float(x.min()) >= -0.25 and float(x.max()) <= 1.25
+
     @property
     def num_shown(self) -> int:
         """How many samples a picture has: about 60 images, each of up to 100 classes; or enough points."""

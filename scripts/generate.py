@@ -66,12 +66,12 @@ def generate(options: Generate) -> None:
         raise SettingError(f'num={o.num}, batch_size={o.batch_size}: must be at least 1.')
     settings = {name: getattr(o, name) for name in ('solver', 'num_sample_steps', 'time_grid', 'guidance_scale')}
     samples = Samples(o.run, o.weights, o.num, o.seed, o.labels, sample_nfe=o.nfe, **settings)
-    run, are_images = samples.run, samples.run.gallery.kind == 'images'
+    run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
     made_by['weights_digest'] = digest_of(run.network)
     out = Output(o.out, are_images, vars(run.config) | made_by)
     if o.trajectory and not are_images:
-        raise SettingError('trajectory=True: these samples are not images.')
+        raise SettingError('trajectory=True: these samples are not images in [0, 1].')
 
     ranks.on_main(out.claim)
     todo = sorted(set(range(o.num)) - ranks.on_main(out.drawn))

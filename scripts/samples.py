@@ -157,7 +157,10 @@ class Output:
         self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
-            raise SettingError(f'{self.where}: these samples are not images. Pass a file, such as --out x.npz.')
+            raise SettingError(
+                f'{self.where}: these samples are not images in [0, 1], which PNGs could hold. Pass a file, such as '
+                '--out x.npz, which holds them as floats; or, if they are images, have `decode` end with .clamp(0, 1).'
+            )
         self.made_by = json.loads(json.dumps(made_by))
 
     def claim(self) -> None:

@@ -81,7 +81,7 @@ class Solver:
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
     few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
-    few_steps: int = 10  # with fewer, extrapolation by polynomials is unreliable
+    few_steps: int = 10  # with so few, extrapolation by polynomials is unreliable
 
     def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
         """The step and the table of time grids for a path of n steps.

@@ -126,11 +126,15 @@ class Batches:
         return self.draw_example('first')
 
     def draw_example(self, draw: str) -> ProcessedBatch:
-        """A prepared batch of the first images; another `draw` gives them other noise, times and conditions. Raises
-        SettingError if its parts do not fit together."""
+        """A prepared batch of the first images; another `draw` gives them other noise, times and conditions."""
         n, self.shard_position = min(64, self.config.global_batch_size, self.train_loader.size), (0, 1)
         utils.seed_everything(self.config.seed, 'example', draw)
-        prepared = self.experiment.prepare_batch_fn(self.train_loader.take(range(n)), is_train=False)
+        return self.prepared(self.train_loader.take(range(n)))
+
+    def prepared(self, batch: tuple[Tensor, ...]) -> ProcessedBatch:
+        """A batch as it is prepared outside of training: with null conditions only if label_dropout is 1. Raises
+        SettingError if its parts do not fit together."""
+        prepared = self.experiment.prepare_batch_fn(batch, is_train=False)
         check_shapes(prepared, f'{type(self.experiment).__name__}.prepare_batch_fn')
         return self.drop_conditions(prepared, is_train=False)
 
@@ -184,7 +188,7 @@ class Batches:
         turns = classes_in_turn(self.test_loader, max(indices) + 1)
         batch = self.test_loader.take([turns[i] for i in indices])
         utils.seed_everything(seed, 'sample_inputs')
-        batch = self.drop_conditions(experiment.prepare_batch_fn(batch, is_train=False), is_train=False)
+        batch = self.prepared(batch)
         if experiment.independent:
             return SampleInputs(batch.x1, batch.label, batch.cond)
         given = [experiment.decode(batch.x1)]

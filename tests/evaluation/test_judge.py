@@ -316,7 +316,9 @@ def errors(*_):
 
 def has_reference():
     judge = types.SimpleNamespace(
-        experiment=types.SimpleNamespace(has_reference=True, get_model_fn=lambda module: None),
+        experiment=types.SimpleNamespace(
+            has_reference=True, get_model_fn=lambda module: None, device='cpu', overrides=lambda name: name == 'loss_fn'
+        ),
         batches=types.SimpleNamespace(example=types.SimpleNamespace(t=torch.zeros(2))),
         judged_weights=lambda: ('raw', None),
         record=types.SimpleNamespace(apart=contextlib.nullcontext),

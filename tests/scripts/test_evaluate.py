@@ -19,6 +19,7 @@ from scripts.evaluate import Evaluate
 from scripts.generate import Generate, generate
 from scripts.samples import Samples
 from tests.helpers import ROOT, launch_env
+from trainer import ExampleDiffusionTrainer
 
 
 @pytest.fixture
@@ -142,3 +143,39 @@ def test_agreement_is_with_the_requested_classes(judge, monkeypatch):
     monkeypatch.setitem(detectors.DETECTORS, 'pixels', three)
     (line,) = judge()
     assert line['label_agreement'] == pytest.approx(0.1)  # of classes in turn
+
+
+class Told(ExampleDiffusionTrainer):
+    """The blurred image is a condition."""
+
+    def prepare_batch_fn(self, batch, is_train):
+        made = super().prepare_batch_fn(batch, is_train)
+        return dataclasses.replace(made, cond={'blurred': torch.nn.functional.avg_pool2d(made.x0, 3, 1, 1)})
+
+
+class Shifted(ExampleDiffusionTrainer):
+    def prepare_batch_fn(self, batch, is_train):
+        made = super().prepare_batch_fn(batch, is_train)
+        return dataclasses.replace(made, x0=made.x0.roll(1, -1))
+
+
+def test_bits_ask_the_network_what_it_has_learned(tiny_config, build_trainer, monkeypatch):
+    """The null class where no class was learned, and the conditions of each image."""
+    seen = {}
+
+    def likelihood(model_fn, process, x, label, cond, **settings):
+        seen.update(x=x, label=label, cond=cond)
+        return types.SimpleNamespace(log_prob=torch.zeros(len(x)))
+
+    monkeypatch.setattr('evaluation.likelihood.log_likelihood', likelihood)
+    trainer = build_trainer(tiny_config(label_dropout=1.0))
+    trainer.judge.bits_per_dim(trainer.network, 6)
+    assert (seen['label'] == 10).all()
+    trainer = build_trainer(tiny_config(experiment_name='told'), Told)
+    trainer.judge.bits_per_dim(trainer.network, 6)
+    x, label, *_ = trainer.test_loader.take(range(6))
+    blurred = torch.nn.functional.avg_pool2d(2 * x - 1, 3, 1, 1)
+    assert seen['label'].equal(label) and seen['cond']['blurred'].equal(blurred)
+    with pytest.raises(SettingError, match='needs x0 that is the image'):
+        trainer = build_trainer(tiny_config(experiment_name='shifted'), Shifted)
+        trainer.judge.bits_per_dim(trainer.network, 6)

@@ -10,14 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from config import SettingError
+from config import Config, SettingError
+from data_utils import DATASETS, DataSpec, load_digits
+from evaluation.detectors import get_detector
 from main import load_run
 from reports.plots import image_grid
 from runtime import errors
 from scripts import generate as program
+from scripts import samples
 from scripts.generate import Generate
 from scripts.samples import Output, labels_of
 from tests.helpers import ROOT, launch_env, wait_until
+from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
 from utils import NoiseOfEach
 
@@ -260,3 +264,44 @@ def test_classes_of_a_run_without_any_are_refused():
         labels_of('3', 10, 1.0)
     with pytest.raises(SettingError, match='the run has no classes'):
         labels_of('3', 0, 0.0)
+
+
+class Kelvin(ExampleDiffusionTrainer):
+    def encode(self, x):
+        return (x - 296) / 16
+
+    def decode(self, x0):
+        return 16 * x0 + 296
+
+
+def test_floats_are_written_as_they_are(tiny_config, build_trainer, tmp_path, monkeypatch):
+    """Of the shape of images, but no images: neither clipped, nor judged by a detector of images."""
+    (x, label), held_out = load_digits(Config())
+    parts = tuple((280 + 2 * part[0].float(), part[1]) for part in ((x, label), held_out))
+    monkeypatch.setitem(DATASETS, 'kelvin', DataSpec(lambda config: parts, num_classes=10, scale='float'))
+    config = tiny_config(dataset='kelvin')
+    trainer = build_trainer(config, Kelvin)
+    trainer.train_loop()
+    monkeypatch.setattr(samples, 'load_run', lambda *args, **kwargs: trainer)
+    options = dict(run='kelvin', num=12, num_sample_steps=3)
+    program.generate(Generate(**options, out=str(tmp_path / 'x.npz')))
+    written = np.load(tmp_path / 'x.npz')['arr_0']
+    assert written.dtype == np.float32 and written.shape == (12, 1, 8, 8)
+    assert 200 < written.min() < 296 < written.max() < 400 and len(np.unique(written)) > 700
+    with pytest.raises(SettingError, match=r'not images in \[0, 1\], which PNGs could hold\. Pass .*--out x\.npz'):
+        program.generate(Generate(**options, out=str(tmp_path / 'x')))
+    with pytest.raises(SettingError, match=r"'inception' looks at images in \[0, 1\] .* lie in \[280, 312\]"):
+        get_detector(trainer.judge.data, 'inception')
+
+
+def test_what_decode_keeps_within_0_and_1_are_images(tiny_config, build_trainer, monkeypatch):
+    class Latents(ExampleDiffusionTrainer):
+        def decode(self, x0):
+            return x0.clamp(0, 1)
+
+    (x, label), held_out = load_digits(Config())
+    parts = tuple((part[0].float() / 64, part[1]) for part in ((x, label), held_out))
+    monkeypatch.setitem(DATASETS, 'dark', DataSpec(lambda config: parts, num_classes=10, scale='float'))
+    assert build_trainer(tiny_config(dataset='dark'), Latents).gallery.are_images
+    assert not build_trainer(tiny_config(dataset='dark', experiment_name='as_it_is')).gallery.are_images
+    assert build_trainer(tiny_config(experiment_name='digits')).gallery.are_images

@@ -1,0 +1,59 @@
+"""Evaluation, sampling, pictures and numbers on a pretended GPU that holds values: they are those of the CPU.
+
+What a training step on a GPU waits for is in test_fake_cuda.py.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import main
+from config import PRESETS, Config
+from evaluation import judge, reference
+from reports import pictures
+from tests.helpers import TINY
+from tests.valued_cuda import CUDA, OnCuda, valued_cuda  # noqa: F401
+
+SMALL = TINY | dict(num_training_steps=6, ema_decays=(0.9,), precision='float32', compile='off')
+RUNS = {
+    'digits': {},
+    'guided': dict(process_name='cosine', label_dropout=0.1, guidance_scale=2.0, solver='sde_dpmpp_2m'),
+    'transformer': dict(network='dit', dit_patch=8, dit_width=32, dit_heads=4, dit_depth=1, label_dropout=1.0),
+    'points': {name: PRESETS['toy2d'][name] for name in ('dataset', 'network')} | dict(loss_weight='min_snr'),
+}
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """`build(trainer_class=None, **settings)`: a small trainer on the device of the test."""
+    monkeypatch.setattr(judge, 'NUM_JUDGED', 40)
+    monkeypatch.setattr(pictures, 'POINTS_SHOWN', 40)
+    monkeypatch.setattr(reference, 'MOST_DRAWS', 1024)
+    folders = dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path / 'data'))
+    return lambda trainer_class=None, **settings: main.build(Config(**SMALL | folders | settings), trainer_class)
+
+
+def evaluated(trainer) -> dict[str, float]:
+    """Everything that a run computes beside its steps; the numbers."""
+    trainer.judge.rehearse()
+    trainer.gallery.rehearse(0)
+    values = trainer.judge.held_out_losses(6) | trainer.gallery.draw(6)
+    for name in trainer.samplers():
+        values |= {f'{name}/{key}': value for key, value in trainer.judge.judged(name, 40, 6).items()}
+    trainer.log('mine', torch.ones(3, device=trainer.device))
+    return values | trainer.record.summary(6, None)
+
+
+@pytest.mark.parametrize('name', ['digits', *(pytest.param(name, marks=pytest.mark.slow) for name in [*RUNS][1:])])
+def test_numbers_on_the_gpu_are_those_of_the_cpu(name, build, request):
+    there = evaluated(build(**RUNS[name], experiment_name='cpu'))
+    assert there and 'eval/reference' in there and 'eval/reference_floor' in there
+    request.getfixturevalue('valued_cuda')
+    trainer = build(**RUNS[name], experiment_name='gpu')
+    assert trainer.device == CUDA and all(isinstance(p.data, OnCuda) for p in trainer.network.parameters())
+    here = evaluated(trainer)
+    assert here.keys() == there.keys()
+    for key, value in there.items():
+        if not key.startswith(('train/images_per', 'train/memory', 'train/waiting', 'time')):
+            assert here[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    assert np.isfinite(list(here.values())).all()
