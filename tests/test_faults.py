@@ -252,12 +252,17 @@ def test_stop_signal(tmp_path, whole, fault):
 # ---------------------------------------------------------------- one rank fails
 
 
-def test_exception_on_one_rank(tmp_path, whole):
-    job = Job(tmp_path, fault='exception', fault_rank=1, fault_step=14)
+@pytest.mark.parametrize(
+    ('fault', 'rank'),
+    [('exception', 1), ('exception in evaluation', 0), ('exception in evaluation', 1), ('exception in sampling', 1)],
+)
+def test_exception_on_one_rank(tmp_path, whole, fault, rank):
+    """In evaluation and sampling while a line of the record is due, which the ranks write together."""
+    job = Job(tmp_path, fault=fault, fault_rank=rank, fault_step=14)
     code, _, err = job.run()
-    assert code == 1 and err.splitlines()[-1] == "rank 1 failed first: KeyError: 'broken on purpose'"
+    assert code == 1 and err.splitlines()[-1] == f"rank {rank} failed first: KeyError: 'broken on purpose'"
     assert job.seconds_since_the_fault() < 60
-    report('exception on rank 1', seconds=job.seconds_since_the_fault())
+    report(f'{fault} on rank {rank}', seconds=job.seconds_since_the_fault())
     assert job.run()[0] == 0
     assert_same_runs(whole(), job.folder)
 

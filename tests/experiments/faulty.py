@@ -66,7 +66,9 @@ class FaultyTrainer(ExampleDiffusionTrainer):
         return True
 
     def at(self, phase: str) -> None:
-        """Send the signal, if it is for this phase."""
+        """Raise or send the signal, if it is for this phase."""
+        if self.happens(f'exception in {phase}'):
+            raise KeyError('broken on purpose')
         if self.config.fault.startswith(phase + ':') and (phase != 'start-up' or self.step == 0):
             _, name, target = self.config.fault.split(':')
             step, self.step = self.step, self.config.fault_step if phase == 'start-up' else self.step
