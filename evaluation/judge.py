@@ -143,7 +143,7 @@ class Judge:
         needs_gradients = self.loss_needs_gradients  # found out before the generators are seeded
         for batch, index in self.batches.held_out(rounds):
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
-            with torch.set_grad_enabled(needs_gradients):
+            with torch.set_grad_enabled(needs_gradients), ranks.alone():  # as in `held_out`
                 losses, t = losses_of(batch, index, model_fn)
             means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)

@@ -18,7 +18,7 @@ from torch import Tensor
 import utils
 from config import SettingError
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
-from runtime import stopping
+from runtime import ranks, stopping
 from sampling import nulled
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
@@ -158,7 +158,9 @@ class Batches:
         for number in range(min(rounds or pieces.rounds, pieces.rounds)):
             stopping.raise_if_stopped()
             numbers = pieces.numbers(number)
-            drawn = [self.draw_shard(next(loaded), piece, 'evaluate', is_train=False) for piece in numbers]
+            read = [(next(loaded), piece) for piece in numbers]
+            with ranks.alone():  # hooks may draw samples, and some processes have fewer images than others
+                drawn = [self.draw_shard(batch, piece, 'evaluate', is_train=False) for batch, piece in read]
             if couples:
                 own = self.train_sampler.my_shards
                 mine = [i for i, piece in enumerate(numbers) if piece % self.config.batch_shards in own]
