@@ -71,16 +71,16 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     that are many times smaller than the largest.
 
     Each step is the odd polynomial p(S) = 3.4445 S - 4.775 S^3 + 2.0315 S^5 of the singular values, by matrix products
-    (Jordan et al. 2024). On a GPU in bfloat16, which is enough.
+    (Jordan et al. 2024). On a GPU in bfloat16, which is enough; complex matrices in their own precision.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x.mT if x.shape[-2] > x.shape[-1] else x
+    x = matrices.bfloat16() if matrices.is_cuda and not matrices.is_complex() else matrices
+    x = x.mH if x.shape[-2] > x.shape[-1] else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
     for _ in range(steps):
-        xx = x @ x.mT
+        xx = x @ x.mH
         polynomial = torch.baddbmm(xx, xx, xx, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return (x.mT if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
+    return (x.mH if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
 
 
 OPTIMIZERS: dict[str, type[AdamW]] = {'adamw': AdamW, 'muon': Muon}

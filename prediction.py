@@ -99,12 +99,19 @@ class Prediction:
 def get_model_convert_fn(model_type: str) -> Callable[[Tensor | tuple, Tensor, Tensor, Coefs], Prediction]:
     """`convert(model_out, t, xt, coefs)`: a network output of this type, as a Prediction.
 
-    A network may return a tuple; its first part is the prediction. Raises SettingError for an unknown `model_type`.
+    A network may return a tuple; its first part is the prediction. Raises SettingError for an unknown `model_type`;
+    `convert` raises ValueError for an output that has not the shape of xt.
     """
     choose('model_type', model_type, ROWS)
 
     def convert(model_out: Tensor | tuple, t: Tensor, xt: Tensor, coefs: Coefs) -> Prediction:
-        return Prediction(xt, coefs, **{model_type: model_out[0] if isinstance(model_out, tuple) else model_out})
+        out = model_out[0] if isinstance(model_out, tuple) else model_out
+        if out.shape != xt.shape:  # one channel would be broadcast against two
+            raise ValueError(
+                f'the network returns {tuple(out.shape)} for xt of shape {tuple(xt.shape)}: model_type={model_type!r} '
+                'has the shape of xt. Return more than that as a tuple, the prediction first.'
+            )
+        return Prediction(xt, coefs, **{model_type: out})
 
     return convert
 

@@ -74,12 +74,13 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None) -> dict[str, float]:
     """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
 
-    frechet, with all training images, the rest with at most `most` (None: MOST_ROWS); real_frechet of as many training
-    images as samples, drawn at random: what a perfect sampler would get; kid, the mean over subsets, and kid_std
-    (Binkowski et al. 2018); precision and recall with 3 neighbours (Kynkaanniemi et al. 2019); density and coverage
-    with 5; nearest_neighbour_ratio, the mean distance to the nearest training image over that of held-out images, below
-    1 where training images were memorised. In the plane also wasserstein, of at most 1000 samples and as many of the
-    data, and real_wasserstein, of as many held-out points. kid, precision and recall are computed by torch-fidelity.
+    frechet and nearest_neighbour_ratio, with all training images, the rest with at most `most` (None: MOST_ROWS);
+    real_frechet of as many training images as samples, drawn at random: what a perfect sampler would get; kid, the mean
+    over subsets, and kid_std (Binkowski et al. 2018); precision and recall with 3 neighbours (Kynkaanniemi et al.
+    2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to the nearest training image over
+    that of held-out images, below 1 where training images were memorised. In the plane also wasserstein, of at most
+    1000 samples and as many of the data, and real_wasserstein, of as many held-out points. kid, precision and recall
+    are computed by torch-fidelity.
     Raises SettingError for fewer than 10 rows of a kind, and for samples that are not finite.
     """
     if min(len(samples), len(train), len(held_out)) < 10:
@@ -97,16 +98,18 @@ def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int | None =
     real = train[torch.randint(len(train), (len(samples),), generator=draw)]
     moments = Moments(train)
     values = {'frechet': frechet(Moments(samples), moments), 'real_frechet': frechet(Moments(real), moments)}
+    everything = train
     if len(train) > (most or MOST_ROWS):
         train = train[torch.randperm(len(train), generator=draw)[: most or MOST_ROWS]]
     if train.shape[1] == 2:
         n = min(1000, len(samples), len(train), len(held_out))
         some = train[torch.randperm(len(train), generator=draw)[:n]]
         values |= {'wasserstein': wasserstein(samples[:n], some), 'real_wasserstein': wasserstein(held_out[:n], some)}
-    return values | neighbourhoods(samples, train, held_out)
+    ratio = nearest(samples, everything) / max(nearest(held_out, everything), 1e-12)
+    return values | neighbourhoods(samples, train) | dict(nearest_neighbour_ratio=ratio)
 
 
-def neighbourhoods(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, float]:
+def neighbourhoods(samples: Tensor, train: Tensor) -> dict[str, float]:
     """The numbers of `compare` that look at pairs of rows."""
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -118,7 +121,6 @@ def neighbourhoods(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str
     return dict(
         kid=kid['kernel_inception_distance_mean'], kid_std=kid['kernel_inception_distance_std'],
         precision=prc['precision'], recall=prc['recall'], density=density, coverage=coverage,
-        nearest_neighbour_ratio=nearest(samples, train) / max(nearest(held_out, train), 1e-12),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from runtime.ranks import print_once
 from sampling import ModelFn
 from training.advice import lr_warning, pair_warning, scale_warning
 from training.batches import Batches
-from training.drawing import Drawing, no_memory
+from training.drawing import Drawing, no_memory, not_finite
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
 if TYPE_CHECKING:  # imported when used: a start need not wait for them
@@ -218,6 +218,9 @@ class Judge:
             x = self.drawing.samples(self.experiment.samplers()[name], module, inputs)
         except RankFailed:
             print_once(no_memory(step, name, 'its metrics are'))
+            return {}
+        if not_finite(x):
+            print_once('  so there are no numbers for them')
             return {}
         numbers = self.numbers(x, inputs)
         print_once(describe(numbers))

@@ -72,13 +72,14 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -> Iterator[tuple[Any, int]]:
-    """(encode(x / divisor), label) of each item. After the last, mean and std of each channel are among the facts."""
+    """(encode(x / divisor), label) of each item. After the last, mean and std of each channel are among the facts:
+    those of the training items, which follow the held-out ones."""
     import torch
     from torch.utils.data import DataLoader
 
     from runtime import ranks
 
-    device, count, total, squares = ranks.setup(), 0, 0, 0
+    device, done, count, total, squares = ranks.setup(), 0, 0, 0, 0
     for x, label in DataLoader(items, batch_size=64):
         with torch.no_grad():
             z = encode(x.to(device).float() / divisor).float().cpu()
@@ -88,7 +89,8 @@ def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -
                 f'latents: {tuple(x.shape)} became {tuple(z.shape)}{bad}. The encoder must give finite floats '
                 '(B, C, ...), one row for each image.'
             )
-        by_channel = z.double().transpose(0, 1).flatten(1)
+        by_channel = z[max(0, facts['held_out'] - done) :].double().transpose(0, 1).flatten(1)
+        done += len(z)
         count += by_channel.shape[1]
         total, squares = total + by_channel.sum(1), squares + by_channel.square().sum(1)
         yield from zip(z, label.tolist(), strict=True)

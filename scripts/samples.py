@@ -28,6 +28,7 @@ from reports.plots import image_grid, in_rows
 from runtime import files, ranks, stopping
 from runtime.errors import Stopped
 from training import calling
+from training.drawing import not_finite
 from training.experiment import SampleInputs
 
 
@@ -71,11 +72,15 @@ class Samples:
         """(indices, decoded samples, what they started from) of this process's share, in batches. Several processes may
         draw the last sample. Raises Stopped."""
         mine = [indices[i] for i in ranks.my_items(len(indices))]
-        batches = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
+        batches, bad = [mine[i : i + at_once] for i in range(0, len(mine), at_once)], 0
         for batch in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
             stopping.raise_if_stopped()
-            yield batch, *self.draw(batch)
+            x, inputs = self.draw(batch)
+            bad += not_finite(x)
+            yield batch, x, inputs
         stopping.raise_if_stopped()
+        if bad := int(ranks.all_reduce(torch.tensor(bad))):
+            ranks.print_once(f'warning: {bad} samples have values that are not finite: try another --solver or --nfe')
 
     def write(self, out: 'Output', indices: list[int], at_once: int) -> None:
         """Draw and write the samples of these indices. Raises Stopped."""

@@ -60,8 +60,13 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
         size = step  # before the end at s cuts it short
 
     velocity.callback_step = remember_size  # torchdiffeq calls it before each attempt
-    path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=options)
-    end = cast(Tensor, path)[-1]
+    try:
+        path = odeint(velocity, x, times, rtol=tolerance, atol=tolerance, method='dopri5', options=options)
+        end = cast(Tensor, path)[-1]
+    except AssertionError:
+        if last is None or last.isfinite().all():
+            raise
+        end = torch.full_like(x, torch.nan)  # a velocity that is not finite has no error to be kept
     predict.reached = Reached(end, last, size)
     return end
 

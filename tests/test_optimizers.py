@@ -72,16 +72,17 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(net.bias.detach(), theta[:, 3], rtol=1e-10)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.complex128])
 @pytest.mark.parametrize('shape', [(4, 4), (3, 20), (20, 3), (1, 7)])
-def test_orthogonal_moves_the_singular_values_alone(shape):
+def test_orthogonal_moves_the_singular_values_alone(shape, dtype):
     """To what five steps of the polynomial make of them, by a singular value decomposition in float64."""
-    matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for matrix, result in zip(matrices, orthogonal(matrices), strict=True):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
             s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-        torch.testing.assert_close(result, u * s @ v)
+        torch.testing.assert_close(result, u * s.to(dtype) @ v)
         assert s.min() > 0.6 and s.max() < 1.3
 
 

@@ -137,6 +137,16 @@ def test_first_part_of_a_tuple_is_the_prediction():
         assert torch.equal(convert(out, t, xt, coefs).x0, convert(x1 - x0, t, xt, coefs).x0)
 
 
+def test_an_output_of_another_shape_is_refused():
+    """Two channels would be broadcast against one, and nobody would notice."""
+    _, xt, _, _, coefs = case('rf', [0.3, 0.6])
+    out = torch.zeros(2, 2 * xt.shape[1], *xt.shape[2:])
+    with pytest.raises(
+        ValueError, match=r"returns \(2, .* for xt of shape .*model_type='velocity' has the shape of xt"
+    ):
+        get_model_convert_fn('velocity')(out, coefs.alpha, xt, coefs)
+
+
 def test_F_has_unit_variance_and_no_singular_end():
     """For data of variance sigma_data^2, at every time of every process (Karras et al. 2022, appendix B.6)."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ import utils
 from config import SettingError
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
+from runtime.ranks import print_once
 from sampling import ModelFn, get_sample_fn
 from solvers import SOLVERS
 from solvers.path import Callback
@@ -97,6 +98,8 @@ class Drawing:
                 drawn.append(self.experiment.decode(sampler(model_fn, utils.rows(inputs, part))))
                 stopping.raise_if_stopped()
         samples = ranks.gather_items(torch.cat(drawn), n)
+        if bad := not_finite(samples):
+            print_once(f'warning: {bad} of {n} samples have values that are not finite')
         self.seconds_per_sample = (time.monotonic() - began) / n
         return samples
 
@@ -126,6 +129,11 @@ class Drawing:
         for sampler_name, sampler in self.experiment.samplers().items():
             for weights, module in self.experiment.weights().items():
                 yield sampler_name, sampler, weights, module
+
+
+def not_finite(x: Tensor) -> int:
+    """How many of the samples (n, ...) have values that are not finite."""
+    return len(x) - int(x.flatten(1).isfinite().all(1).sum())
 
 
 @contextlib.contextmanager

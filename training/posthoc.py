@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from config import SettingError
 from runtime.ranks import print_once
@@ -47,15 +48,20 @@ def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str
             'Choose another width, or save more in training: a lower --keep_every, or --ema_decays as long as that.'
         )
     mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
-    total = {key: value.double() * 0 if key in mixed else value for key, value in last['network'].items()}
+    total = {key: doubled(value) * 0 if key in mixed else value for key, value in last['network'].items()}
     for path in dict.fromkeys(saved.values()):
         found = last if path == checkpoint else load_checkpoint(path)
         for (decay, updates), factor in zip(keys, factors, strict=True):
             if saved[decay, updates] == path:
                 weights = found['ema']['networks'][decay] if decay else found['network']
                 for key in mixed:
-                    total[key] = total[key] + factor * weights[key].double()
+                    total[key] = total[key] + factor * doubled(weights[key])
     return {key: value.to(last['network'][key].dtype) for key, value in total.items()}
+
+
+def doubled(x: Tensor) -> Tensor:
+    """x in double precision, real or complex."""
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 def weights_of_steps(decay: float, n: int) -> np.ndarray:

@@ -84,6 +84,13 @@ def test_samples_of_the_same_kind_are_good_in_every_respect():
     assert values['nearest_neighbour_ratio'] == pytest.approx(1, abs=0.03)
 
 
+def test_copies_are_seen_among_all_training_images():
+    """Also where the other numbers look at a part of them."""
+    data = normal(2000, 8)
+    copied = compare(data[1000:1300] + 1e-3, data, normal(300, 8), most=200)
+    assert copied['nearest_neighbour_ratio'] < 0.01
+
+
 def test_each_number_sees_its_own_fault():
     n = 500
     data, held_out = normal(n, 8), normal(n, 8)

@@ -353,3 +353,20 @@ def test_a_trial_of_the_loss_is_not_among_the_held_out_losses(tiny_config, build
     """Also where nobody called `rehearse`."""
     values = build_trainer(tiny_config(), LogsTrials).judge.held_out_losses(12)
     assert values['eval/trial'] == values['eval/trial_ema_0.999'] == 0
+
+
+def test_samples_that_are_not_finite_have_no_numbers_and_the_run_ends(tiny_config, build_trainer, capsys):
+    class Broken(ExampleDiffusionTrainer):
+        def draw(self, model_fn, inputs, solver):
+            x = super().draw(model_fn, inputs, solver)
+            if self.step == 12:
+                x[3] = torch.nan
+            return x
+
+    config = tiny_config(final_eval=True, sample_every=6)
+    trainer = build_trainer(config, Broken)
+    trainer.train_loop()
+    printed = capsys.readouterr().out
+    assert 'warning: 2 of 60 samples have values that are not finite' in printed and 'no numbers' in printed
+    assert not any(name.startswith('final/') for name in record_of(config.run_dir)[-1])
+    assert build_trainer(config, Broken).checkpoints.finished

@@ -305,3 +305,11 @@ def test_what_decode_keeps_within_0_and_1_are_images(tiny_config, build_trainer,
     assert build_trainer(tiny_config(dataset='dark'), Latents).gallery.are_images
     assert not build_trainer(tiny_config(dataset='dark', experiment_name='as_it_is')).gallery.are_images
     assert build_trainer(tiny_config(experiment_name='digits')).gallery.are_images
+
+
+def test_samples_that_are_not_finite_are_counted(draw, capsys, monkeypatch):
+    monkeypatch.setattr(
+        samples.Samples, 'draw', lambda self, i: (torch.full((len(i), 1, 8, 8), torch.nan), self.inputs(i))
+    )
+    draw('x.npz', num=12)
+    assert 'warning: 12 samples have values that are not finite' in capsys.readouterr().out

@@ -60,3 +60,9 @@ def test_an_adaptive_step_from_elsewhere_asks_for_its_velocity():
     step(base_noise(5), 0.9, 0.6, used, None)
     x = base_noise(10)[5:]
     torch.testing.assert_close(step(x, 0.6, 0.3, used, None), step(x, 0.6, 0.3, new, None), rtol=0, atol=0)
+
+
+def test_values_that_are_not_finite_stay_so():
+    """torchdiffeq would end in an AssertionError about its step size."""
+    x = sample(lambda x, t, label=None: x * torch.nan, process_named('rf'), base_noise(3), solver='dopri5')
+    assert x.isnan().all()

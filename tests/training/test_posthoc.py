@@ -166,3 +166,19 @@ def test_what_counts_as_near_the_profile(tiny_config, build_trainer, monkeypatch
     error = 0.31
     with pytest.raises(SettingError, match='an error of 31%'):
         posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.1', trainer.network)
+
+
+def test_complex_weights_keep_their_imaginary_part(tmp_path):
+    network, n = nn.Linear(2, 1, bias=False, dtype=torch.cfloat).requires_grad_(False), 40
+    ema, means, rng = EMA(network, (0.9, 0.98)), [], torch.Generator().manual_seed(0)
+    for k in range(1, n + 1):
+        network.weight.copy_(torch.randn(1, 2, generator=rng, dtype=torch.cfloat))
+        ema.update(network)
+        means.append(network.weight.clone())
+        if k % 5 == 0:
+            saving.save(tmp_path / f'step_{k:07d}.pt', config={}, network=network, ema=ema)
+            saving.save(tmp_path / 'last.pt', config={}, network=network, ema=ema)
+    found = posthoc_weights(tmp_path / 'last.pt', 'posthoc_0.15', network)['weight']
+    target = sum(w * m for w, m in zip(power_profile(0.15, n).tolist(), means, strict=True))
+    assert found.dtype == torch.cfloat and (found - target).abs().max() < 0.15 and found.imag.abs().max() > 0
+    torch.testing.assert_close(found.imag, target.imag, rtol=0, atol=0.15)
