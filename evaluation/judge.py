@@ -20,7 +20,7 @@ from runtime import ranks
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from sampling import ModelFn
-from training.advice import lr_warning, pair_warning, scale_warning
+from training.advice import lr_warning, pair_warning, round_trip_warning, scale_warning
 from training.batches import Batches
 from training.drawing import Drawing, no_memory, not_finite
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
@@ -60,8 +60,11 @@ class Judge:
 
     def rehearse(self) -> None:
         """Before training: print what looks wrong, and try the losses, so that they fail now or never."""
-        c, x0 = self.config, self.batches.example.x0
-        for warning in (scale_warning(x0, c.sigma_data), pair_warning(c, self.experiment.process), lr_warning(c)):
+        c, x, x0 = self.config, self.batches.example.x_original, self.batches.example.x0
+        with torch.no_grad():
+            round_trip = round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
+        pair = pair_warning(c, self.experiment.process)
+        for warning in (scale_warning(x0, c.sigma_data), round_trip, pair, lr_warning(c)):
             if warning:
                 print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference

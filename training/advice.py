@@ -203,6 +203,19 @@ def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
     return None
 
 
+def round_trip_warning(x: Tensor, back: Tensor) -> str | None:
+    """Why `back` = decode(encode(x)) of the first data x (B, ...) looks wrong, or None."""
+    if back.shape != x.shape or not x.is_floating_point():  # a decoder may make pictures of latents
+        return None
+    error, std = (float(v.double().square().mean().sqrt()) for v in (back - x, x - x.mean()))
+    if not error > 0.5 * std:
+        return None
+    return (
+        f'decode(encode(x)) differs from the first data x by {error:.3g} (root mean square; their standard deviation '
+        f'is {std:.3g}), so samples are shown and written in another unit. Override decode as the inverse of encode.'
+    )
+
+
 def scale_warning(x0: Tensor, sigma_data: float) -> str | None:
     """Why x0 (B, ...) of the first images looks wrong, with the numbers and the remedy, or None."""
     if not x0.is_floating_point():

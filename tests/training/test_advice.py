@@ -25,6 +25,7 @@ from training.advice import (
     lr_warning,
     noisy_share,
     pair_warning,
+    round_trip_warning,
     scale_warning,
     signs_of_dependence,
 )
@@ -340,3 +341,20 @@ def test_the_remedy_for_a_wrong_scale_ends_the_warning():
     x0 = torch.linspace(0, 255, 64)[:, None]
     subtract, divide = re.search(r'\(x - (\S+)\) / (\S+) and', scale_warning(x0, 0.5)).groups()
     assert scale_warning((x0 - float(subtract)) / float(divide), 0.5) is None
+
+
+def test_a_decode_that_is_not_the_inverse_of_encode_is_noticed(tiny_config, build_trainer, capsys):
+    class Forgotten(ExampleDiffusionTrainer):
+        def encode(self, x):
+            return (x - 0.3) / 0.4
+
+        def decode(self, x0):
+            return x0
+
+    build_trainer(tiny_config(), Forgotten).judge.rehearse()
+    assert 'warning: decode(encode(x)) differs from the first data x by ' in capsys.readouterr().out
+    build_trainer(tiny_config(experiment_name='as_it_is')).judge.rehearse()
+    assert 'decode(encode(x))' not in capsys.readouterr().out
+    x = torch.rand(9, 1, 4, 4)
+    assert round_trip_warning(x, x + 0.05) is None  # an autoencoder loses a little
+    assert round_trip_warning(x, torch.rand(9, 3, 8, 8)) is None
