@@ -120,7 +120,7 @@ def report(name, **figures):
 @pytest.mark.parametrize('nproc, kills', [(1, 13), (2, 12)])
 def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
     """SIGKILL of all processes, at start-up or while it trains and saves; each time the same command goes on."""
-    settings = dict(num_training_steps=300, save_every=3, eval_every=50, sample_every=0, keep_every=0)
+    settings = dict(num_training_steps=200, save_every=3, eval_every=50, sample_every=0, keep_every=0)
     job, rng, lost = Job(tmp_path, nproc=nproc, **settings), random.Random(nproc), []
     for kill in range(kills):
         process, before = job.start(), job.steps()
