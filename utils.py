@@ -43,12 +43,12 @@ def concat(bundles: Sequence[Bundle]) -> Bundle:
 
 def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: str) -> Any:
     """Like values[0], with `fn` of the tensors at the same place in all of `values` where it has a tensor."""
-    first, children = values[0], [_children(value) for value in values]
-    tensors = sum(isinstance(value, Tensor) for value in values)
-    if tensors not in (0, len(values)) or any(inside.keys() != children[0].keys() for inside in children):
-        raise ValueError(f'{name} must hold the same tensors (keys, number of items) in all parts that are joined')
-    if tensors:
+    first, tensors = values[0], sum(isinstance(value, Tensor) for value in values)
+    if tensors == len(values):
         return fn(values)
+    children = [_children(value) for value in values]
+    if tensors or any(inside.keys() != children[0].keys() for inside in children):
+        raise ValueError(f'{name} must hold the same tensors (keys, number of items) in all parts that are joined')
     new = {key: _map_tensors(fn, [inside[key] for inside in children], f'{name}.{key}') for key in children[0]}
     if isinstance(first, dict):
         return new

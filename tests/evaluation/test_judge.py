@@ -370,3 +370,21 @@ def test_samples_that_are_not_finite_have_no_numbers_and_the_run_ends(tiny_confi
     assert 'warning: 2 of 60 samples have values that are not finite' in printed and 'no numbers' in printed
     assert not any(name.startswith('final/') for name in record_of(config.run_dir)[-1])
     assert build_trainer(config, Broken).checkpoints.finished
+
+
+def test_an_error_of_the_reference_loss_is_one_where_the_loss_is_the_default(tiny_config, build_trainer, monkeypatch):
+    """The network is called as in training: what it raises is a fault, not a network of another kind."""
+
+    def broken(*_):
+        raise RuntimeError('tensors on two devices')
+
+    class Own(ExampleDiffusionTrainer):
+        def loss_fn(self, batch, model_fn):
+            return super().loss_fn(batch, model_fn)
+
+    trainer, own = build_trainer(tiny_config()), build_trainer(tiny_config(experiment_name='own'), Own)
+    for each in (trainer, own):
+        monkeypatch.setattr(each.judge.reference, 'errors', broken)
+    with pytest.raises(RuntimeError, match='tensors on two devices'):
+        _ = trainer.judge.has_reference
+    assert not own.judge.has_reference
