@@ -6,6 +6,7 @@ What would change a data set's meaning (a flipped digit) is refused when the aug
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, 
 }
 
 
-def get_augmenter(config: Config, allowed: dict[str, bool], pairs: bool = False) -> Augmenter:
+def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) -> Augmenter:
     """The augmentations whose probability is above 0, in the order of the table.
 
-    `allowed` says of each property of the data set (`flip_keeps_label`, ...) whether it holds.
-    Raises SettingError for an augmentation that would change the data set's meaning, and for any where the data are
-    `pairs` (x0, x1), of which only x0 would be changed.
+    `allowed`: the fields of the data set's DataSpec; `flip_keeps_label` and the like say what is allowed. Raises
+    SettingError for an augmentation that would change the data set's meaning, for any of data that are not images, and
+    where the data are `pairs` (x0, x1), of which only x0 would be changed.
     """
     active = {setting: getattr(config, setting) for setting in AUGMENTATIONS if getattr(config, setting) > 0}
     for setting, prob in active.items():
@@ -61,6 +62,11 @@ def get_augmenter(config: Config, allowed: dict[str, bool], pairs: bool = False)
             raise SettingError(
                 f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. '
                 f'Use --{setting} 0.'
+            )
+        if len(allowed.get('shape') or (1, 1, 1)) != 3:
+            raise SettingError(
+                f'{setting}={prob:g} is for images (C, H, W), and dataset={config.dataset!r} has the shape '
+                f'{allowed["shape"]}. Use --{setting} 0.'
             )
         if pairs:
             raise SettingError(

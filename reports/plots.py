@@ -29,8 +29,8 @@ def within_unit(x: Tensor) -> Tensor:
 
 
 def in_rows(frames: list[Tensor], at_most: int = 12) -> Tensor:
-    """Frames, each of images (n, C, H, W), with a row for each image."""
-    rows = torch.stack(frames, 1)  # (n, frames, C, H, W)
+    """Frames, each of images (n, C, H, W), with a row for each image; all on one scale, if some leave [0, 1]."""
+    rows = within_unit(torch.stack(frames, 1))  # (n, frames, C, H, W)
     shown = rows[:, torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], at_most)).round().long()]
     return image_grid(shown.flatten(0, 1), shown.shape[1])
 

@@ -164,7 +164,7 @@ class Output:
         if not self.images and not self.one_file:
             raise SettingError(
                 f'{self.where}: these samples are not images in [0, 1], which PNGs could hold. Pass a file, such as '
-                '--out x.npz, which holds them as floats; or, if they are images, have `decode` end with .clamp(0, 1).'
+                '--out x.npz, which holds floats; or have `decode` scale them to [0, 1] and end with .clamp(0, 1).'
             )
         self.made_by = json.loads(json.dumps(made_by))
 

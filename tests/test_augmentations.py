@@ -144,6 +144,15 @@ def test_digits_are_neither_flipped_nor_turned(dataset, setting):
 
 
 @each_augmentation
+def test_points_are_not_augmented(setting):
+    config = Config(dataset='moons', **{setting: 0.5})
+    with pytest.raises(
+        SettingError, match=rf"{setting}=0\.5 is for images .*dataset='moons' .* \(2,\)\. Use --{setting} 0"
+    ):
+        get_augmenter(config, ALL_ALLOWED | dict(shape=(2,)))
+
+
+@each_augmentation
 def test_each_property_of_a_data_set_guards_its_augmentation(setting):
     needs = AUGMENTATIONS[setting][1]
     config = Config(dataset='cifar10', **{setting: 0.5})

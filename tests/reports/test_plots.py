@@ -62,6 +62,11 @@ def test_rows_hold_the_first_and_the_last_frame():
     assert row[0] == 0 and row[-1] == 255 and len(row) == 12 and sorted(set(row)) == row
 
 
+def test_frames_of_floats_share_one_scale():
+    frames = [torch.full((1, 1, 48, 48), value) for value in (280.0, 290.0, 320.0)]
+    assert in_rows(frames)[0, 20, 20::50].tolist() == [0, 64, 255]
+
+
 def test_image_grid_layout():
     """Five grey images of 8x8, enlarged to 48x48, in rows of 3, with gaps of 2 pixels."""
     images = (torch.arange(1, 6) / 10)[:, None, None, None].expand(5, 1, 8, 8)
