@@ -60,7 +60,7 @@ class Judge:
 
     def rehearse(self) -> None:
         """Before training: print what looks wrong, and try the losses, so that they fail now or never."""
-        c, x, x0 = self.config, self.batches.example.x_original, self.batches.example.x0
+        c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
         with torch.no_grad():
             round_trip = round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
         pair = pair_warning(c, self.experiment.process)
