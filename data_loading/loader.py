@@ -57,13 +57,13 @@ class StreamSampler(ShardSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         permutation = functools.lru_cache(maxsize=1)(self.permutation)
+        batch = self.config.global_batch_size
         for step in itertools.count(self.step):
-            for shard in self.shards_read:
-                first = (0 if self.config.overfit else step * self.config.global_batch_size) + shard * self.shard_size
-                epochs, places = np.divmod(np.arange(first, first + self.shard_size), self.num_images)
-                # a shard may reach into the next epoch, or over several of a small data set
-                parts = [permutation(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
-                yield np.concatenate(parts).tolist()
+            first = 0 if self.config.overfit else step * batch
+            epochs, places = np.divmod(np.arange(first, first + batch), self.num_images)
+            # a batch may reach into the next epoch, or over several of a small data set
+            parts = [permutation(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+            yield from np.concatenate(parts).reshape(-1, self.shard_size)[list(self.shards_read)].tolist()
 
 
 class HeldOutSampler(ShardSampler):
