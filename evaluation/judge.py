@@ -146,7 +146,7 @@ class Judge:
         needs_gradients = self.loss_needs_gradients  # found out before the generators are seeded
         for batch, index in self.batches.held_out(rounds):
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
-            with torch.set_grad_enabled(needs_gradients), ranks.alone():  # as in `held_out`
+            with torch.set_grad_enabled(needs_gradients), ranks.alone():  # loss_fn may draw samples
                 losses, t = losses_of(batch, index, model_fn)
             means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)
@@ -223,7 +223,7 @@ class Judge:
             print_once(no_memory(step, name, 'its metrics are'))
             return {}
         if not_finite(x):
-            print_once('  so there are no numbers for them')
+            print_once('  no numbers are computed for them')
             return {}
         numbers = self.numbers(x, inputs)
         print_once(describe(numbers))

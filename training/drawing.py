@@ -133,7 +133,7 @@ class Drawing:
 
 def not_finite(x: Tensor) -> int:
     """How many of the samples (n, ...) have values that are not finite."""
-    return len(x) - int(x.flatten(1).isfinite().all(1).sum())
+    return len(x) - int(x.isfinite()[:, None].flatten(1).all(1).sum())  # x may be (n,)
 
 
 @contextlib.contextmanager

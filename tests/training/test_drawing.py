@@ -12,6 +12,7 @@ from runtime.errors import Stopped
 from solvers import SOLVERS, Solver
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
+from training.drawing import not_finite
 
 
 @pytest.fixture(autouse=True)
@@ -179,3 +180,9 @@ def test_too_little_memory_to_draw_costs_the_drawing_alone(tiny_config, build_tr
     build_trainer(whole).train_loop()
     for line, expected in zip(record_of(run), record_of(whole.run_dir), strict=True):
         assert line['train/loss'] == pytest.approx(expected['train/loss'], rel=1e-5)
+
+
+def test_samples_that_are_not_finite_are_counted_also_where_each_is_one_number():
+    nan = float('nan')
+    assert not_finite(torch.tensor([1.0, nan, 2.0])) == 1
+    assert not_finite(torch.tensor([[1.0, nan], [nan, nan], [0.0, 1.0]])) == 2
