@@ -182,7 +182,7 @@ class Judge:
         given = self.batches.prepared(loaded)  # the class and the conditions as in training
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
             x = dequantize((loaded[0] * spec.max_value).round(), levels)
-        if (given.x0 - x).abs().max() > 2.01 / levels:
+        if given.x0.shape != x.shape or (given.x0 - x).abs().max() > 2.01 / levels:
             raise SettingError('bits: needs x0 that is the image, and prepare_batch_fn makes something else of it.')
         utils.seed_everything(0, 'probes', number)
         settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
