@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.errors import SettingError, choose
 from settings import flags, rules, same_run
+from settings.rules import only as only  # experiments import it from here
 
 __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
 

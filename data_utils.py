@@ -7,6 +7,7 @@ data_loading/loader.py.
 import importlib.util
 import os
 import urllib.error
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,9 @@ def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
     text = f'{dataset}: {len(parts[0]):,} + {len(parts[1]):,} held-out items of shape {shape}'
     if not spec.num_classes:
         return f'{text}, no classes'
-    labels = [np.asarray([] if part.labels is None else part.labels, dtype=np.int64) for part in parts]
-    counts = np.bincount(np.concatenate(labels), minlength=spec.num_classes)
+    known = [labels.numpy() for part in parts if (labels := part.classes(spec)) is not None]
+    counts = np.bincount(np.concatenate([*known, np.zeros(0, np.int64)]), minlength=spec.num_classes)
     names = spec.classes or [str(i) for i in range(spec.num_classes)]
-    known = bool(counts.any())
     shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
     more = [f'and {spec.num_classes - 12} more'] if spec.num_classes > 12 else []
     return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
@@ -184,6 +184,9 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
             'Use --no_dequantize.'
         )
+    labels = train.classes(spec)
+    if labels is not None:
+        spec = replace(spec, counts=tuple(torch.bincount(labels, minlength=spec.num_classes).tolist()))
     counts = describe_counts(config.dataset, [train, test], spec)
     sampler = StreamSampler(len(train), config)
     train_loader = Loader(train, sampler, spec, device, config.num_workers)
@@ -191,4 +194,13 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
     train_loader.about = '; '.join(filter(None, [counts, spec.skipped]))
     ranks.print_once(counts)
+    untrained = [
+        spec.classes[i] if spec.classes else i for i in range(spec.num_classes) if i not in spec.trained_classes
+    ]
+    if untrained:
+        named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
+        ranks.print_once(
+            f'warning: {len(untrained)} of {spec.num_classes} classes have no training items ({named}): they are not '
+            'learned, and neither sampled nor judged. Number the classes from 0 without gaps.'
+        )
     return train_loader, sampler, test_loader

@@ -87,12 +87,11 @@ class Record:
         files.write_text(self.path, ''.join(kept), durable=True)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`.
-
-        Ignored while the record is not open: what an experiment logs when it is built belongs to no step.
-        """
+        """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`. Ignored while
+        the record is not open: an experiment that is built has no step. A `step_N_` in front of the name is dropped."""
         if self.is_open or self.log_to is not self.means:
-            self.log_to.add(name, *((value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)))
+            total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
+            self.log_to.add(utils.without_step(name), total, count)
 
     def losses(self, losses: Tensor, t: Tensor, augmented: Tensor | None = None) -> None:
         """Losses (B,) of a micro-batch at times t (B,); `augmented` (B,): was anything done to this image?"""
@@ -105,7 +104,7 @@ class Record:
         """After an optimizer step: its learning rate, and the gradient norm of each network before clipping."""
         for name, norm in norms.items():
             self.means.add_finite('train/grad_norm' if name == 'network' else f'train/grad_norm_{name}', norm)
-        self.means.add('train/lr', lr, 1)
+        self.means.put('train/lr', lr)
         self.bar.update()
 
     def clear(self) -> None:  # forgets the running means
@@ -148,14 +147,15 @@ class Record:
     def _show_progress(self, step: int, loss: float, images_per_second: float, seconds_at_end: float | None) -> None:
         """On the bar, or as a line now and then. The time left includes what is drawn and evaluated between steps."""
         speed, total = f'{images_per_second:.0f} images/s', self.config.num_training_steps
+        shown = f'{loss:.3g}' if 0 < abs(loss) < 1e-3 else f'{loss:.4f}'
         if not self.bar.disable:
-            self.bar.set_postfix_str(f'loss {loss:.4f}, {speed}')
+            self.bar.set_postfix_str(f'loss {shown}, {speed}')
         elif time.monotonic() - self.shown >= SECONDS_BETWEEN_LINES or step == total:
             began, first = self.opened
             self.shown = time.monotonic()
             seconds = (self.shown - began) / max(step - first, 1) * (total - step) + (seconds_at_end or 0)
             left = 'min of training left, then samples' if seconds_at_end is None else 'min left'
-            print_once(f'step {step}/{total}  loss {loss:.4f}  {speed}  {seconds / 60:.1f} {left}')
+            print_once(f'step {step}/{total}  loss {shown}  {speed}  {seconds / 60:.1f} {left}')
 
     @contextlib.contextmanager
     def line(self, step: int) -> Iterator[dict[str, float]]:
@@ -213,7 +213,8 @@ class Record:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """A histogram on wandb, of all elements of a tensor."""
-        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(values.detach().float().cpu().numpy())})
+        name, array = utils.without_step(name), values.detach().float().cpu().numpy()
+        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(array)})
 
     def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
         """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""

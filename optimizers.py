@@ -115,7 +115,7 @@ def inverse_sqrt(config: Config, step: int) -> float:
     return max(config.min_lr, config.base_lr * math.sqrt(since / max(step + 1, since)))
 
 
-# name -> (config, step) -> learning rate of that step once the warm-up is over; never rising.
+# name -> (config, step) -> learning rate of that step once the warm-up is over
 LR_SCHEDULES: dict[str, Callable[[Config, int], float]] = {
     'constant': lambda config, step: config.base_lr,
     'cosine': cosine,

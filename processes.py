@@ -162,7 +162,7 @@ class Cosine(GaussianProcess):
     """
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(math.pi / 2 * t)
+        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, with all digits where it is small, and 0 at t = 1
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * t)
@@ -246,15 +246,18 @@ def check_process(process: GaussianProcess, t_min: float, t_max: float) -> None:
     """Raise SettingError if alpha and sigma do not lead from data at t = 0 to noise, at 65 times of [t_min, t_max]."""
     t = torch.linspace(t_min, t_max, 65, dtype=torch.float64)
     name = f'the process {type(process).__name__}'
+    for times in (t, t.float()):  # networks are trained in float32
+        for what, value in {'alpha': process.alpha(times), 'sigma': process.sigma(times)}.items():
+            if not isinstance(value, Tensor) or value.shape != t.shape:
+                raise SettingError(f'{what} of {name} must give a tensor of the shape of t, (B,)')
+            bad = ~(value.isfinite() & (value >= 0))
+            if bad.any():
+                where = f't={times[bad][0]:g} in {str(times.dtype).removeprefix("torch.")}'
+                raise SettingError(
+                    f'{what} of {name} must be finite and not negative: it is {value[bad][0]:g} at {where}. '
+                    'Use --t_min 0.001 --t_max 0.999, or change the formula'
+                )
     alpha, sigma = process.alpha(t), process.sigma(t)
-    for what, value in {'alpha': alpha, 'sigma': sigma}.items():
-        if not isinstance(value, Tensor) or value.shape != t.shape:
-            raise SettingError(f'{what} of {name} must give a tensor of the shape of t, (B,)')
-        bad = ~(value.isfinite() & (value >= 0))
-        if bad.any():
-            raise SettingError(
-                f'{what} of {name} must be finite and not negative: it is {value[bad][0]:g} at t={t[bad][0]:g}'
-            )
     rises = ~(log_snr(alpha, sigma).diff() < 0)
     start = process.alpha(0 * t[:1]).item()
     if rises.any() or abs(start - 1) > 0.05:

@@ -187,13 +187,15 @@ def sample(
     """
     cond, path = cond or {}, sampling_process or process
     check_cond(cond, len(x1))
-    times = Steps(solver, num_steps, nfe, time_grid, t_min, t_max).times(process, path, model_type)
+    steps = Steps(solver, num_steps, nfe, time_grid, t_min, t_max)
+    times = steps.times(process, path, model_type)
     last_step = choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale, last_step)
     guidance = Guidance(guidance_scale, null_label, null_cond or {}, guide_fn, guidance_interval, guidance_rescale)
     evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, path)
     method = SOLVERS[solver]
-    return follow(method, times, x1, Predict(evaluate, path, method.memory), noise, callback)
+    is_late = steps.start(process, model_type) < t_max
+    return follow(method, times, x1, Predict(evaluate, path, method.memory), noise, callback, is_late)
 
 
 # of the config and `sample` alike

@@ -29,13 +29,13 @@ from runtime import ranks, stopping
 from runtime.errors import Stopped
 from sampling import ModelFn
 from time_samplers import get_time_sampler
-from training.advice import independence
 from training.bad_steps import BadSteps
 from training.batches import Batches
 from training.calling import Caller, ParallelLoss, on_device
 from training.checkpoints import Checkpoints
 from training.drawing import Drawing
 from training.experiment import OldNames, ProcessedBatch, SampleInputs
+from training.independence import independence
 from training.run_record import identity_of
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import random
+import re
 import resource
 import sys
 import warnings
@@ -174,3 +175,8 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def without_step(name: str) -> str:
+    """`name` without the step_0000100_ that names of pictures have in front."""
+    return re.sub(r'^step_\d+_', '', name)

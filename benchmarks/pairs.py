@@ -119,7 +119,8 @@ def kept_outputs(runs: list[dict]) -> Iterator[str]:
     for output in ('x1', 'score'):
         kept = [100 * run['agreement'] for run in runs if run['cell'][:2] == ['rf', output] and run['more']]
         if kept:
-            yield f'With output {output} kept and logit-normal times, `rf` reaches {min(kept):.0f} to {max(kept):.0f}.'
+            reached = f'{min(kept):.0f} to {max(kept):.0f} ({len(kept)} cells of one seed each)'
+            yield f'With output {output} kept and logit-normal times, `rf` reaches {reached}.'
 
 
 def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> None:

@@ -3,16 +3,17 @@
     pip install -r benchmarks/requirements.txt      (k-diffusion and azula with --no-deps: of what they ask for, their
                                                     solvers need torchsde and einops alone)
     python benchmarks/solvers.py ring               a mixture of Gaussians with an exact model, in float64; also
-                                                    anisotropic and held_out
+                                                    anisotropic, held_out and sharp; squared_cosine and shifted_cosine
+                                                    are sharp on processes other than rf
     python benchmarks/solvers.py digits --checkpoint ckpts/digits_long/last.pt
                                                     a trained network, against its own converged samples
     python benchmarks/solvers.py ring --nfe 4 6     a part of the work: each of these takes minutes
 
-All start from the same noise at t = 0.999 of `rf` and go to t = 0.001; the error of a sample is its distance per
-dimension (RMS) to the exact end point. Every peer of diffusers and k-diffusion is run on every grid (with a checkpoint,
-on three), azula's on its own schedules (two), and the best figure is taken, for each number of evaluations and each
-measure by itself. Each run prints a table in markdown, adds to benchmarks/solvers.json, and draws all that is there in
-benchmarks/solvers.png.
+All start from the same noise at t = 0.999 and go to t = 0.001 of the process, which for all peers is `rf`; the error of
+a sample is its distance per dimension (RMS) to the exact end point on its process. Every peer of diffusers and
+k-diffusion is run on every grid (with a checkpoint, on three), azula's on its own schedules (two), and the best figure
+is taken, for each number of evaluations and each measure by itself. Each run prints a table in markdown, adds to
+benchmarks/solvers.json, and draws all that is there in benchmarks/solvers.png.
 """
 
 import argparse
@@ -34,11 +35,11 @@ sys.path.insert(0, str(ROOT))
 from solver_peers import AZULA, PEER_GRIDS, PEERS, SCHEDULES, T_MAX, azula_sampler  # noqa: E402
 
 from config import Config  # noqa: E402
-from processes import RectifiedFlow  # noqa: E402
+from processes import GaussianProcess, RectifiedFlow  # noqa: E402
 from sampling import sample  # noqa: E402
 from saving import load_for_sampling  # noqa: E402
 from solvers import SOLVERS  # noqa: E402
-from tests.oracle import random_mixture, ring  # noqa: E402
+from tests.oracle import ShiftedCosine, SquaredCosine, random_mixture, ring  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35, 50)
 
@@ -73,22 +74,27 @@ class Problem:
     x1: Tensor
     label: Tensor | None
     reference_steps: int  # of RK4 on the default grid: what is taken for exact
+    process: GaussianProcess  # of ours
+    model_of_rf: Callable | None = None  # that of the peers, if the process is another
     peer_grids: tuple[str, ...] = tuple(PEER_GRIDS)
     schedules: tuple[str, ...] = SCHEDULES
 
 
 def measure(problem: Problem, numbers: Iterable[int]) -> Iterator[tuple[int, dict[str, Errors], dict[str, Errors]]]:
     """(NFE, ours, peers): name and grid -> errors."""
-    process, x1 = RectifiedFlow(), problem.x1
+    x1, of_rf = problem.x1, problem.model_of_rf or problem.model_fn
 
-    def ours(**settings: Any) -> Tensor:
-        return sample(problem.model_fn, process, x1, problem.label, **settings)
+    def ours(model_fn: Callable = problem.model_fn, process: GaussianProcess = problem.process, **more: Any) -> Tensor:
+        return sample(model_fn, process, x1, problem.label, **more)
 
     @torch.no_grad()
     def velocity(x: Tensor, t: float) -> Tensor:
-        return problem.model_fn(x.to(x1), torch.full((len(x),), t, dtype=x1.dtype), problem.label)
+        return of_rf(x.to(x1), torch.full((len(x),), t, dtype=x1.dtype), problem.label)
 
     exact, start = ours(solver='rk4', num_steps=problem.reference_steps), T_MAX * x1.double()
+    theirs_exact = exact
+    if problem.model_of_rf is not None:
+        theirs_exact = ours(of_rf, RectifiedFlow(), solver='rk4', num_steps=problem.reference_steps)
     for nfe in numbers:
         mine = {
             f'{name}, {grid}': errors(ours(solver=name, nfe=nfe, time_grid=grid), exact)
@@ -96,14 +102,14 @@ def measure(problem: Problem, numbers: Iterable[int]) -> Iterator[tuple[int, dic
             if nfe >= SOLVERS[name].nfe
         }
         theirs = {
-            f'{name}, {grid}': errors(peer(velocity, start, PEER_GRIDS[grid](nfe // cost)), exact)
+            f'{name}, {grid}': errors(peer(velocity, start, PEER_GRIDS[grid](nfe // cost)), theirs_exact)
             for name, (peer, cost) in PEERS.items()
             for grid in problem.peer_grids
             if nfe >= cost
         }
         theirs |= {
             f'azula {name} {order}, {schedule}': errors(
-                azula_sampler(name, order, schedule, velocity, start, nfe), exact
+                azula_sampler(name, order, schedule, velocity, start, nfe), theirs_exact
             )
             for name, order in AZULA
             for schedule in problem.schedules
@@ -208,14 +214,19 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=60)
 
 
-MIXTURES: dict[str, tuple[str, Callable, int]] = {
-    'ring': ('8 modes in 2 dimensions', partial(ring, 8, 0.1), 1000),
-    'anisotropic': ('20 anisotropic modes in 64 dimensions', partial(random_mixture, 64, 20), 100),
+sharp = partial(random_mixture, 8, 10, smallest=0.02, largest=0.05)
+MIXTURES: dict[str, tuple[str, Callable, int, GaussianProcess]] = {
+    'ring': ('8 modes in 2 dimensions', partial(ring, 8, 0.1), 1000, RectifiedFlow()),
+    'anisotropic': ('20 anisotropic modes in 64 dimensions', partial(random_mixture, 64, 20), 100, RectifiedFlow()),
     'held_out': (
         '16 wider modes in 64 dimensions',
         partial(random_mixture, 64, 16, seed=21, scale=0.6, smallest=0.02, largest=0.5),
         100,
+        RectifiedFlow(),
     ),
+    'sharp': ('10 sharp modes in 8 dimensions', sharp, 2000, RectifiedFlow()),
+    'squared_cosine': ('10 sharp modes, alpha = cos^2(pi t / 2)', sharp, 2000, SquaredCosine()),
+    'shifted_cosine': ('10 sharp modes, a shifted cosine', sharp, 2000, ShiftedCosine(0.1)),
 }
 
 
@@ -223,10 +234,11 @@ def problem_of(name: str, checkpoint: str, n: int) -> Problem:
     """The mixture of that name, or the network of the checkpoint. Raises SystemExit for one that cannot be compared."""
     torch.manual_seed(0)
     if not checkpoint:
-        title, mixture, usual = MIXTURES[name]
-        mixture = mixture()
+        title, mixture, usual, process = MIXTURES[name]
+        mixture, rf = mixture(), RectifiedFlow()
         x1 = torch.randn(n or usual, mixture.dim, dtype=torch.float64)
-        return Problem(title, mixture.as_model('velocity', RectifiedFlow()), x1, None, 250)
+        of_rf = None if isinstance(process, RectifiedFlow) else mixture.as_model('velocity', rf)
+        return Problem(title, mixture.as_model('velocity', process), x1, None, 250, process, of_rf)
     network, _, config = load_for_sampling(checkpoint)
     if (config.process_name, config.model_type) != ('rf', 'velocity'):
         sys.exit(f'{checkpoint} is of {config.process_name}, {config.model_type}. Give one of rf and velocity.')
@@ -236,7 +248,8 @@ def problem_of(name: str, checkpoint: str, n: int) -> Problem:
     x1, label = torch.randn(n or 50, 1, side, side), torch.arange(n or 50) % 10
     few = ('uniform t', 'shift 1/3', 'log-SNR')
     title = f'a trained network: {config.dataset}'
-    return Problem(title, network, x1, label, 75, few, ('RectifiedSchedule', 'CosineSchedule'))
+    grids = dict(peer_grids=few, schedules=('RectifiedSchedule', 'CosineSchedule'))
+    return Problem(title, network, x1, label, 75, RectifiedFlow(), **grids)
 
 
 def main() -> None:

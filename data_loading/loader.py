@@ -101,9 +101,9 @@ class Loader:
     """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
 
     Iterating yields what `batch_sampler` says: the training data without end, the held-out data once. `take` reads any
-    items, of which there are `size`. A part made of arrays lives on the device if it fits; its classes, if it has any,
-    are in `labels`, on the CPU. A part that is a Dataset, or does not fit, is read ahead by `num_workers` loader
-    processes, at most one for each core, into pinned memory; the `labels` of a Dataset are None.
+    items, of which there are `size`. A part made of arrays lives on the device if it fits. A part that is a Dataset, or
+    does not fit, is read ahead by `num_workers` loader processes, at most one for each core, into pinned memory. The
+    classes, if there are any and the part knows them, are in `labels`, on the CPU.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Loader:
         self.waited = 0.0  # seconds that iteration has waited for data
         self.size, self.has_pairs = len(part), part.has_pairs  # has_pairs: batches are (x, label, x1)
         self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
-        self.labels = part.arrays[1].cpu() if part.arrays and spec.num_classes else None  # (N,) int64
+        self.labels = part.classes(spec)  # (N,) int64, or None
         # `load` is left out: where processes are spawned, a lambda could not be sent to them
         self.collate = functools.partial(collate, spec=replace(spec, load=None), where=part.name)
         self.part, self.resident, self.workers = part, None, None

@@ -54,12 +54,17 @@ class DataSpec:
     std: tuple[float, ...] = ()
     skipped: str = ''  # files that were ignored, for the report
     digest: str = ''  # a hash of all data, if `load` knows it already
+    counts: tuple[int, ...] = ()  # training items of each class, if they are known; found when data are loaded
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """The classes of which there are training items, which are sampled and judged; all if that is not known."""
+        return tuple(i for i in range(self.num_classes) if not self.counts or self.counts[i])
 
     def columns(self) -> int:
         """Columns of a grid of samples: one for each class if there are 2 to 20, repeated if there are few."""
-        if 2 <= self.num_classes <= 20:
-            return self.num_classes * max(1, 10 // self.num_classes)
-        return 10 if self.num_classes > 20 else 8
+        n = len(self.trained_classes)
+        return n * max(1, 10 // n) if 2 <= n <= 20 else 10 if n > 20 else 8
 
     def known_classes(self, label: Tensor | None, label_dropout: float) -> Tensor | None:
         """`label` (n,) if it holds classes that the network has learned, or num_classes (no class); else None."""
@@ -102,10 +107,10 @@ class Part:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
-    def labels(self) -> Any:
-        """All labels, (N,); None if only reading every item of a Dataset would tell."""
-        return getattr(self.items, 'labels', None) if self.arrays is None else self.arrays[1]
+    def classes(self, spec: DataSpec) -> Tensor | None:
+        """All labels, (N,) int64 on the CPU; None without classes, or if only reading every item would tell."""
+        labels = getattr(self.items, 'labels', None) if self.arrays is None else self.arrays[1]
+        return None if labels is None or not spec.num_classes else torch.as_tensor(labels).to('cpu', torch.int64)
 
     @cached_property
     def has_pairs(self) -> bool:

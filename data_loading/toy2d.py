@@ -24,9 +24,10 @@ class Curves:
     noise: float
     num_classes: int
 
-    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Points (n, 2) and their classes (n,)."""
-        label, u = rng.integers(self.num_classes, size=n), rng.uniform(0, 1, n)
+    def draw(self, rng: np.random.Generator, n: int, label: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Points (n, 2) and their classes (n,), drawn too unless given."""
+        label = rng.integers(self.num_classes, size=n) if label is None else label
+        u = rng.uniform(0, 1, n)
         return self.curve(label, u) + rng.normal(0, self.noise, (n, 2)), label
 
     def density(self, x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class Checkerboard:
 
     num_classes = 0
 
-    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, rng: np.random.Generator, n: int, label: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         row, pair = rng.integers(4, size=n), rng.integers(2, size=n)
         corner = np.stack([2 * pair + row % 2, row], 1)
         return 0.45 * (corner + rng.uniform(0, 1, (n, 2))) - 0.9, np.zeros(n, int)

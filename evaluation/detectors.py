@@ -246,9 +246,17 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
     return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
+def rows_of(loader: Loader, most: int | None) -> Tensor:
+    """Indices of all items, or of `most` drawn at random."""
+    rows = torch.arange(loader.size)
+    if most is None or len(rows) <= most:
+        return rows
+    return torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+
+
 def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features (N, D) of all or `most` training images, and of the held-out ones, on every rank; the processes share
-    the work. Features of a slow detector are kept in data_dir/cache."""
+    """Features (N, D) of the training images of `rows_of`, and of as many of the held-out ones, on every rank; the
+    processes share the work. Features of a slow detector are kept in data_dir/cache."""
 
     def compute(loader: Loader, rows: Tensor) -> Tensor:
         mine = rows[ranks.my_items(len(rows))].split(256)
@@ -257,9 +265,7 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
         return ranks.gather_items(torch.cat(parts), len(rows))
 
     def cached(loader: Loader, part: str) -> Tensor:
-        rows = torch.arange(loader.size)
-        if most is not None and len(rows) > most:
-            rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]
+        rows = rows_of(loader, most)
         if not detector.is_slow:
             return compute(loader, rows)
         with torch.no_grad():

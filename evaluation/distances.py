@@ -1,5 +1,11 @@
 """Distances between samples and data, computed from features (N, D) of both. detectors.py makes the features."""
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,8 +13,30 @@ from torch import Tensor
 from config import SettingError
 from data_loading.toy2d import TOY2D
 
+if TYPE_CHECKING:
+    from evaluation.detectors import Detector
+
 MOST_ROWS = 50_000  # training images of which distances between pairs are computed
 CHUNK = 2048  # rows of a table of distances at once
+DRAWS = 20  # of real data, over which a floor is averaged
+
+
+@dataclass
+class Looked:
+    """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
+
+    detector: 'Detector'
+    features: list[Tensor] = field(default_factory=list)
+    classes: list[Tensor] = field(default_factory=list)  # one of each batch whose classes are known
+    recognised: list[Tensor] = field(default_factory=list)  # one of each, if the detector knows classes, too
+
+    @torch.no_grad()
+    def add(self, x: Tensor, classes: Tensor | None) -> None:
+        """Decoded samples (n, ...) and the classes that were requested of them (n,), None if there are none."""
+        self.features.append(self.detector.features(x).cpu())
+        self.classes += [] if classes is None else [classes.cpu()]
+        if self.detector.predict is not None and classes is not None:
+            self.recognised.append((self.detector.predict(x) == classes.to(x.device)).float().cpu())
 
 
 class Moments:
@@ -25,15 +53,18 @@ class Moments:
             self.cov += centred.T @ centred
         self.cov /= self.n - 1
 
+    @cached_property
+    def root(self) -> Tensor:  # of the covariance, symmetric
+        values, vectors = torch.linalg.eigh(self.cov)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
 
 def frechet(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), by symmetric eigenvalues in float64.
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (B^1/2 A B^1/2)^1/2), by symmetric eigenvalues in float64.
 
     The FID, if the features are Inception's (Heusel et al. 2017, eq. 6; Dowson and Landau 1982, eq. 16).
     """
-    values, vectors = torch.linalg.eigh(a.cov)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(b.root @ a.cov @ b.root).clamp(min=0).sqrt().sum()
     return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross)
 
 
@@ -71,16 +102,40 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 
-def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None) -> dict[str, float]:
+def real_draws(n: int, size: int, of_data: Tensor | None, wanted: Tensor | None) -> Iterator[Tensor]:
+    """Indices (n,) of training items, DRAWS times at random with replacement; with the classes `wanted` (n,), each as
+    often, if those `of_data` (size,) are known too. A class that no training item has stands for all of them."""
+    for seed in range(DRAWS):
+        draw = torch.Generator().manual_seed(seed)
+        rows = torch.randint(size, (n,), generator=draw)
+        if of_data is not None and wanted is not None:
+            for number in wanted.unique():
+                here, those = wanted == number, (of_data == number).nonzero().flatten()
+                if len(those):
+                    rows[here] = those[torch.randint(len(those), (int(here.sum()),), generator=draw)]
+        yield rows
+
+
+def floor(name: str, values: Sequence[float]) -> dict[str, float]:
+    """real_<name>, what a perfect sampler would get: the mean over draws of real data; and their standard deviation."""
+    return {f'real_{name}': float(np.mean(values)), f'real_{name}_std': float(np.std(values, ddof=1))}
+
+
+def compare(
+    samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None, classes: Tensor | None = None,
+    wanted: Tensor | None = None, is_standard: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
 
     frechet and nearest_neighbour_ratio, with all training images, the rest with at most `most` (None: MOST_ROWS);
-    real_frechet of as many training images as samples, drawn at random: what a perfect sampler would get; kid, the mean
-    over subsets, and kid_std (Binkowski et al. 2018); precision and recall with 3 neighbours (Kynkaanniemi et al.
-    2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to the nearest training image over
-    that of held-out images, below 1 where training images were memorised. In the plane also wasserstein, of at most
-    1000 samples and as many of the data, and real_wasserstein, of as many held-out points. kid, precision and recall
-    are computed by torch-fidelity.
+    real_frechet and its real_frechet_std, of DRAWS times as many training images as samples: what a perfect sampler
+    would get, see `real_draws` (`classes` (M,) of the training images, `wanted` (N,) of the samples, if they have any);
+    kid, the mean over subsets, and kid_std (Binkowski et al. 2018); precision and recall with 3 neighbours
+    (Kynkaanniemi et al. 2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to the nearest
+    training image over that of held-out images, below 1 where training images were memorised. In the plane also
+    wasserstein, of at most 1000 samples and as many of the data, and real_wasserstein, as for frechet. kid, precision
+    and recall are computed by torch-fidelity; kid, whose kernel has a unit, of features in units of their standard
+    deviation unless `is_standard`.
     Raises SettingError for fewer than 10 rows of a kind, and for samples that are not finite.
     """
     if min(len(samples), len(train), len(held_out)) < 10:
@@ -94,28 +149,39 @@ def compare(samples: Tensor, train: Tensor, held_out: Tensor, most: int | None =
             f'{bad} of {len(samples)} samples have values that are not finite, so they have no distance from the data. '
             'Try another --solver or --time_grid, or look at the training loss.'
         )
-    draw = torch.Generator().manual_seed(0)
-    real = train[torch.randint(len(train), (len(samples),), generator=draw)]
     moments = Moments(train)
-    values = {'frechet': frechet(Moments(samples), moments), 'real_frechet': frechet(Moments(real), moments)}
-    everything = train
-    if len(train) > (most or MOST_ROWS):
-        train = train[torch.randperm(len(train), generator=draw)[: most or MOST_ROWS]]
+    rows = real_draws(len(samples), len(train), classes, wanted)
+    values = {'frechet': frechet(Moments(samples), moments)}
+    values |= floor('frechet', [frechet(Moments(train[i]), moments) for i in rows])
     if train.shape[1] == 2:
-        n = min(1000, len(samples), len(train), len(held_out))
-        some = train[torch.randperm(len(train), generator=draw)[:n]]
-        values |= {'wasserstein': wasserstein(samples[:n], some), 'real_wasserstein': wasserstein(held_out[:n], some)}
-    ratio = nearest(samples, everything) / max(nearest(held_out, everything), 1e-12)
-    return values | neighbourhoods(samples, train) | dict(nearest_neighbour_ratio=ratio)
+        values |= in_the_plane(samples, train, classes, wanted)
+    values['nearest_neighbour_ratio'] = nearest(samples, train) / max(nearest(held_out, train), 1e-12)
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: most or MOST_ROWS].sort().values
+    return values | neighbourhoods(samples, train[some], is_standard)
 
 
-def neighbourhoods(samples: Tensor, train: Tensor) -> dict[str, float]:
+def in_the_plane(
+    samples: Tensor, train: Tensor, classes: Tensor | None, wanted: Tensor | None, most: int = 1000
+) -> dict[str, float]:
+    """wasserstein and its floor, of points: `most` of the data stand for all, and the floor is of the others."""
+    n = min(most, len(samples), len(train) // 2)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    some, rest = train[order[:n]], order[n:]
+    rows = real_draws(n, len(rest), None if classes is None else classes[rest], None if wanted is None else wanted[:n])
+    real = floor('wasserstein', [wasserstein(train[rest[i]], some) for i in rows])
+    return {'wasserstein': wasserstein(samples[:n], some)} | real
+
+
+def neighbourhoods(samples: Tensor, train: Tensor, is_standard: bool = True) -> dict[str, float]:
     """The numbers of `compare` that look at pairs of rows."""
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    size = min(1000, len(samples), len(train))
-    kid = kid_features_to_metric(samples.double(), train.double(), kid_subset_size=size, kid_subsets=100, verbose=False)
+    size, (one, two) = min(1000, len(samples), len(train)), (samples.double(), train.double())
+    if not is_standard:
+        mean, std = two.mean(0), two.std().clamp(min=1e-12)
+        one, two = (one - mean) / std, (two - mean) / std
+    kid = kid_features_to_metric(one, two, kid_subset_size=size, kid_subsets=100, verbose=False)
     prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)
     density, coverage = density_coverage(samples, train)
     return dict(
@@ -124,11 +190,17 @@ def neighbourhoods(samples: Tensor, train: Tensor) -> dict[str, float]:
     )  # fmt: skip
 
 
-def distance_from_set(x: Tensor, name: str, end: str = '') -> dict[str, float]:
+def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None = None) -> dict[str, float]:
     """wasserstein, the distance of points (n, 2) from as many new points of a set of data_loading/toy2d.py, and
-    real_wasserstein, that of two draws of the set. `end` is added to the names."""
-    new, other = (torch.from_numpy(TOY2D[name].draw(np.random.default_rng(seed), len(x))[0]) for seed in (1, 2))
-    return {f'wasserstein{end}': wasserstein(x.cpu(), new), f'real_wasserstein{end}': wasserstein(other, new)}
+    real_wasserstein, the mean of that of DRAWS other draws of the set, with its standard deviation. `label` (n,): the
+    classes of the points, which all these draws share. `end` is added to the names."""
+    given = label is not None and len(label) and int(label.max()) < TOY2D[name].num_classes
+    classes = label.cpu().numpy() if label is not None and given else None
+    draws = (TOY2D[name].draw(np.random.default_rng(seed), len(x), classes)[0] for seed in range(1, DRAWS + 2))
+    new, *others = map(torch.from_numpy, draws)
+    found = {'wasserstein': wasserstein(x.cpu(), new)}
+    found |= floor('wasserstein', [wasserstein(other, new) for other in others])
+    return {f'{key}{end}': value for key, value in found.items()}
 
 
 # name of a number -> the line that a run prints
@@ -146,6 +218,34 @@ NOT_PRINTED = ('kid', 'kid_std', 'density', 'coverage')  # they are in the recor
 
 
 def describe(values: dict[str, float]) -> str:
-    """Numbers for samples, one a line: a sentence for each of this file, the name for those of an experiment."""
-    own = [f'  {name}: {value:.4g}' for name, value in values.items() if name not in (*NOT_PRINTED, *SENTENCES)]
-    return '\n'.join([f'  {text.format(values[k])}' for k, text in SENTENCES.items() if k in values] + own)
+    """Numbers for samples, one a line: a sentence for each of this file, the name for those of an experiment; and a
+    caution where one misleads."""
+    lines = []
+    for name, text in SENTENCES.items():
+        spread = values.get(f'{name}_std')
+        more = '' if spread is None else f' (standard deviation {spread:.2g} over {DRAWS} draws)'
+        lines += [f'  {text.format(values[name])}{more}'] if name in values else []
+    known = (*NOT_PRINTED, *SENTENCES, *(f'{name}_std' for name in SENTENCES))
+    lines += [f'  {name}: {value:.4g}' for name, value in values.items() if name not in known]
+    return '\n'.join(lines + [f'  caution: {text}' for text in cautions(values)])
+
+
+def cautions(values: dict[str, float]) -> list[str]:
+    """Why numbers for samples mislead, one sentence each."""
+    far = values.get('frechet', 0) > 10 * values.get('real_frechet', torch.inf)
+    if far and values.get('recall', 1) < 0.1 < values.get('precision', 0):
+        text = 'recall is almost 0, so the samples lie in the wide neighbourhoods of a few unusual images, as noise may'
+        return [f'precision means little here: {text}']
+    return []
+
+
+def frequencies_caution(wanted: Tensor | None, labels: Tensor | None, num_classes: int) -> list[str]:
+    """A caution if the classes of samples (N,) are not as frequent as those of the training items (M,); else []."""
+    if wanted is None or labels is None or wanted.max() >= num_classes:
+        return []
+    asked, there = (torch.bincount(x, minlength=num_classes).double() / len(x) for x in (wanted, labels))
+    differing = float((asked - there).abs().sum()) / 2
+    if differing <= 0.1 + (num_classes / (2 * math.pi * len(wanted))) ** 0.5:  # what random classes may differ by
+        return []
+    text = f'{differing:.0%} of them would need another class. The distances count this as an error of the network'
+    return [f'the classes of the samples are not as frequent as in the training data: {text}']

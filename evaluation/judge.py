@@ -5,7 +5,6 @@ Nothing here changes what is trained: a run that is killed here does it again wh
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,33 +21,20 @@ from runtime.ranks import print_once
 from sampling import ModelFn
 from training.advice import lr_warning, pair_warning, round_trip_warning, scale_warning
 from training.batches import Batches
+from training.calling import in_eval_mode
 from training.drawing import Drawing, no_memory, not_finite
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
 if TYPE_CHECKING:  # imported when used: a start need not wait for them
     from evaluation.detectors import Detector, JudgedData
+    from evaluation.distances import Looked
     from evaluation.reference import Reference
 
 NUM_JUDGED = 1000  # samples that are compared with the data
-MOST_COMPARED, MOST_NEIGHBOURS = 20_000, 5000  # training images they are compared with, and pairs are made of
+MOST_NEIGHBOURS = 5000  # training images of which pairs are made
+MOST_READ = 20_000  # training items that are read, one by one, from a Dataset that is not in memory
 AT_ONCE = 256  # samples in a detector
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
-
-
-@dataclass
-class Looked:
-    """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
-
-    detector: 'Detector'
-    features: list[Tensor] = field(default_factory=list)
-    recognised: list[Tensor] = field(default_factory=list)  # one of each batch whose classes are known
-
-    @torch.no_grad()
-    def add(self, x: Tensor, classes: Tensor | None) -> None:
-        """Decoded samples (n, ...) and the classes that were requested of them (n,), None if there are none."""
-        self.features.append(self.detector.features(x).cpu())
-        if self.detector.predict is not None and classes is not None:
-            self.recognised.append((self.detector.predict(x) == classes.to(x.device)).float().cpu())
 
 
 class Judge:
@@ -58,6 +44,7 @@ class Judge:
         self.experiment, self.config = experiment, experiment.config
         self.batches, self.record, self.drawing = batches, record, drawing
 
+    @in_eval_mode
     def rehearse(self) -> None:
         """Before training: print what looks wrong, and try the losses, so that they fail now or never."""
         c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
@@ -68,7 +55,8 @@ class Judge:
             if warning:
                 print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
-        self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
+        with self.record.apart():  # to tell samplers apart may need samples
+            self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
 
     @cached_property
     def reference(self) -> 'Reference':
@@ -77,6 +65,7 @@ class Judge:
         return Reference(self.experiment, self.batches)
 
     @cached_property
+    @in_eval_mode
     def loss_needs_gradients(self) -> bool:
         """Whether the loss itself differentiates (score matching, Jacobians), so that no_grad would break it."""
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
@@ -92,9 +81,13 @@ class Judge:
                 return True
 
     @cached_property
+    @in_eval_mode
     def has_reference(self) -> bool:
         """Whether the network can be evaluated as a denoiser of noise, unless the experiment rules it out."""
         if not self.experiment.has_reference:
+            return False
+        if not self.drawing.has_score:
+            print_once('eval/reference is left out: it is a loss of denoising, and x1 is not independent noise here')
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         index = torch.arange(len(example.t), device=self.experiment.device)
@@ -140,6 +133,7 @@ class Judge:
             means = self.held_out_means(module, self.reference.errors, rounds).means()
         return {name.replace('loss', 'eval/reference', 1): value for name, value in means.items()}
 
+    @in_eval_mode
     def held_out_means(self, module: nn.Module, losses_of: Losses, rounds: int | None = None) -> RunningMeans:
         """Means of losses over held-out images, by time too; the processes share the work."""
         means, model_fn = RunningMeans(self.experiment.device), self.experiment.get_model_fn(module)
@@ -171,6 +165,7 @@ class Judge:
         ranks.all_reduce(bits)
         return {'bits_per_dim': float(bits.mean()), 'bits_per_dim_error': float(bits.std() / n**0.5), 'bits_images': n}
 
+    @in_eval_mode
     def bits_of_block(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
         """Bits per dimension (n,) of the held-out images with the indices `rows` (n,), which are block `number`."""
         from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
@@ -210,12 +205,14 @@ class Judge:
                     values |= {f'eval/{name}/{key}': value for key, value in found.items()}
         return values | logged
 
+    @in_eval_mode
     def judged(self, name: str, num_samples: int, step: int) -> dict[str, float]:
         """Numbers for samples of the judged weights by the sampler of this name, on every rank."""
         from evaluation.distances import describe
 
         weights, module = self.judged_weights()
-        inputs = self.experiment.sample_inputs(num_samples)
+        with self.batches.as_in_data():
+            inputs = self.experiment.sample_inputs(num_samples)
         print_once(f'drawing {num_samples} samples: {weights} weights, {name} ...')
         try:
             x = self.drawing.samples(self.experiment.samplers()[name], module, inputs)
@@ -229,6 +226,7 @@ class Judge:
         print_once(describe(numbers))
         return {key: float(value) for key, value in numbers.items()}
 
+    @in_eval_mode
     def numbers(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """`sample_metrics` of decoded samples (n, ...), on every rank."""
         if self.experiment.overrides('sample_metrics'):
@@ -237,26 +235,39 @@ class Judge:
 
     def distances(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """Distances of decoded samples (n, ...) from the training data, by the default detector."""
+        from evaluation.distances import Looked
+
         looked, mine = Looked(self.detector), torch.tensor(ranks.my_items(len(x)))
         classes = self.experiment.data.known_classes(inputs.label, self.config.label_dropout)
         for rows in mine.split(AT_ONCE):
             requested = None if classes is None else classes[rows.to(classes.device)]
             looked.add(x[rows].to(self.experiment.device), requested)
-        return self.compared(looked, len(x), MOST_COMPARED, MOST_NEIGHBOURS)
+        most = None if self.batches.train_loader.part.arrays is not None else MOST_READ
+        return self.compared(looked, len(x), most, MOST_NEIGHBOURS)
 
-    def compared(
-        self, looked: Looked, n: int, most: int | None = None, neighbours: int | None = None
-    ) -> dict[str, float]:
+    @in_eval_mode
+    def compared(self, looked: 'Looked', n: int, most: int | None = None, pairs: int | None = None) -> dict[str, float]:
         """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
-        `neighbours` of them in pairs. label_agreement, if all labels on all ranks were classes."""
-        from evaluation.detectors import features_of_data
-        from evaluation.distances import compare
+        `pairs` of them in pairs. label_agreement, if all labels on all ranks were classes."""
+        from evaluation.detectors import features_of_data, rows_of
+        from evaluation.distances import compare, frequencies_caution
 
-        values, features = {}, ranks.gather_items(torch.cat(looked.features), n)
-        if not ranks.any_rank(len(looked.recognised) < len(looked.features)):
-            values['label_agreement'] = float(ranks.gather_items(torch.cat(looked.recognised), n).double().mean())
-        data = features_of_data(looked.detector, self.data, most)
-        return values | ranks.on_main_patiently(lambda: compare(features, *data, most=neighbours))
+        def joined(parts: list[Tensor]) -> Tensor | None:
+            return (
+                None if ranks.any_rank(len(parts) < len(looked.features)) else ranks.gather_items(torch.cat(parts), n)
+            )
+
+        features, wanted, recognised = map(joined, (looked.features, looked.classes, looked.recognised))
+        assert features is not None
+        values = {} if recognised is None else {'label_agreement': float(recognised.double().mean())}
+        loader, detector = self.batches.train_loader, looked.detector
+        classes = None if loader.labels is None else loader.labels[rows_of(loader, most)]
+        data, is_standard = features_of_data(detector, self.data, most), detector.digest != 'values'
+        if (most or loader.size) < loader.size:
+            print_once(f'  the samples are compared with {most:,} of {loader.size:,} training items')
+        for caution in frequencies_caution(wanted, loader.labels, self.experiment.data.num_classes):
+            print_once(f'  caution: {caution}')
+        return values | ranks.on_main_patiently(lambda: compare(features, *data, pairs, classes, wanted, is_standard))
 
     @cached_property
     def data(self) -> 'JudgedData':
@@ -278,8 +289,7 @@ class Judge:
 
     @cached_property
     def can_judge(self) -> bool:
-        """Whether the experiment has numbers of its own, or samples can be compared with enough data: images, or few
-        numbers."""
+        """Whether the experiment has numbers of its own, or there are enough data: images, or few numbers each."""
         if self.experiment.overrides('sample_metrics'):
             return True
         from evaluation.detectors import MOST_PIXELS

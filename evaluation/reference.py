@@ -12,11 +12,12 @@ import utils
 from augmentations import AUGMENTATIONS
 from logging_utils import RunningMeans
 from prediction import get_model_convert_fn, optimal_denoiser
-from processes import Coefs, GaussianProcess
+from processes import Coefs
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from sampling import ModelFn
 from training.batches import Batches
+from training.calling import in_eval_mode
 from training.drawing import out_of_memory_on_any_rank
 from training.experiment import Experiment, ProcessedBatch
 
@@ -31,8 +32,7 @@ class Reference:
     without a weight, x1 drawn independently.
 
     It does not depend on a run's process, output, loss and times: a network of another process is evaluated at the time
-    of equal log-SNR. Where x0 and x1 are not independent the batch's own x1 is taken: such a run compares only with
-    runs that have the same x1.
+    of equal log-SNR. Runs whose x1 is not independent noise have none.
     """
 
     def __init__(self, experiment: Experiment, batches: Batches):
@@ -48,13 +48,14 @@ class Reference:
         t = 0.001 + 0.998 * ((index.double() + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
         time = process.time_of_log_snr(2 * (1 / t - 1).log()).to(batch.x0.dtype)
         coefs = process(time)
-        x1 = noise_of(index, batch.x0) if self.experiment.independent else batch.x1
+        x1 = noise_of(index, batch.x0)
         xt = process.compute_xt(batch.x0, x1, coefs)
         cond = batch.cond | ({'s': time} if 's' in batch.cond else {})  # a network of two times: the velocity at one
         out = model_fn(xt, time, batch.label, **cond)
         x0 = get_model_convert_fn(self.experiment.config.model_type)(out, time, xt, coefs).x0
         return utils.image_square_error(x0, batch.x0) * (1 + coefs.alpha / coefs.sigma).square(), t.to(batch.x0.dtype)
 
+    @in_eval_mode
     def baselines(self) -> dict[str, float]:
         """Baselines for the record, the same on every rank; unknown ones are left out. The processes share the work.
         Means over up to MOST_DRAWS draws, exact to a percent for digits.
@@ -85,7 +86,7 @@ class Reference:
         """How many noisy images a baseline averages; 0 where the optimal denoiser is unknown or takes too long."""
         experiment, loader = self.experiment, self.batches.train_loader
         known = experiment.independent and experiment.couple is None and not experiment.overrides('prepare_batch_fn')
-        known &= type(experiment.process).sample_base is GaussianProcess.sample_base and not self.batches.example.cond
+        known &= not self.batches.example.cond
         if ranks.any_rank(not known or loader.has_pairs or loader.resident is None or loader.size < 16):
             return 0
         first = loader.take(range(16))[0]

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-import utils
+from config import only
 from data_loading.toy2d import load_pairs
 from data_utils import DATASETS, DataSpec
 from evaluation.distances import distance_from_set, wasserstein
@@ -36,9 +36,8 @@ class Plain(ExampleDiffusionTrainer):
         prepared = super().prepare_batch_fn((x0, way, x1[torch.randperm(len(x1))] if is_train else x1), is_train)
         x0, x1, up = prepared.x0, prepared.x1, way[:, None] == 1
         if is_train and self.step > self.first * self.config.num_training_steps:
-            model_fn = self.get_model_fn(next(iter(self.ema.networks.values())))
-            with torch.no_grad():  # the other end, drawn from the true one
-                drawn = self.travel(model_fn, torch.where(up, x1, x0), 1 - way)
+            model_fn, start = self.get_model_fn(next(iter(self.ema.networks.values()))), torch.where(up, x1, x0)
+            drawn = torch.no_grad()(self.travel)(model_fn, start, 1 - way)  # the other end
             x0, x1 = torch.where(up, drawn, x0), torch.where(up, x1, drawn)
         z = S * (prepared.t * (1 - prepared.t)).sqrt()[:, None] * torch.randn_like(x0)
         return WithNoise(**vars(prepared) | dict(x0=x0, x1=x1, noise=z))
@@ -47,7 +46,7 @@ class Plain(ExampleDiffusionTrainer):
         xt = self.process.compute_xt(batch.x0, batch.x1, self.process(batch.t)) + batch.noise
         end = torch.where(batch.label[:, None] == 1, batch.x1, batch.x0)
         left = torch.where(batch.label == 1, 1 - batch.t, batch.t)[:, None]
-        return utils.image_square_error(model_fn(xt, batch.t, batch.label), (end - xt) / left.sqrt())
+        return (model_fn(xt, batch.t, batch.label) - (end - xt) / left.sqrt()).square().mean(1)
 
     def travel(self, model_fn, x, way):  # (n,) 0 down, 1 up: towards the end that the network sees
         for left, next_left in pairwise((torch.linspace(1, 0, STEPS + 1) ** 2).tolist()):
@@ -60,6 +59,7 @@ class Plain(ExampleDiffusionTrainer):
         return self.travel(model_fn, (inputs.x1, inputs.truth)[way], torch.full_like(inputs.label, way))
 
     def samplers(self):
+        only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
         return {'down': partial(self.draw, solver='', way=0), 'up': partial(self.draw, solver='', way=1)}
 
     def sample_metrics(self, x, inputs):

@@ -2,6 +2,7 @@
 
     |v(xt, t) - u|^2 - lambda |v(xt, t) - u of another picture|^2,    lambda = 0.05
 
+Of other outputs and targets (`--model_type`, `--target_type`) it is the same rule with these in place of velocities.
 The other picture is a neighbour in the batch of one process, so it depends on the number of processes.
 
     sh run.sh examples/contrastive.py                     digits, after few steps
@@ -16,9 +17,10 @@ class Contrastive(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         coefs = self.process(batch.t)
         xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
-        v = model_fn(xt, batch.t, batch.label)
-        target = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs).velocity
-        return utils.image_square_error(v, target) - 0.05 * utils.image_square_error(v, target.roll(1, 0))
+        out = self.model_convert_fn(model_fn(xt, batch.t, batch.label), batch.t, xt, coefs)
+        target = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs)
+        v, u = (getattr(prediction, self.config.target_type) for prediction in (out, target))
+        return utils.image_square_error(v, u) - 0.05 * utils.image_square_error(v, u.roll(1, 0))
 
 
 if __name__ == '__main__':

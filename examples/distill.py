@@ -3,9 +3,9 @@
 `teacher` is a plain run. In the second run, `network` is the student: its prediction of x0 from pure noise is a sample.
 A second network, `fake`, is a flow of the student's samples, trained all the while. At a noisy xt of a sample, the two
 flows predict x0 where data and where samples are likely, and the student moves its sample by the difference. Both start
-as copies of the teacher. The two optimizers step together: each term of the loss moves only one network.
-
-    sh run.sh examples/distill.py                         on moons
+as copies of the teacher. The two optimizers step together: each term of the loss moves only one network. The paper's
+third term is left out, a regression on pairs of noise and picture that the teacher draws, so that
+fewer parts of the data are lost.                     sh run.sh examples/distill.py
 """
 
 import copy

@@ -6,7 +6,6 @@ flow in one step. Where s = t it is trained as ever, on x1 - x0; elsewhere on on
     lagrangian   dX/ds = u(X, s, s)                                    the velocity where it arrives
     eulerian     u = v + (s - t) du/dt,  along v = x1 - x0             mean flow (Geng et al. 2025, eq. 6 to 11)
     semigroup    X(x, t, s) = X(X(x, t, r), r, s),  r = (t + s) / 2    shortcut models (Frans et al. 2025)
-
 Training costs three or four times as much as the plain flow's, which has as many steps. The network is told 30 t (and
 1000 s): of 1000 t a sinusoid turns so fast that du/dt drowns eulerian.             sh run.sh examples/flow_map.py
 """
@@ -16,7 +15,7 @@ from functools import partial
 
 import torch
 
-from config import Config, choose
+from config import Config, choose, only
 from networks import TIME_INPUTS
 from scripts.compare import side_by_side
 from solvers import SOLVERS, Solver
@@ -35,6 +34,7 @@ class Settings(Config):
 
 class Plain(ExampleDiffusionTrainer):
     def samplers(self):
+        only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
         return {f'steps_{n}': partial(self.draw, solver=self.config.solver, nfe=n) for n in (1, 2, 4, 20)}
 
 

@@ -47,12 +47,16 @@ class ModelGuidance(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         coefs = self.process(batch.t)
         xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
-        v = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs).velocity
+        target = getattr(self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs), self.config.target_type)
+
+        def predicted(label):
+            out = self.model_convert_fn(model_fn(xt, batch.t, label), batch.t, xt, coefs)
+            return getattr(out, self.config.target_type)
+
         with torch.no_grad():
             none = torch.full_like(batch.label, self.data.num_classes)
-            with_label, without = (model_fn(xt, batch.t, label) for label in (batch.label, none))
-        v = v + (1 - 1 / W) * (with_label - without)  # whose fixed point is cfg's
-        return utils.image_square_error(model_fn(xt, batch.t, batch.label), v)
+            target = target + (1 - 1 / W) * (predicted(batch.label) - predicted(none))  # whose fixed point is cfg's
+        return utils.image_square_error(predicted(batch.label), target)
 
     def samplers(self):
         return {'unguided': partial(self.draw, solver='adams', nfe=20)}

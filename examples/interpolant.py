@@ -6,7 +6,6 @@ The network gives v = E[x1 - x0 | xt] and eta = E[z | xt]. With these, the veloc
 -eta / gamma, and for every noise level e >= 0 this SDE has the distribution of xt at all times, down and up:
 
     dx = v dt + eta dgamma - e eta |dt| + sqrt(2 e gamma) dw
-
 `plain` is only the flow, without z. All take 100 steps; `real` are new points.    sh run.sh examples/interpolant.py
 """
 
@@ -17,6 +16,7 @@ from functools import partial
 import torch
 
 import utils
+from config import only
 from data_loading.toy2d import load_pairs
 from data_utils import DATASETS, DataSpec
 from evaluation.distances import distance_from_set
@@ -59,6 +59,7 @@ class Interpolant(ExampleDiffusionTrainer):
         return x
 
     def samplers(self):
+        only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
         down = {f'down_{e:g}': partial(self.draw, solver='', start=1, noise=e) for e in self.noises}
         return down | {f'up_{e:g}': partial(self.draw, solver='', start=0, noise=e) for e in self.noises}
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 import utils
-from config import Config
+from config import Config, only
 from evaluation.distances import distance_from_set
 from main import load_run
 from sampling import sample
@@ -30,11 +30,12 @@ class Settings(Config):
 
 class Flow(ExampleDiffusionTrainer):
     def samplers(self):
+        only(self.config, process_name='rf')  # of others the paths are curved
         return {f'euler_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 2, 4)}
 
     def sample_metrics(self, x, inputs):
         straightness = self.straightness(inputs, steps=50)
-        return distance_from_set(x, self.config.dataset) | {'straightness': straightness}
+        return distance_from_set(x, self.config.dataset, label=inputs.label) | {'straightness': straightness}
 
     @torch.no_grad()
     def straightness(self, inputs, steps):
@@ -42,7 +43,8 @@ class Flow(ExampleDiffusionTrainer):
         model_fn = self.get_model_fn(next(iter(self.weights().values())))
         for i in range(steps):
             t = x.new_full((len(x),), 1 - (i + 0.5) / steps)
-            velocities.append(model_fn(x, t, inputs.label))
+            out = model_fn(x, t, inputs.label)
+            velocities.append(self.model_convert_fn(out, t, x, self.process(t)).velocity)
             x = x - velocities[-1] / steps
         return float(torch.stack([utils.image_square_error(inputs.x1 - x, v) for v in velocities]).mean())
 
@@ -57,7 +59,8 @@ class Second(Flow):
     def prepare_batch_fn(self, batch, is_train):
         prepared = super().prepare_batch_fn(batch, is_train)
         first = self.get_model_fn(self.modules['first'])
-        return dataclasses.replace(prepared, x0=sample(first, self.process, prepared.x1, prepared.label, num_steps=20))
+        x0 = sample(first, self.process, prepared.x1, prepared.label, model_type=self.config.model_type, num_steps=20)
+        return dataclasses.replace(prepared, x0=x0)
 
 
 if __name__ == '__main__':

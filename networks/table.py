@@ -105,7 +105,7 @@ def get_network(
         net = build(config, shape, num_classes)
     process = get_process(config)
     if config.time_input == 'log_snr':
-        ends = torch.tensor([config.t_min, config.t_max], dtype=torch.float64)
+        ends = torch.tensor([config.t_min, config.t_max])  # float32, as the network sees them
         if not process.log_snr(ends).isfinite().all():
             raise SettingError(
                 f"time_input='log_snr' is infinite at t_min={config.t_min:g} or t_max={config.t_max:g} with "

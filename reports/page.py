@@ -43,8 +43,7 @@ CURVES: dict[str, tuple[str, ...]] = {
     'images per second': ('train/images_per_second',),
     'share of time waiting for data': ('train/waiting',),
 }
-GAUSSIAN = 'eval/reference_gaussian'
-LINEAR = ('images per second', 'share of time waiting for data', 'learning rate')
+GAUSSIAN, LINEAR = 'eval/reference_gaussian', ('images per second', 'share of time waiting for data', 'learning rate')
 # Of a table of evaluations.
 COLUMNS = (
     'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet wasserstein real_wasserstein '
@@ -132,8 +131,9 @@ def read(folder: str | Path) -> Run:
 
 # ---------------------------------------------------------------- parts of a page
 
-
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
+Bands = Mapping[str, Sequence[float]]  # name -> half a width at each point
+NONE: Mapping[str, Any] = {}
 GREY = '#808080'  # seen on white and on black
 THEME: dict[str, Any] = {
     'svg.fonttype': 'none',  # letters stay letters
@@ -143,9 +143,10 @@ THEME: dict[str, Any] = {
 }
 
 
-def plot(curves: Curves, title: str, floors: Mapping[str, float] | None = None, ceiling: float | None = None) -> str:
+def plot(curves: Curves, title: str, floors: Any = NONE, ceiling: float | None = None, bands: Bands = NONE) -> str:
     """Curves (x, y) as an <svg> element on no background; empty if there is no point. `floors`: for some of the curves,
-    the level that they cannot get below, dotted. `ceiling`: with one floor, the range between the two is shaded."""
+    the level that they cannot get below, dotted. `ceiling`: with one floor, the range between the two is shaded.
+    `bands`: for some of the curves, half the width of a band around each of their points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -154,13 +155,13 @@ def plot(curves: Curves, title: str, floors: Mapping[str, float] | None = None, 
         return ''
     with rc_context(THEME):
         figure = Figure(figsize=(5.4, 3.2))
-        draw(figure, curves, title, floors or {}, ceiling)
+        draw(figure, curves, title, floors, ceiling, bands)
         figure.savefig(file, format='svg', metadata={'Date': None})
     text = file.getvalue()
     return text[text.index('<svg') :]
 
 
-def draw(figure: Any, curves: Curves, title: str, floors: Mapping[str, float], ceiling: float | None) -> None:
+def draw(figure: Any, curves: Curves, title: str, floors: Any, ceiling: float | None, bands: Bands) -> None:
     """`plot` on a figure. Curves by time share a scale of colours, and have room for their legend on the right."""
     from matplotlib import colormaps
 
@@ -169,15 +170,18 @@ def draw(figure: Any, curves: Curves, title: str, floors: Mapping[str, float], c
     lowest = min(value for _, y in curves.values() for value in y)
     for i, (name, (x, y)) in enumerate(curves.items()):
         color = colormaps['viridis'](0.1 + 0.8 * i / max(1, len(curves) - 1)) if by_time else f'C{i % 10}'
-        label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name
+        label = 't ' + name.rpartition('_t_')[2].replace('_', ' to ') if by_time else name.replace('$', r'\$')
         ax.plot(x, y, color=color, label=label, linewidth=1.3, marker='.' if len(x) < 3 else None)
+        if name in bands:
+            low, high = ([v + side * w for v, w in zip(y, bands[name], strict=True)] for side in (-1, 1))
+            ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         if name in floors and floors[name] > lowest / 20:  # a floor of next to nothing would squeeze the curves
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1, label=None if by_time else 'floor')
     if ceiling is not None:
         ax.axhspan(max(floors.values(), default=0), ceiling, color=GREY, alpha=0.15, label='what can be learned')
     if not title.startswith(LINEAR) and lowest > 0:
         logarithmic(ax)
-    ax.set_title(title + (', floors dotted' if by_time and floors else ''))
+    ax.set_title(title.replace('$', r'\$') + (', floors dotted' if by_time and floors else ''))  # no mathematics
     if len(curves) > 1 or floors:
         ax.legend(**(dict(loc='upper left', bbox_to_anchor=(1, 1)) if by_time else {}))
 
@@ -185,8 +189,7 @@ def draw(figure: Any, curves: Curves, title: str, floors: Mapping[str, float], c
 def logarithmic(ax: Any) -> None:
     """A logarithmic y axis; some of its many ticks between powers of ten have a number."""
     ax.set_yscale('log')
-    low, high = ax.get_ylim()
-    few = '25' if high > 3 * low else '123456789'
+    few = '25' if ax.get_ylim()[1] > 3 * ax.get_ylim()[0] else '123456789'
     ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
     ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in few else '')
 

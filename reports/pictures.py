@@ -14,6 +14,7 @@ from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from training.batches import Batches
+from training.calling import in_eval_mode
 from training.drawing import Drawing, no_memory, out_of_memory_on_any_rank
 from training.experiment import Experiment, SampleInputs
 
@@ -52,11 +53,12 @@ class Gallery:
     @property
     def num_shown(self) -> int:
         """How many samples a picture has: about 60 images, each of up to 100 classes; or enough points."""
-        columns, classes = self.data.columns(), self.data.num_classes
+        columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
         return -(-min(classes, 100) // columns) * columns if classes > 20 else columns * max(3, 60 // columns)
 
+    @in_eval_mode
     def rehearse(self, step: int) -> None:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
         inputs = self.experiment.sample_inputs(2)
@@ -77,6 +79,7 @@ class Gallery:
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
 
+    @in_eval_mode
     def draw(self, step: int) -> dict[str, float]:
         """Pictures of samples of all samplers and weights, and of some paths; returns what the experiment logs."""
         self.step = step

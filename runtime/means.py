@@ -32,6 +32,12 @@ class RunningMeans:
         """Add `total`, the sum of `count` values: tensors of one element, or numbers."""
         self._keep((name, 0, True), total, count)
 
+    def put(self, name: str, value: float) -> None:
+        """`value` alone, in place of what was added: for what has a value at a step, not a mean over steps."""
+        self.sums.pop(name, None)
+        self.waiting.pop((name, 0, True), None)
+        self.add(name, value, 1)
+
     def add_finite(self, name: str, values: Tensor) -> None:
         """Add those of `values` that are finite: a bad step must not hide the others."""
         self._keep((name, 0, False), values)

@@ -2,11 +2,16 @@
 
 sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
 
-`side_by_side` trains them first: an idea next to what it claims to improve, as in examples/.
+Runs that differ in their seed alone are one column: the mean, the standard deviation over the seeds, and a band around
+the curves. A difference that is not larger than these standard deviations is printed as none.
+
+`side_by_side` trains them first: an idea next to what it claims to improve, as in examples/. There `--seeds 3` trains
+each with three seeds.
 """
 
 import dataclasses
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -17,6 +22,7 @@ import tyro
 
 from config import Config, SettingError
 from reports import page
+from reports.seeds import Group, cells, changes_of, grouped, text_of_changes
 from runtime import command, files
 from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name
 
@@ -43,15 +49,18 @@ def compare(options: Compare) -> None:
 
     if len(options.runs) < 2:
         raise SettingError('Pass two or more folders of runs: compare.py ckpts/a ckpts/b.')
-    runs = [page.read(folder) for folder in options.runs]
+    runs, folders = [page.read(folder) for folder in options.runs], names_of(options.runs)
     if len({run.config.get('dataset') for run in runs}) > 1:
         print_once('warning: these runs are of different data sets, so that their numbers do not compare')
-    names = names_of(options.runs)
-    labels = labels_of(runs, names)
-    rows = [*([['run', *names]] if labels != names else []), *differences(runs), *numbers(runs)]
-    print_once(page.aligned([['', *labels], *rows]))
+    groups = grouped(runs)
+    first = [group[0] for group in groups]
+    names = [folders[runs.index(run)] for run in first]
+    labels = labels_of(first, names)
+    rows = [*([['run', *names]] if labels != names else []), *differences(first)]
+    print_once(page.aligned([['', *labels], *rows, *cells(numbers(groups))]))
+    print_once(text_of_changes(numbers(groups), labels))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
-    write_page(path, runs, names, labels)
+    write_page(path, groups, names, labels)
     print_once(f'\n  page        {path}')
 
 
@@ -62,7 +71,8 @@ def side_by_side(
     argv: Sequence[str] | None = None,
     config_class: type[Config] = Config,
 ) -> None:
-    """Train several runs, one after the other, with the same seed, data and flags, and print their numbers.
+    """Train several runs, one after the other, with the same seed, data and flags, and print their numbers. With
+    `--seeds N` on the command line each is trained with N seeds, from that of the settings on.
 
     `parts`: name of a run -> the settings in which it differs, and its `trainer_class`; a setting may be a function of
     the shared config. `numbers`: names in the record to show, * stands for anything. `usual`: flags that come before
@@ -71,7 +81,8 @@ def side_by_side(
     """
     from main import flags
 
-    config = flags([*usual.split(), *(sys.argv[1:] if argv is None else argv)], config_class)
+    seeds, words = command.parsed(lambda: take_seeds(sys.argv[1:] if argv is None else argv))
+    config = flags([*usual.split(), *words], config_class)
     before = flags(usual.split(), config_class)
     if config.experiment_name == config.default_name():
         changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
@@ -81,11 +92,13 @@ def side_by_side(
         from main import start
         from runtime import ranks
 
-        folders = []
-        for part, (current, trainer_class) in runs_of(parts, config, before).items():
-            ranks.print_once(f'\n{part}: {current.run_dir}')
-            start(current, trainer_class)
-            folders.append(str(current.run_dir))
+        folders: list[list[str]] = [[] for _ in parts]
+        several = [runs_of(parts, of_seed(config, i), before) for i in range(seeds)]
+        for runs in several:
+            for place, (part, (current, trainer_class)) in zip(folders, runs.items(), strict=True):
+                ranks.print_once(f'\n{part}{f", seed {current.seed}" if seeds > 1 else ""}: {current.run_dir}')
+                start(current, trainer_class)
+                place.append(str(current.run_dir))
         if not config.check:
             ranks.on_main(lambda: show(folders, list(parts), numbers))
 
@@ -111,28 +124,51 @@ def runs_of(
     return runs
 
 
-def show(folders: Sequence[str], names: Sequence[str], numbers: Sequence[str]) -> None:
-    """Print the numbers of these runs, called `names`, and write their page next to them."""
-    runs = [page.read(folder) for folder in folders]
-    last = [{name: value for line in run.lines for name, value in line.items()} for run in runs]
-    shown = [name for name in dict.fromkeys(n for f in last for n in f) if any(fnmatch(name, p) for p in numbers)]
-    rows = [[name.removeprefix('final/'), *[f.get(name) for f in last]] for name in shown]
-    print(f'\n{page.aligned([["", *names], *rows])}', flush=True)
-    path = Path(f'{folders[0].removesuffix(names[0])}compared.html')
-    write_page(path, runs, names_of(folders), names)
+def take_seeds(words: Sequence[str]) -> tuple[int, list[str]]:
+    """(N, the other words) of a command line with `--seeds N`; N is 1 without it. Raises SettingError."""
+    joined = [part for word in words for part in (word.split('=', 1) if word.startswith('--seeds=') else [word])]
+    if '--seeds' not in joined:
+        return 1, list(words)
+    at = joined.index('--seeds')
+    number = ''.join(joined[at + 1 : at + 2])
+    if not number.isdigit() or int(number) < 1:
+        raise SettingError(f'seeds={number!r}: must be a whole number of 1 or more. Write --seeds 3.')
+    return int(number), joined[:at] + joined[at + 2 :]
+
+
+def of_seed(config: Config, i: int) -> Config:
+    """The settings of the i-th seed, from 0, with a name of its own from the second on."""
+    if i == 0:
+        return config
+    seed = config.seed + i
+    return dataclasses.replace(config, seed=seed, experiment_name=f'{config.experiment_name}_seed={seed}')
+
+
+def show(folders: Sequence[Sequence[str]], names: Sequence[str], numbers: Sequence[str]) -> None:
+    """Print the numbers of the runs in the folders of each of the `names`, and write their page next to them."""
+    groups = [[page.read(folder) for folder in several] for several in folders]
+    last = [[{name: value for line in run.lines for name, value in line.items()} for run in runs] for runs in groups]
+    found = dict.fromkeys(name for runs in last for values in runs for name in values)
+    shown = [name for name in found if any(fnmatch(name, pattern) for pattern in numbers)]
+    rows = [[n.removeprefix('final/'), *[[f[n] for f in runs if f.get(n) is not None] for runs in last]] for n in shown]
+    print(f'\n{page.aligned([["", *names], *cells(rows)])}\n{text_of_changes(rows, names)}', flush=True)
+    path = Path(f'{folders[0][0].removesuffix(names[0])}compared.html')
+    write_page(path, groups, names_of([several[0] for several in folders]), names)
     print(f'\n  page        {path}', flush=True)
 
 
-def write_page(path: Path, runs: Sequence, names: Sequence[str], labels: Sequence[str]) -> None:
-    """`names`: of the folders; `labels`: of the runs, in legends."""
-    plots = [over(runs, labels, title, names) for title, names in page.CURVES.items()]
+def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels: Sequence[str]) -> None:
+    """`names`: of the folders of the first runs; `labels`: of the groups, in legends."""
+    plots = [over(groups, labels, title, names) for title, names in page.CURVES.items()]
+    first, rows = [group[0] for group in groups], numbers(groups)
     sections = {
-        'Settings that differ': page.table([['run', *names], *differences(runs)], ['', *labels]),
-        'Numbers at the end': page.table(numbers(runs), ['', *labels]),
+        'Settings that differ': page.table([['run', *names], *differences(first)], ['', *labels]),
+        'Numbers at the end': page.table(cells(rows), ['', *labels]),
+        f'Differences from {labels[0]}': page.table(changes_of(rows), ['', *labels[1:]]) if changes_of(rows) else '',
         'Curves': page.row(plots),
-        'Newest samples': ''.join(newest(run, label) for run, label in zip(runs, labels, strict=True)),
+        'Newest samples': ''.join(newest(run, label) for run, label in zip(first, labels, strict=True)),
     }
-    files.write_text(path, page.page(f'{len(runs)} runs', sections))
+    files.write_text(path, page.page(f'{sum(map(len, groups))} runs', sections))
 
 
 def names_of(folders: Sequence[str]) -> list[str]:
@@ -163,15 +199,20 @@ def differences(runs: Sequence) -> list[list]:
     return [[name, *v] for name, v in values.items() if name not in page.PLACES and any(x != v[0] for x in v)]
 
 
-def numbers(runs: Sequence) -> list[list]:
-    """The step, held-out losses and final metrics of each run; of evaluations, the last of each kind."""
-    found = [{'step': run.step} | run.final() for run in runs]
-    for run, values in zip(runs, found, strict=True):
-        for line in run.evaluations:
-            kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))
-            values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
-    names = list(dict.fromkeys(name for values in found for name in values))
-    return [[name, *[values.get(name) for values in found]] for name in names]
+def numbers(groups: Sequence[Group]) -> list[list]:
+    """The step, held-out losses and final metrics, [name, values of the seeds of each group]; of evaluations, the last
+    of each kind."""
+    found = [[numbers_of(run) for run in group] for group in groups]
+    names = list(dict.fromkeys(name for group in found for values in group for name in values))
+    return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
+
+
+def numbers_of(run: page.Run) -> dict[str, float]:
+    values = {'step': run.step} | run.final()
+    for line in run.evaluations:
+        kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))
+        values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
+    return values
 
 
 def newest(run: Any, label: str) -> str:
@@ -181,13 +222,19 @@ def newest(run: Any, label: str) -> str:
     return page.images({path: f'{label}: {path.stem}' for path in judged})
 
 
-def over(runs: Sequence, labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
-    """One plot of a curve of all runs: of the curves that a report shows together, the first that a run has."""
-    curves, metric = {}, ''
-    for run, label in zip(runs, labels, strict=True):
-        for name in run.names(patterns)[:1]:
-            curves[label], metric = run.curve(name), name
-    return page.plot(curves, f'{title}: {metric}') if curves and 'by time' not in title else ''
+def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
+    """One plot of a curve of all groups: of the curves that a report shows together, the first that a run has. Of
+    several seeds, their mean, in a band of the standard deviation over them."""
+    curves, bands, metric = {}, {}, ''
+    for group, label in zip(groups, labels, strict=True):
+        for metric in group[0].names(patterns)[:1]:
+            values = [dict(zip(*run.curve(metric), strict=True)) for run in group]
+            steps = [step for step in values[0] if all(step in others for others in values)]
+            at = [[others[step] for others in values] for step in steps]
+            curves[label] = steps, [statistics.fmean(v) for v in at]
+            if len(group) > 1:
+                bands[label] = [statistics.stdev(v) for v in at]
+    return page.plot(curves, f'{title}: {metric}', bands=bands) if curves and 'by time' not in title else ''
 
 
 if __name__ == '__main__':

@@ -41,6 +41,8 @@ class Evaluate:
     """Keys of SOLVERS in solvers/table.py; empty: the solver of the run."""
     nfe: tuple[int, ...] = ()
     """Network evaluations for each sample; empty: as in the run."""
+    time_grid: str = ''
+    """Key of TIME_GRIDS in solvers/table.py; empty: the time grid of the run."""
     guidance_scale: tuple[float, ...] = ()
     """Strengths of guidance; empty: the strength in the run."""
     bits: int = 0
@@ -68,8 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
     from evaluation.detectors import DETECTORS
-    from solvers import SOLVERS
+    from solvers import SOLVERS, TIME_GRIDS
 
+    if options.time_grid:
+        choose('time_grid', options.time_grid, TIME_GRIDS)
     if options.detector:
         choose('detector', options.detector, DETECTORS)
     if options.num < 10:
@@ -102,7 +106,10 @@ class Evaluation:
         stopping.catch_stop_signals()
         sampling = itertools.product(o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,))
         for weights, (solver, nfe, scale) in itertools.product(o.weights, sampling):
-            samples = Samples(o.run, weights, o.num, o.seed, solver=solver, sample_nfe=nfe, guidance_scale=scale)
+            settings: dict[str, Any] = dict(
+                solver=solver, sample_nfe=nfe, guidance_scale=scale, time_grid=o.time_grid or None
+            )
+            samples = Samples(o.run, weights, o.num, o.seed, to_judge=True, **settings)
             lines.append(self.line_of(samples, weights))
         ranks.on_main(lambda: page.update(self.folder))
         config, wandb_id = samples.run.config, samples.run.record.wandb_id

@@ -4,6 +4,7 @@ Sample i starts from noise of its own, a function of (seed, i): it is the same i
 file is whole or not there, so that a program that was stopped can resume.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 import utils
 from config import SettingError
+from data_loading.spec import DataSpec
 from evaluation.detectors import Detector
-from evaluation.judge import Looked
+from evaluation.distances import Looked
 from main import load_run
 from reports.plots import image_grid, in_rows
 from runtime import files, ranks, stopping
@@ -35,19 +37,25 @@ from training.experiment import SampleInputs
 class Samples:
     """The samples 0 to num - 1 of a run, with settings of sampling in place of the run's own."""
 
-    def __init__(self, run: str, weights: str, num: int, seed: int, labels: str = '', **settings: Any):
-        """`labels`: classes in turn, such as '3,5'; empty: all of them. Settings that are None are the run's own.
-        Raises SettingError."""
+    def __init__(
+        self, run: str, weights: str, num: int, seed: int, labels: str = '', to_judge: bool = False, **settings: Any
+    ):
+        """`labels`: classes in turn, such as '3,5'; empty: all of them, in turn or, if the samples are `to_judge`, as
+        often as in the data. Settings that are None are the run's own. Raises SettingError."""
         given = {name: value for name, value in settings.items() if value is not None}
         self.run = load_run(run, weights, **calling.settings_for(num), **given)
+        for module in self.run.modules.values():  # also those that encode and decode call themselves
+            module.eval()
         self.num, self.seed = num, seed
-        self.labels = labels_of(labels, self.run.data.num_classes, self.run.config.label_dropout)
+        self.as_in_data = self.run.batches.as_in_data if to_judge else contextlib.nullcontext
+        self.labels = labels_of(labels, self.run.data, self.run.config.label_dropout)
         self.model_fn = self.run.get_model_fn(self.run.network)
 
     @cached_property
     def own_inputs(self) -> SampleInputs:
         """Inputs of all samples, of an experiment with a sample_inputs of its own."""
-        return self.run.sample_inputs(self.num)
+        with self.as_in_data():
+            return self.run.sample_inputs(self.num)
 
     def inputs(self, indices: Sequence[int]) -> SampleInputs:
         """What the samples of these indices start from."""
@@ -55,7 +63,7 @@ class Samples:
         if run.overrides('sample_inputs'):
             inputs = utils.rows(self.own_inputs, torch.tensor(indices, device=self.own_inputs.x1.device))
         else:
-            with utils.NoiseOfEach(self.seed, 'sample_inputs', indices):
+            with utils.NoiseOfEach(self.seed, 'sample_inputs', indices), self.as_in_data():
                 inputs = run.batches.sample_inputs(len(indices), indices)
         if not self.labels:
             return inputs
@@ -142,14 +150,18 @@ class Samples:
         return values | (judge.bits_per_dim(network, bits) if bits else {})
 
 
-def labels_of(labels: str, classes: int, label_dropout: float) -> list[int]:
+def labels_of(labels: str, data: DataSpec, label_dropout: float) -> list[int]:
     """The classes that were requested, empty for all. Raises SettingError."""
-    words = labels.replace(',', ' ').split()
+    words, classes = labels.replace(',', ' ').split(), data.num_classes
     if not all(word.isdigit() and int(word) < classes for word in words):
         has = f'classes 0 to {classes - 1}' if classes else 'no classes'
         raise SettingError(f'labels={labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
     if words and label_dropout == 1:
         raise SettingError(f'labels={labels!r}: the run has learned no classes (label_dropout=1). Leave it out.')
+    untrained = [word for word in words if int(word) not in data.trained_classes]
+    if untrained:
+        text = f'class {untrained[0]} has no training items, so the run has not learned it'
+        raise SettingError(f'labels={labels!r}: {text}. Pass others, as --labels {data.trained_classes[0]}.')
     return [int(word) for word in words]
 
 

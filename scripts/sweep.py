@@ -1,9 +1,10 @@
 """A grid of settings: every combination is a run of its own, one after the other, and all end on one page.
 
-    sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal -- --preset digits
+    sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal --seeds 3 -- --preset digits
 
-Flags after -- go to every run. The same command resumes: runs that are finished are skipped. In a SLURM array, task i
-does only the i-th run (SLURM_ARRAY_TASK_ID, from 0).
+Flags after -- go to every run. With --seeds 3 every combination is trained with three seeds, and the page shows their
+mean and spread. The same command resumes: runs that are finished are skipped. In a SLURM array, task i does only the
+i-th run (SLURM_ARRAY_TASK_ID, from 0).
 """
 
 import itertools
@@ -32,10 +33,13 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
     if not words or words[0] in ('-h', '--help'):
         print(__doc__)
         sys.exit(0)
+    from scripts.compare import take_seeds
+
     end = [*words, '--'].index('--')
+    seeds, own = take_seeds(words[:end])
     grid: dict[str, list[str]] = {}
     name = ''
-    for word in words[:end]:
+    for word in own:
         if word.startswith('--'):
             name, _, value = word.partition('=')
             grid[name] = [value] if value else []
@@ -45,8 +49,13 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
             text = f'{word!r} comes before a flag. Write --setting VALUE VALUE ..., and -- before the rest.'
             raise SettingError(text)
     empty = [name for name, values in grid.items() if not values]
-    if empty or not grid:
+    if empty or not (grid or seeds > 1):
         raise SettingError(f'{empty[0] if empty else "The grid"} has no values. Write --setting VALUE VALUE ...')
+    if seeds > 1:
+        if '--seed' in grid:
+            raise SettingError('--seed and --seeds are both given. Leave one of them out.')
+        first = parse_config(words[end + 1 :]).seed
+        grid['--seed'] = [str(first + i) for i in range(seeds)]
     chosen = itertools.product(*grid.values())
     runs = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
     names = [parse_config(flags).experiment_name for flags in runs]

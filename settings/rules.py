@@ -42,6 +42,12 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
 ]  # fmt: skip
 
 
+def only(config: Any, **values: Any) -> None:
+    """For an experiment whose formulas hold for these values of settings alone: raise SettingError for others."""
+    for name, value in values.items():
+        choose(name, getattr(config, name), {value: value})
+
+
 def nearest(value: int, choices: Collection[int]) -> str:
     """The choices just below and just above `value`, as text: '96 or 104'."""
     below, above = [n for n in choices if n < value], [n for n in choices if n > value]

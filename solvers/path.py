@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from config import SettingError, choose
-from prediction import Prediction, check_ends
+from prediction import ROWS, Prediction, check_ends, error_factor
 from processes import Coefs, GaussianProcess
 from solvers.step import Noise, Predict, coefs_at
 from solvers.table import SOLVERS, TIME_GRIDS, Solver
 
 Predictor = Callable[[Tensor, float, float | None, Coefs], Prediction]  # (xt, t, s, coefs at t) -> Prediction
 Callback = Callable[[int, float, Tensor], None]  # (i, t, x) after step i, from 1, which led to x at t
+
+
+LARGEST_ERROR, MOST_DATA = 5.0, 0.02  # see Steps.start
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,34 @@ class Steps:
         seen = 1 if method.nfe == 1 else 2  # a solver of one evaluation a step never evaluates at t_min
         ends = [self.t_max, self.t_min]
         check_ends(process, model_type, ends[:seen])
+        ends[0] = self.start(process, model_type)
         if path is not process:
             ends = path.time_of_log_snr(process.log_snr(torch.tensor(ends, dtype=torch.float64))).tolist()
             check_ends(path, 'v', ends[:seen], ('velocity',))
         n = self.nfe // method.nfe if self.nfe and method.nfe else self.num
         _, grids = method.for_steps(n)
         return grids[self.grid](path, ends[0], ends[1], n).tolist()
+
+    def start(self, process: GaussianProcess, model_type: str) -> float:
+        """t_max; or an earlier time, where an error of the output is an error of what the solver reads that is at most
+        LARGEST_ERROR times as large, each in units of its own size.
+
+        Nearer to noise the output says nothing about x0: where alpha falls like (1 - t)^2, so does the velocity. But
+        there the sample is noise and next to nothing of x0, at most MOST_DATA.
+        """
+        reads = 'x0' if hasattr(SOLVERS[self.solver].step, 'given') else 'velocity'  # a multistep method reads x0, or v
+        t = torch.linspace(self.t_min, self.t_max, 1025, dtype=torch.float64)[1:]
+        coefs = process(t)
+
+        def size(name: str) -> torch.Tensor:  # root mean square, at half of the times less than this
+            a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
+            return ((a**2 * coefs.sigma_data**2 + b**2) * torch.ones_like(t)).sqrt().median()
+
+        error = error_factor(model_type, reads, coefs).abs() * size(model_type) / size(reads)
+        if error[-1] <= LARGEST_ERROR:
+            return self.t_max
+        late = t[(error <= LARGEST_ERROR) | (coefs.alpha >= MOST_DATA * coefs.sigma)]
+        return late[-1].item() if len(late) else self.t_max
 
     def check(self, cost: int | None) -> None:
         """Raise SettingError for bad numbers. `cost`: evaluations that each step takes."""
@@ -94,11 +119,21 @@ def on_device_of(x: Tensor, coefs: Coefs) -> Coefs:
 
 
 def follow(
-    solver: Solver, times: list[float], x1: Tensor, predict: Predict, noise: Noise, callback: Callback | None = None
-) -> Tensor:
-    """x at the last of the times, from sigma x1 at the first, one step of the solver between each two."""
+    solver: Solver, times: list[float], x1: Tensor, predict: Predict, noise: Noise, callback: Callback | None = None,
+    is_late: bool = False,
+) -> Tensor:  # fmt: skip
+    """x at the last of the times, from sigma x1 at the first, one step of the solver between each two.
+
+    If the first time `is_late`, alpha x0 is added to sigma x1, with the x0 that the first evaluation finds.
+    """
     step, _ = solver.for_steps(len(times) - 1)
-    x = coefs_at(predict.process, times[0]).sigma.item() * x1
+    start = predict.level(times[0])
+    x = start.sigma * x1
+    if is_late:
+        first = predict(x, times[0])
+        x = x + start.alpha * first.x0
+        predict.known = Prediction(x, first.coefs, x0=first.x0)
+        predict.past.clear()
     for i, (t, s) in enumerate(itertools.pairwise(times), 1):
         predict.steps_left = len(times) - i
         if solver.stochastic and predict.steps_left == 1:

@@ -20,7 +20,7 @@ from solvers.step import StepFn
 Variable = tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
 
 
-def logistic(centre: float, scale: float = 1.2) -> Variable:
+def logistic(centre: float, scale: float) -> Variable:
     """Equal shares of a logistic distribution of log(alpha / sigma), centred where sigma = centre sigma_data alpha."""
     return (
         lambda ratio, std: 1 / (1 + (ratio / (centre * std)) ** (1 / scale)),
@@ -33,7 +33,7 @@ GRID_VARIABLES: dict[str, Variable] = {
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
     # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
-    'logistic': logistic(centre=0.6),
+    'logistic': logistic(centre=0.6, scale=1.1),
 }
 
 
@@ -57,7 +57,7 @@ def equal_steps(
 
 def logistic_of_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
     """The grid logistic for at most some ten steps: at more noise, the more the fewer they are."""
-    return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n))
+    return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n, scale=1.2))
 
 
 TimeGrid = Callable[[GaussianProcess, float, float, int], Tensor]

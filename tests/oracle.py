@@ -12,15 +12,47 @@ from torch import Tensor
 
 from config import Config
 from prediction import Prediction
-from processes import Coefs, GaussianProcess, get_process
+from processes import PROCESSES, Coefs, GaussianProcess, get_process
 from solvers import Predict
 
 F64 = torch.float64
 
 
+class SquaredCosine(GaussianProcess):
+    """alpha = cos^2(pi t / 2): the velocity vanishes at t = 1, where alpha falls like (1 - t)^2."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * (1 - t)).square()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        sine, cosine = (torch.sin(math.pi / 2 * u).square() for u in (t, 1 - t))
+        return (sine * (1 + cosine)).sqrt()  # sqrt(1 - cos^4), with all digits at t = 0
+
+
+class ShiftedCosine(GaussianProcess):
+    """alpha = cos(angle) / cos(angle at 0), angle = pi / 2 (t + offset) / (1 + offset), variance preserving (Nichol and
+    Dhariwal 2021, eq. 17). sigma_dot is infinite at t = 0."""
+
+    def __init__(self, offset: float = 0.1):
+        self.offset = offset
+
+    def alpha(self, t: Tensor) -> Tensor:
+        wide = math.pi / 2 / (1 + self.offset)
+        return torch.sin(wide * (1 - t)) / math.sin(wide)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        alpha = self.alpha(t)
+        wide = math.pi / 2 / (1 + self.offset)  # 1 - alpha = 2 sin cos / sin, without a difference of near numbers
+        return (2 * torch.sin(wide * t / 2) * torch.cos(wide * (1 - t / 2)) / math.sin(wide) * (1 + alpha)).sqrt()
+
+
+OTHERS = {'squared_cosine': SquaredCosine(), 'shifted_cosine': ShiftedCosine()}
+ALL_PROCESSES = [*PROCESSES, *OTHERS]
+
+
 @functools.cache
 def process_named(name: str) -> GaussianProcess:
-    return get_process(Config(process_name=name))
+    return OTHERS[name] if name in OTHERS else get_process(Config(process_name=name))
 
 
 def base_noise(n: int, dim: int = 2) -> Tensor:

@@ -115,13 +115,13 @@ def build(pretend_cuda, monkeypatch, tmp_path):
     import main
     from config import PRESETS, Config
     from runtime import ranks
-    from training import advice
+    from training import independence
 
     images = torch.zeros(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
     spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=lambda config: (images, images))
     monkeypatch.setitem(data_utils.DATASETS, 'cifar10', spec)
     monkeypatch.setattr(ranks, 'setup', lambda: torch.device('cuda', 0))
-    monkeypatch.setattr(advice, 'signs_of_dependence', lambda *parts: None)  # read once, before the first step
+    monkeypatch.setattr(independence, 'signs_of_dependence', lambda *parts: None)  # read once, before the first step
     utils._seed_accelerator.cache_clear()
     small = dict(channels=8, num_res_blocks=1, global_batch_size=32, compile='off', wandb='disabled')
     small |= dict(ckpt_dir=str(tmp_path), data_dir=str(tmp_path))

@@ -173,7 +173,7 @@ def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear
         'train/loss': 3.0,
         'train/loss_t_0.0_0.1': 3.0,
         'train/loss_t_0.9_1.0': 3.0,
-        'train/lr': 0.5,
+        'train/lr': 0.75,  # of the last step
     }
     assert record.state_dict()['mine'].tolist() == [16.0, 4.0]
 
@@ -258,6 +258,40 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(tmp_path, capsys, cl
         'step 50/100  loss 0.1250  160 images/s  1.3 min left',  # 4 s after a line is too early
         'step 100/100  loss 0.1250  320 images/s  1.0 min left',  # the end is not
     ]
+
+
+def test_a_small_loss_is_not_shown_as_nothing(tmp_path, capsys, clock):
+    record = record_in(tmp_path)
+    with record.open(0):
+        clock[0] += 100
+        record.losses(torch.tensor([0.0000123]), torch.tensor([0.5]))
+        record.summary(30, 0.0)
+    assert 'loss 1.23e-05 ' in capsys.readouterr().out
+
+
+def test_the_rate_is_that_of_the_step_also_when_resumed(tmp_path):
+    """In a warm-up the mean since the last line was half of it."""
+    record, again = record_in(tmp_path), record_in(tmp_path)
+    with record.open(0):
+        for lr in (0.1, 0.2, 0.3):
+            record.step(lr, {})
+        held = record.state_dict()
+        assert held['train/lr'].tolist() == [0.3, 1.0]
+    again.load_state_dict(held)
+    with again.open(3):
+        again.step(0.4, {})
+        assert again.summary(4, None)['train/lr'] == 0.4
+
+
+def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
+    """Names of pictures have one: their numbers would be a new series at each sampling."""
+    record = record_in(tmp_path)
+    with record.open(0):
+        record.log('step_0000100_adams_raw/ink', 1.0)
+        record.log('step_0000200_adams_raw/ink', 3.0)
+        record.log('my_step_3_name', 5.0)
+        values = record.summary(0, None)
+    assert values['adams_raw/ink'] == 2.0 and values['my_step_3_name'] == 5.0
 
 
 def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):

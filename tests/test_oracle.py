@@ -9,16 +9,16 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from config import Config
 from prediction import ROWS, get_model_convert_fn, optimal_denoiser
-from processes import PROCESSES, Coefs, get_process
-from tests.oracle import F64, GaussianMixture, random_mixture, ring
+from processes import Coefs, get_process
+from tests.oracle import ALL_PROCESSES, F64, GaussianMixture, process_named, random_mixture, ring
 
-each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
 MIXTURE = random_mixture(3, 4, seed=2, classes=3)
 T = torch.tensor([0.05, 0.3, 0.5, 0.7, 0.95], dtype=F64)
 
 
 def case(process_name, n=40):
-    process = get_process(Config(process_name=process_name))
+    process = process_named(process_name)
     g = torch.Generator().manual_seed(0)
     x0, label = MIXTURE.sample(n, g)
     t = T.repeat(n // len(T))
@@ -111,7 +111,7 @@ def test_samples_have_the_moments_and_classes():
 def test_optimal_denoiser_is_the_oracle_of_zero_width(process_name):
     data, labels = torch.randn(12, 1, 3, 2, generator=torch.Generator().manual_seed(0), dtype=F64), torch.arange(12) % 3
     mixture = GaussianMixture(data.flatten(1), torch.zeros(12, 6, 6), labels)
-    process = get_process(Config(process_name=process_name))
+    process = process_named(process_name)
     c = process(T[1:])
     xt = process.compute_xt(data[:4], torch.randn(4, 1, 3, 2, dtype=F64), c)
     denoise = optimal_denoiser(data, labels)

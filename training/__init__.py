@@ -5,7 +5,8 @@ batches.py       prepared batches for training, held-out losses and sampling; wh
 calling.py       networks as functions: train or eval mode, precision, torch.compile; the loss on several processes
 bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
-advice.py        warnings about settings that learn badly; what the first images show: are x0 and x1 independent?
+independence.py  what the first images show of x1: is it the process's base, drawn independently of x0?
+advice.py        warnings about settings that learn badly, and about what the first images show
 checkpoints.py   what a checkpoint holds, how it is written in a thread, and how it is put back
 posthoc.py       averaged weights of a length that is chosen after training
 run_folder.py    the folder of a run: name, lock, newest whole checkpoint, which run it holds

@@ -1,5 +1,5 @@
 """Advice: warnings about settings that make a network learn badly, and the flags that help; and what the first images
-show: whether x0 and x1 are independent, and whether x0 has the expected scale.
+show: whether x0 has the expected scale, and whether decode is the inverse of encode.
 
 A loss weighs an error of the output by the loss weight, times the factor between output and target (prediction.py).
 `effective_weight` is the product; `pair_warning` warns if it leaves most times out.
@@ -16,10 +16,7 @@ from torch import Tensor
 from config import Config, SettingError, choose
 from prediction import LOSS_WEIGHTS, ROWS, determinant, error_factor, get_loss_weight
 from processes import Coefs, GaussianProcess
-from runtime.ranks import print_once
 from time_samplers import TIME_SAMPLERS, get_time_sampler
-from training.batches import Batches
-from training.experiment import Experiment
 
 # beyond these, pair_warning warns
 LEAST_NOISY_SHARE = 0.05
@@ -158,49 +155,6 @@ def lr_warning(config: Config) -> str | None:
 
 
 # ---------------------------------------------------------------- what the first images show
-
-
-def independence(experiment: Experiment, batches: Batches) -> bool:
-    """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
-    Prints what it finds."""
-    seen, name = signs_of_dependence(experiment, batches), type(experiment).__name__
-    if experiment.independent is not None:
-        if experiment.independent and seen:
-            print_once(
-                f'warning: {name}.independent is True, but {seen}. Samples start from noise and SDE solvers follow a '
-                'wrong score. Set independent = False.'
-            )
-        return experiment.independent
-    if seen:
-        print_once(
-            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and there are no '
-            'SDE samples. Set `independent` in the class to decide this yourself.'
-        )
-    return not (seen or experiment.couple is not None or batches.train_loader.has_pairs)
-
-
-def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
-    """The reason why x1 of the first images cannot be an independent draw from the process's base, or None.
-
-    Two preparations of the same images are compared: where x1 is made of x0, it is alike in both.
-    """
-    x0, x1, second_x1 = batches.example.x0, batches.example.x1, batches.draw_example('again').x1
-    if not x1.is_floating_point() or len(x1) < 8 or x1.shape != second_x1.shape:
-        return None
-    first, second = ((x - x.mean(0)).flatten(1).double() for x in (x1, second_x1))
-    products = (first * second).sum(1)  # (n,), of mean 0 if the two are independent
-    if products.mean() > 5 * products.std() / len(products) ** 0.5:
-        correlation = float(products.sum() / (first.norm() * second.norm()))
-        return f'x1 goes with x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
-    base = experiment.process.sample_base(x0)
-    (mean, std), (base_mean, base_std) = ((float(x.mean()), float(x.std())) for x in (x1, base))
-    chance = max(0.05, 5 / x1.numel() ** 0.5)
-    if abs(mean - base_mean) > chance * base_std or abs(std / base_std - 1) > chance:
-        return (
-            f'x1 has mean {mean:.2f} and standard deviation {std:.2f}, and the base of process '
-            f'{experiment.config.process_name!r} has {base_mean:.2f} and {base_std:.2f}'
-        )
-    return None
 
 
 def round_trip_warning(x: Tensor, back: Tensor) -> str | None:

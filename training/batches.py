@@ -5,6 +5,7 @@ hash of (seed, step, shard), so that a shard is the same on any number of proces
 resumed. The hooks `prepare_batch_fn` and `couple` of the experiment do the rest.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,11 @@ from torch import Tensor
 
 import utils
 from config import SettingError
+from data_loading.choice import held_out_order, in_proportion, in_turn
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
 from runtime import ranks, stopping
 from sampling import nulled
+from training.calling import in_eval_mode
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
 
@@ -30,6 +33,7 @@ class Batches:
         self.experiment, self.config = experiment, experiment.config
         self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
         self.shard_position = (0, 1)  # which shard of how many is being prepared
+        self.classes_as_in_data = False  # see `as_in_data`
 
     def __enter__(self) -> None:
         # Later, while a thread writes a checkpoint, a fork could copy a lock that nobody will release.
@@ -131,6 +135,7 @@ class Batches:
         utils.seed_everything(self.config.seed, 'example', draw)
         return self.prepared(self.train_loader.take(range(n)))
 
+    @in_eval_mode
     def prepared(self, batch: tuple[Tensor, ...]) -> ProcessedBatch:
         """A batch as it is prepared outside of training: with null conditions only if label_dropout is 1. Raises
         SettingError if its parts do not fit together."""
@@ -173,21 +178,34 @@ class Batches:
 
     # ---------------------------------------------------------------- inputs of samplers
 
+    @contextlib.contextmanager
+    def as_in_data(self) -> Iterator[None]:
+        """Within the block `sample_inputs` gives classes as often as the training data have them, and held-out data in
+        their own order: for numbers, which compare samples with all data. Else the classes in turn: for pictures."""
+        before, self.classes_as_in_data = self.classes_as_in_data, True
+        try:
+            yield
+        finally:
+            self.classes_as_in_data = before
+
     def sample_inputs(self, n: int, indices: Sequence[int] | None = None) -> SampleInputs:
         """Inputs of n samples, the same every time; `indices`: which samples of the run these are, default the first n.
 
-        Noise, and the classes in turn. Other conditions are of held-out data; where x1 is data (`independent` is False)
-        x1 is held out too, and is given.
+        Noise, and the trained classes in turn, or as `as_in_data` says. Other conditions are of held-out data; where x1
+        is data (`independent` is False) x1 is held out too, and is given.
         """
-        experiment, seed, classes = self.experiment, self.config.seed, self.experiment.data.num_classes
+        experiment, seed, data = self.experiment, self.config.seed, self.experiment.data
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
+        order = in_proportion if self.classes_as_in_data else in_turn
         utils.seed_everything(seed, 'sample_inputs')
         if experiment.independent and not self.example.cond:
             shape = self.example.x0.shape[1:]
             x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
-            label = torch.tensor(list(indices), device=experiment.device) % max(1, classes)
-            return SampleInputs(x1, torch.full_like(label, classes) if self.config.label_dropout == 1 else label)
-        turns = classes_in_turn(self.test_loader, max(indices) + 1)
+            label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
+            return SampleInputs(
+                x1, torch.full_like(label, data.num_classes) if self.config.label_dropout == 1 else label
+            )
+        turns = held_out_order(self.test_loader, max(indices) + 1, in_turn=not self.classes_as_in_data)
         batch = self.test_loader.take([turns[i] for i in indices])
         utils.seed_everything(seed, 'sample_inputs')
         batch = self.prepared(batch)
@@ -208,15 +226,3 @@ def check_shapes(batch: ProcessedBatch, made_by: str) -> None:
                 f'{made_by} gives {name} of shape {tuple(value.shape)}, and x0 of shape {shape}: {name} must be '
                 f'{wanted or f"({rows}, ...), one value for each x0"}'
             )
-
-
-def classes_in_turn(loader: Loader, n: int) -> list[int]:
-    """Indices of n images of `loader`, one class after another if known; from the first again when all are taken."""
-    order = np.arange(loader.size)
-    if loader.labels is not None:
-        labels = loader.labels.numpy()
-        nth = np.zeros(loader.size, int)  # how many of its class come before it
-        for label in np.unique(labels):
-            nth[labels == label] = np.arange((labels == label).sum())
-        order = np.lexsort((labels, nth))
-    return np.resize(order, n).tolist()

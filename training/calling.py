@@ -8,8 +8,9 @@ several calls and a second network work on any number of processes as on one.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from runtime import ranks
 from runtime.ranks import print_once
 from sampling import ModelFn
 
+P = ParamSpec('P')
+R = TypeVar('R')
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Tensor]], Any]
 
 MODES = {'on': 'default', 'graphs': 'reduce-overhead'}  # choice of --compile -> mode of torch.compile
@@ -58,6 +61,32 @@ class Caller:
             return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
 
         return model_fn
+
+
+@contextlib.contextmanager
+def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block all modules are in eval mode, so that no batch norm learns and no dropout acts. After it, those
+    that were in train mode are so again."""
+    training = [part for module in modules.values() for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def in_eval_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """For a method of a part that has `experiment`: it runs with all modules of the experiment in eval mode, also those
+    that a hook calls itself."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with evaluating(self.experiment.modules):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 def settings_for(samples: int) -> dict[str, str]:
@@ -167,7 +196,8 @@ class ParallelLoss:
         if ranks.world_size() > 1:
             device = example.x0.device
             # one of several modules need not take part in every step; a part of one module may not be used at all
-            unused = len(modules) > 1 or has_unused(modules, loss_fn(example))
+            with evaluating(modules):
+                unused = len(modules) > 1 or has_unused(modules, loss_fn(example))
             self.losses = DistributedDataParallel(
                 self.losses,
                 # the local rank: the global one does not exist as a device on the second node

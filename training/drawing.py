@@ -18,7 +18,9 @@ from sampling import ModelFn, get_sample_fn
 from solvers import SOLVERS
 from solvers.path import Callback
 from training.batches import Batches
+from training.calling import in_eval_mode
 from training.experiment import Experiment, SampleInputs, Sampler
+from training.independence import base_is_normal
 
 
 class Drawing:
@@ -69,21 +71,51 @@ class Drawing:
         finally:
             self.watching, self.replaced = before
 
+    @cached_property
+    def base_is_normal(self) -> bool:
+        """Whether the base of the process is N(0, I)."""
+        return base_is_normal(self.experiment.process, self.batches.example.x0)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the network knows the score: x0 and x1 are independent, and x1 ~ N(0, I)."""
+        return self.experiment.independent and self.base_is_normal
+
     def default_solvers(self) -> list[str]:
-        """The config's solver and, where x0 and x1 are independent, one of the other kind: ODE and SDE."""
+        """The config's solver and, where the network knows the score, one of the other kind: ODE and SDE; the config's
+        alone if both give the same samples."""
         own = self.experiment.config.solver
         other = 'adams' if SOLVERS[own].stochastic else 'sde_dpmpp_2m'
-        return [own, other] if self.experiment.independent else [own]
+        return [own, other] if self.has_score and not self.ignores_solver else [own]
+
+    @cached_property
+    def ignores_solver(self) -> bool:
+        """Whether a `draw` of the experiment's own gives the same samples whatever the solver."""
+        if not self.experiment.overrides('draw'):
+            return False
+        drawn, model_fn = list[Tensor](), self.experiment.get_model_fn(self.experiment.weights()['raw'])
+        with ranks.alone(), torch.no_grad(), self.within(num_steps=2, nfe=0):
+            for solver in ('adams', 'sde_dpmpp_2m'):
+                inputs = self.experiment.sample_inputs(2)
+                utils.seed_everything(self.experiment.config.seed, 'first_drawing')
+                drawn.append(self.experiment.draw(model_fn, inputs, solver))
+        alike = torch.equal(*drawn)
+        if alike:
+            print_once(f'draw of {type(self.experiment).__name__} ignores the solver: its samples are drawn once')
+        return alike
 
     def refuse_sde_solver(self, solver: str) -> None:
-        """Raise SettingError for an SDE solver where x0 and x1 are not independent."""
-        if solver in SOLVERS and SOLVERS[solver].stochastic and not self.experiment.independent:
+        """Raise SettingError for an SDE solver where the network does not know the score."""
+        if solver in SOLVERS and SOLVERS[solver].stochastic and not self.has_score:
+            why = f'x0 and x1 are not independent ({type(self.experiment).__name__}.independent is False)'
+            if self.experiment.independent:
+                why = f'sample_base of {type(self.experiment.process).__name__} is not N(0, I)'
             raise SettingError(
-                f'solver={solver!r} follows the score, which would be wrong: x0 and x1 are not independent '
-                f'({type(self.experiment).__name__}.independent is False). Use an ODE solver: --solver adams.'
+                f'solver={solver!r} follows the score, which would be wrong: {why}. Use an ODE solver: --solver adams.'
             )
 
     @torch.no_grad()
+    @in_eval_mode
     def samples(self, sampler: Sampler, module: nn.Module, inputs: SampleInputs) -> Tensor:
         """Decoded samples (n, ...) on every rank, from inputs that every rank has; the processes share the work.
 
@@ -110,6 +142,7 @@ class Drawing:
         return n * each if each or not n else None
 
     @torch.no_grad()
+    @in_eval_mode
     def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[Tensor]:
         """x(t) / sqrt(alpha^2 + sigma^2), decoded, (n, ...) after each step of the solver, on this process; empty for a
         sampler that does not use `draw`. If a sampler has several stages, the path of the last one."""

@@ -59,12 +59,13 @@ def test_classes_have_names_or_numbers():
 
 def test_a_part_of_arrays_and_one_of_a_dataset_hold_the_same():
     arrays, dataset = Part((X, LABEL), 'mine'), Part(Named(X, LABEL), 'mine')
-    assert dataset.arrays is None and arrays.labels.tolist() == dataset.labels == LABEL.tolist()
-    assert Part(TensorDataset(X, LABEL)).labels is None
+    assert dataset.arrays is None and arrays.classes(SPEC).equal(LABEL) and dataset.classes(SPEC).equal(LABEL)
+    assert Part(TensorDataset(X, LABEL)).classes(SPEC) is None
+    assert arrays.classes(DataSpec(SPEC.load)) is None  # the data have no classes
     for part in (arrays, dataset):
         few = part.first(5)
         assert (len(part), len(few), few.name) == (12, 5, 'mine') and not part.has_pairs
-        assert list(few.labels) == LABEL[:5].tolist()
+        assert few.classes(SPEC).equal(LABEL[:5])
         for i in range(5):
             assert all(map(torch.equal, few.items[i], (X[i], LABEL[i])))
     assert Part((X, LABEL, -X)).has_pairs and Part(TensorDataset(X, LABEL, -X)).first(2).has_pairs

@@ -291,7 +291,8 @@ from pathlib import Path
 import torch
 
 from evaluation import detectors
-from evaluation.judge import Judge, Looked
+from evaluation.distances import Looked
+from evaluation.judge import Judge
 from runtime import ranks
 
 ranks.setup()
@@ -306,7 +307,10 @@ def compared(odd):
     looked = Looked(detector)
     for i, rows in enumerate(mine):
         looked.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
-    return Judge.compared(types.SimpleNamespace(data=None), looked, n)
+    loader = types.SimpleNamespace(labels=None, size=n)
+    experiment = types.SimpleNamespace(modules={}, data=types.SimpleNamespace(num_classes=2))
+    judge = types.SimpleNamespace(data=None, experiment=experiment, batches=types.SimpleNamespace(train_loader=loader))
+    return Judge.compared(judge, looked, n)
 
 
 def errors(*_):
@@ -317,8 +321,10 @@ def errors(*_):
 def has_reference():
     judge = types.SimpleNamespace(
         experiment=types.SimpleNamespace(
-            has_reference=True, get_model_fn=lambda module: None, device='cpu', overrides=lambda name: name == 'loss_fn'
+            has_reference=True, get_model_fn=lambda module: None, device='cpu', modules={},
+            overrides=lambda name: name == 'loss_fn',
         ),
+        drawing=types.SimpleNamespace(has_score=True),
         batches=types.SimpleNamespace(example=types.SimpleNamespace(t=torch.zeros(2))),
         judged_weights=lambda: ('raw', None),
         record=types.SimpleNamespace(apart=contextlib.nullcontext),

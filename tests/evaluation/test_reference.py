@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_utils import DATASETS, DataSpec
+from evaluation.reference import noise_of
 from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
 from processes import PROCESSES
 from tests.helpers import record_of
@@ -294,14 +295,27 @@ def seen_by_the_network(trainer, batch):
     return seen
 
 
-def test_where_x1_is_data_it_is_taken_for_the_noise_and_a_second_time_is_the_first(tiny_config, build_trainer):
+def test_noise_is_drawn_anew_and_a_second_time_is_the_first(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     batch = dataclasses.replace(trainer.example, cond={'s': torch.zeros(len(trainer.example.t))})
-    trainer.independent = False
     seen = seen_by_the_network(trainer, batch)
     alpha, sigma = (bcast_right(v, 4) for v in (trainer.process(seen['t']).alpha, trainer.process(seen['t']).sigma))
-    assert torch.allclose((seen['xt'] - alpha * batch.x0) / sigma, batch.x1, atol=1e-2)
+    x1 = (seen['xt'] - alpha * batch.x0) / sigma
+    assert torch.allclose(x1, noise_of(torch.arange(len(x1)), x1), atol=1e-2)
     assert torch.equal(seen['s'], seen['t'])
+
+
+def test_a_run_whose_x1_is_not_independent_noise_has_none(tiny_config, build_trainer, capsys):
+    """Its network is no denoiser of such noise: the number rose while samples got better."""
+
+    class Coupled(ExampleDiffusionTrainer):
+        def couple(self, x0, x1, label):
+            return x1.flip(0)
+
+    trainer = build_trainer(tiny_config(), Coupled)
+    values = trainer.judge.held_out_losses(12)
+    assert 'eval/loss' in values and not any('reference' in name for name in values)
+    assert 'eval/reference is left out: it is a loss of denoising' in capsys.readouterr().out
 
 
 def test_the_gaussian_baseline_knows_each_pixel(tiny_config, build_trainer):

@@ -15,13 +15,15 @@ import torch
 import main
 from config import PRESETS, Config, SettingError
 from data_utils import DATASETS
-from evaluation import judge
+from evaluation import judge, reference
 from networks import NETWORKS, TIME_INPUTS
+from prediction import Prediction, get_model_convert_fn
 from processes import PROCESSES, check_process, get_process
 from reports import pictures
 from sampling import sample
 from solvers import SOLVERS
 from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of
+from tests.valued_cuda import CUDA, valued_cuda  # noqa: F401
 
 FILES = sorted(path for path in (ROOT / 'examples').glob('*.py'))
 POINTS = {name: PRESETS['toy2d'][name] for name in ('dataset', 'network', 'global_batch_size')}
@@ -129,6 +131,37 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
     for key, module in trainer.modules.items():
         for mine, theirs in zip(module.state_dict().values(), again.modules[key].state_dict().values(), strict=True):
             assert mine.equal(theirs)
+
+
+DIFFERENTIATE = {'flow_map', 'edm', 'own_process', 'inverse'}  # which the pretended tensors cannot
+QUICK = {'bridge', 'ot_coupling', 'condition'}
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in EXAMPLES
+        if name not in DIFFERENTIATE
+    ],
+)
+def test_its_hooks_run_on_a_gpu(build, name, request, monkeypatch):
+    """All that needs no backward pass, on tensors that say they are on a GPU: mixed devices are errors."""
+    request.getfixturevalue('valued_cuda')
+    monkeypatch.setattr(reference, 'MOST_DRAWS', 1024)
+    trainer, _ = build(name, precision='float32', compile='off')
+    assert trainer.device == CUDA
+    trainer.step = 12  # a bridge draws its pairs by now
+    with torch.no_grad():
+        batch = next(next(trainer.batches.steps(3)))
+        losses = trainer.loss_fn(batch, trainer.get_model_fn(trainer.network, train=True))
+    assert losses.device == CUDA and np.isfinite(losses.tolist()).all()
+    trainer.judge.rehearse()
+    trainer.gallery.rehearse(0)
+    values = trainer.judge.held_out_losses(12) | trainer.gallery.draw(12)
+    if trainer.judge.can_judge:
+        values |= trainer.judge.samples(12)
+    assert values and np.isfinite(list(values.values())).all()
 
 
 @pytest.mark.slow
@@ -499,12 +532,79 @@ def test_reflow_trains_on_what_the_first_run_draws(build, monkeypatch):
 def test_reflow_finds_straight_lines_straight(load):
     module = load('reflow')
     this = object.__new__(module.Flow)
-    this.weights = lambda: {'raw': None}
+    this.weights, this.process = lambda: {'raw': None}, get_process(Config())
+    this.model_convert_fn = get_model_convert_fn('velocity')
     inputs = type('Inputs', (), dict(x1=torch.randn(10, 2), label=None))
     this.get_model_fn = lambda module: lambda x, t, label: torch.ones_like(x)
     assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)
     this.get_model_fn = lambda module: lambda x, t, label: t[:, None].expand_as(x)  # x1 - x0 = 1/2 and v = t
     assert this.straightness(inputs, 200) == pytest.approx(1 / 12, rel=0.01)
+    this.model_convert_fn = get_model_convert_fn('v')  # an output of another type says the same
+    this.get_model_fn = lambda module: lambda x, t, label: of_velocity(x, t, torch.ones_like(x), 'v')
+    assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)
+
+
+def of_velocity(xt, t, velocity, model_type):
+    """The output of a network of this type that knows the velocity."""
+    return getattr(Prediction(xt, get_process(Config())(t), velocity=velocity), model_type)
+
+
+def losses_of(build, name, class_name, model_type, target_type='velocity', known=lambda xt, t: 0.3 * xt):
+    """The losses of a network that outputs `known` as a velocity, by way of another type."""
+    trainer, _ = build(name, class_name, model_type=model_type, target_type=target_type, label_dropout=0.1)
+    torch.manual_seed(0)
+    batch = batch_of(trainer)
+
+    def model_fn(xt, t, label=None, **cond):
+        shift = 0 if label is None else 0.01 * label.view(-1, 1, 1, 1)
+        return of_velocity(xt, t, known(xt, t) + shift, model_type)
+
+    return trainer.loss_fn(batch, model_fn)
+
+
+@pytest.mark.parametrize(('name', 'class_name'), [('contrastive', 'Contrastive'), ('guidance', 'ModelGuidance')])
+@pytest.mark.parametrize('model_type', ['x0', 'v', 'F'])
+def test_every_output_has_the_same_loss(build, name, class_name, model_type):
+    """They took any output for the velocity: agreement fell from 0.8 to 0.09, as if the idea were bad."""
+    expected = losses_of(build, name, class_name, 'velocity')
+    torch.testing.assert_close(losses_of(build, name, class_name, model_type), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_contrastive_loss_leads_away_from_the_others(build):
+    """By hand."""
+    trainer, _ = build('contrastive')
+    batch = batch_of(trainer)
+    found = trainer.loss_fn(batch, lambda xt, t, label: 0.3 * xt)
+    t = batch.t.view(-1, 1, 1, 1)
+    v, u = 0.3 * ((1 - t) * batch.x0 + t * batch.x1), batch.x1 - batch.x0
+    other = torch.cat([u[-1:], u[:-1]])
+    expected = ((v - u) ** 2).flatten(1).mean(1) - 0.05 * ((v - other) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_target_of_model_guidance_is_guided_towards_the_label(build):
+    trainer, module = build('guidance', 'ModelGuidance', label_dropout=0.1)
+    batch = batch_of(trainer)
+    found = trainer.loss_fn(batch, lambda xt, t, label: 0 * xt + (0.5 if (label == 10).all() else 2.0))
+    target = batch.x1 - batch.x0 + (1 - 1 / module.W) * (2.0 - 0.5)
+    torch.testing.assert_close(found, ((2.0 - target) ** 2).flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ('name', 'class_name', 'settings'),
+    [
+        ('flow_map', 'FlowMap', dict(model_type='F')),
+        ('flow_map', 'Plain', dict(process_name='cosine')),
+        ('interpolant', 'Plain', dict(process_name='cosine')),
+        ('bridge', 'Plain', dict(target_type='x0')),
+        ('reflow', 'Flow', dict(process_name='cosine')),
+    ],
+)
+def test_formulas_of_a_velocity_refuse_other_settings_before_the_first_step(build, name, class_name, settings):
+    ((setting, value),) = settings.items()
+    trainer, _ = build(name, class_name, **settings)
+    with pytest.raises(SettingError, match=f'{setting}={value!r} is not a choice'):
+        trainer.judge.rehearse()
 
 
 def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer, monkeypatch):

@@ -63,8 +63,8 @@ def test_all_classes_are_shown(tiny_config, build_trainer, monkeypatch, classes,
     """Each as often as the others, and one a column where they are few."""
 
     def load(config):
-        (x, label), held_out = DATASETS['digits'].load(config)
-        return (x, label % max(1, classes)), held_out if classes >= 10 else (held_out[0], held_out[1] % max(1, classes))
+        parts = DATASETS['digits'].load(config)
+        return tuple((x, torch.arange(len(x)) % max(1, classes)) for x, _ in parts)
 
     monkeypatch.setitem(DATASETS, 'some', DataSpec(load, (1, 8, 8), classes, 16))
     trainer = build_trainer(tiny_config(dataset='some'))

@@ -261,9 +261,11 @@ def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, 
 
 def test_classes_of_a_run_without_any_are_refused():
     with pytest.raises(SettingError, match='the run has learned no classes'):
-        labels_of('3', 10, 1.0)
+        labels_of('3', DataSpec(lambda config: (), num_classes=10), 1.0)
     with pytest.raises(SettingError, match='the run has no classes'):
-        labels_of('3', 0, 0.0)
+        labels_of('3', DataSpec(lambda config: ()), 0.0)
+    with pytest.raises(SettingError, match='class 1 has no training items'):
+        labels_of('0,1', DataSpec(lambda config: (), num_classes=2, counts=(5, 0)), 0.1)
 
 
 class Kelvin(ExampleDiffusionTrainer):

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from processes import PROCESSES
 from sampling import sample
 from solvers import SOLVERS, TIME_GRIDS, Multistep, angular, gaussian
-from tests.oracle import F64, RING, at, base_noise, exact_predict, process_named, random_mixture
+from tests.oracle import ALL_PROCESSES, F64, RING, at, base_noise, exact_predict, process_named, random_mixture
 
-each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
 MULTISTEP = [name for name, solver in SOLVERS.items() if isinstance(solver.step, Multistep)]
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
 

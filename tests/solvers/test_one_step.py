@@ -5,12 +5,11 @@ import itertools
 import pytest
 import torch
 
-from processes import PROCESSES
 from sampling import sample
 from solvers import SOLVERS
-from tests.oracle import RING, at, base_noise, exact_predict, process_named
+from tests.oracle import ALL_PROCESSES, RING, at, base_noise, exact_predict, process_named
 
-each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
 
 
 @each_process

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from processes import PROCESSES, Coefs
+from processes import Coefs
 from sampling import sample
 from solvers import SDE_NOISES, SOLVERS, TIME_GRIDS, Noise, Predict, Solver, coefs_at, relative_noise
-from tests.oracle import F64, RING, GaussianMixture, at, base_noise, exact_predict, process_named
+from tests.oracle import ALL_PROCESSES, F64, RING, GaussianMixture, at, base_noise, exact_predict, process_named
 
 
 def test_predict_remembers_only_what_is_asked_for():
@@ -38,7 +38,7 @@ def test_few_steps_have_a_step_and_a_grid_of_their_own():
 
 
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
-each_process = pytest.mark.parametrize('process_name', PROCESSES)
+each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
 

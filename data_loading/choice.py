@@ -1,0 +1,45 @@
+"""Which classes and held-out items samples are made of: in turn for pictures, as often as in the data for numbers."""
+
+import functools
+
+import numpy as np
+
+from data_loading.loader import Loader
+from data_loading.spec import DataSpec
+
+
+def in_turn(data: DataSpec, n: int) -> np.ndarray:
+    """(n,): the trained classes in turn."""
+    return np.resize(data.trained_classes or (0,), n)
+
+
+def in_proportion(data: DataSpec, n: int) -> np.ndarray:
+    """(n,): the trained classes, each as often as in the training data, in any number of first ones; in turn if their
+    counts are not known. Each place goes to the class that is most behind."""
+    return dealt(data.counts, 1 << n.bit_length())[:n] if data.counts else in_turn(data, n)
+
+
+@functools.lru_cache(maxsize=4)
+def dealt(counts: tuple[int, ...], n: int) -> np.ndarray:
+    """(n,): what `in_proportion` gives."""
+    share, given, classes = np.array(counts) / sum(counts), np.zeros(len(counts)), np.zeros(n, int)
+    for i in range(n):
+        classes[i] = np.argmax(share * (i + 1) - given)
+        given[classes[i]] += 1
+    return classes
+
+
+def held_out_order(loader: Loader, n: int, in_turn: bool) -> list[int]:
+    """Indices of n items of `loader` of trained classes; if `in_turn`, one class after another, as far as they are
+    known. From the first again when all are taken."""
+    order = np.arange(loader.size)
+    if loader.labels is not None:
+        labels = loader.labels.numpy()
+        if in_turn:
+            nth = np.zeros(loader.size, int)  # how many of its class come before it
+            for label in np.unique(labels):
+                nth[labels == label] = np.arange((labels == label).sum())
+            order = np.lexsort((labels, nth))
+        trained = np.isin(labels[order], loader.spec.trained_classes)
+        order = order[trained] if trained.any() else order
+    return np.resize(order, n).tolist()

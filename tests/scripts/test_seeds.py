@@ -1,0 +1,150 @@
+"""Runs that differ in their seed alone are one row: mean, spread, and a difference within it is none."""
+
+import dataclasses
+import json
+import re
+import statistics
+
+import pytest
+
+import main
+from config import Config, SettingError
+from reports.seeds import cells, changes_of, grouped, text_of_changes
+from scripts import compare, sweep
+from scripts.compare import take_seeds
+from tests.scripts.test_compare import PARTS, compared, table_in  # noqa: F401
+
+
+def made(folder, name, curve, number, **settings):
+    """A folder of a run, with a loss of these values and one number at the end."""
+    run = folder / name
+    run.mkdir(parents=True)
+    config = Config(experiment_name=name, ckpt_dir=str(folder), **settings)
+    (run / 'config.json').write_text(json.dumps(dataclasses.asdict(config)))
+    lines = [{'train/step': 10 * (i + 1), 'train/loss': value} for i, value in enumerate(curve)]
+    lines[-1] |= {'final/adams/frechet': number, 'eval/loss': number / 2}
+    (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (run / 'run.json').write_text(json.dumps([{'trainer': {'name': 'Mine'}}]))
+    return str(run)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three seeds with each of three learning rates: the second is worse, the third as good as the first."""
+    numbers = {1e-3: (1.0, 1.1, 1.2), 2e-3: (2.0, 2.1, 2.2), 3e-3: (1.05, 1.15, 1.3)}
+    return [
+        made(tmp_path, f'lr{1000 * lr:.0f}_{seed}', [3 + seed, 2 + 2 * seed, 1 + seed], number, base_lr=lr, seed=seed)
+        for lr, values in numbers.items()
+        for seed, number in enumerate(values)
+    ]
+
+
+def test_the_table_has_a_column_for_each_setting_with_mean_and_spread(folders, capsys, tmp_path):
+    compare.compare(compare.Compare(tuple(folders), str(tmp_path / 'x.html')))
+    text = capsys.readouterr().out
+    assert re.search(r'^seeds +3 +3 +3$', text, re.M)
+    assert re.search(r'^final/adams/frechet +1\.1 ± 0\.1 +2\.1 ± 0\.1 +1\.167 ± 0\.13$', text, re.M)
+    assert re.search(r'^base_lr +0\.001 +0\.002 +0\.003$', text, re.M) and not re.search(r'^seed ', text, re.M)
+    changes = text[text.index('difference from') :]
+    assert re.search(r'^final/adams/frechet +\+1 +none$', changes, re.M)
+    page = (tmp_path / 'x.html').read_text()
+    assert page.count('1.1 ± 0.1') == 1 and '<td>none</td>' in page and 'Differences from base_lr=0.001' in page
+
+
+def test_curves_have_the_mean_and_a_band(folders, monkeypatch):
+    from reports import page
+
+    drawn = []
+    monkeypatch.setattr(page, 'plot', lambda curves, title, bands: drawn.append((curves, bands)) or '<svg/>')
+    groups = grouped([page.read(folder) for folder in folders])
+    assert [len(group) for group in groups] == [3, 3, 3]
+    compare.over(groups, ['a', 'b', 'c'], 'loss', ('train/loss',))
+    ((curves, bands),) = drawn
+    assert curves['a'] == ([10, 20, 30], [4.0, 4.0, 2.0])
+    assert bands['b'] == [statistics.stdev([3, 4, 5]), statistics.stdev([2, 4, 6]), 1.0]
+
+
+def test_a_band_is_drawn_around_the_mean():
+    from reports.page import plot
+
+    curves = {'a': ([1, 2], [2.0, 3.0]), 'b': ([1, 2], [5.0, 6.0])}
+    plain, banded = plot(curves, 'loss'), plot(curves, 'loss', bands={'a': [0.5, 0.5]})
+    assert 'FillBetween' in banded and 'FillBetween' not in plain
+
+
+def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
+    compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
+    text = capsys.readouterr().out
+    assert 'one seed each: how much of a difference is chance is not known. Train with --seeds 3.' in text
+    assert 'seeds' not in re.findall(r'^\w+', text, re.M)
+
+
+def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
+    from reports.page import read
+
+    runs = [
+        read(made(tmp_path, f'n{i}', [1.0], 1.0, **settings))
+        for i, settings in enumerate([
+            dict(seed=0, init_from='ckpts/a_teacher'), dict(seed=1, init_from='ckpts/a_seed=1_teacher'),
+            dict(seed=0, channels=16), dict(seed=1, channels=32), dict(seed=2, channels=16),
+        ])
+    ]  # fmt: skip
+    runs[4].starts = [{'trainer': {'name': 'Other'}}]
+    assert [[runs.index(run) for run in group] for group in grouped(runs)] == [[0, 1], [2], [3], [4]]
+
+
+def test_differences_are_judged_by_both_spreads():
+    rows = [['a', [1.0, 2.0], [2.5, 3.5]], ['b', [1.0, 2.0], [2.4, 3.4]], ['c', [1.0], [5.0]], ['step', [1, 1], [2, 2]]]
+    # spreads: 0.7071 each, together exactly 1
+    assert changes_of(rows) == [['a', '+1.5'], ['b', '+1.4']]
+    assert changes_of([['a', [1.0, 2.0], [1.9, 2.9]]]) == [['a', 'none']]
+    assert changes_of([['a', [1.0, 2.0], [2.0, 3.0]]]) == [['a', 'none']]  # exactly as much
+    assert cells([['a', [1.0, 2.0], [3.0]]]) == [['seeds', 2, 1], ['a', '1.5 ± 0.71', 3.0]]
+    assert cells([['a', [1.0], []]]) == [['a', 1.0, None]]
+    assert text_of_changes(rows, ['x']) == ''
+
+
+@pytest.mark.parametrize(
+    ('words', 'seeds', 'rest'),
+    [
+        ([], 1, []),
+        (['--base_lr', '1e-3'], 1, ['--base_lr', '1e-3']),
+        (['--seeds', '3', '--base_lr', '1e-3'], 3, ['--base_lr', '1e-3']),
+        (['--a=b=c', '--seeds=2'], 2, ['--a=b=c']),
+    ],
+)
+def test_seeds_are_taken_from_the_command_line(words, seeds, rest):
+    assert take_seeds(words) == (seeds, rest)
+
+
+@pytest.mark.parametrize('words', [['--seeds'], ['--seeds', '0'], ['--seeds=x'], ['--seeds', '--base_lr']])
+def test_other_numbers_of_seeds_are_refused(words):
+    with pytest.raises(SettingError, match=r'seeds=.*whole number.*--seeds 3'):
+        take_seeds(words)
+
+
+def test_a_sweep_trains_every_combination_with_these_seeds():
+    runs = sweep.combinations('--base_lr 1e-3 2e-3 --seeds 2 -- --preset digits --seed 5'.split())
+    assert [run[-4:] for run in runs] == [['--base_lr', lr, '--seed', seed] for lr in ('1e-3', '2e-3') for seed in '56']
+    assert sweep.combinations(['--seeds', '3', '--', '--preset', 'digits'])[2][-2:] == ['--seed', '2']
+    with pytest.raises(SettingError, match='--seed and --seeds are both given'):
+        sweep.combinations('--seed 1 2 --seeds 2 --'.split())
+    with pytest.raises(SettingError, match='has no values'):
+        sweep.combinations(['--seeds', '1', '--'])
+
+
+def test_examples_train_with_seeds(compared, tmp_path, capsys, monkeypatch):  # noqa: F811
+    trained = []
+    start = main.start
+    monkeypatch.setattr(main, 'start', lambda c, t: [trained.append((c.experiment_name, c.seed)), start(c, t)])
+    two = {name: PARTS[name] for name in ('plain', 'halved')}
+    compared(two, '--seeds', '2', '--seed', '4')
+    assert trained == [
+        ('mine_seed=4_plain', 4), ('mine_seed=4_halved', 4),
+        ('mine_seed=4_seed=5_plain', 5), ('mine_seed=4_seed=5_halved', 5),
+    ]  # fmt: skip
+    text = capsys.readouterr().out
+    assert table_in(text, ['plain', 'halved'])['seeds'] == ['2', '2']
+    changes = text[text.index('difference from plain') :]
+    assert re.search(r'^eval/loss +-', changes, re.M)  # half as large: more than the spread
+    assert (tmp_path / 'mine_seed=4_compared.html').exists()

@@ -1,0 +1,94 @@
+"""Evaluation, restarts and stops change nothing of what is trained, also not in modules that a hook calls itself."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import utils
+from runtime import stopping
+from runtime.errors import Stopped
+from tests.helpers import record_of
+from trainer import ExampleDiffusionTrainer
+from training.calling import evaluating
+
+
+class Critic(ExampleDiffusionTrainer):
+    """A critic with a batch norm and a dropout, in loss_fn; and an encoder with a batch norm, in prepare_batch_fn."""
+
+    def setup_networks(self):
+        self.modules['scale'] = nn.Sequential(nn.BatchNorm2d(1)).to(self.device)
+        self.optimizers['scale'] = torch.optim.Adam(self.modules['scale'].parameters(), 1e-3)
+        super().setup_networks()
+        layers = nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.SiLU(), nn.Linear(16, 1)
+        self.modules['critic'] = nn.Sequential(*layers).to(self.device)
+        self.optimizers['critic'] = torch.optim.Adam(self.modules['critic'].parameters(), 1e-3)
+        self.modules['teacher'] = nn.Sequential(nn.BatchNorm1d(64)).eval().requires_grad_(False)
+
+    def encode(self, x):
+        with torch.no_grad():
+            return super().encode(x) + 0 * self.modules['scale'](x)
+
+    def loss_fn(self, batch, model_fn):
+        critic = self.modules['critic']
+        coefs = self.process(batch.t)
+        xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
+        fake = self.model_convert_fn(model_fn(xt, batch.t, batch.label), batch.t, xt, coefs).x0
+        judged = F.softplus(critic(fake.detach())) + F.softplus(-critic(batch.x0))
+        return (
+            utils.image_square_error(fake, batch.x0) + judged[:, 0] + 0 * self.modules['teacher'](fake.flatten(1))[:, 0]
+        )
+
+    def sample_metrics(self, x, inputs):
+        with torch.no_grad():
+            return {'judged': float(self.modules['critic'](self.encode(x)).mean())}
+
+
+def tensors_of(trainer):
+    held = {
+        f'{name}.{key}': value.clone() for name, m in trainer.modules.items() for key, value in m.state_dict().items()
+    }
+    for name, ema in trainer.emas.items():
+        held |= {f'ema {name}.{i}': p.clone() for i, net in enumerate(ema.networks.values()) for p in net.parameters()}
+    return held
+
+
+def test_a_run_without_evaluation_and_a_stopped_one_train_the_same(tiny_config, build_trainer, monkeypatch):
+    settings = dict(num_training_steps=12, ema_decays=(0.9,), warmup_steps=2)
+    quiet = dict(eval_every=0, sample_every=0, final_eval=False, final_pictures=False)
+    busy = dict(eval_every=2, sample_every=3, eval_metrics_every=4)
+    plain = build_trainer(tiny_config(experiment_name='plain', **settings, **quiet), Critic)
+    plain.train_loop()
+    watched = build_trainer(tiny_config(experiment_name='watched', **settings, **busy), Critic)
+    watched.train_loop()
+    stopped = build_trainer(tiny_config(experiment_name='stopped', **settings, **busy), Critic)
+    train_step = stopped.train_step
+
+    def until_5(batches):
+        train_step(batches)
+        if stopped.step == 5:
+            monkeypatch.setattr(stopping, '_stop_asked', True)
+
+    stopped.train_step = until_5
+    with pytest.raises(Stopped):
+        stopped.train_loop()
+    monkeypatch.setattr(stopping, '_stop_asked', False)
+    resumed = build_trainer(tiny_config(experiment_name='stopped', **settings, **busy), Critic)
+    resumed.train_loop()
+    expected = tensors_of(plain)
+    assert int(expected['critic.2.num_batches_tracked']) == 2 * 12 and int(expected['scale.0.num_batches_tracked']) > 0
+    for other in (watched, resumed):
+        found = tensors_of(other)
+        assert found.keys() == expected.keys()
+        assert [key for key, value in expected.items() if not found[key].equal(value)] == []
+    assert 'eval/loss' in record_of(watched.config.run_dir)[0]
+
+
+def test_modules_return_to_the_mode_that_each_had():
+    trained, teacher = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)), nn.Sequential(nn.BatchNorm1d(2)).eval()
+    with contextlib.suppress(ZeroDivisionError), evaluating({'a': trained, 'b': teacher}):
+        assert not any(part.training for part in [*trained.modules(), *teacher.modules()])
+        _ = 1 / 0
+    assert all(part.training for part in trained.modules()) and not any(part.training for part in teacher.modules())

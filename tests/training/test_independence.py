@@ -1,0 +1,182 @@
+"""Whether x1 is the process's base, drawn independently of x0, as the first images show."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from config import SettingError
+from processes import PROCESSES, GaussianProcess, RectifiedFlow
+from trainer import ExampleDiffusionTrainer, SampleInputs
+from training.independence import signs_of_dependence, unlike_base
+
+
+def with_base(make):
+    """A trainer class whose x1 is make(x0)."""
+
+    class Based(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            prepared = super().prepare_batch_fn(batch, is_train)
+            return dataclasses.replace(prepared, x1=make(prepared.x0))
+
+    return Based
+
+
+def corner(x0):
+    """The lower right of an image and noise: it correlates with x0 by 0.2, and knows it all the same."""
+    x1 = 0.1 * torch.randn_like(x0)
+    x1[:, :, 5:, 5:] += x0[:, :, 5:, 5:]
+    return x1
+
+
+@pytest.mark.parametrize(
+    ('make', 'words'),
+    [
+        (corner, 'x1 goes with x0'),
+        (torch.abs, 'x1 goes with x0'),
+        (lambda x0: 0.7 * x0 + 0.7 * torch.randn_like(x0), 'x1 goes with x0'),
+        (lambda x0: 3 * torch.randn_like(x0), 'and 1.00 of the base of process'),
+        (torch.rand_like, 'the mean of x1 is 0.'),
+    ],
+    ids=['corner', 'size', 'mixed', 'wide', 'uniform'],
+)
+@pytest.mark.parametrize('batch', [16, 64])
+def test_a_base_that_is_not_independent_noise_is_seen(tiny_config, build_trainer, capsys, make, words, batch):
+    trainer = build_trainer(tiny_config(global_batch_size=batch), with_base(make))
+    assert not trainer.independent and words in capsys.readouterr().out
+    assert list(trainer.samplers()) == ['adams']
+    inputs = trainer.sample_inputs(30)
+    assert inputs.x1.std().item() == pytest.approx(trainer.example.x1.std().item(), rel=0.2)  # as in training
+    assert len(inputs.given) == 1 and inputs.given[0].equal(trainer.decode(inputs.x1)) and inputs.truth is not None
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_noise_is_never_taken_for_data(tiny_config, build_trainer, seed):
+    blurred = with_base(lambda x0: nn.functional.avg_pool2d(torch.randn_like(x0), 3, 1, 1) * 3)  # pixels go together
+    assert build_trainer(tiny_config(seed=seed, experiment_name='noise')).independent
+    trainer = build_trainer(tiny_config(seed=seed, experiment_name='blurred'), blurred)
+    assert 'goes with' not in (signs_of_dependence(trainer, trainer.batches) or '')
+
+
+def test_independence_that_an_instance_states_counts(tiny_config, build_trainer):
+    class Stated(ExampleDiffusionTrainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.independent = False
+
+    assert not build_trainer(tiny_config(), Stated).independent
+
+
+class Claimed(with_base(corner)):
+    independent = True
+
+
+def test_independence_that_a_class_claims_wrongly_is_refused(tiny_config, build_trainer):
+    with pytest.raises(
+        SettingError, match=r'Claimed\.independent is True, but x1 goes with x0.*Set independent = False'
+    ):
+        build_trainer(tiny_config(), Claimed)
+
+
+def test_a_claim_is_taken_where_the_experiment_gives_its_own_inputs(tiny_config, build_trainer):
+    class Own(Claimed):
+        def sample_inputs(self, n):
+            return SampleInputs(torch.zeros(n, 1, 8, 8))
+
+    assert build_trainer(tiny_config(), Own).independent
+
+
+# ---------------------------------------------------------------- the distribution of x1
+
+
+def corners(x):  # mean 0, standard deviation 1
+    return (0.98 * x.sign() + 0.199 * torch.randn_like(x)) * 1.0
+
+
+def blurred(x):
+    y = nn.functional.avg_pool2d(x, 3, 1, 1) if x.ndim == 4 else x + x.flip(1)
+    return y / y.std()
+
+
+OTHER_BASES = {
+    'corners': corners,
+    'uniform': lambda x: (2 * torch.rand_like(x) - 1) * 3**0.5,
+    'laplace': lambda x: torch.distributions.Laplace(0.0, 0.5**0.5).sample(x.shape),
+    'sphere': lambda x: x / x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1)) * x[0].numel() ** 0.5,
+    'blurred': blurred,
+    'one template': lambda x: 0.8 * x + 0.6 * torch.linspace(-1.7, 1.7, x[0].numel()).view(1, *x.shape[1:]),
+    'scales': lambda x: x * (0.4 + 1.1 * torch.rand(len(x), *(1,) * (x.ndim - 1))),
+    'sparse': lambda x: x * (torch.rand_like(x) < 0.5) * 2**0.5,
+}
+
+
+@pytest.mark.parametrize('shape', [(1, 8, 8), (2,), (3, 64, 64)], ids=str)
+@pytest.mark.parametrize('name', OTHER_BASES)
+def test_another_distribution_of_mean_0_and_standard_deviation_1_is_seen(name, shape):
+    if name == 'sphere' and len(shape) == 3 and shape[1] > 8:
+        pytest.skip('in so many dimensions the lengths of normal noise are equal, too')
+    torch.manual_seed(0)
+    x1 = OTHER_BASES[name](torch.randn(max(128, 2**14 // math.prod(shape)), *shape))
+    assert unlike_base(x1, GaussianProcess(), 'rf') is not None
+
+
+@pytest.mark.parametrize('shape', [(1, 8, 8), (2,), (3, 64, 64), (1,), (16, 3)], ids=str)
+@pytest.mark.parametrize('seed', range(25))
+def test_noise_is_never_taken_for_another_distribution(seed, shape):
+    torch.manual_seed(seed)
+    x1 = torch.randn(max(64, 2**14 // math.prod(shape)), *shape)
+    assert unlike_base(x1, GaussianProcess(), 'rf') is None
+
+
+class Shared(GaussianProcess):
+    """A base of its own: whole images that are darker or lighter."""
+
+    def sample_base(self, x0_like):
+        return 0.8 * torch.randn_like(x0_like) + 0.6 * torch.randn(len(x0_like), *(1,) * (x0_like.ndim - 1))
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_base_of_the_process_is_compared_with_itself(seed):
+    torch.manual_seed(seed)
+    x1 = Shared().sample_base(torch.zeros(256, 1, 8, 8))
+    assert unlike_base(x1, Shared(), 'own') is None and unlike_base(x1, GaussianProcess(), 'rf') is not None
+
+
+def test_the_four_corners_start_from_their_own_base(tiny_config, build_trainer, capsys):
+    """Independent of x0, mean 0 and standard deviation 1: trained on one base, sampled from another, without a word."""
+    points = tiny_config(dataset='moons', network='mlp', attention_resolutions=(), experiment_name='corners')
+    trainer = build_trainer(points, with_base(lambda x0: corners(torch.randn_like(x0))))
+    assert not trainer.independent and 'samples start from x1 of held-out data' in capsys.readouterr().out
+    assert trainer.sample_inputs(200).x1.abs().mean() > 0.93  # 0.8 of noise
+    assert list(trainer.samplers()) == ['adams'] and not trainer.judge.has_reference
+
+
+def test_a_decision_for_noise_is_printed_where_the_experiment_prepares_its_own(tiny_config, build_trainer, capsys):
+    assert build_trainer(tiny_config(), with_base(torch.randn_like)).independent
+    assert "Based.independent is True: x1 of the first images looks like the process's base" in capsys.readouterr().out
+    assert build_trainer(tiny_config(experiment_name='usual')).independent
+    assert 'independent' not in capsys.readouterr().out
+
+
+def test_a_base_that_is_not_normal_has_no_score(tiny_config, build_trainer, monkeypatch, capsys):
+    monkeypatch.setattr(GaussianProcess, 'alpha', lambda self, t: 1 - t)
+    monkeypatch.setattr(GaussianProcess, 'sigma', lambda self, t: t)
+    monkeypatch.setitem(PROCESSES, 'shared', lambda config: Shared())
+    trainer = build_trainer(tiny_config(process_name='shared'))
+    assert trainer.independent and not trainer.judge.has_reference and list(trainer.samplers()) == ['adams']
+    assert 'eval/reference is left out' in capsys.readouterr().out
+    with pytest.raises(SettingError, match=r'sample_base of Shared is not N\(0, I\).*--solver adams'):
+        trainer.draw(trainer.get_model_fn(trainer.network), trainer.sample_inputs(2), 'sde_dpmpp_2m')
+
+
+def test_another_way_to_draw_normal_noise_keeps_the_score(tiny_config, build_trainer, monkeypatch):
+    class Mirrored(RectifiedFlow):
+        def sample_base(self, x0_like):
+            x = torch.randn_like(x0_like)
+            return torch.cat([x[: (len(x) + 1) // 2], -x[: len(x) // 2]])
+
+    monkeypatch.setitem(PROCESSES, 'mirrored', lambda config: Mirrored())
+    trainer = build_trainer(tiny_config(process_name='mirrored'))
+    assert trainer.independent and trainer.judge.has_reference

@@ -1,0 +1,117 @@
+"""What the first images show of x1: whether it is the process's base, drawn independently of x0. On this depends what
+samples start from, and whether the network knows the score, which SDE solvers and eval/reference need."""
+
+import torch
+from torch import Tensor
+
+import utils
+from config import SettingError
+from processes import GaussianProcess
+from runtime.ranks import print_once
+from training.batches import Batches
+from training.experiment import Experiment
+
+ENOUGH_VALUES, MOST_DRAWS = 2**14, 32  # of x1, that are looked at; each draw is of up to 64 images
+MOST_VALUES = 2**18  # of which a summary is made
+BASES = 16  # draws of the base that show how far a draw of it may be from others
+FAR = 8.0  # of their standard deviations
+
+
+def independence(experiment: Experiment, batches: Batches) -> bool:
+    """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
+    Prints what it finds. Raises SettingError if the experiment says so and its images show that it is not."""
+    name = type(experiment).__name__
+    if experiment.independent is not None and not experiment.independent:
+        return False
+    seen = signs_of_dependence(experiment, batches)
+    if seen and experiment.independent and not experiment.overrides('sample_inputs'):
+        raise SettingError(
+            f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
+            'and SDE solvers would follow a wrong score. Set independent = False, or leave it out.'
+        )
+    if seen and experiment.independent is None:
+        print_once(
+            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, as prepare_batch_fn '
+            'gives it, and there are no SDE samples and no eval/reference. Set `independent` in the class to decide '
+            'this yourself.'
+        )
+        return False
+    found = experiment.couple is None and not batches.train_loader.has_pairs
+    if found and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
+        print_once(
+            f"{name}.independent is True: x1 of the first images looks like the process's base, drawn independently of "
+            'x0. Samples start from this base.'
+        )
+    return found or bool(experiment.independent)
+
+
+def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
+    """The reason why x1 of the first images cannot be an independent draw from the process's base, or None.
+
+    Two preparations of the same images are compared: where x1 is made of x0, it is alike in both.
+    """
+    x1, second_x1 = batches.example.x1, batches.draw_example('again').x1
+    if not x1.is_floating_point() or len(x1) < 8 or x1.shape != second_x1.shape:
+        return None
+    first, second = ((x - x.mean(0)).flatten(1).double() for x in (x1, second_x1))
+    products = (first * second).sum(1)  # (n,), of mean 0 if the two are independent
+    if products.mean() > 5 * products.std() / len(products) ** 0.5:
+        correlation = float(products.sum() / (first.norm() * second.norm()))
+        return f'x1 goes with x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
+    if experiment.overrides('prepare_batch_fn') or experiment.couple is not None or batches.train_loader.has_pairs:
+        wanted = min(MOST_DRAWS, -(-ENOUGH_VALUES // x1.numel()))
+        draws = [x1, second_x1, *(batches.draw_example(f'again {i}').x1 for i in range(wanted - 2))]
+        return unlike_base(torch.cat(draws), experiment.process, f'process {experiment.config.process_name!r}')
+    return None
+
+
+def base_is_normal(process: GaussianProcess, x0: Tensor) -> bool:
+    """Whether the base of the process is N(0, I), as the score needs, for data like x0 (n, ...)."""
+    if type(process).sample_base is GaussianProcess.sample_base:
+        return True
+    utils.seed_everything(0, 'base')
+    like, n = torch.zeros_like(x0[:1], dtype=torch.float32), max(16, min(512, ENOUGH_VALUES // x0[0].numel()))
+    drawn = torch.cat([process.sample_base(like) for _ in range(n)])  # one by one: draws of a batch may be opposites
+    return unlike_base(drawn, GaussianProcess(), 'N(0, I)') is None
+
+
+def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
+    """Why x1 (n, ...) are no draws from the base of the process, called `name`: a number of `summary` that is farther
+    from that of draws of the base than these ever are from each other. None if there is none."""
+    x1 = x1[: max(4, MOST_VALUES // x1[0].numel())]
+    found, drawn = summary(x1), [summary(process.sample_base(x1)) for _ in range(BASES)]
+    for key, value in found.items():
+        of_base = torch.tensor([base[key] for base in drawn], dtype=torch.float64)
+        mean, spread = float(of_base.mean()), float(of_base.std())
+        is_less = key.startswith('how alike') and value < mean  # pairs of opposite draws are as good a base
+        if not is_less and not abs(value - mean) <= FAR * spread + 0.01 * max(1, abs(mean)):
+            return f'{key} of x1 is {value:.2f}, and {mean:.2f} of the base of {name}'
+    return None
+
+
+def summary(x1: Tensor) -> dict[str, float]:
+    """What tells distributions of rows x1 (n, ...) apart: moments and quantiles of all values, and of the lengths of
+    rows; how rows, neighbours in a row, and the entries of rows go together."""
+    x = x1.detach().flatten(1).cpu().double()[:, :MOST_VALUES]
+    n, size = x.shape
+    mean, std = float(x.mean()), float(x.std())
+    unit = (x - mean) / max(std, 1e-12)
+    lengths, rows = unit.square().mean(1), unit[:256]
+    products = (rows @ rows.T / size**0.5).fill_diagonal_(0)  # of pairs of rows
+    columns = unit[:, :64]
+    together = (columns.T @ columns / n**0.5).fill_diagonal_(0)  # of pairs of entries
+    found = {'the mean': mean, 'the standard deviation': std, 'the kurtosis': float(unit.pow(4).mean())}
+    found |= {
+        'the skewness': float(unit.pow(3).mean()),
+        'the mean size, in standard deviations,': float(unit.abs().mean()),
+    }
+    levels = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], dtype=torch.float64)
+    quantiles = unit.flatten()[: 2**16].quantile(levels).tolist()
+    found |= {f'the {level:.0%} quantile': value for level, value in zip(levels.tolist(), quantiles, strict=True)}
+    found['the spread of the lengths of images'] = float(lengths.std())
+    found['how alike two images are'] = float(products.clamp(min=0).square().mean())
+    found['how alike an image and the mean image are'] = float(unit.mean(0).square().mean()) * n
+    if size > 1:
+        found['how pixels go with the next'] = float((unit[:, 1:] * unit[:, :-1]).mean())
+        found['how pixels go together'] = float(together.square().mean())
+    return found
