@@ -14,9 +14,7 @@ it is restored.
 import dataclasses
 import errno
 import os
-import pickle
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,11 @@ from torch import nn
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
-from runtime.files import sync, whole
+from runtime.files import LOAD_ERRORS, sync, whole
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
 VERSION = 1  # of the format; a file without one is of version 1
-ERRORS = (zipfile.BadZipFile, zlib.error, pickle.PickleError, EOFError, OSError, RuntimeError, LookupError, ValueError)
 
 
 class DamagedCheckpoint(SettingError):
@@ -75,7 +72,7 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         if isinstance(found, dict) and isinstance(found.get('config'), dict):
             found['config'] = migrated(found['config'])
         return found
-    except ERRORS as error:
+    except LOAD_ERRORS as error:
         # EINVAL: a seek to where a damaged file points; EIO: a bad disk
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):
             raise SettingError(f'checkpoint {str(path)!r} cannot be read ({error}).') from error

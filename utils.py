@@ -180,3 +180,8 @@ def peak_memory_gb(device: torch.device) -> float:
 def without_step(name: str) -> str:
     """`name` without the step_0000100_ that names of pictures have in front."""
     return re.sub(r'^step_\d+_', '', name)
+
+
+def is_nearly_unit(x: Tensor) -> bool:
+    """Whether all values lie in [0, 1], or so little beyond it that they can be clipped: images."""
+    return float(x.min()) >= -0.25 and float(x.max()) <= 1.25

@@ -34,6 +34,8 @@ def readable(image: Path | str) -> Iterator[None]:
     """Raises a DataError that names the image, a file or a row, for whatever goes wrong inside."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # what PIL raises depends on the format
         if isinstance(image, Path):
             image = image.parent.resolve() / image.name  # the user's folder, also where --check has linked to it
@@ -79,7 +81,7 @@ def is_grey(path: Path | BytesIO) -> bool:
     try:
         with Image.open(path) as image:
             return image.mode in ('1', 'L', 'LA', 'La') or image.mode.startswith(('I', 'F'))
-    except Exception:
+    except Exception:  # what PIL raises depends on the format; `readable` names the image later
         return True
 
 

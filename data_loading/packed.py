@@ -195,7 +195,7 @@ def read(path: Path) -> dict[str, Any]:
     """The file's dict, its tensors memory-mapped. Raises SettingError if it is not a packed file."""
     try:
         found = torch.load(path, mmap=True, weights_only=True)
-    except Exception as error:  # what torch raises for other files is of many kinds
+    except files.LOAD_ERRORS as error:
         raise SettingError(f'{path} cannot be read ({type(error).__name__}: {error}). Make it again.') from None
     if not isinstance(found, dict) or found.get('format') != FORMAT:
         raise SettingError(f'{path} was not written by prepare.py of this version. Make it again.')

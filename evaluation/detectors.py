@@ -116,7 +116,7 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     shape, low, high = tuple(data.example.shape[1:]), float(data.example.min()), float(data.example.max())
-    if len(shape) != 3 or shape[0] not in (1, 3) or low < -0.25 or high > 1.25:
+    if len(shape) != 3 or shape[0] not in (1, 3) or not utils.is_nearly_unit(data.example):
         raise SettingError(
             f'detector={name!r} looks at images in [0, 1] of one or three channels, and these data have the shape '
             f'{shape} and lie in [{low:.3g}, {high:.3g}]. Use --detector pixels.'
@@ -220,7 +220,7 @@ def read_cache(path: Path) -> dict[str, Any] | None:
     """What `write_cache` wrote, its tensors memory-mapped; None if it is not there, or damaged."""
     try:
         return torch.load(path, mmap=True, weights_only=True)
-    except Exception:  # torch raises many kinds for a damaged file
+    except files.LOAD_ERRORS:
         return None
 
 

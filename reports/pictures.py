@@ -48,7 +48,7 @@ class Gallery:
         far = 1 if self.data.scale == 'image' else 1000
         with torch.no_grad():
             x = self.experiment.decode(far * self.batches.example.x0[:8])
-        return kind(x) == 'images' and float(x.min()) >= -0.25 and float(x.max()) <= 1.25
+        return kind(x) == 'images' and utils.is_nearly_unit(x)
 
     @property
     def num_shown(self) -> int:

@@ -4,9 +4,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import pickle
 import secrets
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +17,11 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What torch.load raises for a file that is damaged, cut off, or none of its own.
+LOAD_ERRORS = (
+    zipfile.BadZipFile, zlib.error, pickle.PickleError, EOFError, OSError, RuntimeError, LookupError, ValueError,
+)  # fmt: skip
 
 
 @contextlib.contextmanager

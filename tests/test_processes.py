@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config, SettingError
+from networks import get_network
+from prediction import LOSS_WEIGHTS
 from processes import PROCESSES, GaussianProcess, LinearVP, VarianceExploding, check_process, get_process
 
 T = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
@@ -319,3 +321,31 @@ def test_a_process_that_does_not_lead_from_data_to_noise_is_refused(alpha, sigma
 @pytest.mark.parametrize('ends', [(0.0, 1.0), (0.001, 0.999), (0.3, 0.7)])
 def test_every_process_of_the_table_leads_from_data_to_noise(name, ends):
     check_process(process_named(name), *ends)
+
+
+def test_the_cosine_ends_at_nothing_of_the_data_in_both_types():
+    """cos(pi / 2) is -4e-8 in float32, so that log-SNR and min_snr were nan at t = 1."""
+    for dtype in (torch.float32, torch.float64):
+        t = torch.tensor([0.0, 0.25, 1.0], dtype=dtype)
+        coefs = PROCESSES['cosine'](Config())(t)
+        assert coefs.alpha[2] == 0 and coefs.alpha[0] == 1
+        torch.testing.assert_close(coefs.alpha, torch.cos(math.pi / 2 * t), rtol=1e-6, atol=1e-7)
+        assert LOSS_WEIGHTS['min_snr'](coefs)[2] == 0
+
+
+def test_a_process_is_checked_in_float32_too():
+    class Own(GaussianProcess):
+        def alpha(self, t):
+            return torch.cos(math.pi / 2 * t)
+
+        def sigma(self, t):
+            return torch.sin(math.pi / 2 * t)
+
+    check_process(Own(), 0.001, 0.999)
+    with pytest.raises(SettingError, match=r'alpha of the process Own .*e-08 at t=1 in float32\. Use .*--t_max'):
+        check_process(Own(), 0.001, 1.0)
+
+
+def test_the_time_that_a_network_sees_is_finite_in_float32():
+    with pytest.raises(SettingError, match=r"time_input='log_snr' is infinite at .*t_max=1"):
+        get_network(Config(process_name='cosine', t_max=1.0, time_input='log_snr', model_type='v'), (1, 8, 8), 10)

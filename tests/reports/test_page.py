@@ -258,3 +258,10 @@ def test_losses_below_zero_have_a_plot(tmp_path):
     """As those of a run whose loss has a negative part."""
     below = page.plot({'a': ([1, 2], [0.5, -0.1]), 'b': ([1, 2], [0.4, 0.3])}, 'loss')
     assert below.startswith('<svg') and 'floor' not in below
+
+
+@pytest.mark.parametrize('name', ['mine/$x^{$', 'cost_$', 'a$b$c'])
+def test_a_metric_may_be_called_anything(name):
+    """matplotlib takes what is between two $ for mathematics; a wrong formula ended the page for good."""
+    curves = {name: ([1, 2], [1.0, 2.0]), 'other': ([1, 2], [2.0, 1.0])}
+    assert page.plot(curves, f'loss: {name}').count('<svg') == 1

@@ -7,7 +7,8 @@ import torch
 
 import saving
 from config import SettingError
-from runtime import stopping
+from evaluation import judge
+from runtime import ranks, stopping
 from runtime.errors import Stopped
 from solvers import SOLVERS, Solver
 from tests.helpers import record_of
@@ -186,3 +187,39 @@ def test_samples_that_are_not_finite_are_counted_also_where_each_is_one_number()
     nan = float('nan')
     assert not_finite(torch.tensor([1.0, nan, 2.0])) == 1
     assert not_finite(torch.tensor([[1.0, nan], [nan, nan], [0.0, 1.0]])) == 2
+
+
+class Ignoring(ExampleDiffusionTrainer):
+    """One step, whatever the solver, with noise of its own."""
+
+    def draw(self, model_fn, inputs, solver):
+        t = torch.ones(len(inputs.x1))
+        self.log('drawn', 1.0)
+        return inputs.x1 - model_fn(inputs.x1, t, inputs.label) + torch.randn_like(inputs.x1)
+
+
+class Obeying(Ignoring):
+    def draw(self, model_fn, inputs, solver):
+        return super(Ignoring, self).draw(model_fn, inputs, solver, num_steps=3)
+
+
+def test_one_way_of_sampling_is_drawn_and_judged_once(tiny_config, build_trainer, capsys, monkeypatch):
+    """Its samples were judged twice, as adams and as sde_dpmpp_2m, and seemed to confirm each other."""
+    monkeypatch.setattr(judge, 'NUM_JUDGED', 32)
+    config = tiny_config(experiment_name='ignoring', final_eval=True, sample_every=12)
+    trainer = build_trainer(config, Ignoring)
+    trainer.train_loop()
+    assert 'draw of Ignoring ignores the solver: its samples are drawn once' in capsys.readouterr().out
+    last = record_of(config.run_dir)[-1]
+    assert {name.split('/')[1] for name in last if name.startswith('final/')} == {'adams'}
+    assert not any('drawn' in name for line in record_of(config.run_dir)[:-1] for name in line)  # the trial is no step
+    assert list(build_trainer(tiny_config(experiment_name='obeying'), Obeying).samplers()) == ['adams', 'sde_dpmpp_2m']
+    assert list(build_trainer(tiny_config(experiment_name='plain')).samplers()) == ['adams', 'sde_dpmpp_2m']
+
+
+def test_whether_a_draw_obeys_is_found_out_on_one_process_alone(tiny_config, build_trainer, monkeypatch):
+    """A hook of rank 0 may be the first to ask for the samplers: nobody else would answer."""
+    trainer = build_trainer(tiny_config(), Obeying)
+    monkeypatch.setattr(stopping, 'agree', lambda code: pytest.fail('it talks to the other ranks'))
+    monkeypatch.setattr(ranks, 'world_size', lambda: 2)
+    assert not trainer.drawing.ignores_solver
