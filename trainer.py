@@ -42,7 +42,7 @@ from training.run_record import identity_of
 class BaseDiffusionTrainer(OldNames):
     """The training loop, and a default for everything that an experiment may override except its two functions."""
 
-    independent: bool | None = None  # are x0 and x1? None: found out from the first images. False refuses SDE solvers
+    independent: bool | None = None  # is x1 the base, drawn without x0? None: the first images tell. False: no SDE
     has_reference: bool = True  # False leaves out eval/reference, where the network is not a denoiser of noise
     null_cond: Mapping[str, Tensor | float] = {}  # condition -> its value for 'not given', for dropout and guidance
     couple: Callable[..., Tensor] | None = None  # or a method (x0, x1, label) -> x1 for the whole global batch

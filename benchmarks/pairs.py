@@ -123,6 +123,17 @@ def kept_outputs(runs: list[dict]) -> Iterator[str]:
             yield f'With output {output} kept and logit-normal times, `rf` reaches {reached}.'
 
 
+def no_better(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts) -> Iterator[str]:
+    """A sentence about the pairs that are warned of, and get no better by the flags."""
+    worse = [
+        f'`{cell[0]}` {cell[1]} to {cell[2]} ({100 * cells[cell]:.0f}, then {100 * remedied[cell]:.0f})'
+        for cell in cells
+        if verdicts[cell] == 'warned' and cell in remedied and remedied[cell] < cells[cell]
+    ]
+    if worse:
+        yield f'Pairs that are warned of and get no better by the flags: {", ".join(worse)}.'
+
+
 def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> None:
     def text_of(cell: Cell) -> str:
         if cell not in cells:
@@ -149,6 +160,7 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         '- An empty cell was not run, or is refused.',
         '',
         *kept_outputs(runs),
+        *no_better(cells, remedied, verdicts),
         'The classifier sees which digit it is, and not whether its shades are right: look at pictures, too.',
         '',
         '![label agreement of every pair](pairs.png)',

@@ -30,9 +30,9 @@ def dealt(counts: tuple[int, ...], n: int) -> np.ndarray:
 
 
 def held_out_order(loader: Loader, n: int, in_turn: bool) -> list[int]:
-    """Indices of n items of `loader` of trained classes; if `in_turn`, one class after another, as far as they are
-    known. From the first again when all are taken."""
-    order = np.arange(loader.size)
+    """Indices of n items of `loader` of trained classes: at random, the same every time; or `in_turn`, one class after
+    another, as far as they are known. From the first again when all are taken."""
+    order = np.arange(loader.size) if in_turn else np.random.default_rng(0).permutation(loader.size)
     if loader.labels is not None:
         labels = loader.labels.numpy()
         if in_turn:

@@ -164,7 +164,7 @@ def in_the_plane(
     samples: Tensor, train: Tensor, classes: Tensor | None, wanted: Tensor | None, most: int = 1000
 ) -> dict[str, float]:
     """wasserstein and its floor, of points: `most` of the data stand for all, and the floor is of the others."""
-    n = min(most, len(samples), len(train) // 2)
+    n = min(most, len(samples), len(train) // 4)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     some, rest = train[order[:n]], order[n:]
     rows = real_draws(n, len(rest), None if classes is None else classes[rest], None if wanted is None else wanted[:n])
@@ -206,10 +206,10 @@ def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None 
 # name of a number -> the line that a run prints
 SENTENCES = {
     'label_agreement': 'a classifier of real images sees the requested label in {:.1%}',
-    'frechet': 'Frechet distance to the training images: {:.4g}',
-    'real_frechet': 'the same distance of as many real images: {:.4g}',
+    'frechet': 'Frechet distance to the training data: {:.4g}',
+    'real_frechet': 'the same distance of as many real ones: {:.4g}',
     'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',
-    'real_wasserstein': 'the same distance of as many held-out points: {:.4g}',
+    'real_wasserstein': 'the same distance of as many real ones: {:.4g}',
     'precision': 'samples that look like data (precision): {:.1%}',
     'recall': 'data that look like samples (recall): {:.1%}',
     'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',

@@ -31,8 +31,8 @@ if TYPE_CHECKING:  # imported when used: a start need not wait for them
     from evaluation.reference import Reference
 
 NUM_JUDGED = 1000  # samples that are compared with the data
-MOST_NEIGHBOURS = 5000  # training images of which pairs are made
-MOST_READ = 20_000  # training items that are read, one by one, from a Dataset that is not in memory
+MOST_COMPARED, MOST_NEIGHBOURS = 200_000, 5000  # training items they are compared with, and pairs are made of
+MOST_READ = 20_000  # training items, of those that are not in memory
 AT_ONCE = 256  # samples in a detector
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
@@ -152,8 +152,8 @@ class Judge:
         Raises SettingError where no density is defined: floats, x1 that is data.
         """
         experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
-        if spec.scale != 'image' or not experiment.independent or experiment.overrides('encode'):
-            raise SettingError('bits: needs images, the default encode, and noise as x1.')
+        if spec.scale != 'image' or not self.drawing.has_score or experiment.overrides('encode'):
+            raise SettingError('bits: needs images, the default encode, and independent noise N(0, I) as x1.')
         if not self.config.dequantize:
             print_once('warning: the run was trained without --dequantize, so its density is one of grey levels and '
                        'bits per dimension may be any number')  # fmt: skip
@@ -242,7 +242,7 @@ class Judge:
         for rows in mine.split(AT_ONCE):
             requested = None if classes is None else classes[rows.to(classes.device)]
             looked.add(x[rows].to(self.experiment.device), requested)
-        most = None if self.batches.train_loader.part.arrays is not None else MOST_READ
+        most = MOST_COMPARED if self.batches.train_loader.resident is not None else MOST_READ
         return self.compared(looked, len(x), most, MOST_NEIGHBOURS)
 
     @in_eval_mode

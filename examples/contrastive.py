@@ -20,7 +20,8 @@ class Contrastive(ExampleDiffusionTrainer):
         out = self.model_convert_fn(model_fn(xt, batch.t, batch.label), batch.t, xt, coefs)
         target = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs)
         v, u = (getattr(prediction, self.config.target_type) for prediction in (out, target))
-        return utils.image_square_error(v, u) - 0.05 * utils.image_square_error(v, u.roll(1, 0))
+        sq_err = utils.image_square_error(v, u) - 0.05 * utils.image_square_error(v, u.roll(1, 0))
+        return self.loss_weight(coefs) * sq_err
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 import utils
+from config import only
 from processes import PROCESSES, GaussianProcess
 from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
@@ -49,6 +50,7 @@ class Edm(Plain):
 
     def table_1(self, batch, model_fn):
         """lambda(sigma) |D(x0 + sigma x1; sigma) - x0|^2, (B,). c_in and c_noise are inside of the network."""
+        only(self.config, process_name='edm', model_type='F')
         sigma, std = utils.bcast_right(self.process.sigma(batch.t), batch.x0.ndim), self.config.sigma_data
         x = batch.x0 + sigma * batch.x1
         c_skip, c_out = std**2 / (sigma**2 + std**2), sigma * std / (sigma**2 + std**2).sqrt()

@@ -56,7 +56,7 @@ class ModelGuidance(ExampleDiffusionTrainer):
         with torch.no_grad():
             none = torch.full_like(batch.label, self.data.num_classes)
             target = target + (1 - 1 / W) * (predicted(batch.label) - predicted(none))  # whose fixed point is cfg's
-        return utils.image_square_error(predicted(batch.label), target)
+        return self.loss_weight(coefs) * utils.image_square_error(predicted(batch.label), target)
 
     def samplers(self):
         return {'unguided': partial(self.draw, solver='adams', nfe=20)}

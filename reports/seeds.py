@@ -1,64 +1,73 @@
-"""Runs that differ in their seed alone: their means, standard deviations, and which differences are more than these."""
+"""Runs that differ only in their seed: their means, standard deviations, and which differences are more than these."""
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from reports.page import PLACES, Run, aligned
 
-Group = Sequence[Run]  # runs that differ in their seed alone
+Group = Sequence[Run]  # runs that differ only in their seed
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs, those together that differ in their seed alone."""
+    """The runs, those together that differ only in their seed. Two runs of the same seed are never together."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        named = f'_seed={run.config.get("seed")}'  # a setting may hold the folder of another run of the same seed
         settings = {name: value for name, value in run.config.items() if name not in (*PLACES, 'seed')}
         start = (run.starts[-1:] or [{}])[0]
-        told = [settings, start.get('trainer'), start.get('script')]
-        groups.setdefault(json.dumps(told, sort_keys=True, default=str).replace(named, ''), []).append(run)
+        key = json.dumps([settings, start.get('trainer'), start.get('script')], sort_keys=True, default=str)
+        key = re.sub(r'(_seed=\d+)+', '', key)  # a setting may hold the folder of another run of the same seed
+        while run.config.get('seed') in [other.config.get('seed') for other in groups.get(key, [])]:
+            key += ' again'
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
-def cells(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Rows of [name, values of the seeds of each group] for a table: the mean and standard deviation of several."""
-    seeds = max((len(values) for _, *groups in rows for values in groups), default=1)
-    counts = [['seeds', *[len(values) for values in rows[0][1:]]]] if seeds > 1 and rows else []
+def cells(rows: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:
+    """Rows of [name, values of the seeds of each group] for a table: the mean and standard deviation of several.
+    `sizes`: the number of runs in each group."""
+    counts = [['seeds', *sizes]] if max(sizes, default=1) > 1 else []
     return counts + [[name, *map(mean_and_spread, groups)] for name, *groups in rows]
 
 
-def mean_and_spread(values: Sequence[float]) -> Any:
-    """As a cell: the value itself if there is one."""
-    if len(values) < 2:
+def mean_and_spread(values: Sequence[Any]) -> Any:
+    """As a cell: the value itself if all are equal. A record holds what is not finite as text."""
+    finite = [float(value) for value in values if math.isfinite(float(value))]
+    if len(finite) < len(values):
+        return f'{values[0]}' if len(values) == 1 else f'not finite in {len(values) - len(finite)} of {len(values)}'
+    if len(set(finite)) < 2:
         return values[0] if values else None
-    return f'{statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}'
+    return f'{statistics.fmean(finite):.4g} ± {statistics.stdev(finite):.2g}'
+
+
+def change(first: Sequence[Any], values: Sequence[Any]) -> str | None:
+    """How far the mean lies above that of `first`; 'none' if by no more than the standard deviations over the seeds of
+    both together. None where one has a single seed, or a value that is not finite."""
+    if min(len(first), len(values)) < 2 or not all(math.isfinite(float(value)) for value in [*first, *values]):
+        return None
+    difference = statistics.fmean(values) - statistics.fmean(first)
+    spread = math.hypot(statistics.stdev(first), statistics.stdev(values))
+    return 'none' if abs(difference) <= spread else f'{difference:+.3g}'
 
 
 def changes_of(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """For each name and group, how far the mean lies above that of the first group; 'none' if by no more than the
-    standard deviations over the seeds of both together, and empty where one has a single seed."""
-
-    def change(first: Sequence[float], values: Sequence[float]) -> Any:
-        if min(len(first), len(values)) < 2:
-            return None
-        change = statistics.fmean(values) - statistics.fmean(first)
-        spread = math.hypot(statistics.stdev(first), statistics.stdev(values))
-        return 'none' if abs(change) <= spread else f'{change:+.3g}'
-
+    """Rows of [name, `change` of each group but the first], of names for which there is one."""
     found = [[name, *[change(first, values) for values in others]] for name, first, *others in rows if name != 'step']
     return [row for row in found if any(cell is not None for cell in row[1:])]
 
 
 def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str:
-    """The table of `changes_of`, or what one seed cannot show."""
-    changes = changes_of(rows)
+    """The table of `changes_of`, or what single seeds cannot show."""
     if len(labels) < 2:
         return ''
+    changes = changes_of(rows)
     if not changes:
-        return '\none seed each: how much of a difference is chance is not known. Train with --seeds 3.'
-    return f'\ndifference from {labels[0]}; none: within the standard deviations over the seeds\n' + aligned(
-        [['', *labels[1:]], *changes]
-    )
+        return (
+            '\nNothing here was trained with several seeds, so how much of a difference is chance is not known. Train '
+            'with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
+        )
+    head = f'\ndifference from {labels[0]} (none: not more than the standard deviations over the seeds)\n'
+    return head + aligned([['', *labels[1:]], *changes])

@@ -33,7 +33,7 @@ class RunningMeans:
         self._keep((name, 0, True), total, count)
 
     def put(self, name: str, value: float) -> None:
-        """`value` alone, in place of what was added: for what has a value at a step, not a mean over steps."""
+        """`value` in place of what was added: for what has a value at a step, not a mean over steps."""
         self.sums.pop(name, None)
         self.waiting.pop((name, 0, True), None)
         self.add(name, value, 1)

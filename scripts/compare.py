@@ -2,7 +2,7 @@
 
 sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
 
-Runs that differ in their seed alone are one column: the mean, the standard deviation over the seeds, and a band around
+Runs that differ only in their seed are one column: the mean, the standard deviation over the seeds, and a band around
 the curves. A difference that is not larger than these standard deviations is printed as none.
 
 `side_by_side` trains them first: an idea next to what it claims to improve, as in examples/. There `--seeds 3` trains
@@ -53,11 +53,12 @@ def compare(options: Compare) -> None:
     if len({run.config.get('dataset') for run in runs}) > 1:
         print_once('warning: these runs are of different data sets, so that their numbers do not compare')
     groups = grouped(runs)
+    sizes = [len(group) for group in groups]
     first = [group[0] for group in groups]
     names = [folders[runs.index(run)] for run in first]
     labels = labels_of(first, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(first)]
-    print_once(page.aligned([['', *labels], *rows, *cells(numbers(groups))]))
+    print_once(page.aligned([['', *labels], *rows, *cells(numbers(groups), sizes)]))
     print_once(text_of_changes(numbers(groups), labels))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, groups, names, labels)
@@ -151,7 +152,8 @@ def show(folders: Sequence[Sequence[str]], names: Sequence[str], numbers: Sequen
     found = dict.fromkeys(name for runs in last for values in runs for name in values)
     shown = [name for name in found if any(fnmatch(name, pattern) for pattern in numbers)]
     rows = [[n.removeprefix('final/'), *[[f[n] for f in runs if f.get(n) is not None] for runs in last]] for n in shown]
-    print(f'\n{page.aligned([["", *names], *cells(rows)])}\n{text_of_changes(rows, names)}', flush=True)
+    table = page.aligned([['', *names], *cells(rows, [len(runs) for runs in groups])])
+    print(f'\n{table}\n{text_of_changes(rows, names)}', flush=True)
     path = Path(f'{folders[0][0].removesuffix(names[0])}compared.html')
     write_page(path, groups, names_of([several[0] for several in folders]), names)
     print(f'\n  page        {path}', flush=True)
@@ -163,7 +165,7 @@ def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels
     first, rows = [group[0] for group in groups], numbers(groups)
     sections = {
         'Settings that differ': page.table([['run', *names], *differences(first)], ['', *labels]),
-        'Numbers at the end': page.table(cells(rows), ['', *labels]),
+        'Numbers at the end': page.table(cells(rows, [len(group) for group in groups]), ['', *labels]),
         f'Differences from {labels[0]}': page.table(changes_of(rows), ['', *labels[1:]]) if changes_of(rows) else '',
         'Curves': page.row(plots),
         'Newest samples': ''.join(newest(run, label) for run, label in zip(first, labels, strict=True)),
@@ -228,7 +230,7 @@ def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: S
     curves, bands, metric = {}, {}, ''
     for group, label in zip(groups, labels, strict=True):
         for metric in group[0].names(patterns)[:1]:
-            values = [dict(zip(*run.curve(metric), strict=True)) for run in group]
+            values = [dict(zip(*run.curve(metric), strict=True)) for run in group]  # finite ones
             steps = [step for step in values[0] if all(step in others for others in values)]
             at = [[others[step] for others in values] for step in steps]
             curves[label] = steps, [statistics.fmean(v) for v in at]

@@ -18,6 +18,8 @@ from config import SettingError, choose
 from reports import page
 from runtime import command, files
 
+MEASURES = 2  # of how numbers are computed: a line of another version is not taken for the same result
+
 if TYPE_CHECKING:  # a `--help` need not wait for torch
     from evaluation.detectors import Detector
     from scripts.samples import Samples
@@ -133,7 +135,7 @@ class Evaluation:
             if few < 10:  # known before anything is drawn
                 raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
         made_by = dict(  # everything that a result depends on
-            step=run.step, weights=weights, weights_digest=digest_of(run.network),
+            measures=MEASURES, step=run.step, weights=weights, weights_digest=digest_of(run.network),
             solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
             time_grid=c.time_grid, guidance_scale=c.guidance_scale, guidance_interval=list(c.guidance_interval),
             guidance_rescale=c.guidance_rescale, num=o.num, seed=o.seed, bits=o.bits,

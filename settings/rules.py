@@ -43,7 +43,7 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
 
 
 def only(config: Any, **values: Any) -> None:
-    """For an experiment whose formulas hold for these values of settings alone: raise SettingError for others."""
+    """For an experiment whose formulas hold only for these values of settings: raise SettingError for others."""
     for name, value in values.items():
         choose(name, getattr(config, name), {value: value})
 

@@ -70,10 +70,10 @@ class Predict:
         self.levels: dict[float, Level] = {}
         self.taken: tuple[float, Tensor] | None = None
         self.reached: Reached | None = None
-        self.known: Prediction | None = None  # of the next call, which is made with it
+        self.known: Prediction | None = None  # for the next call, if it is at this very x
 
     def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
-        if self.known is not None:
+        if self.known is not None and self.known.xt is x:
             prediction, self.known = self.known, None
         else:
             prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)

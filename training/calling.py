@@ -196,8 +196,12 @@ class ParallelLoss:
         if ranks.world_size() > 1:
             device = example.x0.device
             # one of several modules need not take part in every step; a part of one module may not be used at all
+            buffers = [buffer for module in modules.values() for buffer in module.buffers()]
+            before = [buffer.clone() for buffer in buffers]
             with evaluating(modules):
                 unused = len(modules) > 1 or has_unused(modules, loss_fn(example))
+            for buffer, value in zip(buffers, before, strict=True):  # such as what a batch norm has learned meanwhile
+                buffer.copy_(value)
             self.losses = DistributedDataParallel(
                 self.losses,
                 # the local rank: the global one does not exist as a device on the second node

@@ -44,6 +44,7 @@ class Drawing:
         self.refuse_sde_solver(self.experiment.config.solver)
         _ = self.sample_fn
 
+    @in_eval_mode
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: Any) -> Tensor:
         """x0 (n, ...) by this solver; `settings` replace those of the config. Between two steps a stop request of any
         process ends it on all. Raises SettingError, Stopped."""
@@ -79,7 +80,8 @@ class Drawing:
     @property
     def has_score(self) -> bool:
         """Whether the network knows the score: x0 and x1 are independent, and x1 ~ N(0, I)."""
-        return self.experiment.independent and self.base_is_normal
+        are_paired = self.experiment.couple is not None or self.batches.train_loader.has_pairs
+        return self.experiment.independent and not are_paired and self.base_is_normal
 
     def default_solvers(self) -> list[str]:
         """The config's solver and, where the network knows the score, one of the other kind: ODE and SDE; the config's
@@ -89,8 +91,10 @@ class Drawing:
         return [own, other] if self.has_score and not self.ignores_solver else [own]
 
     @cached_property
+    @in_eval_mode
     def ignores_solver(self) -> bool:
-        """Whether a `draw` of the experiment's own gives the same samples whatever the solver."""
+        """Whether a `draw` of the experiment's own gives the same samples with every solver. All ranks find this out
+        together, before training, and agree."""
         if not self.experiment.overrides('draw'):
             return False
         drawn, model_fn = list[Tensor](), self.experiment.get_model_fn(self.experiment.weights()['raw'])
@@ -99,7 +103,7 @@ class Drawing:
                 inputs = self.experiment.sample_inputs(2)
                 utils.seed_everything(self.experiment.config.seed, 'first_drawing')
                 drawn.append(self.experiment.draw(model_fn, inputs, solver))
-        alike = torch.equal(*drawn)
+        alike = not ranks.any_rank(not torch.equal(*drawn))
         if alike:
             print_once(f'draw of {type(self.experiment).__name__} ignores the solver: its samples are drawn once')
         return alike
@@ -107,8 +111,8 @@ class Drawing:
     def refuse_sde_solver(self, solver: str) -> None:
         """Raise SettingError for an SDE solver where the network does not know the score."""
         if solver in SOLVERS and SOLVERS[solver].stochastic and not self.has_score:
-            why = f'x0 and x1 are not independent ({type(self.experiment).__name__}.independent is False)'
-            if self.experiment.independent:
+            why = f'x0 and x1 of {type(self.experiment).__name__} are not independent'
+            if self.experiment.independent and not self.base_is_normal:
                 why = f'sample_base of {type(self.experiment.process).__name__} is not N(0, I)'
             raise SettingError(
                 f'solver={solver!r} follows the score, which would be wrong: {why}. Use an ODE solver: --solver adams.'

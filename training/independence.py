@@ -7,6 +7,7 @@ from torch import Tensor
 import utils
 from config import SettingError
 from processes import GaussianProcess
+from runtime import ranks
 from runtime.ranks import print_once
 from training.batches import Batches
 from training.experiment import Experiment
@@ -23,12 +24,15 @@ def independence(experiment: Experiment, batches: Batches) -> bool:
     name = type(experiment).__name__
     if experiment.independent is not None and not experiment.independent:
         return False
-    seen = signs_of_dependence(experiment, batches)
+    found = signs_of_dependence(experiment, batches)
+    seen = ranks.on_main(lambda: found)  # one decision for all
     if seen and experiment.independent and not experiment.overrides('sample_inputs'):
         raise SettingError(
             f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
             'and SDE solvers would follow a wrong score. Set independent = False, or leave it out.'
         )
+    if seen and experiment.independent:  # samples start from where sample_inputs says
+        print_once(f'warning: {name}.independent is True, but {seen}. SDE solvers follow a wrong score.')
     if seen and experiment.independent is None:
         print_once(
             f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, as prepare_batch_fn '
@@ -36,13 +40,13 @@ def independence(experiment: Experiment, batches: Batches) -> bool:
             'this yourself.'
         )
         return False
-    found = experiment.couple is None and not batches.train_loader.has_pairs
-    if found and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
+    alone = experiment.couple is None and not batches.train_loader.has_pairs
+    if alone and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
         print_once(
             f"{name}.independent is True: x1 of the first images looks like the process's base, drawn independently of "
             'x0. Samples start from this base.'
         )
-    return found or bool(experiment.independent)
+    return alone or bool(experiment.independent)
 
 
 def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
@@ -83,8 +87,7 @@ def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
     for key, value in found.items():
         of_base = torch.tensor([base[key] for base in drawn], dtype=torch.float64)
         mean, spread = float(of_base.mean()), float(of_base.std())
-        is_less = key.startswith('how alike') and value < mean  # pairs of opposite draws are as good a base
-        if not is_less and not abs(value - mean) <= FAR * spread + 0.01 * max(1, abs(mean)):
+        if not abs(value - mean) <= FAR * spread + 0.01 * max(1, abs(mean)):
             return f'{key} of x1 is {value:.2f}, and {mean:.2f} of the base of {name}'
     return None
 
@@ -109,7 +112,7 @@ def summary(x1: Tensor) -> dict[str, float]:
     quantiles = unit.flatten()[: 2**16].quantile(levels).tolist()
     found |= {f'the {level:.0%} quantile': value for level, value in zip(levels.tolist(), quantiles, strict=True)}
     found['the spread of the lengths of images'] = float(lengths.std())
-    found['how alike two images are'] = float(products.clamp(min=0).square().mean())
+    found['how alike two images are'] = float(products.square().mean())
     found['how alike an image and the mean image are'] = float(unit.mean(0).square().mean()) * n
     if size > 1:
         found['how pixels go with the next'] = float((unit[:, 1:] * unit[:, :-1]).mean())

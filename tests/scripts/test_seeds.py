@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone are one row: mean, spread, and a difference within it is none."""
+"""Runs that differ only in their seed are one row: mean, spread, and a difference within it is none."""
 
 import dataclasses
 import json
@@ -75,7 +75,7 @@ def test_a_band_is_drawn_around_the_mean():
 def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
-    assert 'one seed each: how much of a difference is chance is not known. Train with --seeds 3.' in text
+    assert 'so how much of a difference is chance is not known. Train with --seed 1' in text
     assert 'seeds' not in re.findall(r'^\w+', text, re.M)
 
 
@@ -85,7 +85,7 @@ def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
     runs = [
         read(made(tmp_path, f'n{i}', [1.0], 1.0, **settings))
         for i, settings in enumerate([
-            dict(seed=0, init_from='ckpts/a_teacher'), dict(seed=1, init_from='ckpts/a_seed=1_teacher'),
+            dict(seed=4, init_from='a_seed=4_teacher'), dict(seed=5, init_from='a_seed=4_seed=5_teacher'),
             dict(seed=0, channels=16), dict(seed=1, channels=32), dict(seed=2, channels=16),
         ])
     ]  # fmt: skip
@@ -99,9 +99,27 @@ def test_differences_are_judged_by_both_spreads():
     assert changes_of(rows) == [['a', '+1.5'], ['b', '+1.4']]
     assert changes_of([['a', [1.0, 2.0], [1.9, 2.9]]]) == [['a', 'none']]
     assert changes_of([['a', [1.0, 2.0], [2.0, 3.0]]]) == [['a', 'none']]  # exactly as much
-    assert cells([['a', [1.0, 2.0], [3.0]]]) == [['seeds', 2, 1], ['a', '1.5 ± 0.71', 3.0]]
-    assert cells([['a', [1.0], []]]) == [['a', 1.0, None]]
-    assert text_of_changes(rows, ['x']) == ''
+    assert cells([['a', [1.0, 2.0], [3.0]]], [2, 1]) == [['seeds', 2, 1], ['a', '1.5 ± 0.71', 3.0]]
+    assert cells([['a', [1.0], []]], [1, 1]) == [['a', 1.0, None]]
+    assert cells([['step', [9, 9], []]], [2, 2]) == [['seeds', 2, 2], ['step', 9, None]]  # not 9 ± 0
+
+
+def test_a_seed_whose_numbers_are_not_finite_is_told_and_ends_nothing():
+    """The record holds them as text."""
+    rows = [['a', [1.0, 'nan', 2.0], [1.0, 2.0, 3.0]], ['b', [1.0, 2.0], [9.0, 9.5]], ['c', ['inf'], [1.0]]]
+    assert cells(rows, [3, 3])[1:] == [
+        ['a', 'not finite in 1 of 3', '2 ± 1'], ['b', '1.5 ± 0.71', '9.25 ± 0.35'], ['c', 'inf', 1.0],
+    ]  # fmt: skip
+    assert changes_of(rows) == [['b', '+7.75']]
+
+
+def test_two_runs_of_one_seed_are_two_columns(tmp_path):
+    """Such as before and after a change of the code."""
+    from reports.page import read
+
+    runs = [read(made(tmp_path, f'n{i}', [1.0], 1.0, seed=seed)) for i, seed in enumerate([0, 0, 1, 1])]
+    assert [[runs.index(run) for run in group] for group in grouped(runs)] == [[0, 2], [1, 3]]
+    assert text_of_changes([], ['x']) == ''
 
 
 @pytest.mark.parametrize(

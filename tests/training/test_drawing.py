@@ -220,6 +220,9 @@ def test_one_way_of_sampling_is_drawn_and_judged_once(tiny_config, build_trainer
 def test_whether_a_draw_obeys_is_found_out_on_one_process_alone(tiny_config, build_trainer, monkeypatch):
     """A hook of rank 0 may be the first to ask for the samplers: nobody else would answer."""
     trainer = build_trainer(tiny_config(), Obeying)
-    monkeypatch.setattr(stopping, 'agree', lambda code: pytest.fail('it talks to the other ranks'))
-    monkeypatch.setattr(ranks, 'world_size', lambda: 2)
-    assert not trainer.drawing.ignores_solver
+    monkeypatch.setattr(ranks.dist, 'all_reduce', lambda *_, **__: pytest.fail('it talks to the other ranks'))
+    monkeypatch.setattr(ranks.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(ranks.dist, 'get_world_size', lambda *_: 2)
+    monkeypatch.setattr(ranks.dist, 'get_rank', lambda *_: 0)
+    with ranks.alone():
+        assert not trainer.drawing.ignores_solver

@@ -12,6 +12,7 @@ from runtime import stopping
 from runtime.errors import Stopped
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer
+from training import calling
 from training.calling import evaluating
 
 
@@ -92,3 +93,23 @@ def test_modules_return_to_the_mode_that_each_had():
         assert not any(part.training for part in [*trained.modules(), *teacher.modules()])
         _ = 1 / 0
     assert all(part.training for part in trained.modules()) and not any(part.training for part in teacher.modules())
+
+
+def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, build_trainer, monkeypatch):
+    """On several processes the loss is tried once at each start: a batch norm would learn from it."""
+    trainer = build_trainer(tiny_config())
+    trainer.modules['network'] = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)).train()
+    before = {key: value.clone() for key, value in trainer.modules['network'].state_dict().items()}
+    model_fn = trainer.get_model_fn(trainer.modules['network'], train=True)
+    monkeypatch.setattr(calling.ranks, 'world_size', lambda: 2)
+    monkeypatch.setattr(calling, 'DistributedDataParallel', lambda module, **settings: settings)
+    monkeypatch.setattr(trainer.caller, 'call', lambda module, xt, *_: module(xt))
+
+    def loss_fn(batch):
+        return model_fn(batch.x0, batch.t, batch.label).square().mean(1)
+
+    made = calling.ParallelLoss(trainer.modules, loss_fn, trainer.example)
+    assert made.losses['find_unused_parameters'] is False
+    after = trainer.modules['network'].state_dict()
+    assert [key for key, value in before.items() if not after[key].equal(value)] == []
+    assert trainer.modules['network'].training
