@@ -71,7 +71,7 @@ class BaseDiffusionTrainer(OldNames):
         return ((x0 + 1) / 2).clamp(0, 1) if self.data.scale == 'image' else x0
 
     def sample_inputs(self, n: int) -> SampleInputs:
-        """What n samples start from, the same every time: noise and the classes in turn, or held-out data."""
+        """What n samples start from, the same every time: noise and classes (batches.as_in_data), or held-out data."""
         return self.batches.sample_inputs(n)
 
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: object) -> Tensor:
@@ -147,7 +147,7 @@ class BaseDiffusionTrainer(OldNames):
     def begin(self, read_from: str | None = None) -> None:
         """When all constructors are through: networks, then the run's last checkpoint, or `read_from`, only read."""
         self.setup_networks()
-        self.independent = independence(self, self.batches)
+        self.independent = independence(self, self.batches, is_new=read_from is None)
         self.drawing.check()
         self.parameters |= trained_parameters(self.modules, self.optimizers)
         self.step = self.checkpoints.restore(read_from)

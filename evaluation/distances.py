@@ -232,10 +232,15 @@ def describe(values: dict[str, float]) -> str:
 
 def cautions(values: dict[str, float]) -> list[str]:
     """Why numbers for samples mislead, one sentence each."""
-    far = values.get('frechet', 0) > 10 * values.get('real_frechet', torch.inf)
-    if far and values.get('recall', 1) < 0.1 < values.get('precision', 0):
+    precision, recall = values.get('precision', 0.0), values.get('recall', 0.0)
+    if not values.get('frechet', 0) > 10 * values.get('real_frechet', torch.inf):
+        return []
+    if recall < 0.1 < precision:
         text = 'recall is almost 0, so the samples lie in the wide neighbourhoods of a few unusual images, as noise may'
         return [f'precision means little here: {text}']
+    if precision < 0.1 < recall:
+        text = 'precision is almost 0, so the samples lie so far apart that their neighbourhoods hold the data'
+        return [f'recall means little here: {text}']
     return []
 
 

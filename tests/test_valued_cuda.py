@@ -11,6 +11,7 @@ import main
 from config import PRESETS, Config
 from evaluation import judge, reference
 from reports import pictures
+from scripts.samples import Samples
 from tests.helpers import TINY
 from tests.valued_cuda import CUDA, OnCuda, valued_cuda  # noqa: F401
 
@@ -57,3 +58,25 @@ def test_numbers_on_the_gpu_are_those_of_the_cpu(name, build, request):
         if not key.startswith(('train/images_per', 'train/memory', 'train/waiting', 'time')):
             assert here[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     assert np.isfinite(list(here.values())).all()
+
+
+def test_files_and_numbers_of_a_run_are_made_on_the_gpu(build, request):
+    """What generate.py and evaluate.py do, of a run that was trained before."""
+    config = build(experiment_name='run', num_training_steps=2, warmup_steps=1, final_eval=False).config
+    main.train(config, None)
+    folder = str(config.run_dir)
+
+    def made():
+        samples = Samples(folder, 'ema', 24, 0, to_judge=True)
+        x, inputs = samples.draw(range(5))
+        numbers = samples.numbers(samples.run.judge.detector, 8) | samples.losses(0)
+        del numbers['images_per_second']
+        return samples, x.tolist(), inputs.label.tolist(), numbers
+
+    _, x, label, numbers = made()
+    request.getfixturevalue('valued_cuda')
+    samples, x_there, label_there, numbers_there = made()
+    assert samples.run.device == CUDA and label_there == label
+    np.testing.assert_allclose(np.array(x_there), np.array(x), atol=1e-4)
+    assert numbers_there.keys() == numbers.keys()
+    assert numbers_there == {key: pytest.approx(value, rel=1e-2, abs=1e-4) for key, value in numbers.items()}

@@ -18,23 +18,25 @@ BASES = 16  # draws of the base that show how far a draw of it may be from other
 FAR = 8.0  # of their standard deviations
 
 
-def independence(experiment: Experiment, batches: Batches) -> bool:
+def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool:
     """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
-    Prints what it finds. Raises SettingError if the experiment says so and its images show that it is not."""
+    Prints what it finds, unless the run `is_new` no more. Raises SettingError if the experiment says so and its images
+    show that it is not."""
     name = type(experiment).__name__
     if experiment.independent is not None and not experiment.independent:
         return False
     found = signs_of_dependence(experiment, batches)
     seen = ranks.on_main(lambda: found)  # one decision for all
+    say = print_once if is_new else lambda text: None
     if seen and experiment.independent and not experiment.overrides('sample_inputs'):
         raise SettingError(
             f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
             'and SDE solvers would follow a wrong score. Set independent = False, or leave it out.'
         )
     if seen and experiment.independent:  # samples start from where sample_inputs says
-        print_once(f'warning: {name}.independent is True, but {seen}. SDE solvers follow a wrong score.')
+        say(f'warning: {name}.independent is True, but {seen}. SDE solvers follow a wrong score.')
     if seen and experiment.independent is None:
-        print_once(
+        say(
             f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, as prepare_batch_fn '
             'gives it, and there are no SDE samples and no eval/reference. Set `independent` in the class to decide '
             'this yourself.'
@@ -42,7 +44,7 @@ def independence(experiment: Experiment, batches: Batches) -> bool:
         return False
     alone = experiment.couple is None and not batches.train_loader.has_pairs
     if alone and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
-        print_once(
+        say(
             f"{name}.independent is True: x1 of the first images looks like the process's base, drawn independently of "
             'x0. Samples start from this base.'
         )

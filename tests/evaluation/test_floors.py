@@ -215,6 +215,8 @@ def test_a_caution_where_precision_misleads():
     )
     assert 'as many real ones: 0.16 (standard deviation 0.01 over 20 draws)' in describe(noise)
     assert 'real_frechet_std' not in describe(noise)
+    (wide,) = cautions(noise | dict(precision=0.0, recall=0.79))
+    assert wide.startswith('recall means little here: precision is almost 0')
 
 
 def test_a_caution_where_samples_have_other_classes_than_the_data():
