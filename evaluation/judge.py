@@ -87,7 +87,9 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         if not self.drawing.has_score:
-            print_once('eval/reference is left out: it is a loss of denoising, and x1 is not independent noise here')
+            print_once(
+                'eval/reference is left out: it is a loss of denoising, and x1 is not independent noise N(0, I) here'
+            )
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         index = torch.arange(len(example.t), device=self.experiment.device)

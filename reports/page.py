@@ -44,10 +44,10 @@ CURVES: dict[str, tuple[str, ...]] = {
     'share of time waiting for data': ('train/waiting',),
 }
 GAUSSIAN, LINEAR = 'eval/reference_gaussian', ('images per second', 'share of time waiting for data', 'learning rate')
-# Of a table of evaluations.
-COLUMNS = (
-    'weights solver nfe guidance_scale num detector label_agreement frechet real_frechet wasserstein real_wasserstein '
-    'kid precision recall density coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
+COLUMNS = (  # of a table of evaluations
+    'weights solver time_grid nfe guidance_scale num seed detector label_agreement frechet real_frechet '
+    'real_frechet_std wasserstein real_wasserstein real_wasserstein_std kid precision recall density coverage '
+    'nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
 ).split()
 PLACES = ('experiment_name', 'ckpt_dir')  # settings that tell where a run is, not what it does
 STARTED = ('time', 'command', 'commit', 'host', 'device', 'processes', 'trainer')

@@ -53,9 +53,14 @@ def change(first: Sequence[Any], values: Sequence[Any]) -> str | None:
     return 'none' if abs(difference) <= spread else f'{difference:+.3g}'
 
 
+def compares(name: str) -> bool:
+    """Whether this number tells how good a run is: not its step, a floor, or a standard deviation."""
+    return name != 'step' and not name.endswith('_std') and '/real_' not in name
+
+
 def changes_of(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """Rows of [name, `change` of each group but the first], of names for which there is one."""
-    found = [[name, *[change(first, values) for values in others]] for name, first, *others in rows if name != 'step']
+    found = [[name, *[change(first, values) for values in others]] for name, first, *others in rows if compares(name)]
     return [row for row in found if any(cell is not None for cell in row[1:])]
 
 

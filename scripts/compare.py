@@ -166,7 +166,11 @@ def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels
     sections = {
         'Settings that differ': page.table([['run', *names], *differences(first)], ['', *labels]),
         'Numbers at the end': page.table(cells(rows, [len(group) for group in groups]), ['', *labels]),
-        f'Differences from {labels[0]}': page.table(changes_of(rows), ['', *labels[1:]]) if changes_of(rows) else '',
+        f'Differences from {labels[0]} (none: not more than the standard deviations of both together)': page.table(
+            changes_of(rows), ['', *labels[1:]]
+        )
+        if changes_of(rows)
+        else '',
         'Curves': page.row(plots),
         'Newest samples': ''.join(newest(run, label) for run, label in zip(first, labels, strict=True)),
     }
@@ -209,10 +213,13 @@ def numbers(groups: Sequence[Group]) -> list[list]:
     return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
 
 
+EVALUATED = ('detector', 'weights', 'solver', 'time_grid', 'nfe', 'guidance_scale', 'num', 'seed')
+
+
 def numbers_of(run: page.Run) -> dict[str, float]:
     values = {'step': run.step} | run.final()
     for line in run.evaluations:
-        kind = ' '.join(str(line.get(k)) for k in ('detector', 'weights', 'solver', 'nfe', 'guidance_scale', 'num'))
+        kind = ' '.join(str(line.get(k)) for k in EVALUATED)
         values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
     return values
 

@@ -45,7 +45,9 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
 def only(config: Any, **values: Any) -> None:
     """For an experiment whose formulas hold only for these values of settings: raise SettingError for others."""
     for name, value in values.items():
-        choose(name, getattr(config, name), {value: value})
+        if (given := getattr(config, name)) != value:
+            text = f'{name}={given!r}: the formulas of this experiment hold only for {name}={value!r}'
+            raise SettingError(f'{text}. Leave out --{name}.')
 
 
 def nearest(value: int, choices: Collection[int]) -> str:

@@ -183,6 +183,12 @@ def scale_warning(x0: Tensor, sigma_data: float) -> str | None:
     if low == high:
         return f'x0 of the first {len(x0)} images is {low:.4g} everywhere. Look at the data, and at encode.'
     std = float(finite.double().std())
+    if std < sigma_data / 5:
+        return (
+            f'{numbers}, standard deviation {std:.3g}. The defaults are made for about sigma_data={sigma_data:g}, and '
+            'samples of such data are mostly noise. Check that images use their whole range of values, override '
+            f'encode and decode, or set --sigma_data {std:.3g}.'
+        )
     as_assumed = 0.8 < std / sigma_data < 1.25 and abs(float(finite.mean())) < sigma_data and high - low < 20 * std
     if (low < -1.5 or high > 1.5) and not as_assumed:
         return (

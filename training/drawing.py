@@ -111,7 +111,8 @@ class Drawing:
     def refuse_sde_solver(self, solver: str) -> None:
         """Raise SettingError for an SDE solver where the network does not know the score."""
         if solver in SOLVERS and SOLVERS[solver].stochastic and not self.has_score:
-            why = f'x0 and x1 of {type(self.experiment).__name__} are not independent'
+            why = 'x0 and x1 are not independent, or x1 is not N(0, I) '
+            why += f'({type(self.experiment).__name__}.independent is {self.experiment.independent})'
             if self.experiment.independent and not self.base_is_normal:
                 why = f'sample_base of {type(self.experiment.process).__name__} is not N(0, I)'
             raise SettingError(

@@ -13,8 +13,8 @@ from training.batches import Batches
 from training.experiment import Experiment
 
 ENOUGH_VALUES, MOST_DRAWS = 2**14, 32  # of x1, that are looked at; each draw is of up to 64 images
-MOST_VALUES = 2**18  # of which a summary is made
-BASES = 16  # draws of the base that show how far a draw of it may be from others
+MOST_VALUES = 2**16  # of which a summary is made
+BASES = 12  # draws of the base that show how far a draw of it may be from others
 FAR = 8.0  # of their standard deviations
 
 
@@ -31,10 +31,12 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
     if seen and experiment.independent and not experiment.overrides('sample_inputs'):
         raise SettingError(
             f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
-            'and SDE solvers would follow a wrong score. Set independent = False, or leave it out.'
+            'and SDE solvers would follow a wrong score. Set independent = False, or leave it out; or draw this base '
+            'in the sample_base of a process.'
         )
     if seen and experiment.independent:  # samples start from where sample_inputs says
-        say(f'warning: {name}.independent is True, but {seen}. SDE solvers follow a wrong score.')
+        say(f'warning: {name}.independent is True, but {seen}. There are no SDE samples and no eval/reference.')
+        return False
     if seen and experiment.independent is None:
         say(
             f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, as prepare_batch_fn '

@@ -603,7 +603,7 @@ def test_the_target_of_model_guidance_is_guided_towards_the_label(build):
 def test_formulas_of_a_velocity_refuse_other_settings_before_the_first_step(build, name, class_name, settings):
     ((setting, value),) = settings.items()
     trainer, _ = build(name, class_name, **settings)
-    with pytest.raises(SettingError, match=f'{setting}={value!r} is not a choice'):
+    with pytest.raises(SettingError, match=f'{setting}={value!r}: the formulas of this experiment hold only for'):
         trainer.judge.rehearse()
 
 

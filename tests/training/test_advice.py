@@ -259,6 +259,8 @@ def test_the_learning_rate_of_muon_is_too_high_for_adamw():
     [
         (torch.linspace(-1, 1, 64), 0.5, None),
         (torch.arange(64), 0.5, None),  # symbols have no scale
+        (torch.linspace(-1, -0.87, 64), 0.5, r'standard deviation 0\.03.*whole range of values.*--sigma_data 0\.03'),
+        (torch.linspace(-0.1, 0.1, 64), 0.06, None),  # as sigma_data says
         (torch.linspace(0, 255, 64), 0.5, r'lies in \[0, 255\].*--sigma_data 75'),
         (torch.linspace(-3, 3, 64), 1.75, None),  # as sigma_data says
         (torch.full((64,), 0.3), 0.5, r'is 0\.3 everywhere'),

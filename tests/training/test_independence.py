@@ -80,12 +80,14 @@ def test_independence_that_a_class_claims_wrongly_is_refused(tiny_config, build_
         build_trainer(tiny_config(), Claimed)
 
 
-def test_a_claim_is_taken_where_the_experiment_gives_its_own_inputs(tiny_config, build_trainer):
+def test_a_claim_is_warned_of_where_the_experiment_gives_its_own_inputs(tiny_config, build_trainer, capsys):
     class Own(Claimed):
         def sample_inputs(self, n):
             return SampleInputs(torch.zeros(n, 1, 8, 8))
 
-    assert build_trainer(tiny_config(), Own).independent
+    trainer = build_trainer(tiny_config(), Own)
+    assert not trainer.independent and list(trainer.samplers()) == ['adams']  # the score is not known
+    assert 'Own.independent is True, but x1 goes with x0' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the distribution of x1
