@@ -206,10 +206,10 @@ def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None 
 # name of a number -> the line that a run prints
 SENTENCES = {
     'label_agreement': 'a classifier of real images sees the requested label in {:.1%}',
-    'frechet': 'Frechet distance to the training data: {:.4g}',
-    'real_frechet': 'the same distance of as many real ones: {:.4g}',
+    'frechet': 'Frechet distance to the training images: {:.4g}',
+    'real_frechet': 'the same distance of as many real images: {:.4g}',
     'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',
-    'real_wasserstein': 'the same distance of as many real ones: {:.4g}',
+    'real_wasserstein': 'the same distance of as many real points: {:.4g}',
     'precision': 'samples that look like data (precision): {:.1%}',
     'recall': 'data that look like samples (recall): {:.1%}',
     'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',

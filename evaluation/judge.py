@@ -87,9 +87,7 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         if not self.drawing.has_score:
-            print_once(
-                'eval/reference is left out: it is a loss of denoising, and x1 is not independent noise N(0, I) here'
-            )
+            print_once('eval/reference is left out: it is a loss of denoising, and x1 is not independent N(0, I) noise')
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         index = torch.arange(len(example.t), device=self.experiment.device)
@@ -255,9 +253,8 @@ class Judge:
         from evaluation.distances import compare, frequencies_caution
 
         def joined(parts: list[Tensor]) -> Tensor | None:
-            return (
-                None if ranks.any_rank(len(parts) < len(looked.features)) else ranks.gather_items(torch.cat(parts), n)
-            )
+            some_lack = ranks.any_rank(len(parts) < len(looked.features))
+            return None if some_lack else ranks.gather_items(torch.cat(parts), n)
 
         features, wanted, recognised = map(joined, (looked.features, looked.classes, looked.recognised))
         assert features is not None

@@ -213,7 +213,7 @@ def test_a_caution_where_precision_misleads():
     assert (
         cautions(noise | dict(recall=0.5)) == cautions(noise | dict(frechet=0.2)) == cautions(dict(precision=1.0)) == []
     )
-    assert 'as many real ones: 0.16 (standard deviation 0.01 over 20 draws)' in describe(noise)
+    assert 'as many real images: 0.16 (standard deviation 0.01 over 20 draws)' in describe(noise)
     assert 'real_frechet_std' not in describe(noise)
     (wide,) = cautions(noise | dict(precision=0.0, recall=0.79))
     assert wide.startswith('recall means little here: precision is almost 0')
