@@ -81,7 +81,7 @@ def test_points_have_the_same_floor_by_wasserstein():
     assert abs(found['wasserstein'] - found['real_wasserstein']) < 4 * found['real_wasserstein_std']
     pairs = [[torch.from_numpy(TOY2D['moons'].draw(rng, 500, classes.numpy())[0]) for _ in range(2)] for _ in range(12)]
     exact = [wasserstein(a, b) for a, b in pairs]  # of two draws of 500 points with these classes
-    assert found['real_wasserstein'] == pytest.approx(np.mean(exact), rel=0.3)
+    assert found['real_wasserstein'] == pytest.approx(np.mean(exact), rel=0.12)
     assert 0 < found['real_wasserstein_std'] < 0.03
     far = compare(new.float() + 1, train.float(), held_out.float())
     assert far['wasserstein'] == pytest.approx(2**0.5, rel=0.05)
@@ -130,6 +130,7 @@ def test_classes_are_as_frequent_as_in_the_data_in_every_beginning():
     for n in (1, 7, 100, 333):
         assert in_proportion(data, n).tolist() == found[:n].tolist()
         assert (np.abs(np.bincount(found[:n], minlength=4) - n * np.array([100, 50, 0, 10]) / 160) < 1).all()
+    assert in_proportion(spec(0, 5, 5), 3).tolist() == [1, 2, 1]  # never one that has no items
     assert in_proportion(spec(5, 5, 5), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # equal ones in turn
     assert in_proportion(DataSpec(lambda config: (), num_classes=3), 4).tolist() == [0, 1, 2, 0]  # not known
 
