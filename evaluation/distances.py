@@ -54,7 +54,7 @@ class Moments:
         self.cov /= self.n - 1
 
     @cached_property
-    def root(self) -> Tensor:  # of the covariance, symmetric
+    def root(self) -> Tensor:  # the symmetric square root of the covariance
         values, vectors = torch.linalg.eigh(self.cov)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
 

@@ -288,7 +288,7 @@ class Judge:
 
     @cached_property
     def can_judge(self) -> bool:
-        """Whether the experiment has numbers of its own, or there are enough data: images, or few numbers each."""
+        """Whether the experiment has its own metrics, or its data are images or short vectors, and enough of them."""
         if self.experiment.overrides('sample_metrics'):
             return True
         from evaluation.detectors import MOST_PIXELS

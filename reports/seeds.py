@@ -54,7 +54,7 @@ def change(first: Sequence[Any], values: Sequence[Any]) -> str | None:
 
 
 def compares(name: str) -> bool:
-    """Whether this number tells how good a run is: not its step, a floor, or a standard deviation."""
+    """Whether this number says how good a run is. Its step, floors and standard deviations do not."""
     return name != 'step' and not name.endswith('_std') and '/real_' not in name
 
 
