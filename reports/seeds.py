@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from config import Config
 from reports.page import PLACES, Run, aligned
 
 Group = Sequence[Run]  # runs that differ only in their seed
@@ -20,10 +21,14 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
         start = (run.starts[-1:] or [{}])[0]
         key = json.dumps([settings, start.get('trainer'), start.get('script')], sort_keys=True, default=str)
         key = re.sub(r'(_seed=\d+)+', '', key)  # a setting may hold the folder of another run of the same seed
-        while run.config.get('seed') in [other.config.get('seed') for other in groups.get(key, [])]:
+        while seed_of(run) in map(seed_of, groups.get(key, [])):
             key += ' again'
         groups.setdefault(key, []).append(run)
     return list(groups.values())
+
+
+def seed_of(run: Run) -> Any:
+    return run.config.get('seed', Config.seed)
 
 
 def cells(rows: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:

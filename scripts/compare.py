@@ -219,7 +219,7 @@ EVALUATED = ('detector', 'weights', 'solver', 'time_grid', 'nfe', 'guidance_scal
 def numbers_of(run: page.Run) -> dict[str, float]:
     values = {'step': run.step} | run.final()
     for line in run.evaluations:
-        kind = ' '.join(str(line.get(k)) for k in EVALUATED)
+        kind = ' '.join(str(line[k]) for k in EVALUATED if line.get(k) is not None)
         values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
     return values
 

@@ -248,7 +248,8 @@ def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path
     (folders[1] / 'evaluation.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     compare(Compare(tuple(map(str, folders)), str(tmp_path / 'x.html')))
     out = capsys.readouterr().out
-    assert 'grad_clip_norm' in out and 'seed' not in out
+    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
+    assert 'grad_clip_norm' in rows and 'seed' not in rows and 'seeds' not in rows
     assert 'adams 0 1.0 10)' in out and 'adams 0 2.0 10)' in out and '0.25' in out and '0.5' in out
     text = (tmp_path / 'x.html').read_text()
     assert 'step_0000012' in text and 'step_0000006' not in text
