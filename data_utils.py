@@ -194,9 +194,7 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
     train_loader.about = '; '.join(filter(None, [counts, spec.skipped]))
     ranks.print_once(counts)
-    untrained = [
-        spec.classes[i] if spec.classes else i for i in range(spec.num_classes) if i not in spec.trained_classes
-    ]
+    untrained = [spec.classes[i] if spec.classes else i for i, number in enumerate(spec.counts) if not number]
     if untrained:
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(

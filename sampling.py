@@ -173,10 +173,10 @@ def sample(
 
     Starts from sigma(t_max) x1, or later if the output says nothing about x0 there (`Steps.start`). Takes exactly
     `num_steps` steps, each of `SOLVERS[solver].nfe` network evaluations; if `nfe` is not 0, as many steps as cost no
-    more than that. Every call of the network gets label and cond; the `s`
-    of a solver for networks of two times replaces a condition of that name. With `sampling_process`, another than the
-    one trained with, t_min and t_max are still times of `process`: its path covers the same log-SNRs, as far as it has
-    them. `sde_last_step` ends a stochastic solver, see LAST_STEPS. After step i, from 1, `callback(i, t, x)` is called.
+    more than that. Every call of the network gets label and cond; the `s` of a solver for networks of two times
+    replaces a condition of that name. With `sampling_process`, another than the one trained with, t_min and t_max are
+    still times of `process`: its path covers the same log-SNRs, as far as it has them. `sde_last_step` ends a
+    stochastic solver, see LAST_STEPS. After step i, from 1, `callback(i, t, x)` is called.
     Guidance by `guidance_scale` compares the network with itself without label and conditions: it gets `null_label`,
     the class that means 'no label', and from `null_cond` the value of each condition that means 'none' (a number, or a
     tensor of the shape of one item). Conditions that have none there, and labels that are not whole numbers, are the

@@ -179,7 +179,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def without_step(name: str) -> str:
     """`name` without the step_0000100_ that names of pictures have in front."""
-    return re.sub(r'^step_\d+_', '', name)
+    return re.sub(r'^step_\d{7,}_', '', name)
 
 
 def is_nearly_unit(x: Tensor) -> bool:

@@ -109,8 +109,22 @@ class Part:
 
     def classes(self, spec: DataSpec) -> Tensor | None:
         """All labels, (N,) int64 on the CPU; None without classes, or if only reading every item would tell."""
-        labels = getattr(self.items, 'labels', None) if self.arrays is None else self.arrays[1]
-        return None if labels is None or not spec.num_classes else torch.as_tensor(labels).to('cpu', torch.int64)
+        if not spec.num_classes:
+            return None
+        if self.arrays is not None:
+            return torch.as_tensor(self.arrays[1]).to('cpu', torch.int64)
+        try:  # `labels` of a Dataset of the user's may be anything
+            labels = torch.as_tensor(self.items.labels).cpu()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return None
+        whole = labels.long()
+        is_ours = (
+            whole.shape == (len(self),)
+            and whole.eq(labels).all()
+            and whole.min() >= 0
+            and whole.max() < spec.num_classes
+        )
+        return whole if is_ours else None
 
     @cached_property
     def has_pairs(self) -> bool:

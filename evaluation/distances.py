@@ -105,14 +105,15 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 def real_draws(n: int, size: int, of_data: Tensor | None, wanted: Tensor | None) -> Iterator[Tensor]:
     """Indices (n,) of training items, DRAWS times at random with replacement; with the classes `wanted` (n,), each as
     often, if those `of_data` (size,) are known too. A class that no training item has stands for all of them."""
+    of_classes = []
+    if of_data is not None and wanted is not None:
+        of_classes = [(wanted == i, (of_data == i).nonzero().flatten()) for i in wanted.unique()]
     for seed in range(DRAWS):
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randint(size, (n,), generator=draw)
-        if of_data is not None and wanted is not None:
-            for number in wanted.unique():
-                here, those = wanted == number, (of_data == number).nonzero().flatten()
-                if len(those):
-                    rows[here] = those[torch.randint(len(those), (int(here.sum()),), generator=draw)]
+        for here, those in of_classes:
+            if len(those):
+                rows[here] = those[torch.randint(len(those), (int(here.sum()),), generator=draw)]
         yield rows
 
 
@@ -179,7 +180,8 @@ def neighbourhoods(samples: Tensor, train: Tensor, is_standard: bool = True) -> 
 
     size, (one, two) = min(1000, len(samples), len(train)), (samples.double(), train.double())
     if not is_standard:
-        mean, std = two.mean(0), two.std().clamp(min=1e-12)
+        mean = two.mean(0)
+        std = (two - mean).std().clamp(min=1e-12)
         one, two = (one - mean) / std, (two - mean) / std
     kid = kid_features_to_metric(one, two, kid_subset_size=size, kid_subsets=100, verbose=False)
     prc = prc_features_to_metric(samples, train, prc_neighborhood=3, save_cpu_ram=True, verbose=False)

@@ -212,7 +212,7 @@ class Judge:
 
         weights, module = self.judged_weights()
         with self.batches.as_in_data():
-            inputs = self.experiment.sample_inputs(num_samples)
+            inputs = self.drawing.inputs(num_samples)
         print_once(f'drawing {num_samples} samples: {weights} weights, {name} ...')
         try:
             x = self.drawing.samples(self.experiment.samplers()[name], module, inputs)

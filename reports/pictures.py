@@ -61,7 +61,7 @@ class Gallery:
     @in_eval_mode
     def rehearse(self, step: int) -> None:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
-        inputs = self.experiment.sample_inputs(2)
+        inputs = self.drawing.inputs(2)
         weights, module = list(self.experiment.weights().items())[-1]  # the raw ones
         with self.record.apart(), self.drawing.within(num_steps=2, nfe=0), torch.no_grad():
             for name, sampler in self.experiment.samplers().items():
@@ -89,7 +89,7 @@ class Gallery:
         return logged
 
     def sample_grids(self) -> None:
-        inputs = self.experiment.sample_inputs(self.num_shown)
+        inputs = self.drawing.inputs(self.num_shown)
         for sampler_name, sampler, weights, module in self.drawing.samplers_and_weights():
             try:
                 x = self.drawing.samples(sampler, module, inputs)
@@ -110,7 +110,7 @@ class Gallery:
             return
         sampler_name, sampler, _, module = next(self.drawing.samplers_and_weights())
         most = 6 if self.kind == 'images' else 200
-        few = self.experiment.sample_inputs(min(most, self.config.global_batch_size // self.config.batch_shards))
+        few = self.drawing.inputs(min(most, self.config.global_batch_size // self.config.batch_shards))
         utils.seed_everything(self.config.seed, 'show_paths')
         try:
             with out_of_memory_on_any_rank():

@@ -9,6 +9,7 @@ from typing import Any
 
 from config import Config
 from reports.page import PLACES, Run, aligned
+from runtime.ranks import print_once
 
 Group = Sequence[Run]  # runs that differ only in their seed
 
@@ -17,10 +18,14 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs, those together that differ only in their seed. Two runs of the same seed are never together."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        settings = {name: value for name, value in run.config.items() if name not in (*PLACES, 'seed')}
+        settings = {
+            # a setting may hold the folder of another run of the same seed
+            name: value if name.startswith('data') else re.sub(r'(_seed=\d+)+', '', str(value))
+            for name, value in run.config.items()
+            if name not in (*PLACES, 'seed')
+        }
         start = (run.starts[-1:] or [{}])[0]
         key = json.dumps([settings, start.get('trainer'), start.get('script')], sort_keys=True, default=str)
-        key = re.sub(r'(_seed=\d+)+', '', key)  # a setting may hold the folder of another run of the same seed
         while seed_of(run) in map(seed_of, groups.get(key, [])):
             key += ' again'
         groups.setdefault(key, []).append(run)
@@ -34,8 +39,21 @@ def seed_of(run: Run) -> Any:
 def cells(rows: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:
     """Rows of [name, values of the seeds of each group] for a table: the mean and standard deviation of several.
     `sizes`: the number of runs in each group."""
-    counts = [['seeds', *sizes]] if max(sizes, default=1) > 1 else []
-    return counts + [[name, *map(mean_and_spread, groups)] for name, *groups in rows]
+    if max(sizes, default=1) == 1:
+        return [[name, *map(mean_and_spread, groups)] for name, *groups in rows]
+    found = []
+    for name, *groups in rows:
+        texts = [mean_and_spread(values) for values in groups]
+        found.append(
+            [
+                name,
+                *(
+                    f'{text} ({len(values)} of {size})' if 0 < len(values) < size else text
+                    for text, values, size in zip(texts, groups, sizes, strict=True)
+                ),
+            ]
+        )
+    return [['seeds', *sizes], *found]
 
 
 def mean_and_spread(values: Sequence[Any]) -> Any:
@@ -70,14 +88,20 @@ def changes_of(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 
 def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str:
-    """The table of `changes_of`, or what single seeds cannot show."""
+    """The table of `changes_of`, or what single seeds cannot show; and which seeds have not trained as long."""
+    for groups in [row[1:] for row in rows if row[0] == 'step']:
+        for label, steps in zip(labels, groups, strict=True):
+            if len(set(steps)) > 1:
+                print_once(
+                    f'warning: the seeds of {label} are at steps {min(steps)} to {max(steps)}: train them to the end'
+                )
     if len(labels) < 2:
         return ''
     changes = changes_of(rows)
     if not changes:
         return (
-            '\nNothing here was trained with several seeds, so how much of a difference is chance is not known. Train '
-            'with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
+            f'\n{labels[0]} or all others have one seed, so how much of a difference is chance is not known. '
+            'Train with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
         )
     head = f'\ndifference from {labels[0]} (none: not more than the standard deviations over the seeds)\n'
     return head + aligned([['', *labels[1:]], *changes])

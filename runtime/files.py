@@ -7,6 +7,7 @@ import os
 import pickle
 import secrets
 import shutil
+import struct
 import time
 import zipfile
 import zlib
@@ -18,9 +19,10 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What torch.load raises for a file that is damaged, cut off, or none of its own.
+# What torch.load raises for a file that is damaged, cut off, or of another program.
 LOAD_ERRORS = (
-    zipfile.BadZipFile, zlib.error, pickle.PickleError, EOFError, OSError, RuntimeError, LookupError, ValueError,
+    zipfile.BadZipFile, zlib.error, pickle.PickleError, struct.error, EOFError, OSError, RuntimeError, LookupError,
+    ValueError, TypeError, AttributeError, AssertionError,
 )  # fmt: skip
 
 

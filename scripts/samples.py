@@ -55,7 +55,7 @@ class Samples:
     def own_inputs(self) -> SampleInputs:
         """Inputs of all samples, of an experiment with a sample_inputs of its own."""
         with self.as_in_data():
-            return self.run.sample_inputs(self.num)
+            return self.run.drawing.inputs(self.num)
 
     def inputs(self, indices: Sequence[int]) -> SampleInputs:
         """What the samples of these indices start from."""

@@ -52,17 +52,19 @@ class Steps:
         return grids[self.grid](path, ends[0], ends[1], n).tolist()
 
     def start(self, process: GaussianProcess, model_type: str) -> float:
-        """t_max; or an earlier time, where an error of the output is an error of what the solver reads that is at most
-        LARGEST_ERROR times as large, each in units of its own size.
+        """t_max, or an earlier time. At the start, an error of the output, relative to its size, may become an error of
+        what the solver reads that is at most LARGEST_ERROR times as large, relative to its size.
 
         Nearer to noise the output says nothing about x0: where alpha falls like (1 - t)^2, so does the velocity. But
         there the sample is noise and next to nothing of x0, at most MOST_DATA.
         """
-        reads = 'x0' if hasattr(SOLVERS[self.solver].step, 'given') else 'velocity'  # a multistep method reads x0, or v
+        reads = SOLVERS[self.solver].reads
+        if not reads:
+            return self.t_max
         t = torch.linspace(self.t_min, self.t_max, 1025, dtype=torch.float64)[1:]
         coefs = process(t)
 
-        def size(name: str) -> torch.Tensor:  # root mean square, at half of the times less than this
+        def size(name: str) -> torch.Tensor:  # the median over times of the root mean square
             a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
             return ((a**2 * coefs.sigma_data**2 + b**2) * torch.ones_like(t)).sqrt().median()
 

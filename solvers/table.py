@@ -82,6 +82,7 @@ class Solver:
     memory: int = 0  # earlier predictions that a step looks back at
     few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
     few_steps: int = 10  # with so few, extrapolation by polynomials is unreliable
+    reads: str = ''  # what steps take from a prediction: velocity, or x0; '': unknown, then they never start late
 
     def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
         """The step and the table of time grids for a path of n steps.
@@ -99,17 +100,17 @@ ddim = Multistep(exponential, 'x0', order=1)
 # name -> Solver of a step (x, t, s, predict, noise) -> x at s < t. `memory` predictions are kept for the step, which
 # makes one more.
 SOLVERS: dict[str, Solver] = {
-    'euler': Solver(euler, nfe=1, order=1),
-    'heun': Solver(heun, nfe=2, order=2),
-    'midpoint': Solver(midpoint, nfe=2, order=2),
-    'rk4': Solver(rk4, nfe=4, order=4),
-    'dopri5': Solver(dopri5, nfe=None, order=5),
-    'ddim': Solver(ddim, nfe=1, order=1),
+    'euler': Solver(euler, nfe=1, order=1, reads='velocity'),
+    'heun': Solver(heun, nfe=2, order=2, reads='velocity'),
+    'midpoint': Solver(midpoint, nfe=2, order=2, reads='velocity'),
+    'rk4': Solver(rk4, nfe=4, order=4, reads='velocity'),
+    'dopri5': Solver(dopri5, nfe=None, order=5, reads='velocity'),
+    'ddim': Solver(ddim, nfe=1, order=1, reads='x0'),
     # Lu et al. 2022b, algorithm 2 with exact integrals, and its third order
-    'dpmpp_2m': Solver(Multistep(exponential, 'x0', order=2), nfe=1, order=2, memory=1),
-    'dpmpp_3m': Solver(Multistep(exponential, 'x0', order=3), nfe=1, order=3, memory=2),
+    'dpmpp_2m': Solver(Multistep(exponential, 'x0', order=2), nfe=1, order=2, memory=1, reads='x0'),
+    'dpmpp_3m': Solver(Multistep(exponential, 'x0', order=3), nfe=1, order=3, memory=2, reads='x0'),
     # Zhao et al. 2023, p = 3 with exact integrals
-    'unipc': Solver(Multistep(exponential, 'x0', order=3, corrector=4), nfe=1, order=4, memory=3),
+    'unipc': Solver(Multistep(exponential, 'x0', order=3, corrector=4), nfe=1, order=4, memory=3, reads='x0'),
     # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
     'adams': Solver(
         Multistep(angular, 'v', order=4, corrector=5, taper=True),
@@ -117,11 +118,17 @@ SOLVERS: dict[str, Solver] = {
         order=5,
         memory=4,
         few=Multistep(gaussian, 'x0', order=3, corrector=3),
+        reads='x0',  # or v, which is as well-conditioned
     ),
-    'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True),
+    'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True, reads='velocity'),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for noise other than natural
     'sde_dpmpp_2m': Solver(
-        Multistep(exponential, 'x0', order=2, stochastic=True), nfe=1, order=2, stochastic=True, memory=1
+        Multistep(exponential, 'x0', order=2, stochastic=True),
+        nfe=1,
+        order=2,
+        stochastic=True,
+        memory=1,
+        reads='x0',
     ),
 }
 

@@ -290,8 +290,11 @@ def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
         record.log('step_0000100_adams_raw/ink', 1.0)
         record.log('step_0000200_adams_raw/ink', 3.0)
         record.log('my_step_3_name', 5.0)
+        record.log('step_1_error', 1.0)  # names of an experiment, such as errors of a model of few steps
+        record.log('step_4_error', 3.0)
         values = record.summary(0, None)
     assert values['adams_raw/ink'] == 2.0 and values['my_step_3_name'] == 5.0
+    assert (values['step_1_error'], values['step_4_error']) == (1.0, 3.0)
 
 
 def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):

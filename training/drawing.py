@@ -39,6 +39,11 @@ class Drawing:
         num_classes = experiment.data.num_classes
         return get_sample_fn(experiment.config, experiment.process, num_classes, experiment.null_cond)
 
+    def inputs(self, n: int) -> SampleInputs:
+        """What n samples start from: the same on every rank and every time, also if the experiment's own hook draws."""
+        utils.seed_everything(self.experiment.config.seed, 'sample_inputs')
+        return self.experiment.sample_inputs(n)
+
     def check(self) -> None:
         """Raise SettingError for settings of sampling that cannot work."""
         self.refuse_sde_solver(self.experiment.config.solver)
@@ -80,15 +85,22 @@ class Drawing:
     @property
     def has_score(self) -> bool:
         """Whether the network knows the score: x0 and x1 are independent, and x1 ~ N(0, I)."""
-        are_paired = self.experiment.couple is not None or self.batches.train_loader.has_pairs
-        return self.experiment.independent and not are_paired and self.base_is_normal
+        return self.experiment.independent and not self.are_paired and self.base_is_normal
+
+    @property
+    def are_paired(self) -> bool:
+        return self.experiment.couple is not None or self.batches.train_loader.has_pairs
 
     def default_solvers(self) -> list[str]:
         """The config's solver and, where the network knows the score, one of the other kind: ODE and SDE; the config's
         alone if both give the same samples."""
-        own = self.experiment.config.solver
-        other = 'adams' if SOLVERS[own].stochastic else 'sde_dpmpp_2m'
+        own, other = self.own_and_other
         return [own, other] if self.has_score and not self.ignores_solver else [own]
+
+    @property
+    def own_and_other(self) -> tuple[str, str]:
+        own = self.experiment.config.solver
+        return own, 'adams' if SOLVERS[own].stochastic else 'sde_dpmpp_2m'
 
     @cached_property
     @in_eval_mode
@@ -99,8 +111,8 @@ class Drawing:
             return False
         drawn, model_fn = list[Tensor](), self.experiment.get_model_fn(self.experiment.weights()['raw'])
         with ranks.alone(), torch.no_grad(), self.within(num_steps=2, nfe=0):
-            for solver in ('adams', 'sde_dpmpp_2m'):
-                inputs = self.experiment.sample_inputs(2)
+            for solver in self.own_and_other:
+                inputs = self.inputs(2)
                 utils.seed_everything(self.experiment.config.seed, 'first_drawing')
                 drawn.append(self.experiment.draw(model_fn, inputs, solver))
         alike = not ranks.any_rank(not torch.equal(*drawn))
@@ -111,9 +123,11 @@ class Drawing:
     def refuse_sde_solver(self, solver: str) -> None:
         """Raise SettingError for an SDE solver where the network does not know the score."""
         if solver in SOLVERS and SOLVERS[solver].stochastic and not self.has_score:
-            why = 'x0 and x1 are not independent, or x1 is not N(0, I) '
-            why += f'({type(self.experiment).__name__}.independent is {self.experiment.independent})'
-            if self.experiment.independent and not self.base_is_normal:
+            name = type(self.experiment).__name__
+            why = f'x0 and x1 are not independent, or x1 is not N(0, I) ({name}.independent is False)'
+            if self.are_paired:
+                why = f'{"`couple`" if self.experiment.couple is not None else "the data set"} pairs x0 and x1'
+            elif self.experiment.independent:
                 why = f'sample_base of {type(self.experiment.process).__name__} is not N(0, I)'
             raise SettingError(
                 f'solver={solver!r} follows the score, which would be wrong: {why}. Use an ODE solver: --solver adams.'

@@ -12,15 +12,15 @@ from runtime.ranks import print_once
 from training.batches import Batches
 from training.experiment import Experiment
 
-ENOUGH_VALUES, MOST_DRAWS = 2**14, 32  # of x1, that are looked at; each draw is of up to 64 images
-MOST_VALUES = 2**16  # of which a summary is made
-BASES = 12  # draws of the base that show how far a draw of it may be from others
-FAR = 8.0  # of their standard deviations
+ENOUGH_VALUES, MOST_DRAWS = 2**16, 16  # of x1, that are looked at; each draw is of up to 64 images
+MOST_VALUES = 2**17  # of x1, that a summary is made of
+BASES = 32  # draws of the base, which show how much its summaries differ by chance
+FAR = 8.0  # a difference of more standard deviations than this is not by chance
 
 
 def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool:
     """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
-    Prints what it finds, unless the run `is_new` no more. Raises SettingError if the experiment says so and its images
+    Prints what it finds if the run `is_new`. Raises SettingError if the experiment says so and its images
     show that it is not."""
     name = type(experiment).__name__
     if experiment.independent is not None and not experiment.independent:
@@ -45,6 +45,8 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
         )
         return False
     alone = experiment.couple is None and not batches.train_loader.has_pairs
+    if not alone and experiment.independent is None:
+        say(f'{name}.independent is False: x0 and x1 are paired, so samples start from x1 of held-out data.')
     if alone and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
         say(
             f"{name}.independent is True: x1 of the first images looks like the process's base, drawn independently of "
@@ -65,7 +67,7 @@ def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
     products = (first * second).sum(1)  # (n,), of mean 0 if the two are independent
     if products.mean() > 5 * products.std() / len(products) ** 0.5:
         correlation = float(products.sum() / (first.norm() * second.norm()))
-        return f'x1 goes with x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
+        return f'x1 depends on x0 (two draws of x1 for the same images correlate by {correlation:.2f})'
     if experiment.overrides('prepare_batch_fn') or experiment.couple is not None or batches.train_loader.has_pairs:
         wanted = min(MOST_DRAWS, -(-ENOUGH_VALUES // x1.numel()))
         draws = [x1, second_x1, *(batches.draw_example(f'again {i}').x1 for i in range(wanted - 2))]
@@ -77,15 +79,18 @@ def base_is_normal(process: GaussianProcess, x0: Tensor) -> bool:
     """Whether the base of the process is N(0, I), as the score needs, for data like x0 (n, ...)."""
     if type(process).sample_base is GaussianProcess.sample_base:
         return True
-    utils.seed_everything(0, 'base')
     like, n = torch.zeros_like(x0[:1], dtype=torch.float32), max(16, min(512, ENOUGH_VALUES // x0[0].numel()))
-    drawn = torch.cat([process.sample_base(like) for _ in range(n)])  # one by one: draws of a batch may be opposites
-    return unlike_base(drawn, GaussianProcess(), 'N(0, I)') is None
+    with torch.random.fork_rng():  # whoever asks goes on with numbers of its own
+        utils.seed_everything(0, 'base')
+        drawn = torch.cat(
+            [process.sample_base(like) for _ in range(n)]
+        )  # one by one: those of a batch may be opposites
+        return unlike_base(drawn, GaussianProcess(), 'N(0, I)') is None
 
 
 def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
-    """Why x1 (n, ...) are no draws from the base of the process, called `name`: a number of `summary` that is farther
-    from that of draws of the base than these ever are from each other. None if there is none."""
+    """Why x1 (n, ...) are not draws from the base of the process, called `name`: a number of `summary` that is farther
+    from those of draws of the base than chance explains. None if there is none."""
     x1 = x1[: max(4, MOST_VALUES // x1[0].numel())]
     found, drawn = summary(x1), [summary(process.sample_base(x1)) for _ in range(BASES)]
     for key, value in found.items():
@@ -98,7 +103,7 @@ def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
 
 def summary(x1: Tensor) -> dict[str, float]:
     """What tells distributions of rows x1 (n, ...) apart: moments and quantiles of all values, and of the lengths of
-    rows; how rows, neighbours in a row, and the entries of rows go together."""
+    rows; correlations of rows, of neighbours in a row, and of the entries of rows."""
     x = x1.detach().flatten(1).cpu().double()[:, :MOST_VALUES]
     n, size = x.shape
     mean, std = float(x.mean()), float(x.std())
@@ -115,10 +120,12 @@ def summary(x1: Tensor) -> dict[str, float]:
     levels = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], dtype=torch.float64)
     quantiles = unit.flatten()[: 2**16].quantile(levels).tolist()
     found |= {f'the {level:.0%} quantile': value for level, value in zip(levels.tolist(), quantiles, strict=True)}
-    found['the spread of the lengths of images'] = float(lengths.std())
-    found['how alike two images are'] = float(products.square().mean())
-    found['how alike an image and the mean image are'] = float(unit.mean(0).square().mean()) * n
+    # square roots: mean squares of few numbers have long tails
+    found['the spread of the sizes of samples'] = float(lengths.std())
+    found['the spread of the means of samples'] = float(unit.mean(1).std()) * size**0.5
+    found['the correlation of two samples'] = float(products.square().mean().sqrt())
+    found['the size of the mean sample'] = float(unit.mean(0).square().mean().sqrt()) * n**0.5
     if size > 1:
-        found['how pixels go with the next'] = float((unit[:, 1:] * unit[:, :-1]).mean())
-        found['how pixels go together'] = float(together.square().mean())
+        found['the correlation of neighbouring values'] = float((unit[:, 1:] * unit[:, :-1]).mean())
+        found['the correlation of two values'] = float(together.square().mean().sqrt())
     return found

@@ -71,6 +71,18 @@ def test_a_part_of_arrays_and_one_of_a_dataset_hold_the_same():
     assert Part((X, LABEL, -X)).has_pairs and Part(TensorDataset(X, LABEL, -X)).first(2).has_pairs
 
 
+@pytest.mark.parametrize(
+    'labels',
+    [range(1, 13), [0, 1], list('abc') * 4, [[0]] * 12, [-1] * 12, [0.5] * 12, None, [0, None] * 6],
+    ids=['above', 'short', 'text', 'column', 'below', 'halves', 'none', 'mixed'],
+)
+def test_labels_of_a_dataset_that_are_no_classes_are_not_used(labels):
+    """What is called `labels` in a Dataset of the user's decides which classes are sampled and judged."""
+    dataset = Named(X, LABEL)
+    dataset.labels = labels
+    assert Part(dataset).classes(SPEC) is None
+
+
 def test_the_contents_of_a_part_are_hashed():
     x, label = 'float32 (12, 2)', 'int64 (12,)'
     found = Part((X, LABEL)).contents()

@@ -113,6 +113,9 @@ def test_kid_does_not_depend_on_the_unit_of_floats():
         for unit, shift in ((1, 0), (100, 290))
     )
     assert other['kid'] == pytest.approx(one['kid'], rel=1e-3, abs=1e-5) and one['kid'] > 0
+    moved = torch.tensor([0.0, 10.0, -1000.0, 500.0])  # columns of other means: all spreads were one number
+    far = compare(*(x + moved for x in (samples, train, held_out)), is_standard=False)
+    assert far['kid'] == pytest.approx(one['kid'], rel=1e-3, abs=1e-5)
     assert abs(compare(samples * 100, train * 100, held_out * 100)['kid']) > 1e5  # what it was
 
 

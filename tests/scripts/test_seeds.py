@@ -75,7 +75,10 @@ def test_a_band_is_drawn_around_the_mean():
 def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
-    assert 'so how much of a difference is chance is not known. Train with --seed 1' in text
+    assert (
+        'so how much of a difference is chance is not known. Train with --seed 1' in text
+        and 'base_lr=0.001 or all others have one seed' in text
+    )
     assert 'seeds' not in re.findall(r'^\w+', text, re.M)
 
 
@@ -87,10 +90,11 @@ def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
         for i, settings in enumerate([
             dict(seed=4, init_from='a_seed=4_teacher'), dict(seed=5, init_from='a_seed=4_seed=5_teacher'),
             dict(seed=0, channels=16), dict(seed=1, channels=32), dict(seed=2, channels=16),
+            dict(seed=0, data_path='split_seed=1'), dict(seed=1, data_path='split_seed=2'),  # of other data
         ])
     ]  # fmt: skip
     runs[4].starts = [{'trainer': {'name': 'Other'}}]
-    assert [[runs.index(run) for run in group] for group in grouped(runs)] == [[0, 1], [2], [3], [4]]
+    assert [[runs.index(run) for run in group] for group in grouped(runs)] == [[0, 1], [2], [3], [4], [5], [6]]
 
 
 def test_differences_are_judged_by_both_spreads():
@@ -99,6 +103,10 @@ def test_differences_are_judged_by_both_spreads():
     assert changes_of(rows) == [['a', '+1.5'], ['b', '+1.4']]
     assert changes_of([['a', [1.0, 2.0], [1.9, 2.9]]]) == [['a', 'none']]
     assert changes_of([['a', [1.0, 2.0], [2.0, 3.0]]]) == [['a', 'none']]  # exactly as much
+    assert cells([['a', [1.0, 2.0], [3.0]], ['b', [1.0, 2.0], [3.0]]], [3, 1])[1:] == [
+        ['a', '1.5 ± 0.71 (2 of 3)', 3.0],
+        ['b', '1.5 ± 0.71 (2 of 3)', 3.0],
+    ]
     assert cells([['a', [1.0, 2.0], [3.0]]], [2, 1]) == [['seeds', 2, 1], ['a', '1.5 ± 0.71', 3.0]]
     assert cells([['a', [1.0], []]], [1, 1]) == [['a', 1.0, None]]
     assert cells([['step', [9, 9], []]], [2, 2]) == [['seeds', 2, 2], ['step', 9, None]]  # not 9 ± 0
@@ -108,7 +116,8 @@ def test_a_seed_whose_numbers_are_not_finite_is_told_and_ends_nothing():
     """The record holds them as text."""
     rows = [['a', [1.0, 'nan', 2.0], [1.0, 2.0, 3.0]], ['b', [1.0, 2.0], [9.0, 9.5]], ['c', ['inf'], [1.0]]]
     assert cells(rows, [3, 3])[1:] == [
-        ['a', 'not finite in 1 of 3', '2 ± 1'], ['b', '1.5 ± 0.71', '9.25 ± 0.35'], ['c', 'inf', 1.0],
+        ['a', 'not finite in 1 of 3', '2 ± 1'], ['b', '1.5 ± 0.71 (2 of 3)', '9.25 ± 0.35 (2 of 3)'],
+        ['c', 'inf (1 of 3)', '1.0 (1 of 3)'],
     ]  # fmt: skip
     assert changes_of(rows) == [['b', '+7.75']]
 
@@ -166,3 +175,8 @@ def test_examples_train_with_seeds(compared, tmp_path, capsys, monkeypatch):  # 
     changes = text[text.index('difference from plain') :]
     assert re.search(r'^eval/loss +-', changes, re.M)  # half as large: more than the spread
     assert (tmp_path / 'mine_seed=4_compared.html').exists()
+
+
+def test_seeds_that_have_not_trained_as_long_are_warned_of(capsys):
+    text_of_changes([['step', [100, 50], [100, 100]]], ['a', 'b'])
+    assert capsys.readouterr().out == 'warning: the seeds of a are at steps 50 to 100: train them to the end\n'

@@ -8,7 +8,7 @@ import torch
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, RectifiedFlow
 from sampling import Guidance, sample
-from solvers import TIME_GRIDS, Steps, on_path, path
+from solvers import SOLVERS, TIME_GRIDS, Solver, Steps, on_path, path
 from tests.oracle import ALL_PROCESSES, F64, RING, at, base_noise, process_named
 
 each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
@@ -101,6 +101,17 @@ def test_an_error_of_the_output_is_not_multiplied_at_the_start(process, model_ty
 def test_a_perfect_network_loses_nothing_by_a_late_start(process, model_type):
     assert Steps().start(process, model_type) < 0.999
     assert worst(process, model_type, rough=False, num_steps=200) < 2e-4
+
+
+def test_a_solver_that_passes_its_goal_never_starts_late(monkeypatch):
+    """A network of two times would be asked without the second one, or its answer taken for another goal."""
+    to_goal = Solver(lambda x, t, s, predict, noise: x + (s - t) * predict(x, t, s).velocity, nfe=1, order=1)
+    monkeypatch.setitem(SOLVERS, 'to_goal', to_goal)
+    assert Steps('to_goal').start(RectifiedFlow(), 'x1') == 0.999 > Steps('euler').start(RectifiedFlow(), 'x1')
+    model_fn, goals = RING.as_model('x1', RectifiedFlow()), []
+    sample(lambda xt, t, label, s: [goals.append(s[0].item()), model_fn(xt, t)][1], RectifiedFlow(), base_noise(3),
+           model_type='x1', solver='to_goal', num_steps=4, t_min=0.2, time_grid='uniform')  # fmt: skip
+    assert goals == pytest.approx([0.79925, 0.5995, 0.39975, 0.2])
 
 
 def test_x0_of_the_first_evaluation_is_part_of_a_late_start():

@@ -12,7 +12,7 @@ from runtime import ranks, stopping
 from runtime.errors import Stopped
 from solvers import SOLVERS, Solver
 from tests.helpers import record_of
-from trainer import ExampleDiffusionTrainer
+from trainer import ExampleDiffusionTrainer, SampleInputs
 from training.drawing import not_finite
 
 
@@ -226,3 +226,39 @@ def test_whether_a_draw_obeys_is_found_out_on_one_process_alone(tiny_config, bui
     monkeypatch.setattr(ranks.dist, 'get_rank', lambda *_: 0)
     with ranks.alone():
         assert not trainer.drawing.ignores_solver
+
+
+class Own(ExampleDiffusionTrainer):
+    """Inputs of its own, drawn at random; and a draw that treats one solver in its own way."""
+
+    couple = None
+
+    def sample_inputs(self, n):
+        return SampleInputs(torch.randn(n, *self.example.x0.shape[1:]))
+
+    def draw(self, model_fn, inputs, solver):
+        return inputs.x1 if solver == 'heun' else 2 * inputs.x1
+
+
+def test_inputs_of_an_experiment_are_the_same_every_time_whatever_was_drawn_before(tiny_config, build_trainer):
+    """Rank 0 showed and judged the samples of other ranks beside inputs of its own."""
+    drawing, seen = build_trainer(tiny_config(), Own).drawing, []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        seen.append(drawing.inputs(4).x1)
+    assert seen[0].equal(seen[1])
+
+
+def test_solvers_are_compared_with_the_one_of_the_config(tiny_config, build_trainer):
+    assert not build_trainer(tiny_config(solver='heun'), Own).drawing.ignores_solver
+    assert build_trainer(tiny_config(experiment_name='other'), Own).drawing.ignores_solver
+
+
+def test_pairs_are_named_where_an_sde_is_refused(tiny_config, build_trainer, capsys):
+    class Coupled(ExampleDiffusionTrainer):
+        def couple(self, x0, x1, label):
+            return x1.flip(0)
+
+    with pytest.raises(SettingError, match='which would be wrong: `couple` pairs x0 and x1'):
+        build_trainer(tiny_config(solver='sde_dpmpp_2m'), Coupled)
+    assert 'Coupled.independent is False: x0 and x1 are paired, so samples start from x1' in capsys.readouterr().out
