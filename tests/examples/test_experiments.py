@@ -100,7 +100,7 @@ def test_what_is_not_independent_has_no_sde(experiment):
         trainer = experiment(name, experiment_name=name)
         assert not trainer.independent and 'sde_dpmpp_2m' not in trainer.samplers()
         model_fn = trainer.get_model_fn(trainer.network)
-        with pytest.raises(SettingError, match=r'(couple. pairs|not independent).*--solver adams'):
+        with pytest.raises(SettingError, match=r'( pairs x0 and x1|not independent).*--solver adams'):
             trainer.draw(model_fn, trainer.sample_inputs(2), 'sde_dpmpp_2m')
         with pytest.raises(SettingError, match=r"solver='sde_dpmpp_2m'"):
             experiment(name, experiment_name=f'{name}_sde', solver='sde_dpmpp_2m')
