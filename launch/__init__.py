@@ -2,8 +2,8 @@
 
 environment.sh  the Python environment: the active one, or .venv, which it makes
 start.py        the first Python program: looks at the script and at the flags before torch is imported
-launcher.py     torchrun, restarts, and the cause when workers fail
+launcher.py     torchrun, and the cause when workers fail
 machines.py     which machine this is, of several or of a Slurm job
-meeting.py      the launchers of several machines: they wait for each other, and end alike
+rows.py         the launchers of several machines: they wait for each other, and end alike
 slurm.sh        a job for sbatch
 """

@@ -28,15 +28,21 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
         print(*outdated, sep='\n', file=sys.stderr, flush=True)
         return EXIT_BAD_SETTING
     if is_direct:
+        for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') * (not machines.several()):
+            os.environ.pop(name, None)  # a cluster has set them, or a program before: torch would wait for others
         os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
+    machines.tell_of_others()
     if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
         import main
 
         sys.argv = [script, *flags]  # its message shows this name
         main.flags(flags)  # the workers parse them again
+    level = os.environ.get('TORCH_CPP_LOG_LEVEL')  # read when torch is imported
+    os.environ['TORCH_CPP_LOG_LEVEL'] = level or 'FATAL'  # a lost connection would be two pages here
     from launch.launcher import launch
     from runtime import command
 
+    os.environ['TORCH_CPP_LOG_LEVEL'] = level or 'ERROR'  # of workers; warnings are about names of hosts
     sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
     return launch([script, *flags], module)
 

@@ -20,6 +20,11 @@ T = TypeVar('T')
 
 # launch/launcher.py sets it for its workers; this is for notebooks that import torch later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+# Whoever starts several processes sets LOCAL_RANK too. What a cluster sets, or a program before left, is none of ours:
+# torch would wait for the others.
+if 'LOCAL_RANK' not in os.environ:
+    for _name in ('RANK', 'WORLD_SIZE'):
+        os.environ.pop(_name, None)
 
 
 def parsed(parse: Callable[[], T]) -> T:
@@ -74,7 +79,7 @@ def run(do: Callable[[], None]) -> None:
         stopping.report_failure(failed)
         raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
     stopping.set_outcome(exit_code)
-    if error is not None and not (stopping.report_failure(error) and exit_code == 1):  # the launcher prints it at last
+    if error is not None and not stopping.report_failure(error):  # the launcher prints it, last
         show(error)
     ranks.close(exit_code)
     stopping.limit_exit(exit_code)  # wandb's exit handler waits for its server, and for its own process

@@ -78,6 +78,9 @@ def setup() -> torch.device:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # another launcher's, or left by one
+            at = {name: os.environ.get(name) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+            print(f'joining the other processes, for half an hour at most: {at}', file=sys.stderr, flush=True)
         if device.type == 'cuda':
             dist.init_process_group('cpu:gloo,cuda:nccl', device_id=device)
         else:

@@ -121,11 +121,32 @@ def report_failure(error: BaseException) -> bool:
         return False
     if isinstance(error, RankFailed) and error.__context__ is not None:  # this rank knows why it failed
         error = error.__context__
-    text = ''.join(traceback.format_exception_only(error)).strip()
+    text = ''.join(traceback.format_exception_only(error)).strip().removeprefix('runtime.errors.')
     report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
     report |= dict(follows=isinstance(error, RankFailed))  # this rank only heard of the failure of another
     Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))
     return True
+
+
+def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float], str]]:
+    """Why workers failed, each with its order: the least is the cause, the others follow from it.
+
+    That a worker was killed comes first, then the errors that were reported, by their time, and last those of ranks
+    that heard of another's failure or lost the connection to it. `codes`: rank -> exit code.
+    """
+    found = []
+    for rank, code in codes.items():
+        if code == -signal.SIGKILL:
+            found.append(((0, 0.0), f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'))
+        how = (
+            f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
+        )
+        found.append(((3, 0.0), f'rank {rank} failed first ({how}).'))
+    for failure in [json.loads(path.read_text()) for path in reports.glob('failed_*')]:
+        lost = any(word in failure['text'] for word in ('gloo/transport', 'ncclRemoteError'))
+        order = 1 + (failure['follows'] or lost), failure['time']
+        found.append((order, f'rank {failure["rank"]} failed first: {failure["text"]}'))
+    return found
 
 
 @contextlib.contextmanager
@@ -162,7 +183,7 @@ def limit_exit(code: int, seconds: int = 10) -> None:
 
 def end_with_parent() -> None:
     """End this process within a second of its parent, whose number is in RUN_PARENT, or of the launcher's order to
-    give up (launch/meeting.py).
+    give up (launch/rows.py).
 
     Workers and launcher are in sessions of their own, so a kill of run.sh or of the launcher does not reach them. If
     they trained on, they would hold the run's lock and write checkpoints behind the next start.

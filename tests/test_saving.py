@@ -1,6 +1,7 @@
 """Checkpoints: whole or an error that names the file, atomic, and refused where they do not fit."""
 
 import dataclasses
+import errno
 import random
 
 import pytest
@@ -121,6 +122,18 @@ def test_a_flipped_bit_of_any_byte_is_noticed_or_harmless(tmp_path):
         except saving.DamagedCheckpoint:
             continue
         assert state['step'] == 7 and torch.equal(state['weight'], weight), (i, bit)
+
+
+def test_a_flipped_bit_that_makes_a_folder_of_a_tensor_is_noticed(tmp_path):
+    """It has no checksum, and torch gives whatever is in memory."""
+    path = tmp_path / 'a.pt'
+    saving.save(path, weight=torch.arange(6.0))
+    raw = path.read_bytes()
+    at = raw.rindex(b'archive/data/0') - 8  # the attributes, in the directory at the end of the file
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+    assert 'weight' in torch.load(path, weights_only=True)
+    with pytest.raises(saving.DamagedCheckpoint, match='bad checksum or entry of archive/data/0'):
+        saving.load(path)
 
 
 @pytest.mark.parametrize('part', [0.0, 0.01, 0.3, 0.6, 0.9, 0.999])
@@ -331,3 +344,21 @@ def test_a_setting_of_an_older_version_is_read_as_it_is_now(tmp_path):
     saving.save(tmp_path / 'x.pt', config=dict(image_size=32, compile=True, seed=3))
     now = dict(optimizer='adamw', image_size=(32,), compile='on', seed=3)
     assert saving.load(tmp_path / 'x.pt') == dict(config=now)
+
+
+@pytest.mark.parametrize(
+    ('number', 'damaged'), [(errno.EINVAL, True), (errno.EIO, True), (errno.EACCES, False), (errno.ESTALE, False)]
+)
+def test_what_a_bad_disk_cannot_read_is_damaged_and_what_is_out_of_reach_is_not(tmp_path, monkeypatch, number, damaged):
+    saving.save(tmp_path / 'a.pt', step=1)
+    monkeypatch.setattr(saving, 'check_archive', lambda path: (_ for _ in ()).throw(OSError(number, 'refused')))
+    with pytest.raises(SettingError, match='is damaged' if damaged else 'cannot be read') as caught:
+        saving.load(tmp_path / 'a.pt')
+    assert isinstance(caught.value, saving.DamagedCheckpoint) is damaged
+
+
+def test_the_name_of_a_file_survives_a_power_cut_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(saving, 'sync', lambda folder: synced.append((folder, (tmp_path / 'a.pt').exists())))
+    saving.save(tmp_path / 'a.pt', step=1)
+    assert synced == [(tmp_path, True)]

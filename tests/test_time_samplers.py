@@ -200,3 +200,10 @@ def test_both_ways_at_once_are_refused():
 def test_unknown_sampler_lists_the_choices():
     with pytest.raises(SettingError, match='uniform, logit_normal, log_normal'):
         get_time_sampler(Config(time_sampler='lognorm'))
+
+
+@pytest.mark.parametrize('name', ['logit_normal', 'log_normal'])
+def test_the_last_number_is_the_last_time_where_the_normal_ends_far_before_it(name):
+    """There the CDF is 1 to the last digit. u is 1 by rounding, in the last of the stratified intervals."""
+    sampler = get_time_sampler(Config(time_sampler=name, time_mean=-1.2, time_std=0.5))
+    torch.testing.assert_close(sampler(torch.tensor([0.0, 1.0])), torch.tensor([0.001, 0.999]))

@@ -293,3 +293,10 @@ def test_accelerators_are_seeded(monkeypatch):
     seed_everything(7)
     utils._seed_accelerator.cache_clear()
     assert seen == [torch.initial_seed()]
+
+
+@pytest.mark.parametrize(
+    ('name', 'without'), [('step_0000100_adams_ema', 'adams_ema'), ('my_step_3_x', 'my_step_3_x'), ('step_x', 'step_x')]
+)
+def test_only_the_step_in_front_of_a_name_is_left_out(name, without):
+    assert utils.without_step(name) == without

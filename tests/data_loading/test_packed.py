@@ -107,3 +107,11 @@ def test_the_digest_covers_pixels_classes_and_names():
 
 def test_how_many_are_held_out_by_default():
     assert [packed.held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]
+
+
+@pytest.mark.parametrize('held_out', [0, 6])
+def test_a_file_of_which_none_or_all_are_held_out_is_refused(held_out):
+    with pytest.raises(SettingError, match=f'{held_out} of 6 images are held out: at least one, and not all'):
+        packed.parts_of(dict(x=X, label=LABEL, held_out=held_out))
+    train, test, _ = packed.parts_of(dict(x=X, label=LABEL, held_out=5))
+    assert (len(train[0]), len(test[0])) == (1, 5)

@@ -15,8 +15,10 @@ from evaluation.distances import (
     compare,
     describe,
     distance_from_set,
+    floor,
     frechet,
     frequencies_caution,
+    in_the_plane,
     real_draws,
     wasserstein,
 )
@@ -229,3 +231,16 @@ def test_a_caution_where_samples_have_other_classes_than_the_data():
     assert '40% of them would need another class' in text
     assert frequencies_caution(data.repeat(10), data, 2) == frequencies_caution(None, data, 2) == []
     assert frequencies_caution(torch.tensor([2]), data, 2) == []  # no class
+
+
+def test_a_floor_is_the_mean_of_its_draws_and_their_standard_deviation():
+    assert floor('kid', [1.0, 3.0]) == {'real_kid': 2.0, 'real_kid_std': pytest.approx(2**0.5)}
+
+
+def test_the_floor_of_points_is_of_others_than_they_are_compared_with(monkeypatch):
+    compared = []
+    monkeypatch.setattr('evaluation.distances.wasserstein', lambda a, b: compared.append((a, b)) or 1.0)
+    in_the_plane(torch.randn(10, 2), torch.randn(40, 2), None, None)
+    (_, some), *draws = compared
+    assert len(draws) == DRAWS and all(other.equal(some) for _, other in draws)
+    assert not {tuple(row) for row in some.tolist()} & {tuple(row) for a, _ in draws for row in a.tolist()}

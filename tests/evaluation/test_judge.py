@@ -394,3 +394,12 @@ def test_an_error_of_the_reference_loss_is_one_where_the_loss_is_the_default(tin
     with pytest.raises(RuntimeError, match='tensors on two devices'):
         _ = trainer.judge.has_reference
     assert not own.judge.has_reference
+
+
+@pytest.mark.parametrize('eval_every, step, first', [(6, 6, True), (6, 12, False), (0, 12, True), (100, 12, True)])
+def test_baselines_are_found_once_also_where_eval_every_is_beyond_the_end(
+    tiny_config, build_trainer, eval_every, step, first
+):
+    judge = build_trainer(tiny_config(eval_every=eval_every)).judge
+    judge.reference.baselines = lambda: {'eval/reference_floor': 1.0}
+    assert ('eval/reference_floor' in judge.held_out_losses(step)) is first

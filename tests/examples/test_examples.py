@@ -252,6 +252,26 @@ def test_the_exact_flow_map_has_no_loss(build, rule):
     assert trainer.loss_fn(batch, lambda *a, **k: 1.1 * exact(*a, **k)).mean() > 1e-4
 
 
+@pytest.mark.parametrize(
+    ('rule', 'error'),
+    [
+        ('lagrangian', lambda w, t, v: w * t - w * t / 2),
+        ('eulerian', lambda w, t, v: w * t - (v - t / 2 * w)),
+        ('semigroup', lambda w, t, v: w * t - (w * t + w * 0.75 * t) / 2),
+    ],
+)
+def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
+    """By hand, of u(x, t, s) = w t and s = t / 2."""
+    trainer, module = build('flow_map', rule=rule)
+    batch, w = batch_of(trainer), torch.tensor(0.7, requires_grad=True)
+    batch = module.dataclasses.replace(batch, cond={'s': batch.t / 2})
+    loss = trainer.loss_fn(batch, lambda x, t, label=None, s=None: (w * t)[:, None] * torch.ones_like(x)).mean()
+    (slope,) = torch.autograd.grad(loss, w)
+    t, v = batch.t[:, None], batch.x1 - batch.x0
+    torch.testing.assert_close(loss, error(w, t, v).expand_as(v).square().mean())
+    torch.testing.assert_close(slope, (2 * error(w, t, v).expand_as(v) * t).mean())
+
+
 def test_model_guidance_settles_at_what_guidance_draws(build):
     """v without label + W (v - v without label) has no loss, if v is the target."""
     trainer, module = build('guidance', 'ModelGuidance')
@@ -336,15 +356,40 @@ def test_a_bridge_arrives_where_the_network_points(build):
         assert x.var() == pytest.approx(module.S**2 * t * (1 - t), rel=0.05)
 
 
+def test_a_bridge_costs_the_way_from_where_it_starts(build):
+    trainer, _ = build('bridge')
+    inputs = trainer.sample_inputs(20)
+    way = (inputs.x1 - inputs.truth).square().sum(1).mean().item()
+    for x, down, up in ((inputs.x1, 0, way), (inputs.truth, way, 0)):
+        found = trainer.sample_metrics(x, inputs)
+        assert (found['cost_down'], found['cost_up']) == (pytest.approx(down), pytest.approx(up))
+        assert 0 < found['least'] < way
+
+
+def test_the_loss_of_a_bridge_by_hand(build):
+    trainer, module = build('bridge')
+    torch.manual_seed(0)
+    batch = batch_of(trainer)
+    t, up = batch.t[:, None], batch.label[:, None] == 1
+    assert (batch.noise / (module.S * (t * (1 - t)).sqrt())).std() == pytest.approx(1, abs=0.2)
+    xt = (1 - t) * batch.x0 + t * batch.x1 + batch.noise
+    exact = torch.where(up, (batch.x1 - xt) / (1 - t).sqrt(), (batch.x0 - xt) / t.sqrt())
+    found = trainer.loss_fn(batch, lambda x, time, way: (torch.testing.assert_close(x, xt), exact + 0.5)[1])
+    torch.testing.assert_close(found, torch.full((64,), 0.25), rtol=1e-3, atol=1e-4)
+
+
 def test_a_bridge_pairs_a_true_end_with_a_drawn_one(build):
     trainer, _ = build('bridge')
     data = trainer.train_loader.take(range(64))
     trainer.step = 12
+    trainer.network.register_forward_pre_hook(lambda *_: pytest.fail('not by the moving average'))
     batch = trainer.prepare_batch_fn(data, is_train=True)
     up = batch.label == 1
     true_x1 = {tuple(row) for row in data[2].tolist()}
     assert all(tuple(row) in true_x1 for row in batch.x1[up].tolist()) and batch.x0[~up].equal(data[0][~up])
     assert not any(tuple(row) in true_x1 for row in batch.x1[~up].tolist())
+    held_out = trainer.prepare_batch_fn(data, is_train=False)
+    assert held_out.x0.equal(data[0]) and held_out.x1.equal(data[2])  # the ends of the data, in their order
 
 
 def test_contrastive_and_dispersive_losses_by_hand(build):
@@ -466,6 +511,14 @@ def test_errors_that_examples_report(build):
     assert numbers['wasserstein_x0'] < numbers['wasserstein_x1']
 
 
+def test_three_of_four_steps_of_a_flow_map_are_the_velocity(build):
+    trainer, _ = build('flow_map')
+    torch.manual_seed(0)
+    batch = batch_of(trainer, 1000)
+    s, t = batch.cond['s'], batch.t
+    assert (s <= t).all() and 0.7 < (s == t).float().mean() < 0.8
+
+
 def test_the_network_of_a_flow_map_is_told_where_a_step_goes(build):
     """By its own solver; any other one follows the velocity, s = t."""
     trainer, _ = build('flow_map')
@@ -517,14 +570,34 @@ def test_a_student_moves_towards_the_teacher(build, monkeypatch):
     assert any(p.grad is not None and p.grad.any() for p in student.network.parameters())
 
 
+def test_the_losses_of_a_student_by_hand(build, monkeypatch):
+    teacher, _ = build('distill', 'Flow', experiment_name='teacher')
+    monkeypatch.setattr(main, 'load_run', lambda folder: teacher)
+    student, _ = build('distill', 'Student', experiment_name='student')
+    student.get_model_fn = lambda module, train=False: (
+        lambda xt, t, label: xt - (0.2 if module is student.modules['teacher'] else 0.7)
+    )
+    batch, shift = batch_of(student), torch.full((64, 2), 0.1, requires_grad=True)
+    loss = student.loss_fn(batch, lambda xt, t, label: xt - shift)
+    t, t_max = batch.t[:, None], student.config.t_max
+    x = batch.x1 - t_max * (batch.x1 - shift)
+    xt = ((1 - t) * x + t * batch.x1.roll(1, 0)).detach()
+    real, fake = (xt - t * (xt - size) for size in (0.2, 0.7))
+    direction = (fake - real) / (x - real).abs().mean(1, keepdim=True).clamp(min=1e-3)
+    expected = direction.square().mean(1) + (fake - x).square().mean(1) / batch.t.clamp(min=0.1) ** 2
+    torch.testing.assert_close(loss, expected)
+    (slope,) = torch.autograd.grad(loss.sum(), shift)
+    torch.testing.assert_close(slope, (t_max * direction).detach())  # of one term alone, towards the teacher
+
+
 def test_reflow_trains_on_what_the_first_run_draws(build, monkeypatch):
-    first, _ = build('reflow', 'Flow', experiment_name='first')
+    first, _ = build('reflow', 'Flow', experiment_name='first', model_type='v')
     first.train_loop()
     monkeypatch.setattr(main, 'load_run', lambda folder: first)
-    second, _ = build('reflow', 'Second', experiment_name='second')
+    second, _ = build('reflow', 'Second', experiment_name='second', model_type='v')
     batch = batch_of(second)
     network = second.modules['first']
-    expected = sample(lambda *a: network(*a), second.process, batch.x1, batch.label, num_steps=20)
+    expected = sample(lambda *a: network(*a), second.process, batch.x1, batch.label, model_type='v', num_steps=20)
     torch.testing.assert_close(batch.x0, expected)
     assert not second.independent and all(not p.requires_grad for p in network.parameters())
 
@@ -539,6 +612,8 @@ def test_reflow_finds_straight_lines_straight(load):
     assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)
     this.get_model_fn = lambda module: lambda x, t, label: t[:, None].expand_as(x)  # x1 - x0 = 1/2 and v = t
     assert this.straightness(inputs, 200) == pytest.approx(1 / 12, rel=0.01)
+    this.get_model_fn = lambda module: lambda x, t, label: t[:, None].square().expand_as(x)
+    assert this.straightness(inputs, 2) == pytest.approx((0.75**2 - 0.25**2) ** 2 / 4)  # in the middle of each step
     this.model_convert_fn = get_model_convert_fn('v')  # an output of another type says the same
     this.get_model_fn = lambda module: lambda x, t, label: of_velocity(x, t, torch.ones_like(x), 'v')
     assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)

@@ -163,7 +163,7 @@ def test_two_hosts_a_cable_is_cut_and_put_back(hosts):
     assert wait_until(lambda: all(hosts.said(host, 'starting again') for host in ('h1', 'h2')), 60)
     assert 30 < time.monotonic() - cut < 60
     for host, other in (('h1', 'machine 1 (h2)'), ('h2', 'machine 0 (h1)')):
-        assert hosts.said(host, f'{other} has not been heard for 40 s')
+        assert re.search(rf'{re.escape(other)} has not been heard for 4\d s', hosts.log(host).read_text())
     hosts.script('heal')
     done = steps(folder)
     assert wait_until(lambda: hosts.said('h1', 'resuming') and steps(folder) > done, 60), hosts.last('h1')
@@ -180,7 +180,7 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
     hosts.start('h2', env=by_address, base_lr=0.5)
     assert hosts.ends(30) == [2, 2]
     for host in ('h1', 'h2'):
-        assert hosts.said(host, 'the machines were not started alike') and '--base_lr 0.5' in hosts.last(host)
+        assert hosts.said(host, 'base_lr: 0.001 on h1, 0.5 on h2'), hosts.last(host)
     hosts.script('cut')
     hosts.start('h1', env=by_address | dict(NODE_WAIT='8'))
     hosts.start('h2', env=by_address | dict(NODE_WAIT='8'))
@@ -276,7 +276,7 @@ def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
 
 
 def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
-    """A wrong flag is FAILED 2:0 and not queued again; a grid in an array; four tasks on two nodes are one run."""
+    """A wrong flag is FAILED 2:0 and not queued again; a grid in an array; several tasks on a node are refused."""
     kill = '--export=ALL,SLURM_KILL_BAD_EXIT=1'  # srun ends the other node when one has ended: not with 75
     wrong = slurm.submit('--nodes=2', '--job-name=wrong', kill, solver='hein')
     short = slurm.submit('--time=1', '--job-name=short')
@@ -289,6 +289,6 @@ def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
     grid = ('sweep.py', '--base_lr', '1e-3', '2e-3', '--', *flags)
     array = slurm.submit('--array=0-1', '--job-name=grid', script=grid)
     code, said = slurm.on('srun', '-N2', '--ntasks-per-node=2', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
-    assert code == 0 and 'on 4 x cpu' in said and said.count('2 tasks on node') == 2, said
+    assert code == 2 and 'srun started run.sh several times on one node. Use --ntasks-per-node=1' in said, said
     assert slurm.end_of(array) == [('COMPLETED', '0:0')]
     assert [steps(folder) for folder in sorted(slurm.root.glob('ckpts/*base_lr=0p002*'))] == [12]

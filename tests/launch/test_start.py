@@ -124,23 +124,17 @@ def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path, monk
     for rank, when, text in ((0, 7.5, 'RuntimeError: connection closed'), (1, 7.4, 'KeyError: broken')):
         report = dict(time=when, rank=rank, text=text, follows=False)
         (tmp_path / f'failed_{rank}').write_text(json.dumps(report))
-    assert min(launcher.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    assert min(stopping.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
     monkeypatch.setenv('RANK', '2')
     stopping.report_failure(errors.RankFailed('another rank failed'))
     heard = json.loads((tmp_path / 'failed_2').read_text())
     (tmp_path / 'failed_2').write_text(json.dumps(heard | dict(time=7.3)))
-    assert min(launcher.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
-    assert 'rank 2 was killed by signal 9 (SIGKILL)' in min(launcher.causes({0: 1, 2: -9}, tmp_path))[1]
+    assert min(stopping.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    assert 'rank 2 was killed by signal 9 (SIGKILL)' in min(stopping.causes({0: 1, 2: -9}, tmp_path))[1]
 
 
-def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch):
-    from torch.distributed.elastic.multiprocessing import api
-
-    before = api._terminate_process_handler
-    monkeypatch.setattr(api, '_terminate_process_handler', before)  # put back at the end
-    launcher.patch_signal_handler()
-    assert api._terminate_process_handler is not before
-    monkeypatch.delattr(api, '_terminate_process_handler')
-    with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler.*requirements\.txt'):
-        launcher.patch_signal_handler()
+def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.delattr(launcher.api, '_terminate_process_handler')
+    with pytest.raises(RuntimeError, match=r'is unknown to obey_once of launch/launcher\.py'):
+        launcher.obey_once(tmp_path)

@@ -126,6 +126,17 @@ def test_a_run_on_points_shows_their_paths(tiny_config, build_trainer, monkeypat
     assert (config.run_dir / 'path.png').exists()
 
 
+def test_paths_have_the_same_noise_whatever_was_drawn_before(tiny_config, build_trainer, seen):
+    trainer, pictures = build_trainer(tiny_config(solver='sde_dpmpp_2m')), []
+    inputs = trainer.sample_inputs(4)
+    trainer.sample_inputs = lambda n: inputs  # of an experiment that draws nothing
+    for seed in range(2):
+        torch.manual_seed(seed)
+        trainer.gallery.sample_paths()
+        pictures.append(seen.pop('path'))
+    assert pictures[0].equal(pictures[1])
+
+
 # ---------------------------------------------------------------- hooks on rank 0
 
 HOOKS = """

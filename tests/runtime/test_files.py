@@ -1,6 +1,7 @@
 """Files that are whole or not there, names for one file, hashes of tensors, and locks between processes."""
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -157,3 +158,24 @@ def test_whatever_a_damaged_file_leads_to_is_caught():
         damaged[draw.randrange(len(good))] = draw.randrange(256)
         with contextlib.suppress(files.LOAD_ERRORS):
             torch.load(io.BytesIO(damaged), weights_only=True)
+
+
+def test_durable_syncs_the_file_and_then_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / 'numbers.txt', []
+    monkeypatch.setattr(files, 'sync', lambda place: synced.append((place.suffix or place, path.exists())))
+    files.write_text(path, 'first', durable=True)
+    assert synced == [('.tmp', False), (tmp_path, True)]
+    files.write_text(path, 'second')
+    assert len(synced) == 2
+
+
+@pytest.mark.parametrize(
+    ('number', 'outcome'),
+    [(errno.EAGAIN, False), (errno.EACCES, False), (errno.ENOLCK, None), (errno.EOPNOTSUPP, None)],
+)
+def test_what_another_process_has_locked_is_told_from_what_cannot_be_locked(monkeypatch, number, outcome):
+    def refuse(*_):
+        raise OSError(number, 'refused')
+
+    monkeypatch.setattr(files.fcntl, 'lockf', refuse)
+    assert files.try_lock(io.BytesIO()) is outcome

@@ -1,16 +1,19 @@
 """compare.side_by_side: runs one after the other, and their numbers in a table and on a page."""
 
+import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import main
 from config import Config
 from evaluation import judge
-from reports import dry_run
+from reports import dry_run, page
 from reports.page import aligned
-from scripts.compare import side_by_side
+from scripts.compare import newest, numbers_of, side_by_side
 from tests.helpers import TINY, as_flags
 from trainer import ExampleDiffusionTrainer
 
@@ -54,8 +57,8 @@ def test_runs_are_trained_and_compared(compared, tmp_path, capsys):
     assert {'eval/loss', 'adams/frechet', 'eval/half'} <= set(table) and 'train/loss' not in table
     configs = [json.loads((tmp_path / f'mine_{part}/config.json').read_text()) for part in PARTS]
     assert [config['base_lr'] for config in configs] == [1e-3, 1e-3, 0.01]
-    page = (tmp_path / 'mine_compared.html').read_text()
-    assert all(f'mine_{part}' in page for part in PARTS)
+    text = (tmp_path / 'mine_compared.html').read_text()
+    assert all(f'mine_{part}' in text for part in PARTS)
 
     compared(PARTS)
     text = capsys.readouterr().out
@@ -126,3 +129,20 @@ def test_draw_takes_settings_of_sampling(tmp_path, build_trainer, tiny_config):
     trainer.draw(counted, inputs, 'heun', nfe=6)
     assert len(calls) == 6
     assert Config().num_sample_steps != 6
+
+
+def test_evaluations_that_differ_in_one_setting_are_numbers_of_their_own():
+    about = dict(detector='pixels', weights='ema', solver='adams', time_grid='logistic', nfe=4, guidance_scale=1.0)
+    others = dict(detector='dinov2', weights='raw', solver='heun', time_grid='cosine', nfe=8, guidance_scale=2.0)
+    about, others = about | dict(num=40, seed=0), others | dict(num=50, seed=1)
+    lines = [about | {name: value, 'frechet': float(i)} for i, (name, value) in enumerate(others.items())]
+    run = page.Run(Path('mine'), {}, [], evaluations=[about | {'frechet': 9.0}, *lines])
+    assert list(numbers_of(run).values()) == [0, 9, *range(8)]
+
+
+def test_the_newest_pictures_of_the_judged_weights_are_shown(tmp_path):
+    (tmp_path / 'samples').mkdir()
+    for step, weights in itertools.product((10, 20), ('ema', 'raw')):
+        Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_adams_{weights}.png')
+    shown = newest(page.Run(tmp_path, {}, []), 'mine')
+    assert 'mine: step_0000020_adams_ema' in shown and '0000010' not in shown and '_raw' not in shown

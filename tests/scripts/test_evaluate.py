@@ -58,11 +58,15 @@ def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge
     kept = [json.loads(text) for text in (run / 'evaluation.jsonl').read_text().splitlines()]
     assert kept == first
     named = (
-        'step weights solver nfe guidance_scale num seed detector detector_digest data train_images commit time_grid'
+        'step weights weights_digest solver num_sample_steps nfe time_grid guidance_scale guidance_interval '
+        'guidance_rescale num seed bits detector detector_digest data train_images held_out_images commit measures'
     )
     assert set(named.split()) <= first[0].keys() and first[0]['step'] == 12
     monkeypatch.setattr(Samples, 'numbers', lambda *_: 1 / 0)
     assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == first
+    older = [line | dict(commit='older') for line in first]
+    (run / 'evaluation.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in older))
+    assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == older  # a commit changes no number
     with pytest.raises(ZeroDivisionError):
         judge(seed=1)
     text = page.aligned(page.evaluations(first), str.rjust)
@@ -179,3 +183,18 @@ def test_bits_ask_the_network_what_it_has_learned(tiny_config, build_trainer, mo
     with pytest.raises(SettingError, match='needs x0 that is the image'):
         trainer = build_trainer(tiny_config(experiment_name='shifted'), Shifted)
         trainer.judge.bits_per_dim(trainer.network, 6)
+
+
+def test_each_block_of_images_has_probes_of_its_own(run, monkeypatch):
+    """The same ones every time."""
+    drawn = []
+
+    def likelihood(model_fn, process, x, label, **settings):
+        drawn.append(torch.rand(1).item())
+        return types.SimpleNamespace(log_prob=torch.zeros(len(x)))
+
+    monkeypatch.setattr('evaluation.likelihood.log_likelihood', likelihood)
+    trainer = load_run(run)
+    for _ in range(2):
+        trainer.judge.bits_per_dim(trainer.network, 6, at_once=3)
+    assert len(set(drawn)) == 2 and drawn[:2] == drawn[2:]

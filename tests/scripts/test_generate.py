@@ -120,9 +120,13 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
         (dict(guidance_scale=2.0), 'guidance_scale: 1.0 -> 2.0'),
         (dict(seed=1), 'sample_seed: 0 -> 1'),
         (dict(weights='raw'), 'weights: ema -> raw'),
+        (dict(labels='3,5'), 'labels:  -> 3,5'),
     ):
         with pytest.raises(SettingError, match=r'samples of other settings \(there -> now\): ' + words):
             draw('folder', **options)
+    monkeypatch.setattr('evaluation.detectors.digest_of', lambda network: 'other')
+    with pytest.raises(SettingError, match=r'weights_digest: [0-9a-f]+ -> other'):
+        draw('folder')
 
 
 @pytest.mark.slow

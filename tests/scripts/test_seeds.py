@@ -180,3 +180,18 @@ def test_examples_train_with_seeds(compared, tmp_path, capsys, monkeypatch):  # 
 def test_seeds_that_have_not_trained_as_long_are_warned_of(capsys):
     text_of_changes([['step', [100, 50], [100, 100]]], ['a', 'b'])
     assert capsys.readouterr().out == 'warning: the seeds of a are at steps 50 to 100: train them to the end\n'
+
+
+def test_a_group_is_named_after_its_first_run(folders, capsys, tmp_path):
+    compare.compare(compare.Compare((folders[0], folders[1], folders[3]), str(tmp_path / 'x.html')))
+    assert re.search(r'^run +lr1_0 +lr2_0$', capsys.readouterr().out, re.M)
+
+
+def test_a_curve_has_the_steps_that_all_seeds_have(tmp_path, monkeypatch):
+    from reports import page
+
+    drawn = []
+    monkeypatch.setattr(page, 'plot', lambda curves, title, bands: drawn.append((curves, bands)) or '<svg/>')
+    folders = [made(tmp_path, f'n{seed}', [3.0, 2.0, 1.0][:n], 1.0, seed=seed) for seed, n in enumerate((3, 2, 3))]
+    compare.over(grouped([page.read(folder) for folder in folders]), ['a'], 'loss', ('train/loss',))
+    assert drawn == [({'a': ([10, 20], [3.0, 2.0])}, {'a': [0.0, 0.0]})]

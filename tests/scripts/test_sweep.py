@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 
-from config import SettingError
+from config import SettingError, parse_config
+from runtime import files
 from scripts.sweep import combinations, sweep
 from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of, wait_until
 
@@ -69,10 +70,14 @@ def test_one_task_of_an_array_does_one_run_and_a_failed_run_is_named(tmp_path):
     assert os.listdir(tmp_path) == [folder.parent.name]
 
 
-def test_a_task_of_an_array_does_its_own_run(monkeypatch):
+def test_a_task_of_an_array_does_its_own_run(monkeypatch, tmp_path):
+    """And leaves the page to others."""
     done = []
     monkeypatch.setattr('scripts.sweep.run_one', lambda flags: done.append(flags) or 0)
-    runs = combinations(['--seed', '1', '2', '3'])
+    monkeypatch.setattr('scripts.compare.compare', lambda options: pytest.fail('it compares runs of other tasks'))
+    runs = combinations(['--seed', '1', '2', '3', '--', '--ckpt_dir', str(tmp_path)])
+    for flags in runs:
+        files.write_text(parse_config(flags).run_dir / 'metrics.jsonl', '')
     monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '1')
     sweep(runs)
     assert done == [runs[1]]

@@ -124,7 +124,23 @@ def test_sample_inputs_are_the_same_at_every_moment(tiny_config, build_trainer):
             return dataclasses.replace(prepared, cond={'moment': prepared.t})
 
     trainer = build_trainer(tiny_config(), Timed)
-    before = trainer.sample_inputs(8)
-    next(next(trainer.batches.steps(3)))
+    before, example = trainer.sample_inputs(8), trainer.batches.draw_example('again')
+    trainer.batches.draw_shard(trainer.train_loader.take(range(8)), 1, step=3)
+    assert trainer.batches.draw_example('again').t.equal(example.t)
     after = trainer.sample_inputs(8)
     assert before.x1.equal(after.x1) and before.cond['moment'].equal(after.cond['moment'])
+
+
+def test_times_of_held_out_images_are_spread_over_all_in_every_round(tiny_config, build_trainer):
+    """Also of the pieces after the first `batch_shards`: one time in each of as many equal intervals as images."""
+    trainer = build_trainer(tiny_config(batch_shards=2))
+    for piece in range(4):
+        batch = trainer.train_loader.take(range(16))
+        t = trainer.batches.draw_shard(batch, piece, 'evaluate', is_train=False).t
+        assert ((t - 0.001) / 0.998 * 32).long().sort().values.tolist() == list(range(piece % 2, 32, 2))
+
+
+def test_all_held_out_images_are_coupled_once(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(batch_shards=2), Turned)
+    index = torch.cat([index for _, index in trainer.batches.held_out()])
+    assert index.sort().values.tolist() == list(range(trainer.test_loader.size))

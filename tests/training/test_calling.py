@@ -2,6 +2,7 @@
 for the code generator.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -226,3 +227,30 @@ def test_processes_send_gradients_and_the_stop_flag_only(run_sh, tmp_path):
     for rank, (step, due) in itertools.product(range(2), [(7, False), (9, True)]):
         sent = json.loads((tmp_path / f'sent_{rank}_{step}').read_text())
         assert (sent != ['c10d::allreduce_', 'c10d::allreduce_']) == due, sent
+
+
+def test_a_network_that_was_evaluated_is_trained_in_train_mode_again():
+    """Such as one that a hook calls before loss_fn trains it."""
+    net, x = table.get_network(Config(network='mlp', channels=8, dropout=0.5), (2,), 0), torch.randn(64, 2)
+    caller, t = calling.Caller(Config(compile='off'), CPU), torch.rand(64)
+    for train in (False, True, False, True):
+        caller(net, train)(x, t)
+        assert all(part.training == train for part in net.modules())
+
+
+def test_gradients_are_averaged_in_the_last_backward_pass_alone():
+    class Parallel:
+        averages = True
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.averages = False
+            yield
+            self.averages = True
+
+        def __call__(self, batch):
+            return self.averages
+
+    loss = object.__new__(calling.ParallelLoss)
+    loss.losses = Parallel()
+    assert [loss(None, average=False), loss(None, average=True), loss(None)] == [False, True, True]

@@ -474,3 +474,12 @@ def test_the_first_of_two_processes_writes_and_both_restore_and_fail_together(tm
     for rank, seen in enumerate(run_ranks(RANKS, tmp_path, [0, 1])):
         assert seen['writes'] == [0] * (rank == 0) and seen['step'] == 4 and seen['same']
         assert seen['sum'] == 2.0 and 'step 8 cannot be written' in seen['error']
+
+
+def test_the_names_of_checkpoints_survive_a_power_cut_too(tiny_config, monkeypatch):
+    config, synced = tiny_config(keep_every=4), []
+    config.run_dir.mkdir(parents=True)
+    names = lambda folder: sorted(path.name for path in folder.iterdir())  # noqa: E731
+    monkeypatch.setattr(module, 'sync', lambda folder: synced.append((folder, names(folder))))
+    write_checkpoint(config, dict(step=4), keep=True)
+    assert synced == [(config.run_dir, ['last.pt', 'step_0000004.pt'])]

@@ -262,3 +262,30 @@ def test_pairs_are_named_where_an_sde_is_refused(tiny_config, build_trainer, cap
     with pytest.raises(SettingError, match='which would be wrong: `couple` pairs x0 and x1'):
         build_trainer(tiny_config(solver='sde_dpmpp_2m'), Coupled)
     assert 'Coupled.independent is False: x0 and x1 are paired, so samples start from x1' in capsys.readouterr().out
+
+
+def test_every_process_and_every_batch_draws_with_noise_of_its_own(tiny_config, build_trainer, monkeypatch):
+    trainer, drawn = build_trainer(tiny_config(batch_shards=4, accumulation_steps=4)), []
+    assert trainer.batches.images_at_once == 8
+    for rank in range(2):
+        monkeypatch.setattr(ranks, 'rank', lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, 'my_items', lambda n: list(range(n)))
+        sampler = lambda model_fn, inputs: torch.randn_like(inputs.x1)  # noqa: E731
+        drawn += trainer.drawing.samples(sampler, trainer.network, trainer.sample_inputs(16)).split(8)
+    assert len({part.sum().item() for part in drawn}) == 4
+
+
+def test_an_own_draw_from_own_inputs_that_ignores_the_solver_is_seen(tiny_config, build_trainer):
+    class Own(Ignoring):
+        def sample_inputs(self, n):
+            return SampleInputs(torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64))
+
+    assert build_trainer(tiny_config(), Own).drawing.ignores_solver
+
+
+def test_a_path_is_decoded_in_eval_mode(tiny_config, build_trainer):
+    trainer, modes = build_trainer(tiny_config()), []
+    trainer.network.train()
+    trainer.decode = lambda x: modes.append(trainer.network.training) or x
+    trainer.drawing.path(partial(trainer.draw, solver='euler'), lambda xt, t, label: xt, trainer.sample_inputs(2))
+    assert modes == [False, False] and trainer.network.training

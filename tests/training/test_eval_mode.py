@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import utils
+from evaluation.detectors import get_detector
+from evaluation.distances import Looked
 from runtime import stopping
 from runtime.errors import Stopped
 from tests.helpers import record_of
@@ -110,6 +112,20 @@ def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, bu
 
     made = calling.ParallelLoss(trainer.modules, loss_fn, trainer.example)
     assert made.losses['find_unused_parameters'] is False
+    trainer.modules['critic'] = critic = nn.Linear(64, 1)  # of two, one need not take part in every step
+    made = calling.ParallelLoss(trainer.modules, lambda b: loss_fn(b) + critic(b.x0.flatten(1))[:, 0], trainer.example)
+    assert made.losses['find_unused_parameters'] is True
     after = trainer.modules['network'].state_dict()
     assert [key for key, value in before.items() if not after[key].equal(value)] == []
     assert trainer.modules['network'].training
+
+
+def test_the_data_that_samples_are_compared_with_are_encoded_in_eval_mode(tiny_config, build_trainer):
+    """By evaluate.py, which calls this one part."""
+    trainer, modes = build_trainer(tiny_config()), set()
+    looked = Looked(get_detector(trainer.judge.data, 'pixels'))
+    looked.add(trainer.decode(trainer.example.x0), None)
+    encode = trainer.encode
+    trainer.encode = lambda x: (modes.add(trainer.network.training), encode(x))[1]
+    trainer.judge.compared(looked, 32, most=50)
+    assert modes == {False} and trainer.network.training

@@ -11,7 +11,7 @@ from config import SettingError
 from processes import PROCESSES, GaussianProcess, RectifiedFlow
 from trainer import ExampleDiffusionTrainer, SampleInputs
 from training import independence
-from training.independence import signs_of_dependence, unlike_base
+from training.independence import base_is_normal, signs_of_dependence, unlike_base
 
 
 def with_base(make):
@@ -202,3 +202,33 @@ def test_another_way_to_draw_normal_noise_keeps_the_score(tiny_config, build_tra
     monkeypatch.setitem(PROCESSES, 'mirrored', lambda config: Mirrored())
     trainer = build_trainer(tiny_config(process_name='mirrored'))
     assert trainer.independent and trainer.judge.has_reference
+
+
+class Template(GaussianProcess):
+    """A base of its own: noise around one image."""
+
+    def sample_base(self, x0_like):
+        return torch.randn_like(x0_like) + torch.linspace(-2, 2, x0_like[0].numel()).view(x0_like[0].shape)
+
+
+def test_what_all_draws_of_a_base_share_is_no_sign_of_data(tiny_config, build_trainer, monkeypatch):
+    monkeypatch.setattr(Template, 'alpha', RectifiedFlow.alpha)
+    monkeypatch.setattr(Template, 'sigma', RectifiedFlow.sigma)
+    monkeypatch.setitem(PROCESSES, 'template', lambda config: Template())
+    assert build_trainer(tiny_config(process_name='template')).independent
+
+
+def test_whether_a_base_is_normal_does_not_depend_on_what_was_drawn_before():
+    """So that all processes decide the same."""
+    drawn = []
+
+    class Kept(RectifiedFlow):
+        def sample_base(self, x0_like):
+            drawn[-1].append(torch.randn_like(x0_like))
+            return drawn[-1][-1]
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        drawn.append([])
+        assert base_is_normal(Kept(), torch.zeros(4, 1, 8, 8))
+    assert torch.stack(drawn[0]).equal(torch.stack(drawn[1]))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -335,3 +336,22 @@ def test_a_ckpt_dir_that_is_not_a_folder_is_named(tiny_config, tmp_path, below):
     with pytest.raises(SettingError, match='ckpt_dir') as caught:
         run_folder.open_folder(tiny_config(ckpt_dir=folder))
     assert folder in str(caught.value)
+
+
+def test_a_finished_run_keeps_its_config_until_it_is_prolonged(tiny_config):
+    settings = dict(experiment_name='run', lr_schedule_type='constant')
+    held(tiny_config(num_training_steps=4, **settings), finished=True)
+    for steps, expected in ((4, (4, 3)), (8, (8, 9))):
+        config = tiny_config(num_training_steps=steps, log_every=9, **settings)
+        assert run_folder.open_folder(config, MINE)['step'] == 4
+        written = json.loads((config.run_dir / 'config.json').read_text())
+        assert (written['num_training_steps'], written['log_every']) == expected
+
+
+def test_a_lock_names_its_last_holder_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, '_locks', {})
+    (tmp_path / 'lock').write_text('process 1 on another machine, since 2020-02-20 20:20:20\n')
+    for _ in range(2):
+        run_folder.lock_run(tmp_path)
+        (line,) = (tmp_path / 'lock').read_text().splitlines()
+        assert line.startswith(f'process {os.getpid()} on {socket.gethostname()}, since ')

@@ -1,0 +1,257 @@
+"""What the launchers of several machines tell each other: one row each, in torch's TCPStore on machine 0.
+
+A machine writes its row twice a second. By it the others know that it lives and, at last, how its workers have ended.
+So a machine that is late is waited for and named, one that vanishes is missed whatever the workers do, and all end with
+the same code and cause (`verdict`). Rows are JSON: nothing from the network is unpickled.
+
+On a cut network a call of the store blocks for as long as the cut lasts, whatever its timeout. So one thread talks to
+the store and another one watches.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from launch.machines import Place, Refused, address_of, explain, free_port, say, whole_number
+
+SILENCE = 40  # seconds without a sign of life after which a machine counts as gone
+SOON = 10  # the same before workers begin, and once some have failed
+PATIENCE = 20  # seconds that the workers here get to end by themselves, after those of another machine have ended
+LEAVING = 45  # seconds for torchrun to end its workers (it gives them 30), before this process ends without it
+STUCK = 5  # seconds after which a call of the store is left alone, and a new connection tried
+SAY_FIRST, SAY_EVERY = 10, 30  # seconds until the first line that tells for whom this machine waits; between two
+
+
+class Alone(Exception):
+    """Other machines did not come in time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a machine says of itself."""
+
+    host: str = '?'
+    launcher: str = ''  # tells two starts apart; '': this machine is not here yet
+    about: str = ''  # what must be the same on all machines
+    first: str = ''  # address of machine 0, as this one knows it
+    port: int = 0  # from machine 0, once all are here: that of torchrun's own store
+    beat: int = 0
+    code: int | None = None  # exit code of its workers, once they have ended
+    text: str = ''  # why, if they failed
+    order: Sequence[float] = (9, 0.0)  # of several failures the least is the cause
+    knows: bool = False  # how all have ended
+    gone: str = ''  # how it was lost; the reader fills this in
+
+
+def verdict(rows: list[Row]) -> tuple[int, int, str]:
+    """How a run has ended, from the rows of machines that have ended or are gone: its exit code, the machine that is
+    the cause, and why, as text. A lost machine comes before failures that follow from it."""
+    for said, reason in ((2, 'a setting is wrong'), (3, 'the loss is not finite'), (75, 'it was asked to stop')):
+        for rank, row in sorted(enumerate(rows), key=lambda pair: not pair[1].text):  # one that says why
+            if row.code == said:
+                return said, rank, f'machine {rank} ({row.host}): {row.text or reason}'
+    failed = [((*row.order,), rank, f': {row.text}') for rank, row in enumerate(rows) if row.code]
+    failed += [((1.5, 0.0), rank, f' {row.gone}') for rank, row in enumerate(rows) if row.gone]
+    _, rank, text = min(failed, default=(0, 0, ''))
+    return (1, rank, f'machine {rank} ({rows[rank].host}){text}') if failed else (0, 0, '')
+
+
+class Rows:
+    """This machine's part, for one start of the workers. Raises Refused.
+
+    `reports`: the folder in which workers look for a file `give_up`. `wait`: seconds, for machines that are late.
+    """
+
+    def __init__(self, place: Place, reports: Path, wait: int = 600):
+        self.place, self.reports, self.wait = place, reports, wait
+        self.rows = self.found = [Row()] * place.machines  # of machines that are here; as they stand in the store
+        self.heard = [time.monotonic()] * place.machines  # when each row last changed
+        self.refused = self.lost = self.my_address = ''  # why this machine cannot take part; how machine 0 was lost
+        self.trouble, self.strange = 'no word of it', 0  # why another is not here; signs of life of one in this place
+        self.running = self.over = False  # the workers run; nothing more is to be said
+        self.port, self.sent, self.server = 0, Row(), None
+        address = address_of(place.first) if place.rank else ''
+        if place.rank == 0:
+            try:
+                socket.create_server(('', place.port)).close()  # torch's own message would be two pages
+                self.server = TCPStore('127.0.0.1', place.port, None, True, wait_for_workers=False)
+            except OSError as error:
+                why = f'machine 0 cannot listen there ({error.strerror}); another run may use it'
+                raise Refused(f'MASTER_PORT={place.port}: {why}. Give all machines another MASTER_PORT.') from None
+        about = f'NNODES={place.machines} MAX_RESTARTS={whole_number("MAX_RESTARTS", 0)}'
+        self.mine = Row(socket.gethostname(), uuid.uuid4().hex, about, address)
+        self.talk_anew()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    # ---------------------------------------------------------------- for the launcher
+
+    def gather(self) -> bool:
+        """Wait until all machines are here, and say every SAY_EVERY s for whom. False: one was asked to stop meanwhile.
+
+        Raises Refused if they cannot run together, Alone after `wait` seconds.
+        """
+        began = time.monotonic()
+        say_next = began + SAY_FIRST
+        while not self.begun:
+            now = time.monotonic()
+            if self.refused:
+                raise Refused(self.refused)
+            if any(row.code is not None for row in self.rows):
+                return False
+            if now - began > self.wait:
+                raise Alone(f'{self.whom()} did not come in {self.wait} s: {self.trouble}')
+            if now > say_next:
+                say_next = now + SAY_EVERY
+                say(f'waiting for {self.whom()} ({self.trouble}); it ends after {self.wait} s, see NODE_WAIT')
+            time.sleep(0.1)
+        self.running = True
+        return True
+
+    @property
+    def begun(self) -> bool:
+        """Whether all machines are here, and this one among them."""
+        return self.rows[0].port > 0 and self.rows[self.place.rank].launcher == self.mine.launcher
+
+    def whom(self) -> str:
+        """The machines that are missing, as text."""
+        here = self.place
+        if not self.rows[0].launcher:
+            return f'machine 0 at {here.first}:{here.port}' + f' = {self.mine.first}' * (self.mine.first != here.first)
+        missing = [str(rank) for rank, row in enumerate(self.rows) if not row.launcher]
+        return f'machine {", ".join(missing[:8])} of {here.machines} to come to port {here.port} of machine 0'
+
+    def settle(self, code: int, text: str = '', order: Sequence[float] = (9, 0.0)) -> None:
+        """Tell how the workers here have ended, and wait until those of all machines that are here have: it may take
+        long, for a last upload of rank 0, say."""
+        self.running, self.mine = False, replace(self.mine, code=code, text=text, order=order)
+        while not self.lost and any(row.launcher and row.code is None and not row.gone for row in self.judged()):
+            time.sleep(0.05)
+        self.mine, late = replace(self.mine, knows=True), time.monotonic() + 5
+        while not self.lost and not self.may_leave and time.monotonic() < late:
+            time.sleep(0.05)
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether this machine's last word is out. Machine 0, which has the store, leaves last."""
+        if self.place.rank:
+            return self.sent.knows or not self.rows[0].launcher
+        return self.sent.knows and all(row.knows or row.gone or not row.launcher for row in self.judged())
+
+    def judged(self) -> list[Row]:
+        """The rows, with how machines were lost. That of this machine is the newest."""
+        rows, now = [*self.rows], time.monotonic()
+        rows[self.place.rank] = self.mine
+        limit = SOON if any(row.code == 1 for row in rows) else SILENCE
+        for rank, row in enumerate(rows):
+            silence = int(now - self.heard[rank])
+            if row.launcher and row.code is None and rank != self.place.rank and silence >= limit:
+                rows[rank] = replace(row, gone=f'has not been heard for {silence} s: is it on, and its network?')
+        if self.lost and rows[0].code is None:
+            rows[0] = replace(rows[0], gone=self.lost)
+        return rows
+
+    def close(self) -> None:
+        self.over = True
+        self.thread.join(2)
+        self.server = None  # which closes its port
+
+    # ---------------------------------------------------------------- the thread that talks
+
+    def talk_anew(self) -> None:
+        self.called, self.thread = time.monotonic(), threading.Thread(target=self.talk, daemon=True)
+        self.thread.start()
+
+    def talk(self) -> None:
+        store, beat = self.server, 0
+        while not self.over and self.thread is threading.current_thread():
+            self.called, beat = time.monotonic(), beat + 1
+            try:
+                store = store or self.connect()
+                self.exchange(store, beat)
+                self.trouble = 'no word of it'
+            except Exception as error:  # torch's of the network, or whatever a stranger's answer leads to
+                store = self.server
+                if isinstance(error, OSError):
+                    self.trouble = explain(error)
+                if not self.begun:
+                    self.rows = [Row()] * self.place.machines
+                elif isinstance(error, ConnectionRefusedError):
+                    self.lost = 'left'
+            time.sleep(0.5)
+
+    def connect(self) -> TCPStore:
+        where = self.mine.first, self.place.port
+        with socket.create_connection(where, timeout=5) as probe:  # torch would print two pages if nothing listens,
+            self.my_address = probe.getsockname()[0]
+        time.sleep(0.2)  # torch's server may not hear what comes with the end of another connection
+        self.trouble = 'what answers there is no run of this program'  # and waits for ever if something else does
+        return TCPStore(*where, timeout=timedelta(seconds=STUCK))
+
+    def exchange(self, store: TCPStore, beat: int) -> None:
+        """Read all rows, and write this machine's. Raises ConnectionError as long as machine 0 has no place for it."""
+        here, now, keys = self.place.rank, time.monotonic(), [f'row{rank}' for rank in range(self.place.machines)]
+        found = [Row(**json.loads(store.get(key))) if store.check([key]) else Row() for key in keys]
+        if here == 0:
+            found[0] = replace(self.mine, beat=beat, port=self.port)
+        first, there, is_mine = found[0], found[here], found[here].launcher in ('', self.mine.launcher)
+        if not first.launcher:
+            raise ConnectionError('it is just beginning')
+        if self.begun and first.launcher != self.rows[0].launcher:
+            raise ConnectionRefusedError  # it was started again
+        for rank in [rank for rank, row in enumerate(found) if row != self.found[rank]]:
+            self.heard[rank] = now
+            self.strange += rank == here and not is_mine
+        self.found = found
+        if not first.port and store.check(['refused']):
+            self.refused = store.get('refused').decode()
+        elif first.about != self.mine.about:
+            unlike = f'{first.about} on {first.host}, {self.mine.about} on {self.mine.host}'
+            self.refused = self.lost = f'the machines were not started alike: {unlike}'
+            store.set('refused', self.refused)
+        elif self.strange > 2:
+            text = f'NODE_RANK={here} was given on both {there.host} and {self.mine.host}. Number the machines from 0'
+            self.refused = self.lost = f'{text}. If a run has begun there, give another one another MASTER_PORT.'
+        if not is_mine and (first.port or now - self.heard[here] < SOON):
+            raise ConnectionError('it has not missed yet that this machine was started again')
+        rows = [row if first.port or now - t < SOON else Row() for row, t in zip(found, self.heard, strict=True)]
+        if here == 0 and not self.port and not self.refused and all(row.launcher for row in rows):
+            self.port = free_port()
+        self.sent = replace(self.mine, beat=beat, port=self.port)
+        store.set(keys[here], json.dumps(asdict(self.sent)))
+        self.rows = rows
+
+    # ---------------------------------------------------------------- the thread that watches
+
+    def watch(self) -> None:
+        """End the workers here if those of another machine have failed or stopped, or if it is gone."""
+        since = asked = 0.0
+        while not self.over:
+            time.sleep(0.25)
+            now = time.monotonic()
+            if self.begun and now - self.called > STUCK:
+                self.talk_anew()
+            others = [row for rank, row in enumerate(self.judged()) if rank != self.place.rank]
+            gone, codes = any(row.gone for row in others), {row.code for row in others} - {None, 0}
+            since = since or now * bool(gone or codes)
+            if not self.running or not since:
+                continue
+            if not asked and (gone or now - since > PATIENCE):
+                asked = now
+                if gone or codes == {1}:
+                    (self.reports / 'give_up').touch()
+                else:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            if asked and now - asked > LEAVING:  # torchrun itself waits for a machine that is gone
+                code, _, text = verdict(self.judged())
+                say(text)
+                os._exit(code)

@@ -1,0 +1,416 @@
+"""Launchers of several machines that meet on this one: rows in a real store of torch, and what follows from them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from launch import launcher, machines, rows
+from launch.machines import Place, Refused, free_port
+from launch.rows import Alone, Row, Rows, verdict
+from runtime import errors, stopping
+from tests.helpers import ROOT, wait_until
+
+# ---------------------------------------------------------------- how it ends is one rule
+
+
+def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
+    return Row(host, 'x', code=code, text=text, order=order, gone=gone)
+
+
+@pytest.mark.parametrize(
+    ('found', 'end'),
+    [
+        ([row(0), row(0)], (0, 0, '')),
+        ([row(1, 'b', (1, 5.0)), row(1, 'a', (1, 4.0))], (1, 1, 'machine 1 (h): a')),  # the first error
+        ([row(1, 'lost it', (2, 3.0)), row(1, 'killed', (0, 0.0))], (1, 1, 'machine 1 (h): killed')),
+        ([row(1, 'lost it', (2, 3.0)), row(gone='left')], (1, 1, 'machine 1 (h) left')),
+        ([row(1, 'KeyError', (1, 3.0)), row(gone='left')], (1, 0, 'machine 0 (h): KeyError')),  # not why it left
+        ([row(1, 'lost it', (2, 3.0)), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
+        ([row(2), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),  # the one that says why
+        ([row(75), row(gone='left')], (75, 0, 'machine 0 (h): it was asked to stop')),
+        ([row(3), row(75)], (3, 0, 'machine 0 (h): the loss is not finite')),
+        ([row(3), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
+    ],
+)
+def test_what_all_agree_on(found, end):
+    assert verdict(found) == end
+
+
+@pytest.mark.parametrize('text', ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] closed', 'X: ncclRemoteError'])
+def test_a_lost_connection_is_no_cause(tmp_path, text):
+    """Clocks of two machines differ: what follows from another failure is told by its text, not by its time."""
+    for rank, said in enumerate([text, 'KeyError: broken']):
+        (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=said, follows=False)))
+    assert min(stopping.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
+    assert [order for order, _ in sorted(stopping.causes({0: 1}, tmp_path))] == [(1, 2.0), (2, 1.0), (3, 0.0)]
+
+
+# ---------------------------------------------------------------- launchers that meet
+
+
+@pytest.fixture
+def meet(tmp_path, monkeypatch):
+    """`meet(rank, machines=2, wait=20)`: the Rows of a machine, at a free port of this one."""
+    monkeypatch.setattr(rows, 'SAY_FIRST', 1)
+    port, made = free_port(), []
+
+    def start(rank, machines=2, wait=20, port=port):
+        (tmp_path / str(rank)).mkdir(exist_ok=True)
+        made.append(Rows(Place(machines, rank, '127.0.0.1', port), tmp_path / str(rank), wait))
+        return made[-1]
+
+    start.port = port
+    yield start
+    for each in reversed(made):
+        each.close()
+
+
+def together(*calls):
+    """The results of functions that are called at the same time, or what they raise."""
+    results = [None] * len(calls)
+
+    def call(i):
+        try:
+            results[i] = calls[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(calls))]
+    [thread.start() for thread in threads]
+    [thread.join(40) for thread in threads]
+    return results
+
+
+def begun(*machines):
+    assert together(*(each.gather for each in machines)) == [True] * len(machines)
+    return machines
+
+
+def is_here(first, rank):
+    return wait_until(lambda: first.rows[rank].launcher, 10)
+
+
+def test_three_meet_in_any_order_and_end_alike(meet):
+    late, second = meet(2, 3), meet(1, 3)
+    assert wait_until(lambda: 'nothing listens there' in late.trouble, 5)
+    first = meet(0, 3)
+    began = time.monotonic()
+    begun(first, second, late)
+    assert time.monotonic() - began < 5
+    assert first.rows[0].port == second.rows[0].port == late.rows[0].port > 0
+    assert (first.rows[1].first, second.my_address) == ('127.0.0.1', '127.0.0.1')
+    together(
+        lambda: first.settle(1, 'lost it', (2, 1.0)),
+        lambda: second.settle(1, 'KeyError', (1, 2.0)),
+        lambda: late.settle(0),
+    )
+    ends = [verdict(each.judged()) for each in (first, second, late)]
+    assert {end[:2] for end in ends} == {(1, 1)} and all(end[2].endswith(': KeyError') for end in ends)
+
+
+def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
+    monkeypatch.setattr(rows, 'SOON', 2)
+    first, second = meet(0, 3), meet(1, 3)
+    assert is_here(first, 1)
+    time.sleep(4)
+    begun(first, second, meet(2, 3))
+
+
+def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
+    first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
+    assert all(isinstance(result, Alone) for result in together(first.gather, second.gather))
+    said = capsys.readouterr().err
+    assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it); it ends' in said
+    with pytest.raises(Alone, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
+        meet(1, wait=1, port=free_port()).gather()
+
+
+def test_machines_that_were_not_started_alike_are_refused_on_all(meet, monkeypatch):
+    first = meet(0)
+    monkeypatch.setenv('MAX_RESTARTS', '3')
+    refused = together(first.gather, meet(1).gather)
+    assert [type(error) for error in refused] == [Refused, Refused] and str(refused[0]) == str(refused[1])
+    assert re.search(r'NNODES=2 MAX_RESTARTS=0 on .*, NNODES=2 MAX_RESTARTS=3 on', str(refused[0]))
+
+
+def test_another_number_of_machines_is_refused_on_all(meet):
+    """Also by a machine that machine 0 has no row for."""
+    refused = together(meet(0).gather, meet(4, 5).gather)
+    assert all('NNODES=2 MAX_RESTARTS=0 on' in str(error) and 'NNODES=5' in str(error) for error in refused)
+
+
+def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
+    first, _ = meet(0, 3), meet(1, 3)
+    assert is_here(first, 1)
+    monkeypatch.setattr(socket, 'gethostname', lambda: 'another')
+    with pytest.raises(Refused, match=r'NODE_RANK=1 was given on both .* and another\. Number the machines from 0'):
+        meet(1, 3).gather()
+    with pytest.raises(Refused, match=rf'MASTER_PORT={meet.port}: .* another run may use it'):
+        meet(0)
+
+
+def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
+    """A second run on the same hosts that was left the default MASTER_PORT."""
+    first, second = begun(meet(0), meet(1))
+    third = meet(1)
+    with pytest.raises(Refused, match=r'If a run has begun there, give another one another MASTER_PORT'):
+        third.gather()
+    asked = time.monotonic()
+    third.settle(2)
+    assert time.monotonic() - asked < 1  # it waits for nobody
+    together(lambda: first.settle(0), lambda: second.settle(0))
+    assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
+
+
+def test_a_machine_may_vanish_and_come_again_before_the_start(meet, monkeypatch):
+    monkeypatch.setattr(rows, 'SOON', 2)
+    first, second = meet(0, 3), meet(1, 3)
+    assert is_here(first, 1)
+    second.over = True  # killed: its row stays
+    assert wait_until(lambda: not first.rows[1].launcher, 10)
+    begun(first, meet(1, 3), meet(2, 3))
+
+
+def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_first_run(meet, monkeypatch):
+    """As when it was switched off, and came back before it was missed. Its old row stands in the store."""
+    monkeypatch.setattr(rows, 'SILENCE', 4)
+    first, second = begun(meet(0), meet(1))
+    second.over = True
+    again = meet(1)
+    assert wait_until(lambda: 'was started again' in again.trouble, 5)
+    assert wait_until((first.reports / 'give_up').exists, 10)
+    first.settle(1, 'gave up')
+    assert verdict(first.judged())[:2] == (1, 1)
+    first.close()
+    begun(meet(0), again)
+
+
+def test_strangers_at_the_port_disturb_nobody(meet):
+    first = meet(0)
+    strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(5)]
+    strangers[0].sendall(b'GET / HTTP/1.0\r\n\r\n')
+    strangers[1].sendall(b'[' * 60000 + b'\n')
+    strangers[2].sendall(os.urandom(3000))
+    strangers[3].sendall(bytes(100))
+    second = meet(1)
+    begun(first, second)
+    [stranger.close() for stranger in strangers]
+    together(lambda: first.settle(0), lambda: second.settle(0))
+    assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
+
+
+def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
+    """torch would wait for its answer for ever."""
+    with socket.create_server(('127.0.0.1', meet.port)):
+        late = meet(1, wait=3)
+        with pytest.raises(Alone, match=r'did not come in 3 s: what answers there is no run of this program'):
+            late.gather()
+    assert 'no run of this program); it ends after 3 s' in capsys.readouterr().err
+
+
+def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
+    first, second = meet(0, 3), meet(1, 3)
+    assert is_here(first, 1) and is_here(second, 0)
+    stop, gathered = together(lambda: second.settle(75), lambda: (first.gather(), first.settle(75))[0])
+    assert stop is None and gathered is False
+    assert verdict(first.judged()) == (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
+
+
+def test_one_that_waits_for_all_others_leaves_at_once(meet):
+    first, began = meet(0), time.monotonic()
+    first.settle(75)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize('silent', [0, 1])
+def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_workers(meet, monkeypatch, silent):
+    pair = begun(meet(0), meet(1))
+    monkeypatch.setattr(rows, 'SILENCE', 3)
+    pair[silent].over = True
+    other = pair[1 - silent]
+    assert not wait_until((other.reports / 'give_up').exists, 1.5)
+    assert wait_until((other.reports / 'give_up').exists, 6)
+    other.settle(1, 'gave up', (2, 1.0))
+    code, cause, text = verdict(other.judged())
+    assert (code, cause) == (1, silent) and re.search(r'has not been heard for \d+ s', text)
+
+
+def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monkeypatch):
+    """As when its launcher was killed, and its workers with it."""
+    first, second = begun(meet(0), meet(1))
+    monkeypatch.setattr(rows, 'SOON', 2)
+    second.over, began = True, time.monotonic()
+    first.settle(1, 'connection closed', (2, 1.0))
+    assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
+
+
+def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet):
+    first, second = begun(meet(0), meet(1))
+    first.close()
+    assert wait_until(lambda: second.lost, 5)
+    second.settle(75)
+    assert verdict(second.judged())[:2] == (75, 1)  # one's own end counts
+
+
+def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, monkeypatch):
+    """As after a cut: packets of the old connection come again only after a time as long as the cut."""
+    first, second = begun(meet(0), meet(1))
+    monkeypatch.setattr(rows, 'STUCK', 1)
+    stuck, exchange, seen = second.thread, Rows.exchange, first.rows[1].beat
+    block = lambda self, store, beat: (  # noqa: E731
+        time.sleep(60) if threading.current_thread() is stuck else exchange(self, store, beat)
+    )
+    monkeypatch.setattr(Rows, 'exchange', block)
+    assert wait_until(lambda: second.thread is not stuck, 6)
+    time.sleep(1)
+    assert wait_until(lambda: first.rows[1].beat > seen, 5) and not first.judged()[1].gone
+
+
+def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
+    """After a failure elsewhere they are ended in PATIENCE seconds, and in LEAVING more this process, come what may."""
+    first, second = begun(meet(0), meet(1))
+    monkeypatch.setattr(rows, 'PATIENCE', 1.5)
+    monkeypatch.setattr(rows, 'LEAVING', 1.0)
+    ended = []
+    monkeypatch.setattr(rows.os, '_exit', ended.append)
+    threading.Thread(target=lambda: second.settle(1, 'KeyError', (1, 2.0)), daemon=True).start()
+    assert not wait_until((first.reports / 'give_up').exists, 1)
+    assert wait_until((first.reports / 'give_up').exists, 5)
+    assert not wait_until(lambda: ended, 0.5)
+    assert wait_until(lambda: ended, 5) and ended[0] == 1
+    first.settle(1)
+
+
+@pytest.mark.parametrize(('code', 'end'), [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
+def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch, code, end):
+    """Asked to stop, so that they save, where another machine was; given up where one failed; else left alone."""
+    first, second = begun(meet(0), meet(1))
+    asked = []
+    monkeypatch.setattr(rows, 'PATIENCE', 0.3)
+    monkeypatch.setattr(rows.os, 'kill', lambda pid, signum: asked.append(signum))
+    threading.Thread(target=lambda: second.settle(code), daemon=True).start()
+    wait_until(lambda: asked or (first.reports / 'give_up').exists(), 3)
+    assert (asked, (first.reports / 'give_up').exists()) == ([end] * (end == signal.SIGTERM), end == 'give_up')
+    first.settle(code)
+
+
+# ---------------------------------------------------------------- the launcher around it
+
+
+@pytest.fixture
+def torchrun(monkeypatch, tmp_path):
+    """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(meet, seconds)` is `together` on
+    machine 0, beside Rows of machine 1, whose workers end after `seconds`: its code, and the verdict of machine 1."""
+    from torch.distributed import run
+
+    def instead(do):
+        monkeypatch.setattr(run, 'main', do)
+
+    def launch_both(meet, seconds=0):
+        ends = []
+
+        def second():
+            there = meet(1)
+            there.gather()
+            time.sleep(seconds)
+            there.settle(0)
+            ends.append(verdict(there.judged()))
+
+        beside = threading.Thread(target=second)
+        beside.start()
+        code = launcher.together(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
+        beside.join(20)
+        return code, *ends
+
+    before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
+    monkeypatch.setattr(launcher.api, '_terminate_process_handler', launcher.api._terminate_process_handler)
+    monkeypatch.setattr(machines, 'use_interface', lambda address: None)
+    (tmp_path / 'outcome').write_text('75')
+    launcher.obey_once(tmp_path)
+    instead.launch = launch_both
+    yield instead
+    signal.set_wakeup_fd(-1)
+    [signal.signal(name, handler) for name, handler in before.items()]
+
+
+def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun):
+    """Its store that cannot be reached, say; a ValueError is not taken for a wrong setting."""
+    from torch.distributed.run import config_from_args, parse_args
+
+    def fails(arguments):
+        settings = config_from_args(parse_args(arguments))[0]
+        assert int(settings.rdzv_configs['timeout']) == launcher.STORE_WAIT and settings.rdzv_configs['rank'] == 0
+        raise ValueError('no such store')
+
+    torchrun(fails)
+    said = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
+    assert torchrun.launch(meet) == (1, (1, 0, said))
+
+
+def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, capsys):
+    torchrun(lambda arguments: None)
+    assert torchrun.launch(meet) == (0, (0, 0, ''))
+    assert 'main.py ended without a run: it has to call main()' in capsys.readouterr().err
+
+
+def test_a_stop_while_it_waits_is_obeyed_at_once(meet, torchrun, tmp_path):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    assert launcher.together(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == errors.EXIT_STOPPED
+    assert time.monotonic() - began < 4
+
+
+def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(meet, torchrun):
+    """So that Slurm does not queue again what fails each time."""
+
+    def fails(arguments):
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise ValueError('each time')
+
+    torchrun(fails)
+    code, (other, cause, text) = torchrun.launch(meet, seconds=3)
+    assert (code, other, cause) == (1, 1, 0) and text.endswith('each time')
+
+
+def test_a_stop_is_obeyed_where_torch_waits_outside_of_python(tmp_path):
+    """In C++, for a store that nobody opens, Python's handlers do not run."""
+    program = """
+import pathlib, socket, sys, time
+from launch import launcher
+from torch.distributed import TCPStore
+folder = pathlib.Path(sys.argv[1])
+(folder / 'outcome').write_text('75')
+launcher.DEAF = 2
+launcher.obey_once(folder)
+launcher.on_stop(launcher.api._terminate_process_handler)
+port = launcher.machines.free_port()
+with socket.create_server(('127.0.0.1', port)):
+    print('waits', flush=True)
+    TCPStore('127.0.0.1', port)
+"""
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, '-c', program, tmp_path], env=env, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b'waits\n'
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=15) == 75
+
+
+def test_a_worker_ends_when_its_launcher_says_so(tmp_path):
+    program = (
+        'import time; from runtime import stopping; stopping.end_with_parent(); print(1, flush=True); time.sleep(60)'
+    )
+    env = os.environ | dict(RUN_PARENT=str(os.getpid()), RUN_REPORTS=str(tmp_path), PYTHONPATH=str(ROOT))
+    worker = subprocess.Popen([sys.executable, '-c', program], env=env, stdout=subprocess.PIPE)
+    assert worker.stdout.readline() == b'1\n'
+    assert worker.poll() is None
+    (tmp_path / 'give_up').touch()
+    assert worker.wait(timeout=10) == 1
