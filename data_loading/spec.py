@@ -44,8 +44,7 @@ class DataSpec:
     shape: tuple[int, ...] | None = None  # of one x, (C, H, W) for images; None: read from the data
     num_classes: int = 0  # 0: the data have no classes
     max_value: int = 255  # of a pixel: images are divided by it
-    # 'image': uint8, yielded in [0, 1]; 'float': floats of any range and rank, yielded as they are
-    scale: str = 'image'
+    scale: str = 'image'  # uint8, yielded in [0, 1]; 'float': floats of any range and rank, yielded as they are
     flip_keeps_label: bool = True
     rotation_keeps_label: bool = True
     translation_keeps_label: bool = True
@@ -109,22 +108,13 @@ class Part:
 
     def classes(self, spec: DataSpec) -> Tensor | None:
         """All labels, (N,) int64 on the CPU; None without classes, or if only reading every item would tell."""
-        if not spec.num_classes:
-            return None
-        if self.arrays is not None:
-            return torch.as_tensor(self.arrays[1]).to('cpu', torch.int64)
         try:  # `labels` of a Dataset of the user's may be anything
-            labels = torch.as_tensor(self.items.labels).cpu()
-        except (AttributeError, TypeError, ValueError, RuntimeError):
+            labels = torch.as_tensor(getattr(self.items, 'labels', None) if self.arrays is None else self.arrays[1])
+        except (TypeError, ValueError, RuntimeError):
             return None
-        whole = labels.long()
-        is_ours = (
-            whole.shape == (len(self),)
-            and whole.eq(labels).all()
-            and whole.min() >= 0
-            and whole.max() < spec.num_classes
-        )
-        return whole if is_ours else None
+        classes = labels.cpu().long().clamp(0, max(spec.num_classes, 1) - 1)
+        is_known = spec.num_classes and classes.shape == (len(self),) and classes.eq(labels.cpu()).all()
+        return classes if is_known else None
 
     @cached_property
     def has_pairs(self) -> bool:
@@ -144,8 +134,7 @@ class Part:
             return [own()]
         with torch.random.fork_rng(devices=[]):  # so that items that are drawn at random are the same every time
             torch.manual_seed(0)
-            ends = (0, len(self) - 1)
-            batches = [self.arrays] if self.arrays else [default_collate([self.items[i]]) for i in ends]
+            batches = [self.arrays] if self.arrays else [default_collate([self.items[i]]) for i in (0, len(self) - 1)]
         return [thing for batch in batches for array in batch for thing in (describe(array), array)]
 
 
@@ -153,11 +142,10 @@ def describe(value: Any) -> str:
     """`value` in a few words: the types and shapes of arrays, the length of long tuples."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
-    if isinstance(value, (tuple, list)) and len(value) <= 4:
-        return f'({", ".join(map(describe, value))})'
-    if isinstance(value, (tuple, list)):
-        return f'a {type(value).__name__} of {len(value)} entries'
-    return type(value).__name__
+    if not isinstance(value, (tuple, list)):
+        return type(value).__name__
+    few = f'({", ".join(map(describe, value[:4]))})'
+    return few if len(value) <= 4 else f'a {type(value).__name__} of {len(value)} entries'
 
 
 # ---------------------------------------------------------------- checks
@@ -167,7 +155,7 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
     """What `spec.load` returned, ready for a Loader: `spec` with the shape of the data and the facts that came with
     them, the training and the held-out part. `where` names the data set in errors.
 
-    Arrays are converted as by `check_arrays`. The first item of a Dataset is read and checked. Raises SettingError.
+    Arrays are converted by `check_arrays`. The first item of a Dataset is read and checked. Raises SettingError.
     """
     if isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict):
         spec, loaded = replace(spec, **loaded[2]), loaded[:2]
@@ -191,16 +179,15 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
         parts.append(Part(source, where))
         entries.append(len(first))
     if entries[0] != entries[1]:
-        raise SettingError(
-            f'{where}: {entries[0]} entries in the training part, {entries[1]} in the held-out part. {HOW_TO_RETURN}.'
-        )
+        counted = f'{entries[0]} entries in the training part, {entries[1]} in the held-out part'
+        raise SettingError(f'{where}: {counted}. {HOW_TO_RETURN}.')
     return spec, *parts
 
 
 def may_be_part(part: Any) -> bool:
     """Whether `part` is a tuple of arrays, or a Dataset of known length."""
-    is_other = isinstance(part, (Tensor, np.ndarray, dict, str))
-    return not is_other and hasattr(part, '__len__') and hasattr(part, '__getitem__')
+    has_both = hasattr(part, '__len__') and hasattr(part, '__getitem__')
+    return has_both and not isinstance(part, (Tensor, np.ndarray, dict, str))
 
 
 def collate(items: list, spec: DataSpec, where: str) -> Arrays:
@@ -223,9 +210,8 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str) -> Arrays:
     """
     is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
     if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
-        raise DataError(
-            f'{where}: {describe(arrays)}. It must be (x, label) or (x, label, x1), of tensors or numpy arrays.'
-        )
+        wanted = 'It must be (x, label) or (x, label, x1), of tensors or numpy arrays'
+        raise DataError(f'{where}: {describe(arrays)}. {wanted}.')
     try:
         arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
     except TypeError as error:
