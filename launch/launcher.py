@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,17 +133,18 @@ def obey_once(reports: Path) -> None:
     end this process where Python does not get to obey it, because torch waits in C++: for a store, say."""
     if not hasattr(api, '_terminate_process_handler'):
         raise RuntimeError(f'torch {torch.__version__} is unknown to obey_once of launch/launcher.py: mend that')
-    obeyed = threading.Event()
+    obeyed = list[int]()  # no Event: its lock would wait for itself if a second signal comes while it is set
     signals, wakeup = socket.socketpair()
 
     def stop_once(signum: int, frame: Any) -> None:
-        obeyed.set()
         on_stop(signal.SIG_IGN)
+        obeyed.append(signum)
         raise SignalException(f'got signal {signum}', signal.Signals(signum))
 
     def watch() -> None:
         signals.recv(1)
-        if not obeyed.wait(DEAF):
+        time.sleep(DEAF)
+        if not obeyed:
             os._exit(int((reports / 'outcome').read_text()))
 
     api._terminate_process_handler = stop_once

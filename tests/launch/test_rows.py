@@ -404,6 +404,36 @@ with socket.create_server(('127.0.0.1', port)):
     assert process.wait(timeout=15) == 75
 
 
+def test_a_handler_that_a_second_signal_interrupts_does_not_wait_for_itself(tmp_path, monkeypatch, torchrun):
+    """run.sh and Slurm send theirs at once, so the second may come in any line of the first one's handler."""
+    monkeypatch.setattr(launcher, 'on_stop', lambda handler: None)  # these are for the main thread
+    handler, ended = launcher.api._terminate_process_handler, []
+
+    def interrupted(line: int) -> None:
+        left = line
+
+        def trace(frame, event, arg):
+            nonlocal left
+            left -= event == 'line'
+            if left == 0:
+                sys.settrace(None)
+                handler(signal.SIGINT, None)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            handler(signal.SIGTERM, None)
+        except launcher.SignalException:
+            ended.append(line)
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=lambda: [interrupted(line) for line in range(1, 30)], daemon=True)
+    thread.start()
+    thread.join(10)
+    assert ended == [*range(1, 30)]
+
+
 def test_a_worker_ends_when_its_launcher_says_so(tmp_path):
     program = (
         'import time; from runtime import stopping; stopping.end_with_parent(); print(1, flush=True); time.sleep(60)'
