@@ -82,6 +82,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
             return together(here, wait, arguments, Path(folder))
         # its own store is on this machine, whatever the name of that
         end = run_workers([*(given or ['--standalone', '--local-addr=127.0.0.1']), *arguments], Path(folder))
+        on_stop(signal.SIG_IGN)  # it is decided
         tell(end.text)
         return end.code
 
