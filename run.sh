@@ -54,16 +54,6 @@ if [ -n "$direct" ]; then exec "$python" -m launch.start --direct "$script" "$@"
 export RUN_PARENT=$$
 RUN_BEGAN=$(date +%s)
 export RUN_BEGAN # --check prints how long the start takes
-restart=0
-while :; do
-    code=0
-    run_child "$python" -m launch.start "$script" "$@" || code=$?
-    case $code in
-        1) ;;
-        69) [ "$restart" -gt 0 ] || exit 1 ;; # other machines did not come, and nothing has run that could go on
-        *) exit "$code" ;;
-    esac
-    [ "$restart" -lt "${MAX_RESTARTS:-0}" ] || exit 1
-    restart=$((restart + 1))
-    echo "run.sh: starting again from the last checkpoint ($restart of $MAX_RESTARTS restarts)" >&2
-done
+code=0
+run_child "$python" -m launch.start "$script" "$@" || code=$?
+exit "$code"

@@ -30,7 +30,7 @@ run_child() {
     trap 'exit 75' TERM INT HUP USR1
     case $status in
         129 | 130 | 138 | 143) status=75 ;; # a stop signal, before there was anything to save
-        0 | 1 | 2 | 3 | 69 | 75) ;;
+        0 | 1 | 2 | 3 | 75) ;;
         137)
             echo "run.sh: its launcher was killed (SIGKILL); is there enough memory?" \
                 "The same command goes on from the last checkpoint." >&2

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launch import machines
 from launch.machines import Place, Refused, say, whole_number
-from launch.rows import Alone, Rows, verdict
+from launch.rows import PATIENCE, Alone, Rows, verdict
 from runtime import errors, stopping
 
 EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # the worker has said why
-EXIT_ALONE = 69  # other machines did not come; run.sh makes it 1, and does not start again
 STORE_WAIT = 120  # seconds in which torchrun's store on machine 0 must be reached; the launchers have met by then
 DEAF = 10  # seconds for Python to obey a stop signal. Where torch waits in C++ it obeys none
 
@@ -76,44 +75,56 @@ def launch(argv: list[str], module: str | None = None) -> int:
         arguments = [f'--nproc-per-node={nproc}', f'--log-dir={folder}', *(['--module'] if module else [])]
         # after --: torchrun would take a flag of ours for one of its own that begins alike
         arguments += ['--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', '--', module or argv[0], *argv[1:]]
-        Path(folder, 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to lose
         obey_once(Path(folder))
-        if here.machines > 1 and not given:
-            return together(here, wait, arguments, Path(folder))
-        # its own store is on this machine, whatever the name of that
-        end = run_workers([*(given or ['--standalone', '--local-addr=127.0.0.1']), *arguments], Path(folder))
-        on_stop(signal.SIG_IGN)  # it is decided
-        tell(end.text)
-        return end.code
+        code = 1
+        for restart in range(restarts + 1):
+            if restart:
+                say(f'starting again from the last checkpoint ({restart} of {restarts} restarts)')
+            try:
+                if here.machines > 1 and not given:
+                    code = together(here, wait, arguments, Path(folder))
+                else:  # its own store is on this machine, whatever the name of that
+                    standalone = ['--standalone', '--local-addr=127.0.0.1']
+                    end = run_workers([*(given or standalone), *arguments], Path(folder))
+                    tell(end.text)
+                    code = end.code
+            except Alone as error:
+                tell(str(error))
+                if not restart:  # nothing has run that could go on
+                    break
+            if code in (0, *EXPLAINED_CODES):
+                break
+        return code
 
 
 def together(here: Place, wait: int, arguments: list[str], reports: Path) -> int:
     """torchrun with these arguments at the same time on all machines: the exit code that they agree on. Prints the
-    cause, last."""
-    rows, end = None, End(errors.EXIT_STOPPED)
+    cause, last. Raises Alone."""
+    rows, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
     try:
         on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
         rows = Rows(here, reports, wait)
-        if rows.gather():
+        meetings[:] = [rows]
+        if not was_stopped and rows.gather():
             say(f'machine {here.rank}: all {here.machines} machines are here; machine 0 prints what the run says')
-            first = rows.rows[1].first
+            first = rows.mine.first or rows.rows[1].first
             machines.use_interface(rows.my_address or first)
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}', f'--master-addr={first}']
             flags += [f'--master-port={rows.rows[0].port}', f'--rdzv-conf=timeout={STORE_WAIT}']
             end = run_workers([*flags, *arguments], reports)
-    except (Refused, Alone) as error:
-        end = End(errors.EXIT_BAD_SETTING if isinstance(error, Refused) else EXIT_ALONE, str(error))
+    except Refused as error:
+        end = End(errors.EXIT_BAD_SETTING, str(error))
     except SignalException:  # before there were workers
         pass
     code, cause, text = end.code, here.rank, end.text
-    if rows is not None and code != EXIT_ALONE:
-        with suppress(SignalException):
-            rows.settle(code, text, end.order)
-        code, cause, text = verdict(rows.judged())
-    on_stop(signal.SIG_IGN)  # it is decided: srun may end all tasks once the first has left with this code
     if rows is not None:
+        with suppress(SignalException):
+            on_stop(api._terminate_process_handler)
+            rows.settle(code, text, end.order, PATIENCE if was_stopped else 0)
+        on_stop(note_stop)  # it is decided: srun may end all tasks once the first has left with this code
+        code, cause, text = verdict(rows.judged())
         rows.close()
-    if not end.code == code == errors.EXIT_STOPPED:
+    if code != errors.EXIT_STOPPED or end.code != errors.EXIT_STOPPED:
         tell(end.text if code == 0 or cause == here.rank else text)
     return code
 
@@ -122,6 +133,15 @@ def tell(text: str) -> None:
     """Print the cause, without what `say` puts in front."""
     if text:
         print(text, file=sys.stderr, flush=True)
+
+
+stops: list[int] = []  # the stop signals that came
+meetings: list[Rows] = []  # with the other machines, while there is one
+
+
+def note_stop(signum: int, frame: Any) -> None:
+    """Where there are no workers: between two starts, or after the last."""
+    stops.append(signum)
 
 
 def on_stop(handler: Any) -> None:
@@ -133,20 +153,24 @@ def obey_once(reports: Path) -> None:
     """Let torchrun obey the first stop signal only: at a second one it would leave workers behind that still save. And
     end this process where Python does not get to obey it, because torch waits in C++: for a store, say."""
     if not hasattr(api, '_terminate_process_handler'):
-        raise RuntimeError(f'torch {torch.__version__} is unknown to obey_once of launch/launcher.py: mend that')
-    obeyed = list[int]()  # no Event: its lock would wait for itself if a second signal comes while it is set
-    signals, wakeup = socket.socketpair()
+        raise RuntimeError(f'torch {torch.__version__} has no _terminate_process_handler: update launch/launcher.py')
+    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))
+    came, (signals, wakeup) = stops, socket.socketpair()
 
     def stop_once(signum: int, frame: Any) -> None:
         on_stop(signal.SIG_IGN)
-        obeyed.append(signum)
+        came.append(signum)  # no Event: its lock would wait for itself if a second signal comes while it is set
         raise SignalException(f'got signal {signum}', signal.Signals(signum))
 
     def watch() -> None:
         signals.recv(1)
         time.sleep(DEAF)
-        if not obeyed:
-            os._exit(int((reports / 'outcome').read_text()))
+        if not came:
+            code = int((reports / 'outcome').read_text())
+            for rows in meetings:  # the others hear of it
+                rows.mine = replace(rows.mine, code=code)
+                time.sleep(1)
+            os._exit(code)
 
     api._terminate_process_handler = stop_once
     wakeup.setblocking(False)
@@ -158,9 +182,17 @@ def run_workers(arguments: list[str], reports: Path) -> End:
     """torchrun with these arguments, to the end of its workers, also to that which a signal asks for."""
     from torch.distributed.run import main as torchrun
 
+    for old in (*reports.glob('failed_*'), reports / 'give_up'):
+        old.unlink(missing_ok=True)
+    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to lose
     try:
-        on_stop(api._terminate_process_handler)  # torchrun does it once it has workers
-        torchrun(arguments)
+        try:
+            on_stop(api._terminate_process_handler)  # torchrun does it once it has workers
+            if stops:
+                return End(errors.EXIT_STOPPED)
+            torchrun(arguments)
+        finally:
+            on_stop(note_stop)
     except SignalException:
         return outcome_of_stop(reports)
     except ChildFailedError as error:
@@ -174,7 +206,7 @@ def run_workers(arguments: list[str], reports: Path) -> End:
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(errors.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
             return End(errors.EXIT_STOPPED)
-        return End(1, text, order)
+        return End(1, text, (9, 0.0) if (reports / 'give_up').exists() else order)  # as another machine has ended
     except Exception as error:  # of torchrun itself, which did not reach its store on machine 0, say
         if isinstance(error.__context__, SignalException):  # an error of torchrun's own while it obeyed a stop signal
             return outcome_of_stop(reports)

@@ -45,12 +45,12 @@ def whole_number(
 
 def several(env: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment variables mean several machines. It does not judge them: `place` does."""
-    return env.get('NNODES', env.get('SLURM_STEP_NUM_NODES', '1')) != '1'
+    return (env.get('NNODES') or env.get('SLURM_STEP_NUM_NODES', '1')) != '1'
 
 
 def tell_of_others(env: Mapping[str, str] = os.environ) -> None:
     """Say that this machine is the only one of the run where a cluster may have meant several."""
-    if 'NNODES' not in env and 'SLURM_STEP_ID' not in env:
+    if not {'NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'} & env.keys():
         for name, how in (('SLURM_NNODES', '`srun sh run.sh` takes all'), ('WORLD_SIZE', 'set NNODES for several')):
             if env.get(name, '1') != '1':
                 say(f'this run sees 1 machine, though {name}={env[name]}; {how} (docs/cluster.md)')
@@ -58,7 +58,7 @@ def tell_of_others(env: Mapping[str, str] = os.environ) -> None:
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
     """Where the environment variables put this process. Raises Refused for what they cannot mean."""
-    if 'NNODES' not in env and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
+    if not env.get('NNODES') and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
         if set(re.sub(r'\(x\d+\)', '', env['SLURM_STEP_TASKS_PER_NODE']).split(',')) != {'1'}:  # as 2(x3),1
             raise Refused(
                 'srun started run.sh several times on one node. Use --ntasks-per-node=1 (and '

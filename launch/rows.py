@@ -27,7 +27,7 @@ from launch.machines import Place, Refused, address_of, explain, free_port, say,
 SILENCE = 40  # seconds without a sign of life after which a machine counts as gone
 SOON = 10  # the same before workers begin, and once some have failed
 PATIENCE = 20  # seconds that the workers here get to end by themselves, after those of another machine have ended
-LEAVING = 45  # seconds for torchrun to end its workers (it gives them 30), before this process ends without it
+LEAVING = 45  # seconds for torchrun to end workers that save (it gives them 30), before this process ends without it
 STUCK = 5  # seconds after which a call of the store is left alone, and a new connection tried
 SAY_FIRST, SAY_EVERY = 10, 30  # seconds until the first line that tells for whom this machine waits; between two
 
@@ -77,7 +77,9 @@ class Rows:
         self.rows = self.found = [Row()] * place.machines  # of machines that are here; as they stand in the store
         self.heard = [time.monotonic()] * place.machines  # when each row last changed
         self.refused = self.lost = self.my_address = ''  # why this machine cannot take part; how machine 0 was lost
-        self.trouble, self.strange = 'no word of it', 0  # why another is not here; signs of life of one in this place
+        host = socket.gethostname()
+        self.no_word = 'no word of it' + f'; {host} is machine 0 at {place.first}:{place.port}' * (not place.rank)
+        self.trouble, self.strange = self.no_word, 0  # why another is not here; changes of this row by another launcher
         self.running = self.over = False  # the workers run; nothing more is to be said
         self.port, self.sent, self.server = 0, Row(), None
         address = address_of(place.first) if place.rank else ''
@@ -85,11 +87,13 @@ class Rows:
             try:
                 socket.create_server(('', place.port)).close()  # torch's own message would be two pages
                 self.server = TCPStore('127.0.0.1', place.port, None, True, wait_for_workers=False)
+                for rank in range(place.machines):
+                    self.server.set(f'row{rank}', '{}')
             except OSError as error:
                 why = f'machine 0 cannot listen there ({error.strerror}); another run may use it'
                 raise Refused(f'MASTER_PORT={place.port}: {why}. Give all machines another MASTER_PORT.') from None
         about = f'NNODES={place.machines} MAX_RESTARTS={whole_number("MAX_RESTARTS", 0)}'
-        self.mine = Row(socket.gethostname(), uuid.uuid4().hex, about, address)
+        self.mine = Row(host, uuid.uuid4().hex, about, address)
         self.talk_anew()
         threading.Thread(target=self.watch, daemon=True).start()
 
@@ -112,10 +116,10 @@ class Rows:
                 raise Alone(f'{self.whom()} did not come in {self.wait} s: {self.trouble}')
             if now > say_next:
                 say_next = now + SAY_EVERY
-                say(f'waiting for {self.whom()} ({self.trouble}); it ends after {self.wait} s, see NODE_WAIT')
+                say(f'waiting for {self.whom()} ({self.trouble}); gives up after {self.wait} s (NODE_WAIT)')
             time.sleep(0.1)
-        self.running = True
-        return True
+        self.running = all(row.code is None for row in self.rows)
+        return self.running
 
     @property
     def begun(self) -> bool:
@@ -130,14 +134,14 @@ class Rows:
         missing = [str(rank) for rank, row in enumerate(self.rows) if not row.launcher]
         return f'machine {", ".join(missing[:8])} of {here.machines} to come to port {here.port} of machine 0'
 
-    def settle(self, code: int, text: str = '', order: Sequence[float] = (9, 0.0)) -> None:
+    def settle(self, code: int, text: str = '', order: Sequence[float] = (9, 0.0), wait: float = 0) -> None:
         """Tell how the workers here have ended, and wait until those of all machines that are here have: it may take
-        long, for a last upload of rank 0, say."""
-        self.running, self.mine = False, replace(self.mine, code=code, text=text, order=order)
-        while not self.lost and any(row.launcher and row.code is None and not row.gone for row in self.judged()):
-            time.sleep(0.05)
-        self.mine, late = replace(self.mine, knows=True), time.monotonic() + 5
-        while not self.lost and not self.may_leave and time.monotonic() < late:
+        long, for a last upload of rank 0, say. `wait`: seconds, for machines that come just now."""
+        self.running, late = False, time.monotonic() + wait
+        self.mine = replace(self.mine, code=code, text=text, order=order)
+        while not self.lost and any(
+            row.code is None and not row.gone and (row.launcher or time.monotonic() < late) for row in self.judged()
+        ):
             time.sleep(0.05)
 
     @property
@@ -151,7 +155,7 @@ class Rows:
         """The rows, with how machines were lost. That of this machine is the newest."""
         rows, now = [*self.rows], time.monotonic()
         rows[self.place.rank] = self.mine
-        limit = SOON if any(row.code == 1 for row in rows) else SILENCE
+        limit = SOON if not self.begun or any(row.code == 1 for row in rows) else SILENCE
         for rank, row in enumerate(rows):
             silence = int(now - self.heard[rank])
             if row.launcher and row.code is None and rank != self.place.rank and silence >= limit:
@@ -161,6 +165,10 @@ class Rows:
         return rows
 
     def close(self) -> None:
+        """Leave, once this machine's last word is out."""
+        self.mine, late = replace(self.mine, knows=True), time.monotonic() + 5
+        while not self.lost and not self.may_leave and time.monotonic() < late:
+            time.sleep(0.05)
         self.over = True
         self.thread.join(2)
         self.server = None  # which closes its port
@@ -178,11 +186,13 @@ class Rows:
             try:
                 store = store or self.connect()
                 self.exchange(store, beat)
-                self.trouble = 'no word of it'
+                self.trouble = self.no_word
             except Exception as error:  # torch's of the network, or whatever a stranger's answer leads to
                 store = self.server
                 if isinstance(error, OSError):
                     self.trouble = explain(error)
+                elif isinstance(error, (TypeError, ValueError)):
+                    self.trouble = 'another version of this program is there'
                 if not self.begun:
                     self.rows = [Row()] * self.place.machines
                 elif isinstance(error, ConnectionRefusedError):
@@ -200,35 +210,36 @@ class Rows:
     def exchange(self, store: TCPStore, beat: int) -> None:
         """Read all rows, and write this machine's. Raises ConnectionError as long as machine 0 has no place for it."""
         here, now, keys = self.place.rank, time.monotonic(), [f'row{rank}' for rank in range(self.place.machines)]
-        found = [Row(**json.loads(store.get(key))) if store.check([key]) else Row() for key in keys]
-        if here == 0:
-            found[0] = replace(self.mine, beat=beat, port=self.port)
-        first, there, is_mine = found[0], found[here], found[here].launcher in ('', self.mine.launcher)
+        mine = replace(self.mine, beat=beat, port=self.port)
+        first = mine if here == 0 else Row(**json.loads(store.get('row0')))
         if not first.launcher:
             raise ConnectionError('it is just beginning')
         if self.begun and first.launcher != self.rows[0].launcher:
             raise ConnectionRefusedError  # it was started again
+        if not first.port and store.check(['refused']):
+            self.refused = store.get('refused').decode()
+        elif first.about != mine.about:
+            unlike = f'{first.about} on {first.host}, {mine.about} on {mine.host}'
+            self.refused = self.lost = f'the machines were not started alike: {unlike}'
+            store.set('refused', self.refused)
+            return
+        found = [first, *(Row(**json.loads(text)) for text in store.multi_get(keys)[1:])]
+        is_mine = found[here].launcher in ('', mine.launcher)
         for rank in [rank for rank, row in enumerate(found) if row != self.found[rank]]:
             self.heard[rank] = now
             self.strange += rank == here and not is_mine
         self.found = found
-        if not first.port and store.check(['refused']):
-            self.refused = store.get('refused').decode()
-        elif first.about != self.mine.about:
-            unlike = f'{first.about} on {first.host}, {self.mine.about} on {self.mine.host}'
-            self.refused = self.lost = f'the machines were not started alike: {unlike}'
-            store.set('refused', self.refused)
-        elif self.strange > 2:
-            text = f'NODE_RANK={here} was given on both {there.host} and {self.mine.host}. Number the machines from 0'
+        if self.strange > 2:
+            text = f'NODE_RANK={here} was given on both {found[here].host} and {mine.host}. Number the machines from 0'
             self.refused = self.lost = f'{text}. If a run has begun there, give another one another MASTER_PORT.'
         if not is_mine and (first.port or now - self.heard[here] < SOON):
-            raise ConnectionError('it has not missed yet that this machine was started again')
+            raise ConnectionError('an earlier start of this machine has not ended there')
         rows = [row if first.port or now - t < SOON else Row() for row, t in zip(found, self.heard, strict=True)]
         if here == 0 and not self.port and not self.refused and all(row.launcher for row in rows):
             self.port = free_port()
-        self.sent = replace(self.mine, beat=beat, port=self.port)
-        store.set(keys[here], json.dumps(asdict(self.sent)))
-        self.rows = rows
+        store.set(keys[here], json.dumps(asdict(mine)))
+        if self.thread is threading.current_thread():  # else it was stuck, and another one has read more
+            self.sent, self.rows = mine, rows
 
     # ---------------------------------------------------------------- the thread that watches
 
@@ -251,7 +262,8 @@ class Rows:
                     (self.reports / 'give_up').touch()
                 else:
                     os.kill(os.getpid(), signal.SIGTERM)
-            if asked and now - asked > LEAVING:  # torchrun itself waits for a machine that is gone
+            limit = SOON if (self.reports / 'give_up').exists() else LEAVING
+            if asked and now - asked > limit:  # torchrun itself waits for a machine that is gone
                 code, _, text = verdict(self.judged())
                 say(text)
                 os._exit(code)

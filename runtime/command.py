@@ -20,11 +20,9 @@ T = TypeVar('T')
 
 # launch/launcher.py sets it for its workers; this is for notebooks that import torch later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-# Whoever starts several processes sets LOCAL_RANK too. What a cluster sets, or a program before left, is none of ours:
+# Whoever starts several processes sets LOCAL_RANK too. What a cluster sets, or an earlier program left, does not apply:
 # torch would wait for the others.
-if 'LOCAL_RANK' not in os.environ:
-    for _name in ('RANK', 'WORLD_SIZE'):
-        os.environ.pop(_name, None)
+dropped = {} if 'LOCAL_RANK' in os.environ else {n: os.environ.pop(n, '1') for n in ('WORLD_SIZE', 'RANK')}
 
 
 def parsed(parse: Callable[[], T]) -> T:
@@ -56,6 +54,8 @@ def run(do: Callable[[], None]) -> None:
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
     from runtime import ranks, stopping  # they import torch, and --help need not wait for it
 
+    if dropped.get('WORLD_SIZE', '1') != '1':
+        print(f'this process runs alone: WORLD_SIZE={dropped["WORLD_SIZE"]} without LOCAL_RANK', file=sys.stderr)
     stopping.end_with_parent()
     stopping.exit_on_stop_signals()
     error = None

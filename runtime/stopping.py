@@ -136,8 +136,10 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
     """
     found = []
     for rank, code in codes.items():
-        if code == -signal.SIGKILL:
-            found.append(((0, 0.0), f'rank {rank} was killed by signal 9 (SIGKILL); is there enough memory?'))
+        if code < 0 and -code not in STOP_SIGNALS:
+            memory = '; is there enough memory?' if code == -signal.SIGKILL else ''
+            name = signal.Signals(-code).name
+            found.append(((0, 0.0), f'rank {rank} was killed by signal {-code} ({name}){memory}'))
         how = (
             f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
         )

@@ -70,6 +70,7 @@ def meet(tmp_path, monkeypatch):
     start.port = port
     yield start
     for each in reversed(made):
+        each.lost = each.lost or 'the test is over'  # it waits for nobody
         each.close()
 
 
@@ -128,7 +129,7 @@ def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
     first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
     assert all(isinstance(result, Alone) for result in together(first.gather, second.gather))
     said = capsys.readouterr().err
-    assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it); it ends' in said
+    assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it; ' in said
     with pytest.raises(Alone, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
         meet(1, wait=1, port=free_port()).gather()
 
@@ -182,10 +183,11 @@ def test_a_machine_may_vanish_and_come_again_before_the_start(meet, monkeypatch)
 def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_first_run(meet, monkeypatch):
     """As when it was switched off, and came back before it was missed. Its old row stands in the store."""
     monkeypatch.setattr(rows, 'SILENCE', 4)
+    monkeypatch.setattr(rows, 'SOON', 4)
     first, second = begun(meet(0), meet(1))
     second.over = True
     again = meet(1)
-    assert wait_until(lambda: 'was started again' in again.trouble, 5)
+    assert wait_until(lambda: 'an earlier start of this machine' in again.trouble, 5)
     assert wait_until((first.reports / 'give_up').exists, 10)
     first.settle(1, 'gave up')
     assert verdict(first.judged())[:2] == (1, 1)
@@ -213,7 +215,7 @@ def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
         late = meet(1, wait=3)
         with pytest.raises(Alone, match=r'did not come in 3 s: what answers there is no run of this program'):
             late.gather()
-    assert 'no run of this program); it ends after 3 s' in capsys.readouterr().err
+    assert 'no run of this program); gives up after 3 s' in capsys.readouterr().err
 
 
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
@@ -234,6 +236,7 @@ def test_one_that_waits_for_all_others_leaves_at_once(meet):
 def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_workers(meet, monkeypatch, silent):
     pair = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'SILENCE', 3)
+    monkeypatch.setattr(rows, 'SOON', 3)
     pair[silent].over = True
     other = pair[1 - silent]
     assert not wait_until((other.reports / 'give_up').exists, 1.5)
@@ -275,16 +278,16 @@ def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, m
 
 
 def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
-    """After a failure elsewhere they are ended in PATIENCE seconds, and in LEAVING more this process, come what may."""
+    """After a failure elsewhere they are ended in PATIENCE seconds, and in SOON more this process, come what may."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 1.5)
-    monkeypatch.setattr(rows, 'LEAVING', 1.0)
+    monkeypatch.setattr(rows, 'SOON', 2.0)
     ended = []
     monkeypatch.setattr(rows.os, '_exit', ended.append)
     threading.Thread(target=lambda: second.settle(1, 'KeyError', (1, 2.0)), daemon=True).start()
     assert not wait_until((first.reports / 'give_up').exists, 1)
     assert wait_until((first.reports / 'give_up').exists, 5)
-    assert not wait_until(lambda: ended, 0.5)
+    assert not wait_until(lambda: ended, 1)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
     first.settle(1)
 
@@ -323,6 +326,7 @@ def torchrun(monkeypatch, tmp_path):
             time.sleep(seconds)
             there.settle(0)
             ends.append(verdict(there.judged()))
+            there.close()
 
         beside = threading.Thread(target=second)
         beside.start()
@@ -333,7 +337,8 @@ def torchrun(monkeypatch, tmp_path):
     before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
     monkeypatch.setattr(launcher.api, '_terminate_process_handler', launcher.api._terminate_process_handler)
     monkeypatch.setattr(machines, 'use_interface', lambda address: None)
-    (tmp_path / 'outcome').write_text('75')
+    monkeypatch.setattr(launcher, 'stops', [])
+    monkeypatch.setattr(launcher, 'meetings', [])
     launcher.obey_once(tmp_path)
     instead.launch = launch_both
     yield instead
@@ -378,6 +383,37 @@ def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(mee
     torchrun(fails)
     code, (other, cause, text) = torchrun.launch(meet, seconds=3)
     assert (code, other, cause) == (1, 1, 0) and text.endswith('each time')
+
+
+def test_a_stop_between_two_starts_is_obeyed_and_the_other_machines_hear_of_it(meet, torchrun, tmp_path):
+    began = []
+    torchrun(began.append)
+    launcher.stops.append(signal.SIGTERM)
+    assert launcher.run_workers(['main.py'], tmp_path).code == errors.EXIT_STOPPED
+    heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
+    assert torchrun.launch(meet) == (75, heard) and not began
+
+
+def test_the_last_word_is_heard_also_if_a_stop_comes_while_it_is_said(meet):
+    first, second = begun(meet(0), meet(1))
+    second.mine = rows.replace(second.mine, code=75)  # as settle does, before SignalException ends it
+    second.close()
+    assert wait_until(lambda: first.rows[1].code == 75, 2)
+
+
+def test_a_machine_that_stops_as_the_last_one_comes_starts_no_workers(meet):
+    first = meet(0)
+    first.over = True
+    first.thread.join()
+    first.rows = [rows.replace(first.mine, port=1), row(75)]  # both are here, and one has stopped
+    assert first.begun and not first.gather() and not first.running
+
+
+def test_another_version_of_a_row_is_said(meet):
+    first = meet(0)
+    assert is_here(first, 0)
+    first.server.set('row1', '{"colour": "red"}')
+    assert wait_until(lambda: 'another version of this program' in first.trouble, 5)
 
 
 def test_a_stop_is_obeyed_where_torch_waits_outside_of_python(tmp_path):

@@ -136,5 +136,5 @@ def test_the_first_cause_is_the_killed_rank_else_the_first_report(tmp_path, monk
 
 def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch, tmp_path):
     monkeypatch.delattr(launcher.api, '_terminate_process_handler')
-    with pytest.raises(RuntimeError, match=r'is unknown to obey_once of launch/launcher\.py'):
+    with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler: update launch/launcher\.py'):
         launcher.obey_once(tmp_path)
