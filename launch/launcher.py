@@ -53,10 +53,8 @@ def launch(argv: list[str], module: str | None = None) -> int:
         wait, restarts = whole_number('NODE_WAIT', 600, 1), whole_number('MAX_RESTARTS', 0)
         given = shlex.split(os.environ.get('TORCHRUN_ARGS', ''))
         if restarts and any('nnodes' in flag for flag in given):
-            raise Refused(
-                f'MAX_RESTARTS={restarts}: launchers that meet by TORCHRUN_ARGS cannot agree when to start again. Use '
-                "NNODES, NODE_RANK and MASTER_ADDR in its place, or torchrun's own --max-restarts in it."
-            )
+            why = 'launchers that meet by TORCHRUN_ARGS cannot agree when to start again'
+            raise Refused(f'MAX_RESTARTS={restarts}: {why}. Use NNODES in its place, or --max-restarts in it.')
     except Refused as error:
         tell(str(error))
         return errors.EXIT_BAD_SETTING

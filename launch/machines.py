@@ -60,10 +60,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     """Where the environment variables put this process. Raises Refused for what they cannot mean."""
     if not env.get('NNODES') and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
         if set(re.sub(r'\(x\d+\)', '', env['SLURM_STEP_TASKS_PER_NODE']).split(',')) != {'1'}:  # as 2(x3),1
-            raise Refused(
-                'srun started run.sh several times on one node. Use --ntasks-per-node=1 (and '
-                '--gpus-per-node=N): run.sh itself starts a process for each GPU of its node.'
-            )
+            raise Refused('srun started run.sh several times on one node. Use --ntasks-per-node=1 --gpus-per-node=N.')
         job = int(env['SLURM_JOB_ID']) * 7 + int(env['SLURM_STEP_ID']) % 7  # two jobs that share a node need two ports
         env = {
             'MASTER_PORT': str(20000 + job % 10000),

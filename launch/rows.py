@@ -97,8 +97,6 @@ class Rows:
         self.talk_anew()
         threading.Thread(target=self.watch, daemon=True).start()
 
-    # ---------------------------------------------------------------- for the launcher
-
     def gather(self) -> bool:
         """Wait until all machines are here, and say every SAY_EVERY s for whom. False: one was asked to stop meanwhile.
 
@@ -173,8 +171,6 @@ class Rows:
         self.thread.join(2)
         self.server = None  # which closes its port
 
-    # ---------------------------------------------------------------- the thread that talks
-
     def talk_anew(self) -> None:
         self.called, self.thread = time.monotonic(), threading.Thread(target=self.talk, daemon=True)
         self.thread.start()
@@ -240,8 +236,6 @@ class Rows:
         store.set(keys[here], json.dumps(asdict(mine)))
         if self.thread is threading.current_thread():  # else it was stuck, and another one has read more
             self.sent, self.rows = mine, rows
-
-    # ---------------------------------------------------------------- the thread that watches
 
     def watch(self) -> None:
         """End the workers here if those of another machine have failed or stopped, or if it is gone."""
