@@ -347,9 +347,7 @@ def test_a_bad_image_ends_the_run_and_is_named(tmp_path, kind, nproc, num_worker
         path.write_text('not an image' if kind == 'text' else '')
     code, _, err = Job(tmp_path, nproc=nproc, **settings).run(seconds=60)
     assert code == 1
-    said = (
-        r'rank \d failed first: DataError: ' + re.escape(str(path)) + ' cannot be read as an image .*'
-    )
+    said = r'rank \d failed first: DataError: ' + re.escape(str(path)) + ' cannot be read as an image .*'
     assert re.fullmatch(said, err.splitlines()[-1])
     assert 'Original Traceback' not in err  # of the loader process
 
