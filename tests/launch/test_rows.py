@@ -180,6 +180,7 @@ def test_a_machine_may_vanish_and_come_again_before_the_start(meet, monkeypatch)
     begun(first, meet(1, 3), meet(2, 3))
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_first_run(meet, monkeypatch):
     """As when it was switched off, and came back before it was missed. Its old row stands in the store."""
     monkeypatch.setattr(rows, 'SILENCE', 4)
@@ -255,6 +256,7 @@ def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monke
     assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet):
     first, second = begun(meet(0), meet(1))
     first.close()
@@ -416,6 +418,7 @@ def test_another_version_of_a_row_is_said(meet):
     assert wait_until(lambda: 'another version of this program' in first.trouble, 5)
 
 
+@pytest.mark.slow
 def test_a_stop_is_obeyed_where_torch_waits_outside_of_python(tmp_path):
     """In C++, for a store that nobody opens, Python's handlers do not run."""
     program = """
