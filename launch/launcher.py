@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launch import machines
 from launch.machines import Place, Refused, say, whole_number
-from launch.rows import PATIENCE, Alone, Rows, verdict
+from launch.rows import PATIENCE, Incomplete, Rows, verdict
 from runtime import errors, stopping
 
 EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # the worker has said why
@@ -86,7 +86,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
                     end = run_workers([*(given or standalone), *arguments], Path(folder))
                     tell(end.text)
                     code = end.code
-            except Alone as error:
+            except Incomplete as error:
                 tell(str(error))
                 if not restart:  # nothing has run that could go on
                     break
@@ -97,7 +97,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
 
 def together(here: Place, wait: int, arguments: list[str], reports: Path) -> int:
     """torchrun with these arguments at the same time on all machines: the exit code that they agree on. Prints the
-    cause, last. Raises Alone."""
+    cause, last. Raises Incomplete."""
     rows, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
     try:
         on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
@@ -112,6 +112,10 @@ def together(here: Place, wait: int, arguments: list[str], reports: Path) -> int
             end = run_workers([*flags, *arguments], reports)
     except Refused as error:
         end = End(errors.EXIT_BAD_SETTING, str(error))
+    except Incomplete:
+        if rows is not None:
+            rows.close()  # another start needs the port
+        raise
     except SignalException:  # before there were workers
         pass
     code, cause, text = end.code, here.rank, end.text
@@ -199,7 +203,7 @@ def run_workers(arguments: list[str], reports: Path) -> End:
         said = [code for code in codes.values() if code in EXPLAINED_CODES]
         if said:
             told = any(reports.glob('failed_*'))  # else rank 0 has printed it
-            return End(said[0], text.partition(' failed first: ')[2] * told, order)
+            return End(said[0], text.partition(' failed first: ')[2] if told else '', order)
         outcome = (reports / 'outcome').read_text()
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(errors.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone

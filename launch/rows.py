@@ -1,4 +1,4 @@
-"""What the launchers of several machines tell each other: one row each, in torch's TCPStore on machine 0.
+"""Rows that the launchers of several machines write for each other, in torch's TCPStore on machine 0.
 
 A machine writes its row twice a second. By it the others know that it lives and, at last, how its workers have ended.
 So a machine that is late is waited for and named, one that vanishes is missed whatever the workers do, and all end with
@@ -28,11 +28,11 @@ SILENCE = 40  # seconds without a sign of life after which a machine counts as g
 SOON = 10  # the same before workers begin, and once some have failed
 PATIENCE = 20  # seconds that the workers here get to end by themselves, after those of another machine have ended
 LEAVING = 45  # seconds for torchrun to end workers that save (it gives them 30), before this process ends without it
-STUCK = 5  # seconds after which a call of the store is left alone, and a new connection tried
+STUCK = 5  # seconds after which a call of the store is given up, and a new connection tried
 SAY_FIRST, SAY_EVERY = 10, 30  # seconds until the first line that tells for whom this machine waits; between two
 
 
-class Alone(Exception):
+class Incomplete(Exception):
     """Other machines did not come in time."""
 
 
@@ -100,7 +100,7 @@ class Rows:
     def gather(self) -> bool:
         """Wait until all machines are here, and say every SAY_EVERY s for whom. False: one was asked to stop meanwhile.
 
-        Raises Refused if they cannot run together, Alone after `wait` seconds.
+        Raises Refused if they cannot run together, Incomplete after `wait` seconds.
         """
         began = time.monotonic()
         say_next = began + SAY_FIRST
@@ -111,7 +111,7 @@ class Rows:
             if any(row.code is not None for row in self.rows):
                 return False
             if now - began > self.wait:
-                raise Alone(f'{self.whom()} did not come in {self.wait} s: {self.trouble}')
+                raise Incomplete(f'{self.whom()} did not come in {self.wait} s: {self.trouble}')
             if now > say_next:
                 say_next = now + SAY_EVERY
                 say(f'waiting for {self.whom()} ({self.trouble}); gives up after {self.wait} s (NODE_WAIT)')

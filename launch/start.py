@@ -28,8 +28,9 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
         print(*outdated, sep='\n', file=sys.stderr, flush=True)
         return EXIT_BAD_SETTING
     if is_direct:
-        for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') * (not machines.several()):
-            os.environ.pop(name, None)  # a cluster has set them, or a program before: torch would wait for others
+        if not machines.several():  # a cluster has set these, or an earlier program: torch would wait for others
+            for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+                os.environ.pop(name, None)
         os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
     machines.tell_of_others()
     if script == 'main.py' and not machines.several():  # else the other machines would wait for this one

@@ -39,21 +39,14 @@ def seed_of(run: Run) -> Any:
 def cells(rows: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:
     """Rows of [name, values of the seeds of each group] for a table: the mean and standard deviation of several.
     `sizes`: the number of runs in each group."""
-    if max(sizes, default=1) == 1:
-        return [[name, *map(mean_and_spread, groups)] for name, *groups in rows]
-    found = []
-    for name, *groups in rows:
-        texts = [mean_and_spread(values) for values in groups]
-        found.append(
-            [
-                name,
-                *(
-                    f'{text} ({len(values)} of {size})' if 0 < len(values) < size else text
-                    for text, values, size in zip(texts, groups, sizes, strict=True)
-                ),
-            ]
-        )
-    return [['seeds', *sizes], *found]
+    counts = [['seeds', *sizes]] if max(sizes, default=1) > 1 else []
+    return counts + [[name, *map(cell, groups, sizes)] for name, *groups in rows]
+
+
+def cell(values: Sequence[Any], size: int) -> Any:
+    """`mean_and_spread`, and how many of the `size` runs have this number, if not all have it."""
+    text = mean_and_spread(values)
+    return f'{text} ({len(values)} of {size})' if 0 < len(values) < size else text
 
 
 def mean_and_spread(values: Sequence[Any]) -> Any:

@@ -80,11 +80,11 @@ def base_is_normal(process: GaussianProcess, x0: Tensor) -> bool:
     if type(process).sample_base is GaussianProcess.sample_base:
         return True
     like, n = torch.zeros_like(x0[:1], dtype=torch.float32), max(16, min(512, ENOUGH_VALUES // x0[0].numel()))
-    with torch.random.fork_rng():  # whoever asks goes on with numbers of its own
+    devices = [torch.cuda.current_device()] if torch.cuda.device_count() else []
+    with torch.random.fork_rng(devices):  # whoever asks goes on with numbers of its own
         utils.seed_everything(0, 'base')
-        drawn = torch.cat(
-            [process.sample_base(like) for _ in range(n)]
-        )  # one by one: those of a batch may be opposites
+        # one by one: those of a batch may be opposites
+        drawn = torch.cat([process.sample_base(like) for _ in range(n)])
         return unlike_base(drawn, GaussianProcess(), 'N(0, I)') is None
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from launch import launcher, machines, rows
 from launch.machines import Place, Refused, free_port
-from launch.rows import Alone, Row, Rows, verdict
+from launch.rows import Incomplete, Row, Rows, verdict
 from runtime import errors, stopping
 from tests.helpers import ROOT, wait_until
 
@@ -127,10 +127,10 @@ def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
 
 def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
     first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
-    assert all(isinstance(result, Alone) for result in together(first.gather, second.gather))
+    assert all(isinstance(result, Incomplete) for result in together(first.gather, second.gather))
     said = capsys.readouterr().err
     assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it; ' in said
-    with pytest.raises(Alone, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
+    with pytest.raises(Incomplete, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
         meet(1, wait=1, port=free_port()).gather()
 
 
@@ -214,7 +214,7 @@ def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
     """torch would wait for its answer for ever."""
     with socket.create_server(('127.0.0.1', meet.port)):
         late = meet(1, wait=3)
-        with pytest.raises(Alone, match=r'did not come in 3 s: what answers there is no run of this program'):
+        with pytest.raises(Incomplete, match=r'did not come in 3 s: what answers there is no run of this program'):
             late.gather()
     assert 'no run of this program); gives up after 3 s' in capsys.readouterr().err
 
@@ -373,6 +373,12 @@ def test_a_stop_while_it_waits_is_obeyed_at_once(meet, torchrun, tmp_path):
     began = time.monotonic()
     assert launcher.together(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == errors.EXIT_STOPPED
     assert time.monotonic() - began < 4
+
+
+def test_a_machine_that_waited_in_vain_leaves_its_port_to_the_next_start(meet, torchrun, tmp_path):
+    with pytest.raises(Incomplete, match='did not come in 1 s'):
+        launcher.together(Place(2, 0, '127.0.0.1', meet.port), 1, ['main.py'], tmp_path)
+    meet(0)
 
 
 def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(meet, torchrun):
