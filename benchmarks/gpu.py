@@ -104,7 +104,7 @@ def correct(folder: str) -> dict[str, Any]:
         resumed.steps(6)
         pairs = zip(whole.trainer.network.parameters(), resumed.trainer.network.parameters(), strict=True)
         found[f'resumed, {optimizer}: largest difference of a weight'] = max(
-            float((a - b).abs().max()) for a, b in pairs
+            float((a - b).detach().abs().max()) for a, b in pairs
         )
 
     trainer = whole.trainer
@@ -249,6 +249,21 @@ def two_cards(folder: str) -> dict[str, Any]:
     return {'one': one, 'two': two, 'largest difference': max(abs(a - b) for a, b in zip(one, two, strict=True))}
 
 
+def tests(folder: str) -> dict[str, Any]:
+    """tests/test_gpu.py, four at a time: what passed, and the end of what pytest printed."""
+    command = [sys.executable, '-m', 'pytest', '-v', '-n', '4', '--tb', 'short', '-p', 'no:cacheprovider']
+    with open(Path(folder, 'out'), 'w+') as file:
+        running = subprocess.Popen([*command, 'tests/test_gpu.py'], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = running.wait(timeout=PARTS['tests'][1] - 10)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGINT)  # pytest shows the failures so far
+            code = running.wait(timeout=10)
+        file.seek(0)
+        lines = file.read().splitlines()
+    return {'exit code': code, 'output': lines[-80:]}
+
+
 def losses_of_ten(folder: str, name: str) -> list[float]:
     run = Run(folder, precision='float32', experiment_name=name, base_lr=1e-3, warmup_steps=1)
     losses = []
@@ -267,6 +282,7 @@ PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with second
     'sampling': (sampling, 90),
     'saves': (saves, 30),
     'two_cards': (two_cards, 100),
+    'tests': (tests, 300),
 }
 
 
