@@ -17,7 +17,8 @@ import torch
 
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
-from data_loading.images import load_hub, load_image_folder
+from data_loading.hub import load_hub
+from data_loading.images import load_image_folder
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
 from data_loading.spec import Arrays, DataSpec, Part, check_parts
 from data_loading.toy2d import TOY2D, load_points

@@ -3,7 +3,8 @@
 spec.py            DataSpec, what a data set is; Part, its training or held-out part; checks of what `load` returned
 toy2d.py           points in the plane, with known densities
 arrays.py          .npy, .npz and the files of prepare.py
-images.py          a folder of images; a data set of Hugging Face `datasets`
+images.py          a folder of images
+hub.py             a data set of Hugging Face `datasets`
 packed.py          decoded images as one file that is read in place: the cache, and the files of prepare.py
 choice.py          which classes and held-out items samples are made of
 loader.py          the order of the data, and Loader, which yields batches on the device

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,13 @@ from torch.distributed.elastic.multiprocessing import SignalException, api
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launch import machines
-from launch.machines import Place, Refused, say, whole_number
-from launch.rows import PATIENCE, Incomplete, Rows, verdict
+from launch.machines import Place, say, whole_number
+from launch.rows import PATIENCE, End, Incomplete, Meeting, verdict
 from runtime import errors, stopping
 
 EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # the worker has said why
 STORE_WAIT = 120  # seconds in which torchrun's store on machine 0 must be reached; the launchers have met by then
 DEAF = 10  # seconds for Python to obey a stop signal. Where torch waits in C++ it obeys none
-
-
-@dataclass(frozen=True)
-class End:
-    """How the workers of this machine have ended."""
-
-    code: int
-    text: str = ''  # why
-    order: tuple[float, float] = (9, 0.0)  # of several failures the least is the cause
 
 
 def launch(argv: list[str], module: str | None = None) -> int:
@@ -54,9 +45,9 @@ def launch(argv: list[str], module: str | None = None) -> int:
         given = shlex.split(os.environ.get('TORCHRUN_ARGS', ''))
         if restarts and any('nnodes' in flag for flag in given):
             why = 'launchers that meet by TORCHRUN_ARGS cannot agree when to start again'
-            raise Refused(f'MAX_RESTARTS={restarts}: {why}. Use NNODES in its place, or --max-restarts in it.')
-    except Refused as error:
-        tell(str(error))
+            raise errors.SettingError(f'MAX_RESTARTS={restarts}: {why}. Use NNODES, or --max-restarts in it.')
+    except errors.SettingError as error:
+        print(error, file=sys.stderr)
         return errors.EXIT_BAD_SETTING
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
@@ -75,70 +66,64 @@ def launch(argv: list[str], module: str | None = None) -> int:
         arguments += ['--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', '--', module or argv[0], *argv[1:]]
         obey_once(Path(folder))
         code = 1
+        standalone = ['--standalone', '--local-addr=127.0.0.1']  # this machine, whatever its name
         for restart in range(restarts + 1):
             if restart:
                 say(f'starting again from the last checkpoint ({restart} of {restarts} restarts)')
             try:
                 if here.machines > 1 and not given:
-                    code = together(here, wait, arguments, Path(folder))
-                else:  # its own store is on this machine, whatever the name of that
-                    standalone = ['--standalone', '--local-addr=127.0.0.1']
+                    code, text = together(here, wait, arguments, Path(folder))
+                else:
                     end = run_workers([*(given or standalone), *arguments], Path(folder))
-                    tell(end.text)
-                    code = end.code
+                    code, text = end.code or 0, end.text
+                nothing_ran = False
             except Incomplete as error:
-                tell(str(error))
-                if not restart:  # nothing has run that could go on
-                    break
-            if code in (0, *EXPLAINED_CODES):
+                code, text, nothing_ran = 1, str(error), not restart
+            if text:  # the cause, without what `say` puts in front
+                print(text, file=sys.stderr, flush=True)
+            if code in (0, *EXPLAINED_CODES) or nothing_ran:
                 break
         return code
 
 
-def together(here: Place, wait: int, arguments: list[str], reports: Path) -> int:
-    """torchrun with these arguments at the same time on all machines: the exit code that they agree on. Prints the
-    cause, last. Raises Incomplete."""
-    rows, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
+def together(here: Place, wait: int, arguments: list[str], reports: Path) -> tuple[int, str]:
+    """torchrun with these arguments at the same time on all machines: the exit code that they agree on, and the cause,
+    if there is one to tell. Raises Incomplete."""
+    meeting, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
     try:
         on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
-        rows = Rows(here, reports, wait)
-        meetings[:] = [rows]
-        if not was_stopped and rows.gather():
+        meeting = Meeting(here, reports, wait)
+        meetings[:] = [meeting]
+        if not was_stopped and meeting.gather():
             say(f'machine {here.rank}: all {here.machines} machines are here; machine 0 prints what the run says')
-            first = rows.mine.first or rows.rows[1].first
-            machines.use_interface(rows.my_address or first)
+            first = meeting.mine.first or meeting.rows[1].first
+            machines.use_interface(meeting.my_address or first)
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}', f'--master-addr={first}']
-            flags += [f'--master-port={rows.rows[0].port}', f'--rdzv-conf=timeout={STORE_WAIT}']
+            flags += [f'--master-port={meeting.rows[0].port}', f'--rdzv-conf=timeout={STORE_WAIT}']
             end = run_workers([*flags, *arguments], reports)
-    except Refused as error:
+    except errors.SettingError as error:
         end = End(errors.EXIT_BAD_SETTING, str(error))
     except Incomplete:
-        if rows is not None:
-            rows.close()  # another start needs the port
+        if meeting is not None:
+            meeting.close()  # another start needs the port
         raise
     except SignalException:  # before there were workers
         pass
-    code, cause, text = end.code, here.rank, end.text
-    if rows is not None:
+    code, cause, text = end.code or 0, here.rank, end.text
+    if meeting is not None:
         with suppress(SignalException):
             on_stop(api._terminate_process_handler)
-            rows.settle(code, text, end.order, PATIENCE if was_stopped else 0)
+            meeting.settle(end, PATIENCE if was_stopped else 0)
         on_stop(note_stop)  # it is decided: srun may end all tasks once the first has left with this code
-        code, cause, text = verdict(rows.judged())
-        rows.close()
-    if code != errors.EXIT_STOPPED or end.code != errors.EXIT_STOPPED:
-        tell(end.text if code == 0 or cause == here.rank else text)
-    return code
-
-
-def tell(text: str) -> None:
-    """Print the cause, without what `say` puts in front."""
-    if text:
-        print(text, file=sys.stderr, flush=True)
+        code, cause, text = verdict(meeting.judged())
+        meeting.close()
+    if code == end.code == errors.EXIT_STOPPED:
+        return code, ''
+    return code, end.text if code == 0 or cause == here.rank else text
 
 
 stops: list[int] = []  # the stop signals that came
-meetings: list[Rows] = []  # with the other machines, while there is one
+meetings: list[Meeting] = []  # with the other machines, while there is one
 
 
 def note_stop(signum: int, frame: Any) -> None:
@@ -169,8 +154,8 @@ def obey_once(reports: Path) -> None:
         time.sleep(DEAF)
         if not came:
             code = int((reports / 'outcome').read_text())
-            for rows in meetings:  # the others hear of it
-                rows.mine = replace(rows.mine, code=code)
+            for meeting in meetings:  # the others hear of it
+                meeting.mine = replace(meeting.mine, code=code)
                 time.sleep(1)
             os._exit(code)
 

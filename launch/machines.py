@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from runtime.errors import SettingError
+
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
@@ -28,18 +30,14 @@ class Place:
     port: int = 29500  # of machine 0, where the launchers meet
 
 
-class Refused(Exception):
-    """The run cannot take place like this; the text says why."""
-
-
 def whole_number(
     name: str, default: int, least: int = 0, most: int | None = None, env: Mapping[str, str] = os.environ
 ) -> int:
-    """The value of environment variable `name`, or `default`. Raises Refused if it is out of range."""
+    """The value of environment variable `name`, or `default`. Raises SettingError if it is out of range."""
     value = env.get(name) or str(default)
     if not value.isdigit() or int(value) < least or (most is not None and int(value) > most):
         limit = f' and at most {most}' if most is not None else ''
-        raise Refused(f'{name}={value!r}: must be a whole number, at least {least}{limit}.')
+        raise SettingError(f'{name}={value!r}: must be a whole number, at least {least}{limit}.')
     return int(value)
 
 
@@ -48,7 +46,7 @@ def several(env: Mapping[str, str] = os.environ) -> bool:
     return (env.get('NNODES') or env.get('SLURM_STEP_NUM_NODES', '1')) != '1'
 
 
-def tell_of_others(env: Mapping[str, str] = os.environ) -> None:
+def warn_if_alone(env: Mapping[str, str] = os.environ) -> None:
     """Say that this machine is the only one of the run where a cluster may have meant several."""
     if not {'NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'} & env.keys():
         for name, how in (('SLURM_NNODES', '`srun sh run.sh` takes all'), ('WORLD_SIZE', 'set NNODES for several')):
@@ -57,10 +55,12 @@ def tell_of_others(env: Mapping[str, str] = os.environ) -> None:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Where the environment variables put this process. Raises Refused for what they cannot mean."""
+    """Where the environment variables put this process. Raises SettingError for what they cannot mean."""
     if not env.get('NNODES') and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
         if set(re.sub(r'\(x\d+\)', '', env['SLURM_STEP_TASKS_PER_NODE']).split(',')) != {'1'}:  # as 2(x3),1
-            raise Refused('srun started run.sh several times on one node. Use --ntasks-per-node=1 --gpus-per-node=N.')
+            raise SettingError(
+                'srun started run.sh several times on one node. Use --ntasks-per-node=1 --gpus-per-node=N.'
+            )
         job = int(env['SLURM_JOB_ID']) * 7 + int(env['SLURM_STEP_ID']) % 7  # two jobs that share a node need two ports
         env = {
             'MASTER_PORT': str(20000 + job % 10000),
@@ -73,7 +73,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     if machines == 1:
         return Place()
     if not env.get('NODE_RANK') or not env.get('MASTER_ADDR'):
-        raise Refused(
+        raise SettingError(
             f'NNODES={machines}: each machine needs NODE_RANK, its number from 0 to {machines - 1}, and MASTER_ADDR, '
             'the name or address of machine 0 as the others know it.'
         )
@@ -82,16 +82,16 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def address_of(host: str) -> str:
-    """The address of machine 0, seen from another machine. Raises Refused if it has none, or this machine's own."""
+    """The address of machine 0, seen from another one. Raises SettingError if it has none, or this machine's own."""
     remedy = 'Pass the IP address of machine 0: `ip addr` there shows it.'
     try:
         address = socket.gethostbyname(host)  # IPv4
     except OSError as error:
         why = f'this machine does not know that name ({error.strerror})'
-        raise Refused(f'MASTER_ADDR={host!r}: {why}. {remedy}') from None
+        raise SettingError(f'MASTER_ADDR={host!r}: {why}. {remedy}') from None
     if address.startswith('127.') and host not in (address, 'localhost'):
         why = f'on this machine, {socket.gethostname()}, that name means the machine itself ({address} in /etc/hosts)'
-        raise Refused(f'MASTER_ADDR={host!r}: {why}. {remedy}')
+        raise SettingError(f'MASTER_ADDR={host!r}: {why}. {remedy}')
     return address
 
 
@@ -111,12 +111,14 @@ def use_interface(address: str) -> None:
 
 
 def check_loopback() -> None:
-    """torchrun's processes talk to each other at 127.0.0.1, and would wait for minutes. Raises Refused."""
+    """torchrun's processes talk to each other at 127.0.0.1, and would wait for minutes. Raises SettingError."""
     try:
         with socket.create_server(('127.0.0.1', 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        raise Refused(f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}): ip link set lo up') from None
+        raise SettingError(
+            f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}): ip link set lo up'
+        ) from None
 
 
 def explain(error: OSError) -> str:

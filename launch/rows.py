@@ -1,8 +1,8 @@
-"""Rows that the launchers of several machines write for each other, in torch's TCPStore on machine 0.
+"""Meeting that the launchers of several machines write for each other, in torch's TCPStore on machine 0.
 
 A machine writes its row twice a second. By it the others know that it lives and, at last, how its workers have ended.
 So a machine that is late is waited for and named, one that vanishes is missed whatever the workers do, and all end with
-the same code and cause (`verdict`). Rows are JSON: nothing from the network is unpickled.
+the same code and cause (`verdict`). Meeting are JSON: nothing from the network is unpickled.
 
 On a cut network a call of the store blocks for as long as the cut lasts, whatever its timeout. So one thread talks to
 the store and another one watches.
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from launch.machines import Place, Refused, address_of, explain, free_port, say, whole_number
+from launch.machines import Place, address_of, explain, free_port, say, whole_number
+from runtime.errors import SettingError
 
 SILENCE = 40  # seconds without a sign of life after which a machine counts as gone
 SOON = 10  # the same before workers begin, and once some have failed
@@ -37,7 +38,16 @@ class Incomplete(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class End:
+    """How the workers of a machine have ended."""
+
+    code: int | None = None  # their exit code; None: they have not ended
+    text: str = ''  # why, if they failed
+    order: Sequence[float] = (9, 0.0)  # of several failures the least is the cause
+
+
+@dataclass(frozen=True)
+class Row(End):
     """What a machine says of itself."""
 
     host: str = '?'
@@ -46,9 +56,6 @@ class Row:
     first: str = ''  # address of machine 0, as this one knows it
     port: int = 0  # from machine 0, once all are here: that of torchrun's own store
     beat: int = 0
-    code: int | None = None  # exit code of its workers, once they have ended
-    text: str = ''  # why, if they failed
-    order: Sequence[float] = (9, 0.0)  # of several failures the least is the cause
     knows: bool = False  # how all have ended
     gone: str = ''  # how it was lost; the reader fills this in
 
@@ -66,8 +73,8 @@ def verdict(rows: list[Row]) -> tuple[int, int, str]:
     return (1, rank, f'machine {rank} ({rows[rank].host}){text}') if failed else (0, 0, '')
 
 
-class Rows:
-    """This machine's part, for one start of the workers. Raises Refused.
+class Meeting:
+    """This machine's part, for one start of the workers. Raises SettingError.
 
     `reports`: the folder in which workers look for a file `give_up`. `wait`: seconds, for machines that are late.
     """
@@ -78,8 +85,9 @@ class Rows:
         self.heard = [time.monotonic()] * place.machines  # when each row last changed
         self.refused = self.lost = self.my_address = ''  # why this machine cannot take part; how machine 0 was lost
         host = socket.gethostname()
-        self.no_word = 'no word of it' + f'; {host} is machine 0 at {place.first}:{place.port}' * (not place.rank)
-        self.trouble, self.strange = self.no_word, 0  # why another is not here; changes of this row by another launcher
+        here = '' if place.rank else f'; {host} is machine 0 at {place.first}:{place.port}'
+        self.trouble = self.no_word = f'no word of it{here}'  # why another machine is not here
+        self.other_starts = 0  # changes of this machine's row by another launcher
         self.running = self.over = False  # the workers run; nothing more is to be said
         self.port, self.sent, self.server = 0, Row(), None
         address = address_of(place.first) if place.rank else ''
@@ -91,23 +99,23 @@ class Rows:
                     self.server.set(f'row{rank}', '{}')
             except OSError as error:
                 why = f'machine 0 cannot listen there ({error.strerror}); another run may use it'
-                raise Refused(f'MASTER_PORT={place.port}: {why}. Give all machines another MASTER_PORT.') from None
+                raise SettingError(f'MASTER_PORT={place.port}: {why}. Give all machines another MASTER_PORT.') from None
         about = f'NNODES={place.machines} MAX_RESTARTS={whole_number("MAX_RESTARTS", 0)}'
-        self.mine = Row(host, uuid.uuid4().hex, about, address)
-        self.talk_anew()
+        self.mine = Row(host=host, launcher=uuid.uuid4().hex, about=about, first=address)
+        self.start_talking()
         threading.Thread(target=self.watch, daemon=True).start()
 
     def gather(self) -> bool:
         """Wait until all machines are here, and say every SAY_EVERY s for whom. False: one was asked to stop meanwhile.
 
-        Raises Refused if they cannot run together, Incomplete after `wait` seconds.
+        Raises SettingError if they cannot run together, Incomplete after `wait` seconds.
         """
         began = time.monotonic()
         say_next = began + SAY_FIRST
         while not self.begun:
             now = time.monotonic()
             if self.refused:
-                raise Refused(self.refused)
+                raise SettingError(self.refused)
             if any(row.code is not None for row in self.rows):
                 return False
             if now - began > self.wait:
@@ -128,26 +136,20 @@ class Rows:
         """The machines that are missing, as text."""
         here = self.place
         if not self.rows[0].launcher:
-            return f'machine 0 at {here.first}:{here.port}' + f' = {self.mine.first}' * (self.mine.first != here.first)
+            address = '' if self.mine.first == here.first else f' = {self.mine.first}'
+            return f'machine 0 at {here.first}:{here.port}{address}'
         missing = [str(rank) for rank, row in enumerate(self.rows) if not row.launcher]
         return f'machine {", ".join(missing[:8])} of {here.machines} to come to port {here.port} of machine 0'
 
-    def settle(self, code: int, text: str = '', order: Sequence[float] = (9, 0.0), wait: float = 0) -> None:
+    def settle(self, end: End, wait: float = 0) -> None:
         """Tell how the workers here have ended, and wait until those of all machines that are here have: it may take
         long, for a last upload of rank 0, say. `wait`: seconds, for machines that come just now."""
         self.running, late = False, time.monotonic() + wait
-        self.mine = replace(self.mine, code=code, text=text, order=order)
+        self.mine = replace(self.mine, **vars(end))
         while not self.lost and any(
             row.code is None and not row.gone and (row.launcher or time.monotonic() < late) for row in self.judged()
         ):
             time.sleep(0.05)
-
-    @property
-    def may_leave(self) -> bool:
-        """Whether this machine's last word is out. Machine 0, which has the store, leaves last."""
-        if self.place.rank:
-            return self.sent.knows or not self.rows[0].launcher
-        return self.sent.knows and all(row.knows or row.gone or not row.launcher for row in self.judged())
 
     def judged(self) -> list[Row]:
         """The rows, with how machines were lost. That of this machine is the newest."""
@@ -163,15 +165,20 @@ class Rows:
         return rows
 
     def close(self) -> None:
-        """Leave, once this machine's last word is out."""
+        """Leave, once this machine's last word is out. Machine 0, which has the store, leaves last."""
         self.mine, late = replace(self.mine, knows=True), time.monotonic() + 5
-        while not self.lost and not self.may_leave and time.monotonic() < late:
+        while not self.lost and time.monotonic() < late:
+            rest = [] if self.place.rank else self.judged()
+            if self.sent.knows and all(row.knows or row.gone or not row.launcher for row in rest):
+                break
+            if self.place.rank and not self.rows[0].launcher:
+                break
             time.sleep(0.05)
         self.over = True
         self.thread.join(2)
         self.server = None  # which closes its port
 
-    def talk_anew(self) -> None:
+    def start_talking(self) -> None:
         self.called, self.thread = time.monotonic(), threading.Thread(target=self.talk, daemon=True)
         self.thread.start()
 
@@ -223,9 +230,9 @@ class Rows:
         is_mine = found[here].launcher in ('', mine.launcher)
         for rank in [rank for rank, row in enumerate(found) if row != self.found[rank]]:
             self.heard[rank] = now
-            self.strange += rank == here and not is_mine
+            self.other_starts += rank == here and not is_mine
         self.found = found
-        if self.strange > 2:
+        if self.other_starts > 2:
             text = f'NODE_RANK={here} was given on both {found[here].host} and {mine.host}. Number the machines from 0'
             self.refused = self.lost = f'{text}. If a run has begun there, give another one another MASTER_PORT.'
         if not is_mine and (first.port or now - self.heard[here] < SOON):
@@ -244,10 +251,10 @@ class Rows:
             time.sleep(0.25)
             now = time.monotonic()
             if self.begun and now - self.called > STUCK:
-                self.talk_anew()
+                self.start_talking()
             others = [row for rank, row in enumerate(self.judged()) if rank != self.place.rank]
             gone, codes = any(row.gone for row in others), {row.code for row in others} - {None, 0}
-            since = since or now * bool(gone or codes)
+            since = since or (now if gone or codes else 0.0)
             if not self.running or not since:
                 continue
             if not asked and (gone or now - since > PATIENCE):

@@ -32,7 +32,7 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
             for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
                 os.environ.pop(name, None)
         os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
-    machines.tell_of_others()
+    machines.warn_if_alone()
     if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
         import main
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from launch import launcher, machines
-from launch.machines import Place, Refused, whole_number
+from launch.machines import Place, whole_number
 from launch.start import start
 from runtime import errors, stopping
+from runtime.errors import SettingError
 from tests.helpers import ROOT
 
 STEP = dict(
@@ -78,7 +79,7 @@ def test_two_steps_that_share_a_node_meet_at_two_ports():
     ],
 )
 def test_variables_that_make_no_sense_are_named(env, words):
-    with pytest.raises(Refused) as error:
+    with pytest.raises(SettingError) as error:
         machines.place(env)
     assert all(word in str(error.value) for word in words)
 
@@ -86,7 +87,7 @@ def test_variables_that_make_no_sense_are_named(env, words):
 @pytest.mark.parametrize('counts', ['2', '2(x2)', '1(x2),2', '12'])
 def test_several_tasks_of_a_node_are_refused(counts):
     """Each would start processes for all GPUs of its node."""
-    with pytest.raises(Refused, match=r'srun started run\.sh several times on one node\. Use --ntasks-per-node=1'):
+    with pytest.raises(SettingError, match=r'srun started run\.sh several times on one node\. Use --ntasks-per-node=1'):
         machines.place(STEP | {'SLURM_STEP_TASKS_PER_NODE': counts})
 
 
@@ -104,7 +105,7 @@ def test_several_tasks_of_a_node_are_refused(counts):
     ],
 )
 def test_a_run_of_one_machine_says_so_where_several_may_have_been_meant(env, said, capsys):
-    machines.tell_of_others(env)
+    machines.warn_if_alone(env)
     printed = capsys.readouterr().err
     assert said in printed and bool(printed) == bool(said)
 
@@ -124,10 +125,10 @@ def test_the_first_host_of_slurms_list(nodes, first):
 
 
 def test_a_name_that_is_unknown_or_this_machine_itself_is_an_error(monkeypatch):
-    with pytest.raises(Refused, match=r"MASTER_ADDR='no\.such\.host\.invalid'.*does not know that name.*ip addr"):
+    with pytest.raises(SettingError, match=r"MASTER_ADDR='no\.such\.host\.invalid'.*does not know that name.*ip addr"):
         machines.address_of('no.such.host.invalid')
     monkeypatch.setattr(socket, 'gethostbyname', lambda host: '127.0.1.1')
-    with pytest.raises(Refused, match=r"MASTER_ADDR='h1'.*means the machine itself \(127\.0\.1\.1"):
+    with pytest.raises(SettingError, match=r"MASTER_ADDR='h1'.*means the machine itself \(127\.0\.1\.1"):
         machines.address_of('h1')
     assert machines.address_of('127.0.1.1') == '127.0.1.1'  # what was asked for
 
@@ -135,7 +136,7 @@ def test_a_name_that_is_unknown_or_this_machine_itself_is_an_error(monkeypatch):
 def test_localhost_is_what_was_asked_for_and_a_name_of_it_is_not(monkeypatch):
     monkeypatch.setattr(socket, 'gethostbyname', lambda host: '127.0.0.1')
     assert machines.address_of('localhost') == '127.0.0.1'
-    with pytest.raises(Refused, match='means the machine itself'):
+    with pytest.raises(SettingError, match='means the machine itself'):
         machines.address_of('h1')
 
 
@@ -157,13 +158,13 @@ def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch):
         raise OSError(101, 'Network is unreachable')
 
     monkeypatch.setattr(socket, 'create_connection', refused)
-    with pytest.raises(Refused, match=r'cannot reach itself at 127\.0\.0\.1'):
+    with pytest.raises(SettingError, match=r'cannot reach itself at 127\.0\.0\.1'):
         machines.check_loopback()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv('NPROC', '5')
-    with pytest.raises(Refused, match=r"NPROC='5'.*at most 4"):
+    with pytest.raises(SettingError, match=r"NPROC='5'.*at most 4"):
         whole_number('NPROC', 4, 1, 4)
 
 

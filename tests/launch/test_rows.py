@@ -13,16 +13,17 @@ import time
 import pytest
 
 from launch import launcher, machines, rows
-from launch.machines import Place, Refused, free_port
-from launch.rows import Incomplete, Row, Rows, verdict
+from launch.machines import Place, free_port
+from launch.rows import End, Incomplete, Meeting, Row, verdict
 from runtime import errors, stopping
+from runtime.errors import SettingError
 from tests.helpers import ROOT, wait_until
 
 # ---------------------------------------------------------------- how it ends is one rule
 
 
 def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
-    return Row(host, 'x', code=code, text=text, order=order, gone=gone)
+    return Row(code, text, order, host=host, launcher='x', gone=gone)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +59,13 @@ def test_a_lost_connection_is_no_cause(tmp_path, text):
 
 @pytest.fixture
 def meet(tmp_path, monkeypatch):
-    """`meet(rank, machines=2, wait=20)`: the Rows of a machine, at a free port of this one."""
+    """`meet(rank, machines=2, wait=20)`: the Meeting of a machine, at a free port of this one."""
     monkeypatch.setattr(rows, 'SAY_FIRST', 1)
     port, made = free_port(), []
 
     def start(rank, machines=2, wait=20, port=port):
         (tmp_path / str(rank)).mkdir(exist_ok=True)
-        made.append(Rows(Place(machines, rank, '127.0.0.1', port), tmp_path / str(rank), wait))
+        made.append(Meeting(Place(machines, rank, '127.0.0.1', port), tmp_path / str(rank), wait))
         return made[-1]
 
     start.port = port
@@ -109,9 +110,9 @@ def test_three_meet_in_any_order_and_end_alike(meet):
     assert first.rows[0].port == second.rows[0].port == late.rows[0].port > 0
     assert (first.rows[1].first, second.my_address) == ('127.0.0.1', '127.0.0.1')
     together(
-        lambda: first.settle(1, 'lost it', (2, 1.0)),
-        lambda: second.settle(1, 'KeyError', (1, 2.0)),
-        lambda: late.settle(0),
+        lambda: first.settle(End(1, 'lost it', (2, 1.0))),
+        lambda: second.settle(End(1, 'KeyError', (1, 2.0))),
+        lambda: late.settle(End(0)),
     )
     ends = [verdict(each.judged()) for each in (first, second, late)]
     assert {end[:2] for end in ends} == {(1, 1)} and all(end[2].endswith(': KeyError') for end in ends)
@@ -138,7 +139,7 @@ def test_machines_that_were_not_started_alike_are_refused_on_all(meet, monkeypat
     first = meet(0)
     monkeypatch.setenv('MAX_RESTARTS', '3')
     refused = together(first.gather, meet(1).gather)
-    assert [type(error) for error in refused] == [Refused, Refused] and str(refused[0]) == str(refused[1])
+    assert [type(error) for error in refused] == [SettingError, SettingError] and str(refused[0]) == str(refused[1])
     assert re.search(r'NNODES=2 MAX_RESTARTS=0 on .*, NNODES=2 MAX_RESTARTS=3 on', str(refused[0]))
 
 
@@ -152,9 +153,11 @@ def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
     first, _ = meet(0, 3), meet(1, 3)
     assert is_here(first, 1)
     monkeypatch.setattr(socket, 'gethostname', lambda: 'another')
-    with pytest.raises(Refused, match=r'NODE_RANK=1 was given on both .* and another\. Number the machines from 0'):
+    with pytest.raises(
+        SettingError, match=r'NODE_RANK=1 was given on both .* and another\. Number the machines from 0'
+    ):
         meet(1, 3).gather()
-    with pytest.raises(Refused, match=rf'MASTER_PORT={meet.port}: .* another run may use it'):
+    with pytest.raises(SettingError, match=rf'MASTER_PORT={meet.port}: .* another run may use it'):
         meet(0)
 
 
@@ -162,12 +165,12 @@ def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
     """A second run on the same hosts that was left the default MASTER_PORT."""
     first, second = begun(meet(0), meet(1))
     third = meet(1)
-    with pytest.raises(Refused, match=r'If a run has begun there, give another one another MASTER_PORT'):
+    with pytest.raises(SettingError, match=r'If a run has begun there, give another one another MASTER_PORT'):
         third.gather()
     asked = time.monotonic()
-    third.settle(2)
+    third.settle(End(2))
     assert time.monotonic() - asked < 1  # it waits for nobody
-    together(lambda: first.settle(0), lambda: second.settle(0))
+    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
@@ -190,7 +193,7 @@ def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_fir
     again = meet(1)
     assert wait_until(lambda: 'an earlier start of this machine' in again.trouble, 5)
     assert wait_until((first.reports / 'give_up').exists, 10)
-    first.settle(1, 'gave up')
+    first.settle(End(1, 'gave up'))
     assert verdict(first.judged())[:2] == (1, 1)
     first.close()
     begun(meet(0), again)
@@ -206,7 +209,7 @@ def test_strangers_at_the_port_disturb_nobody(meet):
     second = meet(1)
     begun(first, second)
     [stranger.close() for stranger in strangers]
-    together(lambda: first.settle(0), lambda: second.settle(0))
+    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
@@ -222,14 +225,14 @@ def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
     first, second = meet(0, 3), meet(1, 3)
     assert is_here(first, 1) and is_here(second, 0)
-    stop, gathered = together(lambda: second.settle(75), lambda: (first.gather(), first.settle(75))[0])
+    stop, gathered = together(lambda: second.settle(End(75)), lambda: (first.gather(), first.settle(End(75)))[0])
     assert stop is None and gathered is False
     assert verdict(first.judged()) == (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
 
 
 def test_one_that_waits_for_all_others_leaves_at_once(meet):
     first, began = meet(0), time.monotonic()
-    first.settle(75)
+    first.settle(End(75))
     assert time.monotonic() - began < 2
 
 
@@ -242,7 +245,7 @@ def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_worke
     other = pair[1 - silent]
     assert not wait_until((other.reports / 'give_up').exists, 1.5)
     assert wait_until((other.reports / 'give_up').exists, 6)
-    other.settle(1, 'gave up', (2, 1.0))
+    other.settle(End(1, 'gave up', (2, 1.0)))
     code, cause, text = verdict(other.judged())
     assert (code, cause) == (1, silent) and re.search(r'has not been heard for \d+ s', text)
 
@@ -252,7 +255,7 @@ def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monke
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'SOON', 2)
     second.over, began = True, time.monotonic()
-    first.settle(1, 'connection closed', (2, 1.0))
+    first.settle(End(1, 'connection closed', (2, 1.0)))
     assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
 
 
@@ -261,7 +264,7 @@ def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet
     first, second = begun(meet(0), meet(1))
     first.close()
     assert wait_until(lambda: second.lost, 5)
-    second.settle(75)
+    second.settle(End(75))
     assert verdict(second.judged())[:2] == (75, 1)  # one's own end counts
 
 
@@ -269,11 +272,11 @@ def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, m
     """As after a cut: packets of the old connection come again only after a time as long as the cut."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'STUCK', 1)
-    stuck, exchange, seen = second.thread, Rows.exchange, first.rows[1].beat
+    stuck, exchange, seen = second.thread, Meeting.exchange, first.rows[1].beat
     block = lambda self, store, beat: (  # noqa: E731
         time.sleep(60) if threading.current_thread() is stuck else exchange(self, store, beat)
     )
-    monkeypatch.setattr(Rows, 'exchange', block)
+    monkeypatch.setattr(Meeting, 'exchange', block)
     assert wait_until(lambda: second.thread is not stuck, 6)
     time.sleep(1)
     assert wait_until(lambda: first.rows[1].beat > seen, 5) and not first.judged()[1].gone
@@ -286,12 +289,12 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
     monkeypatch.setattr(rows, 'SOON', 2.0)
     ended = []
     monkeypatch.setattr(rows.os, '_exit', ended.append)
-    threading.Thread(target=lambda: second.settle(1, 'KeyError', (1, 2.0)), daemon=True).start()
+    threading.Thread(target=lambda: second.settle(End(1, 'KeyError', (1, 2.0))), daemon=True).start()
     assert not wait_until((first.reports / 'give_up').exists, 1)
     assert wait_until((first.reports / 'give_up').exists, 5)
     assert not wait_until(lambda: ended, 1)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
-    first.settle(1)
+    first.settle(End(1))
 
 
 @pytest.mark.parametrize(('code', 'end'), [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
@@ -301,10 +304,10 @@ def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch,
     asked = []
     monkeypatch.setattr(rows, 'PATIENCE', 0.3)
     monkeypatch.setattr(rows.os, 'kill', lambda pid, signum: asked.append(signum))
-    threading.Thread(target=lambda: second.settle(code), daemon=True).start()
+    threading.Thread(target=lambda: second.settle(End(code)), daemon=True).start()
     wait_until(lambda: asked or (first.reports / 'give_up').exists(), 3)
     assert (asked, (first.reports / 'give_up').exists()) == ([end] * (end == signal.SIGTERM), end == 'give_up')
-    first.settle(code)
+    first.settle(End(code))
 
 
 # ---------------------------------------------------------------- the launcher around it
@@ -313,7 +316,7 @@ def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch,
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
     """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(meet, seconds)` is `together` on
-    machine 0, beside Rows of machine 1, whose workers end after `seconds`: its code, and the verdict of machine 1."""
+    machine 0, beside machine 1, whose workers end after `seconds`: its code, and the verdict of machine 1."""
     from torch.distributed import run
 
     def instead(do):
@@ -326,13 +329,14 @@ def torchrun(monkeypatch, tmp_path):
             there = meet(1)
             there.gather()
             time.sleep(seconds)
-            there.settle(0)
+            there.settle(End(0))
             ends.append(verdict(there.judged()))
             there.close()
 
         beside = threading.Thread(target=second)
         beside.start()
-        code = launcher.together(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
+        code, text = launcher.together(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
+        print(text, file=sys.stderr)
         beside.join(20)
         return code, *ends
 
@@ -371,7 +375,7 @@ def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, 
 def test_a_stop_while_it_waits_is_obeyed_at_once(meet, torchrun, tmp_path):
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
-    assert launcher.together(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == errors.EXIT_STOPPED
+    assert launcher.together(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == (errors.EXIT_STOPPED, '')
     assert time.monotonic() - began < 4
 
 
