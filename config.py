@@ -42,10 +42,12 @@ class Config:
     data_dir: str = 'data'
     """Folder that data sets are downloaded to and read from, and that has the cache of decoded images."""
     data_path: str = ''
-    """Your data: a folder (image_folder; empty: data_dir/image_folder), a file (arrays), a name or folder (hub)."""
+    """Your data: a folder of images, or of train/ and val/ (image_folder), a file (arrays), a name or folder (hub)."""
     held_out: int = 0  # How many images are held out; 0: the data set's own, else a tenth and at most 1000.
     image_size: tuple[int, ...] = (64,)
     """image_folder, hub: height and width in pixels to which images are resized and cropped; one number is both."""
+    fit: str = 'crop'
+    """image_folder, hub: crop cuts the middle out, pad keeps all and fills up with background, stretch distorts."""
     background: str = 'white'  # image_folder, hub: colour behind transparent parts, a name or #rrggbb.
     columns: tuple[str, ...] = ()
     """hub: image column and, optionally, class column; empty: found if there is only one of each."""
@@ -202,7 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(dataset='fashion_mnist', held_out=1000, label_dropout=0.1, attention_resolutions=(7,)),
     'small_images': ONE_HOUR_ON_CPU
     | dict(dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
-    | dict(flip_prob=0.5, translate_prob=0.5, max_translation=2),
+    | dict(label_dropout=0.1, flip_prob=0.5, translate_prob=0.5, max_translation=2),
     'cifar10': LONG_RUN
     | dict(dataset='cifar10', label_dropout=0.1, flip_prob=0.5)
     | dict(channels=128, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1)

@@ -3,7 +3,8 @@
 spec.py            DataSpec, what a data set is; Part, its training or held-out part; checks of what `load` returned
 toy2d.py           points in the plane, with known densities
 arrays.py          .npy, .npz and the files of prepare.py
-images.py          a folder of images
+folders.py         the images of a folder: which files, which classes
+images.py          a folder of images, decoded
 hub.py             a data set of Hugging Face `datasets`
 packed.py          decoded images as one file that is read in place: the cache, and the files of prepare.py
 choice.py          which classes and held-out items samples are made of

@@ -1,27 +1,38 @@
-"""A folder of images of any kind and size as a data set: finds, decodes, crops and resizes them."""
+"""A folder of images of any kind and size as a data set: decodes, crops and resizes what folders.py finds."""
 
 import contextlib
-import os
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from io import BytesIO
+from os import stat_result
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import Config
 from data_loading import packed
+from data_loading.folders import find, printable
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+ORIENTATION = 0x112  # EXIF's
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LETTERS = 'letter|symbol|text|digit|number|sign|alphabet|character|font|^[0-9a-z]$'  # classes that may show letters
+LOOKED_AT = 1000  # images whose sizes are read at the start
 
 
 # ---------------------------------------------------------------- from a file to pixels
@@ -37,54 +48,95 @@ def readable(image: Path | str) -> Iterator[None]:
     except Exception as error:  # what PIL raises depends on the format
         if isinstance(image, Path):
             image = image.parent.resolve() / image.name  # the user's folder, also where --check has linked to it
-        raise DataError(
-            f'{image} cannot be read as an image ({type(error).__name__}: {error}). Replace it by a whole one, '
-            'remove it from the data, or leave such images out with --skip_unreadable.'
-        ) from None
+        text = f'{image} cannot be read as an image ({type(error).__name__}: {error}). Replace it by a whole one, '
+        text += 'remove it from the data, or leave such images out with --skip_unreadable.'
+        raise DataError(printable(text)) from None
 
 
-def pixels_of(path: Path | BytesIO, size: tuple[int, int], channels: int, background: tuple[int, int, int]) -> Tensor:
-    """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, the
-    middle cut out in the proportions of `size`, and resized with antialiasing. An animation gives its first frame."""
+def pixels_of(
+    path: Path | BytesIO,
+    size: tuple[int, int],
+    channels: int,
+    background: tuple[int, int, int],
+    fit: str = 'crop',
+    white: int = 0,
+) -> Tensor:
+    """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, and
+    brought to `size` as `fit` says. An animation gives its first frame. `white`: of 16-bit images, see `eight_bits`."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image.load()  # a TIFF is turned by this
+        if (turn := TURNS.get(image.getexif().get(ORIENTATION, 1))) is not None:
+            image = image.transpose(turn)
         if image.mode.startswith(('I', 'F')):
-            image = eight_bits(image)
+            image = eight_bits(image, white)
         if image.has_transparency_data:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, (*background, 255)), image)
-        image = image.convert('L' if channels == 1 else 'RGB')
-        height, width = size
-        scale = min(image.width / width, image.height / height)  # pixels of the file for each pixel of ours
-        kept = max(1, round(width * scale)), max(1, round(height * scale))
+        array = np.array(fitted(image.convert('L' if channels == 1 else 'RGB'), size, fit, background))
+    return torch.from_numpy(array.reshape(*size, -1)).permute(2, 0, 1).contiguous()
+
+
+def fitted(image: Any, size: tuple[int, int], fit: str, background: tuple[int, int, int]) -> Any:
+    """`image` in `size` (height, width), resized with antialiasing: its middle in these proportions ('crop'), all of it
+    on `background` ('pad'), or all of it in other proportions ('stretch')."""
+    height, width = size
+    scales = image.width / width, image.height / height  # pixels of the file for each pixel of ours
+    if fit == 'crop':
+        kept = max(1, round(width * min(scales))), max(1, round(height * min(scales)))
         left, top = (image.width - kept[0]) // 2, (image.height - kept[1]) // 2
-        middle = image.crop((left, top, left + kept[0], top + kept[1]))
-        array = np.array(middle.resize((width, height), Image.Resampling.LANCZOS))
-    return torch.from_numpy(array.reshape(height, width, -1)).permute(2, 0, 1).contiguous()
+        image = image.crop((left, top, left + kept[0], top + kept[1]))
+    if fit != 'pad':
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    inside = max(1, round(image.width / max(scales))), max(1, round(image.height / max(scales)))
+    whole = Image.new('RGB', (width, height), background).convert(image.mode)
+    image = image.resize(inside, Image.Resampling.LANCZOS)
+    whole.paste(image, ((width - inside[0]) // 2, (height - inside[1]) // 2))
+    return whole
 
 
-def eight_bits(image: Any) -> Any:
-    """A 16-bit grey image with 8 bits per pixel. Raises ValueError if its values need more than 16 bits."""
+def eight_bits(image: Any, white: int) -> Any:
+    """A grey image of more than 8 bits with 8 bits per pixel: `white`, 255 or 65535, becomes 255; 0: the former if no
+    value is above it. Raises ValueError if the values need more."""
     values = np.asarray(image)
+    white = white or (255 if values.max() <= 255 else 65535)
     if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
         raise ValueError(
             f'grey levels from {values.min():g} to {values.max():g} ({values.dtype}) are not an 8-bit or 16-bit image: '
             'use --dataset arrays for such data'
         )
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if values.max() > white:
+        raise ValueError(f'grey levels to {values.max()}, where others end at {white}: bring all to one range')
+    return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8))
 
 
-def is_grey(path: Path | BytesIO) -> bool:
-    """Whether the image of a file has no colours; also True if it cannot be read."""
+@dataclass(frozen=True)
+class Head:
+    """An image file before it is decoded: its name, whether it has no colours, and its size as it is shown."""
+
+    name: str
+    is_grey: bool
+    width: int
+    height: int
+    deep: int = 0  # largest value of a grey image of more than 8 bits
+
+
+def head(file: Path | BytesIO, levels: bool = True) -> Head | None:
+    """What is known of an image file; None if it cannot be read, which `readable` reports later."""
     try:
-        with Image.open(path) as image:
-            return image.mode in ('1', 'L', 'LA', 'La') or image.mode.startswith(('I', 'F'))
-    except Exception:  # what PIL raises depends on the format; `readable` names the image later
-        return True
+        with Image.open(file) as image:
+            deep = image.mode.startswith(('I', 'F'))
+            turned = image.format != 'TIFF' and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if turned else image.size
+            is_grey = deep or image.mode in ('1', 'L', 'LA', 'La')
+            highest = int(np.asarray(image).max()) if deep and levels else 0
+            return Head(getattr(file, 'name', ''), is_grey, width, height, highest)
+    except Exception:  # what PIL raises depends on the format
+        return None
 
 
 def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
-    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Raises SettingError."""
+    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Warns of sizes that do not
+    suit. Raises SettingError."""
     try:
         background = ImageColor.getrgb(config.background)[:3]
     except ValueError:
@@ -92,8 +144,43 @@ def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
             f"background={config.background!r} is not a colour. Use a name, such as white or black, or '#rrggbb'."
         ) from None
     size = (config.image_size[0], config.image_size[-1])
-    channels = 1 if all(map(is_grey, files)) else 3  # ends at the first in colour
-    return dict(size=size, channels=channels, background=background)
+    heads, grey = [], True
+    for file in files:  # ends after the first in colour
+        if not grey and len(heads) == LOOKED_AT:
+            break
+        found = head(file, levels=len(heads) < 100)
+        grey = grey and (found is None or found.is_grey)
+        if found and len(heads) < LOOKED_AT:
+            heads.append(found)
+    warn_of_sizes(config, heads, size)
+    deep = max((found.deep for found in heads), default=0)
+    if 0 < deep < 16384:
+        become = 'are taken as 8-bit ones' if deep <= 255 else 'become dark: scale them to 0 ... 65535'
+        print_once(f'warning: {config.dataset}: images of 16 bits have values to {deep} only, and {become}.')
+    white = 0 if not deep else 255 if deep <= 255 else 65535
+    return dict(size=size, channels=1 if grey else 3, background=background, fit=config.fit, white=white)
+
+
+def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> None:
+    """Print how much cropping cuts, and a warning of images that are far too small or long."""
+    height, width = size
+    scales = [(found.width / width, found.height / height) for found in heads]
+    cut = np.array([1 - min(scale) / max(scale) for scale in scales] or [0])
+    if config.fit == 'crop' and cut.max() >= 0.01:
+        most = printable(heads[int(cut.argmax())].name)
+        print_once(
+            f'{config.dataset}: cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most'
+            f'{f" ({most})" if most else ""}; --fit pad keeps all'
+        )
+    smaller = max if config.fit == 'pad' else min
+    odd = [i for i, scale in enumerate(scales) if smaller(scale) < 1 / 4 or cut[i] > 0.9]
+    if odd:
+        first = heads[odd[0]]
+        print_once(
+            f'warning: {config.dataset}: {len(odd)} of {len(heads)} images are enlarged more than 4 times, or more '
+            f'than 10 times too long, for {width}x{height} pixels, such as '
+            f'{printable(first.name)} ({first.width}x{first.height}). Leave them out, or use another --image_size.'
+        )
 
 
 # ---------------------------------------------------------------- a folder
@@ -108,6 +195,7 @@ class ImageFiles(Dataset):
     labels: list[int]
     made: dict[str, Any]  # arguments of pixels_of
     facts: dict[str, Any]  # classes, and which files were skipped
+    held_out: int  # the first images: a held-out part of the folder's own; 0: it has none
 
     def __len__(self) -> int:
         return len(self.files)
@@ -118,85 +206,57 @@ class ImageFiles(Dataset):
             return pixels_of(path, **self.made), self.labels[i]
 
     def fingerprint(self) -> str:
-        """The names and sizes of all files and how they are decoded, independent of where the folder is."""
-        return repr((sorted((name, self.stat(name).st_size) for name in self.files), tuple(self.made.values())))
+        """The names, sizes and classes of all files and how they are decoded, wherever the folder is."""
+        files = sorted(zip(self.files, [self.stat(name).st_size for name in self.files], self.labels, strict=True))
+        return repr((files, self.facts['classes'], tuple(self.made.values())))
 
     def state(self) -> str:
         """`fingerprint` with the times of change: the cache of these pixels is valid while this is the same."""
-        return repr([self.fingerprint(), [self.stat(name).st_mtime_ns for name in self.files]])
+        return repr([self.fingerprint(), self.files, [self.stat(name).st_mtime_ns for name in self.files]])
 
-    def stat(self, name: str) -> os.stat_result:
+    def stat(self, name: str) -> stat_result:
         try:
             return (self.root / name).stat()
         except OSError:  # a link to nowhere, which decoding will name
-            return os.stat_result((0,) * 10)
+            return stat_result((0,) * 10)
 
 
 def list_images(config: Config) -> ImageFiles:
-    """All images below the folder `config.data_path`, or else data_dir/image_folder.
-
-    The class of an image is the first folder on its path below that. Images that lie in the folder itself, or all in
-    one folder, have no class. Hidden files (.name) and files without the ending of an image are skipped; the latter are
-    printed. Raises SettingError.
-    """
+    """All images below the folder `config.data_path`, or else data_dir/image_folder, as folders.py finds them; the
+    held-out part is at the beginning. Raises SettingError."""
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
-    where = f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
-    remedy = 'Pass a folder of images, or of one folder for each class, as --data_path.'
-    if not root.is_dir():
-        raise SettingError(f'{where}: there is no such folder. {remedy}')
-    files, others = walk(root, where)
-    counts = [f'{ending} {count}' for ending, count in others.most_common(8)]
-    more = [f'and {len(others) - 8} more kinds'] if len(others) > 8 else []
-    ignored = ', '.join(counts + more)
-    if not files:
-        only = ignored and f', only {ignored}'
-        raise SettingError(f'{where}: it holds no image ({", ".join(IMAGE_ENDINGS)}){only}. {remedy}')
-    folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else '' for name in files]
-    classes = sorted(set(folders))
-    if '' in classes and len(classes) > 1:
-        raise SettingError(
-            f'{where}: {folders.count("")} images lie in it next to folders ({", ".join(classes[1:4])}), so that their '
-            'class is not known. Move them into a folder, or pass a folder that holds only images.'
+    found = find(root, where_of(config, root))
+    flips = ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name))
+    if flips:
+        letters = [f' ({name!r})' for name in found.classes if re.search(LETTERS, name, re.IGNORECASE)][:1]
+        print_once(
+            f'{"warning: " if letters else ""}image_folder: images are mirrored or turned: add {flips} if there are '
+            f'letters{"".join(letters)}, or if left and right differ'
         )
-    classes = classes if len(classes) > 1 else []
-    labels = [classes.index(folder) if classes else 0 for folder in folders]
-    skipped = ignored and f'skipped {sum(others.values())} files that are not images: {ignored}'
-    if skipped:
-        print_once(f'image_folder: {skipped}')
-    facts = dict(classes=tuple(classes), num_classes=len(classes), skipped=skipped)
-    return ImageFiles(root, files, labels, how_made(config, (root / name for name in files)), facts)
+    facts = dict(classes=found.classes, num_classes=len(found.classes), skipped=found.skipped)
+    made = how_made(config, (root / name for name in found.files))
+    return ImageFiles(root, found.files, found.labels, made, facts, found.held_out)
+
+
+def where_of(config: Config, root: Path) -> str:
+    """What errors call the folder."""
+    return f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
 
 
 def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
-    """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default."""
+    """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default. Each class
+    keeps an image to train on. Raises SettingError."""
     images = list_images(config)
-    title = f'image_folder {images.root.resolve().name}'
-    return packed.decoded_once(config, images, 0, images.facts, images.state(), title)
-
-
-def walk(root: Path, where: str) -> tuple[list[str], Counter[str]]:
-    """(paths below root of all images; how many other files there are of each ending). Raises SettingError.
-
-    The paths are in the order of their hashes. The first ones are held out: the same ones in every run, for every seed,
-    and mostly also when images are added.
-    """
-    files: list[str] = []
-    others: Counter[str] = Counter()
-    above: set[tuple[int, int]] = set()  # folders that were entered: ends a circle of links
-
-    def refuse(error: OSError) -> None:
-        raise SettingError(f'{where}: {error}. Make it readable, or move it elsewhere.') from None
-
-    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in above:
-            below.clear()
-            continue
-        above.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith('.'))
-        for name in (name for name in names if not name.startswith('.')):
-            if name.lower().endswith(IMAGE_ENDINGS):
-                files.append(os.path.relpath(os.path.join(folder, name), root))
-            else:
-                others[Path(name).suffix or name] += 1
-    return sorted(files, key=lambda name: blake2b(os.fsencode(name)).digest()), others
+    n = images.held_out
+    if not n:
+        where, classes = where_of(config, images.root), max(1, images.facts['num_classes'])
+        n, most = packed.held_out_rows(config.held_out, len(images), where), len(images) - classes
+        if n > most and (config.held_out or not most):
+            wanted = f'held_out={n}: ' if config.held_out else ''
+            raise SettingError(
+                f'{where}: {wanted}of {len(images)} images of {classes} classes at most {most} can be held out, as '
+                'each class needs one to train on. Use a smaller --held_out, or add images.'
+            )
+        n = min(n, most)
+    title = f'image_folder {printable(images.root.resolve().name)}'
+    return packed.decoded_once(config, images, n, images.facts, images.state(), title)

@@ -11,6 +11,7 @@ from runtime.errors import SettingError, choose
 # Choices that no table holds.
 CHOICES = dict(
     precision=('auto', 'float32', 'tf32', 'bfloat16'),
+    fit=('crop', 'pad', 'stretch'),
     compile=('auto', 'on', 'off', 'graphs'),
     wandb=('auto', 'online', 'offline', 'disabled'),
 )

@@ -2,8 +2,10 @@
 
 import io
 import os
+import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import SettingError
 from data_loading import images, packed
@@ -90,6 +92,51 @@ def test_sixteen_bits_are_scaled(folder):
         pixels(folder / 'x.tif')
 
 
+def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys):
+    """A label image or mask with 16 bits a pixel; one that reaches higher than all others is refused."""
+    for i in range(12):
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint16)).save(folder / f'{i}.png')
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    got = torch.cat([train.everything()[0], test.everything()[0]]).mul(255).round().unique().tolist()
+    assert got == [20 * i for i in range(12)]
+    assert 'images of 16 bits have values to 220 only, and are taken as 8-bit ones' in capsys.readouterr().out
+    assert pixels(folder / '11.png', channels=1).unique().tolist() == [220]
+    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(folder / 'x.png')
+    with pytest.raises(ValueError, match='to 300, where others end at 255'):
+        pixels_of(folder / 'x.png', (8, 8), 1, WHITE, white=255)
+    setup_data_train_and_test(config_of(), CPU)
+    assert 'have values to 300 only, and become dark: scale them' in capsys.readouterr().out
+
+
+def test_of_the_EXIF_data_only_the_orientation_is_read(folder):
+    """An exposure bias of -1/0, which some phones write, cannot be written again."""
+    entries = [(0x112, 3, struct.pack('<H', 6)), (0x9204, 10, struct.pack('<ii', -1, 0))]
+    body, end = b'', 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, value in entries:
+        body += struct.pack('<HHI', tag, kind, 1) + (value if len(value) <= 4 else struct.pack('<I', end)).ljust(
+            4, b'\0'
+        )
+    tiff = b'II*\0' + struct.pack('<IH', 8, len(entries)) + body + struct.pack('<I', 0) + entries[1][2]
+    picture = np.zeros((16, 32, 3), np.uint8)
+    picture[:, 16:] = 255
+    Image.fromarray(picture).save(folder / 'x.jpg', exif=b'Exif\0\0' + tiff)
+    got = pixels(folder / 'x.jpg', (32, 16))
+    assert got[:, :14].max() < 20 and got[:, 18:].min() > 235  # the right half is below
+
+
+@pytest.mark.parametrize('ending', ['tif', 'jpg', 'png', 'webp'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_all_orientations(folder, ending, orientation):
+    image = Image.fromarray(np.array([[0, 80], [160, 240]], np.uint8).repeat(16, 0).repeat(16, 1))
+    exif = image.getexif()
+    exif[0x112] = orientation
+    image.convert('RGB').save(folder / f'x.{ending}', exif=exif)
+    with Image.open(folder / f'x.{ending}') as saved:
+        want = np.array(ImageOps.exif_transpose(saved).convert('L'))[8::16, 8::16]
+    got = pixels(folder / f'x.{ending}', (32, 32), 1)[0, 8::16, 8::16].numpy()
+    assert np.abs(got.astype(int) - want).max() < 6
+
+
 def test_a_photograph_stands_upright(folder):
     image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 10)
     exif = image.getexif()
@@ -118,6 +165,60 @@ def test_the_middle_is_cut_out(folder, size, turned):
     assert got.float().mean() == pytest.approx(200 / longer, abs=1)
     middle = got[:, :, size[1] // 2] if not turned else got[:, size[0] // 2]
     assert ((middle.int() - 200).abs() <= 4).all()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_fit_pad_keeps_all_and_stretch_distorts(folder, channels):
+    picture = np.full((8, 32, 3), 100, np.uint8)
+    picture[:, :8] = 200
+    Image.fromarray(picture).save(folder / 'x.png')
+    padded = pixels_of(folder / 'x.png', (16, 16), channels, (30, 30, 30), 'pad')
+    assert padded.shape == (channels, 16, 16)
+    assert padded[:, :6].unique().tolist() == padded[:, 10:].unique().tolist() == [30]
+    assert (padded[:, 6:10, :3].float() - 200).abs().max() < 12 and padded[:, 6:10, 6:].unique().tolist() == [100]
+    stretched = pixels_of(folder / 'x.png', (16, 16), channels, WHITE, 'stretch')
+    assert (stretched[:, :, :3].float() - 200).abs().max() < 12 and (stretched[:, :, 6:].float() - 100).abs().max() < 12
+    Image.new('RGB', (20_000, 10)).save(folder / 'long.png')
+    assert (pixels_of(folder / 'long.png', (16, 16), 3, WHITE, 'pad') == 0).sum() == 3 * 16
+
+
+def test_what_cropping_cuts_is_printed(folder, config_of, capsys):
+    write_images(folder, {'': [(8, 8)] * 3 + [(8, 32)]})
+    list_images(config_of())
+    assert (
+        'image_folder: cropping cuts 19% of the pixels on average, 75% at most (3.png); --fit pad'
+        in capsys.readouterr().out
+    )
+    for fit in ('pad', 'stretch'):
+        assert list_images(config_of(fit=fit)).made['fit'] == fit
+        assert 'cropping' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('size', 'fit', 'warned'), [
+    ((1, 1), 'crop', True), ((20_000, 10), 'crop', True), ((20_000, 10), 'pad', True), ((2, 9), 'pad', False),
+    ((2, 9), 'crop', False), ((1, 9), 'crop', True), ((80, 9), 'crop', False),
+])  # fmt: skip
+def test_images_that_are_too_small_or_long_are_named(folder, config_of, capsys, size, fit, warned):
+    write_images(folder, {'': [(8, 8)] * 3 + [size]})
+    list_images(config_of(fit=fit))
+    out = capsys.readouterr().out
+    assert ('warning: image_folder: 1 of 4 images are enlarged more than 4 times' in out) == warned, out
+    assert not warned or f'such as 3.png ({size[0]}x{size[1]})' in out
+
+
+def test_a_preset_that_flips_warns_of_letters(folder, config_of, capsys):
+    write_images(folder, {'cat': [(9, 9)] * 3, 'symbols': [(9, 9)] * 3})
+    list_images(config_of())
+    assert 'mirrored' not in capsys.readouterr().out
+    list_images(config_of(flip_prob=0.5))
+    assert (
+        "warning: image_folder: images are mirrored or turned: add --flip_prob 0 if there are letters ('symbols')"
+        in (capsys.readouterr().out)
+    )
+    shutil.rmtree(folder / 'symbols')
+    list_images(config_of(flip_prob=0.5, rotate_prob=1))
+    out = capsys.readouterr().out
+    assert 'add --flip_prob 0 --rotate_prob 0 if there are letters, or' in out and 'warning' not in out
 
 
 def test_reducing_averages_and_does_not_skip(folder):
@@ -160,7 +261,10 @@ def test_hidden_and_other_files_are_skipped_and_counted(folder, config_of, capsy
     for name in ('a/notes.txt', 'a/more.txt', 'x.svg', 'README'):
         (folder / name).write_text('no image')
     assert len(list_images(config_of()).files) == 6
-    assert 'skipped 4 files that are not images: .txt 2, ' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'skipped 3 files that are not images: .txt 2, README 1\n' in out
+    assert 'skipped 1 images that cannot be read: convert them (.svg 1)\n' in out
+    assert 'skipped thumbnails, hidden and system folders: .hidden 1, .thumbnails 1\n' in out
 
 
 def test_a_circle_of_links_ends(folder, config_of):
@@ -303,6 +407,7 @@ def test_files_are_decoded_once_and_again_when_the_folder_changes(folder, config
     Image.new('RGB', (9, 9), (1, 2, 3)).save(folder / 'a' / '0.png')  # as large in bytes, perhaps
     assert load() == 8 and load() == 0 and len(seen) == 2
     assert load(image_size=(4,)) == 8 and load() == 0 and len(seen) == 3
+    assert load(fit='pad') == 8 and load(fit='pad') == 0 and len(seen) == 3  # square images: the same pixels
     os.utime(folder / 'a' / '1.png', (1, 1))
     assert load() == 8 and len(seen) == 3  # the same pixels: the same data
     (folder / 'a' / '2.png').rename(folder / 'b' / '22.png')
@@ -394,7 +499,8 @@ def test_real_pictures_of_odd_sizes_with_transparency(config_of, capsys):
 def test_grey_is_what_has_one_channel(tmp_path):
     for mode, grey in dict.fromkeys(['1', 'L', 'LA', 'I;16'], True).items() | {('RGB', False), ('RGBA', False)}:
         Image.new(mode, (4, 4)).save(tmp_path / f'{mode[:4].replace(";", "")}.png')
-        assert images.is_grey(tmp_path / f'{mode[:4].replace(";", "")}.png') == grey, mode
+        found = images.head(tmp_path / f'{mode[:4].replace(";", "")}.png')
+        assert found and found.is_grey == grey, mode
 
 
 def test_another_background_is_decoded_again(folder, config_of):
@@ -556,6 +662,14 @@ def test_a_held_out_split_is_never_trained_on(load, tmp_path):
 def test_where_there_are_both_the_validation_split_is_held_out(load, tmp_path):
     write_splits(tmp_path / 'hub', {'train': 20, 'validation': 5, 'test': 9})
     assert load()[2].size == 5
+
+
+def test_the_hub_reads_fit_and_prints_what_is_cut(load, tmp_path, capsys):
+    write_splits(tmp_path / 'hub', {'train': 20})  # 12 x 9
+    cropped = load()[0].everything()[0]
+    assert 'hub: cropping cuts 25% of the pixels on average, 25% at most; --fit pad' in capsys.readouterr().out
+    padded = load(fit='pad')[0].everything()[0]
+    assert (padded[:, :, 0] == 1).all() and not (cropped[:, :, 0] == 1).all()
 
 
 def test_height_comes_before_width_and_other_sizes_are_decoded_again(load, tmp_path):

@@ -1,0 +1,267 @@
+"""The images of a folder: which are taken, of which classes, and which part is held out."""
+
+import json
+import os
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from config import SettingError
+from data_loading.folders import in_order, key
+from data_loading.images import list_images, load_image_folder
+from data_utils import setup_data_train_and_test
+from tests.data_loading.test_images import write_images
+
+CPU = torch.device('cpu')
+NINE = [(9, 9)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'images').mkdir()
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def config_of(tiny_config, folder):
+    default = dict(dataset='image_folder', data_path=str(folder), image_size=(8,), num_workers=0)
+    return lambda **settings: tiny_config(**(default | settings))
+
+
+def classes_of(found) -> dict[str, str]:
+    """The class of each file."""
+    return {file: found.facts['classes'][i] for file, i in zip(found.files, found.labels, strict=True)}
+
+
+# ---------------------------------------------------------------- a split
+
+
+def test_train_and_val_are_the_split_and_not_classes(folder, config_of, capsys):
+    write_images(folder, {f'{part}/{kind}': NINE * 5 for part in ('Train', 'test', 'val') for kind in ('cat', 'dog')})
+    (folder / 'extra').mkdir()
+    Image.new('RGB', (9, 9)).save(folder / 'extra/x.png')
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    assert train.spec.classes == ('cat', 'dog') and (train.size, test.size) == (10, 10)
+    assert (
+        'image_folder: Train/ is trained on, val/ is held out; extra/, test/ are left unused\n'
+        in capsys.readouterr().out
+    )
+    assert {file.split('/')[0] for file in list_images(config_of()).files[:10]} == {'val'}
+    assert setup_data_train_and_test(config_of(held_out=4), CPU)[2].labels.bincount().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize('below', ['', 'data/set/'])
+def test_a_split_without_classes(folder, config_of, capsys, below):
+    """Also of the layout of detectors, train/images and train/labels, and below single folders."""
+    write_images(folder, {f'{below}train/images': NINE * 6, f'{below}valid/images': NINE * 3})
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    assert train.spec.num_classes == 0 and (train.size, test.size) == (6, 3)
+
+
+def test_a_held_out_folder_whose_classes_are_not_known_is_left_unused(folder, config_of, capsys):
+    write_images(folder, {'train/cat': NINE * 20, 'train/dog': NINE * 20, 'test': NINE * 7, 'val/cat': NINE * 2})
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    assert train.size + test.size == 40 and test.labels.tolist().count(0) == 2
+    assert (
+        'a part of it is held out; test/, val/ are left unused, as their classes are not known'
+        in capsys.readouterr().out
+    )
+
+
+def test_classes_that_train_lacks_are_left_out_of_the_held_out_part(folder, config_of, capsys):
+    write_images(folder, {'train/cat': NINE * 9, 'train/dog': NINE * 9, 'test/dog': NINE * 2, 'test/emu': NINE * 3})
+    train, _, test = setup_data_train_and_test(config_of(), CPU)
+    assert (train.size, test.size) == (18, 2) and test.labels.tolist() == [1, 1]
+    assert 'test/ is held out (3 images of classes that train/ lacks are left unused)' in capsys.readouterr().out
+
+
+def test_parts_without_one_to_train_on_are_refused_and_a_class_called_train_is_one(folder, config_of, capsys):
+    write_images(folder, {'bus': NINE * 5, 'train': NINE * 5})
+    assert list_images(config_of()).facts['classes'] == ('bus', 'train')
+    assert (
+        f'train/ is taken as a class. If it is a part of the data, pass --data_path {folder}/train'
+        in capsys.readouterr().out
+    )
+    shutil.rmtree(folder / 'bus')
+    (folder / 'train').rename(folder / 'val')
+    write_images(folder, {'test': NINE * 5})
+    with pytest.raises(SettingError, match=rf'it holds val/, test/ and no train/.* --data_path {folder}/val'):
+        list_images(config_of())
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_classes_below_single_folders_are_found(folder, config_of, capsys):
+    write_images(folder, {'set/images/cat': NINE * 3, 'set/images/dog': NINE * 3})
+    assert list_images(config_of()).facts['classes'] == ('cat', 'dog')
+    assert 'image_folder: classes are the folders in set/images/\n' in capsys.readouterr().out
+    Image.new('RGB', (9, 9)).save(folder / 'set/images/cover.png')
+    with pytest.raises(
+        SettingError, match=rf'1 images lie in set/images next to .*--data_path {folder}/set/images/cat'
+    ):
+        list_images(config_of())
+
+
+def test_folders_that_hold_the_same_folders_are_warned_of(folder, config_of, capsys):
+    write_images(folder, {f'{fold}/{kind}': NINE for fold in ('fold1', 'fold2') for kind in ('cat', 'dog')})
+    assert list_images(config_of()).facts['classes'] == ('fold1', 'fold2')
+    assert (
+        f'holds the folders cat, dog. If these are the classes, pass one of those, as --data_path {folder}/fold1'
+        in (capsys.readouterr().out)
+    )
+
+
+def test_numbers_are_sorted_as_numbers(folder, config_of):
+    write_images(folder, dict.fromkeys(('10', '9', '100', 'b', 'a'), NINE))
+    assert list_images(config_of()).facts['classes'] == ('9', '10', '100', 'a', 'b')
+
+
+@pytest.mark.parametrize('labels', ['null', 'numbers', 'none'])
+def test_shards_of_dataset_tool_are_no_classes(folder, config_of, capsys, labels):
+    names = [f'0000{i // 3}/img{i:08d}.png' for i in range(6)]
+    write_images(folder, {'00000': [], '00001': []})
+    for name in names:
+        Image.new('RGB', (9, 9)).save(folder / name)
+    found = dict(labels=[[name, 10 - i % 2] for i, name in enumerate(names)] if labels == 'numbers' else None)
+    if labels != 'none':
+        (folder / 'dataset.json').write_text(json.dumps(found))
+    got = list_images(config_of())
+    warned = 'folders 00000, 00001 ... are taken as classes. If they are not, add --label_dropout 1'
+    assert (warned in capsys.readouterr().out) == (labels == 'none')
+    if labels == 'null':
+        assert got.facts['classes'] == () and got.labels == [0] * 6
+    if labels == 'numbers':
+        assert classes_of(got) == {name: ['10', '9'][i % 2] for i, name in enumerate(names)}
+        assert got.facts['classes'] == ('9', '10')
+        before = got.state()
+        found['labels'][0][1] = 9
+        (folder / 'dataset.json').write_text(json.dumps(found))
+        assert list_images(config_of()).state() != before  # the cache is made again
+        found['labels'].pop()
+        (folder / 'dataset.json').write_text(json.dumps(found))
+        with pytest.raises(
+            SettingError, match=r'1 of 6 images are not in its list of classes \(00001/img00000005.png\)'
+        ):
+            list_images(config_of())
+        (folder / 'dataset.json').write_text('{')
+        with pytest.raises(SettingError, match=r'dataset.json cannot be read'):
+            list_images(config_of())
+
+
+@pytest.mark.parametrize('with_classes', [False, True])
+def test_what_generate_wrote_is_read(folder, config_of, capsys, with_classes):
+    write_images(folder, {'000': NINE * 4, '001': NINE * 2, '': NINE})
+    (folder / '0.png').rename(folder / 'grid.png')
+    (folder / 'generate.json').write_text('{}')
+    if with_classes:
+        rows = [
+            f'{name},{i % 3 + 8},kind {i % 3}'
+            for i, name in enumerate(['000/0.png', '000/1.png', '000/2.png', '000/3.png', '001/0.png', '001/1.png'])
+        ]
+        (folder / 'labels.csv').write_text('file,class,name\n' + '\n'.join(rows))
+    found = list_images(config_of())
+    assert len(found.files) == 6 and 'skipped pictures next to generate.json: grid.png' in capsys.readouterr().out
+    assert found.facts['classes'] == (('kind 0', 'kind 1', 'kind 2') if with_classes else ())
+    assert not with_classes or classes_of(found)['001/1.png'] == 'kind 2'
+
+
+def test_labels_csv_of_another_kind_is_not_read(folder, config_of):
+    write_images(folder, {'': NINE * 4})
+    (folder / 'labels.csv').write_text('id,breed\n0.png,cat\n')
+    assert list_images(config_of()).facts['classes'] == ()
+    (folder / 'labels.csv').write_text('file,class\n0.png,cat\n1.png,dog\n2.png,cat\n3.png,cat\n')
+    assert classes_of(list_images(config_of())) == {'0.png': 'cat', '1.png': 'dog', '2.png': 'cat', '3.png': 'cat'}
+
+
+def test_two_names_of_one_folder_are_said(folder, config_of, capsys):
+    write_images(folder, {'cat': NINE * 3, 'Cat': NINE * 3, 'dog': NINE * 2})
+    (folder / 'aaa').symlink_to(folder / 'dog')
+    found = list_images(config_of())
+    assert found.facts['classes'] == ('Cat', 'cat', 'dog') and len(found.files) == 8
+    out = capsys.readouterr().out
+    assert 'warning: image_folder: Cat and cat are two classes. Merge' in out
+    assert 'skipped folders that are read under another name: aaa\n' in out
+
+
+def test_system_folders_are_no_classes(folder, config_of, capsys):
+    write_images(
+        folder, {'cat': NINE * 3, 'dog': NINE * 3, '@eaDir/1.jpg': NINE, '__MACOSX/cat': NINE, '#recycle': NINE}
+    )
+    (folder / 'cat/Thumbs.db').write_text('')
+    assert list_images(config_of()).facts['classes'] == ('cat', 'dog')
+    out = capsys.readouterr().out
+    assert '.db 1' in out and all(f'{name} 1' in out for name in ('@eaDir', '__MACOSX', '#recycle'))
+
+
+def test_names_that_are_not_unicode_are_printed(folder, config_of, capsys):
+    write_images(folder, {'cat': NINE * 3, 'x': NINE * 3})
+    os.rename(os.fsencode(folder / 'x'), os.fsencode(folder) + b'/caf\xe9')
+    train, _, _ = setup_data_train_and_test(config_of(), CPU)
+    assert train.spec.classes == ('caf\\xe9', 'cat')
+    (folder / 'cat/0.png').write_bytes(b'')
+    os.rename(os.fsencode(folder / 'cat/0.png'), os.fsencode(folder) + b'/cat/\xe9.png')
+    with pytest.raises(SettingError, match=r'cat/\\xe9.png cannot be read') as caught:
+        setup_data_train_and_test(config_of(), CPU)
+    assert str(caught.value).encode() and capsys.readouterr().out.encode()
+
+
+# ---------------------------------------------------------------- what is no folder of images
+
+
+@pytest.mark.parametrize(
+    ('name', 'words'),
+    [
+        ('x.zip', r'x\.zip.: a zip: unpack it, and pass the folder'),
+        ('x.png', r'a single image\. Pass a folder of images, such as --data_path .*images'),
+        ('x.HEIC', 'a single image'),
+        ('x.npy', r'a file\. Pass a folder of images; --dataset arrays reads .npy'),
+    ],
+)
+def test_a_file_is_refused_with_what_to_do(folder, config_of, name, words):
+    (folder / name).write_bytes(b'')
+    with pytest.raises(SettingError, match=words):
+        list_images(config_of(data_path=str(folder / name)))
+
+
+@pytest.mark.parametrize(
+    ('name', 'remedy'), [('x.heic', r'only .heic 1\. Convert them'), ('x.zip', 'Unpack the archive')]
+)
+def test_a_folder_without_an_image_says_what_to_do(folder, config_of, name, remedy):
+    (folder / name).write_bytes(b'')
+    with pytest.raises(SettingError, match=remedy):
+        list_images(config_of())
+
+
+# ---------------------------------------------------------------- which are held out
+
+
+@pytest.mark.parametrize('n', [1, 5, 14, 40, 86])
+def test_the_first_files_are_of_all_classes(n):
+    sizes = dict(a=60, b=25, c=7, d=1, e=1)
+    classes = {f'{name}{i}': key(name) for name, size in sizes.items() for i in range(size)}
+    order = in_order(classes, classes)
+    assert sorted(order) == sorted(classes) and order == in_order(reversed(list(classes)), classes)
+    held = Counter(name[0] for name in order[:n])
+    assert all(held[name] < size for name, size in sizes.items())  # until no class could give another
+    assert n > 40 or all(abs(held[name] - size * n / 94) < 1.1 for name, size in sizes.items())
+    added = classes | {f'b{i}': key('b') for i in range(25, 28)}
+    assert len(set(order[:n]) & set(in_order(added, added)[:n])) >= n - 1 - n // 10
+
+
+def test_a_class_keeps_an_image_to_train_on(folder, config_of):
+    write_images(folder, {f'c{i:02d}': NINE for i in range(15)} | {f'd{i}': NINE * 5 for i in range(5)})
+    for held_out in (0, 20):
+        train, _, test = setup_data_train_and_test(config_of(held_out=held_out), CPU)
+        assert min(train.spec.counts) >= 1 and test.size == (held_out or 4)
+    with pytest.raises(SettingError, match='held_out=21: of 40 images of 20 classes at most 20 can be held out'):
+        load_image_folder(config_of(held_out=21))
+    for i in range(5):
+        shutil.rmtree(folder / f'd{i}')
+    with pytest.raises(SettingError, match='of 15 images of 15 classes at most 0 can be held out'):
+        load_image_folder(config_of())
+    write_images(folder, {'c00': NINE * 2})
+    assert setup_data_train_and_test(config_of(), CPU)[2].size == 1
