@@ -125,7 +125,8 @@ def head(file: Path | BytesIO, levels: bool = True) -> Head | None:
     try:
         with Image.open(file) as image:
             deep = image.mode.startswith(('I', 'F'))
-            turned = image.format != 'TIFF' and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            has_exif = image.format in ('JPEG', 'MPO', 'WEBP')  # a TIFF has its size turned; a PNG would be decoded
+            turned = has_exif and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
             is_grey = deep or image.mode in ('1', 'L', 'LA', 'La')
             highest = int(np.asarray(image).max()) if deep and levels else 0
