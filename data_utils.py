@@ -7,8 +7,9 @@ data_loading/loader.py.
 import importlib.util
 import os
 import urllib.error
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
 from data_loading.hub import load_hub
 from data_loading.images import load_image_folder
-from data_loading.loader import HeldOutSampler, Loader, StreamSampler
+from data_loading.loader import HeldOutSampler, LazyLoader, Loader, StreamSampler
 from data_loading.spec import Arrays, DataSpec, Part, check_parts
 from data_loading.toy2d import TOY2D, load_points
 from runtime import files, ranks
@@ -164,7 +165,9 @@ def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str
     return mine
 
 
-def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loader, StreamSampler, Loader]:
+def setup_data_train_and_test(
+    config: Config, device: torch.device, sampler: StreamSampler | None = None
+) -> tuple[Loader, StreamSampler, Loader]:
     """(train_loader, train_sampler, test_loader).
 
     The train loader is endless and yields this process's shards, step by step from `train_sampler.set_step`; the test
@@ -189,7 +192,8 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
     if labels is not None:
         spec = replace(spec, counts=tuple(torch.bincount(labels, minlength=spec.num_classes).tolist()))
     counts = describe_counts(config.dataset, [train, test], spec)
-    sampler = StreamSampler(len(train), config)
+    sampler = sampler or StreamSampler(0, config)
+    sampler.num_images = len(train)
     train_loader = Loader(train, sampler, spec, device, config.num_workers)
     test_loader = Loader(test, HeldOutSampler(len(test), config), spec, device, config.num_workers)
     train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
@@ -203,3 +207,21 @@ def setup_data_train_and_test(config: Config, device: torch.device) -> tuple[Loa
             'learned, and neither sampled nor judged. Number the classes from 0 without gaps.'
         )
     return train_loader, sampler, test_loader
+
+
+def setup_data_later(
+    config: Config, device: torch.device, checkpoint: Mapping[str, Any]
+) -> tuple[Loader, StreamSampler, Loader]:
+    """`setup_data_train_and_test` of a run that is opened to read: its data are loaded when something reads them.
+
+    At once if its checkpoint has no `facts`, as those of older versions. Raises SettingError.
+    """
+    if not checkpoint.get('facts'):
+        try:
+            return setup_data_train_and_test(config, device)
+        except SettingError as error:
+            why = 'the checkpoint does not describe the data (it is of an older version), so they are needed'
+            raise SettingError(f'{why}: {error}') from None
+    sampler = StreamSampler(0, config)
+    load = cache(lambda: setup_data_train_and_test(config, device, sampler))
+    return LazyLoader(checkpoint, lambda: load()[0]), sampler, LazyLoader(checkpoint, lambda: load()[2])

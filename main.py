@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
 from runtime import command
-from runtime.importing import import_class, import_file, refuse_to_train
+from runtime.importing import import_class, import_file, refuse_foreign, refuse_to_train
 from settings.same_run import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -64,11 +64,16 @@ def start(config: Config, trainer_class: type | None) -> None:
         raise
 
 
-def build(config: Config, trainer_class: type | None = None, read_from: Path | None = None) -> 'BaseDiffusionTrainer':
-    """Device, data, network and the trainer, at the step of the run's last checkpoint, or of `read_from`, which is only
-    read. Raises SettingError."""
+def build(
+    config: Config,
+    trainer_class: type | None = None,
+    read_from: Path | None = None,
+    saved: Mapping[str, Any] | None = None,
+) -> 'BaseDiffusionTrainer':
+    """Device, data, network and the trainer, at the step of the run's last checkpoint, or of `read_from`, whose content
+    is `saved`: it is only read, and the data only when something needs them. Raises SettingError."""
     import utils
-    from data_utils import setup_data_train_and_test
+    from data_utils import setup_data_later, setup_data_train_and_test
     from networks import get_network
     from runtime import ranks
     from trainer import ExampleDiffusionTrainer, ProcessedBatch
@@ -78,7 +83,8 @@ def build(config: Config, trainer_class: type | None = None, read_from: Path | N
         choose(setting, getattr(config, setting), table)
     device = ranks.setup()
     set_precision(config.precision)
-    train_loader, train_sampler, test_loader = setup_data_train_and_test(config, device)
+    read = setup_data_train_and_test(config, device) if saved is None else setup_data_later(config, device, saved)
+    train_loader, train_sampler, test_loader = read
 
     def network(example: ProcessedBatch):
         utils.seed_everything(config.seed, 'network')
@@ -91,16 +97,18 @@ def build(config: Config, trainer_class: type | None = None, read_from: Path | N
     return trainer
 
 
-def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'BaseDiffusionTrainer':
+def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **settings: Any) -> 'BaseDiffusionTrainer':
     """The trainer of a finished or running run at its last checkpoint, read-only: nothing is locked or written.
 
     `run_dir` is the run's folder, or one of its .pt files for an earlier step. The script that made it is imported, for
-    its trainer's class, config class and table entries. `network` has the first moving average of the weights, another
-    by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see training/posthoc.py), or the raw
-    ones, which replaying a step needs. `settings` replace those of the run, such as solver='heun' or guidance_scale=2,
-    if they do not change what was learned. The trainer is ready for `draw`, `loss_fn` and `train_step`. Raises
-    SettingError if the run, its script or the weights are not there, the script imports modules by their old names, or
-    a setting cannot be changed.
+    its trainer's class, config class and table entries; with `trust` also one that is outside of the project and of the
+    folder that you work in. The data are loaded when something reads them, which samples that start from noise do not;
+    data_path and data_dir among the `settings` say where they are now. `network` has the first moving average of the
+    weights, another by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see
+    training/posthoc.py), or the raw ones, which replaying a step needs. `settings` replace those of the run, such as
+    solver='heun' or guidance_scale=2, if they do not change what was learned. The trainer is ready for `draw`,
+    `loss_fn` and `train_step`. Raises SettingError if the run, its script or the weights are not there, the script is
+    not trusted or imports modules by their old names, or a setting cannot be changed.
     """
     import saving
     from training import run_record
@@ -110,15 +118,18 @@ def load_run(run_dir: str | Path, weights: str = 'ema', **settings: Any) -> 'Bas
     checkpoint = path if path.suffix == '.pt' else path / 'last.pt'
     folder = checkpoint.parent
     start = run_record.read_start(folder)
+    if not trust:
+        refuse_foreign((start.get('script'), start['trainer']['file'], start['config']['file']), folder)
     if start.get('script'):
         import_file(start['script'])
     trainer_class, config_class = (import_class(**start[name]) for name in ('trainer', 'config'))
-    config = saving.config_of(saving.load_checkpoint(checkpoint), config_class)
+    saved = saving.load_checkpoint(checkpoint)
+    config = saving.config_of(saved, config_class)
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:
         raise SettingError(f'{", ".join(fixed)}: this belongs to what {path} has learned. Change settings of sampling.')
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
-    trainer = build(config, trainer_class, checkpoint)
+    trainer = build(config, trainer_class, checkpoint, saved)
     if weights.startswith(POSTHOC):
         trainer.network.load_state_dict(posthoc_weights(checkpoint, weights, trainer.network))
         return trainer
@@ -146,7 +157,8 @@ def train(config: Config, trainer_class: type | None) -> None:
         ranks.print_once(f'training {config.dataset} on {where}: {parameters}, {steps}')
         trainer.train_loop(run_record.write_start(config, type(trainer), trainer.device, trainer.step))
     files = dict(report='report.html', pictures='samples', checkpoint='last.pt', log='metrics.jsonl')
-    ranks.print_once('\n'.join(f'  {name:10}  {config.run_dir}/{file}' for name, file in files.items()))
+    there = {name: path for name, file in files.items() if (path := config.run_dir / file).exists()}
+    ranks.print_once('\n'.join(f'  {name:10}  {path}' for name, path in there.items()))
 
 
 def choices() -> dict[str, Mapping[str, object]]:

@@ -4,7 +4,8 @@ A training checkpoint holds:
 version, config        the version of the format; the settings as a dict
 trainer, code, data    what made it: 'file.py:Class', the experiment's source text, the data's fingerprint
 shape, num_classes, cond                  what the network was built for
-classes, about_data                       the names of the classes; sizes and counts as text
+classes, about_data, facts                the names of the classes; sizes and counts as text; what sampling without the
+                                          data needs: the DataSpec, has_pairs, independent, are_images
 step, finished, wandb_id, bad_steps, record
 network, ema, optimizer                   and modules, emas, optimizers: what an experiment adds; state: its `state()`
 Nothing random is stored: randomness is a function of (seed, step). training/checkpoints.py says what goes in and how

@@ -139,7 +139,7 @@ class BaseDiffusionTrainer(OldNames):
         self.judge = Judge(self, self.batches, self.record, self.drawing)
         self.gallery = Gallery(self, self.batches, self.record, self.drawing)
         held = dict(modules=self.modules, optimizers=self.optimizers, emas=self.emas, experiment=self)
-        held |= dict(bad_steps=self.bad_steps, record=self.record, about=self.batches.about)
+        held |= dict(bad_steps=self.bad_steps, record=self.record, about=self.gallery.about)
         identity = identity_of(type(self), BaseDiffusionTrainer, train_loader.fingerprint)
         self.checkpoints = Checkpoints(config, identity, held)
         utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
@@ -152,16 +152,17 @@ class BaseDiffusionTrainer(OldNames):
         self.parameters |= trained_parameters(self.modules, self.optimizers)
         self.step = self.checkpoints.restore(read_from)
         model_fn = self.get_model_fn(self.network, train=True)
-        self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), self.example)
+        example = self.example if not self.train_loader.facts else lambda: self.example  # its data may not be there
+        self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), example)
 
     example = property(lambda self: self.batches.example)  # a prepared batch of the first images
-    shape = property(lambda self: tuple(self.example.x0.shape[1:]))  # of one x0
+    shape = property(lambda self: tuple(self.batches.like.x0.shape[1:]))  # of one x0
     ema = property(lambda self: self.emas['network'])
 
     @property
     def network(self) -> nn.Module:  # the raw one, which is trained; built when it is first needed
         if 'network' not in self.modules:
-            self.modules['network'] = on_device(self.build_network(self.example), self.device)
+            self.modules['network'] = on_device(self.build_network(self.batches.like), self.device)
         return self.modules['network']
 
     def weights(self) -> dict[str, nn.Module]:

@@ -7,8 +7,9 @@ them, so the images of a step do not depend on the number of processes.
 
 import functools
 import itertools
+import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from config import Config
 from data_loading.spec import Arrays, DataSpec, Part, collate
 from runtime import ranks
+from runtime.errors import SettingError
 from runtime.ranks import cores_per_process
 from runtime.stopping import ignore_signals_except_from_parent
 
@@ -106,6 +108,8 @@ class Loader:
     classes, if there are any and the part knows them, are in `labels`, on the CPU.
     """
 
+    facts: Mapping[str, Any] = {}  # of a LazyLoader: what the checkpoint says of the data
+
     def __init__(
         self, part: Part, batch_sampler: Iterable[list[int]], spec: DataSpec, device: torch.device, num_workers: int
     ):
@@ -173,6 +177,9 @@ class Loader:
             self.workers._iterator = None  # what iterates next starts new ones
             running._shutdown_workers()
 
+    def open(self) -> None:
+        """Load the data now, if they are not there yet: see LazyLoader."""
+
     def _scaled(self, x: Tensor, label: Tensor, *x1: Tensor) -> Arrays:
         divisor = self.spec.max_value if self.spec.scale == 'image' else 1
         x, *others = (values.float() / divisor for values in (x, *x1))
@@ -192,3 +199,51 @@ class Loader:
             chosen = self._to_device(torch.tensor(list(itertools.chain.from_iterable(step))))
             arrays = self._scaled(*(array[chosen] for array in self.resident))
             yield from zip(*(array.split([len(indices) for indices in step]) for array in arrays), strict=True)
+
+
+def facts_of(loader: Loader, **more: bool) -> dict[str, Any]:
+    """The facts that a LazyLoader needs, plain enough for a checkpoint; none of a subclass of DataSpec."""
+    if type(loader.spec) is not DataSpec:
+        return {}
+    spec = {name: value for name, value in vars(loader.spec).items() if name != 'load'}
+    plain = json.dumps(spec, default=lambda value: value.tolist())  # numbers of numpy
+    return dict(spec=json.loads(plain), has_pairs=loader.has_pairs, **more)
+
+
+class LazyLoader(Loader):
+    """A Loader of a run that is opened to read. It has what the checkpoint says of the data: `facts`, the spec, the
+    fingerprint. The data themselves are loaded by `load()` when anything else is read."""
+
+    def __init__(self, checkpoint: Mapping[str, Any], load: Callable[[], Loader]):
+        self.facts = dict(checkpoint['facts'], shape=checkpoint['shape'], cond=checkpoint['cond'])
+        self.load, self.waited = load, 0.0
+        saved: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in self.facts['spec'].items()}
+        self.spec = DataSpec(load=lambda config: (), **saved)
+        self.has_pairs, self.fingerprint = self.facts['has_pairs'], checkpoint['data']
+
+    def __getattr__(self, name: str) -> Any:
+        if 'size' in vars(self) or name.startswith('__'):  # the data are there, or no attribute is meant
+            raise AttributeError(name)
+        self.open()
+        return getattr(self, name)
+
+    def open(self) -> None:
+        """Load the data now. Raises SettingError if they are not there, or of another shape or number of classes."""
+        if 'size' in vars(self):
+            return
+        try:
+            loader = self.load()
+        except SettingError as error:
+            text = (
+                'this needs the data of the run (inputs of samples that are data, numbers, or a hook that reads them)'
+            )
+            raise SettingError(f'{text}: {error}') from None
+        was, now = ((f'{spec.shape}, {spec.num_classes} classes') for spec in (self.spec, loader.spec))
+        if was != now:
+            raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its own as --data_path.')
+        if loader.fingerprint != self.fingerprint:
+            ranks.print_once(
+                f'warning: the run was trained on other data ({self.fingerprint}) than are here now '
+                f'({loader.fingerprint}): look at dataset, data_path and data_dir'
+            )
+        vars(self).update(vars(loader))

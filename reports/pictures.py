@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from training.drawing import Drawing, no_memory, out_of_memory_on_any_rank
 from training.experiment import Experiment, SampleInputs
 
 POINTS_SHOWN = 1000
+IN_FILES = (1, 3, 4)  # channels that a PNG can hold
 
 
 def kind(x: Tensor) -> str | None:
-    """What decoded samples (n, ...) can be shown as: 'images' (n, 1, 3 or 4, H, W), 'points' (n, 2), or None."""
-    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+    """What decoded samples (n, ...) can be shown as: 'images' (n, C, H, W), 'points' (n, 2), or None."""
+    if x.ndim == 4:
         return 'images'
     return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
@@ -39,16 +41,23 @@ class Gallery:
     @cached_property
     def kind(self) -> str | None:
         """The `kind` of the samples."""
-        return kind(self.experiment.decode(self.batches.example.x0[:1]))
+        return kind(self.experiment.decode(self.batches.like.x0[:1]))
 
     @cached_property
+    @in_eval_mode
     def are_images(self) -> bool:
-        """Whether samples are images in [0, 1], which bytes can hold: the data are images, or `decode` keeps everything
+        """Whether samples are images in [0, 1], which PNGs can hold: the data are images, or `decode` keeps everything
         within [0, 1]. A little more is clipped."""
+        if facts := self.batches.train_loader.facts:
+            return facts['are_images']
         far = 1 if self.data.scale == 'image' else 1000
         with torch.no_grad():
             x = self.experiment.decode(far * self.batches.example.x0[:8])
-        return kind(x) == 'images' and utils.is_nearly_unit(x)
+        return kind(x) == 'images' and x.shape[1] in IN_FILES and utils.is_nearly_unit(x)
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint holds of the data and of samples: see Batches.about."""
+        return self.batches.about(self.are_images)
 
     @property
     def num_shown(self) -> int:
@@ -56,7 +65,17 @@ class Gallery:
         columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
-        return -(-min(classes, 100) // columns) * columns if classes > 20 else columns * max(3, 60 // columns)
+        if classes > 20:
+            return -(-min(classes, 100) // columns) * columns
+        parts = self.drawn_parts if self.kind == 'images' else 1
+        return columns * max(1, max(3, 60 // columns) // parts)
+
+    @cached_property
+    def drawn_parts(self) -> int:
+        """Pictures that show one sample, below each other: see plots.panels."""
+        from reports.plots import panels
+
+        return len(panels(self.experiment.decode(self.batches.like.x0[:1])))
 
     @in_eval_mode
     def rehearse(self, step: int) -> None:
@@ -155,10 +174,10 @@ class Gallery:
         A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
         """
         if kind(parts[-1]) == 'images':
-            from reports.plots import image_grid, next_to_each_other, within_unit
+            from reports.plots import image_grid, next_to_each_other, titles_of, within_unit
 
             columns = 8 if are_data else self.data.columns()
-            names = [] if are_data else self.data.class_names(label, self.config.label_dropout)
+            names = [] if are_data else titles_of(self.data, label, self.config.label_dropout)
             named = [names if len(x) == len(names) else () for x in parts]
             grids = [image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)]
             return next_to_each_other(grids)

@@ -1,11 +1,19 @@
 """Tensors as pictures (3, H, W) uint8: grids of images, and plots of points in the plane."""
 
+import functools
+import importlib.util
+import unicodedata
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
+
+from data_loading.spec import DataSpec
+from runtime.ranks import print_once
 
 GAP = 16  # pixels between two grids
 LINE_HEIGHT = 13  # pixels of a line of text
@@ -36,15 +44,14 @@ def in_rows(frames: list[Tensor], at_most: int = 12) -> Tensor:
 
 
 def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, names: Sequence[str] = ()) -> Tensor:
-    """Images (B, C, H, W) in [0, 1], row by row.
+    """Images (B, C, H, W) in [0, 1], row by row; each is drawn as its `panels`, below each other.
 
     Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay
     white. `names`, one for each image, stand above the columns if all images of a column have the same, else below
     each image.
     """
     factor = -(-min_side // min(images.shape[2:]))
-    cells = (images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    cells = cells[:, :3] if cells.shape[1] >= 3 else cells[:, :1].expand(-1, 3, -1, -1)
+    cells = torch.cat(panels((images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()), 2)
     cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     b, _, h, w = cells.shape
     by_column = all(name == names[i % columns] for i, name in enumerate(names))
@@ -60,10 +67,52 @@ def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, n
     return picture
 
 
+def panels(images: Tensor) -> list[Tensor]:
+    """Images (B, C, H, W) as pictures (B, 3, H, W): one channel in grey, three in colour, four as three in colour and
+    one in grey, any other number as that many in grey."""
+    colour = [images[:, :3]] if images.shape[1] in (3, 4) else []
+    greys = [images[:, i : i + 1].expand(-1, 3, -1, -1) for i in range(3 * len(colour), images.shape[1])]
+    return [*colour, *greys]
+
+
+# ---------------------------------------------------------------- text
+
+
+def titles_of(data: DataSpec, label: Tensor | None, label_dropout: float) -> list[str]:
+    """The class name of each sample (n,), or its number where no font has the letters of the name; empty if the network
+    has learned no classes."""
+    names = data.class_names(label, label_dropout)
+    missing = sorted({name for name in names if font_of(name) is None})
+    if missing:
+        say_missing(
+            f'no font here has the letters of {", ".join(missing[:3])}: pictures show the numbers of such classes'
+        )
+    numbers = [] if label is None else label.tolist()
+    return [str(numbers[i]) if name in missing else name for i, name in enumerate(names)]
+
+
+say_missing = functools.cache(print_once)  # says the same once
+
+
+@functools.cache
+def font_of(text: str) -> Any:
+    """The first font that has all letters of the text, Pillow's or DejaVu, which comes with matplotlib; else None."""
+    matplotlib = importlib.util.find_spec('matplotlib')  # found, not imported: that takes a while
+    assert matplotlib is not None and matplotlib.origin is not None
+    dejavu = Path(matplotlib.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf'
+    if any(unicodedata.bidirectional(c) in ('R', 'AL') for c in text) and not features.check('raqm'):
+        return None  # from right to left, or joined: only this library can
+    for font in (ImageFont.load_default(10), ImageFont.truetype(str(dejavu), 9)):
+        drawn = lambda c, font=font: np.asarray(font.getmask(c)).tobytes()  # noqa: E731
+        if not any(drawn(c) == drawn('\uffff') for c in text if not c.isspace()):  # a box: the font lacks this letter
+            return font
+    return None
+
+
 def rendered_text(text: str, width: int) -> Tensor:
     """One line of text in black on white, (3, LINE_HEIGHT, width), cut off where it does not fit."""
     image = Image.new('RGB', (width, LINE_HEIGHT), 'white')
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(10)
+    draw, font = ImageDraw.Draw(image), font_of(text) or ImageFont.load_default(10)
     if draw.textlength(text, font) > width:
         while text and draw.textlength(text + '\u2026', font) > width:
             text = text[:-1]

@@ -5,8 +5,10 @@ run.sh and `main.load_run` refuse old names, with the new ones: CHANGELOG.md has
 
 import ast
 import importlib.util
+import os
 import re
 import sys
+from collections.abc import Iterable
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -103,10 +105,8 @@ def import_file(file: str) -> Any:
     Raises SettingError if it is gone, imports modules by their old names, or calls `main` outside that part.
     """
     path = (ROOT / file).resolve()
-    for module in list(sys.modules.values()):
-        known = getattr(module, '__dict__', {}).get('__file__')
-        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
-            return module
+    if (known := imported(path)) is not None:
+        return known
     if not path.is_file():
         raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
     if outdated := old_imports(path):
@@ -126,6 +126,31 @@ def import_file(file: str) -> Any:
     finally:
         _script.reset(token)
     return module
+
+
+def imported(path: Path) -> Any:
+    """The module of this file, if it was imported or run before, else None."""
+    for module in list(sys.modules.values()):
+        known = getattr(module, '__dict__', {}).get('__file__')
+        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
+            return module
+    return None
+
+
+def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
+    """Raise SettingError for a file of code that may be another person's: it is outside of the project, of the folder
+    that run.sh was called from and of the running script's, or in the run's own folder, and not imported yet."""
+    script = getattr(sys.modules['__main__'], '__file__', None)
+    homes = [ROOT, Path(os.environ.get('RUN_CALLER') or Path.cwd()).resolve()]
+    homes += [Path(script).resolve().parent] if script else []
+    for file in files:
+        path = (ROOT / (file or '')).resolve()
+        is_own = any(path.is_relative_to(home) for home in homes) and not path.is_relative_to(run_dir.resolve())
+        if file and not is_own and path.is_file() and imported(path) is None:
+            raise SettingError(
+                f'{run_dir} names {path} as its code, which is outside of the project and of the folder you are in. '
+                'Read that file; if you trust it, pass --trust, or load_run(..., trust=True).'
+            )
 
 
 def refuse_to_train() -> None:

@@ -53,6 +53,12 @@ class Evaluate:
     """Another seed gives other samples."""
     batch_size: int = 64
     """Samples that each process draws at once."""
+    data_path: str | None = None
+    """Where the data are now, if they were moved (and data_dir)."""
+    data_dir: str | None = None
+    """Folder of downloaded data and caches; default: the run's own."""
+    trust: bool = False
+    """Run the code that the run names, also if it is outside of the project and of the folder you are in."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,8 +115,9 @@ class Evaluation:
         sampling = itertools.product(o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,))
         for weights, (solver, nfe, scale) in itertools.product(o.weights, sampling):
             settings: dict[str, Any] = dict(
-                solver=solver, sample_nfe=nfe, guidance_scale=scale, time_grid=o.time_grid or None
-            )
+                solver=solver, sample_nfe=nfe, guidance_scale=scale, time_grid=o.time_grid or None,
+                data_path=o.data_path, data_dir=o.data_dir, trust=o.trust,
+            )  # fmt: skip
             samples = Samples(o.run, weights, o.num, o.seed, to_judge=True, **settings)
             lines.append(self.line_of(samples, weights))
         ranks.on_main(lambda: page.update(self.folder))

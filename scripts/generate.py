@@ -28,7 +28,7 @@ class Generate:
     weights: str = 'ema'
     """ema (the run's first moving average), another by its name (ema_0.999), raw, or posthoc_0.1 (docs/numbers.md)."""
     labels: str = ''
-    """Classes in turn, such as 3,5; empty: all of them."""
+    """Classes in turn, by name or number, such as Sneaker,Bag or 3,5; empty: all of them."""
     solver: str | None = None
     """Key of SOLVERS in solvers/table.py; default: the run's own (so for the four flags below)."""
     nfe: int | None = None
@@ -45,6 +45,12 @@ class Generate:
     """Samples that each process draws at once."""
     trajectory: bool = False
     """Also show the paths of the first samples from noise to image: path.png, a row for each, and path.gif."""
+    data_path: str | None = None
+    """Where the data are now, if they were moved: for runs whose samples start from data (and data_dir)."""
+    data_dir: str | None = None
+    """Folder of downloaded data and caches; default: the run's own."""
+    trust: bool = False
+    """Run the code that the run names, also if it is outside of the project and of the folder you are in."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def generate(options: Generate) -> None:
     """Draw what is not there yet, all processes together. Raises SettingError and Stopped."""
     from evaluation.detectors import digest_of
+    from reports.plots import titles_of
     from runtime import ranks, stopping
     from scripts.samples import Output, Samples
 
     o = options
     if o.num < 1 or o.batch_size < 1:
         raise SettingError(f'num={o.num}, batch_size={o.batch_size}: must be at least 1.')
-    settings = {name: getattr(o, name) for name in ('solver', 'num_sample_steps', 'time_grid', 'guidance_scale')}
+    same = ('solver', 'num_sample_steps', 'time_grid', 'guidance_scale', 'data_path', 'data_dir', 'trust')
+    settings = {name: getattr(o, name) for name in same}
     samples = Samples(o.run, o.weights, o.num, o.seed, o.labels, sample_nfe=o.nfe, **settings)
     run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
@@ -83,8 +91,9 @@ def generate(options: Generate) -> None:
     samples.write(out, todo, o.batch_size)
     speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
     shown = min(o.num, run.gallery.num_shown)
-    names = run.data.class_names(samples.inputs(range(shown)).label, run.config.label_dropout)
-    ranks.on_main(lambda: out.finish(shown, run.data.columns(), names))
+    label, classes = samples.label(o.batch_size), run.data.classes or tuple(map(str, range(run.data.num_classes)))
+    titles = titles_of(run.data, None if label is None else label[:shown], run.config.label_dropout)
+    ranks.on_main(lambda: out.finish(shown, run.data.columns(), titles, label, classes))
     if o.trajectory:
         ranks.on_main_alone(lambda: samples.show_path(out))
     ranks.print_once(f'{o.num} samples in {o.out}{speed}')

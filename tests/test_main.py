@@ -72,6 +72,10 @@ run, middle, folder = map(Path, sys.argv[1:])
 facts = {}
 
 
+def load(*args, **settings):
+    return load_run(*args, trust=True, **settings)
+
+
 def error_of(fn):
     try:
         fn()
@@ -83,7 +87,7 @@ facts['names mine.py'] = error_of(lambda: saving.load_for_sampling(run / 'last.p
 kept = saving.load(run / 'last.pt')
 states = {f'ema_{decay:g}': state for decay, state in kept['ema']['networks'].items()} | {'raw': kept['network']}
 for asked in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
-    trainer = load_run(run, weights=asked)
+    trainer = load(run, weights=asked)
     mine = trainer.network.state_dict()
     facts[asked] = [name for name, state in states.items() if all(mine[key].equal(state[key]) for key in state)]
     if asked == 'ema':
@@ -94,15 +98,15 @@ for asked in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
         for solver, sampler in trainer.samplers().items():
             x = trainer.drawing.samples(sampler, trainer.network, inputs)
             facts[f'{solver}_{name}'] = x.equal(torch.load(folder / f'step_0000012_{solver}_{name}.pt'))
-facts['unknown'] = error_of(lambda: load_run(run, weights='ema_0.99'))
+facts['unknown'] = error_of(lambda: load(run, weights='ema_0.99'))
 network, _, _ = saving.load_for_sampling(run / 'last.pt', config_class=type(trainer.config))
 facts['load_for_sampling'] = all(value.equal(states['ema_0.5'][key]) for key, value in network.state_dict().items())
 
-replayed = load_run(middle, weights='raw')
+replayed = load(middle, weights='raw')
 replayed.record.clear()
 replayed.train_step(next(replayed.batches.steps(replayed.step)))
 facts['replayed'] = [replayed.step, replayed.record.means.means()['train/loss']]
-reader = load_run(run)
+reader = load(run)
 facts['train_loop'] = error_of(reader.train_loop)
 facts['save'] = error_of(lambda: reader.checkpoints.save(reader.step, wait=True))
 print('FACTS', json.dumps(facts))
@@ -223,7 +227,7 @@ def test_a_script_that_would_train_when_it_is_imported_says_so(made, tmp_path):
     path = tmp_path / 'run/run.json'
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'unguarded.py')))
     with pytest.raises(SettingError, match=r'unguarded\.py trains when it is imported: put its main'):
-        load_run(tmp_path / 'run')
+        load_run(tmp_path / 'run', trust=True)
     importing.refuse_to_train()  # does nothing: the import is over
 
 
@@ -258,7 +262,7 @@ def test_a_script_that_only_fills_tables_is_imported_too(tmp_path, run_sh):
     script.write_text(TABLES)
     result = run_sh(str(script), process_name='quadratic')
     assert result.returncode == 0, result.stderr
-    read = f'import main; print(type(main.load_run({str(tmp_path / "ckpts/run")!r}).process).__name__)'
+    read = f'import main; print(type(main.load_run({str(tmp_path / "ckpts/run")!r}, trust=True).process).__name__)'
     reader = subprocess.run([sys.executable, '-c', read], cwd=ROOT, env=launch_env(1), capture_output=True, text=True)
     assert reader.returncode == 0 and reader.stdout.endswith('Quadratic\n'), reader.stderr
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import utils
 from config import SettingError
 from data_loading.choice import held_out_order, in_proportion, in_turn
-from data_loading.loader import HeldOutSampler, Loader, StreamSampler
+from data_loading.loader import HeldOutSampler, Loader, StreamSampler, facts_of
 from runtime import ranks, stopping
 from sampling import nulled
 from training.calling import in_eval_mode
@@ -129,6 +129,17 @@ class Batches:
     def example(self) -> ProcessedBatch:  # from which the shapes of x0 and of the conditions are read
         return self.draw_example('first')
 
+    @cached_property
+    def like(self) -> ProcessedBatch:
+        """A batch of the shapes of `example`: of zeros in a run that is opened to read, whose data may not be there."""
+        facts = self.train_loader.facts
+        if not facts:
+            return self.example
+        zeros = lambda shape: torch.zeros(8, *shape, device=self.experiment.device)  # noqa: E731
+        x, x0, t = map(zeros, (self.experiment.data.shape, facts['shape'], ()))
+        cond = {name: zeros(shape) for name, shape in facts['cond'].items()}
+        return ProcessedBatch(x, x0, x0, t, t.long(), cond=cond)
+
     def draw_example(self, draw: str) -> ProcessedBatch:
         """A prepared batch of the first images; another `draw` gives them other noise, times and conditions."""
         n, self.shard_position = min(64, self.config.global_batch_size, self.train_loader.size), (0, 1)
@@ -143,8 +154,8 @@ class Batches:
         check_shapes(prepared, f'{type(self.experiment).__name__}.prepare_batch_fn')
         return self.drop_conditions(prepared, is_train=False)
 
-    def about(self) -> dict[str, Any]:
-        """The data and shapes that a network was built for, as checkpoints hold them."""
+    def about(self, are_images: bool) -> dict[str, Any]:
+        """The data and shapes that a network was built for, and what its samples are, as checkpoints hold them."""
         spec, example = self.train_loader.spec, self.example
         return dict(
             shape=tuple(example.x0.shape[1:]),
@@ -152,6 +163,7 @@ class Batches:
             classes=list(spec.classes),
             about_data=self.train_loader.about,
             cond={name: tuple(value.shape[1:]) for name, value in example.cond.items()},
+            facts=facts_of(self.train_loader, independent=bool(self.experiment.independent), are_images=are_images),
         )
 
     def held_out(self, rounds: int | None = None) -> Iterator[tuple[ProcessedBatch, Tensor]]:
@@ -198,8 +210,8 @@ class Batches:
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
         order = in_proportion if self.classes_as_in_data else in_turn
         utils.seed_everything(seed, 'sample_inputs')
-        if experiment.independent and not self.example.cond:
-            shape = self.example.x0.shape[1:]
+        if experiment.independent and not self.like.cond:
+            shape = self.like.x0.shape[1:]
             x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
             label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
             return SampleInputs(

@@ -188,11 +188,22 @@ class Loss(nn.Module):
 class ParallelLoss:
     """`losses(batch)` is the loss of each image, (B,), whose backward pass averages gradients over the processes.
 
-    `modules`: all that `loss_fn` uses. `example`: a batch like those of training.
+    `modules`: all that `loss_fn` uses. `example`: a batch like those of training, or a function that gives one, which
+    is called when the loss is first used.
     """
+
+    later: Callable[[], None] | None = None  # what is still to be done before the loss is used
 
     def __init__(self, modules: dict[str, nn.Module], loss_fn: Callable[[Any], Tensor], example: Any):
         self.losses: Loss | DistributedDataParallel = Loss(modules, loss_fn)
+        if callable(example):
+            self.later = lambda: self.share(modules, loss_fn, example())
+        else:
+            self.share(modules, loss_fn, example)
+
+    def share(self, modules: dict[str, nn.Module], loss_fn: Callable[[Any], Tensor], example: Any) -> None:
+        """Have the processes, if there are several, average their gradients."""
+        self.later = None
         if ranks.world_size() > 1:
             device = example.x0.device
             # one of several modules need not take part in every step; a part of one module may not be used at all
@@ -217,6 +228,8 @@ class ParallelLoss:
 
     def __call__(self, batch: Any, average: bool = True) -> Tensor:
         """(B,). `average`: whether the backward pass averages the gradients, or leaves that to a later one."""
+        if self.later is not None:
+            self.later()
         with contextlib.nullcontext() if average or isinstance(self.losses, Loss) else self.losses.no_sync():
             return self.losses(batch)
 

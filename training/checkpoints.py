@@ -43,7 +43,7 @@ class Checkpoints:
         modules, emas, optimizers   dicts of objects with state_dict and load_state_dict, which may be filled later
         record, bad_steps           objects with state_dict and load_state_dict; the record also has a wandb_id
         experiment                  an object with state and load_state
-        about                       a function that returns shape, num_classes, classes, about_data and cond
+        about                       a function that returns shape, num_classes, classes, about_data, cond and facts
         """
         self.config, self.identity, self.held = config, identity, held
         self.writer = Writer(config)

@@ -80,7 +80,7 @@ class Drawing:
     @cached_property
     def base_is_normal(self) -> bool:
         """Whether the base of the process is N(0, I)."""
-        return base_is_normal(self.experiment.process, self.batches.example.x0)
+        return base_is_normal(self.experiment.process, self.batches.like.x0)
 
     @property
     def has_score(self) -> bool:

@@ -22,6 +22,8 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
     """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
     Prints what it finds if the run `is_new`. Raises SettingError if the experiment says so and its images
     show that it is not."""
+    if facts := batches.train_loader.facts:  # of a run that is read: its data may not be there
+        return facts['independent']
     name = type(experiment).__name__
     if experiment.independent is not None and not experiment.independent:
         return False

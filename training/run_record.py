@@ -209,6 +209,10 @@ def read_start(run_dir: str | Path) -> dict[str, Any]:
     """The entry of the run's last start. Raises SettingError if there is none."""
     starts = read_starts(run_dir)
     if not starts:
-        what = 'has no run.json, which says what trained it' if Path(run_dir).is_dir() else 'does not exist'
-        raise SettingError(f'{run_dir} {what}. Pass the folder of a run.')
+        if not Path(run_dir).is_dir():
+            raise SettingError(f'{run_dir} does not exist. Pass the folder of a run.')
+        raise SettingError(
+            f"{run_dir} has no run.json, which names the run's code. Copy the run.json of the run there, next to its "
+            ".pt files; or pass the run's folder."
+        )
     return starts[-1]

@@ -29,7 +29,7 @@ def picture_of(x, given=(), label=None, truth=None, num_classes=0):
 
 @pytest.mark.parametrize(
     ('shape', 'expected'),
-    [((5, 1, 8, 8), 'images'), ((5, 3, 8, 8), 'images'), ((5, 2), 'points'), ((5, 3), None), ((5, 2, 8, 8), None)],
+    [((5, 1, 8, 8), 'images'), ((5, 3, 8, 8), 'images'), ((5, 2), 'points'), ((5, 2, 8, 8), 'images'), ((5, 3), None)],
 )
 def test_kind_is_read_off_the_shape(shape, expected):
     assert kind(torch.zeros(shape)) == expected
@@ -267,3 +267,11 @@ def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, bu
 
     frames = trainer.drawing.path(stages, fn, inputs)
     assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 2
+
+
+@pytest.mark.parametrize(('channels', 'shown'), [(1, 56), (2, 24), (5, 8), (40, 8)])
+def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, monkeypatch, channels, shown):
+    load = lambda config: tuple((torch.rand(40, channels, 8, 8), torch.zeros(40)) for _ in range(2))  # noqa: E731
+    monkeypatch.setitem(DATASETS, 'layers', DataSpec(load, scale='float'))
+    gallery = build_trainer(tiny_config(dataset='layers')).gallery
+    assert gallery.num_shown == shown and kind(torch.rand(shown, channels, 8, 8)) == 'images'

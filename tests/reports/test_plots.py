@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_loading.spec import DataSpec
 from reports.plots import (
     GAP,
     LINE_HEIGHT,
@@ -13,6 +14,7 @@ from reports.plots import (
     paths,
     rendered_text,
     scatter,
+    titles_of,
     within_unit,
 )
 
@@ -103,9 +105,35 @@ def test_every_grey_level_of_a_grid_is_exact():
     assert torch.equal(image_grid(images, columns=16, gap=0)[0, ::48, ::48].flatten().long(), levels)
 
 
-def test_of_four_channels_the_first_three_are_shown():
-    images = torch.rand(3, 4, 48, 48)
-    assert torch.equal(image_grid(images, 2), image_grid(images[:, :3], 2))
+@pytest.mark.parametrize(('channels', 'drawn'), [(1, '0'), (2, '0 1'), (3, '012'), (4, '012 3'), (5, '0 1 2 3 4')])
+def test_all_channels_are_drawn_below_each_other(channels, drawn):
+    images = torch.rand(3, channels, 48, 48)
+    parts = [images[:, [int(i) for i in part]] for part in drawn.split()]
+    grids = [image_grid(part, 2, gap=0) for part in parts]
+    picture = image_grid(images, 2, gap=0)
+    assert picture.shape[1] == 2 * 48 * len(parts)
+    for row in range(2):
+        for i, grid in enumerate(grids):
+            top = 48 * (len(parts) * row + i)
+            assert torch.equal(picture[:, top : top + 48], grid[:, 48 * row : 48 * row + 48])
+
+
+@pytest.mark.parametrize('name', ['вино и сыр', 'καλός', 'crème', 'Łódź'])
+def test_names_in_other_alphabets_are_drawn(name):
+    """Each letter in its own way, none as the box that stands for a letter that the font lacks."""
+    letters = [c for c in name if c != ' ']
+    drawn = {c: rendered_text(c, 16) for c in letters}
+    box = rendered_text('\uffff', 16)
+    assert len({picture.numpy().tobytes() for picture in drawn.values()}) == len(set(letters))
+    assert not any(torch.equal(picture, box) for picture in drawn.values())
+
+
+def test_a_name_that_no_font_has_is_shown_as_its_number(capsys):
+    spec = DataSpec(lambda config: (), num_classes=3, classes=('dog', '\u732b', '\u72ac'))
+    for _ in range(2):
+        assert titles_of(spec, torch.tensor([0, 1, 2, 3]), 0.1) == ['dog', '1', '2', 'none']
+    assert capsys.readouterr().out.count('pictures show the numbers of such classes') == 1
+    assert titles_of(spec, None, 0.1) == []
 
 
 def test_the_headings_are_those_of_the_first_row_and_centred():

@@ -211,8 +211,49 @@ def test_a_run_whose_script_has_old_imports_is_refused_as_by_run_sh(experiment):
     where = dict(file=str(experiment), name='Mine')
     (experiment.parent / 'run.json').write_text(json.dumps([dict(script=None, trainer=where, config=where)]))
     with pytest.raises(SettingError) as refused:
-        load_run(experiment.parent)
+        load_run(experiment.parent, trust=True)
     assert str(refused.value).splitlines() == [
         'mine.py line 1: likelihood is now evaluation.likelihood',
         'mine.py line 2: compare is now scripts.compare',
     ]
+
+
+# ---------------------------------------------------------------- whose code it is
+
+
+def test_code_from_elsewhere_is_imported_only_if_it_is_trusted(experiment, tmp_path, monkeypatch):
+    """From the project, the folder where run.sh was called, or in a notebook the working directory; whatever run.json
+    claims. What is imported already, or gone, is not refused."""
+    folder = tmp_path / 'run'
+    where = [None, 'trainer.py', str(experiment)]
+    with pytest.raises(SettingError, match=rf'run names {experiment} as its code, which is outside .* pass --trust'):
+        importing.refuse_foreign(where, folder)
+    with pytest.raises(SettingError, match='trust=True'):
+        importing.refuse_foreign([f'examples/../../..{experiment}'], folder)
+    monkeypatch.setenv('RUN_CALLER', str(tmp_path))
+    importing.refuse_foreign(where, folder)
+    with pytest.raises(SettingError, match='--trust'):  # it came with the run
+        importing.refuse_foreign(where, tmp_path)
+    monkeypatch.delenv('RUN_CALLER')
+    monkeypatch.chdir(tmp_path)
+    importing.refuse_foreign(where, folder)
+    monkeypatch.chdir('/usr')
+    importing.refuse_foreign([str(tmp_path / 'gone.py'), 'config.py'], folder)
+    importing.import_file(str(experiment))
+    importing.refuse_foreign(where, folder)
+
+
+@pytest.mark.slow
+def test_run_sh_trusts_the_folder_that_it_is_called_from(tmp_path, run_sh):
+    script = tmp_path / 'home/of_mine.py'
+    script.parent.mkdir()
+    script.write_text("from main import main\n\nif __name__ == '__main__':\n    main()\n")
+    assert run_sh(str(script), num_training_steps=3).returncode == 0
+    for folder, flags, code in ((tmp_path, [], 2), (script.parent, [], 0), (tmp_path, ['--trust'], 0)):
+        folder = folder if code == 0 else ROOT
+        command = ['sh', ROOT / 'run.sh', 'generate.py', '--run', tmp_path / 'ckpts/run', '--out', tmp_path / 'x.npz']
+        done = subprocess.run(
+            [*command, '--num', '2', *flags], cwd=folder, env=launch_env(1), capture_output=True, text=True, timeout=99
+        )
+        assert done.returncode == code, done.stderr
+        assert code == 0 or 'of_mine.py as its code, which is outside' in done.stderr

@@ -25,8 +25,8 @@ from training.run_folder import Identity, last_path, open_folder
 
 SHAPE, CLASSES = (1, 8, 8), 10
 MINE = Identity('mine.py:Mine', {'mine.py': 'a = 1\n'}, '1500 images, f00d')
-IN_A_FILE = (  # as the previous versions wrote it
-    'version config trainer code data shape num_classes cond classes about_data step finished wandb_id '
+IN_A_FILE = (  # as the previous versions wrote it, and `facts`
+    'version config trainer code data shape num_classes cond classes about_data facts step finished wandb_id '
     'bad_steps record network ema optimizer modules emas optimizers state'
 )
 
@@ -54,7 +54,7 @@ class Experiment:
 
 
 def about():
-    return dict(shape=SHAPE, num_classes=CLASSES, classes=list('ab'), about_data='1500 images', cond={})
+    return dict(shape=SHAPE, num_classes=CLASSES, classes=list('ab'), about_data='1500 images', cond={}, facts={})
 
 
 def make(config, identity=MINE, seed=0, names=('network', 'critic')):

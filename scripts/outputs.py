@@ -1,0 +1,140 @@
+"""Files of samples: PNGs in a folder, or one .npz. Each is whole or not there, so that a program that was stopped can
+resume."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from config import SettingError
+from reports.plots import image_grid
+from runtime import files
+
+PLACES = ('ckpt_dir', 'experiment_name', 'data_dir', 'data_path')  # on which samples do not depend
+
+
+class Output:
+    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
+
+    def __init__(self, out: str, are_images: bool, made_by: dict[str, Any]):
+        """`made_by`: everything that the samples depend on. Raises SettingError if `out` cannot hold them."""
+        self.path, self.where = Path(out).expanduser(), f'out={out!r}'
+        self.one_file, self.images = self.path.suffix == '.npz', are_images
+        self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
+        if not self.images and not self.one_file:
+            raise SettingError(
+                f'{self.where}: these samples are not images in [0, 1], which PNGs could hold. Pass a file, such as '
+                '--out x.npz, which holds floats of any shape; or have `decode` scale them to [0, 1] and end with '
+                '.clamp(0, 1), if they have 1, 3 or 4 channels.'
+            )
+        self.made_by = json.loads(json.dumps(made_by))
+
+    def claim(self) -> None:
+        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
+        record = self.folder / 'generate.json'
+        if record.exists():
+            before = json.loads(record.read_text())
+            differ = [(k, v) for k, v in self.made_by.items() if before.get(k) != v and k not in PLACES]
+            other = [f'{k}: {before.get(k)} -> {v}' for k, v in differ]
+            if other:
+                raise SettingError(
+                    f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
+                    'Pass another --out, or remove it.'
+                )
+        elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
+            raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
+        else:
+            files.write_text(record, json.dumps(self.made_by, indent=1))
+
+    def drawn(self) -> set[int]:
+        """Indices of the samples that are there."""
+        if self.one_file:
+            return {int(i) for part in self.parts() for i in part['index']}
+        return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """x, label and index of the samples that are there: the finished file, if any, and batches."""
+        parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
+        if self.path.exists():
+            there = arrays_of(self.path)
+            x, label = there['arr_0'], there['arr_1']
+            parts.insert(0, dict(x=x, label=label, index=np.arange(len(x))))
+        return parts
+
+    def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
+        """Write these samples."""
+        if self.images:  # uint8 (n, H, W, C)
+            x = (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+        array = (x if self.images else x.float()).cpu().numpy()
+        if self.one_file:
+            labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
+            write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices))
+            return
+        for i, image in zip(indices, array, strict=True):
+            with files.whole(self.png(i)) as temporary:
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, 'png')
+
+    def png(self, i: int) -> Path:
+        return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
+
+    def picture(self, name: str) -> Path:
+        """The path of a picture of the samples: in the folder, or with the name of the file in front."""
+        return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
+
+    def finish(
+        self, shown: int, columns: int, titles: Sequence[str], label: Tensor | None = None, classes: Sequence[str] = ()
+    ) -> None:
+        """One .npz of the parts, arr_0 uint8 (N, H, W, C), arr_1 the classes and `classes` their names, or for PNGs
+        labels.csv; and a grid of the first `shown` samples, which have these `titles`."""
+        if self.one_file:
+            first = self.join_parts(classes)[:shown]
+        else:
+            if label is not None:
+                self.write_labels(label.tolist(), [*classes, 'none'])
+            first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
+        if self.images:
+            x = torch.from_numpy(first).reshape(*first.shape[:3], -1).permute(0, 3, 1, 2)
+            with files.whole(self.picture('grid.png')) as temporary:
+                torchvision.io.write_png(image_grid(x / 255, columns, names=titles), str(temporary))
+
+    def write_labels(self, label: Sequence[int], names: Sequence[str]) -> None:
+        """labels.csv: file, class and name of the first samples, (n,), and of those that it has already."""
+        path, rows = self.folder / 'labels.csv', {self.png(i): (k, names[k]) for i, k in enumerate(label)}
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerows(
+            [('file', 'class', 'name'), *((png.relative_to(self.folder), *row) for png, row in rows.items())]
+        )
+        before = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+        more = before[len(rows) + 1 :]  # an earlier call with a larger num
+        files.write_text(path, text.getvalue() + ''.join(f'{line}\n' for line in more))
+
+    def join_parts(self, classes: Sequence[str] = ()) -> np.ndarray:
+        """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""
+        parts = self.parts()
+        index, rows = np.unique(np.concatenate([part['index'] for part in parts]), return_index=True)
+        there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
+        x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
+        write_npz(self.path, arr_0=x, arr_1=label, **({'classes': np.array(classes)} if classes else {}))
+        for path in self.folder.glob('*.npz'):
+            if arrays_of(path)['index'].max() < there:
+                path.unlink()
+        return x
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    with files.whole(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **arrays)
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """The arrays in an .npz."""
+    with np.load(path) as arrays:
+        return dict(arrays)

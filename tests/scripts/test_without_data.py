@@ -1,0 +1,185 @@
+"""generate.py and evaluate.py of a run whose data were moved; classes in files and on the command line."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import saving
+from config import Config, SettingError
+from data_loading.spec import DataSpec
+from data_utils import setup_data_train_and_test
+from main import build, load_run
+from scripts.evaluate import Evaluate, evaluate
+from scripts.generate import Generate, generate
+from scripts.samples import labels_of
+from trainer import ExampleDiffusionTrainer
+from training import run_record
+
+CLASSES = ('a, b', 'hat', 'вино')
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 36 images of three classes."""
+    rng = np.random.default_rng(0)
+    for name in CLASSES:
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'images' / name / f'{i}.png')
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def made(tiny_config, images):
+    """`made(trainer_class)`: the folder of a run on the images, saved at its first step."""
+
+    def go(trainer_class=ExampleDiffusionTrainer, **settings):
+        settings = dict(dataset='image_folder', data_path=str(images), image_size=(8,), label_dropout=0.1) | settings
+        config = tiny_config(experiment_name='run', cache=False, **settings)
+        trainer = build(config, trainer_class)
+        run_record.write_start(config, trainer_class, trainer.device)
+        trainer.checkpoints.save(0, wait=True)
+        return config.run_dir
+
+    return go
+
+
+def drawn(run, out, **options):
+    generate(Generate(**(dict(run=str(run), out=str(out), num=7, num_sample_steps=2) | options)))
+    return out
+
+
+def test_samples_need_nothing_but_the_folder_of_the_run(made, images, tmp_path):
+    run = made()
+    first = drawn(run, tmp_path / 'first.npz')
+    images.rename(tmp_path / 'elsewhere')
+    run = run.rename(tmp_path / 'renamed')
+    again = np.load(drawn(run, tmp_path / 'again.npz'))
+    assert all(np.array_equal(again[name], np.load(first)[name]) for name in ('arr_0', 'arr_1', 'classes'))
+    assert again['arr_0'].dtype == np.uint8 and again['classes'].tolist() == list(CLASSES)
+    trainer = load_run(run)
+    assert trainer.data.classes == CLASSES and sum(trainer.data.counts) == 33
+    assert trainer.shape == (3, 8, 8) and trainer.independent and trainer.drawing.has_score
+
+
+def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, tmp_path):
+    run = made()
+    real = load_run(run).example
+    moved = images.rename(tmp_path / 'elsewhere')
+    trainer = load_run(run)
+    needed = (
+        r"this needs the data of the run \(inputs .* data_path='.*images': there is no such folder.* as --data_path"
+    )
+    for read in (lambda: trainer.example, lambda: next(iter(trainer.train_loader)), lambda: trainer.test_loader.size):
+        with pytest.raises(SettingError, match=needed):
+            read()
+    with pytest.raises(SettingError, match=needed):
+        evaluate(Evaluate(str(run), num=10, nfe=(2,)))
+    trainer = load_run(run, data_path=str(moved))
+    assert trainer.example.x0.equal(real.x0) and trainer.example.t.equal(real.t)
+    trainer.record.clear()
+    trainer.train_step(next(trainer.batches.steps(0)))
+    with pytest.raises(SettingError, match='3 training or held-out images are too few'):
+        evaluate(Evaluate(str(run), num=10, nfe=(2,), data_path=str(moved)))
+
+
+class FromData(ExampleDiffusionTrainer):
+    """Images from their negatives, which are data."""
+
+    def prepare_batch_fn(self, batch, is_train):
+        made = super().prepare_batch_fn(batch, is_train)
+        made.x1 = -made.x0
+        return made
+
+
+class OnData(ExampleDiffusionTrainer):
+    """The mean colour is a condition."""
+
+    def prepare_batch_fn(self, batch, is_train):
+        made = super().prepare_batch_fn(batch, is_train)
+        made.cond = {'colour': made.x0.mean((2, 3))}
+        return made
+
+
+@pytest.mark.parametrize('trainer_class', [FromData, OnData])
+def test_samples_that_start_from_data_need_them(made, images, tmp_path, trainer_class):
+    run = made(trainer_class, network='mlp' if trainer_class is FromData else 'unet')
+    first = np.load(drawn(run, tmp_path / 'first.npz'))['arr_0']
+    moved = images.rename(tmp_path / 'elsewhere')
+    with pytest.raises(SettingError, match=r'needs the data of the run .* as --data_path'):
+        drawn(run, tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+    again = np.load(drawn(run, tmp_path / 'again.npz', data_path=str(moved)))['arr_0']
+    assert np.array_equal(first, again)
+
+
+def test_other_data_are_warned_of_or_refused(made, images, capsys):
+    run = made()
+    (images / 'hat/0.png').rename(images / 'вино/a.png')
+    assert load_run(run).train_loader.size == 33
+    assert 'warning: the run was trained on other data (33+3 items, 3 classes' in capsys.readouterr().out
+    loader, digits = load_run(run).train_loader, Config(dataset='digits')
+    loader.load = lambda: setup_data_train_and_test(digits, torch.device('cpu'))[0]
+    with pytest.raises(SettingError, match=r'of shape \(3, 8, 8\), 3 classes, not \(1, 8, 8\), 10 classes'):
+        loader.open()
+
+
+def test_a_run_of_an_older_version_needs_its_data(made, images, tmp_path):
+    run = made()
+    saved = saving.load(run / 'last.pt')
+    del saved['facts']
+    saving.save(run / 'last.pt', **saved)
+    moved = images.rename(tmp_path / 'elsewhere')
+    with pytest.raises(SettingError, match=r'older version.*there is no such folder.* as --data_path'):
+        drawn(run, tmp_path / 'x.npz')
+    assert len(np.load(drawn(run, tmp_path / 'x.npz', data_path=str(moved)))['arr_0']) == 7
+
+
+def test_a_checkpoint_by_itself_says_what_it_lacks(made, tmp_path):
+    (tmp_path / 'by_itself').mkdir()
+    path = (made() / 'last.pt').rename(tmp_path / 'by_itself/last.pt')
+    with pytest.raises(SettingError, match=r'Copy the run\.json .* next to its \.pt files; or pass the run.s folder'):
+        load_run(path)
+    (tmp_path / 'ckpts/run/run.json').rename(tmp_path / 'by_itself/run.json')
+    assert load_run(path).step == 0
+
+
+# ---------------------------------------------------------------- classes
+
+
+def rows_of(folder):
+    with open(folder / 'labels.csv', newline='', encoding='utf-8') as file:
+        return list(csv.reader(file))
+
+
+def test_the_classes_of_pngs_are_in_a_table(made, tmp_path):
+    run, out = made(), tmp_path / 'x'
+    drawn(run, out, labels='вино,0')
+    expected = [(f'000/{i:06d}.png', *((2, 'вино') if i % 2 == 0 else (0, 'a, b'))) for i in range(7)]
+    header = ['file', 'class', 'name']
+    assert rows_of(out) == [header, *[list(map(str, row)) for row in expected]]
+    assert all((out / row[0]).is_file() for row in expected)
+    (out / 'labels.csv').unlink()  # as an older version left it
+    drawn(run, out, labels='вино,0', num=5)
+    assert len(rows_of(out)) == 6
+    drawn(run, out, labels='вино,0', num=9, batch_size=2)
+    drawn(run, out, labels='вино,0', num=3)
+    assert len(rows_of(out)) == 10 and rows_of(out)[:8] == [header, *[list(map(str, row)) for row in expected]]
+
+
+def test_there_is_no_table_without_classes(made, tmp_path):
+    run = made(label_dropout=1.0)
+    assert not (drawn(run, tmp_path / 'x') / 'labels.csv').exists()
+
+
+def test_classes_have_names_on_the_command_line():
+    spec = DataSpec(lambda config: (), num_classes=3, classes=('Ankle boot', 'Bag', '0'))
+    assert labels_of('Bag,Ankle boot', spec, 0.1) == [1, 0] and labels_of('Ankle boot', spec, 0.1) == [0]
+    assert labels_of('1, Bag 2', spec, 0.1) == [1, 1, 2] and labels_of('', spec, 0.1) == []
+    assert labels_of('0', spec, 0.1) == [2]  # the name
+    with pytest.raises(SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 Ankle boot, 1 Bag, 2 0"):
+        labels_of('Boot', spec, 0.1)
