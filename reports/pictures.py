@@ -95,6 +95,9 @@ class Gallery:
         ways = len(self.experiment.samplers()) * len(self.experiment.weights())
         self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
+            if self.kind == 'images' and self.drawn_parts > 1:
+                print_once('pictures show the channels of each image below each other, three of them as colours if '
+                           'there are four')  # fmt: skip
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
 

@@ -2,12 +2,14 @@
 
 import itertools
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import main
 from config import Config
 from data_utils import DATASETS, DataSpec
 from optimizers import get_lr
@@ -270,8 +272,18 @@ def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, bu
 
 
 @pytest.mark.parametrize(('channels', 'shown'), [(1, 56), (2, 24), (5, 8), (40, 8)])
-def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, monkeypatch, channels, shown):
+def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, monkeypatch, capsys, channels, shown):
     load = lambda config: tuple((torch.rand(40, channels, 8, 8), torch.zeros(40)) for _ in range(2))  # noqa: E731
     monkeypatch.setitem(DATASETS, 'layers', DataSpec(load, scale='float'))
-    gallery = build_trainer(tiny_config(dataset='layers')).gallery
+    trainer = build_trainer(tiny_config(dataset='layers', num_training_steps=2, warmup_steps=1))
+    gallery = trainer.gallery
+    trainer.train_loop()
+    assert ('pictures show the channels of each image' in capsys.readouterr().out) == (channels > 1)
     assert gallery.num_shown == shown and kind(torch.rand(shown, channels, 8, 8)) == 'images'
+
+
+def test_the_end_of_a_run_names_only_what_is_there(tiny_config, capsys):
+    main.train(tiny_config(experiment_name='run', final_pictures=False), None)
+    named = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith('  ')]
+    assert named and all(Path(path).exists() for path in named)
+    assert not any(path.endswith('report.html') for path in named)  # tests write none
