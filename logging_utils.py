@@ -7,28 +7,27 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import utils
 from config import Config, SettingError
 from runtime import files, ranks, stopping
 from runtime.errors import SaveError, Stopped
 from runtime.means import RunningMeans
+from runtime.progress import Progress
 from runtime.ranks import print_once
 
 WANDB_INIT_TIMEOUT = 30  # seconds for which an unreachable server may hold up the start
 WANDB_FINISH_TIMEOUT = 10  # and the end
 WANDB_PATIENCE = 15  # and any call, if wandb's own process hangs. Longer than the one above, which wandb itself keeps
-SECONDS_BETWEEN_LINES = 5  # of progress, where there is no terminal
 
 
 class Record:
@@ -37,17 +36,21 @@ class Record:
     send nothing. `picture`, `curve` and `histogram` do nothing on ranks but 0.
     """
 
-    def __init__(self, config: Config, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
-        """`waited()`: the seconds for which training has waited for data so far."""
+    def __init__(
+        self, config: Config, device: torch.device, waited: Callable[[], float] = lambda: 0.0,
+        seconds_at_end: Callable[[float], float] = lambda images_per_second: 0.0,
+    ):  # fmt: skip
+        """`waited()`: the seconds for which training has waited for data so far; `seconds_at_end`: see Progress."""
         self.config, self.device, self.waited = config, device, waited
+        self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
         self.is_open = False
         self.means = self.log_to = RunningMeans(device)  # those since the last `clear`; where `log` adds, see `apart`
         self.wandb: Any = None  # the wandb run, on rank 0 while it is open
         self.wandb_id: str | None = None
-        self.bar = tqdm(disable=True)  # shown on terminals only
-        self.opened = self.restart(0)  # (seconds, step) from which the time left is measured; speed: `restarted`
-        self.shown = -math.inf  # when the last line of progress was printed
+        self.progress: Progress | None = None  # while the record is open
+        self.last_line: tuple[int, int, dict[str, float]] = (-1, 0, {})  # its step, place in the file, and values
+        self.restart(0)
 
     @contextlib.contextmanager
     def open(self, step: int, start: dict[str, Any] | None = None) -> Iterator[None]:
@@ -58,19 +61,19 @@ class Record:
 
         def begin() -> str | None:
             self._cut_back(step)
+            self.last_line = (-1, 0, {})
             self.wandb = start_wandb(self.config, self.config.run_dir, self.wandb_id, start)
             return self.wandb_id if self.wandb is None else self.wandb.id
 
         try:
             self.wandb_id = ranks.on_main(begin)
-            self.opened = self.restart(step)
-            total, no_terminal = self.config.num_training_steps, not (ranks.is_main() and sys.stderr.isatty())
-            self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_terminal)
-            self.is_open = True
+            self.restart(step)
+            self.progress, self.is_open = self.begin_progress(step), True
             yield
         finally:
             self.is_open = False
-            self.bar.close()
+            if self.progress is not None:
+                self.progress.bar.close()
             self._on_wandb(None)
             self.wandb = None
 
@@ -105,7 +108,9 @@ class Record:
         for name, norm in norms.items():
             self.means.add_finite('train/grad_norm' if name == 'network' else f'train/grad_norm_{name}', norm)
         self.means.put('train/lr', lr)
-        self.bar.update()
+        if self.progress is not None and self.progress.advance():
+            step = self.progress.step
+            self.progress.show(step, self.means.here('train/loss'), self.speed(step))
 
     def clear(self) -> None:  # forgets the running means
         self.means.clear()
@@ -128,34 +133,23 @@ class Record:
     def load_state_dict(self, sums: dict[str, Tensor]) -> None:
         self.means.load(sums)
 
-    def restart(self, step: int) -> tuple[float, int]:  # measures speed from this step and this moment on
+    def restart(self, step: int) -> None:  # measures speed from this step and this moment on
         self.restarted, self.waited_before = (time.monotonic(), step), self.waited()
-        return self.restarted
 
-    def summary(self, step: int, seconds_at_end: float | None) -> dict[str, float]:
+    def speed(self, step: int) -> float:  # images per second
+        return (step - self.restarted[1]) * self.config.global_batch_size / (time.monotonic() - self.restarted[0])
+
+    def summary(self, step: int) -> dict[str, float]:
         """The means since the last `clear`, memory in GB, speed, and the share of time spent waiting for data. Shows
-        progress; `seconds_at_end`: of what follows the last step, None if not known yet."""
+        progress."""
         values = self.means.means() | {'train/memory_gb': utils.peak_memory_gb(self.device)}
         began, first = self.restarted
         if step > first:  # else a resumed run writes the line of its checkpoint again
-            seconds = time.monotonic() - began
-            values['train/images_per_second'] = speed = (step - first) * self.config.global_batch_size / seconds
-            values['train/waiting'] = (self.waited() - self.waited_before) / seconds
-            self._show_progress(step, values.get('train/loss', math.nan), speed, seconds_at_end)
+            values['train/images_per_second'] = speed = self.speed(step)
+            values['train/waiting'] = (self.waited() - self.waited_before) / (time.monotonic() - began)
+            if self.progress is not None:
+                self.progress.show(step, values.get('train/loss', math.nan), speed)
         return values
-
-    def _show_progress(self, step: int, loss: float, images_per_second: float, seconds_at_end: float | None) -> None:
-        """On the bar, or as a line now and then. The time left includes what is drawn and evaluated between steps."""
-        speed, total = f'{images_per_second:.0f} images/s', self.config.num_training_steps
-        shown = f'{loss:.3g}' if 0 < abs(loss) < 1e-3 else f'{loss:.4f}'
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f'loss {shown}, {speed}')
-        elif time.monotonic() - self.shown >= SECONDS_BETWEEN_LINES or step == total:
-            began, first = self.opened
-            self.shown = time.monotonic()
-            seconds = (self.shown - began) / max(step - first, 1) * (total - step) + (seconds_at_end or 0)
-            left = 'min of training left, then samples' if seconds_at_end is None else 'min left'
-            print_once(f'step {step}/{total}  loss {shown}  {speed}  {seconds / 60:.1f} {left}')
 
     @contextlib.contextmanager
     def line(self, step: int) -> Iterator[dict[str, float]]:
@@ -167,26 +161,32 @@ class Record:
             yield values
         except Exception as error:
             if isinstance(error, Stopped) or ranks.world_size() == 1:
-                self._write(step, values)
+                self.write(step, values)
             raise
-        self._write(step, values)
+        self.write(step, values)
         c, last = self.config, step >= self.config.num_training_steps
         periods = (c.log_every, c.eval_every, c.eval_metrics_every, c.sample_every, c.save_every)
         if last or step == self.restarted[1] or any(every > 0 and step % every == 0 for every in periods):
             self.restart(step)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """The line of this step, in place of one with less. All ranks together; SaveError on all for a full disk."""
         if values:
             first = {'train/step': step, 'train/images': step * self.config.global_batch_size}
-            ranks.on_main(lambda: self._append(first | values))  # a full disk is an error on every rank
+            ranks.on_main(lambda: self._append(step, first | values))
 
-    def _append(self, values: dict[str, float]) -> None:
+    def _append(self, step: int, values: dict[str, float]) -> None:
         finite = {k: v if abs(v) < math.inf else str(v) for k, v in values.items()}  # JSON has no NaN
-        with self._disk(), open(self.path, 'a') as file:
-            file.write(json.dumps(finite) + '\n')
+        with self._disk(), open(self.path, 'ab') as file:
+            last, place, before = self.last_line
+            if last == step:
+                file.truncate(place)
+            self.last_line = (step, place if last == step else file.tell(), values)
+            file.write(f'{json.dumps(finite)}\n'.encode())
             file.flush()
             os.fsync(file.fileno())  # it survives a power cut
-        self._on_wandb(lambda _: values)
+        more = {k: v for k, v in values.items() if last != step or k == 'train/step' or k not in before}
+        self._on_wandb(lambda _: more)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:

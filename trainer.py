@@ -132,10 +132,9 @@ class BaseDiffusionTrainer(OldNames):
         self.emas: dict[str, EMA] = {}  # moving averages of modules, by the name of the module
         self.parameters: dict[str, list[nn.Parameter]] = {}  # of each optimizer
         self.step, self.losses, self.independent = 0, ParallelLoss.before_begin, self.independent
-
-        self.record, self.bad_steps = Record(config, device, lambda: train_loader.waited), BadSteps(config, device)
         self.caller, self.batches = Caller(config, device), Batches(self, train_loader, train_sampler, test_loader)
-        self.drawing = Drawing(self, self.batches)
+        self.bad_steps, self.drawing = BadSteps(config, device), Drawing(self, self.batches)
+        self.record = Record(config, device, lambda: train_loader.waited, self.drawing.seconds_at_end)
         self.judge = Judge(self, self.batches, self.record, self.drawing)
         self.gallery = Gallery(self, self.batches, self.record, self.drawing)
         held = dict(modules=self.modules, optimizers=self.optimizers, emas=self.emas, experiment=self)
@@ -221,12 +220,13 @@ class BaseDiffusionTrainer(OldNames):
         with self.record.line(self.step) as line:  # written at the end, also if a stop comes meanwhile
             if self.due(c.log_every):
                 line |= {'train/bad_steps': self.bad_steps.report()}
-                line |= self.record.summary(self.step, self.drawing.seconds_at_end)
+                line |= self.record.summary(self.step)
             if self.due(c.eval_every):
                 line |= self.judge.held_out_losses(self.step)
             if self.due(c.sample_every) and (c.final_pictures or not last):
                 line |= self.gallery.draw(self.step)
             if c.final_eval if last else self.due(c.eval_metrics_every):
+                self.gallery.update_page(self.step, line)  # the numbers may take minutes
                 line |= self.judge.samples(self.step)
         if self.due(c.sample_every):
             self.gallery.update_page()

@@ -82,17 +82,27 @@ class Gallery:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
         inputs = self.drawing.inputs(2)
         weights, module = list(self.experiment.weights().items())[-1]  # the raw ones
-        with self.record.apart(), self.drawing.within(num_steps=2, nfe=0), torch.no_grad():
-            for name, sampler in self.experiment.samplers().items():
+        model_fn, c, samplers = self.experiment.get_model_fn(module), self.config, self.experiment.samplers()
+        steps, rows = list[int](), list[int]()
+
+        def counting(xt: Tensor, *given: Any, **cond: Tensor) -> Any:
+            rows.append(len(xt))
+            return model_fn(xt, *given, **cond)
+
+        watching = lambda i, *_: steps.append(i)  # noqa: E731
+        with self.record.apart(), self.drawing.within(watching, num_steps=2, nfe=0), torch.no_grad():
+            for name, sampler in samplers.items():
                 utils.seed_everything(self.config.seed, 'first_drawing')
-                x = self.experiment.decode(sampler(self.experiment.get_model_fn(module), inputs))
+                x = self.experiment.decode(sampler(counting, inputs))
                 if x.is_floating_point() and not x.isfinite().all():
                     raise SettingError(
                         f'sampler {name!r} gives values that are not finite, with the {weights} weights that the run '
                         'starts from. Use another --solver or --time_grid.'
                     )
                 self.picture_of(x, inputs)
-        ways = len(self.experiment.samplers()) * len(self.experiment.weights())
+        times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
+        self.drawing.evaluations = sum(rows) / 2 / len(samplers) * times
+        ways = len(samplers) * len(self.experiment.weights())
         self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
             if self.kind == 'images' and self.drawn_parts > 1:
@@ -209,8 +219,9 @@ class Gallery:
         curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
         self.record.curve('lr_schedule', curve, 'step', 'lr')
 
-    def update_page(self) -> None:
-        """Write report.html of the run as it is now."""
+    def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:
+        """Write report.html of the run as it is now; before that what the record's `line` of this step has so far."""
         from reports import page
 
+        self.record.write(step, line or {})
         ranks.on_main(lambda: page.update(self.config.run_dir))

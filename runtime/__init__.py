@@ -6,5 +6,6 @@ errors.py     every error that ends a run on purpose, and the exit codes
 command.py    the beginning and the end of every program: flags, messages, exit codes
 files.py      files that are whole or not there, hashes, locks
 means.py      running means over steps and ranks
+progress.py   a bar or lines that show how far training is
 importing.py  the user's script: modules that it imports by old names, and how it is imported itself
 """

@@ -1,5 +1,6 @@
 """Running means of named values, over steps and ranks."""
 
+import math
 from functools import partial
 
 import torch
@@ -89,6 +90,12 @@ class RunningMeans:
         """By name, to seven digits: what is left is the order of summation. A name with no count is left out."""
         pairs = {name: pair.tolist() for name, pair in self.over_ranks().items()}
         return {name: float(f'{total / count:.7g}') for name, (total, count) in pairs.items() if count > 0}
+
+    def here(self, name: str) -> float:
+        """The mean on this rank, NaN if there is none. Sends nothing."""
+        self._fold()
+        total, count = self.sums[name].tolist() if name in self.sums else (0.0, 0.0)  # CPU-GPU sync
+        return total / count if count else math.nan
 
     def load(self, sums: dict[str, Tensor]) -> None:
         """Go on from `over_ranks` of a checkpoint."""

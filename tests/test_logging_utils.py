@@ -162,7 +162,7 @@ def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear
         record.losses(torch.tensor([5.0, math.nan]), torch.tensor([0.05, 0.5]), torch.tensor([True, False]))
         record.step(0.25, {'network': torch.tensor(2.0), 'other': torch.tensor(3.0)})
         record.step(0.75, {'network': torch.tensor(math.inf), 'other': torch.tensor(5.0)})
-        values = record.summary(0, None)
+        values = record.summary(0)
     record.log('mine', 100.0)
     assert values.pop('train/memory_gb') > 0
     assert values == {
@@ -194,7 +194,7 @@ def test_what_is_logged_apart_stays_apart(tmp_path):
             record.log('x', 50.0)
             raise Stopped
         record.log('x', 2.0)
-        values = record.summary(0, None)
+        values = record.summary(0)
     assert (early, outer, inner, broken) == ({'x': 7.0}, {'x': 3.0}, {'x': 3.0}, {})
     assert (values['x'], values['train/loss']) == (1.5, 9.0)
 
@@ -207,7 +207,7 @@ def test_means_go_on_from_a_checkpoint(tmp_path):
     second.load_state_dict(torch.load(tmp_path / 'x.pt', weights_only=True))
     with second.open(1):
         second.log('x', 1.0)
-        assert second.summary(1, None)['x'] == 0.75
+        assert second.summary(1)['x'] == 0.75
 
 
 @pytest.fixture
@@ -224,14 +224,14 @@ def test_speed_and_waiting_are_those_since_something_was_due(tmp_path, clock):
     waited = [30.0]  # seconds for data since the loader was made
     record.waited = lambda: waited[0]
     with record.open(10):
-        assert 'train/images_per_second' not in record.summary(10, None)  # no step yet
+        assert 'train/images_per_second' not in record.summary(10)  # no step yet
         clock[0] += 7
         waited[0] += 5
         write(record, 10)
         assert record.restarted == (107.0, 10)
         clock[0] += 4
         waited[0] += 1
-        values = record.summary(11, None)
+        values = record.summary(11)
         assert (values['train/images_per_second'], values['train/waiting']) == (32 / 4, 0.25)
         write(record, 11, loss=1.0)  # where nothing is due
         assert record.restarted == (107.0, 10)
@@ -239,25 +239,27 @@ def test_speed_and_waiting_are_those_since_something_was_due(tmp_path, clock):
         assert record.restarted == (111.0, 12)
         clock[0] += 2
         waited[0] += 0.5
-        values = record.summary(15, None)
+        values = record.summary(15)
         assert (values['train/images_per_second'], values['train/waiting']) == (3 * 32 / 2, 0.25)
         write(record, 100)  # the last step
         assert record.restarted == (113.0, 100)
 
 
-def test_progress_tells_the_step_the_loss_and_the_time_left(tmp_path, capsys, clock):
-    record = record_in(tmp_path, global_batch_size=64)
-    with record.open(20):
-        for step in (30, 40, 50, 100):
-            clock[0] += 4
-            record.losses(torch.tensor([0.125]), torch.tensor([0.5]))
-            record.summary(step, None if step < 50 else 60.0)
-    shown = capsys.readouterr().out.splitlines()
-    assert shown == [
-        'step 30/100  loss 0.1250  160 images/s  0.5 min of training left, then samples',
-        'step 50/100  loss 0.1250  160 images/s  1.3 min left',  # 4 s after a line is too early
-        'step 100/100  loss 0.1250  320 images/s  1.0 min left',  # the end is not
-    ]
+def test_a_line_that_is_written_early_is_replaced_by_the_whole_one(tmp_path):
+    record = record_in(tmp_path)
+    with record.open(0):
+        write(record, 5, a=0.0)
+        with record.line(10) as line:
+            line |= dict(a=1.0)
+            record.write(10, line)
+            assert [(line['train/step'], line['a']) for line in lines_of(tmp_path)] == [(5, 0.0), (10, 1.0)]
+            line |= dict(b=2.0)
+        write(record, 15, a=3.0)
+    lines = lines_of(tmp_path)
+    assert [line['train/step'] for line in lines] == [5, 10, 15] and (lines[1]['a'], lines[1]['b']) == (1.0, 2.0)
+    with record.open(10):  # which cuts the file
+        write(record, 15, a=4.0)
+    assert [line['a'] for line in lines_of(tmp_path)] == [0.0, 4.0]
 
 
 def test_a_small_loss_is_not_shown_as_nothing(tmp_path, capsys, clock):
@@ -265,7 +267,7 @@ def test_a_small_loss_is_not_shown_as_nothing(tmp_path, capsys, clock):
     with record.open(0):
         clock[0] += 100
         record.losses(torch.tensor([0.0000123]), torch.tensor([0.5]))
-        record.summary(30, 0.0)
+        record.summary(30)
     assert 'loss 1.23e-05 ' in capsys.readouterr().out
 
 
@@ -280,7 +282,7 @@ def test_the_rate_is_that_of_the_step_also_when_resumed(tmp_path):
     again.load_state_dict(held)
     with again.open(3):
         again.step(0.4, {})
-        assert again.summary(4, None)['train/lr'] == 0.4
+        assert again.summary(4)['train/lr'] == 0.4
 
 
 def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
@@ -292,7 +294,7 @@ def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
         record.log('my_step_3_name', 5.0)
         record.log('step_1_error', 1.0)  # names of an experiment, such as errors of a model of few steps
         record.log('step_4_error', 3.0)
-        values = record.summary(0, None)
+        values = record.summary(0)
     assert values['adams_raw/ink'] == 2.0 and values['my_step_3_name'] == 5.0
     assert (values['step_1_error'], values['step_4_error']) == (1.0, 3.0)
 
@@ -304,8 +306,8 @@ def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
         for _ in range(3):
             record.step(0.1, {})
         record.losses(torch.tensor([0.125]), torch.tensor([0.5]))
-        record.summary(23, None)
-        assert record.bar.n == 23
+        record.summary(23)
+        assert record.progress.bar.n == 23
     shown = capsys.readouterr()
     assert 'loss 0.1250' in shown.err and '/100' in shown.err and shown.out == ''
 
@@ -345,7 +347,7 @@ with record.open(0):
         record.losses(torch.rand(4), torch.rand(4), torch.ones(4, dtype=torch.bool))
         record.step(0.5, {'network': torch.tensor(1.0)})
     seen['in steps'] = list(calls)
-    values = record.summary(1500, None)
+    values = record.summary(1500)
     seen['in a summary'] = len(calls)
     seen['values'] = {name: values[name] for name in ('mine', 'only 0', 'only 1', 'train/lr')}
     seen['sums'] = {name: pair.tolist() for name, pair in record.state_dict().items() if name[0] != 't'}

@@ -42,7 +42,7 @@ def evaluated(trainer) -> dict[str, float]:
     for name in trainer.samplers():
         values |= {f'{name}/{key}': value for key, value in trainer.judge.judged(name, 40, 6).items()}
     trainer.log('mine', torch.ones(3, device=trainer.device))
-    return values | trainer.record.summary(6, None)
+    return values | trainer.record.summary(6)
 
 
 @pytest.mark.parametrize('name', ['digits', *(pytest.param(name, marks=pytest.mark.slow) for name in [*RUNS][1:])])

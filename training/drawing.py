@@ -30,6 +30,7 @@ class Drawing:
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
         self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
+        self.evaluations = 0.0  # of the network, for a sample
         self.watching: tuple[Callback, ...] = ()  # see `within`
         self.replaced: dict[str, Any] = {}
 
@@ -154,11 +155,10 @@ class Drawing:
         self.seconds_per_sample = (time.monotonic() - began) / n
         return samples
 
-    @property
-    def seconds_at_end(self) -> float | None:
-        """Seconds that drawing after the last step will take; None before some samples were drawn."""
-        n, each = sum(self.at_end.values()), self.seconds_per_sample
-        return n * each if each or not n else None
+    def seconds_at_end(self, images_per_second: float) -> float:
+        """Seconds that drawing after the last step will take: by the rate of samples if some were drawn, else by that
+        of training, where a third of the time is the forward pass."""
+        return sum(self.at_end.values()) * (self.seconds_per_sample or self.evaluations / (3 * images_per_second))
 
     @torch.no_grad()
     @in_eval_mode

@@ -238,26 +238,35 @@ def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_train
 def test_the_time_left_counts_the_samples_at_the_end(tiny_config, build_trainer):
     settings = dict(sample_every=6, num_sample_steps=4)
     trainer = build_trainer(tiny_config(final_eval=True, **settings))
-    assert trainer.drawing.seconds_at_end == 0  # it is not known yet that any will be drawn
+    assert trainer.drawing.seconds_at_end(1.0) == 0  # it is not known yet that any will be drawn
     trainer.judge.rehearse()
     trainer.gallery.rehearse(step=1)
-    assert trainer.drawing.seconds_at_end is None  # nothing was drawn yet
+    samples = 1000 * 2 + 60 * 2 * 2
+    assert trainer.drawing.seconds_at_end(40.0) == samples * 4 / (3 * 40)  # a forward pass is a third of training
     trainer.drawing.seconds_per_sample = 0.5
-    assert trainer.drawing.seconds_at_end == 0.5 * (1000 * 2 + 60 * 2 * 2)
+    assert trainer.drawing.seconds_at_end(40.0) == 0.5 * samples
     plain = build_trainer(tiny_config(experiment_name='plain', final_pictures=False, **settings))
     plain.judge.rehearse()
     plain.gallery.rehearse(step=1)
-    assert plain.drawing.seconds_at_end == 0
+    assert plain.drawing.seconds_at_end(40.0) == 0
+
+
+def test_evaluations_are_counted_with_those_that_a_draw_adds(tiny_config, build_trainer):
+    class Mine(ExampleDiffusionTrainer):
+        def draw(self, model_fn, inputs, solver, **settings):
+            twice = lambda *given, **cond: (model_fn(*given, **cond), model_fn(*given, **cond))[0]  # noqa: E731
+            return super().draw(twice, inputs, 'heun', **settings)
+
+    trainer = build_trainer(tiny_config(num_sample_steps=4), Mine)
+    trainer.gallery.rehearse(step=1)
+    assert trainer.drawing.evaluations == 2 * 2 * 4
 
 
 @pytest.mark.slow
-def test_drawing_is_timed(tiny_config, build_trainer, capsys):
-    config = tiny_config(sample_every=6, final_eval=True)
-    trainer = build_trainer(config)
+def test_drawing_is_timed(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(sample_every=6, final_eval=True))
     trainer.train_loop()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith('step ')]
     assert 0 < trainer.drawing.seconds_per_sample < 1
-    assert printed[0].endswith('min of training left, then samples') and printed[-1].endswith('min left')
 
 
 def test_long_vectors_are_not_judged_and_small_floats_not_by_a_classifier(tiny_config, build_trainer, monkeypatch):

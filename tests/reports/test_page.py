@@ -266,3 +266,21 @@ def test_a_metric_may_be_called_anything(name):
     """matplotlib takes what is between two $ for mathematics; a wrong formula ended the page for good."""
     curves = {name: ([1, 2], [1.0, 2.0]), 'other': ([1, 2], [2.0, 1.0])}
     assert page.plot(curves, f'loss: {name}').count('<svg') == 1
+
+
+def test_the_line_and_the_page_are_there_before_the_numbers(tiny_config, build_trainer, monkeypatch):
+    config, seen = tiny_config(final_eval=True, num_training_steps=3, eval_every=0), []
+
+    class Mine(ExampleDiffusionTrainer):
+        def sample_metrics(self, x, inputs):
+            seen.append((record_of(config.run_dir)[-1], (config.run_dir / 'report.html').read_text()))
+            return dict(mine=1.0)
+
+    build_trainer(config, Mine).train_loop()
+    line, page = seen[0]
+    assert line['train/step'] == 3 and 'train/loss' in line and 'step 3 of 3' in page and 'final/' not in page
+    last = record_of(config.run_dir)
+    assert [line['train/step'] for line in last] == [3] and last[0] == line | {
+        f'final/{name}/mine': 1.0 for name in ('adams', 'sde_dpmpp_2m')
+    }
+    assert 'final/adams/mine' in (config.run_dir / 'report.html').read_text()
