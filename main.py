@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config import Config, SettingError, choose, parse_config
 from runtime import command
 from runtime.importing import import_class, import_file, refuse_foreign, refuse_to_train
-from settings.same_run import FREE_ON_RESUME
+from settings.same_run import FREE_ON_RESUME, SCHEDULES_WITHOUT_END
 
 if TYPE_CHECKING:
     from trainer import BaseDiffusionTrainer
@@ -148,8 +148,12 @@ def train(config: Config, trainer_class: type | None) -> None:
 
     trainer = build(config, trainer_class)
     if trainer.checkpoints.finished:
-        steps = f'{config.run_dir} is finished: {trainer.step} steps.'
-        ranks.print_once(f'{steps} Change a setting or --experiment_name for another run.')
+        has_end, last = config.lr_schedule_type not in SCHEDULES_WITHOUT_END, config.run_dir / 'last.pt'
+        ranks.print_once(
+            f'{config.run_dir} is finished: {trainer.step} steps. '
+            + ('' if has_end else 'A higher --num_training_steps trains it longer. ')
+            + f'Another --experiment_name starts a new run, with --init_from {last} from these weights.'
+        )
     else:
         parameters = f'{sum(p.numel() for p in trainer.network.parameters()):,} parameters'
         steps = f'{config.num_training_steps} steps of {config.global_batch_size} images'

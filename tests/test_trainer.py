@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_beyond_a_new_end_trains_no_more(tiny_config, bui
     shorter = build_trainer(tiny_config(lr_schedule_type='constant', num_training_steps=6))
     assert shorter.step == 8
     shorter.train_loop()
-    assert shorter.step == 8
+    assert shorter.step == 8 and saving.load(shorter.config.run_dir / 'last.pt')['finished']
 
 
 def test_times_of_the_first_example_are_spread_over_the_whole_range(tiny_config, build_trainer):
@@ -560,3 +560,20 @@ def test_a_trainer_that_has_not_begun_says_so(tiny_config, build_trainer, monkey
     trainer = build_trainer(tiny_config())
     with pytest.raises(RuntimeError, match=r'call begin\(\), as main\.build does'):
         trainer.train_step(next(trainer.batches.steps(0)))
+
+
+def test_a_finished_run_says_how_to_go_on_and_names_only_files_that_are_there(tiny_config, capsys, monkeypatch):
+    vectors = torch.randn(60, 5)
+    spec = DataSpec(lambda config: ((vectors, torch.zeros(60).long()),) * 2, (5,), 0, scale='float')
+    monkeypatch.setitem(DATASETS, 'vectors', spec)
+    settings = dict(dataset='vectors', network='mlp', num_training_steps=3, eval_every=0)
+    for schedule, longer in (('cosine', False), ('constant', True)):
+        config = tiny_config(lr_schedule_type=schedule, experiment_name=schedule, **settings)
+        main.train(config, None)
+        assert 'pictures' not in capsys.readouterr().out
+        main.train(config, None)
+        shown = capsys.readouterr().out
+        assert f'is finished: 3 steps. {"A higher --num_training_steps" if longer else "Another"}' in shown
+        assert (
+            f'with --init_from {config.run_dir}/last.pt' in shown and f'checkpoint  {config.run_dir}/last.pt' in shown
+        )

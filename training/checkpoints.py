@@ -126,7 +126,7 @@ class Checkpoints:
             path = self.read_from = Path(read_from)
             checkpoint = saving.load_checkpoint(path)
             if checkpoint.get('data', self.identity.data) != self.identity.data:
-                print_once(f'warning: {path} was trained on other data than are here now: look at dataset and data_dir')
+                print_once(f'warning: {path} was trained on other data than these: look at data_dir and data_path')
         if checkpoint is None:
             if c.init_from:
                 self.start_from_weights()

@@ -22,7 +22,7 @@ from config import Config, SettingError
 from runtime import ranks
 from runtime.files import link_as, try_lock, write_text
 from runtime.ranks import print_once
-from settings.same_run import changes, differences, in_name
+from settings.same_run import SCHEDULES_WITHOUT_END, changes, in_name
 
 T = TypeVar('T')
 
@@ -129,20 +129,29 @@ def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity 
     """Raise SettingError if a checkpoint is from another experiment than `config` and `identity`: another config,
     trainer class, data set, or, without same_code, other code. What an older checkpoint lacks is not compared."""
 
-    def refuse(what: str, how: str, remedy: str) -> None:
-        raise SettingError(f'{what} (saved -> now): {how}. Pass another --experiment_name, or {remedy} to resume it.')
+    folder, saved = config.run_dir, checkpoint['config']
 
-    folder = config.run_dir
-    if changed := differences(checkpoint['config'], config):
-        refuse(f'{folder} holds a run with another config', '; '.join(changed), 'the saved values')
+    def refuse(what: str, how: str, remedy: str) -> None:
+        raise SettingError(
+            f'{what} (saved -> now): {how}. To resume it, use {remedy}. For a new run pass another --experiment_name, '
+            f'with --init_from {last_path(config)} if it shall start from these weights.'
+        )
+
+    if changed := changes(saved, config):
+        how, remedy = '; '.join(f'{name}: {old} -> {new}' for name, (old, new) in changed.items()), 'the saved values'
+        if 'num_training_steps' in changed:
+            ends = f'{config.lr_schedule_type} ends at the last step, {" and ".join(SCHEDULES_WITHOUT_END)} do not'
+            remedy += f' (only schedules without an end can be trained longer: {ends})'
+        refuse(f'{folder} holds a run with another config', how, remedy)
     if identity is None:
         return
     trainer, data = checkpoint.get('trainer', identity.trainer), checkpoint.get('data', identity.data)
     if trainer != identity.trainer:
         how = f'{trainer} -> {identity.trainer}'
-        refuse(f'{folder} holds a run of another trainer', how, 'run the script of the saved one')
+        refuse(f'{folder} holds a run of another trainer', how, 'the script of the saved one')
     if data != identity.data:
-        what = f'data_dir={config.data_dir!r}: the data are not those that the run in {folder} was trained on'
+        place = 'data_path' if config.data_path or saved.get('data_path') else 'data_dir'
+        what = f'{place}={getattr(config, place)!r}: the data are not those that the run in {folder} was trained on'
         refuse(what, f'{data} -> {identity.data}', 'the old data')
     diff = code_diff(checkpoint.get('code', identity.code), identity.code)
     if diff and not config.same_code:

@@ -36,7 +36,24 @@ def test_another_config_in_the_folder_is_refused_with_the_differences(tiny_confi
         run_folder.open_folder(tiny_config(experiment_name='run', base_lr=0.5, channel_mults=(1, 3), log_every=9))
     assert 'base_lr: 0.001 -> 0.5' in str(caught.value) and 'channel_mults: (1, 2) -> (1, 3)' in str(caught.value)
     assert 'log_every' not in str(caught.value) and '--experiment_name' in str(caught.value)
+    assert f'--init_from {config.run_dir}/last.pt' in str(caught.value) and 'trained longer' not in str(caught.value)
     assert (config.run_dir / 'config.json').read_text() == before
+
+
+def test_a_run_that_shall_be_longer_is_refused_with_the_schedules_that_can(tiny_config):
+    config = tiny_config(experiment_name='run')
+    held(config)
+    with pytest.raises(SettingError, match=r'12 -> 20\. .*longer: cosine ends .*inverse_sqrt do not.*init_from'):
+        run_folder.open_folder(dataclasses.replace(config, num_training_steps=20), MINE)
+
+
+def test_data_that_are_others_are_named_by_the_setting_that_tells_where_they_are(tiny_config):
+    """data_dir has its default, and what changed is data_path."""
+    config = tiny_config(experiment_name='run', data_path='a')
+    held(config)
+    other = dataclasses.replace(config, data_path='b')
+    with pytest.raises(SettingError, match=r"^data_path='b': the data are not those .*f00d -> 9 images"):
+        run_folder.open_folder(other, dataclasses.replace(MINE, data='9 images'))
 
 
 def test_free_settings_may_change(tiny_config):
@@ -69,7 +86,10 @@ def files(config):
     'other, words',
     [
         (dict(trainer='other.py:Other'), 'another trainer.*mine.py:Mine -> other.py:Other.*--experiment_name'),
-        (dict(data='9 images, beef'), "data_dir='.*f00d -> 9 images, beef.*--experiment_name, or the old data"),
+        (
+            dict(data='9 images, beef'),
+            "data_dir='.*f00d -> 9 images, beef.*the old data.*--init_from .*run/last.pt",
+        ),
         (
             dict(code=MINE.code | {'mine.py': 'a = 1\nb = 3\n'}),
             r'step 4.*--experiment_name.*--same_code.*\n-b = 2\n\+b = 3',
