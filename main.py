@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import Config, SettingError, choose, parse_config
 from runtime import command
-from runtime.importing import import_class, import_file, refuse_foreign, refuse_to_train
+from runtime.importing import import_class, import_file, refuse_foreign, refuse_hidden, refuse_to_train
 from settings.same_run import FREE_ON_RESUME, SCHEDULES_WITHOUT_END
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def main(
     An error that the user can fix is printed once, without a traceback; runtime/errors.py has the exit codes.
     """
     refuse_to_train()
+    command.parsed(refuse_hidden)
     config = flags(argv, config_class)
 
     def work() -> None:

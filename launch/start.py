@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from launch import machines
-from runtime.errors import EXIT_BAD_SETTING
-from runtime.importing import old_imports
+from runtime.errors import EXIT_BAD_SETTING, SettingError
+from runtime.importing import old_imports, refuse_hidden
 
 # Python looks for packages in the folder of the script first. These folders would hide some: scripts/evaluate.py hides
 # an installed `evaluate`, tests/training hides training/. So their scripts are started as modules.
@@ -23,9 +23,13 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
     `is_direct`: this process is replaced by one that runs the script.
     """
     module = module_of(script)
-    outdated = old_imports(Path(script), has_neighbours=module is None)
-    if outdated:  # else nothing at all is written: the output may be a file on a full disk
-        print(*outdated, sep='\n', file=sys.stderr, flush=True)
+    wrong = old_imports(Path(script), has_neighbours=module is None)
+    try:
+        refuse_hidden([str(Path(script).resolve().parent)] if module is None else [])
+    except SettingError as error:
+        wrong.append(str(error))
+    if wrong:  # else nothing at all is written: the output may be a file on a full disk
+        print(*wrong, sep='\n', file=sys.stderr, flush=True)
         return EXIT_BAD_SETTING
     if is_direct:
         if not machines.several():  # a cluster has set these, or an earlier program: torch would wait for others

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -18,6 +18,12 @@ from runtime.errors import SettingError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 ROW = re.compile(r'^\| `([\w.]+)` \| (.+) \|$', re.MULTILINE)
+
+OURS = (  # modules and packages that a run imports; users may have scripts of their own next to them
+    'augmentations config data_utils ema logging_utils main optimizers prediction processes sampling saving '
+    'time_samplers trainer unet utils '
+    'data_loading evaluation launch networks reports runtime scripts settings solvers training'
+).split()
 
 _script: ContextVar[Path | None] = ContextVar('script', default=None)  # the file that `import_file` imports
 
@@ -80,6 +86,21 @@ def is_found(name: str, neighbours: list[str]) -> bool:
     return False
 
 
+def refuse_hidden(path: Sequence[str] | None = None) -> None:
+    """Raise SettingError if in these folders (default: sys.path) Python finds other files before the project's modules,
+    such as a utils.py next to the user's script, or a script called main.py: they would be imported in their place."""
+    specs = [PathFinder.find_spec(name, path) for name in OURS]
+    found = [Path(spec.origin) for spec in specs if spec and spec.origin]
+    found = [file.parent if file.name == '__init__.py' else file for file in found]
+    hidden = [file for file in found if file.resolve().parent != ROOT]
+    if hidden:
+        names = ', '.join(sorted(file.name for file in hidden))
+        raise SettingError(
+            f'{hidden[0].parent}: {names} would be imported in place of modules of the project with the same name. '
+            'Rename them, or move the script to a folder of its own.'
+        )
+
+
 # ---------------------------------------------------------------- the script as a module
 
 
@@ -111,6 +132,7 @@ def import_file(file: str) -> Any:
         raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
     if outdated := old_imports(path):
         raise SettingError('\n'.join(outdated))
+    refuse_hidden([str(path.parent)])
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     module_name = path.stem if path.stem not in sys.modules else f'{path.parent.name}_{path.stem}'

@@ -127,6 +127,8 @@ def test_no_script_of_the_repo_is_refused():
     for script in SCRIPTS:
         path = script.relative_to(ROOT).as_posix()
         assert not importing.old_imports(script, has_neighbours=start.module_of(path) is None), path
+        if start.module_of(path) is None:
+            importing.refuse_hidden([str(script.parent)])
 
 
 def test_run_sh_refuses_before_any_work(tmp_path):
@@ -140,6 +142,53 @@ def test_run_sh_refuses_before_any_work(tmp_path):
             'mine.py line 3: compare is now scripts.compare',
             'mine.py line 4: likelihood is now evaluation.likelihood',
         ]
+
+
+# ---------------------------------------------------------------- files that hide the project's
+
+
+def test_the_modules_of_the_project_are_known():
+    there = [path.stem for path in ROOT.glob('*.py')] + [path.parent.name for path in ROOT.glob('*/__init__.py')]
+    assert sorted(importing.OURS) == sorted(set(there) - {'tests', 'examples', 'benchmarks'})
+
+
+HIDING = ['utils.py', 'config.py', 'ema.py', 'evaluation/__init__.py', 'runtime/__init__.py', 'main.py']
+
+
+@pytest.mark.parametrize('name', HIDING)
+def test_a_file_that_hides_a_module_of_the_project_is_refused_before_any_work(tmp_path, name, experiment):
+    """By run.sh and, where they are imported later, by `load_run`; without a name of ours nothing is."""
+    for other in ('metrics.py', 'train.py', 'wandb/x.py', 'data/x.py', 'evaluation/notes.py', 'tests/__init__.py'):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).touch()
+    importing.refuse_hidden([str(tmp_path)])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('X = 1\n')
+    with pytest.raises(SettingError, match=f'{tmp_path}: {name.partition("/")[0]} would be imported in place of'):
+        importing.refuse_hidden([str(tmp_path)])
+    with pytest.raises(SettingError, match='in place of'):
+        import_class(str(experiment), 'Mine')
+
+
+@pytest.mark.parametrize('script', ['mine.py', 'trainer.py'])
+def test_run_sh_refuses_a_script_next_to_such_a_file_or_called_so(tmp_path, script):
+    (tmp_path / script).write_text('1 / 0\n')
+    (tmp_path / 'utils.py').touch()
+    command = ['sh', ROOT / 'run.sh', script]
+    done = subprocess.run(command, cwd=tmp_path, env=launch_env(1), capture_output=True, text=True, timeout=60)
+    hidden = ', '.join(sorted({script, 'utils.py'} - {'mine.py'}))
+    assert done.returncode == 2 and not done.stdout and f'{tmp_path}: {hidden} would be imported' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_program_that_is_started_without_run_sh_refuses_too(tmp_path):
+    """Here main is there already, and what it imports later would be another."""
+    (tmp_path / 'mine.py').write_text('from main import main\n\nmain()\n')
+    (tmp_path / 'evaluation.py').touch()
+    command, env = [sys.executable, 'mine.py'], launch_env(1) | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and 'evaluation.py would be imported in place' in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 # ---------------------------------------------------------------- the script as a module
