@@ -15,6 +15,7 @@ it is restored.
 import dataclasses
 import errno
 import os
+import typing
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,18 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:
     """The config of a checkpoint; settings that `config_class` does not have are left out."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: value for name, value in checkpoint['config'].items() if name in names})
+    return rebuilt(config_class, checkpoint['config'])
+
+
+def rebuilt(kind: Any, values: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`, also for dataclasses inside; what `kind` does not have is left out."""
+    hints, found = typing.get_type_hints(kind), {}
+    for name in [field.name for field in dataclasses.fields(kind) if field.name in values]:
+        found[name] = value = values[name]
+        inner = [one for one in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(one)]
+        if isinstance(value, dict) and inner:  # also of `Own | None`
+            found[name] = rebuilt(inner[0], value)
+    return kind(**found)
 
 
 def load_for_sampling(

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+import saving
 import utils
 from config import Config, SettingError
 from evaluation.judge import NUM_JUDGED
 from runtime import ranks
+from runtime.progress import duration
 from runtime.ranks import print_once
 from training import run_folder
 from training.experiment import Sampler
@@ -36,8 +38,8 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
         raise SettingError(text)
     ranks.setup()
     default = config.baseline()
-    settings = (f'{"*" if value != default[name] else " "} {name} = {value!r}' for name, value in vars(config).items())
-    print_once('\n'.join(settings))
+    changed = (f'  {name} = {value!r}' for name, value in vars(config).items() if value != default.get(name))
+    print_once('\n'.join([f'the settings that differ from those of preset {config.preset!r}:', *changed]))
     found = ranks.on_main(lambda: look_at_folder(config))
     folder = Path(ranks.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:
@@ -141,7 +143,7 @@ class Rehearsal:
         steps = self.trained.batches.steps(0)
         first, self.step = time_steps(lambda: self.trained.train_step(next(steps)))
         images = self.config.global_batch_size / self.step
-        print_once(f'train     {self.step:.3g} s a step, {images:.0f} images/s; the first step took {first:.3g} s')
+        print_once(f'train     {self.step:.3g} s a step, {images:.0f} images/s; the first step took {duration(first)}')
         self.seconds |= {'for the first step': first - self.step, 'training': self.step * self.steps_left}
 
     def try_saving(self) -> None:
@@ -150,7 +152,8 @@ class Rehearsal:
         write = timed(t.checkpoints.wait)
         self.size = ranks.on_main(lambda: run_folder.last_path(t.config).stat().st_size)
         before = {name: value.clone() for name, value in t.network.state_dict().items()}
-        load = timed(t.checkpoints.restore)
+        path = run_folder.last_path(t.config)
+        load = timed(lambda: t.checkpoints.load(saving.load_checkpoint(path), path))
         if any(not value.equal(before[name]) for name, value in t.network.state_dict().items()):
             raise RuntimeError('the checkpoint, loaded again, does not hold the weights that were saved')
         print_once(
@@ -167,7 +170,7 @@ class Rehearsal:
         if t.bad_steps.report() or not math.isfinite(losses[0]):
             text = f'the loss or its gradient was not finite in the first {t.step} steps.'
             raise SettingError(f'{text} Try a lower --base_lr, or --precision float32.')
-        print_once(f'held out  loss {losses[0]:.4f} after {t.step} steps; {seconds:.3g} s each time')
+        print_once(f'held out  loss {losses[0]:.4f} after {t.step} steps; {duration(seconds)} each time')
         self.seconds['for held-out losses'] = seconds * self.times(self.config.eval_every)
 
     def try_sampling(self) -> None:
@@ -184,7 +187,7 @@ class Rehearsal:
             return
         inputs, x = t.sample_inputs(NUM_JUDGED), x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
         first, later = (timed(lambda: t.judge.numbers(x, inputs)) for _ in range(2))
-        print_once(f'judge     {first:.3g} s the first time, {later:.3g} s from then on')
+        print_once(f'judge     {duration(first)} the first time, {duration(later)} from then on')
         between = (c.eval_metrics_every > 0) * (self.times(c.eval_metrics_every) - 1)
         verdicts = between + c.final_eval * len(per_image)
         drawing = NUM_JUDGED * (between * per_image[0] + c.final_eval * sum(per_image))
@@ -205,15 +208,15 @@ class Rehearsal:
     def print_estimate(self) -> None:
         """Raises SettingError if the disk has no room for the checkpoints."""
         c, every, total = self.config, self.config.keep_every, sum(self.seconds.values())
-        parts = ', '.join(f'{value:.3g} s {name}' for name, value in self.seconds.items() if value >= 0.005 * total)
+        parts = ', '.join(f'{duration(value)} {name}' for name, value in self.seconds.items() if value >= 0.005 * total)
         kept = c.num_training_steps // every - self.begins_at // every if every else 0
         there_already = len(list(c.run_dir.glob('last*.pt')))
         disk = self.size * max(0, c.keep_last + 1 + kept - there_already)  # one more while it is being written
         free = shutil.disk_usage(nearest_folder(c)).free
-        minutes = f'{c.save_every * self.step / 60:.2g} minutes at most' if c.save_every else 'all since step_N.pt'
+        lost = f'{duration(c.save_every * self.step)} at most' if c.save_every else 'all since step_N.pt'
         print_once(
-            f'\nthe run   {total / 3600:.3g} hours for {self.steps_left} steps: {parts}\n'
-            f'a kill    loses {minutes} (save_every={c.save_every})\n'
+            f'\nthe run   {duration(total)} for {self.steps_left} steps: {parts}\n'
+            f'a kill    loses {lost} (save_every={c.save_every})\n'
             f'memory    {utils.peak_memory_gb(self.trained.device):.2f} GB at most so far, in each process\n'
             f'disk      {disk / 1e9:.3g} GB more for {c.keep_last} + {kept} checkpoints and one being written; '
             f'{free / 1e9:.3g} GB are free'

@@ -90,6 +90,23 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
 ]  # fmt: skip
 
 
+PLAIN = (
+    'Make it a str (the path, or the name of an Enum or of an entry of a table), a number, a bool, or a tuple, list, '
+    'dict or dataclass of these.'
+)
+
+
+def not_plain(value: Any) -> str:
+    """What of a setting JSON or torch.load(weights_only=True) would not give back; '' if nothing."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return 'a dict whose keys are not all strings'
+    if isinstance(value, (tuple, list, dict)):
+        return next(filter(None, map(not_plain, value.values() if isinstance(value, dict) else value)), '')
+    return '' if value is None or type(value) in (str, int, float, bool) else f'a value of type {type(value).__name__}'
+
+
 def validate(config: Any, presets: Mapping[str, Any]) -> None:
     """Raise SettingError for the first value that breaks a rule."""
     choose('preset', config.preset, presets)
@@ -104,6 +121,8 @@ def validate(config: Any, presets: Mapping[str, Any]) -> None:
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if bad := not_plain(value):
+            raise SettingError(f'{field.name}={value!r}: config.json and checkpoints cannot hold {bad}. {PLAIN}')
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
         require(all(map(math.isfinite, numbers)), field.name, 'must be a finite number')
     for names, keeps, rule in RULES:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def changes(saved: Mapping[str, Any], config: Any, only: Collection[str] | None 
     A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
     """
     saved, now = class_defaults(config) | migrated(saved), dataclasses.asdict(config)
-    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
+    plain = lambda value: json.loads(json.dumps(value, default=vars))  # noqa: E731
     names = [name for name in {**now, **saved} if (defines_experiment(name, config) if only is None else name in only)]
     differ = [name for name in names if name not in now or plain(saved[name]) != plain(now[name])]
     return {name: (saved[name], now.get(name, 'absent')) for name in differ}

@@ -1,0 +1,72 @@
+"""Fields of an experiment's own config class: which can be kept with the run, and how they come back."""
+
+import dataclasses
+import enum
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saving
+from config import Config, SettingError, parse_config
+from settings.same_run import changes
+
+
+class Kind(enum.Enum):
+    A = 'a'
+
+
+class Name(str, enum.Enum):
+    A = 'a'
+
+
+@dataclass(frozen=True)
+class Inner:
+    pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
+
+
+@dataclass(frozen=True)
+class Huber:
+    width: float = 0.1
+    inner: Inner = Inner()
+
+
+@dataclass(frozen=True)
+class Mine(Config):
+    huber: Huber = Huber()
+    other: Huber | None = None
+    names: dict[str, list[int]] = field(default_factory=lambda: {'a': [1]})
+
+
+@pytest.mark.parametrize(
+    ('kind', 'value', 'what'),
+    [
+        (Path, Path('x'), 'PosixPath'),
+        (Kind, Kind.A, 'Kind'),
+        (Name, Name.A, 'Name'),
+        (frozenset, frozenset(), 'frozenset'),
+        (tuple, (1, (torch.float32,)), 'dtype'),
+        (dict, {1: 2}, 'keys'),
+    ],
+)
+def test_what_files_cannot_hold_is_refused_when_the_config_is_read(kind, value, what):
+    made: Any = dataclasses.make_dataclass(
+        'Own', [('mine', kind, field(default_factory=lambda: value))], bases=(Config,), frozen=True
+    )
+    with pytest.raises(SettingError, match=rf'^mine=.*: config\.json and checkpoints cannot .*{what}.*Make it a str'):
+        parse_config([], made)
+
+
+def test_a_dataclass_in_a_config_comes_back_from_a_checkpoint_and_from_json(tmp_path):
+    config = Mine(huber=Huber(0.3, Inner(((5, 6),))), other=Huber(0.4))
+    saved = dataclasses.asdict(config)
+    saving.save(tmp_path / 'x.pt', config=saved | dict(older=1))
+    assert saving.config_of(torch.load(tmp_path / 'x.pt', weights_only=True), Mine) == config
+    assert saving.config_of(dict(config=saved)) == Config(experiment_name=config.experiment_name)
+    for from_json in (saved, json.loads(json.dumps(saved))):
+        assert not changes(from_json, config)
+        assert set(changes(from_json, dataclasses.replace(config, other=None))) == {'other'}
+    assert not changes(dataclasses.asdict(Config()), Mine())  # a run from before these fields
