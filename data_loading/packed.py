@@ -224,6 +224,19 @@ def held_out_rows(wanted: int, n: int, where: str) -> int:
     return wanted or min(1000, max(1, n // 10))
 
 
+def held_out_choice(labels: Any, n: int) -> np.ndarray:
+    """(n,): the indices of n items to hold out, given the class of each (N,); one value for all if there are no classes.
+
+    Each class gives its share, its first items in the order given. The last item that a class has left is taken only
+    when there is no other. A choice of fewer is the beginning of this one.
+    """
+    _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    by_class, nth = np.argsort(label, kind='stable'), np.zeros(len(label))
+    nth[by_class] = np.arange(len(label)) - np.repeat(np.cumsum(counts) - counts, counts)
+    share = np.where(nth == counts[label] - 1, np.inf, (nth + 0.5) / counts[label])
+    return np.argsort(share, kind='stable')[:n]
+
+
 def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if one is empty."""
     x, label, held_out = found['x'], found['label'], found['held_out']
