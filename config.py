@@ -43,6 +43,10 @@ class Config:
     """Folder that data sets are downloaded to and read from, and that has the cache of decoded images."""
     data_path: str = ''
     """Your data: a folder of images, or of train/ and val/ (image_folder), a file (arrays), a name or folder (hub)."""
+    array_layout: str = ''
+    """arrays: where the channels of an item are: channels_first, channels_last or no_channels; empty: by the shape."""
+    value_range: tuple[float, ...] = ()
+    """arrays: the values of black and of white; floats are images then. Empty: see docs/data.md."""
     held_out: int = 0  # How many images are held out; 0: the data set's own, else a tenth and at most 1000.
     image_size: tuple[int, ...] = (64,)
     """image_folder, hub: height and width in pixels to which images are resized and cropped; one number is both."""

@@ -1,6 +1,6 @@
 """The data sets of scikit-learn and torchvision, the table of all, and how a run gets its loaders.
 
-Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/spec.py, and read in the order of
+Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/checks.py, and read in the order of
 data_loading/loader.py.
 """
 
@@ -18,10 +18,11 @@ import torch
 
 from config import Config, SettingError, choose
 from data_loading.arrays import load_arrays
+from data_loading.checks import check_parts
 from data_loading.hub import load_hub
 from data_loading.images import load_image_folder
 from data_loading.loader import HeldOutSampler, LazyLoader, Loader, StreamSampler
-from data_loading.spec import Arrays, DataSpec, Part, check_parts
+from data_loading.spec import Arrays, DataSpec, Part
 from data_loading.toy2d import TOY2D, load_points
 from runtime import files, ranks
 
@@ -94,7 +95,13 @@ DATASETS: dict[str, DataSpec] = {
 
 def get_dataset(config: Config) -> DataSpec:
     """The entry of DATASETS; the `spec` of a Loader also has what was found while loading. Raises SettingError."""
-    return choose('dataset', config.dataset, DATASETS)
+    spec = choose('dataset', config.dataset, DATASETS)
+    if (config.array_layout or config.value_range) and spec.load is not load_arrays:
+        raise SettingError(
+            f'array_layout={config.array_layout!r}, value_range={config.value_range}: dataset={config.dataset!r} does '
+            'not read these. Leave them out, or pass --dataset arrays.'
+        )
+    return spec
 
 
 def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
@@ -126,17 +133,25 @@ def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
 
 
 def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
-    """One line: the numbers of items and classes, the names of the first classes, and how many items each class has."""
-    shape = 'x'.join(map(str, spec.shape or ()))
+    """One line: the numbers of items and classes, how arrays were read, and how many items each class has; of more than
+    12 classes, the largest and the smallest."""
+    shape = (
+        'x'.join(map(str, spec.shape or ()))
+        + (spec.reading and f' ({spec.reading})')
+        + (spec.values and f', {spec.values}')
+    )
     text = f'{dataset}: {len(parts[0]):,} + {len(parts[1]):,} held-out items of shape {shape}'
     if not spec.num_classes:
         return f'{text}, no classes'
     known = [labels.numpy() for part in parts if (labels := part.classes(spec)) is not None]
     counts = np.bincount(np.concatenate([*known, np.zeros(0, np.int64)]), minlength=spec.num_classes)
     names = spec.classes or [str(i) for i in range(spec.num_classes)]
-    shown = [f'{name} {count}' if known else name for name, count in zip(names[:12], counts, strict=False)]
-    more = [f'and {spec.num_classes - 12} more'] if spec.num_classes > 12 else []
-    return f'{text}, {spec.num_classes} classes: {", ".join(shown + more)}'
+    shown = [f'{name} {count}' if known else name for name, count in zip(names, counts, strict=False)]
+    if len(shown) > 12 and known:
+        shown = [f'largest {shown[counts.argmax()]}', f'smallest {shown[counts.argmin()]}']
+    elif len(shown) > 12:
+        shown[12:] = [f'and {spec.num_classes - 12} more']
+    return f'{text}, {spec.num_classes} classes: {", ".join(shown)}'
 
 
 def fingerprint(parts: list[Part], spec: DataSpec) -> str:
@@ -146,7 +161,8 @@ def fingerprint(parts: list[Part], spec: DataSpec) -> str:
     """
     hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
     sizes = '+'.join(str(len(part)) for part in parts)
-    return f'{sizes} items, {spec.num_classes} classes, {files.digest(*hashed, size=6)}'
+    values = spec.values and f'{spec.values}, '
+    return f'{sizes} items, {spec.num_classes} classes, {values}{files.digest(*hashed, size=6)}'
 
 
 def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str:
@@ -183,7 +199,7 @@ def setup_data_train_and_test(
             f'--batch_shards that is a multiple of {least} and divides --global_batch_size.'
         )
     spec, train, test = load_in_turns(config)
-    if spec.scale == 'float' and config.dequantize:
+    if config.dequantize and (spec.scale == 'float' or spec.value_range):
         raise SettingError(
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '
             'Use --no_dequantize.'
@@ -204,7 +220,7 @@ def setup_data_train_and_test(
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(
             f'warning: {len(untrained)} of {spec.num_classes} classes have no training items ({named}): they are not '
-            'learned, and neither sampled nor judged. Number the classes from 0 without gaps.'
+            'learned, and neither sampled nor judged. Add items, or number the classes from 0 without gaps.'
         )
     return train_loader, sampler, test_loader
 

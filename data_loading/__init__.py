@@ -1,7 +1,9 @@
 """Data: where they come from, how they are checked, in which order they are read. In the order to read:
 
-spec.py            DataSpec, what a data set is; Part, its training or held-out part; checks of what `load` returned
+spec.py            DataSpec, what a data set is; Part, its training or held-out part
+checks.py          checks of what `load` returned
 toy2d.py           points in the plane, with known densities
+labels.py          classes from labels of any kind
 arrays.py          .npy, .npz and the files of prepare.py
 folders.py         the images of a folder: which files, which classes
 images.py          a folder of images, decoded

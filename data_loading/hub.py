@@ -2,36 +2,40 @@
 
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from config import Config
 from data_loading import packed
 from data_loading.images import how_made, pixels_of, readable
+from data_loading.labels import HELD_OUT_SPLITS, NAMES_OF_LABEL, classes_of, one_for_each
 from runtime.errors import SettingError
-
-HELD_OUT_SPLITS = ('validation', 'valid', 'val', 'test', 'eval')
+from runtime.ranks import print_once
 
 
 @dataclass(frozen=True, eq=False)
 class HubImages(Dataset):
-    """The rows of one split: (uint8 (channels, H, W), class). Raises DataError for a broken image."""
+    """The rows of one split in this order: (uint8 (channels, H, W), class). Raises DataError for a broken image."""
 
     rows: Any  # datasets.Dataset, whose images are not decoded
-    image: str  # columns
-    label: str | None
+    place: str  # where they are, for errors: '', or ' of split ...'
+    image: str  # the column
+    classes: np.ndarray  # (N,) of the rows
+    order: np.ndarray  # (N,)
     made: dict[str, Any]  # arguments of pixels_of
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        row = self.rows[i]
-        with readable(f'row {i}, column {self.image!r}'):
-            return pixels_of(file_of(row[self.image]), **self.made), 0 if self.label is None else int(row[self.label])
+        row = int(self.order[i])
+        with readable(f'row {row}{self.place}, column {self.image!r}'):
+            return pixels_of(file_of(self.rows[row][self.image]), **self.made), int(self.classes[row])
 
 
 def file_of(image: dict[str, Any] | None) -> Path | BytesIO:
@@ -42,56 +46,99 @@ def file_of(image: dict[str, Any] | None) -> Path | BytesIO:
 
 
 def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
-    """(training part, held-out part, facts) of a data set of Hugging Face `datasets`. Without a held-out split the
-    items are shuffled, and a tenth is held out by default. Raises SettingError."""
+    """(training part, held-out part, facts) of a data set of Hugging Face `datasets`, or of parquet files. Without a
+    held-out split a tenth is held out, of each class its share. Raises SettingError."""
     where = f"dataset='hub', data_path={config.data_path!r}"
     try:
         import datasets
     except ImportError:
         raise SettingError(f'{where}: this needs the package datasets: pip install datasets.') from None
+    found = splits_of(config, where)
+    names = ['train' if 'train' in found else next(iter(found))]
+    names = [name for name in HELD_OUT_SPLITS if name in found and name not in names][:1] + names
+    image, label = columns_of(found[names[-1]], config.columns, where)
+    splits = [found[name].cast_column(image, datasets.Image(decode=False)) for name in names]
+    made = how_made(config, (file_of(row[image]) for split in splits for row in cast(Any, split)))
+    classes, facts = labels_of(splits, label, where)
+    if len(splits) == 1:
+        order = np.random.default_rng(0).permutation(len(splits[0]))
+        places, held_out = [''], 0
+        orders = [order[packed.held_out_choice(classes[0][order], len(order))]]
+    else:
+        places, held_out = [f' of split {name!r}' for name in names], len(splits[0])
+        orders = [np.arange(len(split)) for split in splits]
+    items = ConcatDataset(list(map(HubImages, splits, places, repeat(image), classes, orders, repeat(made))))
+    state = repr(([split._fingerprint for split in splits], 2, dict(image=image, label=label, **made)))
+    return packed.decoded_once(config, items, held_out, facts, state, f'hub {Path(config.data_path).name}')
+
+
+def splits_of(config: Config, where: str) -> Any:
+    """Split -> its rows, as `datasets` finds them. Raises SettingError."""
+    import datasets
+
     if not config.data_path:
         raise SettingError("dataset='hub' needs the name of a data set, or a folder: --data_path NAME_OR_FOLDER.")
+    path, cache = Path(config.data_path).expanduser(), str(Path(config.data_dir, 'hub'))
+    if path.is_file() and path.suffix != '.parquet':
+        raise SettingError(f'{where}: of files, only .parquet is read. Pass one, a folder of them, or a name.')
     try:
-        found = datasets.load_dataset(config.data_path, cache_dir=str(Path(config.data_dir, 'hub')))
+        if path.is_file():
+            return datasets.load_dataset('parquet', data_files=str(path), cache_dir=cache)
+        return datasets.load_dataset(config.data_path, cache_dir=cache)
     except Exception as error:  # many kinds: no network, no such data set, no data in a folder
         text = ' '.join(str(error).split())[:300]
         raise SettingError(
             f'{where} cannot be loaded ({type(error).__name__}: {text}). Check the name, and that there is a network; '
             'or pass a folder of parquet files.'
         ) from None
-    train = found['train'] if 'train' in found else next(iter(found.values()))
-    own = next((found[name] for name in HELD_OUT_SPLITS if name in found and found[name] is not train), None)
-    image, label, classes = columns_of(train, config.columns, where)
-    splits = [train.shuffle(seed=0)] if own is None else [own, train]
-    splits = [split.cast_column(image, datasets.Image(decode=False)) for split in splits]
-    made = how_made(config, (file_of(row[image]) for split in splits for row in cast(Any, split)))
-    items = ConcatDataset([HubImages(split, image, label, made) for split in splits])
-    facts, held_out = dict(classes=classes, num_classes=len(classes)), 0 if own is None else len(own)
-    state = repr(([split._fingerprint for split in splits], dict(image=image, label=label, **made)))
-    return packed.decoded_once(config, items, held_out, facts, state, f'hub {Path(config.data_path).name}')
 
 
-def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None, tuple[str, ...]]:
-    """(image column, class column or None, class names): the columns `named`, else the only ones of their kind.
-    Raises SettingError."""
+def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None]:
+    """(image column, class column or None): the columns `named`, else the only ones of their kind. Raises
+    SettingError."""
     import datasets
 
     kinds = rows.features
-    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-    labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    columns = ', '.join(f'{name} ({getattr(kind, "dtype", type(kind).__name__)})' for name, kind in kinds.items())
     choice = f'Name them by --columns IMAGE [CLASS]; there are {", ".join(kinds)}.'
+    is_bytes = [name for name, kind in kinds.items() if getattr(kind, 'dtype', '') in ('binary', 'large_binary')]
+    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)] or is_bytes
     image = named[0] if named else images[0] if len(images) == 1 else None
+    if not images:
+        raise SettingError(f'{where}: no column holds images, as files or their bytes; there are {columns}.')
     if image is None or image not in images:
         found = f'column {image!r} does not hold images' if image else 'cannot tell which column holds the images'
         raise SettingError(f'{where}: {found}; image columns: {images}. {choice}')
-    if len(named) < 2 and len(labels) > 1:
+    if len(named) == 2:
+        if named[1] not in kinds:
+            raise SettingError(f'{where}: {named[1]!r} does not hold classes. {choice}')
+        return image, named[1]
+    labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(labels) > 1:
         raise SettingError(f'{where}: cannot tell which of {labels} holds the classes. {choice}')
-    if len(named) < 2 and not labels:
-        return image, None, ()
-    label = named[1] if len(named) == 2 else labels[0]
-    if label in labels:
-        return image, label, tuple(kinds[label].names)
-    values = list(rows[label]) if label in kinds else []
-    if not values or not all(isinstance(value, int) and value >= 0 for value in values):
-        raise SettingError(f'{where}: {label!r} does not hold classes, whole numbers from 0. {choice}')
-    return image, label, tuple(map(str, range(max(values) + 1)))
+    may_be = [
+        name for name in kinds if str(getattr(kinds[name], 'dtype', '')).startswith(('int', 'uint', 'string', 'bool'))
+    ]
+    labels = labels or [name for name in may_be if name.lower() in NAMES_OF_LABEL]
+    if len(labels) != 1 and may_be:
+        why = f'cannot tell which of {labels} holds them' if labels else 'no column is a ClassLabel or called label'
+        print_once(f'hub: no classes: {why}. If {" or ".join(may_be)} holds them, pass --columns {image} CLASS')
+    return image, labels[0] if len(labels) == 1 else None
+
+
+def labels_of(splits: list[Any], label: str | None, where: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """(the classes (N,) of each split, facts about them) by the column `label`. Raises SettingError."""
+    if label is None:
+        return [np.zeros(len(split), np.int64) for split in splits], dict(num_classes=0)
+    where = f'{where}, column {label!r}'
+    given = [np.array(split[label][:]) for split in splits]
+    for values in given:
+        if values.dtype == object:
+            row = next((i for i, value in enumerate(values) if value is None), 0)
+            raise SettingError(f'{where}: row {row} holds no class. Fill it, or leave it out.')
+    names = getattr(splits[0].features[label], 'names', None)
+    if names is None:
+        each = [one_for_each(values, len(values), where) for values in given]
+        label_of_all, names = classes_of(np.concatenate(each))
+        given = np.split(label_of_all, np.cumsum([len(values) for values in each])[:-1])
+    return given, dict(num_classes=len(names), classes=tuple(names))

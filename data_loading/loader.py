@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config
-from data_loading.spec import Arrays, DataSpec, Part, collate
+from data_loading.checks import collate
+from data_loading.spec import Arrays, DataSpec, Part
 from runtime import ranks
 from runtime.errors import SettingError
 from runtime.ranks import cores_per_process
@@ -99,6 +100,22 @@ def fits(arrays: Arrays, device: torch.device) -> bool:
     return sum(array.nbytes for array in arrays) < torch.cuda.mem_get_info(device)[0] / 4
 
 
+class Numbered(Dataset):
+    """A Dataset as lists of items with their numbers, in its file if it knows them, for errors."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __getitems__(self, indices: list[int]) -> tuple[list[int], list]:
+        read, rows = getattr(self.items, '__getitems__', None), getattr(self.items, 'file_rows', None)
+        numbers = indices if rows is None else [int(rows[i]) for i in indices]
+        return numbers, read(indices) if read else [self.items[i] for i in indices]
+
+
+def collate_numbered(numbered: Any, spec: DataSpec, where: str) -> Arrays:
+    return collate(numbered[1], spec, where, numbered[0])
+
+
 class Loader:
     """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
 
@@ -121,7 +138,7 @@ class Loader:
         self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
         self.labels = part.classes(spec)  # (N,) int64, or None
         # `load` is left out: where processes are spawned, a lambda could not be sent to them
-        self.collate = functools.partial(collate, spec=replace(spec, load=None), where=part.name)
+        self.collate = functools.partial(collate_numbered, spec=replace(spec, load=None), where=part.name)
         self.part, self.resident, self.workers = part, None, None
         if part.arrays is not None and fits(part.arrays, device):
             self.resident = tuple(array.to(device) for array in part.arrays)
@@ -129,7 +146,7 @@ class Loader:
         else:
             workers = min(num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
-                part.items,
+                Numbered(part.items),
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
                 num_workers=workers,
@@ -157,7 +174,7 @@ class Loader:
         if self.resident is not None:
             chosen = self._to_device(torch.as_tensor(indices))
             return self._scaled(*(array[chosen] for array in self.resident))
-        items = self.collate([self.part.items[int(i)] for i in indices])
+        items = self.collate(Numbered(self.part.items).__getitems__([int(i) for i in indices]))
         return self._scaled(*(array.to(self.device) for array in items))
 
     def everything(self) -> Arrays:
@@ -181,8 +198,7 @@ class Loader:
         """Load the data now, if they are not there yet: see LazyLoader."""
 
     def _scaled(self, x: Tensor, label: Tensor, *x1: Tensor) -> Arrays:
-        divisor = self.spec.max_value if self.spec.scale == 'image' else 1
-        x, *others = (values.float() / divisor for values in (x, *x1))
+        x, *others = map(self.spec.scaled, (x, *x1))
         return x, label, *others
 
     def _to_device(self, indices: Tensor) -> Tensor:

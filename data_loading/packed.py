@@ -225,7 +225,7 @@ def held_out_rows(wanted: int, n: int, where: str) -> int:
 
 
 def held_out_choice(labels: Any, n: int) -> np.ndarray:
-    """(n,): the indices of n items to hold out, given the class of each (N,); one value for all if there are no classes.
+    """(n,): the indices of n items to hold out, given the class of each, (N,); all equal if there are none.
 
     Each class gives its share, its first items in the order given. The last item that a class has left is taken only
     when there is no other. A choice of fewer is the beginning of this one.
@@ -244,6 +244,6 @@ def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         raise SettingError(
             f'{held_out} of {len(x)} images are held out: at least one, and not all, must be left. Add some.'
         )
-    names = ('num_classes', 'classes', 'scale', 'max_value', 'digest', 'mean', 'std')
+    names = ('num_classes', 'classes', 'scale', 'max_value', 'value_range', 'digest', 'mean', 'std')
     facts = {name: found[name] for name in names if name in found}
     return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out]), facts

@@ -152,8 +152,8 @@ class Judge:
         Raises SettingError where no density is defined: floats, x1 that is data.
         """
         experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
-        if spec.scale != 'image' or not self.drawing.has_score or experiment.overrides('encode'):
-            raise SettingError('bits: needs images, the default encode, and independent noise N(0, I) as x1.')
+        if spec.scale != 'image' or spec.value_range or not self.drawing.has_score or experiment.overrides('encode'):
+            raise SettingError('bits: needs images in uint8, the default encode, and independent noise N(0, I) as x1.')
         if not self.config.dequantize:
             print_once('warning: the run was trained without --dequantize, so its density is one of grey levels and '
                        'bits per dimension may be any number')  # fmt: skip

@@ -55,10 +55,10 @@ def prepare(config: PrepareConfig) -> None:
     facts = {name: getattr(spec, name) for name in ('num_classes', 'classes', 'scale', 'max_value')}
     if config.latents:
         facts['held_out'] = len(test)
-        divisor = spec.max_value if spec.scale == 'image' else 1
-        rows = latents(items, function_of(config.latents), divisor, facts)
+        rows = latents(items, function_of(config.latents), spec.scaled, facts)
         packed.write_rows(path, rows, len(items), path.name, facts)
     else:
+        facts |= dict(value_range=spec.value_range) if spec.value_range else {}
         packed.build(items, path, len(test), config.skip_unreadable, path.name, **facts)
     found = packed.read(path)
     n, *shape = found['x'].shape
@@ -71,8 +71,8 @@ def prepare(config: PrepareConfig) -> None:
     )
 
 
-def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -> Iterator[tuple[Any, int]]:
-    """(encode(x / divisor), label) of each item. After the last, mean and std of each channel are among the facts:
+def latents(items: Any, encode: Callable, scaled: Callable, facts: dict[str, Any]) -> Iterator[tuple[Any, int]]:
+    """(encode(scaled(x)), label) of each item. After the last, mean and std of each channel are among the facts:
     those of the training items, which follow the held-out ones."""
     import torch
     from torch.utils.data import DataLoader
@@ -82,7 +82,7 @@ def latents(items: Any, encode: Callable, divisor: int, facts: dict[str, Any]) -
     device, done, count, total, squares = ranks.setup(), 0, 0, 0, 0
     for x, label in DataLoader(items, batch_size=64):
         with torch.no_grad():
-            z = encode(x.to(device).float() / divisor).float().cpu()
+            z = encode(scaled(x.to(device))).float().cpu()
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
             bad = '' if z.isfinite().all() else ' with values that are not finite'
             raise SettingError(

@@ -14,6 +14,7 @@ CHOICES = dict(
     fit=('crop', 'pad', 'stretch'),
     compile=('auto', 'on', 'off', 'graphs'),
     wandb=('auto', 'online', 'offline', 'disabled'),
+    array_layout=('', 'channels_first', 'channels_last', 'no_channels'),
 )
 # Rules for single settings: (settings, does this value keep it?, the rule as text).
 RULES: list[tuple[str, Callable[[Any], Any], str]] = [
@@ -21,6 +22,7 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('max_bad_steps keep_last num_sample_steps num_res_blocks', lambda n: n >= 1, 'must be at least 1'),
     ('columns', lambda names: len(names) <= 2, 'must be one or two names: of images, and of classes'),
     ('image_size', lambda ns: len(ns) in (1, 2) and min(ns) >= 1, 'must be one or two positive numbers of pixels'),
+    ('value_range', lambda vs: not vs or (len(vs) == 2 and vs[0] < vs[1]), 'must be two numbers, LOW < HIGH'),
     ('seed held_out log_every save_every keep_every sample_every', lambda n: n >= 0, 'must be 0 or more'),
     ('eval_every eval_metrics_every', lambda n: n >= 0, 'must be 0 or more'),
     ('warmup_steps num_workers max_translation sample_nfe', lambda n: n >= 0, 'must be 0 or more'),

@@ -1,5 +1,6 @@
 """Arrays in files as a data set: .npy, .npz, and prepared files."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 
 from config import SettingError
 from data_loading import arrays, packed
+from data_loading.labels import NAMES_OF_LABEL
 from data_utils import setup_data_train_and_test
+from runtime.errors import DataError
 
 CPU = torch.device('cpu')
 RNG = np.random.default_rng(3)
@@ -45,12 +48,12 @@ def test_bytes_are_images(load, tmp_path, shape, wanted):
     assert {row.tobytes() for row in (got * 255).round().byte().numpy()} == rows
 
 
-@pytest.mark.parametrize('shape', [(40, 2), (40, 3, 4, 5), (40, 7, 3, 2, 2)])
+@pytest.mark.parametrize('shape', [(40, 2), (40, 3, 7), (40, 3, 4, 5), (40, 1, 7, 3, 5), (40, 7, 3, 2, 2)])
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16])
 def test_floats_are_taken_as_they_are(load, tmp_path, shape, dtype):
     x = (30 * RNG.normal(size=shape)).astype(dtype)
     np.savez(tmp_path / 'x.npz', x=x, y=np.arange(40) % 3)
-    loaded = load(tmp_path / 'x.npz')
+    loaded = load(tmp_path / 'x.npz', network='mlp' if shape[1] == 7 else 'unet')
     got, label = both(loaded)
     assert got.dtype == torch.float32 and loaded[0].spec.num_classes == 3
     wanted = {row.tobytes(): i % 3 for i, row in enumerate(x.astype(np.float32))}
@@ -72,17 +75,21 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
 @pytest.mark.parametrize(
     ('arrays', 'words'),
     [
-        (
-            dict(x=np.zeros((8, 4, 4), np.int32)),
-            r'the data are int32 \(8, 4, 4\)\. They must be uint8 images or floats',
-        ),
+        (dict(x=np.zeros((8, 4, 4), complex)), r'the data are complex128 \(8, 4, 4\)\. They must be whole numbers or'),
+        (dict(x=np.zeros((8, 0))), r'the data are float64 \(8, 0\)'),
         (dict(x=np.zeros(8)), r'float64 \(8,\)'),
         (dict(x=np.zeros((8, 4), np.uint8)), r'uint8 data of shape \(8, 4\) are not images'),
         (dict(photos=np.zeros((8, 4))), 'holds photos. Name the data one of images, x'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(7, int)), r'labels are int64 \(7,\).*for each of 8'),
-        (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\)'),
-        (dict(x=np.zeros((8, 4)), y=np.arange(8) - 1), r'labels are int64 \(8,\), from -1'),
-        (dict(x=np.zeros((8, 4)), y=np.array([1_000_000, *range(7)])), r'only 8 of 1000001 classes occur'),
+        (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\).*labels\.astype\(int\)'),
+        (dict(x=np.zeros((8, 4)), y=np.arange(8) / 3), r'labels are float64 \(8,\).*np\.digitize'),
+        (dict(x=np.zeros((8, 4)), y=np.ones((8, 3))), r'labels are float64 \(8, 3\).*labels\.argmax\(1\)'),
+        (dict(x=np.zeros((8, 4)), y=np.arange(8) - 1), r'labels are int64 \(8,\), from -1.*labels - labels\.min\(\)'),
+        (dict(x=np.zeros((8, 4)), y=np.zeros(8, 'M8[s]')), r'labels\.astype\(str\)'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: it has no labels'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: it has no labels, or no items'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4), int)), 'x_test: the data are int64.*of the same type'),
+        (dict(x_test=np.zeros((8, 4))), 'holds x_test. Name the data one of images.*or x_train and x_test'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
         (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'there are 0 images'),
         (dict(x=np.zeros((1, 4))), 'there are 1 images, and at least two'),
@@ -94,11 +101,239 @@ def test_bad_arrays_are_named_before_training(load, tmp_path, arrays, words):
         load(tmp_path / 'x.npz')
 
 
+# dtype, shape of an item, settings -> shape as read, the channels were last
+READ = [
+    ('u1', (6, 5), {}, (1, 6, 5)),
+    ('f4', (6, 5), dict(array_layout='no_channels'), (1, 6, 5)),
+    ('f4', (6, 5), dict(array_layout='channels_last'), (5, 6)),
+    ('f4', (6, 5), dict(array_layout='channels_first'), (6, 5)),
+    ('f4', (6, 5), dict(network='mlp'), (6, 5)),
+    ('f4', (2, 9), {}, (2, 9)),
+    ('f4', (9,), dict(array_layout='no_channels'), (1, 9)),
+    ('u1', (3, 6, 5), {}, (3, 6, 5)),
+    ('u1', (6, 5, 3), dict(network='mlp'), (3, 6, 5)),
+    ('i8', (6, 5, 3), {}, (3, 6, 5)),
+    ('u1', (4, 4, 3), dict(array_layout='channels_last'), (3, 4, 4)),
+    ('u1', (6, 5, 5), dict(array_layout='channels_last'), (5, 6, 5)),
+    ('u1', (30,), dict(network='mlp'), (30,)),
+    ('f4', (6, 5, 3), dict(value_range=(0.0, 255.0)), (3, 6, 5)),
+    ('f4', (6, 5, 3), dict(array_layout='channels_last'), (3, 6, 5)),
+    ('f4', (6, 5, 3), dict(network='mlp'), (6, 5, 3)),
+    ('f4', (2, 6, 6, 6), {}, (2, 6, 6, 6)),
+    ('f4', (6, 6, 6, 2), dict(value_range=(0.0, 255.0)), (2, 6, 6, 6)),
+]
+
+
+@pytest.mark.parametrize(('dtype', 'shape', 'settings', 'wanted'), READ)
+def test_axes_are_read_by_the_rule_or_as_the_setting_says(load, tmp_path, dtype, shape, settings, wanted):
+    x = np.random.default_rng(0).integers(0, 256, (40, *shape)).astype(dtype)
+    x[0].flat[:2] = 0, 255
+    np.save(tmp_path / 'x.npy', x)
+    loaded = load(tmp_path / 'x.npy', **settings)
+    got, _ = both(loaded)
+    assert got.shape[1:] == wanted
+    last = shape[-1] == wanted[0] and shape[:-1] == wanted[1:] and settings.get('array_layout') != 'channels_first'
+    first = np.moveaxis(x, -1, 1) if last else x.reshape(40, *wanted)
+    if dtype != 'f4' or 'value_range' in settings:
+        got = 255 * got
+    rows = {row.astype(np.float32).tobytes() for row in np.ascontiguousarray(first)}
+    assert {row.tobytes() for row in got.round().numpy()} == rows
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'shape', 'words'),
+    [
+        ('f4', (16, 16, 3), r'channels_last \(C x H x W: 3 channels of 16x16\).*--value_range BLACK WHITE'),
+        ('f4', (16, 16), r'no_channels \(C x H x W: 1 channel of 16x16\); --network mlp needs none'),
+        ('f4', (6, 6, 6, 2), 'array_layout'),
+        ('f4', (4, 4), 'array_layout'),
+        ('u1', (32, 32, 5), r'channels_first \(C x H x W: 32 channels of 32x5\), channels_last .*5 channels of 32x32'),
+        ('u1', (2, 2, 3), 'array_layout'),
+        ('u1', (1, 1, 3), 'array_layout'),
+        ('u1', (32, 3), r'A single image\? np\.stack'),
+        ('u1', (2, 6, 6, 6), 'array_layout'),
+        ('u1', (30,), r'uint8 data of shape \(40, 30\) are not images.*x\.reshape\(-1, H, W\)'),
+    ],
+)
+def test_axes_that_the_rule_leaves_open_are_refused(load, tmp_path, dtype, shape, words):
+    np.save(tmp_path / 'x.npy', np.full((40, *shape), 99).astype(dtype))
+    with pytest.raises(SettingError, match=words) as caught:
+        load(tmp_path / 'x.npy')
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'low', 'high', 'settings', 'black', 'white'),
+    [
+        ('?', 0, 1, {}, 0, 1),
+        ('u2', 7, 4095, {}, 0, 4095),
+        ('i8', 3, 16, {}, 0, 16),
+        ('u1', 0, 16, dict(value_range=(0.0, 16.0)), 0, 16),
+        ('u1', 0, 200, dict(value_range=(0.0, 200.0)), 0, 200),
+        ('i2', -9, 9, dict(value_range=(-10.0, 10.0)), -10, 10),
+        ('i2', -900, 900, dict(value_range=(-1000.0, 1000.0)), -1000, 1000),
+        ('f4', -1, 1, dict(value_range=(-1.0, 1.0)), -1, 1),
+        ('f8', 0.1, 0.7, dict(value_range=(0.1, 0.7)), 0.1, 0.7),
+    ],
+)
+def test_whole_numbers_and_floats_with_a_range_are_images(
+    load, tmp_path, capsys, dtype, low, high, settings, black, white
+):
+    x = np.random.default_rng(0).uniform(low, high, (40, 6, 5, 1))
+    x[3].flat[:2] = low, high
+    x = (x if dtype in ('f4', 'f8') else x.round()).astype(dtype)
+    np.save(tmp_path / 'x.npy', x)
+    loaded = load(tmp_path / 'x.npy', **settings)
+    got, _ = both(loaded)
+    rows = (x.reshape(40, 1, 6, 5).astype(float) - black) / (white - black)
+    assert got.min() >= 0 and got.max() <= 1 and loaded[0].spec.scale == 'image'
+    for row in got.numpy():
+        assert np.abs(rows - row).max((1, 2, 3)).min() < 1e-6
+    text = f'values {black:g} to {white:g}'
+    assert f'(C x H x W: 1 channel of 6x5), {text}, no classes' in capsys.readouterr().out
+    assert text in loaded[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ('x', 'settings', 'words'),
+    [
+        (np.uint8([16]), {}, r'from 0 to 16\. What is black.*--value_range 0 16'),
+        (np.int64([-3]), {}, r'from -3 to 0\. .*--value_range -3 1'),
+        (np.uint16([0]), {}, r'--value_range 0 1'),
+        (np.int64([300]), dict(value_range=(0.0, 255.0)), 'value_range=.*goes from 0 to 300, and row 7 is outside'),
+        (np.float32([1.5]), dict(value_range=(0.0, 1.0)), r'outside value_range=\(0, 1\), the first is number 7'),
+        (np.float32([np.nan]), {}, r'x: 1 of 40 items hold NaN or infinite values, the first is number 7'),
+        (np.float32([np.nan]), dict(value_range=(0.0, 1.0)), r'NaN or infinite values, the first is number 7'),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused_with_the_row_of_the_file(load, tmp_path, x, settings, words):
+    values = np.zeros((40, 1, 6, 5), x.dtype)
+    values[7, 0, 2, 2] = x[0]
+    np.save(tmp_path / 'x.npy', values)
+    with pytest.raises(SettingError, match=words):
+        load(tmp_path / 'x.npy', **settings)
+
+
+def test_rows_that_are_read_one_by_one_are_named_as_in_the_file(load, tmp_path, monkeypatch):
+    values = np.zeros((40, 1, 6, 5), np.float32)
+    values[7, 0, 2, 2] = np.inf
+    np.save(tmp_path / 'x.npy', values)
+    monkeypatch.setattr(arrays, 'LARGEST_SHUFFLED', 100)
+    train, _, test = load(tmp_path / 'x.npy', num_workers=0)
+    loader = test if 7 in test.part.items.file_rows else train
+    for read in (lambda: loader.take(range(loader.size)), lambda: list(itertools.islice(loader, 16))):
+        with pytest.raises(DataError, match='first is number 7'):
+            read()
+
+
+@pytest.mark.parametrize(
+    ('low', 'high', 'wanted'),
+    [(0, 1, '0 1'), (-1, 1, '-1 1'), (0, 255, '0 255'), (0, 9, ''), (-3, 3, ''), (0, 0.1, '')],
+)
+def test_floats_that_look_like_images_are_told_the_flag(load, tmp_path, capsys, low, high, wanted):
+    x = np.random.default_rng(0).uniform(low, high, (40, 3, 6, 5)).astype(np.float32)
+    np.save(tmp_path / 'x.npy', x)
+    loaded = load(tmp_path / 'x.npy')
+    assert loaded[0].spec.scale == 'float' and both(loaded)[0].min() == x.min()
+    assert capsys.readouterr().out.partition('pass --value_range ')[2].partition('\n')[0] == wanted
+
+
+@pytest.mark.parametrize('name', NAMES_OF_LABEL[:-1])
+@pytest.mark.parametrize(
+    ('y', 'classes', 'wanted'),
+    [
+        (np.array(['owl', 'cat'] * 20), ('cat', 'owl'), [1, 0] * 20),
+        (np.array([b'owl', b'cat'] * 20), ('cat', 'owl'), [1, 0] * 20),
+        (np.arange(40) % 4, (), [0, 1, 2, 3] * 10),
+        (1 + np.arange(40) % 2, ('1', '2'), [0, 1] * 20),
+        (np.array([0, 900] * 20), ('0', '900'), [0, 1] * 20),
+        (np.array([True, False] * 20), ('False', 'True'), [1, 0] * 20),
+        (np.arange(40)[:, None] % 4, (), [0, 1, 2, 3] * 10),
+        (np.eye(3)[np.arange(40) % 2 * 2], ('0', '2'), [0, 1] * 20),
+    ],
+    ids=['text', 'bytes', 'numbers', 'from 1', 'gaps', 'bools', 'column', 'one-hot'],
+)
+def test_labels_become_classes_that_all_have_items(load, tmp_path, name, y, classes, wanted):
+    np.savez(tmp_path / 'x.npz', x=np.arange(40, dtype=np.float32)[:, None], **{name: y})
+    loaded = load(tmp_path / 'x.npz')
+    got, label = both(loaded)
+    assert loaded[0].spec.classes == classes and loaded[0].spec.num_classes == max(wanted) + 1
+    assert label[got[:, 0].argsort()].tolist() == wanted
+
+
+def test_class_names_may_be_in_the_file(load, tmp_path):
+    names = np.array(['cat', 'dog', 'owl', 'yak'])
+    np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), y=np.arange(40) % 2 + 1, classes=names)
+    assert load(tmp_path / 'x.npz')[0].spec.classes == ('dog', 'owl')
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('x_train', 'y_train', 'x_test', 'y_test'),
+        ('train_images', 'train_labels', 'val_images', 'val_labels'),
+        ('X_train', 'target_train', 'X_test', 'target_test'),
+        ('images', 'labels', 'images_valid', 'labels_valid'),
+    ],
+)
+def test_parts_in_the_file_are_the_split(load, tmp_path, capsys, names):
+    x, y = np.arange(60, dtype=np.uint16).reshape(60, 1, 1, 1) + np.zeros((1, 6, 5), np.uint16), np.arange(60) % 3 + 1
+    values = dict(zip(names, (x[:40], y[:40, None], x[40:], y[40:, None]), strict=True))
+    np.savez(tmp_path / 'x.npz', **values, eval_images=x[:9], eval_labels=y[:9])
+    train, _, test = load(tmp_path / 'x.npz')
+    assert train.spec.classes == ('1', '2', '3') and 'values 0 to 59' in train.about  # the largest of both parts
+    for loader, rows in ((train, slice(40)), (test, slice(40, 60))):
+        got, label = loader.everything()
+        assert (got[:, 0, 0, 0] * 59).round().tolist() == x[rows, 0, 0, 0].tolist()
+        assert label.tolist() == (y[rows] - 1).tolist()
+    assert 'not used: eval_images uint16 (9, 1, 6, 5), eval_labels int64 (9,)\n' in capsys.readouterr().out
+    assert load(tmp_path / 'x.npz', held_out=5)[2].size == 5
+
+
+def test_what_may_be_labels_under_another_name_is_named(load, tmp_path, capsys):
+    np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), kind=np.arange(40) % 3)
+    assert load(tmp_path / 'x.npz')[0].spec.num_classes == 0
+    assert 'arrays: not used: kind int64 (40,). If kind holds the classes, name it labels' in capsys.readouterr().out
+
+
+def test_a_tenth_of_each_class_is_held_out_and_never_the_only_image(load, tmp_path, capsys):
+    y = np.repeat(np.arange(15), [100, 50] + [1] * 13)
+    np.savez(tmp_path / 'x.npz', x=np.zeros((len(y), 2)), y=y)
+    train, _, test = load(tmp_path / 'x.npz')
+    assert test.labels.bincount().tolist() == [11, 5] and min(train.spec.counts) == 1
+    out = capsys.readouterr().out
+    assert '15 classes: largest 0 100, smallest 2 1\n' in out and 'warning' not in out
+
+
+def test_floats_with_a_range_are_drawn_and_shown_as_images(tiny_config, tmp_path, build_trainer):
+    x = np.random.default_rng(0).uniform(-2, 2, (40, 8, 8, 3)).astype(np.float32)
+    np.save(tmp_path / 'x.npy', x)
+    settings = dict(dataset='arrays', data_path=str(tmp_path / 'x.npy'), value_range=(-2.0, 2.0))
+    trainer = build_trainer(tiny_config(**settings))
+    seen = trainer.train_loader.take(range(4))[0]
+    assert trainer.gallery.are_images and torch.allclose(trainer.decode(trainer.encode(seen)), seen, atol=1e-6)
+    assert trainer.encode(seen).min() < -0.9 and trainer.encode(seen).max() <= 1
+    with pytest.raises(SettingError, match='bits: needs images in uint8'):
+        trainer.judge.bits_per_dim(trainer.network, 4)
+    with pytest.raises(SettingError, match='dequantize=True'):
+        setup_data_train_and_test(tiny_config(**settings, dequantize=True), CPU)
+
+
+def test_other_data_sets_do_not_read_layout_and_range(tiny_config, load, tmp_path):
+    for settings in (dict(array_layout='channels_last'), dict(value_range=(0.0, 1.0))):
+        with pytest.raises(SettingError, match="dataset='digits' does not read these"):
+            setup_data_train_and_test(tiny_config(**settings), CPU)
+        packed.write(tmp_path / 'x.pt', torch.zeros(4, 1, 2, 2), torch.zeros(4), held_out=1)
+        with pytest.raises(SettingError, match='the file has its own'):
+            load(tmp_path / 'x.pt', **settings)
+
+
 def test_files_that_cannot_be_used_are_named(load, tmp_path):
     for name, content, words in (
         ('gone.npy', None, 'there is no such file'),
+        ('', None, 'this is a folder; --preset small_images reads a folder of images'),
         ('x.txt', b'1 2 3', 'its ending is none of .npy, .npz and .pt'),
-        ('x.npy', b'1 2 3', 'cannot be read'),
+        ('x.npy', b'1 2 3', r"cannot be read \(it is not a file of numpy, and begins with b'1 2 3'\)"),
         ('x.npz', b'', 'cannot be read'),
         ('x.pt', b'1 2 3', 'cannot be read.*Make it again'),
     ):
@@ -143,7 +378,7 @@ def test_a_packed_file_is_read_in_place(load, tmp_path):
 
 
 def test_arrays_without_names_are_images_and_classes(tiny_config, tmp_path):
-    np.savez(tmp_path / 'x.npz', np.zeros((40, 8, 8), np.uint8), np.arange(40) % 3)
+    np.savez(tmp_path / 'x.npz', np.full((40, 8, 8), 99, np.uint8), np.arange(40) % 3)
     train, _, _ = setup_data_train_and_test(tiny_config(dataset='arrays', data_path=str(tmp_path / 'x.npz')), CPU)
     assert train.spec.num_classes == 3
 
@@ -156,10 +391,6 @@ def test_bytes_in_the_other_order_are_the_same_numbers(tiny_config, tmp_path):
         settings = dict(dataset='arrays', data_path=str(tmp_path / 'x.npy'))
         found.append(setup_data_train_and_test(tiny_config(**settings), CPU)[0].everything()[0])
     assert torch.equal(*found)
-
-
-def test_channels_may_be_last():
-    assert arrays.channels_first(np.zeros((9, 6, 5, 4), np.uint8), '').shape == (9, 4, 6, 5)
 
 
 def test_the_fingerprint_of_rows_depends_on_the_last():

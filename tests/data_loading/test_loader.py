@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from data_loading.loader import HeldOutSampler, Loader, StreamSampler
 from data_loading.spec import Part
 from data_utils import DATASETS, DataSpec, setup_data_train_and_test
 from runtime import ranks, stopping
+from runtime.errors import DataError
 from runtime.ranks import cores_per_process
 from tests.helpers import ROOT, processes_with, wait_until
 
@@ -409,3 +411,32 @@ def test_one_process_of_each_machine_downloads_and_all_agree(tmp_path):
     assert re.match('SettingError: data_dir=.*no entry', seen[0]['fails'])
     downloads = {folder: (tmp_path / folder / 'downloads').read_text() for folder in ('shared', 'own0', 'own1')}
     assert downloads == {'shared': '0 ', 'own0': '0 ', 'own1': '2 '}
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_item_of_a_dataset_is_called_by_its_number(tiny_config, monkeypatch, workers):
+    x = torch.zeros(60, 1, 4, 4)
+    x[37] = torch.nan
+    part = TensorDataset(x, torch.zeros(60))
+    monkeypatch.setitem(DATASETS, 'mine', DataSpec(lambda config: (part, part), scale='float'))
+    train, _, test = setup_data_train_and_test(tiny_config(dataset='mine', num_workers=workers), CPU)
+    for loader in (train, test):
+        with pytest.raises(DataError, match='1 of 4 items hold NaN or infinite values, the first is number 37'):
+            list(itertools.islice(loader, 16))
+        loader.close()
+    with pytest.raises(DataError, match='1 of 2 items hold NaN or infinite values, the first is number 37'):
+        test.take([3, 37])
+
+
+def test_a_dataset_of_float_images_is_scaled_by_its_range(tiny_config, monkeypatch):
+    x = torch.linspace(-1, 1, 20 * 3 * 16).view(20, 3, 4, 4)
+    for part in (TensorDataset(x, torch.zeros(20)), (x, torch.zeros(20))):
+        spec = DataSpec(lambda config, part=part: (part, part), value_range=(-1.0, 1.0))
+        monkeypatch.setitem(DATASETS, 'mine', spec)
+        train, *_ = setup_data_train_and_test(tiny_config(dataset='mine', num_workers=0), CPU)
+        assert torch.allclose(train.take(range(20))[0], (x + 1) / 2)
+    with pytest.raises(
+        SettingError, match=r'outside value_range=\(0, 1\), the first is number 0\. All go from -1 to 1'
+    ):
+        monkeypatch.setitem(DATASETS, 'mine', replace(spec, value_range=(0.0, 1.0)))
+        setup_data_train_and_test(tiny_config(dataset='mine'), CPU)

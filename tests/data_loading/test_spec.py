@@ -141,7 +141,7 @@ REFUSED = {
     'float labels': ((IMAGES, LABELS.float()), {}, r'label is float32 \(24,\).*whole number'),
     'one-hot labels': ((IMAGES, torch.eye(5)[LABELS].long()), {}, r'label is int64 \(24, 5\).*shape \(24,\)'),
     'images in [0, 1]': ((IMAGES / 255, LABELS), {}, r"x is float32 .*from 0 to 1\. .*must be uint8.*scale='float'"),
-    'images in [-1, 1]': ((IMAGES / 127.5 - 1, LABELS), {}, 'from -1 to 1'),
+    'images in [-1, 1]': ((IMAGES / 127.5 - 1, LABELS), {}, r'from -1 to 1\. .*PILToTensor.*value_range='),
     '16 bits': ((IMAGES.numpy().astype(np.uint16) * 257, LABELS), {}, 'x is uint16 .*from 0 to 6.5'),
     'brighter than white': (GOOD, dict(max_value=16), r'x goes up to 255, but max_value=16.*max_value=255'),
     'other sides': (GOOD, dict(shape=(3, 32, 32)), r'items of shape \(3, 4, 5\), expected is \(3, 32, 32\).*Resize'),

@@ -1,0 +1,175 @@
+"""Checks of what the `load` of a DataSpec returns: once before training, and again in every batch that loader processes
+read."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from data_loading.spec import Arrays, DataSpec, Part, describe
+from runtime.errors import DataError, SettingError
+
+HOW_TO_RETURN = (
+    'It must return the training and the held-out part, each (x, label), (x, label, x1) or a torch Dataset of such '
+    'items: return (x, label), (held_out_x, held_out_label)'
+)
+EMPTY = 'it is empty. Put at least one item into it.'
+
+
+def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
+    """What `spec.load` returned, ready for a Loader: `spec` with the shape of the data and the facts that came with
+    them, the training and the held-out part. `where` names the data set in errors.
+
+    Arrays are converted by `check_arrays`. The first item of a Dataset is read and checked. Raises SettingError.
+    """
+    if isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict):
+        spec, loaded = replace(spec, **loaded[2]), loaded[:2]
+    if spec.scale not in ('image', 'float'):
+        raise SettingError(f"{where}: scale={spec.scale!r} of its DataSpec must be 'image' or 'float'.")
+    if not isinstance(loaded, (tuple, list)) or len(loaded) != 2 or not all(map(may_be_part, loaded)):
+        raise SettingError(f'{where}: load returned {describe(loaded)}. {HOW_TO_RETURN}.')
+    parts, entries = [], []
+    for source, name in zip(loaded, ('training', 'held-out'), strict=True):
+        here = f'{where}, {name} part'
+        try:
+            if isinstance(source, (tuple, list)):
+                source = first = check_arrays(source, spec, here)
+            elif len(source) == 0:
+                raise DataError(f'{here}: {EMPTY}')
+            else:
+                first = collate([source[0]], spec, f'{here}, first item')
+        except DataError as error:
+            raise SettingError(str(error)) from None
+        spec = replace(spec, shape=tuple(first[0].shape[1:]))
+        parts.append(Part(source, where))
+        entries.append(len(first))
+    if entries[0] != entries[1]:
+        counted = f'{entries[0]} entries in the training part, {entries[1]} in the held-out part'
+        raise SettingError(f'{where}: {counted}. {HOW_TO_RETURN}.')
+    return spec, *parts
+
+
+def may_be_part(part: Any) -> bool:
+    """Whether `part` is a tuple of arrays, or a Dataset of known length."""
+    has_both = hasattr(part, '__len__') and hasattr(part, '__getitem__')
+    return has_both and not isinstance(part, (Tensor, np.ndarray, dict, str))
+
+
+def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
+    """A batch from items of a Dataset, which errors call by their `numbers`, checked. Raises DataError."""
+    try:
+        arrays = default_collate(items)
+    except (TypeError, RuntimeError):
+        kinds = list(dict.fromkeys(map(describe, items)))
+        hint = ' Of a PIL image, transforms.PILToTensor() makes one.' if '(Image' in str(kinds) else ''
+        raise DataError(
+            f'{where}: no batch can be made of {" and ".join(kinds[:3])}. Every item must be (x, label) or '
+            f'(x, label, x1): x a tensor, label a whole number, all of the same types and shapes.{hint}'
+        ) from None
+    return check_arrays(arrays, spec, where, numbers)
+
+
+def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
+    """Tensors from tensors or numpy arrays: x and x1 as `check_values` makes them, class labels int64.
+
+    Raises DataError, which says what was found, what is expected and how to fix it.
+    """
+    is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
+    if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
+        wanted = 'It must be (x, label) or (x, label, x1), of tensors or numpy arrays'
+        raise DataError(f'{where}: {describe(arrays)}. {wanted}.')
+    try:
+        arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
+    except TypeError as error:
+        raise DataError(f'{where}: {describe(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
+    x, label, *x1 = arrays
+    if len({len(array) for array in arrays}) > 1:
+        counts = [f'{len(array)} {name}' for array, name in zip(arrays, ('x', 'labels', 'x1'), strict=False)]
+        raise DataError(f'{where}: {", ".join(counts)}. x, labels and x1 must have the same length.')
+    if len(x) == 0:
+        raise DataError(f'{where}: {EMPTY}')
+    x = check_values(x, spec, f'{where}: x', numbers)
+    check_shape(tuple(x.shape[1:]), spec, f'{where}: x')
+    x1 = [check_values(values, spec, f'{where}: x1', numbers) for values in x1]
+    if x1 and x1[0].shape != x.shape:
+        raise DataError(f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. x and x1 must have the same shape.')
+    return x, check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label, *x1
+
+
+def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Tensor:
+    """`x` as uint8 up to max_value for images, as finite float32 for floats, and within a value_range if there is one.
+    Errors call an item by its number in `numbers`, else by its place."""
+    if spec.scale == 'image' and not spec.value_range:
+        if x.dtype != torch.uint8:
+            raise DataError(
+                f'{where} is {describe(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images must be '
+                f'uint8, 0 to max_value={spec.max_value}: convert them (for torchvision, transforms.PILToTensor() in '
+                "place of ToTensor()). Or pass value_range=(BLACK, WHITE) to the DataSpec, or scale='float' if the "
+                'values are meant as they are.'
+            )
+        if spec.max_value < 255 and x.max() > spec.max_value:
+            raise DataError(
+                f'{where} goes up to {x.max()}, but max_value={spec.max_value}, which becomes 1. '
+                f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur.'
+            )
+        return x
+    if not x.is_floating_point() and not spec.value_range:
+        raise DataError(
+            f"{where} is {describe(x)}, but scale='float' takes floats as they are. Convert it to float32, in the "
+            "range that the trainer is to see, or pass scale='image' to the DataSpec for uint8 images."
+        )
+    x = x.float()
+    wrong, what, remedy = ~x.isfinite(), 'NaN or infinite values', 'Fix them or leave them out'
+    if spec.value_range and not wrong.any():
+        low, high = spec.value_range
+        wrong, what = (x < low) | (x > high), f'values outside value_range=({low:g}, {high:g})'
+        remedy = f'All go from {x.min():g} to {x.max():g}: widen the range, or fix the items'
+    if wrong.any():
+        bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
+        first = numbers[bad[0]] if len(numbers) else bad[0]
+        raise DataError(f'{where}: {len(bad)} of {len(x)} items hold {what}, the first is number {first}. {remedy}.')
+    return x
+
+
+def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
+    """That an item has the spec's shape, or, where this is None, a shape that images can have."""
+    wanted = spec.shape
+    if wanted is None and spec.scale == 'image':
+        if len(found) < 3:
+            wanted = ('C', 'H', 'W')
+        elif len(found) == 3 and found[2] <= 4 < found[0]:
+            wanted = found[2:] + found[:2]
+    if wanted is None or tuple(wanted) == found:
+        return
+    if len(found) == len(wanted) - 1:
+        remedy = 'If the channel is missing, add it: images[:, None]'
+    elif found[-1:] + found[:-1] == tuple(wanted):
+        remedy = 'If the channels come last, put them first: images.permute(0, 3, 1, 2)'
+    else:
+        remedy = 'Resize the data in load'
+    raise DataError(
+        f'{where} has items of shape {found}, expected is ({", ".join(map(str, wanted))}). '
+        f'{remedy}. If this shape is meant, pass shape={found} to the DataSpec.'
+    )
+
+
+def check_labels(label: Tensor, num_classes: int, where: str) -> Tensor:
+    """`label` as int64, one class from 0 to num_classes - 1 for each item."""
+    if label.ndim != 1 or label.is_floating_point() or label.is_complex():
+        raise DataError(
+            f'{where} is {describe(label)}, but num_classes={num_classes} needs one whole number for each item, shape '
+            f'({len(label)},). With num_classes=0 it may be anything.'
+        )
+    label = label.long()
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f'{where} goes from {low} to {high}, but num_classes={num_classes} allows 0 to {num_classes - 1} '
+            f"({num_classes} means 'no label'). Number the classes from 0, or pass num_classes={max(high, 0) + 1} to "
+            'the DataSpec.'
+        )
+    return label
