@@ -1,7 +1,7 @@
 """Every setting of an experiment: defaults, presets and command-line flags.
 
 The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --base_lr 3e-4`).
-Later wins: field default < PRESETS[preset] < network of the checkpoint in --init_from < DEBUG (with --debug) < flags.
+Later wins: field default < PRESETS[preset] < --settings < network of the checkpoint in --init_from < DEBUG < flags.
 A setting that names a choice (`process_name`, `solver`, ...) is a key of the table that its comment names.
 The text after a setting, a comment or a docstring of one line, is its help. This file imports no torch, so `--help` is
 quick. settings/rules.py says which values can be right.
@@ -23,6 +23,8 @@ __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config
 class Config:
     # ---------------------------------------------------------------- the run
     preset: str = 'digits'  # Named group of settings, a key of PRESETS in config.py.
+    settings: str = ''
+    """Run whose settings this one starts with: its folder, or a JSON file of settings; they replace the preset's."""
     experiment_name: str = ''
     """Folder of the run inside ckpt_dir; empty: preset (or data set) and the settings that differ from the preset."""
     ckpt_dir: str = 'ckpts'  # Folder of all runs.
@@ -177,7 +179,11 @@ class Config:
 
     def default_name(self, *more: str) -> str:
         """The name of a run that was given none: the preset, the settings that differ, and `more`."""
-        return same_run.default_name(self, PRESETS, *more)
+        return same_run.folder_name([*same_run.name_parts(self, PRESETS), *more])
+
+    def older_name(self, *more: str) -> str:
+        """`default_name`, as older versions made it."""
+        return same_run.older_folder_name([*same_run.name_parts(self, PRESETS), *more])
 
     @property
     def run_dir(self) -> Path:
@@ -234,5 +240,4 @@ def parse_config(
     `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
     SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
     """
-    about = (__doc__ or '').split('\n\n')[0]  # None under python -OO
-    return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in, about)
+    return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in)

@@ -5,12 +5,14 @@ Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the train
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import Config, SettingError, choose, parse_config
+from config import PRESETS, Config, SettingError, choose, parse_config
 from runtime import command
 from runtime.importing import import_class, import_file, refuse_foreign, refuse_hidden, refuse_to_train
+from settings.choices import TABLES, refuse
 from settings.same_run import FREE_ON_RESUME, SCHEDULES_WITHOUT_END
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def main(
     """
     refuse_to_train()
     command.parsed(refuse_hidden)
-    config = flags(argv, config_class)
+    config = flags(argv, config_class, trainer_class)
 
     def work() -> None:
         import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
@@ -38,15 +40,24 @@ def main(
     command.run(work)
 
 
-def flags(argv: Sequence[str] | None = None, config_class: type[Config] = Config) -> Config:
-    """Command-line flags as settings; a wrong one ends the program with its message."""
+def flags(
+    argv: Sequence[str] | None = None, config_class: type[Config] = Config, trainer_class: type | None = None
+) -> Config:
+    """Command-line flags as settings; a wrong one ends the program with its message, and one that nothing reads, if the
+    experiment has no class of its own, which may read it."""
 
     def settings_in(path: str) -> dict[str, Any]:
         from saving import network_settings  # with torch, for which `--help` need not wait
 
         return network_settings(path)
 
-    return command.parsed(lambda: parse_config(argv, config_class, settings_in))
+    def parse() -> Config:
+        config = parse_config(argv, config_class, settings_in)
+        if trainer_class is None and config_class is Config:
+            refuse(config, argv, PRESETS)
+        return config
+
+    return command.parsed(parse)
 
 
 def start(config: Config, trainer_class: type | None) -> None:
@@ -168,22 +179,7 @@ def train(config: Config, trainer_class: type | None) -> None:
 
 def choices() -> dict[str, Mapping[str, object]]:
     """Setting -> the table whose keys are its choices."""
-    from data_utils import DATASETS
-    from networks import NETWORKS, TIME_INPUTS
-    from networks.transformer import DIT_SIZES
-    from optimizers import LR_SCHEDULES, OPTIMIZERS
-    from prediction import LOSS_WEIGHTS, ROWS
-    from processes import PROCESSES
-    from sampling import TIME_GRIDS
-    from solvers import LAST_STEPS, SDE_NOISES, SOLVERS
-    from time_samplers import TIME_SAMPLERS
-
-    return dict(
-        dataset=DATASETS, network=NETWORKS, dit_size=DIT_SIZES, time_input=TIME_INPUTS, process_name=PROCESSES,
-        model_type=ROWS, target_type=ROWS, loss_weight=LOSS_WEIGHTS, time_sampler=TIME_SAMPLERS,
-        optimizer=OPTIMIZERS, lr_schedule_type=LR_SCHEDULES,
-        solver=SOLVERS, time_grid=TIME_GRIDS, sde_noise=SDE_NOISES, sde_last_step=LAST_STEPS,
-    )  # fmt: skip
+    return {setting: getattr(import_module(module), table) for setting, (module, table) in TABLES.items()}
 
 
 if __name__ == '__main__':

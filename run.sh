@@ -15,7 +15,7 @@
 set -eu
 trap 'exit 75' TERM INT HUP USR1
 caller=$(pwd -P)
-export RUN_CALLER="$caller" # code below it may be imported: runtime/importing.py
+export RUN_CALLER="$caller" # paths on the command line are relative to it (runtime/files.py); its code may be imported
 CDPATH= cd -- "$(dirname -- "$0")"
 if [ ! -f launch/environment.sh ]; then
     echo "run.sh: there is no launch/environment.sh in $PWD. Call run.sh of the project itself: sh /path/to/project/run.sh" >&2

@@ -6,15 +6,17 @@ exit codes; read runtime/stopping.py next.
 
 import atexit
 import contextlib
+import dataclasses
 import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from runtime import errors
 from runtime.errors import DataError, NonFiniteLoss, SaveError, SettingError, Stopped
+from runtime.files import from_caller
 
 T = TypeVar('T')
 
@@ -23,6 +25,21 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 # Whoever starts several processes sets LOCAL_RANK too. What a cluster sets, or an earlier program left, does not apply:
 # torch would wait for the others.
 dropped = {} if 'LOCAL_RANK' in os.environ else {n: os.environ.pop(n, '1') for n in ('WORLD_SIZE', 'RANK')}
+
+
+def options(kind: type[T], argv: Sequence[str] | None, about: str | None, *paths: str) -> T:
+    """The flags of a program as the dataclass `kind`. Its fields `paths` are seen from the caller's folder."""
+    import tyro
+
+    def parse() -> Any:
+        made: Any = tyro.cli(kind, args=argv, use_underscores=True, description=about)
+        seen: dict[str, Any] = {}
+        for name in paths:
+            value, is_output = getattr(made, name), name == 'out'
+            seen[name] = from_caller(value, is_output) if isinstance(value, str) else tuple(map(from_caller, value))
+        return dataclasses.replace(made, **seen)
+
+    return parsed(parse)
 
 
 def parsed(parse: Callable[[], T]) -> T:

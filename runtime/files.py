@@ -1,4 +1,4 @@
-"""Files that are whole or not there, hashes of tensors, and locks between processes."""
+"""Files that are whole or not there, hashes of tensors, locks between processes, and paths of the command line."""
 
 import contextlib
 import errno
@@ -24,6 +24,21 @@ LOAD_ERRORS = (
     zipfile.BadZipFile, zlib.error, pickle.PickleError, struct.error, EOFError, OSError, RuntimeError, LookupError,
     ValueError, TypeError, AttributeError, AssertionError,
 )  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]  # of the project
+
+
+def from_caller(path: str, is_output: bool = False) -> str:
+    """A path of the command line, as seen from the project's folder, into which run.sh changes from RUN_CALLER.
+
+    A relative one is in the caller's folder. Is there nothing, but in the project, it is that one, if not an output.
+    """
+    caller = Path(os.environ.get('RUN_CALLER') or ROOT)
+    there = caller / path
+    is_ours = not is_output and not there.exists() and (ROOT / path).exists()
+    if caller == ROOT or not path or path.startswith(('/', '~')) or is_ours:
+        return path
+    there = there.resolve() if '..' in there.parts else there
+    return str(there.relative_to(ROOT) if there.is_relative_to(ROOT) else there)
 
 
 @contextlib.contextmanager

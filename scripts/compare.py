@@ -24,7 +24,7 @@ from config import Config, SettingError
 from reports import page
 from reports.seeds import Group, cells, changes_of, grouped, text_of_changes
 from runtime import command, files
-from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name
+from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name, older_folder_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Compare:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare the runs that the flags name."""
-    options = command.parsed(lambda: tyro.cli(Compare, args=argv, use_underscores=True, description=__doc__))
+    options = command.options(Compare, argv, __doc__, 'runs', 'out')
     command.run(lambda: compare(options))
 
 
@@ -83,11 +83,14 @@ def side_by_side(
     from main import flags
 
     seeds, words = command.parsed(lambda: take_seeds(sys.argv[1:] if argv is None else argv))
-    config = flags([*usual.split(), *words], config_class)
-    before = flags(usual.split(), config_class)
+    config = flags([*usual.split(), *words], config_class, object)  # the parts may read any setting
+    before = flags(usual.split(), config_class, object)
     if config.experiment_name == config.default_name():
         changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
-        config = dataclasses.replace(config, experiment_name=folder_name([Path(sys.argv[0]).stem, *changed]))
+        parts_of_name = [Path(sys.argv[0]).stem, *changed]
+        older = older_folder_name(parts_of_name)
+        name = older if any(Path(config.ckpt_dir).glob(f'{older}_*')) else folder_name(parts_of_name)
+        config = dataclasses.replace(config, experiment_name=name)
 
     def work() -> None:
         from main import start

@@ -63,9 +63,7 @@ class Evaluate:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say."""
-    import tyro
-
-    options = command.parsed(lambda: tyro.cli(Evaluate, args=argv, use_underscores=True, description=__doc__))
+    options = command.options(Evaluate, argv, __doc__, 'run', 'detector_weights')
 
     def work() -> None:
         from runtime.ranks import print_once

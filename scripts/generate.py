@@ -55,9 +55,7 @@ class Generate:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the flags say."""
-    import tyro
-
-    options = command.parsed(lambda: tyro.cli(Generate, args=argv, use_underscores=True, description=__doc__))
+    options = command.options(Generate, argv, __doc__, 'run', 'out')
     command.run(lambda: generate(options))
 
 

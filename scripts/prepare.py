@@ -16,6 +16,7 @@ from typing import Any
 
 from config import Config, SettingError, parse_config
 from runtime import command
+from runtime.files import from_caller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def function_of(text: str) -> Callable:
     from runtime import importing
 
     file, _, name = text.rpartition(':')
-    path = Path(file).expanduser().resolve()
+    path = Path(from_caller(file)).expanduser().resolve()
     if not path.is_file():
         raise SettingError(f'latents={text!r}: there is no file {file!r}. Pass FILE.py:FUNCTION.')
     found = getattr(importing.import_file(str(path)), name, None)

@@ -15,8 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import SettingError, parse_config
+from config import PRESETS, Config, SettingError, parse_config
 from runtime import command, errors
+from settings.choices import refuse
+from settings.words import read
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,8 +59,12 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
         first = parse_config(words[end + 1 :]).seed
         grid['--seed'] = [str(first + i) for i in range(seeds)]
     chosen = itertools.product(*grid.values())
-    runs = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
-    names = [parse_config(flags).experiment_name for flags in runs]
+    rows = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
+    runs = [read(row, Config, PRESETS)[0] for row in rows]  # paths as seen from the project's folder
+    configs = [parse_config(flags) for flags in runs]
+    for config, flags in zip(configs, runs, strict=True):
+        refuse(config, flags, PRESETS)
+    names = [config.experiment_name for config in configs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         text = f'Two runs would both be called {twice[0]!r}. Leave --experiment_name out, and give no value twice.'
@@ -69,6 +75,7 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
 def sweep(runs: list[list[str]]) -> None:
     """Raises SettingError, or errors.Stopped if a run was asked to stop."""
     from scripts import compare
+    from training.run_folder import settle_name
 
     only = os.environ.get('SLURM_ARRAY_TASK_ID')
     if only is not None and int(only) >= len(runs):
@@ -81,7 +88,7 @@ def sweep(runs: list[list[str]]) -> None:
         if code == errors.EXIT_STOPPED:
             raise errors.Stopped
         failed += [flags] if code else []
-    folders = [parse_config(flags).run_dir for flags in runs]
+    folders = [settle_name(parse_config(flags)).run_dir for flags in runs]
     there = [folder for folder in folders if (folder / 'metrics.jsonl').exists()]
     if only is None and len(there) > 1:
         compare.compare(compare.Compare(tuple(map(str, there)), str(there[0].parent / 'sweep.html')))

@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # Settings that do not change what a run has learned so far: a run may be resumed with other values of these, and its
 # default name leaves them out. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
-    'preset experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
+    'preset settings experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
     'final_pictures num_workers accumulation_steps max_bad_steps '
     'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
@@ -25,7 +25,12 @@ NETWORK_SETTINGS = (
 # Settings that the machines of one run may differ in.
 MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
-LONGEST_NAME = 120  # characters of a default name
+LONGEST_NAME = 60  # characters of a default name
+LONGEST_ONCE = 120  # of the names of older versions
+# In a name that would be too long these come first, the others after them as long as there is room.
+FIRST = (
+    'preset data_path init_from process_name model_type target_type loss_weight time_sampler network base_lr seed'
+).split()
 
 
 def defines_experiment(name: str, config: Any) -> bool:
@@ -72,11 +77,9 @@ def differences(saved: Mapping[str, Any], config: Any, only: Collection[str] | N
 # ---------------------------------------------------------------- names of runs
 
 
-def default_name(config: Any, presets: Mapping[str, Mapping[str, Any]], *more: str) -> str:
-    """The preset (or the data set, if that is not the preset's) and the settings that differ, as a folder name.
-
-    `digits_base_lr=0p0001`. `more`: parts to add at the end.
-    """
+def name_parts(config: Any, presets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The preset (or the data set, if that is not the preset's) and the settings that differ: the default name of a run
+    is their `folder_name`, such as `digits_base_lr=0p0001`."""
     parts = [config.preset]
     if config.dataset != presets[config.preset].get('dataset', 'digits'):
         needs_preset = config.preset != 'digits' or config.dataset in presets
@@ -87,7 +90,7 @@ def default_name(config: Any, presets: Mapping[str, Mapping[str, Any]], *more: s
         value = getattr(config, name)
         if named and value != default:
             parts.append(in_name(name, Path(value).name if name == 'data_path' else value))
-    return folder_name([*parts, *more])
+    return parts
 
 
 def in_name(name: str, value: Any) -> str:
@@ -96,21 +99,36 @@ def in_name(name: str, value: Any) -> str:
     return f'{name}={re.sub(r"(?<=[0-9])[.](?=[0-9])", "p", text)}'
 
 
-def folder_name(parts: list[str]) -> str:
-    """The parts, joined by _, with - for every character that is not a letter, digit, _, =, + or -.
+def plain(part: str) -> str:
+    """With - for every character that is not a letter, digit, _, =, + or -."""
+    return re.sub('[^A-Za-z0-9_+=-]', '-', part)
 
-    In a name that would be too long, the longest settings and values are cut in the middle, marked by +, and a hash of
-    the whole is added: every part can still be seen, and no two names are the same.
-    """
-    plain = [re.sub('[^A-Za-z0-9_+=-]', '-', part) for part in parts]
-    folder = '_'.join(plain)
+
+def folder_name(parts: Sequence[str]) -> str:
+    """The parts, joined by _. A name that would be too long has the first part, those of FIRST and others as long as
+    they fit, each whole, and a hash of all, so that no two names are the same."""
+    folder = '_'.join(map(plain, parts))
     if len(folder) <= LONGEST_NAME:
         return folder
+    end = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
+    folder = plain(parts[0])[: LONGEST_NAME - len(end)]
+    rank = lambda part: FIRST.index(name) if (name := part.split('=')[0]) in FIRST else len(FIRST)  # noqa: E731
+    for part in map(plain, sorted(parts[1:], key=rank)):
+        if len(folder) + 1 + len(part) + len(end) <= LONGEST_NAME:
+            folder += f'_{part}'
+    return folder + end
+
+
+def older_folder_name(parts: Sequence[str]) -> str:
+    """`folder_name` as it once was, for runs that are there under such names: long parts were cut in the middle."""
+    folder = '_'.join(map(plain, parts))
     end, width = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8], 60
-    while len(folder) + len(end) > LONGEST_NAME and width > 2:
-        folder = '_'.join('='.join(cut_middle(text, width) for text in part.split('=')) for part in plain)
+    if len(folder) <= LONGEST_ONCE:
+        return folder
+    while len(folder) + len(end) > LONGEST_ONCE and width > 2:
+        folder = '_'.join('='.join(cut_middle(text, width) for text in plain(part).split('=')) for part in parts)
         width -= 1
-    return folder[: LONGEST_NAME - len(end)] + end
+    return folder[: LONGEST_ONCE - len(end)] + end
 
 
 def cut_middle(text: str, width: int) -> str:  # `width` characters long

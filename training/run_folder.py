@@ -35,26 +35,32 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
     """`config` with the name of its run. All ranks must call this together, once, after ranks.setup.
 
     A name that was given stays. A default name gets the trainer class's name, so that another trainer is another run,
-    and, as long as the folder of that name holds another experiment's config, the settings that differ from it.
+    and, as long as the folder of that name holds another experiment's config, the settings that differ from it. A run
+    that is there under the name that older versions gave it keeps that.
     """
     if config.experiment_name != config.default_name():
         return config
 
+    def other_in(name: str) -> dict[str, tuple] | None:
+        """Setting -> (saved, now) where the run in this folder differs; None if there is none that can be compared."""
+        try:
+            return changes(json.loads(Path(config.ckpt_dir, name, 'config.json').read_text()), config)
+        except (OSError, ValueError):  # no run, or one that `claim` compares by its checkpoints
+            return None
+
     def free_name() -> str:
         more, taken = [trainer_class.__name__] if trainer_class is not None else [], ''
         while True:
-            name = config.default_name(*more)
-            folder = Path(config.ckpt_dir, name)
-            try:
-                other = changes(json.loads((folder / 'config.json').read_text()), config)
-            except (OSError, ValueError):  # no run, or one that `claim` compares by its checkpoints
-                other = {}
+            name, older = config.default_name(*more), config.older_name(*more)
+            other = other_in(name)
+            if other is None and other_in(older) == {}:
+                name = older
             if not other:
                 if taken:
                     print_once(f'{taken}, so this run is called {name}')
                 return name
             what = '; '.join(f'{setting}: {before} -> {now}' for setting, (before, now) in other.items())
-            taken = taken or f'{folder} holds a run with other settings ({what})'
+            taken = taken or f'{Path(config.ckpt_dir, name)} holds a run with other settings ({what})'
             more.extend(in_name(setting, now) for setting, (_, now) in other.items())
 
     return dataclasses.replace(config, experiment_name=ranks.on_main(free_name))

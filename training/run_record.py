@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from config import Config, SettingError
+from config import PRESETS, Config, SettingError
 from runtime import ranks
 from runtime.errors import SaveError
 from runtime.files import write_text
 from runtime.importing import ROOT
+from settings import words
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
@@ -164,7 +165,7 @@ def refuse_unlike(config: Config) -> None:
     ranks.on_each(compare)
 
 
-def command_line() -> str:
+def command_line(config_class: type[Config] = Config) -> str:
     """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
     if 'RUN_REPORTS' not in os.environ:  # of the launcher
         return shlex.join(['python', *sys.argv])
@@ -174,7 +175,8 @@ def command_line() -> str:
         given['MASTER_PORT'] = os.environ['RUN_PORT']
     script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
     variables = [f'{name}={shlex.quote(value)}' for name, value in given.items()]
-    return ' '.join([*variables, shlex.join(['sh', 'run.sh', *script, *sys.argv[1:]])])
+    flags, _ = words.read(sys.argv[1:], config_class, PRESETS)  # paths as seen from the project's folder
+    return ' '.join([*variables, shlex.join(['sh', 'run.sh', *script, *flags])])
 
 
 def write_start(config: Config, trainer_class: type, device: torch.device, step: int = 0) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
     def write() -> dict[str, Any]:
         name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})'
         entry: dict[str, Any] = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), step=step)
-        entry |= dict(command=command_line(), argv=sys.argv, **git_state(), versions=versions())
+        entry |= dict(command=command_line(type(config)), argv=sys.argv, **git_state(), versions=versions())
         entry |= dict(host=socket.gethostname(), device=name, processes=ranks.world_size())
         entry |= dict(script=from_root(users_script()), trainer=where(trainer_class), config=where(type(config)))
         path = config.run_dir / 'run.json'

@@ -1,6 +1,7 @@
 """Flags: which value wins, the text of --help, and wrong flags."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from config import DEBUG, PRESETS, Config, SettingError, parse_config
+from settings.choices import names_of
 from tests.helpers import ROOT, as_flags
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -86,6 +88,55 @@ def test_debug_by_default_and_its_opposite():
     assert not parse_config(['--debug', '--no_debug']).overfit
 
 
+# ---------------------------------------------------------------- --settings
+
+
+def test_settings_come_from_another_run_between_preset_and_network(tmp_path):
+    """All of the run but what says which run it is; a preset on the command line names the new one only."""
+    other = Config(preset='mnist', experiment_name='other', ckpt_dir='x', debug=True, base_lr=0.5, image_size=(8, 9))
+    (tmp_path / 'config.json').write_text(json.dumps(dataclasses.asdict(other)))
+    for path in (tmp_path, tmp_path / 'config.json'):
+        made = parse_config(['--settings', str(path), '--seed', '4'])
+        own = dict(settings=str(path), seed=4, experiment_name=made.experiment_name, ckpt_dir='ckpts', debug=False)
+        assert made == dataclasses.replace(other, **own) and made.experiment_name.startswith('digits_preset=mnist_')
+    given = ['--settings', str(tmp_path)]
+    assert parse_config([*given, '--debug']).global_batch_size == DEBUG['global_batch_size']
+    assert parse_config([*given, '--base_lr', '0.1']).base_lr == 0.1
+    network = lambda path: dict(channels=40, base_lr=0.2)  # noqa: E731
+    assert parse_config([*given, '--init_from', 'a.pt'], settings_in=network).channels == 40
+    assert parse_config([*given, '--preset', 'cifar10']).base_lr == 0.5
+
+
+def test_a_file_may_hold_some_settings_only(tmp_path):
+    """Others are those of the preset, and an older run that lacks a setting had its default."""
+    (tmp_path / 'some.json').write_text('{"preset": "mnist", "channel_mults": [1, 3], "base_lr": 1}')
+    made = parse_config(['--settings', str(tmp_path / 'some.json')])
+    assert made.preset == 'mnist' and made.channel_mults == (1, 3) and repr(made.base_lr) == '1.0'
+    assert made.label_dropout == PRESETS['mnist']['label_dropout'] and made.optimizer == 'adamw'
+    (tmp_path / 'config.json').write_text('{"preset": "mnist", "experiment_name": "a", "base_lr": 1}')
+    assert parse_config(['--settings', str(tmp_path)]).label_dropout == Config().label_dropout
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('{', 'cannot be read .*Pass the folder of a run'),
+        ('[1]', 'not an object of settings'),
+        ('{"base_lrr": 1}', 'Config has no base_lrr. Start the script that has'),
+        ('{"seed": "three"}', r"seed='three' is of another type than its default, 0\."),
+        ('{"image_size": 32}', r'image_size=32 is of another type than its default, \(64,\)'),
+        ('{"channel_mults": [1, "a"]}', "channel_mults='a' is of another type"),
+        ('{"t_min": 2}', 't_min=2.0'),
+    ],
+)
+def test_a_file_that_cannot_be_right_is_refused(text, message, tmp_path):
+    (tmp_path / 'some.json').write_text(text)
+    with pytest.raises(SettingError, match=message):
+        parse_config(['--settings', str(tmp_path / 'some.json')])
+    with pytest.raises(SettingError, match=r'settings=.*nowhere.* cannot be read'):
+        parse_config(['--settings', str(tmp_path / 'nowhere')])
+
+
 # ---------------------------------------------------------------- help and wrong flags
 
 
@@ -107,6 +158,27 @@ def test_help_shows_every_setting_with_its_current_default(preset):
         found = re.search(rf'--{name}[ ,].*?\(default: (.*?)\)', text)
         assert found, name
         assert found[1] == expected, name
+
+
+def test_help_has_examples_groups_choices_and_what_a_subclass_adds(capsys):
+    def page(config_class):
+        with pytest.raises(SystemExit) as stop:
+            parse_config(['--help'], config_class)
+        assert stop.value.code == 0
+        return ' '.join(re.sub('[│╭╮╰╯─]', ' ', capsys.readouterr().out).split())
+
+    shown = page(Config)
+    assert shown.index('sh run.sh --preset=small_images --data_path=DIR') < shown.index('--preset STR')
+    groups = ['run', 'data', 'process', 'output and loss', 'network', 'batches and steps', 'optimizer', 'record']
+    places = [shown.index(f' {name} options ') for name in [*groups, 'sampling', 'speed']]
+    assert places == sorted(places)
+    for setting in ('dataset', 'network', 'process_name', 'solver', 'time_grid', 'model_type', 'optimizer'):
+        text = re.search(rf'--{setting} STR (.*?)\(default: ', shown)
+        assert text and all(re.search(rf'\b{choice}\b', text[1]) for choice in names_of(setting)), setting
+    assert f'Choices: {", ".join(PRESETS)}.' in shown
+    own = page(Mine)
+    assert re.search(r'Mine options [+-]* *--num_pairs INT A setting of an experiment. \(default: 4\)', own)
+    assert re.search(r'--base_lr FLOAT Another default. \(default: 0.25\)', own)
 
 
 def test_help_is_quick_and_does_without_torch(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from config import PRESETS, Config, parse_config
-from settings.same_run import FREE_ON_RESUME, differences, folder_name
+from settings.same_run import FREE_ON_RESUME, differences, folder_name, older_folder_name
 from tests.helpers import ROOT, as_flags
 
 # Settings of different experiments.
@@ -147,13 +147,11 @@ LONG = """--dataset npz --channels 16 --channel_mults 1 2 2 --attention_resoluti
     --num_training_steps 60 --warmup_steps 10 --weight_decay 0.0""".split()
 
 
-def test_a_long_name_still_shows_every_setting_and_what_differs():
+def test_a_long_name_has_what_matters_first_whole_words_and_a_hash():
     names = [parse_config([*LONG, '--base_lr', lr]).experiment_name for lr in ('0.002', '0.003')]
-    for name, lr in zip(names, ('0p002', '0p003'), strict=True):
-        assert 100 < len(name) <= 120 and f'base_lr={lr}' in name and re.search('_[0-9a-f]{8}$', name)
-        assert name.startswith('npz_channels=16_') and name.count('=') == 8
-        Config(experiment_name=name)
-    assert names[0][:-9].replace('0p002', '0p003') == names[1][:-9] and names[0][-8:] != names[1][-8:]
+    assert re.fullmatch('npz_base_lr=0p002_channels=16_channel_mults=1-2-2_[0-9a-f]{8}', names[0]), names[0]
+    assert names[1].startswith('npz_base_lr=0p003_') and names[0][-8:] != names[1][-8:]
+    assert len(parse_config([*LONG, '--preset', 'small_images']).experiment_name) <= 60
 
 
 def test_a_name_of_any_length_is_short_and_its_own():
@@ -161,17 +159,27 @@ def test_a_name_of_any_length_is_short_and_its_own():
     middles = [folder_name(['a', 'init_from=' + 100 * 'x' + middle + 100 * 'x']) for middle in 'bc']
     many = [folder_name([f'setting{i}={i}' for i in range(90)] + [f'last={last}']) for last in 'bc']
     for one, other in (middles, many):
-        assert one != other and len(one) <= 120 and len(other) <= 120
-    assert folder_name(['a' * 120]) == 'a' * 120 and len(folder_name(['a' * 121])) <= 120
+        assert one != other and len(one) <= 60 and len(other) <= 60
+    assert folder_name(['a' * 60]) == 'a' * 60 and len(folder_name(['a' * 61])) == 60
 
 
 def test_every_experiment_has_its_own_safe_name():
     names = [parse_config(as_flags(settings)).experiment_name for settings in [{}, *OVERRIDES]]
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch('[A-Za-z0-9_+=-]{1,120}', name) for name in names)
+    assert all(re.fullmatch('[A-Za-z0-9_+=-]{1,60}', name) for name in names)
     for name, settings in zip(names[1:], OVERRIDES, strict=True):
-        assert all(setting in name for setting in settings)
+        assert all(setting in name for setting in settings) or re.search('_[0-9a-f]{8}$', name)
         Config(experiment_name=name)  # may be given as a flag as well
+
+
+def test_older_names_are_as_they_were():
+    assert older_folder_name(['a', 'b=0.5']) == 'a_b=0-5' and older_folder_name(['a' * 70, 'b']) == 'a' * 70 + '_b'
+    parts = ['small_images', 'data_path=my-data', 'image_size=16', 'channels=8', 'attention_resolutions=8']
+    parts += ['global_batch_size=16', 'num_training_steps=20', 'warmup_steps=5']
+    assert older_folder_name(parts) == (
+        'small+ages_data_path=my-data_image_size=16_channels=8_atten+ions=8_globa+size=16_num_t+teps=20_'
+        'warmu+teps=5_c490d1ea'
+    )
 
 
 def test_a_name_is_the_same_in_every_process():

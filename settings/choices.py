@@ -1,0 +1,135 @@
+"""What the settings that name a choice can be, and which other settings each choice reads. Needs no torch."""
+
+import ast
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import SettingError, choose
+from settings import words
+
+ROOT = Path(__file__).resolve().parents[1]
+# setting -> (module, table): the keys of the table are its choices
+TABLES = dict(
+    dataset=('data_utils', 'DATASETS'),
+    network=('networks.table', 'NETWORKS'),
+    dit_size=('networks.transformer', 'DIT_SIZES'),
+    time_input=('networks.table', 'TIME_INPUTS'),
+    process_name=('processes', 'PROCESSES'),
+    model_type=('prediction', 'ROWS'),
+    target_type=('prediction', 'ROWS'),
+    loss_weight=('prediction', 'LOSS_WEIGHTS'),
+    time_sampler=('time_samplers', 'TIME_SAMPLERS'),
+    optimizer=('optimizers', 'OPTIMIZERS'),
+    lr_schedule_type=('optimizers', 'LR_SCHEDULES'),
+    solver=('solvers.table', 'SOLVERS'),
+    time_grid=('solvers.table', 'TIME_GRIDS'),
+    sde_noise=('solvers.table', 'SDE_NOISES'),
+    sde_last_step=('solvers.table', 'LAST_STEPS'),
+)
+# setting -> its value -> the settings that only this and some other values read. A value that is not here, such as a
+# choice of yours, reads all of them. SDE settings are not here: next to an ODE sampler, a run draws with an SDE one.
+FILES = 'data_path image_size background fit skip_unreadable cache'
+NOTHING = 'digits mnist fashion_mnist cifar10 cifar100 moons spirals checkerboard eight_gaussians'
+READS: dict[str, Mapping[Any, str]] = dict(
+    dataset=dict.fromkeys(NOTHING.split(), '')
+    | dict(image_folder=FILES, arrays='data_path array_layout value_range', hub=f'{FILES} columns'),
+    network=dict(
+        unet='channels channel_mults num_res_blocks attention_resolutions',
+        mlp='channels num_res_blocks',
+        dit='dit_size dit_depth dit_width dit_heads dit_patch',
+    ),
+    process_name=dict(rf='', cosine='', linear_vp='beta_min beta_max', ve='sigma_min sigma_max'),
+    time_sampler=dict(uniform='', logit_normal='time_mean time_std', log_normal='time_mean time_std'),
+    lr_schedule_type=dict(constant='', cosine='min_lr', inverse_sqrt='min_lr'),
+    translate_prob={0.0: '', 'above 0': 'max_translation'},
+)
+
+
+def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise SettingError if the flags `argv` of this config name an unknown choice, or settings that nothing reads."""
+    _, given = words.read(argv, type(config), presets)
+    for setting in [name for name in given if name in TABLES]:
+        value, known = getattr(config, setting), names_of(setting)
+        if known and value not in known and not is_extended(TABLES[setting][1]):
+            choose(setting, value, dict.fromkeys(known))
+    texts = []
+    for setting, reads in READS.items():
+        own = reads.get(value := getattr(config, setting))
+        readers = {name: [choice for choice, names in reads.items() if name in names.split()] for name in given}
+        unread = [name for name in given if own is not None and readers[name] and name not in own.split()]
+        common = [choice for choice in reads if all(choice in readers[name] for name in unread)]
+        for names in [unread] if common else [[name] for name in unread]:
+            if names:
+                values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
+                them = 'it' if len(names) == 1 else 'them'
+                pass_on = listed([with_preset(setting, choice, presets) for choice in common or readers[names[0]]])
+                texts.append(f'{values}: {setting}={value!r} does not read {them}. Pass --{setting} {pass_on}.')
+    if texts:
+        raise SettingError(' '.join(texts))
+
+
+def with_preset(setting: str, choice: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """A choice, and for a data set the preset made for it."""
+    found = [name for name, values in presets.items() if setting == 'dataset' and values.get(setting) == choice]
+    return f'{choice} (or --preset {found[0]})' if found else choice
+
+
+def listed(words: list[str]) -> str:
+    return ' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
+
+
+# ---------------------------------------------------------------- choices, read from the tables or from their files
+
+
+def names_of(setting: str) -> list[str]:
+    """The choices of a setting: with those of the user's script if the table is imported, else as its file has them.
+    Empty if that cannot be read."""
+    module, table = TABLES[setting]
+    try:
+        return list(getattr(sys.modules.get(module), table, None) or keys_in(module, table))
+    except (LookupError, OSError, SyntaxError):
+        return []
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text(encoding='utf-8'))
+
+
+def keys_in(module: str, table: str) -> list[str]:
+    """The keys of a table that a module defines or imports. Raises LookupError if it is not a plain dict."""
+    for node in tree_of(module).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and any(getattr(t, 'id', '') == table for t in targets):
+            return keys_of(node.value, module)
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == table for alias in node.names):
+            return keys_in(node.module, table)
+    raise LookupError(table)
+
+
+def keys_of(node: Any, module: str) -> list[str]:
+    """The keys of a dict that is written as {...}, {name: ... for name in TABLE} or TABLE, joined by | or **."""
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return [name for k, v in pairs for name in (keys_of(v, module) if k is None else [ast.literal_eval(k)])]
+    if isinstance(node, ast.BinOp):
+        return keys_of(node.left, module) + keys_of(node.right, module)
+    if isinstance(node, ast.DictComp):
+        return keys_of(node.generators[0].iter, module)
+    if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'items':
+        return keys_of(getattr(node.func, 'value', None), module)
+    if isinstance(node, ast.Name):
+        return keys_in(module, node.id)
+    raise LookupError(type(node).__name__)
+
+
+def is_extended(table: str) -> bool:
+    """Whether a file of the project adds to this table elsewhere than where it is defined."""
+    adds = re.compile(rf'^ *{table}(\[.+\] *=[^=]|\.update\(| *\|=)', re.MULTILINE)
+    wings = [path.parent for path in ROOT.glob('*/__init__.py') if path.parent.name != 'tests']
+    files = [*ROOT.glob('*.py'), *(file for wing in wings for file in wing.rglob('*.py'))]
+    return any(adds.search(file.read_text(encoding='utf-8', errors='replace')) for file in files)
