@@ -30,7 +30,7 @@ for flag; do
         --check) export PYTHONDONTWRITEBYTECODE=1 ;; # it writes nothing outside a temporary folder
     esac
 done
-find_python "$direct"
+find_python quick
 
 script=main.py
 case ${1:-} in
@@ -49,8 +49,12 @@ where=$root
 script=$(CDPATH= cd -- "$(dirname -- "$script")" && pwd -P)/$(basename -- "$script")
 script=${script#"$root"/} # one name for each script, from wherever it was called
 case $script in
-    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) direct=yes ;;
+    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) direct=${direct:-yes} ;;
 esac
+if [ "$direct" != quick ] && [ "$python" != "$root/.venv/bin/python" ]; then
+    "$python" -m launch.start --flags "$script" "$@" || exit $? # before the imports are tried, which takes seconds
+    find_python
+fi
 if [ -n "$direct" ]; then exec "$python" -m launch.start --direct "$script" "$@"; fi
 export RUN_PARENT=$$
 RUN_BEGAN=$(date +%s)

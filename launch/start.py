@@ -1,6 +1,8 @@
 """The first Python program of run.sh: looks at the script and at the flags of main.py before torch is imported.
 
-python -m launch.start [--direct] SCRIPT [FLAGS]        --direct: without torchrun, as one process
+python -m launch.start [--direct | --flags] SCRIPT [FLAGS]
+
+--direct: without torchrun, as one process; --flags: only look at the flags
 """
 
 import os
@@ -37,11 +39,7 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
                 os.environ.pop(name, None)
         os.execv(sys.executable, [sys.executable, *(['-m', module] if module else [script]), *flags])
     machines.warn_if_alone()
-    if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
-        import main
-
-        sys.argv = [script, *flags]  # its message shows this name
-        main.flags(flags)  # the workers parse them again
+    look_at(script, *flags)
     level = os.environ.get('TORCH_CPP_LOG_LEVEL')  # read when torch is imported
     os.environ['TORCH_CPP_LOG_LEVEL'] = level or 'FATAL'  # a lost connection would be two pages here
     from launch.launcher import launch
@@ -52,6 +50,15 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
     return launch([script, *flags], module)
 
 
+def look_at(script: str, *flags: str) -> None:
+    """A wrong flag of main.py ends the program with its message; the workers parse them again."""
+    if script == 'main.py' and not machines.several():  # else the other machines would wait for this one
+        import main
+
+        sys.argv = [script, *flags]  # its message shows this name
+        main.flags(flags)
+
+
 def module_of(script: str) -> str | None:
     """'scripts.generate' for scripts/generate.py, a path from the project's folder; None if it runs as a file."""
     folder, _, name = script.removesuffix('.py').rpartition('/')
@@ -60,6 +67,10 @@ def module_of(script: str) -> str | None:
 
 if __name__ == '__main__':
     words = sys.argv[1:]
+    if words[0] == '--flags':
+        if not [word for word in words if word.startswith(('--init_from', '--init-from'))]:  # that one needs torch
+            look_at(*words[1:])
+        sys.exit()
     direct = words[0] == '--direct'
     code = start(*words[direct:], is_direct=direct)
     sys.stdout.flush()

@@ -28,9 +28,7 @@ SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
 LONGEST_NAME = 60  # characters of a default name
 LONGEST_ONCE = 120  # of the names of older versions
 # In a name that would be too long these come first, the others after them as long as there is room.
-FIRST = (
-    'preset data_path init_from process_name model_type target_type loss_weight time_sampler network base_lr seed'
-).split()
+FIRST = 'preset data_path init_from process_name model_type target_type loss_weight network base_lr seed'.split()
 
 
 def defines_experiment(name: str, config: Any) -> bool:
@@ -105,14 +103,15 @@ def plain(part: str) -> str:
 
 
 def folder_name(parts: Sequence[str]) -> str:
-    """The parts, joined by _. A name that would be too long has the first part, those of FIRST and others as long as
-    they fit, each whole, and a hash of all, so that no two names are the same."""
+    """The parts, joined by _. A name that would be too long has the first part, those that are no setting, those in
+    FIRST and others, each whole and if there is room, and a hash of all, so that no two names are the same."""
     folder = '_'.join(map(plain, parts))
     if len(folder) <= LONGEST_NAME:
         return folder
     end = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
     folder = plain(parts[0])[: LONGEST_NAME - len(end)]
-    rank = lambda part: FIRST.index(name) if (name := part.split('=')[0]) in FIRST else len(FIRST)  # noqa: E731
+    order = {name: i for i, name in enumerate(FIRST)}
+    rank = lambda part: order.get(part.split('=')[0], len(FIRST)) if '=' in part else -1  # noqa: E731
     for part in map(plain, sorted(parts[1:], key=rank)):
         if len(folder) + 1 + len(part) + len(end) <= LONGEST_NAME:
             folder += f'_{part}'

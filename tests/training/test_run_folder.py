@@ -206,6 +206,21 @@ def test_many_edits_each_find_a_name_of_their_own(tmp_path):
     assert len(names) == 8 and all(len(name) <= 120 for name in names)
 
 
+def test_a_run_under_the_longer_name_of_older_versions_keeps_it(tmp_path):
+    """Another run does not take it: neither one of other settings, nor one whose name is not too long."""
+    settings = dict(channels=8, channel_mults=(1, 2, 2), global_batch_size=32, num_training_steps=60, base_lr=0.002)
+    config = Config(ckpt_dir=str(tmp_path), **settings)
+    older = config.older_name()
+    assert 60 < len(older) and len(config.experiment_name) <= 60
+    started = dataclasses.replace(config, experiment_name=older)
+    run_folder.open_folder(started)
+    assert start(config) == older
+    other = Config(ckpt_dir=str(tmp_path), **settings | dict(seed=1))
+    assert start(other) == other.experiment_name != older
+    (tmp_path / older / 'config.json').write_text((tmp_path / other.experiment_name / 'config.json').read_text())
+    assert start(config) == config.experiment_name
+
+
 def test_a_name_that_was_given_stays_and_another_config_is_refused(tmp_path):
     given = Config(experiment_name='mine', ckpt_dir=str(tmp_path))
     run_folder.open_folder(given)
