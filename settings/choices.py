@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def names_of(setting: str) -> list[str]:
     Empty if that cannot be read."""
     module, table = TABLES[setting]
     try:
-        return list(getattr(sys.modules.get(module), table, None) or keys_in(module, table))
+        imported = import_module(module) if module in sys.modules else None
+        return list(getattr(imported, table, None) or keys_in(module, table))
     except (LookupError, OSError, SyntaxError):
         return []
 

@@ -51,7 +51,7 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
             if name in others.split() and not is_known:
                 raise SettingError(f'{flag} is not a setting here. Use {use}.')
         kind = types.get(name, bool if is_known or not flag else str)
-        if kind is bool and values and values[0].lower() in TRUTH:
+        if flag and kind is bool and values and values[0].lower() in TRUTH:
             flag = flag if TRUTH[values.pop(0).lower()] else f'--no_{name}'
             is_joined = False
         values = [taken(name, kind, value) for value in values]
@@ -66,7 +66,7 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
 
 def taken(name: str, kind: Any, value: str) -> str:
     """The value of a flag: a whole number such as 1e3 as 1000, a path as seen from the project's folder."""
-    if kind is int and re.fullmatch(r'[+-]?[\d_.]+e\+?\d{1,2}', value, re.IGNORECASE) and float(value).is_integer():
+    if kind is int and re.fullmatch(r'[+-]?\d+(\.\d*)?e\+?\d{1,2}', value.lower()) and float(value).is_integer():
         return str(int(float(value)))
     if get_origin(kind) is tuple and str not in get_args(kind) and re.search(r'[\s,()[\]]', value):
         apart = ' '.join(re.sub(r'[,()[\]]', ' ', value).split())

@@ -14,11 +14,12 @@ import pytest
 import torch
 import tyro
 
-from config import Config, parse_config
+from config import PRESETS, Config, parse_config
 from scripts.evaluate import Evaluate
 from scripts.generate import Generate
 from scripts.prepare import PrepareConfig
 from scripts.sweep import combinations
+from settings.choices import refuse
 from tests.helpers import ROOT, TINY, as_flags, record_of
 from tests.test_layers import WINGS
 
@@ -92,7 +93,9 @@ def test_flags_of_every_command(command):
         tyro.cli(Generate if words[0] == 'generate.py' else Evaluate, args=words[1:], use_underscores=True)
     else:
         program = words[0] in ('', 'prepare.py') or words[0].startswith('examples/')
-        parse_config(words[program:], PrepareConfig if words[0] == 'prepare.py' else Config)
+        config = parse_config(words[program:], PrepareConfig if words[0] == 'prepare.py' else Config)
+        if not program:
+            refuse(config, words, PRESETS)
 
 
 def test_other_commands_are_files_that_exist():

@@ -211,7 +211,7 @@ def test_a_run_under_the_longer_name_of_older_versions_keeps_it(tmp_path):
     settings = dict(channels=8, channel_mults=(1, 2, 2), global_batch_size=32, num_training_steps=60, base_lr=0.002)
     config = Config(ckpt_dir=str(tmp_path), **settings)
     older = config.older_name()
-    assert 60 < len(older) and len(config.experiment_name) <= 60
+    assert len(older) > 60 and len(config.experiment_name) <= 60
     started = dataclasses.replace(config, experiment_name=older)
     run_folder.open_folder(started)
     assert start(config) == older
