@@ -135,6 +135,10 @@ def test_all_orientations(folder, ending, orientation):
         want = np.array(ImageOps.exif_transpose(saved).convert('L'))[8::16, 8::16]
     got = pixels(folder / f'x.{ending}', (32, 32), 1)[0, 8::16, 8::16].numpy()
     assert np.abs(got.astype(int) - want).max() < 6
+    image.crop((0, 0, 32, 16)).convert('RGB').save(folder / f'x.{ending}', exif=exif)
+    found = images.head(folder / f'x.{ending}')
+    upright = (32, 16) if orientation < 5 or ending == 'png' else (16, 32)  # a PNG would have to be decoded
+    assert found and (found.width, found.height) == upright
 
 
 def test_a_photograph_stands_upright(folder):
