@@ -172,6 +172,13 @@ def test_main_refuses_both_within_a_second(tmp_path):
         assert min(seconds) < 1
 
 
-def test_a_choice_that_another_file_adds_is_not_refused(monkeypatch):
+@pytest.mark.parametrize(
+    'line', ["SOLVERS['mine'] = euler", 'SOLVERS.update(mine=euler)', 'SOLVERS |= dict(mine=euler)']
+)
+def test_a_choice_that_another_file_adds_is_not_refused(line, monkeypatch, tmp_path):
+    (tmp_path / 'mine.py').write_text(f'from solvers import SOLVERS\n{line}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr('settings.choices.ROOT', tmp_path)
+        assert is_extended('SOLVERS') and not is_extended('NETWORKS')
     monkeypatch.setattr('settings.choices.is_extended', lambda table: table == 'SOLVERS')
     assert refused('--solver', 'mine') == '' and 'is not a choice' in refused('--network', 'mine')

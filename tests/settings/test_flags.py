@@ -179,6 +179,8 @@ def test_help_has_examples_groups_choices_and_what_a_subclass_adds(capsys):
     own = page(Mine)
     assert re.search(r'Mine options [+-]* *--num_pairs INT A setting of an experiment. \(default: 4\)', own)
     assert re.search(r'--base_lr FLOAT Another default. \(default: 0.25\)', own)
+    points = dataclasses.make_dataclass('Points', [('dataset', str, 'points')], bases=(Config,), frozen=True)
+    assert re.search(r'--dataset STR Key of DATASETS .*?\(default: points\)', page(points))
 
 
 def test_help_is_quick_and_does_without_torch(tmp_path):

@@ -94,6 +94,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
     made = parse_config(flags)
     assert (made.data_path, made.ckpt_dir) == (f'{tmp_path}/pictures', f'{tmp_path}/mine')
     assert (made.experiment_name, made.data_dir) == ('pictures', 'data')
+    assert parse_config(['--init_from', 'README.md']).init_from == 'README.md'
     assert parse_config(['--dataset', 'hub', '--data_path', 'nobody/nothing']).data_path == 'nobody/nothing'
     assert read(flags, Config, PRESETS)[0] == [
         *['--dataset', 'hub', '--data_path', f'{tmp_path}/pictures', f'--ckpt_dir={tmp_path}/mine'],
