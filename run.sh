@@ -13,7 +13,7 @@
 # Ctrl-C, SIGTERM or SIGUSR1: the run saves and ends.
 # Exit code: 0 done, 2 a setting is wrong, 3 the loss is not finite, 75 stopped and saved (run it again), else 1.
 set -eu
-trap 'exit 75' TERM INT HUP USR1
+trap 'echo "run.sh: stopped" >&2 || :; exit 75' TERM INT HUP USR1
 caller=$(pwd -P)
 export RUN_CALLER="$caller" # paths on the command line are relative to it (runtime/files.py); its code may be imported
 CDPATH= cd -- "$(dirname -- "$0")"

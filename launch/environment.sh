@@ -20,7 +20,7 @@ stopping=
 run_child() {
     "$@" &
     child=$!
-    trap 'stopping=1; trap "" TERM INT HUP USR1; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP USR1
+    trap 'stopping=1; trap "" TERM INT HUP USR1; echo "run.sh: stopping" >&2 || :; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP USR1
     status=0
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do # the signal ended `wait`, not the child

@@ -15,7 +15,7 @@ LEAST_SECONDS, MOST_SECONDS = 5, 30  # between lines, however often there is som
 def duration(seconds: float) -> str:
     """`3.4 s`, `12 s`, `5 min` or `3.2 hours`."""
     if seconds < 90:
-        return f'{seconds:.{0 if seconds >= 10 or seconds == 0 else 1}f} s'
+        return f'{seconds:{".0f" if seconds >= 10 else ".2g"}} s'
     return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
 
 

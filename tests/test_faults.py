@@ -691,8 +691,7 @@ def test_check(tmp_path, nproc):
     assert result.returncode == 0, result.stderr
     assert files() == before and not list(temporary.iterdir()) and not (tmp_path / 'ckpts').exists()
     for words in (
-        '* base_lr = 0.0005',
-        "  solver = 'adams'",
+        "that differ from those of preset 'digits':\n  base_lr = 0.0005\n",
         '382,249 parameters',
         's a step',
         'held out',
@@ -702,8 +701,9 @@ def test_check(tmp_path, nproc):
         assert words in result.stdout, words
     for words in ('judge  ', ' s to start, ', ' s training, ', ' s for pictures, ', ' s for numbers'):
         assert words in result.stdout, words
-    for words in ('GB at most', 'hours', 'minutes at most (save_every=100)', 'checkpoints', 'GB are free', 'it runs'):
+    for words in ('GB at most', 'the run   ', ' at most (save_every=100)', 'checkpoints', 'GB are free', 'it runs'):
         assert words in result.stdout, words
+    assert 'solver =' not in result.stdout and 'resuming' not in result.stdout
     assert seconds < 60
     report('check', nproc=nproc, seconds=seconds)
 

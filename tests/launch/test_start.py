@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -92,6 +93,14 @@ def test_the_same_modules_are_in_reach_under_torchrun(base, given, rank):
 @pytest.mark.parametrize('path', ['scripts/sweep.py', '../repo/scripts/sweep.py', '{base}/repo/scripts/sweep.py'])
 def test_a_program_of_one_process_is_known_by_any_path(base, path):
     assert run(base, 'repo', path.format(base=base)).stdout.endswith('direct\n')
+
+
+def test_a_stop_signal_in_start_up_is_answered_by_a_line(base):
+    command = ['sh', base / 'repo/run.sh', 'mine.py', '--help']
+    process = subprocess.Popen(command, cwd=base / 'repo', env=launch_env(1), stderr=subprocess.PIPE, text=True)
+    time.sleep(0.15)  # its traps are set, and it looks for packages
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == 'run.sh: stopped\n' and process.returncode == 75
 
 
 def test_scripts_of_folders_that_would_hide_packages_are_modules():

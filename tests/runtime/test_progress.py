@@ -18,7 +18,8 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('seconds', 'text'), [(0, '0 s'), (3.44, '3.4 s'), (12.3, '12 s'), (300, '5 min'), (11600, '3.2 hours')]
+    ('seconds', 'text'),
+    [(0, '0 s'), (0.0213, '0.021 s'), (3.44, '3.4 s'), (12.3, '12 s'), (300, '5 min'), (11600, '3.2 hours')],
 )
 def test_durations_are_in_units_that_can_be_read(seconds, text):
     assert duration(seconds) == text
@@ -39,7 +40,7 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, clock):
     Progress(100, lambda speed: 0.0, True, step=0).show(100, 0.125, 160.0)
     Progress(100, lambda speed: 9.0, False, step=0).show(100, 0.125, 160.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(' images/s  trained') and lines[1].endswith('trained, then about 9.0 s of samples')
+    assert lines[0].endswith(' images/s  trained') and lines[1].endswith('trained, then about 9 s of samples')
 
 
 def test_there_is_a_line_in_half_a_minute_whatever_log_every_is(tmp_path, capsys, clock):
