@@ -37,6 +37,7 @@ STEP = dict(
         ({'NNODES': '3', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '81'} | STEP, Place(3, 0, 'h1', 81)),
         (STEP, Place(5, 4, 'a003', 20000 + 41 * 7)),
         (STEP | {'MASTER_PORT': '5000', 'SLURM_NODEID': '2'}, Place(5, 2, 'a003', 5000)),
+        (dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='h1', MASTER_PORT=''), Place(2, 1, 'h1', 29500)),  # set to nothing
         ({'SLURM_JOB_ID': '41', 'SLURM_NNODES': '1', 'SLURM_NODEID': '0'}, Place()),  # a batch script, without srun
     ],
 )
@@ -61,21 +62,24 @@ def test_a_wrong_flag_waits_for_the_meeting_of_several_machines(monkeypatch):
 
 
 def test_two_steps_that_share_a_node_meet_at_two_ports():
-    ports = {
-        machines.place(STEP | dict(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))).port
-        for job in range(1000, 1100)
-        for step in range(7)
-    }
+    def port(job, step):
+        return machines.place(STEP | dict(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step))).port
+
+    ports = {port(job, step) for job in range(1000, 1100) for step in range(7)}
     assert len(ports) == 700 and min(ports) >= 20000 and max(ports) < 30000
+    assert not {port(1000, step) for step in range(50)} & {port(1001, step) for step in range(50)}  # of two jobs
 
 
 @pytest.mark.parametrize(
     'env, words',
     [
         ({'NNODES': '2'}, ('NNODES=2', 'NODE_RANK', 'from 0 to 1', 'MASTER_ADDR')),
+        ({'NNODES': '2', 'NODE_RANK': '1'}, ('NNODES=2', 'MASTER_ADDR')),
+        ({'NNODES': '2', 'MASTER_ADDR': 'h1'}, ('NNODES=2', 'NODE_RANK')),
         ({'NNODES': 'two'}, ("NNODES='two'", 'whole number')),
         ({'NNODES': '2', 'NODE_RANK': '2', 'MASTER_ADDR': 'h1'}, ("NODE_RANK='2'", 'at most 1')),
-        ({'NNODES': '2', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '70000'}, ("MASTER_PORT='70000'",)),
+        ({'NNODES': '2', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '65536'}, ("MASTER_PORT='65536'",)),
+        ({'NNODES': '2', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '0'}, ("MASTER_PORT='0'", 'least 1')),
     ],
 )
 def test_variables_that_make_no_sense_are_named(env, words):
@@ -101,6 +105,7 @@ def test_several_tasks_of_a_node_are_refused(counts):
         ({'WORLD_SIZE': '4', 'RANK': '0'}, 'this run sees 1 machine, though WORLD_SIZE=4; set NNODES for several'),
         ({'WORLD_SIZE': '1', 'SLURM_NNODES': '1'}, ''),
         ({'WORLD_SIZE': '4', 'NNODES': '4'}, ''),
+        ({'WORLD_SIZE': '4', 'TORCHRUN_ARGS': '--nnodes 4'}, ''),
         (STEP | {'SLURM_NNODES': '8'}, ''),
     ],
 )
@@ -144,6 +149,8 @@ def test_localhost_is_what_was_asked_for_and_a_name_of_it_is_not(monkeypatch):
 def test_the_interface_of_an_address_is_used_unless_the_user_chose_one(monkeypatch):
     monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'ib0')
     monkeypatch.delenv('NCCL_SOCKET_IFNAME', raising=False)
+    real = socket.if_nameindex()
+    monkeypatch.setattr(socket, 'if_nameindex', lambda: [(99, 'nosuch0'), *real])  # as one that has no address
     machines.use_interface('203.0.113.7')
     assert 'NCCL_SOCKET_IFNAME' not in os.environ
     machines.use_interface('127.0.0.1')
@@ -160,6 +167,11 @@ def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch):
     monkeypatch.setattr(socket, 'create_connection', refused)
     with pytest.raises(SettingError, match=r'cannot reach itself at 127\.0\.0\.1'):
         machines.check_loopback()
+
+
+def test_a_connection_that_gets_no_answer_is_told_from_one_that_is_refused():
+    assert machines.explain(TimeoutError()).startswith('no answer: ')
+    assert machines.explain(ConnectionRefusedError()).startswith('nothing listens there: ')
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

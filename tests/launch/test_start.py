@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -115,6 +116,46 @@ def test_scripts_of_folders_that_would_hide_packages_are_modules():
     assert {path: start.module_of(path) for path in expected} == expected
     hidden = {path.stem for folder in start.RUN_AS_MODULES for path in (ROOT / folder).glob('*')}
     assert {'evaluate', 'training', 'runtime'} <= hidden
+
+
+@pytest.mark.parametrize(('nnodes', 'left'), [('1', {}), ('2', dict(RANK='3', WORLD_SIZE='4', MASTER_PORT='29999'))])
+def test_a_program_of_one_process_waits_for_no_others(monkeypatch, nnodes, left):
+    """A cluster, or an earlier program, may have set what torch would take for a group of processes."""
+    found = {}
+
+    def execv(*_):
+        found.update({name: os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT') if name in os.environ})
+        raise InterruptedError
+
+    monkeypatch.setattr(os, 'execv', execv)
+    for name, value in dict(NNODES=nnodes, RANK='3', WORLD_SIZE='4', MASTER_PORT='29999').items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InterruptedError):
+        start.start('scripts/sweep.py', is_direct=True)
+    assert found == left
+
+
+@pytest.mark.parametrize(('user', 'levels'), [('', ['FATAL', 'ERROR']), ('INFO', ['INFO', 'INFO'])])
+def test_what_the_launcher_is_told_before_it_begins(monkeypatch, capsys, user, levels):
+    """How much torch prints, when it is imported and in workers; and whether the machine may be alone by mistake."""
+    seen, note = [], lambda: seen.append(os.environ['TORCH_CPP_LOG_LEVEL'])
+
+    class Launcher:
+        @property
+        def launch(self):
+            note()
+            return lambda argv, module: note()
+
+    for stream in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, stream, getattr(sys, stream))
+    monkeypatch.setitem(sys.modules, 'launch.launcher', Launcher())
+    monkeypatch.setenv('TORCH_CPP_LOG_LEVEL', user)
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    for name in ('NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'):
+        monkeypatch.delenv(name, raising=False)
+    start.start(str(ROOT / 'examples/edm.py'))
+    assert seen == levels
+    assert 'run.sh: this run sees 1 machine, though WORLD_SIZE=4' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the launcher
