@@ -1,6 +1,7 @@
 """Launchers of several machines that meet on this one: rows in a real store of torch, and what follows from them."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -96,6 +97,12 @@ def begun(*machines):
     return machines
 
 
+def leave_at_once(machine):
+    """Its port is free then."""
+    machine.lost = 'it waits for nobody'
+    machine.close()
+
+
 def is_here(first, rank):
     return wait_until(lambda: first.rows[rank].launcher, 10)
 
@@ -131,8 +138,21 @@ def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
     assert all(isinstance(result, Incomplete) for result in together(first.gather, second.gather))
     said = capsys.readouterr().err
     assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it; ' in said
+    assert said.count('waiting for') == 2  # once on each: it says so again after SAY_EVERY
     with pytest.raises(Incomplete, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
         meet(1, wait=1, port=free_port()).gather()
+
+
+def test_all_who_are_missing_are_named(meet):
+    first = meet(0, 3)
+    assert is_here(first, 0) and first.whom() == f'machine 1, 2 of 3 to come to port {meet.port} of machine 0'
+
+
+def test_one_that_never_saw_machine_0_leaves_at_once(meet):
+    alone, began = meet(1), time.monotonic()
+    alone.settle(End(75))
+    alone.close()
+    assert time.monotonic() - began < 2
 
 
 def test_machines_that_were_not_started_alike_are_refused_on_all(meet, monkeypatch):
@@ -147,6 +167,15 @@ def test_another_number_of_machines_is_refused_on_all(meet):
     """Also by a machine that machine 0 has no row for."""
     refused = together(meet(0).gather, meet(4, 5).gather)
     assert all('NNODES=2 MAX_RESTARTS=0 on' in str(error) and 'NNODES=5' in str(error) for error in refused)
+
+
+def test_machines_that_were_refused_never_begin(meet):
+    """Not even if the right one comes in place of the wrong one before all have heard of it."""
+    first = meet(0)
+    first.server.set('refused', 'not alike')
+    second = meet(1)
+    assert is_here(first, 1) and not wait_until(lambda: first.port, 0.7)
+    assert [str(error) for error in together(first.gather, second.gather)] == ['not alike', 'not alike']
 
 
 def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
@@ -164,6 +193,7 @@ def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
 def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
     """A second run on the same hosts that was left the default MASTER_PORT."""
     first, second = begun(meet(0), meet(1))
+    first.server.set('refused', 'other settings')  # as one of yet another run was told: it is over for nobody else
     third = meet(1)
     with pytest.raises(SettingError, match=r'If a run has begun there, give another one another MASTER_PORT'):
         third.gather()
@@ -199,6 +229,27 @@ def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_fir
     begun(meet(0), again)
 
 
+def test_machine_0_may_vanish_before_the_start_and_is_waited_for(meet):
+    first, second = meet(0, 3), meet(1, 3)
+    assert is_here(second, 0)
+    leave_at_once(first)
+    assert wait_until(lambda: second.whom().startswith('machine 0 at '), 5)
+
+
+def test_machine_0_that_is_started_again_in_mid_run_is_lost_to_the_others(meet):
+    first, second = begun(meet(0), meet(1))
+    leave_at_once(first)
+    meet(0)
+    assert wait_until(lambda: second.lost == 'left', 5)
+
+
+def test_machine_0_that_has_not_written_its_row_yet_is_waited_for(meet):
+    store = rows.TCPStore('127.0.0.1', meet.port, None, True, wait_for_workers=False)
+    [store.set(f'row{rank}', '{}') for rank in range(2)]
+    second = meet(1)
+    assert wait_until(lambda: second.trouble == 'it is just beginning', 5) and not second.refused
+
+
 def test_strangers_at_the_port_disturb_nobody(meet):
     first = meet(0)
     strangers = [socket.create_connection(('127.0.0.1', meet.port)) for _ in range(5)]
@@ -222,6 +273,16 @@ def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
     assert 'no run of this program); gives up after 3 s' in capsys.readouterr().err
 
 
+def test_a_store_of_another_program_in_the_place_of_machine_0_is_asked_again_and_again(meet, monkeypatch):
+    """It has no rows, for which torch would wait for five minutes."""
+    monkeypatch.setattr(rows, 'STUCK', 1)
+    _stranger = rows.TCPStore('127.0.0.1', meet.port, None, True, wait_for_workers=False)
+    second = meet(1)
+    called = second.called
+    assert wait_until(lambda: second.called > called + 1, 5)
+    assert second.trouble == 'what answers there is no run of this program'
+
+
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
     first, second = meet(0, 3), meet(1, 3)
     assert is_here(first, 1) and is_here(second, 0)
@@ -234,6 +295,16 @@ def test_one_that_waits_for_all_others_leaves_at_once(meet):
     first, began = meet(0), time.monotonic()
     first.settle(End(75))
     assert time.monotonic() - began < 2
+
+
+def test_one_that_stops_on_a_cut_network_before_the_start_does_not_wait_long(meet, monkeypatch):
+    monkeypatch.setattr(rows, 'SILENCE', 5)
+    monkeypatch.setattr(rows, 'SOON', 1)
+    _, second = meet(0, 3), meet(1, 3)
+    assert is_here(second, 0)
+    second.over, began = True, time.monotonic()  # its rows stay as they are, as if a call of the store was stuck
+    second.settle(End(75))
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize('silent', [0, 1])
@@ -257,6 +328,54 @@ def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monke
     second.over, began = True, time.monotonic()
     first.settle(End(1, 'connection closed', (2, 1.0)))
     assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
+    began = time.monotonic()
+    first.close()
+    assert time.monotonic() - began < 2  # its last word is for nobody
+
+
+def test_a_silent_machine_is_missed_sooner_only_where_workers_have_failed(meet):
+    """Those that were asked to stop save, which may keep a machine busy."""
+    first, second = begun(meet(0), meet(1))
+    for each in (first, second):
+        each.over = True
+        each.thread.join()
+    first.heard[1] -= rows.SOON + 2
+    missed = {}
+    for code in (None, 0, 75, 1):
+        first.mine = rows.replace(first.mine, code=code)
+        missed[code] = bool(first.judged()[1].gone)
+    assert missed == {None: False, 0: False, 75: False, 1: True}
+
+
+def test_machine_0_that_left_after_its_workers_had_ended_is_not_lost(meet):
+    first, second = begun(meet(0), meet(1))
+    first.mine = rows.replace(first.mine, code=0)
+    assert wait_until(lambda: second.rows[0].code == 0, 3)
+    leave_at_once(first)
+    assert wait_until(lambda: second.lost, 5)
+    second.settle(End(0))
+    assert verdict(second.judged()) == (0, 0, '')
+
+
+def test_machine_0_which_has_the_store_leaves_last(meet):
+    first, second = begun(meet(0), meet(1))
+    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
+    leaving = threading.Thread(target=first.close)
+    leaving.start()
+    assert not wait_until(lambda: first.over, 1)
+    second.close()
+    assert wait_until(lambda: first.over, 2)
+    leaving.join()
+
+
+def test_a_network_that_is_cut_is_not_taken_for_a_machine_0_that_left(meet, monkeypatch):
+    _, second = begun(meet(0), meet(1))
+
+    def cut(*_):
+        raise OSError(113, 'No route to host')
+
+    monkeypatch.setattr(Meeting, 'exchange', cut)
+    assert wait_until(lambda: 'No route' in second.trouble, 3) and not wait_until(lambda: second.lost, 0.2)
 
 
 @pytest.mark.slow
@@ -272,17 +391,20 @@ def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, m
     """As after a cut: packets of the old connection come again only after a time as long as the cut."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'STUCK', 1)
-    stuck, exchange, seen = second.thread, Meeting.exchange, first.rows[1].beat
+    stuck, exchange, seen, healed = second.thread, Meeting.exchange, first.rows[1].beat, threading.Event()
     block = lambda self, store, beat: (  # noqa: E731
-        time.sleep(60) if threading.current_thread() is stuck else exchange(self, store, beat)
+        healed.wait(60) if threading.current_thread() is stuck else exchange(self, store, beat)
     )
     monkeypatch.setattr(Meeting, 'exchange', block)
     assert wait_until(lambda: second.thread is not stuck, 6)
     time.sleep(1)
     assert wait_until(lambda: first.rows[1].beat > seen, 5) and not first.judged()[1].gone
+    healed.set()
+    stuck.join(3)
+    assert not stuck.is_alive()  # only one goes on
 
 
-def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
+def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
     """After a failure elsewhere they are ended in PATIENCE seconds, and in SOON more this process, come what may."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 1.5)
@@ -294,6 +416,7 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch):
     assert wait_until((first.reports / 'give_up').exists, 5)
     assert not wait_until(lambda: ended, 1)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
+    assert f'run.sh: machine 1 ({socket.gethostname()}): KeyError\n' in capsys.readouterr().err
     first.settle(End(1))
 
 
@@ -310,22 +433,49 @@ def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch,
     first.settle(End(code))
 
 
+def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch):
+    """Also if there was a failure besides. They have longer than those that are given up."""
+    first, second, third = begun(meet(0, 3), meet(1, 3), meet(2, 3))
+    asked, ended = [], []
+    monkeypatch.setattr(rows, 'PATIENCE', 1)
+    monkeypatch.setattr(rows, 'LEAVING', 2)
+    monkeypatch.setattr(rows.os, 'kill', lambda pid, signum: asked.append(signum))
+    monkeypatch.setattr(rows.os, '_exit', ended.append)
+    second.running = third.running = False  # as in settle
+    second.mine, third.mine = rows.replace(second.mine, code=1), rows.replace(third.mine, code=75)
+    assert wait_until(lambda: asked, 5) and not (first.reports / 'give_up').exists()
+    monkeypatch.setattr(rows, 'SOON', 0.5)
+    assert not wait_until(lambda: ended, 1.5)
+    assert wait_until(lambda: ended, 3) and ended[0] == 75 and asked == [signal.SIGTERM]
+    first.settle(End(75))
+
+
+def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
+    """The launcher is there until all have heard the last word."""
+    first, second = begun(meet(0), meet(1))
+    monkeypatch.setattr(rows, 'PATIENCE', 0)
+    together(lambda: first.settle(End(0)), lambda: second.settle(End(1)))
+    assert not wait_until((first.reports / 'give_up').exists, 1)
+
+
 # ---------------------------------------------------------------- the launcher around it
 
 
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
     """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(meet, seconds)` is `together` on
-    machine 0, beside machine 1, whose workers end after `seconds`: its code, and the verdict of machine 1."""
+    machine 0, beside machine 1, which comes `late` and whose workers end after `seconds`: its code, and the verdict of
+    machine 1."""
     from torch.distributed import run
 
     def instead(do):
         monkeypatch.setattr(run, 'main', do)
 
-    def launch_both(meet, seconds=0):
+    def launch_both(meet, seconds=0, late=0):
         ends = []
 
         def second():
+            time.sleep(late)
             there = meet(1)
             there.gather()
             time.sleep(seconds)
@@ -342,7 +492,8 @@ def torchrun(monkeypatch, tmp_path):
 
     before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
     monkeypatch.setattr(launcher.api, '_terminate_process_handler', launcher.api._terminate_process_handler)
-    monkeypatch.setattr(machines, 'use_interface', lambda address: None)
+    instead.interfaces = []
+    monkeypatch.setattr(machines, 'use_interface', instead.interfaces.append)
     monkeypatch.setattr(launcher, 'stops', [])
     monkeypatch.setattr(launcher, 'meetings', [])
     launcher.obey_once(tmp_path)
@@ -352,7 +503,142 @@ def torchrun(monkeypatch, tmp_path):
     [signal.signal(name, handler) for name, handler in before.items()]
 
 
-def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun):
+@pytest.fixture
+def launch(torchrun, monkeypatch):
+    """`launch(do, **variables)`: the exit code of the launcher, with `do(arguments)` in place of torchrun."""
+    monkeypatch.setattr(os, 'setsid', lambda: None)
+    for name in ('RUN_PARENT', 'RUN_REPORTS', 'RUN_PORT', 'OMP_NUM_THREADS', 'GOMP_SPINCOUNT'):
+        monkeypatch.setenv(name, '')  # so that what the launcher sets does not stay
+        monkeypatch.delenv(name)
+
+    def launched(do, **variables):
+        [monkeypatch.setenv(*pair) for pair in variables.items()]
+        torchrun(do)
+        return launcher.launch(['main.py'])
+
+    yield launched
+    logging.disable(logging.NOTSET)
+
+
+def test_what_workers_find_in_their_environment(launch):
+    found = {}
+    note = lambda _: found.update(os.environ, logged=not logging.root.manager.disable)  # noqa: E731
+    assert launch(note, NPROC='2', MASTER_PORT='29999') == 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    assert found['OMP_NUM_THREADS'] == str(max(1, cores // 2)) and found['GOMP_SPINCOUNT'] == '1000'
+    assert found['RUN_PORT'] == '29999' and not found['logged']  # torchrun would report each end once more
+
+
+def test_flags_of_torchrun_from_the_user_take_the_place_of_ours(launch):
+    began = []
+    assert launch(began.append, TORCHRUN_ARGS='--nnodes 2 --rdzv-endpoint h1:29500') == 0
+    assert began[0][:4] == ['--nnodes', '2', '--rdzv-endpoint', 'h1:29500'] and '--standalone' not in began[0]
+    assert began[0][-2:] == ['--', 'main.py']  # or torchrun would take our flags for its own
+
+
+def test_machines_that_never_met_do_not_start_again(launch, meet, capsys):
+    place = dict(NNODES='2', NODE_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(meet.port))
+    assert launch(None, **place, NODE_WAIT='1', MAX_RESTARTS='1') == 1
+    said = capsys.readouterr().err
+    assert said.count('did not come in 1 s') == 1 and 'starting again' not in said
+
+
+def test_a_machine_that_is_late_at_a_restart_is_waited_for_in_the_next(launch, monkeypatch):
+    ends = [(1, 'failed'), Incomplete('late'), (0, '')]
+
+    def met(*_):
+        end = ends.pop(0)
+        if isinstance(end, Incomplete):
+            raise end
+        return end
+
+    monkeypatch.setattr(launcher, 'together', met)
+    assert launch(None, NNODES='2', NODE_RANK='0', MASTER_ADDR='h1', MAX_RESTARTS='2') == 0 and not ends
+
+
+def test_a_start_finds_nothing_of_an_earlier_one(torchrun, tmp_path):
+    """Nor the handlers of its workers: a stop between two starts is noted."""
+    for name in ('failed_0', 'give_up', 'outcome'):
+        (tmp_path / name).write_text('1')
+    found = {}
+    torchrun(lambda _: found.update({path.name: path.read_text() for path in tmp_path.iterdir()}))
+    launcher.run_workers(['main.py'], tmp_path)
+    assert found == {'outcome': '75'}
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert launcher.stops == [signal.SIGTERM]
+
+
+def failing(torchrun, folder, codes, give_up=False):
+    """Workers that end with these codes, of which rank 0 says why."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    def fails(_):
+        (folder / 'failed_0').write_text(json.dumps(dict(time=5.0, rank=0, text='KeyError', follows=False)))
+        if give_up:
+            (folder / 'give_up').touch()
+        failures = {rank: ProcessFailure(rank, 1, code, '') for rank, code in codes.items()}
+        raise launcher.ChildFailedError('main.py', failures)
+
+    torchrun(fails)
+    return launcher.run_workers(['main.py'], folder)
+
+
+def test_workers_that_were_given_up_are_never_the_cause(torchrun, tmp_path):
+    text = 'rank 0 failed first: KeyError'
+    assert failing(torchrun, tmp_path, {0: 1}) == End(1, text, (1, 5.0))
+    assert failing(torchrun, tmp_path, {0: 1}, give_up=True) == End(1, text, (9, 0.0))
+
+
+def test_a_worker_that_was_stopped_before_there_was_anything_to_save_stops_all(torchrun, tmp_path):
+    assert failing(torchrun, tmp_path, {0: 1, 1: -signal.SIGTERM}) == End(75)
+    assert failing(torchrun, tmp_path, {0: 1, 1: -signal.SIGKILL}).code == 1
+
+
+def test_an_error_of_torchrun_while_it_stops_the_workers_is_a_stop(torchrun, tmp_path):
+    def fails(_):
+        (tmp_path / 'outcome').write_text('75')
+        try:
+            raise launcher.SignalException('got signal 15', signal.SIGTERM)
+        finally:
+            raise OSError('broken')
+
+    torchrun(fails)
+    assert launcher.run_workers(['main.py'], tmp_path) == End(75)
+
+
+def test_workers_that_did_not_stop_in_time_were_cut_off(tmp_path):
+    (tmp_path / 'outcome').write_text('1')
+    end = launcher.outcome_of_stop(tmp_path)
+    assert end.code == 75 and 'it did not stop in the time that torchrun gives, and was cut off' in end.text
+
+
+def test_others_hear_of_a_launcher_that_ends_where_torch_waits_outside_of_python(meet, torchrun, monkeypatch):
+    ended = []
+    monkeypatch.setattr(launcher, 'DEAF', 0.1)
+    monkeypatch.setattr(launcher.os, '_exit', ended.append)
+    first, second = meet(0), meet(1)
+    assert is_here(second, 0)
+    launcher.meetings.append(first)
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # one that Python's handlers do not know
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert wait_until(lambda: second.rows[0].code == 75, 3) and wait_until(lambda: ended == [75], 3)
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_stop_once_the_end_is_agreed_on_changes_nothing(meet, torchrun, monkeypatch):
+    close = Meeting.close
+
+    def stopped(self):
+        if self.place.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    monkeypatch.setattr(Meeting, 'close', stopped)
+    torchrun(lambda _: None)
+    assert torchrun.launch(meet) == (0, (0, 0, '')) and launcher.stops == [signal.SIGTERM]
+
+
+def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun, capsys):
     """Its store that cannot be reached, say; a ValueError is not taken for a wrong setting."""
     from torch.distributed.run import config_from_args, parse_args
 
@@ -364,6 +650,8 @@ def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun
     torchrun(fails)
     said = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
     assert torchrun.launch(meet) == (1, (1, 0, said))
+    assert capsys.readouterr().err.splitlines()[-1] == 'torchrun failed: ValueError: no such store'  # its own
+    assert torchrun.interfaces == ['127.0.0.1']
 
 
 def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, capsys):
@@ -403,7 +691,7 @@ def test_a_stop_between_two_starts_is_obeyed_and_the_other_machines_hear_of_it(m
     launcher.stops.append(signal.SIGTERM)
     assert launcher.run_workers(['main.py'], tmp_path).code == errors.EXIT_STOPPED
     heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
-    assert torchrun.launch(meet) == (75, heard) and not began
+    assert torchrun.launch(meet, late=1.5) == (75, heard) and not began  # it waits for those that come just now
 
 
 def test_the_last_word_is_heard_also_if_a_stop_comes_while_it_is_said(meet):
@@ -436,7 +724,6 @@ import pathlib, socket, sys, time
 from launch import launcher
 from torch.distributed import TCPStore
 folder = pathlib.Path(sys.argv[1])
-(folder / 'outcome').write_text('75')
 launcher.DEAF = 2
 launcher.obey_once(folder)
 launcher.on_stop(launcher.api._terminate_process_handler)
@@ -451,6 +738,13 @@ with socket.create_server(('127.0.0.1', port)):
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=15) == 75
+
+
+def test_only_the_first_stop_signal_is_obeyed(torchrun):
+    """At a second one torchrun would leave workers behind that still save."""
+    with pytest.raises(launcher.SignalException):
+        launcher.api._terminate_process_handler(signal.SIGTERM, None)
+    assert {signal.getsignal(name) for name in stopping.STOP_SIGNALS} == {signal.SIG_IGN}
 
 
 def test_a_handler_that_a_second_signal_interrupts_does_not_wait_for_itself(tmp_path, monkeypatch, torchrun):
