@@ -10,7 +10,7 @@ import time
 import pytest
 
 from launch import launcher, start
-from runtime import errors, stopping
+from runtime import command, errors, stopping
 from tests.helpers import ROOT, launch_env
 
 # Prints where it is and its flags, and which `evaluate` and `training` it finds.
@@ -135,16 +135,23 @@ def test_a_program_of_one_process_waits_for_no_others(monkeypatch, nnodes, left)
     assert found == left
 
 
+def test_what_is_next_to_a_script_that_runs_as_a_module_excuses_no_old_import(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(start, 'old_imports', lambda path, has_neighbours: asked.append(has_neighbours) or ['old'])
+    assert [start.start(path) for path in ('scripts/generate.py', 'examples/edm.py')] == [errors.EXIT_BAD_SETTING] * 2
+    assert asked == [False, True] and capsys.readouterr().err == 'old\nold\n'
+
+
 @pytest.mark.parametrize(('user', 'levels'), [('', ['FATAL', 'ERROR']), ('INFO', ['INFO', 'INFO'])])
 def test_what_the_launcher_is_told_before_it_begins(monkeypatch, capsys, user, levels):
     """How much torch prints, when it is imported and in workers; and whether the machine may be alone by mistake."""
-    seen, note = [], lambda: seen.append(os.environ['TORCH_CPP_LOG_LEVEL'])
+    streams, seen, note = [], [], lambda: seen.append(os.environ['TORCH_CPP_LOG_LEVEL'])
 
     class Launcher:
         @property
         def launch(self):
             note()
-            return lambda argv, module: note()
+            return lambda argv, module: (note(), streams.extend([sys.stdout, sys.stderr]))
 
     for stream in ('stdout', 'stderr'):
         monkeypatch.setattr(sys, stream, getattr(sys, stream))
@@ -154,7 +161,7 @@ def test_what_the_launcher_is_told_before_it_begins(monkeypatch, capsys, user, l
     for name in ('NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'):
         monkeypatch.delenv(name, raising=False)
     start.start(str(ROOT / 'examples/edm.py'))
-    assert seen == levels
+    assert seen == levels and all(isinstance(stream, command.Output) for stream in streams) and len(streams) == 2
     assert 'run.sh: this run sees 1 machine, though WORLD_SIZE=4' in capsys.readouterr().err
 
 
