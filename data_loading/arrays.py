@@ -227,7 +227,7 @@ def layout_of(x: np.ndarray, config: Config, where: str) -> str:
         f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass --array_layout {ways}; --network "
         'mlp needs none.'
         + ' Images of floats, with channels first or last, only need --value_range BLACK WHITE.' * float_images
-        + ' A single image? np.stack makes one array of several.' * (axes == 2)
+        + ' A single image? np.stack makes one array of several.' * (axes == 2 and last <= 4)
     )
 
 

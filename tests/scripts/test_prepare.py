@@ -88,6 +88,18 @@ def test_floats_stay_floats(tiny_config, tmp_path):
     assert train.spec.scale == 'float' and same(train, direct[0]) and same(test, direct[2])
 
 
+def test_images_with_a_range_stay_images_and_an_encoder_gets_them_in_unit(tiny_config, tmp_path, encoder):
+    np.save(tmp_path / 'x.npy', np.random.default_rng(0).uniform(-3, 3, (40, 3, 6, 6)))
+    given = dict(dataset='arrays', data_path=str(tmp_path / 'x.npy'), value_range=(-3.0, 3.0))
+    direct = setup_data_train_and_test(tiny_config(**given), CPU)
+    prepare(PrepareConfig(**given, out=str(tmp_path / 'x.pt')))
+    train, test = load(tiny_config, tmp_path / 'x.pt')
+    assert train.spec.scale == 'image' and same(train, direct[0]) and same(test, direct[2])
+    prepare(PrepareConfig(**given, out=str(tmp_path / 'z.pt'), latents=f'{encoder}:encode'))
+    z, _ = load(tiny_config, tmp_path / 'z.pt')[0].everything()
+    assert torch.equal(z[:, 3, 0, 0], direct[0].everything()[0][:, 0, 0, 0])
+
+
 def test_latents_and_their_moments(tiny_config, tmp_path, encoder):
     write_images(tmp_path / 'images', {'cat': [(9, 9)] * 50, 'dog': [(9, 9)] * 30})
     given = dict(dataset='image_folder', data_path=str(tmp_path / 'images'), image_size=(8,))
