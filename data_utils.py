@@ -115,13 +115,15 @@ def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
 
     def load() -> tuple[DataSpec, Part, Part]:
         spec = get_dataset(config)
+        folder = Path(config.data_dir)
+        files.refuse_folder('data_dir', config.data_dir, folder, to_write=False)
         try:
-            Path(config.data_dir).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             loaded = spec.load(config)
         except OSError as error:
+            where = f'data_dir={config.data_dir!r}, dataset={config.dataset!r}'
             raise SettingError(
-                f'data_dir={config.data_dir!r} cannot be written or read ({error}). '
-                'Pass a folder of yours as --data_dir.'
+                f'{where}: loading failed ({files.cause_of(error)}). Fix that file or folder.'
             ) from error
         spec, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
         n = config.held_out

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import PRESETS, Config, SettingError, choose, parse_config
-from runtime import command
+from runtime import alive, command
 from runtime.importing import import_class, import_file, refuse_foreign, refuse_hidden, refuse_to_train
 from settings.choices import TABLES, refuse
 from settings.same_run import FREE_ON_RESUME, SCHEDULES_WITHOUT_END
@@ -76,6 +76,7 @@ def start(config: Config, trainer_class: type | None) -> None:
         raise
 
 
+@alive.still('loading the data and the network')
 def build(
     config: Config,
     trainer_class: type | None = None,

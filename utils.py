@@ -169,6 +169,12 @@ class NoiseOfEach(TorchFunctionMode):
         return torch.stack(rows).to(out)
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory was lacking. For a CPU torch raises a plain RuntimeError."""
+    on_cpu = isinstance(error, RuntimeError) and 'DefaultCPUAllocator' in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory this process has held, in GB: on its GPU if it has one, else in main memory."""
     if device.type == 'cuda':

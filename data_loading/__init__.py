@@ -10,6 +10,7 @@ images.py          a folder of images, decoded
 hub.py             a data set of Hugging Face `datasets`
 packed.py          decoded images as one file that is read in place: the cache, and the files of prepare.py
 choice.py          which classes and held-out items samples are made of
+workers.py         loader processes: batches from items, how they are sent, waits that end
 loader.py          the order of the data, and Loader, which yields batches on the device
 
 The built-in data sets, the table of all, and the function that puts this together are in data_utils.py.

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from data_loading.spec import Arrays, DataSpec, Part, describe
+from data_loading.workers import Sent, joined
 from runtime.errors import DataError, SettingError
 
 HOW_TO_RETURN = (
@@ -61,16 +61,7 @@ def may_be_part(part: Any) -> bool:
 
 def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
     """A batch from items of a Dataset, which errors call by their `numbers`, checked. Raises DataError."""
-    try:
-        arrays = default_collate(items)
-    except (TypeError, RuntimeError):
-        kinds = list(dict.fromkeys(map(describe, items)))
-        hint = ' Of a PIL image, transforms.PILToTensor() makes one.' if '(Image' in str(kinds) else ''
-        raise DataError(
-            f'{where}: no batch can be made of {" and ".join(kinds[:3])}. Every item must be (x, label) or '
-            f'(x, label, x1): x a tensor, label a whole number, all of the same types and shapes.{hint}'
-        ) from None
-    return check_arrays(arrays, spec, where, numbers)
+    return Sent(check_arrays(joined(items, where), spec, where, numbers))
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:

@@ -20,6 +20,7 @@ from data_loading import packed
 from data_loading.folders import find, printable
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
+from utils import is_out_of_memory
 
 ORIENTATION = 0x112  # EXIF's
 TURNS = {
@@ -43,9 +44,9 @@ def readable(image: Path | str) -> Iterator[None]:
     """Raises a DataError that names the image, a file or a row, for whatever goes wrong inside."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # what PIL raises depends on the format
+        if is_out_of_memory(error):
+            raise
         if isinstance(image, Path):
             image = image.parent.resolve() / image.name  # the user's folder, also where --check has linked to it
         text = f'{image} cannot be read as an image ({type(error).__name__}: {error}). Replace it by a whole one, '

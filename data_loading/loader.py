@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config
+from data_loading import workers
 from data_loading.checks import collate
 from data_loading.spec import Arrays, DataSpec, Part
 from runtime import ranks
@@ -144,14 +145,14 @@ class Loader:
             self.resident = tuple(array.to(device) for array in part.arrays)
             self.part = Part(self.resident, part.name)  # lets go of the arrays on the CPU
         else:
-            workers = min(num_workers, cores_per_process())  # torch warns of more
+            number = min(num_workers, cores_per_process())  # torch warns of more
             self.workers = DataLoader(
                 Numbered(part.items),
                 batch_sampler=batch_sampler,
                 collate_fn=self.collate,
-                num_workers=workers,
+                num_workers=number,
                 pin_memory=device.type == 'cuda',
-                persistent_workers=workers > 0,
+                persistent_workers=number > 0,
                 worker_init_fn=ignore_signals_except_from_parent,
             )
 
@@ -159,7 +160,8 @@ class Loader:
         if self.workers is None:
             batches = self._from_resident()
         else:
-            moved = (tuple(array.to(self.device, non_blocking=True) for array in arrays) for arrays in self.workers)
+            read = workers.read(self.workers, self.part.name)
+            moved = (tuple(array.to(self.device, non_blocking=True) for array in arrays) for arrays in read)
             batches = itertools.starmap(self._scaled, moved)
         while True:
             began = time.monotonic()
@@ -185,13 +187,15 @@ class Loader:
     def start_workers(self) -> None:
         """Fork the loader processes now, while no thread runs."""
         if self.workers is not None and self.workers.persistent_workers:
-            iter(self.workers)
+            workers.started(self.workers)
 
     def close(self) -> None:
         """End the loader processes, if there are any."""
         running: Any = getattr(self.workers, '_iterator', None)
         if self.workers is not None and running is not None:
             self.workers._iterator = None  # what iterates next starts new ones
+            for process in getattr(running, '_workers', ()):  # it may be stuck in the user's Dataset
+                process.terminate()
             running._shutdown_workers()
 
     def open(self) -> None:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from config import Config
+from data_loading import workers
 from data_loading.spec import Rows, describe
-from runtime import files
+from runtime import alive, files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import cores_per_process, print_once
 from runtime.stopping import ignore_signals_except_from_parent
@@ -93,7 +93,7 @@ def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
     found = []
     for i in indices:
         try:
-            found.append(items[i])
+            found.append(workers.Sent(items[i]))
         except DataError as error:
             found.append(str(error))
     return found
@@ -116,7 +116,7 @@ def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts
     facts['held_out'] = held_out
 
     def readable() -> Iterator[tuple[Tensor, int]]:
-        for i, item in enumerate(item for batch in loader for item in batch):
+        for i, item in enumerate(item for batch in workers.read(loader, title) for item in batch):
             if isinstance(item, str):
                 unread.append(item)
                 facts['held_out'] -= i < held_out
@@ -155,7 +155,7 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
     with files.whole(path) as temporary:
         with zipfile.ZipFile(temporary, 'w') as archive, archive.open(X, 'w', force_zip64=True) as file:
             rows = itertools.chain([first], rows)
-            for value, label in tqdm(rows, title, most, leave=False, unit='item', disable=None):
+            for value, label in alive.each(rows, title, most):
                 if value.shape != x.shape or value.dtype != x.dtype:
                     raise SettingError(
                         f'{title}: item {len(labels)} is {describe(value)}, the first one {describe(x)}. '

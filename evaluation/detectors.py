@@ -20,7 +20,7 @@ import utils
 from config import SettingError, choose
 from data_loading.loader import Loader
 from data_loading.spec import DataSpec
-from runtime import files, ranks
+from runtime import alive, files, ranks
 
 MOST_PIXELS = 1024  # features of which a covariance is quickly computed
 CLASSIFIER_STEPS = 800  # a minute on two CPU cores for images of 28 x 28
@@ -199,7 +199,7 @@ def train_classifier(data: JudgedData) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
     ranks.print_once(f'training a classifier of {data.dataset} to judge samples, once for this data set: a few minutes')
     began = time.monotonic()
-    for step in range(CLASSIFIER_STEPS):
+    for step in alive.each(range(CLASSIFIER_STEPS), 'training the classifier', CLASSIFIER_STEPS, 'step'):
         for group in optimizer.param_groups:
             group['lr'] = 3e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / CLASSIFIER_STEPS)) / 2
         x, label, *_ = loader.take(torch.randint(loader.size, (128,)))
@@ -260,8 +260,9 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
 
     def compute(loader: Loader, rows: Tensor) -> Tensor:
         mine = rows[ranks.my_items(len(rows))].split(256)
+        looked_at = alive.each(mine, 'looking at the data', len(mine), 'batch')
         with torch.no_grad():
-            parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in mine]
+            parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in looked_at]
         return ranks.gather_items(torch.cat(parts), len(rows))
 
     def cached(loader: Loader, part: str) -> Tensor:

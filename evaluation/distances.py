@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import SettingError
 from data_loading.toy2d import TOY2D
+from runtime import alive
 
 if TYPE_CHECKING:
     from evaluation.detectors import Detector
@@ -122,6 +123,7 @@ def floor(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f'real_{name}': float(np.mean(values)), f'real_{name}_std': float(np.std(values, ddof=1))}
 
 
+@alive.still('comparing the samples with the data')
 def compare(
     samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None, classes: Tensor | None = None,
     wanted: Tensor | None = None, is_standard: bool = True,

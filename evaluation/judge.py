@@ -74,9 +74,9 @@ class Judge:
                 with torch.no_grad():
                     self.experiment.loss_fn(example, model_fn)
                 return False
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+            except RuntimeError as error:
+                if utils.is_out_of_memory(error):
+                    raise
                 self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
                 return True
 
@@ -96,7 +96,7 @@ class Judge:
                 ranks.on_each(lambda: self.reference.errors(example, index, model_fn))
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             # A network that loss_fn calls in a way of its own may not take what a denoiser takes.
-            if isinstance(error, torch.OutOfMemoryError) or not self.experiment.overrides('loss_fn'):
+            if utils.is_out_of_memory(error) or not self.experiment.overrides('loss_fn'):
                 raise
             print_once(f'eval/reference is left out: this network cannot be evaluated as a denoiser ({error})')
             return False

@@ -24,7 +24,7 @@ from training.experiment import Experiment, ProcessedBatch
 GOLDEN = (math.sqrt(5) - 1) / 2
 MOST_DRAWS, LEAST_DRAWS = 8192, 1000  # noisy images over which a baseline is averaged
 MOST_VALUES = 2e8  # of a data set that every draw is compared with
-AT_ONCE = 256  # draws
+AT_ONCE, VALUES_AT_ONCE = 256, 2**22  # draws, and numbers in all their images
 
 
 class Reference:
@@ -124,9 +124,10 @@ class Reference:
         else the reference loss."""
         loader, sampler = self.batches.train_loader, self.batches.train_sampler
         training = name.startswith('train/')
+        at_once = min(AT_ONCE, max(1, VALUES_AT_ONCE // self.batches.example.x0[0].numel()))
         numbers = torch.arange(n).view(self.experiment.config.batch_shards, -1)
         for shard in sampler.my_shards:
-            for i, draws in enumerate(numbers[shard].split(AT_ONCE)):
+            for i, draws in enumerate(numbers[shard].split(at_once)):
                 stopping.raise_if_stopped()
                 loaded = loader.take((draws % loader.size).tolist())
                 batch = self.batches.draw_shard(loaded, shard, f'levels {i}' if training else 'evaluate', training)

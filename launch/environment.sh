@@ -8,6 +8,11 @@
 root=$(pwd -P)
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # scripts in other folders find the modules here
+# Files are UTF-8 whatever the locale, and a name that is not can be printed too.
+export PYTHONUTF8=1 PYTHONIOENCODING=:backslashreplace
+# A closed output: the next file that is opened would take its place.
+(: 3>&1) 2>/dev/null || exec >/dev/null
+(: 3>&2) || exec 2>/dev/null
 
 fail() { echo "run.sh: $*" >&2; exit 1; }
 

@@ -1,8 +1,8 @@
-"""Meeting that the launchers of several machines write for each other, in torch's TCPStore on machine 0.
+"""Rows that the launchers of several machines write for each other, in torch's TCPStore on machine 0.
 
 A machine writes its row twice a second. By it the others know that it lives and, at last, how its workers have ended.
 So a machine that is late is waited for and named, one that vanishes is missed whatever the workers do, and all end with
-the same code and cause (`verdict`). Meeting are JSON: nothing from the network is unpickled.
+the same code and cause (`verdict`). Rows are JSON: nothing from the network is unpickled.
 
 On a cut network a call of the store blocks for as long as the cut lasts, whatever its timeout. So one thread talks to
 the store and another one watches.
@@ -139,6 +139,8 @@ class Meeting:
             address = '' if self.mine.first == here.first else f' = {self.mine.first}'
             return f'machine 0 at {here.first}:{here.port}{address}'
         missing = [str(rank) for rank, row in enumerate(self.rows) if not row.launcher]
+        if not missing:
+            return 'machine 0 to begin'
         return f'machine {", ".join(missing[:8])} of {here.machines} to come to port {here.port} of machine 0'
 
     def settle(self, end: End, wait: float = 0) -> None:
@@ -240,8 +242,8 @@ class Meeting:
         rows = [row if first.port or now - t < SOON else Row() for row, t in zip(found, self.heard, strict=True)]
         if here == 0 and not self.port and not self.refused and all(row.launcher for row in rows):
             self.port = free_port()
-        store.set(keys[here], json.dumps(asdict(mine)))
-        if self.thread is threading.current_thread():  # else it was stuck, and another one has read more
+        if self.thread is threading.current_thread():  # else it was stuck, and another one knows more
+            store.set(keys[here], json.dumps(asdict(mine)))
             self.sent, self.rows = mine, rows
 
     def watch(self) -> None:
@@ -250,7 +252,7 @@ class Meeting:
         while not self.over:
             time.sleep(0.25)
             now = time.monotonic()
-            if self.begun and now - self.called > STUCK:
+            if now - self.called > (STUCK if self.begun else SILENCE):  # each leaves a thread behind
                 self.start_talking()
             others = [row for rank, row in enumerate(self.judged()) if rank != self.place.rank]
             gone, codes = any(row.gone for row in others), {row.code for row in others} - {None, 0}

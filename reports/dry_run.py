@@ -17,7 +17,8 @@ import saving
 import utils
 from config import Config, SettingError
 from evaluation.judge import NUM_JUDGED
-from runtime import ranks
+from runtime import alive, ranks
+from runtime.files import refuse_folder
 from runtime.progress import duration
 from runtime.ranks import print_once
 from training import run_folder
@@ -28,6 +29,7 @@ SECONDS_FOR_STEPS = 8.0  # of training, to tell how long a step takes
 LEAST_BLOCKS = 5
 
 
+@alive.still('checking')
 def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     """Print the settings, try steps, a save, a load, a held-out loss and all samplers; print what the run will take.
 
@@ -52,11 +54,9 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
 
 def look_at_folder(config: Config) -> dict[str, Any] | None:
     """Config, step, trainer, code and data of the checkpoint that the run will resume from, None for a new run. Raises
-    SettingError if its folder cannot be written."""
-    parent = nearest_folder(config)
-    if not os.access(parent, os.W_OK) or any(path.is_file() for path in [config.run_dir, *config.run_dir.parents]):
-        text = f'ckpt_dir={config.ckpt_dir!r}: {parent} cannot be written. Pass a folder of yours as --ckpt_dir.'
-        raise SettingError(text)
+    SettingError if its folder, or data_dir, cannot be made or written."""
+    run_folder.refuse_folders(config)
+    refuse_folder('data_dir', config.data_dir, Path(config.data_dir), to_write=False)
     found = run_folder.newest_whole(config) if config.run_dir.exists() else None
     if not found:
         return None

@@ -44,6 +44,11 @@ def options(kind: type[T], argv: Sequence[str] | None, about: str | None, *paths
 
 def parsed(parse: Callable[[], T]) -> T:
     """The result of `parse()`, which reads the flags. A wrong flag is printed once for all processes, and exits."""
+    for name in ('stdout', 'stderr'):  # run.sh does this by the environment
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
+        with contextlib.suppress(AttributeError):  # a notebook's own
+            getattr(sys, name).reconfigure(errors='backslashreplace')
     is_rank_0, printed = os.environ.get('RANK', '0') == '0', io.StringIO()
     try:
         with contextlib.nullcontext() if is_rank_0 else contextlib.redirect_stderr(printed):

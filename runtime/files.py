@@ -16,6 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from runtime import alive
+from runtime.errors import SettingError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,7 +67,34 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
     with whole(path, durable) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
+
+
+def refuse_folder(setting: str, value: str, folder: Path, to_write: bool = True) -> None:
+    """Raise SettingError if `folder` cannot be made or, with `to_write`, not be written. Makes nothing."""
+    folder = folder.absolute()
+    nearest = next(parent for parent in [folder, *folder.parents] if os.path.isdir(parent))
+    rest = folder.relative_to(nearest).parts  # to be made
+    first, most = nearest.joinpath(*rest[:1]), os.pathconf(nearest, 'PC_NAME_MAX')
+    longest = max((len(os.fsencode(name)) for name in rest), default=0)
+    if rest and os.path.islink(first):
+        why = f'{first} is a link to {os.readlink(first)}, and there is no such folder. Make it, remove the link'
+    elif rest and os.path.lexists(first):
+        why = f'{first} is not a folder. Move it away'
+    elif 0 < most < longest:
+        why = f'a name of {longest} bytes is too long for this disk, which takes {most}. Shorten it'
+    elif (rest or to_write) and not os.access(nearest, os.W_OK | os.X_OK):
+        why = f'{nearest} cannot be written. Make it a folder of yours'
+    else:
+        return
+    raise SettingError(f'{setting}={value!r}: {why}, or pass another --{setting}.')
+
+
+def cause_of(error: BaseException) -> str:
+    """Why a file could not be written. torch hides the system's error behind its own."""
+    found = error if isinstance(error, OSError) else error.__context__
+    full = {errno.ENOSPC: 'the disk is full: ', errno.EDQUOT: 'your quota of the disk is used up: '}
+    return f'{full.get(found.errno or 0, "")}{found}' if isinstance(found, OSError) else str(error)
 
 
 def sync(path: Path) -> None:
@@ -120,7 +150,8 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
         has_lock = try_lock(lock)
         if has_lock is False:
             waiting()
-        while has_lock is False:
-            time.sleep(0.5)
-            has_lock = try_lock(lock)
+        with alive.still(f'waiting for the process that has locked {path}'):
+            while has_lock is False:
+                time.sleep(0.5)
+                has_lock = try_lock(lock)
         yield bool(has_lock)

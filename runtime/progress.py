@@ -5,11 +5,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from tqdm import tqdm
+from runtime import alive, ranks
 
-from runtime import ranks
-
-LEAST_SECONDS, MOST_SECONDS = 5, 30  # between lines, however often there is something to show
+LEAST_SECONDS, MOST_SECONDS = 5, 25  # between lines, however often there is something to show
 
 
 def duration(seconds: float) -> str:
@@ -29,7 +27,7 @@ class Progress:
         self.seconds_at_end, self.has_numbers = seconds_at_end, has_numbers
         self.began, self.shown = time.monotonic(), -math.inf
         no_terminal = not (ranks.is_main() and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_terminal)
+        self.bar = alive.Bar(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_terminal)
 
     def advance(self) -> bool:
         """After a step. Whether nothing was shown for long."""

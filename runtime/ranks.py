@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from runtime import alive
 from runtime.errors import SettingError
 
 T = TypeVar('T')
@@ -57,6 +58,7 @@ def print_once(text: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        alive.spoke()
 
 
 def setup() -> torch.device:

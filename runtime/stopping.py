@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime import ranks
-from runtime.errors import RankFailed, Stopped
+from runtime.errors import DataError, RankFailed, SaveError, Stopped
 
 STOP_SIGNALS = [getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 # What a rank sends to the others; they agree on the greatest.
 FINE, STOP_ASKED, FAILED = 0, 1, 2
+
+# Seconds in a wait for data: between looks at the stop flag, until a line says so, until it ends as between ranks.
+TICK, LINE_AFTER, LIMIT = 5, 30, 1800
 
 _stop_asked = False
 _under_way: tuple[Tensor, dist.Work] | None = None  # the reduction that `poll_stop` began and nobody has read yet
@@ -122,6 +125,8 @@ def report_failure(error: BaseException) -> bool:
     if isinstance(error, RankFailed) and error.__context__ is not None:  # this rank knows why it failed
         error = error.__context__
     text = ''.join(traceback.format_exception_only(error)).strip().removeprefix('runtime.errors.')
+    if isinstance(error, (DataError, SaveError)):  # it says all that there is to say
+        text = str(error)
     report = dict(time=time.time(), rank=int(os.environ.get('RANK', 0)), text=text)
     report |= dict(follows=isinstance(error, RankFailed))  # this rank only heard of the failure of another
     Path(os.environ['RUN_REPORTS'], f'failed_{report["rank"]}').write_text(json.dumps(report))
@@ -161,16 +166,48 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f'no answer in {seconds:g} s')
 
+    with alarm(stop, seconds):
+        yield
+
+
+@contextlib.contextmanager
+def alarm(handler: Callable[..., None], seconds: float, again: float = 0.0) -> Iterator[None]:
+    """Call `handler` in the block after `seconds`, then every `again`; in the main thread, in another one never."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGALRM, handler)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, again)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Around a wait for data: prints each LINE_AFTER seconds that it lasts, and raises DataError after LIMIT seconds.
+
+    After a stop signal it lasts TICK to 2 TICK seconds. Then one process by itself raises Stopped, as it can save. With
+    several the others wait for this one's gradients, so nothing can be saved: DataError. In the main thread only.
+    """
+    ticks, began = [False], time.monotonic()  # was a stop asked for at each of them?
+
+    def tick(*_: Any) -> None:
+        ticks.append(_stop_asked)
+        seconds = time.monotonic() - began
+        if ticks[-2]:
+            if ranks.world_size() == 1:
+                raise Stopped
+            raise DataError(f'asked to stop while waiting for {what}: the same command resumes from the last save')
+        if seconds > LIMIT:
+            raise DataError(f'{what}: nothing came in {seconds / 60:.0f} minutes. Is the disk there?')
+        if len(ticks) % (LINE_AFTER // TICK) == 1:
+            print(f'... rank {ranks.rank()} is waiting for {what}: nothing for {seconds:.0f} s', flush=True)
+
+    with alarm(tick, TICK, TICK):
+        yield
 
 
 def limit_exit(code: int, seconds: int = 10) -> None:

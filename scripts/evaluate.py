@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from config import SettingError, choose
 from reports import page
-from runtime import command, files
+from runtime import alive, command, files
 
 MEASURES = 2  # of how numbers are computed: a line of another version is not taken for the same result
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.run(work)
 
 
+@alive.still('evaluating')
 def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
     from evaluation.detectors import DETECTORS

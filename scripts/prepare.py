@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, SettingError, parse_config
-from runtime import command
+from runtime import alive, command
 from runtime.files import from_caller
 
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.run(lambda: prepare(config))
 
 
+@alive.still('preparing the data')
 def prepare(config: PrepareConfig) -> None:
     """Write the file, the held-out part first, and print how to train on it. Raises SettingError."""
     from torch.utils.data import ConcatDataset

@@ -14,7 +14,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import utils
 from config import SettingError
@@ -23,7 +22,7 @@ from evaluation.detectors import Detector
 from evaluation.distances import Looked
 from main import load_run
 from reports.plots import image_grid, in_rows
-from runtime import files, ranks, stopping
+from runtime import alive, files, ranks, stopping
 from runtime.errors import Stopped
 from scripts.outputs import Output
 from training import calling
@@ -91,7 +90,7 @@ class Samples:
         draw the last sample. Raises Stopped."""
         mine = [indices[i] for i in ranks.my_items(len(indices))]
         batches, bad = [mine[i : i + at_once] for i in range(0, len(mine), at_once)], 0
-        for batch in tqdm(batches, unit='batch', disable=None if ranks.is_main() else True, leave=False):
+        for batch in alive.each(batches, 'drawing samples', len(batches), 'batch'):
             stopping.raise_if_stopped()
             x, inputs = self.draw(batch)
             bad += not_finite(x)

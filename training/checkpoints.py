@@ -23,7 +23,7 @@ import saving
 from config import Config, SettingError
 from runtime import ranks, stopping
 from runtime.errors import SaveError
-from runtime.files import link_as, sync, whole
+from runtime.files import cause_of, link_as, sync, whole
 from runtime.ranks import print_once
 from settings.same_run import differences
 from training import run_folder
@@ -209,15 +209,15 @@ class Writer:
                 return
             except Exception as error:
                 # torch raises RuntimeError for a full disk
+                why = f'the checkpoint of step {step} cannot be written ({cause_of(error)})'
                 if seconds is None or not isinstance(error, (OSError, RuntimeError)):
-                    cause = error.__context__ if isinstance(error.__context__, OSError) else error
                     stopping.ask_to_stop()  # on all ranks, at the end of this step
-                    raise SaveError(
-                        f'ckpt_dir={self.config.ckpt_dir!r}: the checkpoint of step {step} cannot be written '
-                        f'({cause}). Earlier checkpoints in {self.config.run_dir} are untouched. Make room there, and '
-                        'the same command resumes from the last of them.'
-                    ) from error
-                print_once(f'the checkpoint of step {step} could not be written ({error}); trying again in {seconds} s')
+                    last = last_path(self.config)
+                    kept = f'{last.parent} has no earlier one. Make room there, and run the same command again.'
+                    if last.exists():
+                        kept = f'Make room there, and the same command resumes from {last}, which is untouched.'
+                    raise SaveError(f'ckpt_dir={self.config.ckpt_dir!r}: {why}. {kept}') from error
+                print_once(f'{why}; trying again in {seconds} s')
                 time.sleep(seconds)
 
 

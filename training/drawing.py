@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import utils
 from config import SettingError
-from runtime import ranks, stopping
+from runtime import alive, ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from sampling import ModelFn, get_sample_fn
@@ -144,8 +144,10 @@ class Drawing:
         n, model_fn, began = len(inputs.x1), self.experiment.get_model_fn(module), time.monotonic()
         mine = torch.tensor(ranks.my_items(n), device=self.experiment.device)
         drawn: list[Tensor] = []
-        with out_of_memory_on_any_rank():
-            for i, part in enumerate(mine.split(self.batches.images_at_once)):
+        parts = mine.split(self.batches.images_at_once)
+        with out_of_memory_on_any_rank(), alive.still(f'drawing {n} samples') as doing:
+            for i, part in enumerate(parts):
+                doing.share = i / len(parts)
                 utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # for the SDE
                 drawn.append(self.experiment.decode(sampler(model_fn, utils.rows(inputs, part))))
                 stopping.raise_if_stopped()
@@ -193,7 +195,9 @@ def out_of_memory_on_any_rank() -> Iterator[None]:
     """Around drawing that calls stopping.raise_if_stopped: if one rank runs out of memory, all raise RankFailed."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not utils.is_out_of_memory(error):
+            raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(f'rank {ranks.rank()}: {error}', flush=True)

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 import saving
 from config import Config, SettingError
 from runtime import ranks
-from runtime.files import link_as, try_lock, write_text
+from runtime.files import cause_of, link_as, refuse_folder, try_lock, write_text
 from runtime.ranks import print_once
 from settings.same_run import SCHEDULES_WITHOUT_END, changes, in_name
 
@@ -194,12 +194,12 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
     last = last_path(config)
 
     def claim_first() -> dict[str, Any] | None:
+        refuse_folders(config)
         try:
             return claim(config, identity)
         except OSError as error:
-            raise SettingError(
-                f'ckpt_dir={config.ckpt_dir!r} cannot be written ({error}). Pass a folder of yours as --ckpt_dir.'
-            ) from error
+            text = f'ckpt_dir={config.ckpt_dir!r} cannot be used ({cause_of(error)}).'
+            raise SettingError(f'{text} Fix that, or pass another --ckpt_dir.') from error
 
     def refuse_elsewhere() -> None:
         if last.exists():
@@ -210,6 +210,12 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
 
     found = load_on_all(last, lambda: saving.load(last), claim_first)
     return ranks.on_each(refuse_elsewhere) if found is None else found
+
+
+def refuse_folders(config: Config) -> None:
+    """Raise SettingError if the run's folder cannot be made or written."""
+    refuse_folder('ckpt_dir', config.ckpt_dir, Path(config.ckpt_dir))
+    refuse_folder('experiment_name', config.experiment_name, config.run_dir)
 
 
 def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:

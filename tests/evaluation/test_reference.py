@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_utils import DATASETS, DataSpec
-from evaluation.reference import noise_of
+from evaluation.reference import Reference, noise_of
 from prediction import ROWS, Prediction, get_target_fn, optimal_denoiser
 from processes import PROCESSES
 from tests.helpers import record_of
@@ -268,8 +268,11 @@ def test_there_is_no_baseline_where_none_is_known(tiny_config, build_trainer):
     assert baselines_of(build_trainer(tiny_config(), OwnLoss)) == pytest.approx(reference, abs=1e-6)
 
 
-def test_where_memory_is_short_the_baselines_are_left_out(tiny_config, build_trainer, monkeypatch):
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_where_memory_is_short_the_baselines_are_left_out(tiny_config, build_trainer, monkeypatch, device):
     def full(*_):
+        if device == 'cpu':
+            return torch.empty(2**50, dtype=torch.uint8)  # a RuntimeError
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr('evaluation.reference.optimal_denoiser', full)
@@ -339,3 +342,11 @@ def test_turned_images_have_no_floor(tiny_config, build_trainer, monkeypatch, se
     spec = dataclasses.replace(DATASETS['digits'], flip_keeps_label=True, rotation_keeps_label=True)
     monkeypatch.setitem(DATASETS, 'digits', spec)
     assert 'train/floor' not in baselines_of(build_trainer(tiny_config(**{setting: 0.5})))
+
+
+def test_the_baselines_of_large_images_take_few_at_once(tiny_config, build_trainer, monkeypatch):
+    trainer, sizes, errors = build_trainer(tiny_config()), [], Reference.errors
+    monkeypatch.setattr('evaluation.reference.VALUES_AT_ONCE', 100 * 64)
+    monkeypatch.setattr(Reference, 'errors', lambda self, x, *rest: sizes.append(len(x.t)) or errors(self, x, *rest))
+    baselines_of(trainer)
+    assert max(sizes) == 100

@@ -88,9 +88,11 @@ class FaultyTrainer(ExampleDiffusionTrainer):
         if is_train and self.happens('stop of all'):  # as a scheduler does, which is no process's parent
             pids = [os.getppid(), os.getpid(), *(process.pid for process in multiprocessing.active_children())]
             subprocess.run(['kill', '-TERM', *map(str, pids)], start_new_session=True)
-        if is_train and self.happens('data file'):
-            for path in Path(self.config.data_dir).rglob('*.png'):
-                path.unlink()
+        gone, silent = (is_train and self.happens(fault) for fault in ('data file', 'silent data'))
+        for path in Path(self.config.data_dir).rglob('*.png') if gone or silent else ():
+            path.unlink()
+            if silent:  # whoever opens it waits for ever
+                os.mkfifo(path)
         return super().prepare_batch_fn(batch, is_train)
 
     def loss_fn(self, batch, model_fn):

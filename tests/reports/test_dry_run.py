@@ -56,3 +56,13 @@ def test_several_machines_are_sent_to_one(monkeypatch):
     monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # torchrun's number of machines
     with pytest.raises(SettingError, match=r'check=True.*without NNODES and TORCHRUN_ARGS'):
         dry_run.dry_run(Config(), lambda config: None)
+
+
+@pytest.mark.parametrize('setting', ['ckpt_dir', 'data_dir'])
+def test_a_link_whose_target_is_gone_is_refused_as_in_the_run(tmp_path, setting):
+    (tmp_path / 'link').symlink_to(tmp_path / 'purged')
+    folders = dict(ckpt_dir=str(tmp_path / 'ckpts'), data_dir=str(tmp_path / 'data')) | {
+        setting: str(tmp_path / 'link')
+    }
+    with pytest.raises(SettingError, match=f'^{setting}=.* is a link to .*purged'):
+        dry_run.look_at_folder(Config(**folders))

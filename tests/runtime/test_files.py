@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from runtime import files
+from runtime.errors import SettingError
 from tests.helpers import ROOT, wait_until
 
 
@@ -58,6 +59,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from runtime import files
+from runtime.errors import SettingError
 for i in range(10**6):
     with files.whole(Path('numbers.txt')) as temporary, open(temporary, 'w') as file:
         for _ in range(1000):
@@ -121,6 +123,7 @@ LOCKER = """
 import sys, time
 from pathlib import Path
 from runtime import files
+from runtime.errors import SettingError
 with files.locked(Path('lock'), lambda: print('waits', flush=True)) as is_locked:
     print('inside' if is_locked else 'no locks', flush=True)
     time.sleep(float(sys.argv[1]))
@@ -179,3 +182,36 @@ def test_what_another_process_has_locked_is_told_from_what_cannot_be_locked(monk
 
     monkeypatch.setattr(files.fcntl, 'lockf', refuse)
     assert files.try_lock(io.BytesIO()) is outcome
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_named_with_its_cause(tmp_path, monkeypatch):
+    """And nothing is made."""
+    (tmp_path / 'link').symlink_to(tmp_path / 'purged')
+    (tmp_path / 'file').write_text('')
+    before = sorted(tmp_path.iterdir())
+    for name, text in {
+        'link': rf'^x={str(tmp_path / "link")!r}: .*link is a link to .*purged, and there is no such folder\. Make it, '
+        r'remove the link, or pass another --x\.$',
+        'link/below': r'link is a link to .*purged',
+        'file/below': r'file is not a folder\. Move it away',
+        'new/' + 'ü' * 128: r'a name of 256 bytes is too long for this disk, which takes 255',
+    }.items():
+        with pytest.raises(SettingError, match=text):
+            files.refuse_folder('x', str(tmp_path / name), tmp_path / name)
+    for name in ('', 'new/below', 'n' * 255):
+        files.refuse_folder('x', name, tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):
+        files.refuse_folder('x', 'new', tmp_path / 'new')
+    files.refuse_folder('x', '', tmp_path, to_write=False)
+
+
+def test_the_cause_behind_an_error_of_torch_is_the_system_s():
+    try:
+        with open('/dev/full', 'w') as file:
+            torch.save(torch.zeros(10**6), file.buffer)
+    except Exception as error:
+        assert 'the disk is full: [Errno 28]' in files.cause_of(error)
+    assert files.cause_of(PermissionError(13, 'no', 'x')) == "[Errno 13] no: 'x'"
+    assert files.cause_of(RuntimeError('other')) == 'other'

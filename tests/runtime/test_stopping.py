@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,35 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
         child = int(process.stdout.readline())
         process.kill()
     assert wait_until(lambda: not Path(f'/proc/{child}').exists(), 10)
+
+
+# ---------------------------------------------------------------- a wait for data
+
+
+@pytest.fixture
+def short_ticks(monkeypatch):
+    for name, value in dict(TICK=0.05, LINE_AFTER=0.1, LIMIT=0.5, _stop_asked=False).items():
+        monkeypatch.setattr(stopping, name, value)
+
+
+def test_a_wait_for_data_says_so_and_ends(short_ticks, capsys):
+    began = time.monotonic()
+    with pytest.raises(errors.DataError, match=r'^data of x: nothing came in 0 minutes'), stopping.waiting('data of x'):
+        time.sleep(30)
+    assert 0.4 < time.monotonic() - began < 5
+    lines = capsys.readouterr().out.splitlines()
+    assert 3 <= len(lines) <= 5 and lines[0] == '... rank 0 is waiting for data of x: nothing for 0 s'
+    with stopping.waiting('data of x'):
+        time.sleep(0.2)  # slow data are waited for
+    time.sleep(0.6)  # and after them no alarm is left
+
+
+@pytest.mark.parametrize('processes, error', [(1, errors.Stopped), (2, errors.DataError)])
+def test_a_wait_for_data_obeys_a_stop_signal(short_ticks, monkeypatch, processes, error):
+    """One process by itself can save. Several cannot, while the others wait for this one."""
+    monkeypatch.setattr(ranks, 'world_size', lambda: processes)
+    stopping.ask_to_stop()
+    began = time.monotonic()
+    with pytest.raises(error), stopping.waiting('data'):
+        time.sleep(30)
+    assert 0.05 < time.monotonic() - began < 0.4  # not at the first look: the data may come

@@ -1,0 +1,75 @@
+"""Loader processes: batches from items, how they are sent, and how a wait for them ends."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+from data_loading.spec import describe
+from runtime import stopping
+from runtime.errors import DataError, SettingError
+
+
+class Sent(tuple):
+    """A tuple whose tensors a loader process sends through its pipe, as numpy arrays; it arrives as a tuple of tensors.
+
+    torch would send each tensor as a file in /dev/shm, by a descriptor and a socket in TMPDIR. Where one of these has
+    no room, it prints that and sends nothing.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrived, (list(map(as_bytes, self)),)
+
+
+def as_bytes(value: Any) -> tuple[Any, Any, Any]:
+    """(bytes, type, shape) of a tensor of any type: numpy has no bfloat16."""
+    if not isinstance(value, Tensor):
+        return value, None, None
+    return value.detach().contiguous().flatten().view(torch.uint8).numpy(), value.dtype, value.shape
+
+
+def arrived(parts: list[tuple[Any, Any, Any]]) -> tuple[Any, ...]:
+    return tuple(v if kind is None else torch.from_numpy(v).view(kind).view(shape) for v, kind, shape in parts)
+
+
+def joined(items: list[Any], where: str) -> Any:
+    """torch's default_collate, but in memory of this process: in a loader process torch's takes /dev/shm. Raises
+    DataError, which names the data as `where`, if the items do not fit together, else what torch raises."""
+    stack: dict[Any, Any] = {Tensor: lambda tensors, **_: torch.stack(tensors)}
+    try:
+        return collate(items, collate_fn_map={**default_collate_fn_map, **stack})
+    except (TypeError, RuntimeError) as error:
+        kinds = list(dict.fromkeys(map(describe, items)))
+        if isinstance(error, RuntimeError) and len(kinds) == 1:  # it is not the items: too little memory, say
+            raise
+        hint = ' Of a PIL image, transforms.PILToTensor() makes one.' if '(Image' in str(kinds) else ''
+        raise DataError(
+            f'{where}: no batch can be made of {" and ".join(kinds[:3])}. Every item must be (x, label) or '
+            f'(x, label, x1): x a tensor, label a whole number, all of the same types and shapes.{hint}'
+        ) from None
+
+
+def started(loader: DataLoader) -> Iterator[Any]:
+    """`iter(loader)`, which starts its processes. Raises SettingError if the system has no room for them."""
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise SettingError(
+            f'num_workers={loader.num_workers}: loader processes cannot be started ({error}). They need a little room '
+            'in /dev/shm, and files and processes (ulimit -n, ulimit -u). Make room, or pass --num_workers 0.'
+        ) from error
+
+
+def read(loader: DataLoader, what: str) -> Iterator[Any]:
+    """What the loader gives. A wait is limited by `stopping.waiting`; `what` names the data there."""
+    batches, end = started(loader), object()
+    by = f'by {loader.num_workers} loader processes' if loader.num_workers else 'by this process'
+    while True:
+        with stopping.waiting(f'data of {what}, read {by} (num_workers)'):
+            batch = next(batches, end)
+        if batch is end:
+            return
+        yield batch

@@ -1,0 +1,73 @@
+"""What loader processes send, and where they cannot be started."""
+
+import os
+import resource
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from config import SettingError
+from data_loading import packed, workers
+from data_loading.loader import Loader
+from data_loading.spec import DataSpec, Part
+from runtime.errors import DataError
+
+X = torch.arange(24, dtype=torch.uint8).view(4, 1, 2, 3)
+KINDS = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+
+
+def shared(tensors):
+    """Whether any is in /dev/shm."""
+    return any(x.is_shared() for x in tensors)
+
+
+def test_tensors_of_any_type_and_shape_arrive_as_they_were():
+    sent = [X.to(kind) for kind in KINDS] + [X.mT, torch.tensor(3), torch.zeros(0, 3), X[:, :, 1]]
+    loader = DataLoader([sent], batch_size=None, num_workers=1, collate_fn=workers.Sent)
+    (found,) = workers.read(loader, 'test')
+    assert type(found) is tuple and not shared(found)
+    for a, b in zip(found, sent, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    found[1][0] = 7  # they may be written to
+
+
+def test_no_batch_of_a_dataset_takes_shared_memory():
+    """Neither on its way nor while it is made: where /dev/shm is full, data are read all the same."""
+    spec = DataSpec(lambda config: (), (1, 2, 3), 4)
+    loader = Loader(Part(TensorDataset(X, torch.arange(4))), [[2, 0], [1]], spec, torch.device('cpu'), 1)
+    batches = list(workers.read(loader.workers, 'test'))
+    assert not any(map(shared, batches))
+    assert [label.tolist() for _, label in batches] == [[2, 0], [1]] and torch.equal(batches[0][0], X[[2, 0]])
+    made = lambda items: workers.Sent(map(torch.tensor, map(torch.Tensor.is_shared, workers.joined(items, ''))))  # noqa: E731
+    loader = DataLoader(TensorDataset(X, X), batch_size=2, num_workers=1, collate_fn=made)
+    assert [v.tolist() for batch in workers.read(loader, 'test') for v in batch] == [False] * 4
+
+
+def test_what_is_wrong_with_a_batch_is_named_and_nothing_else():
+    for items in ([(X[0], 1), (X[0, 0], 1)], [(X[0], 1), (X[0], 1, 2)], [(X[0], object())]):
+        with pytest.raises(DataError, match=r'here: no batch can be made of \(uint8 \(1, 2, 3\), \w+\)'):
+            workers.joined(items, 'here')
+    large = torch.zeros(1, dtype=torch.uint8).expand(2**46)  # 64 TiB of one byte
+    with pytest.raises(RuntimeError, match="can't allocate memory") as error:
+        workers.joined([(large, 1)], 'here')
+    assert not isinstance(error.value, DataError)
+
+
+def test_no_item_that_is_packed_takes_shared_memory():
+    items = TensorDataset(X, torch.arange(4))
+    loader = DataLoader(range(4), batch_size=2, num_workers=1, collate_fn=partial(packed.attempts, items))
+    found = [item for batch in workers.read(loader, 'test') for item in batch]
+    assert not any(map(shared, found)) and [int(label) for _, label in found] == [0, 1, 2, 3]
+
+
+def test_loader_processes_that_cannot_be_started_name_the_setting():
+    loader = DataLoader(range(4), num_workers=2)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 2, most[1]))
+    try:
+        with pytest.raises(SettingError, match=r'^num_workers=2: .*Too many open files.*--num_workers 0\.$'):
+            workers.started(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
