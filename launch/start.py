@@ -29,7 +29,7 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
     try:
         refuse_hidden([str(Path(script).resolve().parent)] if module is None else [])
     except SettingError as error:
-        wrong.append(str(error))
+        wrong.append(f'SettingError: {error}')
     if wrong:  # else nothing at all is written: the output may be a file on a full disk
         print(*wrong, sep='\n', file=sys.stderr, flush=True)
         return EXIT_BAD_SETTING

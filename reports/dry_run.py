@@ -41,7 +41,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     ranks.setup()
     default = config.baseline()
     changed = (f'  {name} = {value!r}' for name, value in vars(config).items() if value != default.get(name))
-    print_once('\n'.join([f'the settings that differ from those of preset {config.preset!r}:', *changed]))
+    print_once('\n'.join(['settings that differ from the preset:', *changed]))
     found = ranks.on_main(lambda: look_at_folder(config))
     folder = Path(ranks.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:

@@ -710,7 +710,7 @@ def test_check(tmp_path, nproc):
     assert result.returncode == 0, result.stderr
     assert files() == before and not list(temporary.iterdir()) and not (tmp_path / 'ckpts').exists()
     for words in (
-        "that differ from those of preset 'digits':\n  base_lr = 0.0005\n",
+        'settings that differ from the preset:\n  base_lr = 0.0005\n',
         '382,249 parameters',
         's a step',
         'held out',
@@ -718,7 +718,7 @@ def test_check(tmp_path, nproc):
         'sample    sde_dpmpp_2m',
     ):
         assert words in result.stdout, words
-    for words in ('judge  ', ' s to start, ', ' s training, ', ' s for pictures, ', ' s for numbers'):
+    for words in ('judge  ', ' to start, ', ' training, ', ' for pictures, ', ' for numbers'):
         assert words in result.stdout, words
     for words in ('GB at most', 'the run   ', ' at most (save_every=100)', 'checkpoints', 'GB are free', 'it runs'):
         assert words in result.stdout, words
