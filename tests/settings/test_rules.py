@@ -23,7 +23,8 @@ BROKEN = [  # (settings, those that the message must show)
     *(({name: 0}, name) for name in 'num_sample_steps max_bad_steps keep_last'.split()),
     *(({name: 0}, name) for name in 'channels num_res_blocks'.split()),
     (dict(columns=('a', 'b', 'c')), 'columns'),
-    *((dict(value_range=value), 'value_range') for value in ((0.0,), (1.0, 0.0))),
+    (dict(array_layout='nhwc'), 'array_layout'),
+    *((dict(value_range=value), 'value_range') for value in ((1.0,), (1.0, 0.0))),
     *((dict(image_size=value), 'image_size') for value in ((), (0,), (8, 8, 8))),
     *(
         ({name: -1}, name)
