@@ -50,6 +50,12 @@ def test_the_only_column_called_label_holds_the_classes(load, name, values, clas
     items = (torch.cat([x, held_out_x])[:, 0, 0, 0] * 51).round().long()
     assert sorted(items.tolist()) == list(range(40))
     assert torch.cat([label, held_out_label]).tolist() == [wanted[i % 3] for i in items]
+    assert items[len(x) :].tolist() != [0, 1, 2, 3]  # files are often sorted
+
+
+def test_the_held_out_part_of_a_sorted_table_is_of_all_classes(load):
+    held_out = load(dict(label=[0] * 20 + [1] * 20))[2]
+    assert held_out.labels.tolist().count(1) == 2
 
 
 def test_no_classes_are_said_with_the_flag(load, capsys):
