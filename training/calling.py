@@ -229,7 +229,9 @@ class ParallelLoss:
     def __call__(self, batch: Any, average: bool = True) -> Tensor:
         """(B,). `average`: whether the backward pass averages the gradients, or leaves that to a later one."""
         if self.later is not None:
-            self.later()
+            devices = [torch.cuda.current_device()] if torch.cuda.device_count() else []
+            with torch.random.fork_rng(devices):  # dropout has been seeded
+                self.later()
         with contextlib.nullcontext() if average or isinstance(self.losses, Loss) else self.losses.no_sync():
             return self.losses(batch)
 

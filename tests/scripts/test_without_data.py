@@ -183,3 +183,16 @@ def test_classes_have_names_on_the_command_line():
     assert labels_of('0', spec, 0.1) == [2]  # the name
     with pytest.raises(SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 Ankle boot, 1 Bag, 2 0"):
         labels_of('Boot', spec, 0.1)
+
+
+def test_a_step_of_a_run_that_is_read_has_the_dropout_of_the_run(made, tiny_config):
+    run = made(dropout=0.5)
+    seen = []
+    for read in (False, True):
+        trainer = load_run(run, weights='raw')
+        if not read:  # as in a run: everything is there before the first step
+            trainer.losses.later()
+        trainer.record.clear()
+        trainer.train_step(next(trainer.batches.steps(0)))
+        seen.append(trainer.record.means.means()['train/loss'])
+    assert seen[0] == seen[1]
