@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SettingError, choose
-from settings import flags, rules, same_run
+from settings import rules, same_run
 from settings.rules import only as only  # experiments import it from here
 
 __all__ = ['DEBUG', 'PRESETS', 'Config', 'SettingError', 'choose', 'parse_config']
@@ -240,4 +240,6 @@ def parse_config(
     `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
     SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
     """
+    from settings import flags
+
     return flags.parse(argv, config_class, PRESETS, DEBUG, settings_in)

@@ -174,7 +174,7 @@ class BaseDiffusionTrainer(OldNames):
         """Train to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
         c, finished = self.config, False
         self.checkpoints.refuse_if_read_only()
-        with self.record.open(self.step, start), self.checkpoints, self.batches, alive.still('training') as doing:
+        with self.record.open(self.step, start), self.checkpoints, self.batches, alive.still('training'):
             stopping.catch_stop_signals()
             with suppress(Stopped):
                 self.judge.rehearse()  # what is broken fails now or never
@@ -183,7 +183,6 @@ class BaseDiffusionTrainer(OldNames):
                 self.report()  # in a resumed run what was due at the step of its checkpoint
                 steps = self.batches.steps(self.step)
                 while self.step < c.num_training_steps:
-                    doing.share = self.step / c.num_training_steps
                     self.train_step(next(steps))
                     if self.due(c.save_every) or self.due(c.keep_every):
                         self.checkpoints.save(self.step)
