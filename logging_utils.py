@@ -194,7 +194,7 @@ class Record:
             yield
         except OSError as error:
             raise SaveError(
-                f'{self.path.parent}: the record cannot be written ({error}). Make room there, and the same command '
+                f'{self.path.parent}: the record cannot be written ({files.cause_of(error)}). Make room there, and the same command '
                 'resumes from the last checkpoint.'
             ) from error
 
