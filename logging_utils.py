@@ -194,8 +194,8 @@ class Record:
             yield
         except OSError as error:
             raise SaveError(
-                f'{self.path.parent}: the record cannot be written ({files.cause_of(error)}). Make room there, and the same command '
-                'resumes from the last checkpoint.'
+                f'{self.path.parent}: the record cannot be written ({files.cause_of(error)}). Make room there, and the '
+                'same command resumes from the last checkpoint.'
             ) from error
 
     def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:

@@ -42,7 +42,7 @@ class Samples:
         self.run = load_run(run, weights, **calling.settings_for(num), **given)
         for module in self.run.modules.values():  # also those that encode and decode call themselves
             module.eval()
-        self.num, self.seed = num, seed
+        self.num, self.seed, self.bad = num, seed, 0  # bad: how many were not finite
         if to_judge:
             self.run.train_loader.open()
             self.run.test_loader.open()
@@ -96,8 +96,10 @@ class Samples:
             bad += not_finite(x)
             yield batch, x, inputs
         stopping.raise_if_stopped()
-        if bad := int(ranks.all_reduce(torch.tensor(bad))):
-            ranks.print_once(f'warning: {bad} samples have values that are not finite: try another --solver or --nfe')
+        self.bad = int(ranks.all_reduce(torch.tensor(bad)))
+        if self.bad:
+            text = f'warning: {self.bad} samples have values that are not finite: try another --solver or --nfe'
+            ranks.print_once(text)
 
     def write(self, out: Output, indices: list[int], at_once: int) -> None:
         """Draw and write the samples of these indices. Raises Stopped."""
@@ -131,13 +133,15 @@ class Samples:
 
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
         """Distances from the data, with as many training images, drawn at random, as a floor (`real_...`); and an
-        experiment's own `sample_metrics`. Raises Stopped."""
+        experiment's own `sample_metrics`; of samples that are not finite only the speed. Raises Stopped."""
         run, looked, kept, began = self.run, Looked(detector), [], time.monotonic()
         own = run.overrides('sample_metrics')
         for _, x, inputs in self.batches(range(self.num), at_once):
             looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
             kept += [x.cpu()] if own else []
         rate = self.num / (time.monotonic() - began)
+        if self.bad:
+            return dict(images_per_second=rate)
         values = run.judge.compared(looked, self.num)
         width = looked.features[0].shape[1]
         if self.num <= width:

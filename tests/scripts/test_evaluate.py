@@ -50,6 +50,14 @@ def test_the_numbers_are_those_of_the_images_that_generate_writes(judge, run, tm
     assert line['real_frechet'] < 0.2 * line['frechet']
 
 
+def test_samples_that_are_not_finite_get_no_numbers_and_the_others_do(judge, monkeypatch, capsys):
+    draw = ExampleDiffusionTrainer.draw
+    monkeypatch.setattr(ExampleDiffusionTrainer, 'draw', lambda *given, **more: draw(*given, **more) * math.nan)
+    (line,) = judge(seed=7)
+    assert 'frechet' not in line and line['eval/loss'] > 0 and line['images_per_second'] > 0
+    assert 'warning: 40 samples have values that are not finite' in capsys.readouterr().out
+
+
 def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge, run, monkeypatch):
     (run / 'evaluation.jsonl').unlink(missing_ok=True)
     first = judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,))
