@@ -137,7 +137,8 @@ class Samples:
         run, looked, kept, began = self.run, Looked(detector), [], time.monotonic()
         own = run.overrides('sample_metrics')
         for _, x, inputs in self.batches(range(self.num), at_once):
-            looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
+            if not not_finite(x):  # else there will be no numbers
+                looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
             kept += [x.cpu()] if own else []
         rate = self.num / (time.monotonic() - began)
         if self.bad:
