@@ -7,7 +7,7 @@ import numpy as np
 from data_loading.spec import describe
 from runtime.errors import SettingError
 
-NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'classes', 'class', 'arr_1')
+NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
 HELD_OUT_SPLITS = ('validation', 'valid', 'val', 'test', 'eval')
 
 

@@ -198,6 +198,10 @@ class Loader:
                 process.terminate()
             running._shutdown_workers()
 
+    def __del__(self) -> None:  # torch waits 5 s for each process of a loader that nobody closed
+        if 'workers' in vars(self):
+            self.close()
+
     def open(self) -> None:
         """Load the data now, if they are not there yet: see LazyLoader."""
 

@@ -46,7 +46,7 @@ def test_every_setting_is_read_outside_config():
                     read.add(node.attr)
     read |= {'experiment_name', 'ckpt_dir'} if 'run_dir' in read else set()
     read |= set(SETTINGS)
-    assert set(FIELDS) - read == {'debug', 'settings'} | {'flip_prob', 'rotate_prob', 'translate_prob'}
+    assert set(FIELDS) - read == {'debug', 'preset', 'settings'} | {'flip_prob', 'rotate_prob', 'translate_prob'}
 
 
 @pytest.mark.parametrize('group', [*PRESETS.values(), DEBUG], ids=[*PRESETS, 'DEBUG'])

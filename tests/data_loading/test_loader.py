@@ -1,5 +1,6 @@
 """The order in which data are read, how they are dealt to processes, and the loader processes."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -440,3 +441,18 @@ def test_a_dataset_of_float_images_is_scaled_by_its_range(tiny_config, monkeypat
     ):
         monkeypatch.setitem(DATASETS, 'mine', replace(spec, value_range=(0.0, 1.0)))
         setup_data_train_and_test(tiny_config(dataset='mine'), CPU)
+
+
+def test_a_loader_that_nobody_closes_ends_its_processes_at_once(tmp_path):
+    data = [(torch.zeros(1, 2, 2, dtype=torch.uint8), 0)] * 8
+    config = Config(dataset='own', global_batch_size=8, num_workers=1)
+    part, spec = Part(data), DataSpec(lambda c: None, (1, 2, 2))
+    loader = Loader(part, StreamSampler(8, config), spec, torch.device('cpu'), 1)
+    batches = iter(loader)
+    next(batches)
+    loader.circle = loader  # so that torch's iterator and the loader are collected together
+    (process,) = loader.workers._iterator._workers
+    began = time.monotonic()
+    del loader, batches
+    gc.collect()
+    assert not process.is_alive() and time.monotonic() - began < 3

@@ -125,6 +125,7 @@ def test_three_meet_in_any_order_and_end_alike(meet):
     assert {end[:2] for end in ends} == {(1, 1)} and all(end[2].endswith(': KeyError') for end in ends)
 
 
+@pytest.mark.slow
 def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
     monkeypatch.setattr(rows, 'SOON', 2)
     first, second = meet(0, 3), meet(1, 3)
@@ -133,6 +134,7 @@ def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
     begun(first, second, meet(2, 3))
 
 
+@pytest.mark.slow
 def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
     first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
     assert all(isinstance(result, Incomplete) for result in together(first.gather, second.gather))
@@ -190,6 +192,7 @@ def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
         meet(0)
 
 
+@pytest.mark.slow
 def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
     """A second run on the same hosts that was left the default MASTER_PORT."""
     first, second = begun(meet(0), meet(1))
@@ -204,6 +207,7 @@ def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
+@pytest.mark.slow
 def test_a_machine_may_vanish_and_come_again_before_the_start(meet, monkeypatch):
     monkeypatch.setattr(rows, 'SOON', 2)
     first, second = meet(0, 3), meet(1, 3)
@@ -321,6 +325,7 @@ def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_worke
     assert (code, cause) == (1, silent) and re.search(r'has not been heard for \d+ s', text)
 
 
+@pytest.mark.slow
 def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monkeypatch):
     """As when its launcher was killed, and its workers with it."""
     first, second = begun(meet(0), meet(1))
@@ -357,6 +362,7 @@ def test_machine_0_that_left_after_its_workers_had_ended_is_not_lost(meet):
     assert verdict(second.judged()) == (0, 0, '')
 
 
+@pytest.mark.slow
 def test_machine_0_which_has_the_store_leaves_last(meet):
     first, second = begun(meet(0), meet(1))
     together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
@@ -387,6 +393,7 @@ def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet
     assert verdict(second.judged())[:2] == (75, 1)  # one's own end counts
 
 
+@pytest.mark.slow
 def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, monkeypatch):
     """As after a cut: packets of the old connection come again only after a time as long as the cut."""
     first, second = begun(meet(0), meet(1))
@@ -404,6 +411,7 @@ def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, m
     assert not stuck.is_alive()  # only one goes on
 
 
+@pytest.mark.slow
 def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
     """After a failure elsewhere they are ended in PATIENCE seconds, and in SOON more this process, come what may."""
     first, second = begun(meet(0), meet(1))
@@ -433,6 +441,7 @@ def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch,
     first.settle(End(code))
 
 
+@pytest.mark.slow
 def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch):
     """Also if there was a failure besides. They have longer than those that are given up."""
     first, second, third = begun(meet(0, 3), meet(1, 3), meet(2, 3))
@@ -673,6 +682,7 @@ def test_a_machine_that_waited_in_vain_leaves_its_port_to_the_next_start(meet, t
     meet(0)
 
 
+@pytest.mark.slow
 def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(meet, torchrun):
     """So that Slurm does not queue again what fails each time."""
 
@@ -685,6 +695,7 @@ def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(mee
     assert (code, other, cause) == (1, 1, 0) and text.endswith('each time')
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_starts_is_obeyed_and_the_other_machines_hear_of_it(meet, torchrun, tmp_path):
     began = []
     torchrun(began.append)

@@ -66,6 +66,7 @@ def test_samples_need_nothing_but_the_folder_of_the_run(made, images, tmp_path):
     assert trainer.shape == (3, 8, 8) and trainer.independent and trainer.drawing.has_score
 
 
+@pytest.mark.slow
 def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, tmp_path):
     run = made()
     real = load_run(run).example
