@@ -222,7 +222,8 @@ def setup_data_train_and_test(
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(
             f'warning: {len(untrained)} of {spec.num_classes} classes have no training items ({named}): they are not '
-            'learned, and neither sampled nor judged. Add items, or number the classes from 0 without gaps.'
+            'learned, and neither sampled nor judged. Are these the classes that you mean? Add items, or leave them '
+            'out.'
         )
     return train_loader, sampler, test_loader
 

@@ -4,6 +4,7 @@ Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the train
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -174,7 +175,9 @@ def train(config: Config, trainer_class: type | None) -> None:
         ranks.print_once(f'training {config.dataset} on {where}: {parameters}, {steps}')
         trainer.train_loop(run_record.write_start(config, type(trainer), trainer.device, trainer.step))
     files = dict(report='report.html', pictures='samples', checkpoint='last.pt', log='metrics.jsonl')
-    there = {name: path for name, file in files.items() if (path := config.run_dir / file).exists()}
+    is_here = os.environ.get('RUN_CALLER', os.getcwd()) == os.getcwd()  # else the user stands in another folder
+    folder = config.run_dir if is_here else config.run_dir.absolute()
+    there = {name: path for name, file in files.items() if (path := folder / file).exists()}
     ranks.print_once('\n'.join(f'  {name:10}  {path}' for name, path in there.items()))
 
 

@@ -112,9 +112,6 @@ def stored(x: np.ndarray, low: int | None) -> np.ndarray:
     return x.astype(np.float32) if low is None else (x.astype(np.int64) - low).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- what the file holds
-
-
 def check_path(path: Path, config: Config, where: str) -> None:
     """Raises SettingError if `path` is not a file of arrays, or brings its own layout and range and some are given."""
     why = ''
@@ -142,7 +139,9 @@ def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
         found = np.load(path, mmap_mode='r', allow_pickle=False)
         return {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise SettingError(f'{where} cannot be read ({error}). Write plain numbers by np.save or np.savez.') from None
+        remedy = 'Copy it again.' if 'file size' in str(error) else 'Write plain numbers by np.save or np.savez.'
+        remedy += ' Of Python objects, np.stack(images) and labels.astype(str) make some.' * ('bject' in str(error))
+        raise SettingError(f'{where} cannot be read ({error}). {remedy}') from None
 
 
 def by_split(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from runtime.ranks import print_once
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 IMAGE_ENDINGS += ('.avif',) if '.avif' in Image.registered_extensions() else ()
 TO_CONVERT = ('.heic', '.heif', '.avif', '.svg', '.jxl', '.dng', '.psd')  # images that Pillow does not read
+LISTS = ('labels.csv', 'dataset.json', 'generate.json')  # of classes, and of generate.py
 ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')
 SYSTEM = set('@eadir @tmp __macosx #recycle #snapshot $recycle.bin lost+found'.split()) | {'system volume information'}
 TRAIN, HELD_OUT = ('train', 'training'), ('val', 'valid', 'validation', 'test', 'testing')  # the first is held out
@@ -136,6 +137,8 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
         system.update(hidden)
         below[:] = sorted(set(below) - hidden, key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         for name in (name for name in names if not name.startswith('.')):
+            if name in LISTS:
+                continue
             if not name.lower().endswith(IMAGE_ENDINGS):
                 others[Path(name).suffix or name] += 1
             elif 'generate.json' in names:  # of generate.py, whose samples lie in folders below
@@ -242,7 +245,9 @@ def listed(root: Path, base: str, files: list[str], where: str) -> Classes | Non
             return {os.path.join(base, file): key(str(kind)) for file, kind in pairs if isinstance(kind, int)}
         path, drawn = root / base / 'labels.csv', (root / base / 'generate.json').is_file()
         rows = list(csv.reader(path.read_text('utf-8-sig').splitlines())) if path.is_file() else []
-        if rows and (drawn or rows[0][:2] == ['file', 'class']):
+        if rows and not drawn and rows[0][:2] != ['file', 'class']:
+            raise ValueError(f'it begins with {",".join(rows[0])}, not with file,class')
+        if rows:
             rows = [[*row, ''] for row in rows if len(row) > 1 and row[0] != 'file' and row[1] not in ('', '-1')]
             return {os.path.join(base, file): (*key(kind)[:2], name or kind) for file, kind, name, *_ in rows}
     except (ValueError, TypeError, OSError) as error:

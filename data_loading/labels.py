@@ -22,6 +22,10 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     if label.shape != (n,):
         several = label.ndim == 2 and len(label) == n
         remedy = 'labels.argmax(1) takes the largest of a row, labels[:, 0] a column.' if several else 'Check the file.'
+        if label.ndim == 1:
+            raise SettingError(f'{where}: there are {len(label)} labels for {n} items. {remedy}')
+    elif kind == 'f' and np.isnan(label).any():
+        remedy = f'{np.isnan(label).sum()} of them are NaN: leave those items out.'
     elif kind == 'f':
         whole = (label == label.round()).all()
         remedy = f'{"labels.astype(int)" if whole else "np.digitize(labels, edges)"} makes classes of floats.'

@@ -8,6 +8,7 @@ them, so the images of a step do not depend on the number of processes.
 import functools
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -199,7 +200,7 @@ class Loader:
             running._shutdown_workers()
 
     def __del__(self) -> None:  # torch waits 5 s for each process of a loader that nobody closed
-        if 'workers' in vars(self):
+        if 'workers' in vars(self) and not sys.is_finalizing():
             self.close()
 
     def open(self) -> None:

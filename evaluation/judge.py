@@ -194,7 +194,7 @@ class Judge:
         last = step >= c.num_training_steps
         if not self.can_judge:
             if last:
-                print_once(f'final_eval: nothing here can judge samples of {c.dataset!r}: override sample_metrics')
+                print_once(f'no final numbers: {c.dataset} has few images or no classes; override sample_metrics')
             return values
         with self.record.apart() as logged:
             for name in names if last else names[:1]:

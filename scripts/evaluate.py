@@ -135,11 +135,11 @@ class Evaluation:
 
         o, run, c, detector = self.options, samples.run, samples.run.config, self.detector
         if detector is None:
+            few = min(run.train_loader.size, run.test_loader.size)
+            if few < 10:  # known before anything is trained or drawn
+                raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
             detector = self.detector = get_detector(run.judge.data, o.detector, o.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
-            few = min(run.train_loader.size, run.test_loader.size)
-            if few < 10:  # known before anything is drawn
-                raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
         made_by = dict(  # everything that a result depends on
             measures=MEASURES, step=run.step, weights=weights, weights_digest=digest_of(run.network),
             solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,

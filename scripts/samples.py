@@ -167,16 +167,20 @@ class Samples:
 def labels_of(labels: str, data: DataSpec, label_dropout: float) -> list[int]:
     """The classes that were requested by name or number, empty for all. A name that is a number is a name. Raises
     SettingError."""
-    known = {str(i): i for i in range(data.num_classes)} | {name: i for i, name in enumerate(data.classes)}
+    known = {name: i for i, name in enumerate(data.classes)}
+    if not all(name.isdecimal() for name in data.classes) or not data.classes:  # else a number would mean two things
+        known = {str(i): i for i in range(data.num_classes)} | known
     parts = [part.strip() for part in labels.split(',')]
     words = [word for part in parts for word in ([part] if part in known else part.split())]
     unknown = [word for word in words if word not in known]
     if unknown and data.classes:
-        names = ', '.join(f'{i} {name}' for i, name in list(enumerate(data.classes))[:100])
+        names = ', '.join(f'{i} {name!r}' for i, name in list(enumerate(data.classes))[:100])
         text = f'{unknown[0]!r} is not a class. Pass names or numbers, with commas between them. The classes are'
         raise SettingError(f'labels={labels!r}: {text} {names}{", ..." if data.num_classes > 100 else ""}.')
     if unknown:
-        has = f'classes 0 to {data.num_classes - 1}' if data.num_classes else 'no classes'
+        if not data.num_classes:
+            raise SettingError(f'labels={labels!r}: the run has no classes. Leave --labels out.')
+        has = f'classes 0 to {data.num_classes - 1}'
         raise SettingError(f'labels={labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
     if words and label_dropout == 1:
         raise SettingError(f'labels={labels!r}: the run has learned no classes (label_dropout=1). Leave it out.')

@@ -213,6 +213,9 @@ def read_start(run_dir: str | Path) -> dict[str, Any]:
     if not starts:
         if not Path(run_dir).is_dir():
             raise SettingError(f'{run_dir} does not exist. Pass the folder of a run.')
+        runs = sorted(path.parent for path in Path(run_dir).glob('*/run.json'))
+        if runs:
+            raise SettingError(f'{run_dir} is a folder of {len(runs)} runs. Pass one of them, such as {runs[0]}.')
         raise SettingError(
             f"{run_dir} has no run.json, which names the run's code. Copy the run.json of the run there, next to its "
             ".pt files; or pass the run's folder."

@@ -169,10 +169,13 @@ def test_what_generate_wrote_is_read(folder, config_of, capsys, with_classes):
     assert not with_classes or classes_of(found)['001/1.png'] == 'kind 2'
 
 
-def test_labels_csv_of_another_kind_is_not_read(folder, config_of):
+def test_labels_csv_of_another_kind_is_refused(folder, config_of):
     write_images(folder, {'': NINE * 4})
     (folder / 'labels.csv').write_text('id,breed\n0.png,cat\n')
-    assert list_images(config_of()).facts['classes'] == ()
+    with pytest.raises(
+        SettingError, match=r'labels\.csv cannot be read \(it begins with id,breed, not with file,class'
+    ):
+        list_images(config_of())
     (folder / 'labels.csv').write_text('file,class\n0.png,cat\n1.png,dog\n2.png,cat\n3.png,cat\n')
     assert classes_of(list_images(config_of())) == {'0.png': 'cat', '1.png': 'dog', '2.png': 'cat', '3.png': 'cat'}
 

@@ -16,7 +16,7 @@ from optimizers import get_lr
 from reports import pictures, plots
 from reports.pictures import Gallery, kind
 from reports.plots import GAP, LINE_HEIGHT, image_grid, next_to_each_other, rendered_text
-from tests.helpers import record_of
+from tests.helpers import TINY, record_of
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
 
@@ -280,6 +280,14 @@ def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, mo
     trainer.train_loop()
     assert ('pictures show the channels of each image' in capsys.readouterr().out) == (channels > 1)
     assert gallery.num_shown == shown and kind(torch.rand(shown, channels, 8, 8)) == 'images'
+
+
+def test_the_end_of_a_run_names_files_in_full_where_the_user_stands_elsewhere(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('RUN_CALLER', str(tmp_path / 'elsewhere'))
+    main.train(Config(**TINY | dict(num_training_steps=3)), None)
+    assert f'checkpoint  {tmp_path}/ckpts/' in capsys.readouterr().out
 
 
 def test_the_end_of_a_run_names_only_what_is_there(tiny_config, capsys):

@@ -182,7 +182,13 @@ def test_classes_have_names_on_the_command_line():
     assert labels_of('Bag,Ankle boot', spec, 0.1) == [1, 0] and labels_of('Ankle boot', spec, 0.1) == [0]
     assert labels_of('1, Bag 2', spec, 0.1) == [1, 1, 2] and labels_of('', spec, 0.1) == []
     assert labels_of('0', spec, 0.1) == [2]  # the name
-    with pytest.raises(SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 Ankle boot, 1 Bag, 2 0"):
+    numbers = DataSpec(lambda config: (), num_classes=2, classes=('1', '2'))
+    assert labels_of('2,1', numbers, 0.1) == [1, 0]
+    with pytest.raises(SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"):  # it is no name
+        labels_of('0,1', numbers, 0.1)
+    with pytest.raises(
+        SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 'Ankle boot', 1 'Bag', 2 '0'"
+    ):
         labels_of('Boot', spec, 0.1)
 
 
