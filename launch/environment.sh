@@ -50,7 +50,7 @@ run_child() {
 lacks() {
     {
         "$1" - "${2:-}" ${REQUIREMENTS#requirements.txt} <<'PYTHON' 2>/dev/null || echo 'a working python'
-import re, sys
+import os, re, sys
 if sys.version_info < (3, 10):
     print('python 3.10 or newer (it has %d.%d)' % sys.version_info[:2])
     sys.exit()
@@ -70,6 +70,7 @@ for name, least in needed:
         lacking.append(name)
 if not lacking and not sys.argv[1]:
     try:
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', '.')  # torch makes this folder when it is imported
         import torchvision
     except Exception as error:
         lacking.append('a torch and torchvision that fit each other (%s)' % str(error).split('\n')[0])

@@ -84,7 +84,7 @@ class FaultyTrainer(ExampleDiffusionTrainer):
         if is_train and self.happens('nan'):
             batch = (batch[0] * torch.nan, batch[1])
         if is_train and self.happens('loader worker'):
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            os.kill(self.train_loader.workers._iterator._workers[0].pid, signal.SIGKILL)
         if is_train and self.happens('stop of all'):  # as a scheduler does, which is no process's parent
             pids = [os.getppid(), os.getpid(), *(process.pid for process in multiprocessing.active_children())]
             subprocess.run(['kill', '-TERM', *map(str, pids)], start_new_session=True)
