@@ -39,7 +39,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
         text = 'check=True: this tries one machine. Run it on one, without NNODES and TORCHRUN_ARGS (srun -N1).'
         raise SettingError(text)
     ranks.setup()
-    default = config.baseline()
+    default = config.baseline() | {name: getattr(config, name) for name in ('experiment_name', 'ckpt_dir', 'check')}
     changed = (f'  {name} = {value!r}' for name, value in vars(config).items() if value != default.get(name))
     print_once('\n'.join(['settings that differ from the preset:', *changed]))
     found = ranks.on_main(lambda: look_at_folder(config))
