@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
 from launch import launcher, start
 from runtime import command, errors, stopping
-from tests.helpers import ROOT, launch_env
+from tests.helpers import ROOT, launch_env, wait_until
 
 # Prints where it is and its flags, and which `evaluate` and `training` it finds.
 SCRIPT = """
@@ -99,7 +99,8 @@ def test_a_program_of_one_process_is_known_by_any_path(base, path):
 def test_a_stop_signal_in_start_up_is_answered_by_a_line(base):
     command = ['sh', base / 'repo/run.sh', 'mine.py', '--help']
     process = subprocess.Popen(command, cwd=base / 'repo', env=launch_env(1), stderr=subprocess.PIPE, text=True)
-    time.sleep(0.15)  # its traps are set, and it looks for packages
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    assert wait_until(children.read_text, 10)  # its traps are set, and it looks for packages
     process.terminate()
     assert process.communicate(timeout=20)[1] == 'run.sh: stopped\n' and process.returncode == 75
 
