@@ -159,7 +159,7 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
 
 
 def nothing(others: Counter[str], convert: Counter[str]) -> str:
-    """What to do about a folder with only such files: by ending, no images, and images to convert."""
+    """The error for a folder without readable images: `others` and `convert` count its files by ending."""
     only = f', only {listing(others + convert)}' if others or convert else ''
     remedy = 'Pass a folder of images, or of one folder for each class, as --data_path.'
     remedy = 'Convert them to PNG or JPEG.' if convert else remedy
@@ -230,7 +230,7 @@ def classes_of(root: Path, files: list[str], where: str) -> Classes:
 
 
 def key(name: str) -> Class:
-    """What sorts the class `name`."""
+    """The sort key of a class: numbers by value, before other names."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
@@ -251,7 +251,7 @@ def listed(root: Path, base: str, files: list[str], where: str) -> Classes | Non
             rows = [[*row, ''] for row in rows if len(row) > 1 and row[0] != 'file' and row[1] not in ('', '-1')]
             return {os.path.join(base, file): (*key(kind)[:2], name or kind) for file, kind, name, *_ in rows}
     except (ValueError, TypeError, OSError) as error:
-        raise SettingError(f'{where}: {path.name} cannot be read ({error}). Mend or remove it.') from None
+        raise SettingError(f'{where}: {path.name} cannot be read ({error}). Fix or remove it.') from None
     return {} if drawn else None
 
 

@@ -122,7 +122,7 @@ class Head:
 
 
 def head(file: Path | BytesIO, levels: bool = True) -> Head | None:
-    """What is known of an image file; None if it cannot be read, which `readable` reports later."""
+    """The size and colours of an image file; None if it cannot be read, which `readable` reports later."""
     try:
         with Image.open(file) as image:
             deep = image.mode.startswith(('I', 'F'))
@@ -241,7 +241,7 @@ def list_images(config: Config) -> ImageFiles:
 
 
 def where_of(config: Config, root: Path) -> str:
-    """What errors call the folder."""
+    """The name of the folder in errors."""
     return f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
 
 

@@ -228,7 +228,7 @@ def held_out_choice(labels: Any, n: int) -> np.ndarray:
     """(n,): the indices of n items to hold out, given the class of each, (N,); all equal if there are none.
 
     Each class gives its share, its first items in the order given. The last item that a class has left is taken only
-    when there is no other. A choice of fewer is the beginning of this one.
+    when there is no other. For a smaller n the choice is the first part of this one.
     """
     _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
     by_class, nth = np.argsort(label, kind='stable'), np.zeros(len(label))

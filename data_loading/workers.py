@@ -64,7 +64,7 @@ def started(loader: DataLoader) -> Iterator[Any]:
 
 
 def read(loader: DataLoader, what: str) -> Iterator[Any]:
-    """What the loader gives. A wait is limited by `stopping.waiting`; `what` names the data there."""
+    """The batches of the loader. `stopping.waiting` limits each wait, and names the data as `what`."""
     batches, end = started(loader), object()
     by = f'by {loader.num_workers} loader processes' if loader.num_workers else 'by this process'
     while True:
