@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -278,7 +279,7 @@ def test_code_from_elsewhere_is_imported_only_if_it_is_trusted(experiment, tmp_p
     with pytest.raises(SettingError, match=rf'run names {experiment} as its code, which is outside .* pass --trust'):
         importing.refuse_foreign(where, folder)
     with pytest.raises(SettingError, match='trust=True'):
-        importing.refuse_foreign([f'examples/../../..{experiment}'], folder)
+        importing.refuse_foreign([os.path.relpath(experiment, ROOT)], folder)
     monkeypatch.setenv('RUN_CALLER', str(tmp_path))
     importing.refuse_foreign(where, folder)
     with pytest.raises(SettingError, match='--trust'):  # it came with the run
