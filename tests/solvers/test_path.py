@@ -1,15 +1,13 @@
 """Paths: the times that a solver visits, and a network on a process other than its own."""
 
-import math
-
 import pytest
 import torch
 
 from prediction import ROWS
-from processes import PROCESSES, GaussianProcess, RectifiedFlow
+from processes import PROCESSES, RectifiedFlow
 from sampling import Guidance, sample
 from solvers import SOLVERS, TIME_GRIDS, Solver, Steps, on_path, path
-from tests.oracle import ALL_PROCESSES, F64, RING, at, base_noise, process_named
+from tests.oracle import ALL_PROCESSES, F64, RING, SquaredCosine, at, base_noise, process_named
 
 each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
 
@@ -57,16 +55,6 @@ def test_sampling_under_another_process_asks_the_network_at_the_same_log_snr():
 # ---------------------------------------------------------------- outputs that say nothing of x0 near t_max
 
 
-class Squared(GaussianProcess):
-    """Its velocity vanishes at t = 1 like 1 - t, and alpha like (1 - t)^2."""
-
-    def alpha(self, t):
-        return torch.cos(math.pi / 2 * t).square()
-
-    def sigma(self, t):
-        return (1 - torch.cos(math.pi / 2 * t) ** 4).sqrt()
-
-
 class Roughened:
     """A perfect network of a mixture, with an error of 3% of the size of its output that is a function of xt."""
 
@@ -86,7 +74,7 @@ def worst(process, model_type, rough=True, **settings):
 
 
 @pytest.mark.parametrize('solver', ['adams', 'dpmpp_2m', 'ddim', 'unipc', 'heun'])
-@pytest.mark.parametrize(('process', 'model_type'), [(Squared(), 'velocity'), (RectifiedFlow(), 'x1')])
+@pytest.mark.parametrize(('process', 'model_type'), [(SquaredCosine(), 'velocity'), (RectifiedFlow(), 'x1')])
 def test_an_error_of_the_output_is_not_multiplied_at_the_start(process, model_type, solver, monkeypatch):
     late = worst(process, model_type, solver=solver, num_steps=40)
     monkeypatch.setattr(path, 'LARGEST_ERROR', 1e9)  # as if every output were as good everywhere
@@ -97,7 +85,7 @@ def test_an_error_of_the_output_is_not_multiplied_at_the_start(process, model_ty
         assert late < 0.25 and late < at_once / 2
 
 
-@pytest.mark.parametrize(('process', 'model_type'), [(Squared(), 'velocity'), (RectifiedFlow(), 'x1')])
+@pytest.mark.parametrize(('process', 'model_type'), [(SquaredCosine(), 'velocity'), (RectifiedFlow(), 'x1')])
 def test_a_perfect_network_loses_nothing_by_a_late_start(process, model_type):
     assert Steps().start(process, model_type) < 0.999
     assert worst(process, model_type, rough=False, num_steps=200) < 2e-4
@@ -115,7 +103,7 @@ def test_a_solver_that_passes_its_goal_never_starts_late(monkeypatch):
 
 
 def test_x0_of_the_first_evaluation_is_part_of_a_late_start():
-    process, x1 = Squared(), base_noise(5)
+    process, x1 = SquaredCosine(), base_noise(5)
     start = Steps('ddim', t_min=0.45).start(process, 'velocity')
     alpha, sigma = (
         process.alpha(torch.tensor(start, dtype=F64)).item(),
