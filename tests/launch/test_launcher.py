@@ -38,7 +38,9 @@ def test_a_wrong_flag_gives_one_message(run_sh):
         (dict(solver='hein'), ('solver', 'hein', 'heun', 'euler_maruyama')),
         (dict(batch_shards=1), ('batch_shards=1', '2 processes', '--batch_shards')),
         (dict(ckpt_dir='/dev/null/ckpts'), ('ckpt_dir', '/dev/null/ckpts', '--ckpt_dir')),
-        (dict(data_dir='/dev/null/data'), ('data_dir', '/dev/null/data', '--data_dir')),
+        pytest.param(
+            dict(data_dir='/dev/null/data'), ('data_dir', '/dev/null/data', '--data_dir'), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_bad_settings_are_named_once_on_two_processes(run_sh, settings, words):
@@ -49,6 +51,7 @@ def test_bad_settings_are_named_once_on_two_processes(run_sh, settings, words):
         assert word in result.stderr, word
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused(run_sh):
     assert run_sh().returncode == 0
     result = run_sh(base_lr=0.5)
@@ -141,11 +144,13 @@ def test_too_many_nans_on_one_rank_end_all_and_keep_the_last_checkpoint(run_sh, 
     assert saving.load(tmp_path / 'ckpts/run/last.pt')['step'] == 4
 
 
+@pytest.mark.slow
 def test_a_stop_that_could_not_save_does_not_say_that_it_did(run_sh, script):
     result = run_sh(script, fail_in='save', num_training_steps=100000, save_every=0)
     assert result.returncode == 1 and 'No space left' in result.stderr and 'state saved' not in result.stdout
 
 
+@pytest.mark.slow
 def test_more_processes_than_held_out_batches(run_sh):
     """A rank without a held-out batch takes part in everything else."""
     result = run_sh(nproc=2, global_batch_size=1024, batch_shards=2, num_training_steps=3)

@@ -80,7 +80,13 @@ def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo_and_its_scr
 
 
 @pytest.mark.parametrize(
-    'given, rank', [('generate.py', '0'), ('tests/probe.py', '0'), ('mine.py', '0'), ('sweep.py', 'direct')]
+    'given, rank',
+    [
+        ('generate.py', '0'),
+        ('sweep.py', 'direct'),
+        pytest.param('tests/probe.py', '0', marks=pytest.mark.slow),
+        pytest.param('mine.py', '0', marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_modules_are_in_reach_under_torchrun(base, given, rank):
     """A script of scripts/ that always is one process runs without it, by whatever path it is called."""
@@ -91,6 +97,7 @@ def test_the_same_modules_are_in_reach_under_torchrun(base, given, rank):
     assert (rank == 'direct') == (result.stdout == found) or 'ended without a run' in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', ['scripts/sweep.py', '../repo/scripts/sweep.py', '{base}/repo/scripts/sweep.py'])
 def test_a_program_of_one_process_is_known_by_any_path(base, path):
     assert run(base, 'repo', path.format(base=base)).stdout.endswith('direct\n')
