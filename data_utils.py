@@ -22,7 +22,7 @@ from data_loading.checks import check_parts
 from data_loading.hub import load_hub
 from data_loading.images import load_image_folder
 from data_loading.loader import HeldOutSampler, LazyLoader, Loader, StreamSampler
-from data_loading.spec import Arrays, DataSpec, Part
+from data_loading.spec import Arrays, DataSpec, Part, counted
 from data_loading.toy2d import TOY2D, load_points
 from runtime import files, ranks
 
@@ -153,7 +153,7 @@ def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
         shown = [f'largest {shown[counts.argmax()]}', f'smallest {shown[counts.argmin()]}']
     elif len(shown) > 12:
         shown[12:] = [f'and {spec.num_classes - 12} more']
-    return f'{text}, {spec.num_classes} classes: {", ".join(shown)}'
+    return f'{text}, {counted(spec.num_classes, "class")}: {", ".join(shown)}'
 
 
 def fingerprint(parts: list[Part], spec: DataSpec) -> str:
@@ -221,9 +221,8 @@ def setup_data_train_and_test(
     if untrained:
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(
-            f'warning: {len(untrained)} of {spec.num_classes} classes have no training items ({named}): they are not '
-            'learned, and neither sampled nor judged. Are these the classes that you mean? Add items, or leave them '
-            'out.'
+            f'warning: {len(untrained)} of {counted(spec.num_classes, "class")} {"has" if len(untrained) == 1 else "have"} '
+            f'no training items ({named}): not learned, and neither sampled nor judged. Add items, or leave them out.'
         )
     return train_loader, sampler, test_loader
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from config import Config
 from data_loading import packed
 from data_loading.checks import check_values
-from data_loading.labels import HELD_OUT_SPLITS, NAMES_OF_LABEL, classes_of, one_for_each
-from data_loading.spec import DataSpec, describe
+from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
+from data_loading.spec import DataSpec, counted, describe
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
@@ -55,46 +55,31 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     if path.suffix == '.pt':
         return packed.parts_of(packed.read(path))
     parts, names, skipped = parts_in(read_numpy(path, where), where)
-    held_out = packed.held_out_rows(config.held_out, len(parts[0].x), where) if len(parts) == 1 else 0
+    held_out = held_out_rows(config.held_out, len(parts[0].x), where) if len(parts) == 1 else 0
     layout = layout_of(parts[0].x, config, where)
     low, facts = values_of(parts, config, where)
-    parts = [part._replace(x=LAYOUTS.get(layout, LAYOUTS['channels_first'])(part.x)) for part in parts]
-    shape = parts[0].x.shape[1:]
-    facts |= dict(skipped=skipped, shape=shape, reading=in_words(shape, layout))
-    hint_at_images(parts[0].x, config)
-    labels, classes = labels_of(parts, names, where)
-    facts |= classes
-    if held_out and parts[0].x.nbytes > LARGEST_SHUFFLED:
+    parts = [part._replace(x=LAYOUTS[layout](part.x) if layout else part.x) for part in parts]
+    labels = [one_for_each(part.label, len(part.x), where) for part in parts if part.label is not None]
+    labels, classes = classes_of(labels, names) if labels else ([np.zeros(len(part.x), int) for part in parts], {})
+    x = parts[0].x
+    facts |= dict(classes, skipped=skipped, shape=x.shape[1:], reading=in_words(x.shape[1:], layout))
+    if x.dtype.kind == 'f' and not config.value_range and x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        hint_at_images(x)
+    split = np.split(random_order(labels[0]), [held_out]) if held_out else []
+    if held_out and x.nbytes > LARGEST_SHUFFLED:
         print_once(
-            f'{path.name}: {parts[0].x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one '
-            f'prepared file: sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
+            f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one prepared file: '
+            f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
         )
-        test, train = (ShuffledRows(parts[0].x, labels[0], rows, low) for rows in split(labels[0], held_out))
+        test, train = (ShuffledRows(x, labels[0], rows, low) for rows in split)
         return train, test, facts
     spec = DataSpec(load_arrays, **facts)
-    x = [checked(stored(part.x, low), spec, f'{where}: {part.name}') for part in parts]
-    if not held_out:
-        return (x[0], labels[0]), (x[1], labels[1]), facts
-    test, train = ((x[0][rows], labels[0][rows]) for rows in split(labels[0], held_out))
+    values = [checked(stored(part.x, low), spec, f'{where}: {part.name}') for part in parts]
+    if split:
+        test, train = ((values[0][rows], labels[0][rows]) for rows in split)
+    else:
+        train, test = zip(values, labels, strict=True)
     return train, test, facts
-
-
-def split(label: np.ndarray, held_out: int) -> list[np.ndarray]:
-    """[the rows that are held out, all others], at random, of each class its share, the same every time."""
-    order = np.random.default_rng(0).permutation(len(label))
-    order = order[packed.held_out_choice(label[order], len(label))]
-    return [order[:held_out], order[held_out:]]
-
-
-def labels_of(parts: list[Named], names: Any, where: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """(the classes (N,) of each part, facts about them). Raises SettingError."""
-    given = [one_for_each(part.label, len(part.x), where) for part in parts if part.label is not None]
-    if not given:
-        return [np.zeros(len(part.x), np.int64) for part in parts], {}
-    label, classes = classes_of(np.concatenate(given), names)
-    numbers = tuple(map(str, range(len(classes))))
-    facts = dict(num_classes=len(classes), classes=() if classes == numbers else classes)
-    return np.split(label, [len(given[0])])[: len(parts)], facts
 
 
 def checked(x: np.ndarray, spec: DataSpec, where: str) -> Tensor:
@@ -110,6 +95,27 @@ def stored(x: np.ndarray, low: int | None) -> np.ndarray:
     if x.dtype.kind == 'f' or (x.dtype == np.uint8 and low == 0):
         return x
     return x.astype(np.float32) if low is None else (x.astype(np.int64) - low).astype(np.uint8)
+
+
+class ShuffledRows(Dataset):
+    """Rows of a file that is too large to be shuffled in memory, in this order; `low` as in `stored`."""
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray, order: np.ndarray, low: int | None = 0):
+        self.x, self.labels, self.file_rows, self.low = x, labels[order].tolist(), order, low
+
+    def __len__(self) -> int:
+        return len(self.file_rows)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(stored(np.array(self.x[self.file_rows[i]]), self.low)), self.labels[i]
+
+    def fingerprint(self) -> str:
+        """A hash of the first, the last and a thousand rows between them."""
+        rows = np.linspace(0, len(self.x) - 1, min(1000, len(self.x))).astype(int)
+        return files.digest(torch.from_numpy(np.array(self.x[rows])), size=64)
+
+
+# ---------------------------------------------------------------- what is in the file
 
 
 def check_path(path: Path, config: Config, where: str) -> None:
@@ -144,36 +150,32 @@ def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
         raise SettingError(f'{where} cannot be read ({error}). {remedy}') from None
 
 
-def by_split(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
-    """Split, such as 'train', 'test' or '' -> name without it, in lower case -> name in the file."""
-    found: dict[str, dict[str, str]] = {'': {}}
-    for name in arrays:
-        words = name.lower().split('_')
-        at = next((i for i in (0, -1) if words[i] in ('train', *HELD_OUT_SPLITS)), None)
-        here = '' if at is None else words.pop(at)
-        found.setdefault(here, {}).setdefault('_'.join(words), name)
-    return found
-
-
 def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], list[str], str]:
     """([all data], or [the training part, the held-out part]; class names, if the file has them; what is not used, as
     text). Raises SettingError."""
-    there = by_split(arrays)
+    there: dict[tuple[str, str], str] = {}  # (split, name without it), in lower case -> name in the file
+    for name in arrays:
+        words = name.lower().split('_')
+        at = next((i for i in (0, -1) if words[i] in TRAIN + HELD_OUT), None)
+        split = '' if at is None else words.pop(at)
+        there.setdefault((split, '_'.join(words)), name)
 
-    def find(here: str, names: tuple[str, ...]) -> str:
-        return next((there[here][name] for name in names if name in there.get(here, {})), '')
+    def named(splits: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, str]]:
+        return [(split, name) for split in splits for name in names if (split, name) in there]
 
-    splits = [next((here for here in ('', 'train') if find(here, NAMES_OF_X)), None)]
-    splits += [here for here in HELD_OUT_SPLITS if find(here, NAMES_OF_X)][:1]
-    if splits[0] is None:
-        raise SettingError(
-            f'{where} holds {", ".join(arrays)}. Name the data one of {", ".join(NAMES_OF_X)}, or x_train and x_test.'
-        )
-    n = len(arrays[find(splits[0], NAMES_OF_X)])
-    texts = [name for name in NAMES_OF_CLASSES if name in there[''] and arrays[there[''][name]].dtype.kind in 'US']
-    named = [there[''].pop(name) for name in texts if arrays[there[''][name]].shape != (n,)][:1]
-    used = [(find(here, NAMES_OF_X), find(here, NAMES_OF_LABEL)) for here in splits if here is not None]
-    parts = [Named(x, native(arrays[x]), native(arrays[label]) if label else None) for x, label in used]
+    found = [*named(('', *TRAIN), NAMES_OF_X)[:1], *named(HELD_OUT, NAMES_OF_X)[:1]]
+    if not found or found[0][0] in HELD_OUT:
+        wanted = f'Name the data one of {", ".join(NAMES_OF_X)}, or x_train and x_test'
+        raise SettingError(f'{where} holds {", ".join(arrays)}. {wanted}.')
+    n = len(arrays[there[found[0]]])
+    texts = [there[key] for key in named(('',), NAMES_OF_CLASSES) if arrays[there[key]].dtype.kind in 'US']
+    texts = [name for name in texts if arrays[name].shape != (n,)][:1]
+    parts, used = [], set(texts)
+    for split, name in found:
+        x = there[split, name]
+        label = next((there[key] for key in named((split,), NAMES_OF_LABEL) if there[key] not in texts), None)
+        parts.append(Named(x, native(arrays[x]), native(arrays[label]) if label else None))
+        used |= {x, label}
     for name, x, label in parts:
         if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
             raise SettingError(
@@ -182,14 +184,14 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
             )
         if (label is None) != (parts[0].label is None) or (len(parts) == 2 and len(x) == 0):
             raise SettingError(f'{where}: {name}: it has no labels, or no items, and another part has. Add them.')
-    skipped = [name for name in arrays if name not in {*named, *(name for pair in used for name in pair)}]
-    text = ', '.join(f'{name} {describe(arrays[name])}' for name in skipped)
-    maybe = [name for name in skipped if arrays[name].shape[:1] == (n,) and arrays[name].dtype.kind in 'biuUS']
-    hint = f'. If {maybe[0]} holds the classes, name it labels' if maybe and parts[0].label is None else ''
-    text = f'not used: {text}{hint}' if skipped else ''
+    unused = {name: array for name, array in arrays.items() if name not in used}
+    maybe = [name for name, array in unused.items() if array.shape[:1] == (n,) and array.dtype.kind in 'biuUS']
+    text = f'not used: {", ".join(f"{name} {describe(array)}" for name, array in unused.items())}' if unused else ''
+    if maybe and parts[0].label is None:
+        text += f'. If {maybe[0]} holds the classes, name it labels'
     if text:
         print_once(f'arrays: {text}')
-    return parts, [str(name) for key in named for name in arrays[key]], text
+    return parts, [str(name) for key in texts for name in arrays[key]], text
 
 
 def native(x: np.ndarray) -> np.ndarray:
@@ -221,12 +223,15 @@ def layout_of(x: np.ndarray, config: Config, where: str) -> str:
             'x.reshape(-1, H, W); convert points to floats.'
         )
     ways = ', '.join(f'{name} ({in_words(way(x[:0]).shape[1:], name)})' for name, way in LAYOUTS.items())
-    float_images = is_float and axes == 3 and not config.value_range
+    image, single = '', ' A single image? np.stack makes one array of several.' * (axes == 2 and last <= 4)
+    if is_float and axes == 3 and last <= 4 < first and not config.value_range:
+        least, largest, low, high = image_range(x)
+        image = (
+            f'--value_range {low:g} {high:g} if they are images (values go from {least:.4g} to {largest:.4g}), else '
+        )
     raise SettingError(
-        f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass --array_layout {ways}; --network "
-        'mlp needs none.'
-        + ' Images of floats, with channels first or last, only need --value_range BLACK WHITE.' * float_images
-        + ' A single image? np.stack makes one array of several.' * (axes == 2 and last <= 4)
+        f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass {image}--array_layout {ways}; "
+        f'--network mlp needs none.{single}'
     )
 
 
@@ -234,8 +239,7 @@ def in_words(shape: tuple[int, ...], layout: str) -> str:
     """How items of `shape`, with the channels first, are read: 'C x H x W: 3 channels of 32x32'."""
     if not layout or len(shape) == 1:
         return 'as they are' if len(shape) > 1 else ''
-    sides = 'x'.join(map(str, shape[1:]))
-    return f'{AXES.get(len(shape), "C x ...")}: {shape[0]} channel{"s" * (shape[0] > 1)} of {sides}'
+    return f'{AXES.get(len(shape), "C x ...")}: {counted(shape[0], "channel")} of {"x".join(map(str, shape[1:]))}'
 
 
 def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | None, dict[str, Any]]:
@@ -258,42 +262,28 @@ def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | Non
             row = ((x < low) | (x > high)).reshape(len(x), -1).any(1).argmax()
             raise SettingError(f'value_range=({low:g}, {high:g}), {span}, and row {row} is outside. Widen the range.')
         if least < low or high == 0 or (dtype == np.uint8 and not given):
-            raise SettingError(
-                f'{span}. What is black, what is white? Pass --value_range {min(least, 0)} {max(largest, 1)}, or '
-                'another LOW HIGH.' + ' (uint8 images go to 255.)' * (dtype == np.uint8)
-            )
+            full = ', or --value_range 0 255, as in uint8 images' if dtype == np.uint8 else ', or another LOW HIGH'
+            flag = f'--value_range {min(least, 0)} {max(largest, 1)}'
+            raise SettingError(f'{span}. What is black, what is white? Pass {flag}{full}.')
     if high - low <= 255 and float(low).is_integer() and float(high).is_integer():
         return int(low), facts | dict(max_value=int(high - low))
     return None, facts | dict(value_range=(float(low), float(high)))
 
 
-def hint_at_images(x: np.ndarray, config: Config) -> None:
-    """Print the flag for images, if x (N, C, H, W) are floats that look like some."""
-    if x.dtype.kind != 'f' or config.value_range or x.ndim != 4 or x.shape[1] not in (1, 3, 4):
-        return
+def image_range(x: np.ndarray) -> tuple[float, ...]:
+    """(least value, largest value, black, white) of floats, by some of the rows: one of IMAGE_RANGES if it fits, else
+    the values' own range."""
     some = x[:: max(1, len(x) // 1000)]
-    low, high = float(some.min()), float(some.max())
-    found = next((wide for wide in IMAGE_RANGES if wide[0] <= low and wide[1] / 2 < high <= wide[1]), None)
-    if found:
+    least, largest = float(some.min()), float(some.max())
+    fitting = (wide for wide in IMAGE_RANGES if wide[0] <= least and wide[1] / 2 < largest <= wide[1])
+    return least, largest, *next(fitting, (least, largest))
+
+
+def hint_at_images(x: np.ndarray) -> None:
+    """Print the flag for images, if the values of floats (N, C, H, W) look like some."""
+    least, largest, *found = image_range(x)
+    if tuple(found) in IMAGE_RANGES:
         print_once(
-            f'arrays: floats from {low:.4g} to {high:.4g} in the shape of images are taken as they are. If they are '
-            f'images, pass --value_range {found[0]} {found[1]}'
+            f'arrays: --value_range {found[0]} {found[1]} makes images of these floats, which go from {least:.4g} to '
+            f'{largest:.4g}. Without it they are data, taken as they are'
         )
-
-
-class ShuffledRows(Dataset):
-    """Rows of a file that is too large to be shuffled in memory, in this order; `low` as in `stored`."""
-
-    def __init__(self, x: np.ndarray, labels: np.ndarray, order: np.ndarray, low: int | None = 0):
-        self.x, self.labels, self.file_rows, self.low = x, labels[order].tolist(), order, low
-
-    def __len__(self) -> int:
-        return len(self.file_rows)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(stored(np.array(self.x[self.file_rows[i]]), self.low)), self.labels[i]
-
-    def fingerprint(self) -> str:
-        """A hash of the first, the last and a thousand rows between them."""
-        rows = np.linspace(0, len(self.x) - 1, min(1000, len(self.x))).astype(int)
-        return files.digest(torch.from_numpy(np.array(self.x[rows])), size=64)

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from data_loading.labels import number_in_class
 from data_loading.loader import Loader
 from data_loading.spec import DataSpec
 
@@ -36,10 +37,7 @@ def held_out_order(loader: Loader, n: int, in_turn: bool) -> list[int]:
     if loader.labels is not None:
         labels = loader.labels.numpy()
         if in_turn:
-            nth = np.zeros(loader.size, int)  # how many of its class come before it
-            for label in np.unique(labels):
-                nth[labels == label] = np.arange((labels == label).sum())
-            order = np.lexsort((labels, nth))
+            order = np.lexsort((labels, number_in_class(labels)))
         trained = np.isin(labels[order], loader.spec.trained_classes)
         order = order[trained] if trained.any() else order
     return np.resize(order, n).tolist()

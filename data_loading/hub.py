@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from config import Config
 from data_loading import packed
 from data_loading.images import how_made, pixels_of, readable
-from data_loading.labels import HELD_OUT_SPLITS, NAMES_OF_LABEL, classes_of, one_for_each
+from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
 from runtime.errors import SettingError
 from runtime.ranks import print_once
 
@@ -54,19 +54,18 @@ def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     except ImportError:
         raise SettingError(f'{where}: this needs the package datasets: pip install datasets.') from None
     found = splits_of(config, where)
-    names = ['train' if 'train' in found else next(iter(found))]
-    names = [name for name in HELD_OUT_SPLITS if name in found and name not in names][:1] + names
-    image, label = columns_of(found[names[-1]], config.columns, where)
+    train = next(name for name in (*TRAIN, *found) if name in found)
+    names = [*[name for name in HELD_OUT if name in found and name != train][:1], train]
+    image, label = columns_of(found[train], config.columns, where)
     splits = [found[name].cast_column(image, datasets.Image(decode=False)) for name in names]
     made = how_made(config, (file_of(row[image]) for split in splits for row in cast(Any, split)))
     classes, facts = labels_of(splits, label, where)
     if len(splits) == 1:
-        order = np.random.default_rng(0).permutation(len(splits[0]))
-        places, held_out = [''], 0
-        orders = [order[packed.held_out_choice(classes[0][order], len(order))]]
+        held_out = held_out_rows(config.held_out, len(splits[0]), where)
+        places, orders = [''], [random_order(classes[0])]
     else:
-        places, held_out = [f' of split {name!r}' for name in names], len(splits[0])
-        orders = [np.arange(len(split)) for split in splits]
+        held_out = len(splits[0])
+        places, orders = [f' of split {name!r}' for name in names], [np.arange(len(split)) for split in splits]
     items = ConcatDataset(list(map(HubImages, splits, places, repeat(image), classes, orders, repeat(made))))
     state = repr(([split._fingerprint for split in splits], 2, dict(image=image, label=label, **made)))
     return packed.decoded_once(config, items, held_out, facts, state, f'hub {Path(config.data_path).name}')
@@ -86,11 +85,9 @@ def splits_of(config: Config, where: str) -> Any:
             return datasets.load_dataset('parquet', data_files=str(path), cache_dir=cache)
         return datasets.load_dataset(config.data_path, cache_dir=cache)
     except Exception as error:  # many kinds: no network, no such data set, no data in a folder
-        text = ' '.join(str(error).split())[:300]
-        raise SettingError(
-            f'{where} cannot be loaded ({type(error).__name__}: {text}). Check the name, and that there is a network; '
-            'or pass a folder of parquet files.'
-        ) from None
+        text = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        remedy = 'Check the name, and that there is a network; or pass a folder of parquet files.'
+        raise SettingError(f'{where} cannot be loaded ({text}). {remedy}') from None
 
 
 def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None]:
@@ -98,27 +95,29 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     SettingError."""
     import datasets
 
-    kinds = rows.features
-    columns = ', '.join(f'{name} ({getattr(kind, "dtype", type(kind).__name__)})' for name, kind in kinds.items())
+    kinds = {name: str(getattr(kind, 'dtype', type(kind).__name__)) for name, kind in rows.features.items()}
     choice = f'Name them by --columns IMAGE [CLASS]; there are {", ".join(kinds)}.'
-    is_bytes = [name for name, kind in kinds.items() if getattr(kind, 'dtype', '') in ('binary', 'large_binary')]
-    images = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)] or is_bytes
-    image = named[0] if named else images[0] if len(images) == 1 else None
+
+    def of_kind(kind: type) -> list[str]:
+        return [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+
+    images = of_kind(datasets.Image) or [name for name, dtype in kinds.items() if dtype in ('binary', 'large_binary')]
     if not images:
+        columns = ', '.join(f'{name} ({dtype})' for name, dtype in kinds.items())
         raise SettingError(f'{where}: no column holds images, as files or their bytes; there are {columns}.')
-    if image is None or image not in images:
-        found = f'column {image!r} does not hold images' if image else 'cannot tell which column holds the images'
-        raise SettingError(f'{where}: {found}; image columns: {images}. {choice}')
+    if not named and len(images) > 1:
+        raise SettingError(f'{where}: cannot tell which column holds the images; image columns: {images}. {choice}')
+    image = named[0] if named else images[0]
+    if image not in images:
+        raise SettingError(f'{where}: column {image!r} does not hold images; image columns: {images}. {choice}')
     if len(named) == 2:
         if named[1] not in kinds:
             raise SettingError(f'{where}: {named[1]!r} does not hold classes. {choice}')
         return image, named[1]
-    labels = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = of_kind(datasets.ClassLabel)
     if len(labels) > 1:
         raise SettingError(f'{where}: cannot tell which of {labels} holds the classes. {choice}')
-    may_be = [
-        name for name in kinds if str(getattr(kinds[name], 'dtype', '')).startswith(('int', 'uint', 'string', 'bool'))
-    ]
+    may_be = [name for name, dtype in kinds.items() if dtype.startswith(('int', 'uint', 'string', 'bool'))]
     labels = labels or [name for name in may_be if name.lower() in NAMES_OF_LABEL]
     if len(labels) != 1 and may_be:
         why = f'cannot tell which of {labels} holds them' if labels else 'no column is a ClassLabel or called label'
@@ -130,15 +129,12 @@ def labels_of(splits: list[Any], label: str | None, where: str) -> tuple[list[np
     """(the classes (N,) of each split, facts about them) by the column `label`. Raises SettingError."""
     if label is None:
         return [np.zeros(len(split), np.int64) for split in splits], dict(num_classes=0)
-    where = f'{where}, column {label!r}'
     given = [np.array(split[label][:]) for split in splits]
     for values in given:
-        if values.dtype == object:
-            row = next((i for i, value in enumerate(values) if value is None), 0)
-            raise SettingError(f'{where}: row {row} holds no class. Fill it, or leave it out.')
+        if None in values.tolist():
+            row = values.tolist().index(None)
+            raise SettingError(f'{where}, column {label!r}: row {row} holds no class. Fill it, or leave it out.')
     names = getattr(splits[0].features[label], 'names', None)
-    if names is None:
-        each = [one_for_each(values, len(values), where) for values in given]
-        label_of_all, names = classes_of(np.concatenate(each))
-        given = np.split(label_of_all, np.cumsum([len(values) for values in each])[:-1])
-    return given, dict(num_classes=len(names), classes=tuple(names))
+    if names is not None:
+        return given, dict(num_classes=len(names), classes=tuple(names))
+    return classes_of([one_for_each(values, len(values), f'{where}, column {label!r}') for values in given])

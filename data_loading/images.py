@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import Config
 from data_loading import packed
 from data_loading.folders import find, printable
+from data_loading.labels import held_out_rows
+from data_loading.spec import counted
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
 from utils import is_out_of_memory
@@ -33,6 +35,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 LETTERS = 'letter|symbol|text|digit|number|sign|alphabet|character|font|^[0-9a-z]$'  # classes that may show letters
+HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1')  # bytes 8 to 12 of such a file
 LOOKED_AT = 1000  # images whose sizes are read at the start
 
 
@@ -47,11 +50,26 @@ def readable(image: Path | str) -> Iterator[None]:
     except Exception as error:  # what PIL raises depends on the format
         if is_out_of_memory(error):
             raise
-        if isinstance(image, Path):
-            image = image.parent.resolve() / image.name  # the user's folder, also where --check has linked to it
-        text = f'{image} cannot be read as an image ({type(error).__name__}: {error}). Replace it by a whole one, '
-        text += 'remove it from the data, or leave such images out with --skip_unreadable.'
-        raise DataError(printable(text)) from None
+        text = f'{shown(image)} cannot be read as an image ({type(error).__name__}: {printable(str(error))}). Replace '
+        text += 'it by a whole one, remove it from the data, or leave such images out with --skip_unreadable.'
+        raise DataError(text) from None
+
+
+def shown(image: Path | str) -> str:
+    """The path of an image in the user's folder, also where --check has linked to it, or the name of a row."""
+    return printable(str(image.parent.resolve() / image.name if isinstance(image, Path) else image))
+
+
+def opened(file: Path | BytesIO) -> Image.Image:
+    """The image in a file. Raises what Pillow does, or ValueError for HEIC and the like, whatever the file's name."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        begins = (file.read_bytes() if isinstance(file, Path) else file.getvalue())[4:12]
+        if begins[:4] != b'ftyp':
+            raise
+        kind = 'HEIC' if begins[4:] in HEIC else repr(begins[4:].decode('ascii', 'replace'))
+        raise ValueError(f'it is of the format {kind}: convert it to JPEG or PNG') from None
 
 
 def pixels_of(
@@ -64,7 +82,7 @@ def pixels_of(
 ) -> Tensor:
     """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, and
     brought to `size` as `fit` says. An animation gives its first frame. `white`: of 16-bit images, see `eight_bits`."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         image.load()  # a TIFF is turned by this
         if (turn := TURNS.get(image.getexif().get(ORIENTATION, 1))) is not None:
             image = image.transpose(turn)
@@ -99,46 +117,49 @@ def eight_bits(image: Any, white: int) -> Any:
     """A grey image of more than 8 bits with 8 bits per pixel: `white`, 255 or 65535, becomes 255; 0: the former if no
     value is above it. Raises ValueError if the values need more."""
     values = np.asarray(image)
-    white = white or (255 if values.max() <= 255 else 65535)
-    if values.dtype.kind == 'f' or values.min() < 0 or values.max() > 65535:
+    low, high = values.min(), values.max()
+    white = white or (255 if high <= 255 else 65535)
+    if values.dtype.kind == 'f' or low < 0 or high > 65535:
         raise ValueError(
-            f'grey levels from {values.min():g} to {values.max():g} ({values.dtype}) are not an 8-bit or 16-bit image: '
-            'use --dataset arrays for such data'
+            f'grey levels from {low:g} to {high:g} ({values.dtype}) are not an 8-bit or 16-bit image: stack such '
+            'images in an .npy file for --dataset arrays --value_range LOW HIGH'
         )
-    if values.max() > white:
-        raise ValueError(f'grey levels to {values.max()}, where others end at {white}: bring all to one range')
+    if high > white:
+        raise ValueError(f'grey levels to {high}, where others end at {white}: bring all to one range')
     return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8))
 
 
 @dataclass(frozen=True)
 class Head:
-    """An image file before it is decoded: its name, whether it has no colours, and its size as it is shown."""
+    """What is known of an image file without its pixels."""
 
     name: str
-    is_grey: bool
-    width: int
+    width: int  # as it is shown
     height: int
-    deep: int = 0  # largest value of a grey image of more than 8 bits
+    is_grey: bool
+    is_deep: bool  # grey of more than 8 bits
+    largest: int  # value of a grey image whose pixels were read, else 0
 
 
-def head(file: Path | BytesIO, levels: bool = True) -> Head | None:
-    """The size and colours of an image file; None if it cannot be read, which `readable` reports later."""
+def head(file: Path | BytesIO, nth: int = 0) -> Head | None:
+    """The size and colours of the nth image file; None if it cannot be read, which `readable` reports later. Of the
+    first grey images, the pixels are read too."""
     try:
         with Image.open(file) as image:
-            deep = image.mode.startswith(('I', 'F'))
             has_exif = image.format in ('JPEG', 'MPO', 'WEBP')  # a TIFF has its size turned; a PNG would be decoded
             turned = has_exif and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
-            is_grey = deep or image.mode in ('1', 'L', 'LA', 'La')
-            highest = int(np.asarray(image).max()) if deep and levels else 0
-            return Head(getattr(file, 'name', ''), is_grey, width, height, highest)
+            is_deep = image.mode.startswith(('I', 'F'))
+            largest = int(np.asarray(image).max()) if nth < (100 if is_deep else 10 * (image.mode == 'L')) else 0
+            name = shown(file) if isinstance(file, Path) else ''
+            return Head(name, width, height, is_deep or image.mode in ('1', 'L', 'LA', 'La'), is_deep, largest)
     except Exception:  # what PIL raises depends on the format
         return None
 
 
 def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
-    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Warns of sizes that do not
-    suit. Raises SettingError."""
+    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Warns of sizes and grey
+    levels that do not suit. Raises SettingError."""
     try:
         background = ImageColor.getrgb(config.background)[:3]
     except ValueError:
@@ -150,17 +171,22 @@ def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
     for file in files:  # ends after the first in colour
         if not grey and len(heads) == LOOKED_AT:
             break
-        found = head(file, levels=len(heads) < 100)
+        found = head(file, len(heads))
         grey = grey and (found is None or found.is_grey)
         if found and len(heads) < LOOKED_AT:
             heads.append(found)
     warn_of_sizes(config, heads, size)
-    deep = max((found.deep for found in heads), default=0)
-    if 0 < deep < 16384:
-        become = 'are taken as 8-bit ones' if deep <= 255 else 'become dark: scale them to 0 ... 65535'
-        print_once(f'warning: {config.dataset}: images of 16 bits have values to {deep} only, and {become}.')
-    white = 0 if not deep else 255 if deep <= 255 else 65535
-    return dict(size=size, channels=1 if grey else 3, background=background, fit=config.fit, white=white)
+    deep = max((found.largest for found in heads if found.is_deep), default=0)
+    white = 65535 if deep > 255 else 255
+    largest = deep or max((found.largest for found in heads if grey), default=0)
+    if 0 < largest < (16384 if deep > 255 else 17):
+        print_once(
+            f'warning: {config.dataset}: grey levels end at {largest}, but {white} is white, so images are almost '
+            f'black. Stack them in an .npy file, and pass --dataset arrays --value_range 0 {largest}, or scale them.'
+        )
+    elif 0 < deep <= 255:
+        print_once(f'warning: {config.dataset}: grey levels of 16-bit images end at {deep}, so 255 is taken as white.')
+    return dict(size=size, channels=1 if grey else 3, background=background, fit=config.fit, white=white if deep else 0)
 
 
 def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> None:
@@ -169,19 +195,18 @@ def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> N
     scales = [(found.width / width, found.height / height) for found in heads]
     cut = np.array([1 - min(scale) / max(scale) for scale in scales] or [0])
     if config.fit == 'crop' and cut.max() >= 0.01:
-        most = printable(heads[int(cut.argmax())].name)
-        print_once(
-            f'{config.dataset}: cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most'
-            f'{f" ({most})" if most else ""}; --fit pad keeps all'
-        )
+        most = f' ({name})' if (name := heads[cut.argmax()].name) else ''
+        text = f'cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most{most}'
+        print_once(f'{config.dataset}: {text}; --fit pad keeps all')
     smaller = max if config.fit == 'pad' else min
-    odd = [i for i, scale in enumerate(scales) if smaller(scale) < 1 / 4 or cut[i] > 0.9]
+    odd = [
+        found for found, scale, lost in zip(heads, scales, cut, strict=False) if smaller(scale) < 1 / 4 or lost > 0.9
+    ]
     if odd:
-        first = heads[odd[0]]
         print_once(
-            f'warning: {config.dataset}: {len(odd)} of {len(heads)} images are enlarged more than 4 times, or more '
-            f'than 10 times too long, for {width}x{height} pixels, such as '
-            f'{printable(first.name)} ({first.width}x{first.height}). Leave them out, or use another --image_size.'
+            f'warning: {config.dataset}: {len(odd)} of {counted(len(heads), "image")}, such as {odd[0].name} '
+            f'({odd[0].width}x{odd[0].height}), are enlarged more than 4 times, or more than 10 times too long, for '
+            f'{width}x{height} pixels. Leave them out, or use another --image_size.'
         )
 
 
@@ -227,17 +252,15 @@ def list_images(config: Config) -> ImageFiles:
     """All images below the folder `config.data_path`, or else data_dir/image_folder, as folders.py finds them; the
     held-out part is at the beginning. Raises SettingError."""
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
-    found = find(root, where_of(config, root))
-    flips = ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name))
-    if flips:
-        letters = [f' ({name!r})' for name in found.classes if re.search(LETTERS, name, re.IGNORECASE)][:1]
+    files, labels, held_out, facts = find(root, where_of(config, root))
+    if flips := ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name)):
+        letters = [f' ({name!r})' for name in facts['classes'] if re.search(LETTERS, name, re.IGNORECASE)][:1]
         print_once(
             f'{"warning: " if letters else ""}image_folder: images are mirrored or turned: add {flips} if there are '
             f'letters{"".join(letters)}, or if left and right differ'
         )
-    facts = dict(classes=found.classes, num_classes=len(found.classes), skipped=found.skipped)
-    made = how_made(config, (root / name for name in found.files))
-    return ImageFiles(root, found.files, found.labels, made, facts, found.held_out)
+    made = how_made(config, (root / name for name in files))
+    return ImageFiles(root, files, labels, made, facts, held_out)
 
 
 def where_of(config: Config, root: Path) -> str:
@@ -249,16 +272,7 @@ def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default. Each class
     keeps an image to train on. Raises SettingError."""
     images = list_images(config)
-    n = images.held_out
-    if not n:
-        where, classes = where_of(config, images.root), max(1, images.facts['num_classes'])
-        n, most = packed.held_out_rows(config.held_out, len(images), where), len(images) - classes
-        if n > most and (config.held_out or not most):
-            wanted = f'held_out={n}: ' if config.held_out else ''
-            raise SettingError(
-                f'{where}: {wanted}of {len(images)} images of {classes} classes at most {most} can be held out, as '
-                'each class needs one to train on. Use a smaller --held_out, or add images.'
-            )
-        n = min(n, most)
+    where, classes = where_of(config, images.root), images.facts['num_classes']
+    n = images.held_out or held_out_rows(config.held_out, len(images), where, keep=max(1, classes))
     title = f'image_folder {printable(images.root.resolve().name)}'
     return packed.decoded_once(config, images, n, images.facts, images.state(), title)

@@ -1,14 +1,16 @@
-"""Classes from labels of any kind, for arrays and tables, and the names that labels and held-out parts go by."""
+"""Labels of any kind as classes, the names that labels and parts of the data go by, and which items are held out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from data_loading.spec import describe
+from data_loading.spec import counted, describe
 from runtime.errors import SettingError
 
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
-HELD_OUT_SPLITS = ('validation', 'valid', 'val', 'test', 'eval')
+TRAIN = ('train', 'training')
+HELD_OUT = ('val', 'valid', 'validation', 'test', 'testing', 'eval')  # of several, the first is held out
 
 
 def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
@@ -22,8 +24,6 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     if label.shape != (n,):
         several = label.ndim == 2 and len(label) == n
         remedy = 'labels.argmax(1) takes the largest of a row, labels[:, 0] a column.' if several else 'Check the file.'
-        if label.ndim == 1:
-            raise SettingError(f'{where}: there are {len(label)} labels for {n} items. {remedy}')
     elif kind == 'f' and np.isnan(label).any():
         remedy = f'{np.isnan(label).sum()} of them are NaN: leave those items out.'
     elif kind == 'f':
@@ -34,16 +34,57 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     elif kind not in 'biuUST':
         remedy = 'labels.astype(str) makes texts of them.'
     if remedy:
-        found = f'{describe(label)}' + (f', from {label.min()}' if number else '')
+        found = describe(label) + (f', from {label.min()}' if number else '')
         raise SettingError(
-            f'{where}: labels are {found}. One whole number from 0, text or bool for each of {n} is needed. {remedy}'
+            f'{where}: labels are {found}. One whole number from 0, text or bool for each of {counted(n, "item")} is '
+            f'needed. {remedy}'
         )
     return np.char.decode(label, 'utf-8') if kind == 'S' else label
 
 
-def classes_of(label: np.ndarray, names: Sequence[str] = ()) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(classes (n,) int64, their names) of labels (n,): each value that occurs is a class, in sorted order, with the
-    value as its name, or names[value]."""
-    values, classes = np.unique(label, return_inverse=True)
-    known = label.dtype.kind in 'iu' and len(values) > 0 and values[-1] < len(names)
-    return classes.astype(np.int64), tuple(str(names[value] if known else value) for value in values.tolist())
+def classes_of(given: list[np.ndarray], names: Sequence[str] = ()) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """(classes (n,) int64 of each part, facts), from labels (n,) of each part: each value that occurs is a class, in
+    sorted order, with the value as its name, or names[value]."""
+    values, classes = np.unique(np.concatenate(given), return_inverse=True)
+    known = values.dtype.kind in 'iu' and len(values) > 0 and values[-1] < len(names)
+    found = tuple(str(names[value] if known else value) for value in values.tolist())
+    numbers = tuple(map(str, range(len(found))))
+    parts = np.split(classes.astype(np.int64), np.cumsum([len(label) for label in given])[:-1])
+    return parts, dict(num_classes=len(found), classes=() if found == numbers else found)
+
+
+def number_in_class(label: np.ndarray) -> np.ndarray:
+    """(n,): how many items of the same class come before each item, given the classes (n,)."""
+    _, label, counts = np.unique(label, return_inverse=True, return_counts=True)
+    number = np.empty(len(label), int)
+    number[np.argsort(label, kind='stable')] = np.arange(len(label)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return number
+
+
+def held_out_first(label: Any) -> np.ndarray:
+    """(n,): the indices of n items, given the class of each, in an order whose first ones are held out.
+
+    Among any number of first ones each class has its share, its first items in the order given. The last item of each
+    class comes after all others.
+    """
+    _, label, counts = np.unique(label, return_inverse=True, return_counts=True)
+    number, of_class = number_in_class(label), counts[label]
+    return np.argsort(np.where(number == of_class - 1, 1, (number + 0.5) / of_class), kind='stable')
+
+
+def random_order(label: np.ndarray) -> np.ndarray:
+    """(n,): indices as `held_out_first` gives them, after a shuffle that is the same in every run."""
+    order = np.random.default_rng(0).permutation(len(label))
+    return order[held_out_first(label[order])]
+
+
+def held_out_rows(wanted: int, n: int, where: str, keep: int = 1) -> int:
+    """How many of n items are held out: `wanted`, or a tenth and at most 1000 if that is 0; `keep` of them, one of each
+    class, are left to train on. Raises SettingError."""
+    most = n - keep
+    if most < max(1, wanted):
+        setting = f'{where}, held_out={wanted}' if wanted else where
+        each = f'each of {keep} classes needs one' if keep > 1 else 'one is needed'
+        most = f'of {counted(n, "item")} at most {max(0, most)} can be held out, as {each} to train on'
+        raise SettingError(f'{setting}: {most}. Add items, or use a smaller --held_out.')
+    return wanted or min(1000, max(1, n // 10), most)

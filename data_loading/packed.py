@@ -45,19 +45,16 @@ class NoRoomError(SettingError):
 def decoded_once(
     config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """(training part, held-out part, facts) of images that are decoded into data_dir/cache, in parallel, and read from
-    there as long as `state` is the same. Without `cache`, or without room, the parts are Datasets.
-
-    Held out are the first `held_out` items; if that is 0, as many as the config says, or a tenth.
-    """
+    """(training part, held-out part, facts) of images, of which the first `held_out` ones are held out. They are
+    decoded into data_dir/cache, in parallel, and read from there while `state` is the same. Without `cache`, or without
+    room, the parts are Datasets."""
     mark = files.digest(repr((state, held_out, config.held_out, config.skip_unreadable)))
     path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
-    n = held_out or held_out_rows(config.held_out, len(items), f'dataset={config.dataset!r}')
     stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # what was skipped is not in the data
-    make = partial(build, items, path, n, config.skip_unreadable, title, **stored)
+    make = partial(build, items, path, held_out, config.skip_unreadable, title, **stored)
     found = read_or_build(path, make) if config.cache else None
     if found is None:
-        return Rows(items, n, len(items)), Rows(items, 0, n), facts
+        return Rows(items, held_out, len(items)), Rows(items, 0, held_out), facts
     left_out = found.get('left_out') and f'left out {found["left_out"]} that cannot be read'
     skipped = '; '.join(filter(None, [facts.get('skipped'), left_out]))
     train, test, known = parts_of(found)
@@ -213,28 +210,6 @@ def cached(path: Path) -> dict[str, Any] | None:
 def space_for(path: Path) -> int:
     """Free bytes where `path` is to be."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
-
-
-def held_out_rows(wanted: int, n: int, where: str) -> int:
-    """How many of n items are held out: `wanted`, or a tenth and at most 1000 if that is 0. Raises SettingError."""
-    if n < 2:
-        raise SettingError(f'{where}: there are {n} images, and at least two are needed: one is held out. Add some.')
-    if wanted >= n:
-        raise SettingError(f'{where}: held_out={wanted}, but there are {n} images. Use a smaller --held_out.')
-    return wanted or min(1000, max(1, n // 10))
-
-
-def held_out_choice(labels: Any, n: int) -> np.ndarray:
-    """(n,): the indices of n items to hold out, given the class of each, (N,); all equal if there are none.
-
-    Each class gives its share, its first items in the order given. The last item that a class has left is taken only
-    when there is no other. For a smaller n the choice is the first part of this one.
-    """
-    _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    by_class, nth = np.argsort(label, kind='stable'), np.zeros(len(label))
-    nth[by_class] = np.arange(len(label)) - np.repeat(np.cumsum(counts) - counts, counts)
-    share = np.where(nth == counts[label] - 1, np.inf, (nth + 0.5) / counts[label])
-    return np.argsort(share, kind='stable')[:n]
 
 
 def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

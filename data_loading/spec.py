@@ -149,3 +149,8 @@ def describe(value: Any) -> str:
         return type(value).__name__
     few = f'({", ".join(map(describe, value[:4]))})'
     return few if len(value) <= 4 else f'a {type(value).__name__} of {len(value)} entries'
+
+
+def counted(n: int, name: str) -> str:
+    """'1 image', '2 images', '2 classes'."""
+    return f'{n} {name}' if n == 1 else f'{n} {name}{"e" * name.endswith("s")}s'

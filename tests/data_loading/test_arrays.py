@@ -80,7 +80,10 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(x=np.zeros(8)), r'float64 \(8,\)'),
         (dict(x=np.zeros((8, 4), np.uint8)), r'uint8 data of shape \(8, 4\) are not images'),
         (dict(photos=np.zeros((8, 4))), 'holds photos. Name the data one of images, x'),
-        (dict(x=np.zeros((8, 4)), y=np.zeros(7, int)), 'there are 7 labels for 8 items'),
+        (
+            dict(x=np.zeros((8, 4)), y=np.zeros(7, int)),
+            r'labels are int64 \(7,\).* for each of 8 items',
+        ),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\).*labels\.astype\(int\)'),
         (dict(x=np.zeros((8, 4)), y=np.arange(8) / 3), r'labels are float64 \(8,\).*np\.digitize'),
         (dict(x=np.zeros((8, 4)), y=np.ones((8, 3))), r'labels are float64 \(8, 3\).*labels\.argmax\(1\)'),
@@ -91,8 +94,8 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4), int)), 'x_test: the data are int64.*of the same type'),
         (dict(x_test=np.zeros((8, 4))), 'holds x_test. Name the data one of images.*or x_train and x_test'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
-        (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'there are 0 images'),
-        (dict(x=np.zeros((1, 4))), 'there are 1 images, and at least two'),
+        (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'of 0 items at most 0 can be held out'),
+        (dict(x=np.zeros((1, 4))), 'of 1 item at most 0 can be held out, as one is needed to train on'),
     ],
 )
 def test_bad_arrays_are_named_before_training(load, tmp_path, arrays, words):
@@ -143,7 +146,11 @@ def test_axes_are_read_by_the_rule_or_as_the_setting_says(load, tmp_path, dtype,
 @pytest.mark.parametrize(
     ('dtype', 'shape', 'words'),
     [
-        ('f4', (16, 16, 3), r'channels_last \(C x H x W: 3 channels of 16x16\).*--value_range BLACK WHITE'),
+        (
+            'f4',
+            (16, 16, 3),
+            r'--value_range 99 99 .*from 99 to 99\), .*channels_last \(C x H x W: 3 channels of 16x16',
+        ),
         ('f4', (16, 16), r'no_channels \(C x H x W: 1 channel of 16x16\); --network mlp needs none'),
         ('f4', (6, 6, 6, 2), 'array_layout'),
         ('f4', (4, 4), 'array_layout'),
@@ -235,7 +242,9 @@ def test_floats_that_look_like_images_are_told_the_flag(load, tmp_path, capsys, 
     np.save(tmp_path / 'x.npy', x)
     loaded = load(tmp_path / 'x.npy')
     assert loaded[0].spec.scale == 'float' and both(loaded)[0].min() == x.min()
-    assert capsys.readouterr().out.partition('pass --value_range ')[2].partition('\n')[0] == wanted
+    out = capsys.readouterr().out
+    assert out.partition('arrays: --value_range ')[2].partition(' makes images')[0] == wanted
+    assert not wanted or f'which go from {x.min():.4g} to {x.max():.4g}.' in out
 
 
 @pytest.mark.parametrize('name', NAMES_OF_LABEL[:-1])

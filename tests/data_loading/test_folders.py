@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from data_loading.folders import in_order, key
+from data_loading.folders import in_order
 from data_loading.images import list_images, load_image_folder
 from data_utils import setup_data_train_and_test
 from tests.data_loading.test_images import write_images
@@ -46,8 +46,7 @@ def test_train_and_val_are_the_split_and_not_classes(folder, config_of, capsys):
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     assert train.spec.classes == ('cat', 'dog') and (train.size, test.size) == (10, 10)
     assert (
-        'image_folder: Train/ is trained on, val/ is held out; extra/, test/ are left unused\n'
-        in capsys.readouterr().out
+        'image_folder: Train/ is trained on, val/ is held out; left unused: extra/, test/\n' in capsys.readouterr().out
     )
     assert {file.split('/')[0] for file in list_images(config_of()).files[:10]} == {'val'}
     assert setup_data_train_and_test(config_of(held_out=4), CPU)[2].labels.bincount().tolist() == [2, 2]
@@ -66,7 +65,7 @@ def test_a_held_out_folder_whose_classes_are_not_known_is_left_unused(folder, co
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     assert train.size + test.size == 40 and test.labels.tolist().count(0) == 2
     assert (
-        'a part of it is held out; test/, val/ are left unused, as their classes are not known'
+        'a part of it is held out; left unused: test/, val/ (train/ does not have their classes)'
         in capsys.readouterr().out
     )
 
@@ -75,7 +74,8 @@ def test_classes_that_train_lacks_are_left_out_of_the_held_out_part(folder, conf
     write_images(folder, {'train/cat': NINE * 9, 'train/dog': NINE * 9, 'test/dog': NINE * 2, 'test/emu': NINE * 3})
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     assert (train.size, test.size) == (18, 2) and test.labels.tolist() == [1, 1]
-    assert 'test/ is held out (3 images of classes that train/ lacks are left unused)' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'test/ is held out; test/ has no cat; left unused: 3 images of classes that train/ lacks\n' in out
 
 
 def test_parts_without_one_to_train_on_are_refused_and_a_class_called_train_is_one(folder, config_of, capsys):
@@ -100,9 +100,7 @@ def test_classes_below_single_folders_are_found(folder, config_of, capsys):
     assert list_images(config_of()).facts['classes'] == ('cat', 'dog')
     assert 'image_folder: classes are the folders in set/images/\n' in capsys.readouterr().out
     Image.new('RGB', (9, 9)).save(folder / 'set/images/cover.png')
-    with pytest.raises(
-        SettingError, match=rf'1 images lie in set/images next to .*--data_path {folder}/set/images/cat'
-    ):
+    with pytest.raises(SettingError, match=rf'1 image in set/images next to .*--data_path {folder}/set/images/cat'):
         list_images(config_of())
 
 
@@ -115,24 +113,44 @@ def test_folders_that_hold_the_same_folders_are_warned_of(folder, config_of, cap
     )
 
 
+@pytest.mark.parametrize('below', ['', 'only', 'train/x'])
+def test_without_classes_the_two_ways_to_have_some_are_printed(folder, config_of, capsys, below):
+    write_images(folder, {below: NINE * 4})
+    for name in 'abc':
+        (folder / below / '0.png').with_name(f'cat_{name}.png').write_bytes((folder / below / '0.png').read_bytes())
+    list_images(config_of())
+    assert 'no classes: they are read from folders, one for each class, or from labels.csv (' in capsys.readouterr().out
+    write_images(folder / below, {'cat, tame': NINE, 'dog': NINE})
+    shutil.rmtree(folder / 'x', ignore_errors=True)
+    for path in (folder / below).glob('*.png'):
+        path.rename(path.parent / 'dog' / path.name)
+    assert list_images(config_of()).facts['classes'] == ('cat, tame', 'dog')  # as on the disk
+    assert 'no classes' not in capsys.readouterr().out
+
+
 def test_numbers_are_sorted_as_numbers(folder, config_of):
     write_images(folder, dict.fromkeys(('10', '9', '100', 'b', 'a'), NINE))
     assert list_images(config_of()).facts['classes'] == ('9', '10', '100', 'a', 'b')
 
 
-@pytest.mark.parametrize('labels', ['null', 'numbers', 'none'])
+@pytest.mark.parametrize('labels', ['null', 'vectors', 'numbers', 'none'])
 def test_shards_of_dataset_tool_are_no_classes(folder, config_of, capsys, labels):
     names = [f'0000{i // 3}/img{i:08d}.png' for i in range(6)]
     write_images(folder, {'00000': [], '00001': []})
     for name in names:
         Image.new('RGB', (9, 9)).save(folder / name)
-    found = dict(labels=[[name, 10 - i % 2] for i, name in enumerate(names)] if labels == 'numbers' else None)
+    given = dict(
+        numbers=[[name, 10 - i % 2] for i, name in enumerate(names)], vectors=[[name, [0, 1]] for name in names]
+    )
+    found = dict(labels=given.get(labels))
     if labels != 'none':
         (folder / 'dataset.json').write_text(json.dumps(found))
     got = list_images(config_of())
     warned = 'folders 00000, 00001 ... are taken as classes. If they are not, add --label_dropout 1'
-    assert (warned in capsys.readouterr().out) == (labels == 'none')
-    if labels == 'null':
+    out = capsys.readouterr().out
+    assert (warned in out) == (labels == 'none')
+    assert ('no classes: dataset.json has no labels that are whole numbers\n' in out) == (labels in ('null', 'vectors'))
+    if labels in ('null', 'vectors'):
         assert got.facts['classes'] == () and got.labels == [0] * 6
     if labels == 'numbers':
         assert classes_of(got) == {name: ['10', '9'][i % 2] for i, name in enumerate(names)}
@@ -187,7 +205,7 @@ def test_two_names_of_one_folder_are_said(folder, config_of, capsys):
     assert found.facts['classes'] == ('Cat', 'cat', 'dog') and len(found.files) == 8
     out = capsys.readouterr().out
     assert 'warning: image_folder: Cat and cat are two classes. Merge' in out
-    assert 'skipped folders that are read under another name: aaa\n' in out
+    assert 'skipped folders that are read under another name: aaa 1\n' in out
 
 
 def test_system_folders_are_no_classes(folder, config_of, capsys):
@@ -245,14 +263,14 @@ def test_a_folder_without_an_image_says_what_to_do(folder, config_of, name, reme
 @pytest.mark.parametrize('n', [1, 5, 14, 40, 86])
 def test_the_first_files_are_of_all_classes(n):
     sizes = dict(a=60, b=25, c=7, d=1, e=1)
-    classes = {f'{name}{i}': key(name) for name, size in sizes.items() for i in range(size)}
-    order = in_order(classes, classes)
-    assert sorted(order) == sorted(classes) and order == in_order(reversed(list(classes)), classes)
+    labels = {f'{name}{i}': ord(name) for name, size in sizes.items() for i in range(size)}
+    order = in_order(list(labels), labels)
+    assert sorted(order) == sorted(labels) and order == in_order(list(reversed(labels)), labels)
     held = Counter(name[0] for name in order[:n])
     assert all(held[name] < size for name, size in sizes.items())  # until no class could give another
     assert n > 40 or all(abs(held[name] - size * n / 94) < 1.1 for name, size in sizes.items())
-    added = classes | {f'b{i}': key('b') for i in range(25, 28)}
-    assert len(set(order[:n]) & set(in_order(added, added)[:n])) >= n - 1 - n // 10
+    added = labels | {f'b{i}': ord('b') for i in range(25, 28)}
+    assert len(set(order[:n]) & set(in_order(list(added), added)[:n])) >= n - 1 - n // 10
 
 
 def test_a_class_keeps_an_image_to_train_on(folder, config_of):
@@ -260,11 +278,11 @@ def test_a_class_keeps_an_image_to_train_on(folder, config_of):
     for held_out in (0, 20):
         train, _, test = setup_data_train_and_test(config_of(held_out=held_out), CPU)
         assert min(train.spec.counts) >= 1 and test.size == (held_out or 4)
-    with pytest.raises(SettingError, match='held_out=21: of 40 images of 20 classes at most 20 can be held out'):
+    with pytest.raises(SettingError, match=r'held_out=21: of 40 items at most 20 .*each of 20 classes needs one'):
         load_image_folder(config_of(held_out=21))
     for i in range(5):
         shutil.rmtree(folder / f'd{i}')
-    with pytest.raises(SettingError, match='of 15 images of 15 classes at most 0 can be held out'):
+    with pytest.raises(SettingError, match='of 15 items at most 0 can be held out'):
         load_image_folder(config_of())
     write_images(folder, {'c00': NINE * 2} | {f'e{i}': NINE for i in range(5)})  # a tenth of 21 is two
     assert setup_data_train_and_test(config_of(), CPU)[2].size == 1

@@ -99,13 +99,38 @@ def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     got = torch.cat([train.everything()[0], test.everything()[0]]).mul(255).round().unique().tolist()
     assert got == [20 * i for i in range(12)]
-    assert 'images of 16 bits have values to 220 only, and are taken as 8-bit ones' in capsys.readouterr().out
+    assert 'grey levels of 16-bit images end at 220, so 255 is taken as white' in capsys.readouterr().out
     assert pixels(folder / '11.png', channels=1).unique().tolist() == [220]
     Image.fromarray(np.full((8, 8), 300, np.uint16)).save(folder / 'x.png')
     with pytest.raises(ValueError, match='to 300, where others end at 255'):
         pixels_of(folder / 'x.png', (8, 8), 1, WHITE, white=255)
     setup_data_train_and_test(config_of(), CPU)
-    assert 'have values to 300 only, and become dark: scale them' in capsys.readouterr().out
+    assert 'grey levels end at 300, but 65535 is white' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('mode', 'largest', 'warned'), [
+    ('L', 3, True), ('L', 40, False), ('I;16', 3, True), ('I;16', 4095, True), ('I;16', 60_000, False),
+    ('RGB', 3, False),
+])  # fmt: skip
+def test_label_images_are_warned_of_with_the_flag(folder, config_of, capsys, mode, largest, warned):
+    for i in range(12):
+        value = min(i, largest) if i else largest
+        if mode == 'RGB':
+            Image.new(mode, (8, 8), (value,) * 3).save(folder / f'{i}.png')
+        else:
+            Image.fromarray(np.full((8, 8), value, np.uint8 if mode == 'L' else np.uint16)).save(folder / f'{i}.png')
+    list_images(config_of())
+    out = capsys.readouterr().out
+    assert (f'pass --dataset arrays --value_range 0 {largest}, or scale them' in out) == warned, out
+
+
+@pytest.mark.parametrize('brand', ['heic', 'mif1', 'abcd'])
+def test_a_photo_of_a_phone_under_another_name_is_to_be_converted(folder, config_of, brand):
+    write_images(folder, {'': [(9, 9)] * 4})
+    (folder / 'x.jpg').write_bytes(b'\0\0\0\x18ftyp' + brand.encode() + bytes(99))
+    kind = "'abcd'" if brand == 'abcd' else 'HEIC'
+    with pytest.raises(SettingError, match=rf'x\.jpg .*it is of the format {kind}: convert it to JPEG or PNG\)'):
+        setup_data_train_and_test(config_of(), CPU)
 
 
 def test_of_the_EXIF_data_only_the_orientation_is_read(folder):
@@ -190,7 +215,7 @@ def test_what_cropping_cuts_is_printed(folder, config_of, capsys):
     write_images(folder, {'': [(8, 8)] * 3 + [(8, 32)]})
     list_images(config_of())
     assert (
-        'image_folder: cropping cuts 19% of the pixels on average, 75% at most (3.png); --fit pad'
+        f'image_folder: cropping cuts 19% of the pixels on average, 75% at most ({folder}/3.png); --fit pad'
         in capsys.readouterr().out
     )
     for fit in ('pad', 'stretch'):
@@ -206,8 +231,9 @@ def test_images_that_are_too_small_or_long_are_named(folder, config_of, capsys, 
     write_images(folder, {'': [(8, 8)] * 3 + [size]})
     list_images(config_of(fit=fit))
     out = capsys.readouterr().out
-    assert ('warning: image_folder: 1 of 4 images are enlarged more than 4 times' in out) == warned, out
-    assert not warned or f'such as 3.png ({size[0]}x{size[1]})' in out
+    assert (
+        f'warning: image_folder: 1 of 4 images, such as {folder}/3.png ({size[0]}x{size[1]}), are enlarged' in out
+    ) == warned, out
 
 
 def test_a_preset_that_flips_warns_of_letters(folder, config_of, capsys):
@@ -255,7 +281,7 @@ def test_images_in_one_folder_have_no_class(folder, config_of, capsys, below):
 
 def test_images_next_to_folders_of_classes_are_refused(folder, config_of):
     write_images(folder, {'': [(9, 9)] * 3, 'cat': [(9, 9)] * 2})
-    with pytest.raises(SettingError, match=r'3 images lie in it next to folders \(cat\)'):
+    with pytest.raises(SettingError, match=r'3 images next to folders \(cat\): no class is known'):
         list_images(config_of())
 
 
@@ -266,8 +292,8 @@ def test_hidden_and_other_files_are_skipped_and_counted(folder, config_of, capsy
         (folder / name).write_text('no image')
     assert len(list_images(config_of()).files) == 6
     out = capsys.readouterr().out
-    assert 'skipped 3 files that are not images: .txt 2, README 1\n' in out
-    assert 'skipped 1 images that cannot be read: convert them (.svg 1)\n' in out
+    assert 'skipped files that are not images: .txt 2, README 1\n' in out
+    assert 'skipped images that must be converted first: .svg 1\n' in out
     assert 'skipped thumbnails, hidden and system folders: .hidden 1, .thumbnails 1\n' in out
 
 
@@ -309,7 +335,7 @@ def test_a_folder_that_cannot_be_listed_is_named(folder, config_of, monkeypatch)
         (lambda folder: folder.rmdir(), 'there is no such folder. Pass a folder of images'),
         (lambda folder: None, r'it holds no image \(.jpg, .*Pass a folder of images'),
         (lambda folder: (folder / 'x.svg').write_text(''), r'holds no image .*, only .svg 1'),
-        (lambda folder: write_images(folder, {'a': [(9, 9)]}), 'there are 1 images, and at least two are needed'),
+        (lambda folder: write_images(folder, {'a': [(9, 9)]}), 'of 1 item at most 0 can be held out'),
     ],
 )
 def test_a_folder_without_enough_images_is_refused(folder, config_of, make, words):
@@ -482,7 +508,7 @@ def test_the_number_of_held_out_images_is_a_setting(folder, config_of, held_out)
     write_images(folder, {'a': [(9, 9)] * 30})
     train, _, test = setup_data_train_and_test(config_of(held_out=held_out), CPU)
     assert (train.size, test.size) == (30 - (held_out or 3), held_out or 3)
-    with pytest.raises(SettingError, match='held_out=30, but there are 30 images'):
+    with pytest.raises(SettingError, match='held_out=30: of 30 items at most 29 can be held out'):
         setup_data_train_and_test(config_of(held_out=30), CPU)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from config import SettingError
 from data_loading import packed
+from data_loading.labels import held_out_first, held_out_rows
 
 X = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)
 LABEL = torch.arange(6) % 2
@@ -107,19 +108,17 @@ def test_the_digest_covers_pixels_classes_and_names():
 
 
 def test_how_many_are_held_out_by_default():
-    assert [packed.held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]
+    assert [held_out_rows(0, n, '') for n in (5, 5000, 20_000)] == [1, 500, 1000]
 
 
 def test_each_class_gives_its_share_and_keeps_its_last_item():
     labels = np.random.default_rng(0).permutation(np.repeat(range(4), (60, 30, 9, 1)))
-    chosen = packed.held_out_choice(labels, 20)
+    chosen = held_out_first(labels)[:20]
     assert np.bincount(labels[chosen], minlength=4).tolist() == [12, 6, 2, 0]
     assert all((chosen[labels[chosen] == k] == np.flatnonzero(labels == k)[:n]).all() for k, n in enumerate((12, 6, 2)))
-    for n in (1, 7, 99):
-        assert (packed.held_out_choice(labels, n)[:20] == chosen[:n]).all()
-    assert sorted(labels[packed.held_out_choice(labels, 100)[96:]]) == [0, 1, 2, 3]  # the last of each
-    assert packed.held_out_choice(['no class'] * 9, 3).tolist() == [0, 1, 2]
-    assert len(packed.held_out_choice(range(9), 2)) == 2  # a single item of each class: something must be held out
+    assert sorted(labels[held_out_first(labels)[96:]]) == [0, 1, 2, 3]  # the last of each
+    assert held_out_first(['no class'] * 9).tolist() == list(range(9))
+    assert sorted(held_out_first(range(9))) == list(range(9))  # a single item of each class: something must be held out
 
 
 @pytest.mark.parametrize('held_out', [0, 6])

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from config import SettingError
-from data_loading.spec import DataSpec, Part, Rows
+from data_loading.spec import DataSpec, Part, Rows, counted
 from data_utils import DATASETS, setup_data_train_and_test
 from runtime.errors import DataError
 
@@ -48,6 +48,11 @@ def test_the_columns_of_a_grid_show_the_classes():
 def test_classes_are_known_if_the_network_has_learned_them(label, dropout, known):
     assert SPEC.known_classes(label, dropout) is (label if known else None)
     assert bool(SPEC.class_names(label, dropout)) == known
+
+
+def test_numbers_of_things_are_singular_or_plural():
+    assert [counted(n, 'class') for n in (0, 1, 2)] == ['0 classes', '1 class', '2 classes']
+    assert [counted(n, 'image') for n in (1, 2)] == ['1 image', '2 images']
 
 
 def test_classes_have_names_or_numbers():
