@@ -221,8 +221,8 @@ def setup_data_train_and_test(
     if untrained:
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(
-            f'warning: {len(untrained)} of {counted(spec.num_classes, "class")} {"has" if len(untrained) == 1 else "have"} '
-            f'no training items ({named}): not learned, and neither sampled nor judged. Add items, or leave them out.'
+            f'warning: {len(untrained)} of {counted(spec.num_classes, "class")} have no training items ({named}): not '
+            'learned, and neither sampled nor judged. Add items if you mean these classes, or leave them out.'
         )
     return train_loader, sampler, test_loader
 

@@ -13,7 +13,7 @@ from config import Config
 from data_loading import packed
 from data_loading.checks import check_values
 from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
-from data_loading.spec import DataSpec, counted, describe
+from data_loading.spec import DataSpec, Loaded, counted, describe
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
@@ -38,7 +38,7 @@ class Named(NamedTuple):
     label: np.ndarray | None
 
 
-def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+def load_arrays(config: Config) -> Loaded:
     """(training part, held-out part, facts) of the file `data_path`. Raises SettingError.
 
     .npy     one array, without labels
@@ -61,10 +61,14 @@ def load_arrays(config: Config) -> tuple[Any, Any, dict[str, Any]]:
     parts = [part._replace(x=LAYOUTS[layout](part.x) if layout else part.x) for part in parts]
     labels = [one_for_each(part.label, len(part.x), where) for part in parts if part.label is not None]
     labels, classes = classes_of(labels, names) if labels else ([np.zeros(len(part.x), int) for part in parts], {})
+    if classes.get('classes') == tuple(map(str, range(classes.get('num_classes', 0)))):
+        del classes['classes']
     x = parts[0].x
     facts |= dict(classes, skipped=skipped, shape=x.shape[1:], reading=in_words(x.shape[1:], layout))
-    if x.dtype.kind == 'f' and not config.value_range and x.ndim == 4 and x.shape[1] in (1, 3, 4):
-        hint_at_images(x)
+    if facts.get('scale') == 'float' and x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        flag, fits = image_flag(x[:: max(1, len(x) // 1000)])
+        if fits:
+            print_once(f'arrays: {flag} makes images of these floats. Without it they are taken as they are')
     split = np.split(random_order(labels[0]), [held_out]) if held_out else []
     if held_out and x.nbytes > LARGEST_SHUFFLED:
         print_once(
@@ -143,7 +147,8 @@ def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
         if not begins.startswith((b'\x93NUMPY', b'PK')):
             raise ValueError(f'it is not a file of numpy, and begins with {begins}')
         found = np.load(path, mmap_mode='r', allow_pickle=False)
-        return {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        there = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        return {name: x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('=')) for name, x in there.items()}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         remedy = 'Copy it again.' if 'file size' in str(error) else 'Write plain numbers by np.save or np.savez.'
         remedy += ' Of Python objects, np.stack(images) and labels.astype(str) make some.' * ('bject' in str(error))
@@ -174,7 +179,7 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
     for split, name in found:
         x = there[split, name]
         label = next((there[key] for key in named((split,), NAMES_OF_LABEL) if there[key] not in texts), None)
-        parts.append(Named(x, native(arrays[x]), native(arrays[label]) if label else None))
+        parts.append(Named(x, arrays[x], arrays[label] if label else None))
         used |= {x, label}
     for name, x, label in parts:
         if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
@@ -192,10 +197,6 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
     if text:
         print_once(f'arrays: {text}')
     return parts, [str(name) for key in texts for name in arrays[key]], text
-
-
-def native(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('='))
 
 
 # ---------------------------------------------------------------- how axes and values are read
@@ -225,10 +226,7 @@ def layout_of(x: np.ndarray, config: Config, where: str) -> str:
     ways = ', '.join(f'{name} ({in_words(way(x[:0]).shape[1:], name)})' for name, way in LAYOUTS.items())
     image, single = '', ' A single image? np.stack makes one array of several.' * (axes == 2 and last <= 4)
     if is_float and axes == 3 and last <= 4 < first and not config.value_range:
-        least, largest, low, high = image_range(x)
-        image = (
-            f'--value_range {low:g} {high:g} if they are images (values go from {least:.4g} to {largest:.4g}), else '
-        )
+        image = f'{image_flag(x)[0]} if they are images, else '
     raise SettingError(
         f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass {image}--array_layout {ways}; "
         f'--network mlp needs none.{single}'
@@ -270,20 +268,10 @@ def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | Non
     return None, facts | dict(value_range=(float(low), float(high)))
 
 
-def image_range(x: np.ndarray) -> tuple[float, ...]:
-    """(least value, largest value, black, white) of floats, by some of the rows: one of IMAGE_RANGES if it fits, else
-    the values' own range."""
-    some = x[:: max(1, len(x) // 1000)]
-    least, largest = float(some.min()), float(some.max())
+def image_flag(x: np.ndarray) -> tuple[str, bool]:
+    """(the flag that makes images of these floats, whether it gives one of IMAGE_RANGES and not their own range)."""
+    least, largest = float(np.float32(x.min())), float(np.float32(x.max()))
     fitting = (wide for wide in IMAGE_RANGES if wide[0] <= least and wide[1] / 2 < largest <= wide[1])
-    return least, largest, *next(fitting, (least, largest))
-
-
-def hint_at_images(x: np.ndarray) -> None:
-    """Print the flag for images, if the values of floats (N, C, H, W) look like some."""
-    least, largest, *found = image_range(x)
-    if tuple(found) in IMAGE_RANGES:
-        print_once(
-            f'arrays: --value_range {found[0]} {found[1]} makes images of these floats, which go from {least:.4g} to '
-            f'{largest:.4g}. Without it they are data, taken as they are'
-        )
+    found = next(fitting, (least, largest))
+    text = f'--value_range {found[0]:.9g} {found[1]:.9g} (the values go from {least:.4g} to {largest:.4g})'
+    return text, found in IMAGE_RANGES

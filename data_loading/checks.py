@@ -14,18 +14,14 @@ from data_loading.workers import Sent, joined
 from runtime.errors import DataError, SettingError
 
 HOW_TO_RETURN = (
-    'It must return the training and the held-out part, each (x, label), (x, label, x1) or a torch Dataset of such '
-    'items: return (x, label), (held_out_x, held_out_label)'
+    'It must return the training and the held-out part: (x, label), (held_out_x, held_out_label) or Datasets'
 )
 EMPTY = 'it is empty. Put at least one item into it.'
 
 
 def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
-    """What `spec.load` returned, ready for a Loader: `spec` with the shape of the data and the facts that came with
-    them, the training and the held-out part. `where` names the data set in errors.
-
-    Arrays are converted by `check_arrays`. The first item of a Dataset is read and checked. Raises SettingError.
-    """
+    """(`spec` with the shape of the data and the facts that came with them, training part, held-out part), of what
+    `spec.load` returned. Of a Dataset the first item is checked. Raises SettingError, which names the data `where`."""
     if isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict):
         spec, loaded = replace(spec, **loaded[2]), loaded[:2]
     if spec.scale not in ('image', 'float'):
@@ -71,8 +67,7 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int]
     """
     is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
     if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
-        wanted = 'It must be (x, label) or (x, label, x1), of tensors or numpy arrays'
-        raise DataError(f'{where}: {describe(arrays)}. {wanted}.')
+        raise DataError(f'{where}: {describe(arrays)}. It must be (x, label) or (x, label, x1), of tensors or arrays.')
     try:
         arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
     except TypeError as error:
@@ -98,21 +93,16 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
         if x.dtype != torch.uint8:
             raise DataError(
                 f'{where} is {describe(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images must be '
-                f'uint8, 0 to max_value={spec.max_value}: convert them (for torchvision, transforms.PILToTensor() in '
-                "place of ToTensor()). Or pass value_range=(BLACK, WHITE) to the DataSpec, or scale='float' if the "
-                'values are meant as they are.'
+                'uint8: convert them (in torchvision, transforms.PILToTensor()), or pass value_range=(BLACK, WHITE) to '
+                "the DataSpec, or scale='float' if the values are meant as they are."
             )
         if spec.max_value < 255 and x.max() > spec.max_value:
-            raise DataError(
-                f'{where} goes up to {x.max()}, but max_value={spec.max_value}, which becomes 1. '
-                f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur.'
-            )
+            remedy = f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur'
+            raise DataError(f'{where} goes up to {x.max()}, but max_value={spec.max_value} is white. {remedy}.')
         return x
     if not x.is_floating_point() and not spec.value_range:
-        raise DataError(
-            f"{where} is {describe(x)}, but scale='float' takes floats as they are. Convert it to float32, in the "
-            "range that the trainer is to see, or pass scale='image' to the DataSpec for uint8 images."
-        )
+        remedy = "Convert it to float32, or pass scale='image' to the DataSpec for uint8 images"
+        raise DataError(f"{where} is {describe(x)}, but scale='float' takes floats as they are. {remedy}.")
     x = x.float()
     wrong, what, remedy = ~x.isfinite(), 'NaN or infinite values', 'Fix them or leave them out'
     if spec.value_range and not wrong.any():
@@ -136,31 +126,24 @@ def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
             wanted = found[2:] + found[:2]
     if wanted is None or tuple(wanted) == found:
         return
+    remedy = 'Resize the data in load'
     if len(found) == len(wanted) - 1:
         remedy = 'If the channel is missing, add it: images[:, None]'
     elif found[-1:] + found[:-1] == tuple(wanted):
         remedy = 'If the channels come last, put them first: images.permute(0, 3, 1, 2)'
-    else:
-        remedy = 'Resize the data in load'
-    raise DataError(
-        f'{where} has items of shape {found}, expected is ({", ".join(map(str, wanted))}). '
-        f'{remedy}. If this shape is meant, pass shape={found} to the DataSpec.'
-    )
+    shapes = f'items of shape {found}, expected is ({", ".join(map(str, wanted))})'
+    raise DataError(f'{where} has {shapes}. {remedy}. If it is meant, pass shape={found} to the DataSpec.')
 
 
-def check_labels(label: Tensor, num_classes: int, where: str) -> Tensor:
-    """`label` as int64, one class from 0 to num_classes - 1 for each item."""
+def check_labels(label: Tensor, n: int, where: str) -> Tensor:
+    """`label` as int64, one class from 0 to n - 1 for each item."""
     if label.ndim != 1 or label.is_floating_point() or label.is_complex():
-        raise DataError(
-            f'{where} is {describe(label)}, but num_classes={num_classes} needs one whole number for each item, shape '
-            f'({len(label)},). With num_classes=0 it may be anything.'
-        )
+        wanted = f'one whole number for each item, shape ({len(label)},). With num_classes=0 it may be anything'
+        raise DataError(f'{where} is {describe(label)}, but num_classes={n} needs {wanted}.')
     label = label.long()
     low, high = int(label.min()), int(label.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f'{where} goes from {low} to {high}, but num_classes={num_classes} allows 0 to {num_classes - 1} '
-            f"({num_classes} means 'no label'). Number the classes from 0, or pass num_classes={max(high, 0) + 1} to "
-            'the DataSpec.'
-        )
+    if low < 0 or high >= n:
+        allowed = f"num_classes={n} allows 0 to {n - 1} ({n} means 'no label')"
+        remedy = f'Number the classes from 0, or pass num_classes={max(high, 0) + 1} to the DataSpec'
+        raise DataError(f'{where} goes from {low} to {high}, but {allowed}. {remedy}.')
     return label

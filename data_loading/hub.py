@@ -14,6 +14,7 @@ from config import Config
 from data_loading import packed
 from data_loading.images import how_made, pixels_of, readable
 from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
+from data_loading.spec import Loaded
 from runtime.errors import SettingError
 from runtime.ranks import print_once
 
@@ -45,7 +46,7 @@ def file_of(image: dict[str, Any] | None) -> Path | BytesIO:
     return BytesIO(image['bytes']) if image.get('bytes') else Path(image['path'])
 
 
-def load_hub(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+def load_hub(config: Config) -> Loaded:
     """(training part, held-out part, facts) of a data set of Hugging Face `datasets`, or of parquet files. Without a
     held-out split a tenth is held out, of each class its share. Raises SettingError."""
     where = f"dataset='hub', data_path={config.data_path!r}"

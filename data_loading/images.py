@@ -19,21 +19,17 @@ from config import Config
 from data_loading import packed
 from data_loading.folders import find, printable
 from data_loading.labels import held_out_rows
-from data_loading.spec import counted
+from data_loading.spec import Loaded, counted
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
 from utils import is_out_of_memory
 
+Colour = tuple[int, ...]  # red, green, blue
+
 ORIENTATION = 0x112  # EXIF's
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+TURNS = dict(  # its value -> the method of Image.transpose
+    enumerate('FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split(), 2)
+)
 LETTERS = 'letter|symbol|text|digit|number|sign|alphabet|character|font|^[0-9a-z]$'  # classes that may show letters
 HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1')  # bytes 8 to 12 of such a file
 LOOKED_AT = 1000  # images whose sizes are read at the start
@@ -73,19 +69,14 @@ def opened(file: Path | BytesIO) -> Image.Image:
 
 
 def pixels_of(
-    path: Path | BytesIO,
-    size: tuple[int, int],
-    channels: int,
-    background: tuple[int, int, int],
-    fit: str = 'crop',
-    white: int = 0,
+    path: Path | BytesIO, size: tuple[int, int], channels: int, background: Colour, fit: str = 'crop', white: int = 0
 ) -> Tensor:
     """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, and
     brought to `size` as `fit` says. An animation gives its first frame. `white`: of 16-bit images, see `eight_bits`."""
     with opened(path) as image:
         image.load()  # a TIFF is turned by this
-        if (turn := TURNS.get(image.getexif().get(ORIENTATION, 1))) is not None:
-            image = image.transpose(turn)
+        if turn := TURNS.get(image.getexif().get(ORIENTATION, 1)):
+            image = image.transpose(Image.Transpose[turn])
         if image.mode.startswith(('I', 'F')):
             image = eight_bits(image, white)
         if image.has_transparency_data:
@@ -95,7 +86,7 @@ def pixels_of(
     return torch.from_numpy(array.reshape(*size, -1)).permute(2, 0, 1).contiguous()
 
 
-def fitted(image: Any, size: tuple[int, int], fit: str, background: tuple[int, int, int]) -> Any:
+def fitted(image: Any, size: tuple[int, int], fit: str, background: Colour) -> Any:
     """`image` in `size` (height, width), resized with antialiasing: its middle in these proportions ('crop'), all of it
     on `background` ('pad'), or all of it in other proportions ('stretch')."""
     height, width = size
@@ -218,6 +209,7 @@ class ImageFiles(Dataset):
     """The images of a folder: (uint8 (channels, H, W), class). Raises DataError for a broken file."""
 
     root: Path
+    where: str  # its name in errors
     files: list[str]  # paths below root
     labels: list[int]
     made: dict[str, Any]  # arguments of pixels_of
@@ -252,7 +244,8 @@ def list_images(config: Config) -> ImageFiles:
     """All images below the folder `config.data_path`, or else data_dir/image_folder, as folders.py finds them; the
     held-out part is at the beginning. Raises SettingError."""
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
-    files, labels, held_out, facts = find(root, where_of(config, root))
+    where = f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
+    files, labels, held_out, facts = find(root, where)
     if flips := ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name)):
         letters = [f' ({name!r})' for name in facts['classes'] if re.search(LETTERS, name, re.IGNORECASE)][:1]
         print_once(
@@ -260,19 +253,14 @@ def list_images(config: Config) -> ImageFiles:
             f'letters{"".join(letters)}, or if left and right differ'
         )
     made = how_made(config, (root / name for name in files))
-    return ImageFiles(root, files, labels, made, facts, held_out)
+    return ImageFiles(root, where, files, labels, made, facts, held_out)
 
 
-def where_of(config: Config, root: Path) -> str:
-    """The name of the folder in errors."""
-    return f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
-
-
-def load_image_folder(config: Config) -> tuple[Any, Any, dict[str, Any]]:
+def load_image_folder(config: Config) -> Loaded:
     """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default. Each class
     keeps an image to train on. Raises SettingError."""
     images = list_images(config)
-    where, classes = where_of(config, images.root), images.facts['num_classes']
-    n = images.held_out or held_out_rows(config.held_out, len(images), where, keep=max(1, classes))
+    classes = max(1, images.facts['num_classes'])
+    n = images.held_out or held_out_rows(config.held_out, len(images), images.where, keep=classes)
     title = f'image_folder {printable(images.root.resolve().name)}'
     return packed.decoded_once(config, images, n, images.facts, images.state(), title)

@@ -43,14 +43,13 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
 
 
 def classes_of(given: list[np.ndarray], names: Sequence[str] = ()) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """(classes (n,) int64 of each part, facts), from labels (n,) of each part: each value that occurs is a class, in
-    sorted order, with the value as its name, or names[value]."""
+    """(classes (n,) int64 of each part, facts), from labels (n,) of each: every value that occurs is a class, in sorted
+    order, with the value as its name, or names[value]."""
     values, classes = np.unique(np.concatenate(given), return_inverse=True)
     known = values.dtype.kind in 'iu' and len(values) > 0 and values[-1] < len(names)
     found = tuple(str(names[value] if known else value) for value in values.tolist())
-    numbers = tuple(map(str, range(len(found))))
     parts = np.split(classes.astype(np.int64), np.cumsum([len(label) for label in given])[:-1])
-    return parts, dict(num_classes=len(found), classes=() if found == numbers else found)
+    return parts, dict(num_classes=len(found), classes=found)
 
 
 def number_in_class(label: np.ndarray) -> np.ndarray:

@@ -259,16 +259,12 @@ class LazyLoader(Loader):
         try:
             loader = self.load()
         except SettingError as error:
-            text = (
-                'this needs the data of the run (inputs of samples that are data, numbers, or a hook that reads them)'
-            )
+            text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads them)'
             raise SettingError(f'{text}: {error}') from None
         was, now = ((f'{spec.shape}, {spec.num_classes} classes') for spec in (self.spec, loader.spec))
         if was != now:
             raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its own as --data_path.')
         if loader.fingerprint != self.fingerprint:
-            ranks.print_once(
-                f'warning: the run was trained on other data ({self.fingerprint}) than are here now '
-                f'({loader.fingerprint}): look at dataset, data_path and data_dir'
-            )
+            other = f'other data ({self.fingerprint}) than are here now ({loader.fingerprint})'
+            ranks.print_once(f'warning: the run was trained on {other}: look at dataset, data_path and data_dir')
         vars(self).update(vars(loader))

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from config import Config
 from data_loading import workers
-from data_loading.spec import Rows, describe
+from data_loading.spec import Loaded, Rows, describe
 from runtime import alive, files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import cores_per_process, print_once
@@ -42,9 +42,7 @@ class NoRoomError(SettingError):
 # ---------------------------------------------------------------- from a Dataset to a file
 
 
-def decoded_once(
-    config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str
-) -> tuple[Any, Any, dict[str, Any]]:
+def decoded_once(config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str) -> Loaded:
     """(training part, held-out part, facts) of images, of which the first `held_out` ones are held out. They are
     decoded into data_dir/cache, in parallel, and read from there while `state` is the same. Without `cache`, or without
     room, the parts are Datasets."""
@@ -66,12 +64,10 @@ def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | Non
 
     Only one process of this machine builds, if the file system has locks; else each does, and the last file stays.
     """
-
     waiting = f'waiting for another process of this machine, which builds {path}'
     with files.locked(path.with_name(f'.{path.name}.lock'), lambda: print(waiting, flush=True)) as has_lock:
-        found = cached(path)
-        if found is not None:
-            return found
+        with contextlib.suppress(SettingError):  # it is not there or, as a cache may be, damaged
+            return read(path)
         # A killed build leaves its file. A lock may hold on one machine only, so another machine may still be building.
         for remains in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp') if has_lock else ():
             with contextlib.suppress(OSError):
@@ -144,20 +140,16 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
         raise SettingError(f'{title}: there is nothing that can be read.')
     x, size, free = first[0], most * first[0].nbytes, space_for(path)
     if free < size:
-        raise NoRoomError(
-            f'{path}: this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there. '
-            'Make room, or take another place.'
-        )
+        room = f'this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there'
+        raise NoRoomError(f'{path}: {room}. Make room, or take another place.')
     labels: list[int] = []
     with files.whole(path) as temporary:
         with zipfile.ZipFile(temporary, 'w') as archive, archive.open(X, 'w', force_zip64=True) as file:
             rows = itertools.chain([first], rows)
             for value, label in alive.each(rows, title, most):
                 if value.shape != x.shape or value.dtype != x.dtype:
-                    raise SettingError(
-                        f'{title}: item {len(labels)} is {describe(value)}, the first one {describe(x)}. '
-                        'All must have the same shape and type.'
-                    )
+                    found = f'item {len(labels)} is {describe(value)}, the first one {describe(x)}'
+                    raise SettingError(f'{title}: {found}. All must have the same shape and type.')
                 file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
                 labels.append(int(label))
         written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: what torch can wrap
@@ -199,26 +191,16 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def cached(path: Path) -> dict[str, Any] | None:
-    """`read`, or None if the file is not there or, as a cache may be, damaged."""
-    try:
-        return read(path)
-    except SettingError:
-        return None
-
-
 def space_for(path: Path) -> int:
     """Free bytes where `path` is to be."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
 
 
-def parts_of(found: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def parts_of(found: dict[str, Any]) -> Loaded:
     """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if one is empty."""
     x, label, held_out = found['x'], found['label'], found['held_out']
     if not 0 < held_out < len(x):
-        raise SettingError(
-            f'{held_out} of {len(x)} images are held out: at least one, and not all, must be left. Add some.'
-        )
+        raise SettingError(f'{held_out} of {len(x)} items are held out. It must be at least one, and not all.')
     names = ('num_classes', 'classes', 'scale', 'max_value', 'value_range', 'digest', 'mean', 'std')
     facts = {name: found[name] for name in names if name in found}
     return (x[held_out:], label[held_out:]), (x[:held_out], label[:held_out]), facts

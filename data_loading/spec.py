@@ -16,6 +16,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from config import Config
 
 Arrays = tuple[Tensor, ...]  # x (N, ...), label (N, ...), and, if the data are pairs, x1 (N, ...)
+Loaded = tuple[Any, Any, dict[str, Any]]  # training part, held-out part, facts
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,9 @@ def joined(items: list[Any], where: str) -> Any:
         if isinstance(error, RuntimeError) and len(kinds) == 1:  # it is not the items: too little memory, say
             raise
         hint = ' Of a PIL image, transforms.PILToTensor() makes one.' if '(Image' in str(kinds) else ''
-        raise DataError(
-            f'{where}: no batch can be made of {" and ".join(kinds[:3])}. Every item must be (x, label) or '
-            f'(x, label, x1): x a tensor, label a whole number, all of the same types and shapes.{hint}'
-        ) from None
+        wanted = '(x, label) or (x, label, x1): x a tensor, label a whole number, all of the same types and shapes'
+        found = f'no batch can be made of {" and ".join(kinds[:3])}'
+        raise DataError(f'{where}: {found}. Every item must be {wanted}.{hint}') from None
 
 
 def started(loader: DataLoader) -> Iterator[Any]:

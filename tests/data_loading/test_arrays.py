@@ -149,7 +149,7 @@ def test_axes_are_read_by_the_rule_or_as_the_setting_says(load, tmp_path, dtype,
         (
             'f4',
             (16, 16, 3),
-            r'--value_range 99 99 .*from 99 to 99\), .*channels_last \(C x H x W: 3 channels of 16x16',
+            r'--value_range 99 99 .*from 99 to 99\).*channels_last \(C x H x W: 3 channels of 16x16',
         ),
         ('f4', (16, 16), r'no_channels \(C x H x W: 1 channel of 16x16\); --network mlp needs none'),
         ('f4', (6, 6, 6, 2), 'array_layout'),
@@ -243,8 +243,8 @@ def test_floats_that_look_like_images_are_told_the_flag(load, tmp_path, capsys, 
     loaded = load(tmp_path / 'x.npy')
     assert loaded[0].spec.scale == 'float' and both(loaded)[0].min() == x.min()
     out = capsys.readouterr().out
-    assert out.partition('arrays: --value_range ')[2].partition(' makes images')[0] == wanted
-    assert not wanted or f'which go from {x.min():.4g} to {x.max():.4g}.' in out
+    assert out.partition('arrays: --value_range ')[2].partition(' (')[0] == wanted
+    assert not wanted or f'go from {x.min():.4g} to {x.max():.4g}) makes images' in out
 
 
 @pytest.mark.parametrize('name', NAMES_OF_LABEL[:-1])
