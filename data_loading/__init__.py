@@ -3,7 +3,7 @@
 spec.py            DataSpec, what a data set is; Part, its training or held-out part
 checks.py          checks of what `load` returned
 toy2d.py           points in the plane, with known densities
-labels.py          classes from labels of any kind
+labels.py          classes from labels of any kind, the names of parts, which items are held out
 arrays.py          .npy, .npz and the files of prepare.py
 folders.py         the images of a folder: which files, which classes
 images.py          a folder of images, decoded

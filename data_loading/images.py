@@ -124,7 +124,7 @@ def eight_bits(image: Any, white: int) -> Any:
 class Head:
     """What is known of an image file without its pixels."""
 
-    name: str
+    name: Path | str
     width: int  # as it is shown
     height: int
     is_grey: bool
@@ -142,7 +142,7 @@ def head(file: Path | BytesIO, nth: int = 0) -> Head | None:
             width, height = image.size[::-1] if turned else image.size
             is_deep = image.mode.startswith(('I', 'F'))
             largest = int(np.asarray(image).max()) if nth < (100 if is_deep else 10 * (image.mode == 'L')) else 0
-            name = shown(file) if isinstance(file, Path) else ''
+            name = file if isinstance(file, Path) else ''
             return Head(name, width, height, is_deep or image.mode in ('1', 'L', 'LA', 'La'), is_deep, largest)
     except Exception:  # what PIL raises depends on the format
         return None
@@ -186,7 +186,7 @@ def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> N
     scales = [(found.width / width, found.height / height) for found in heads]
     cut = np.array([1 - min(scale) / max(scale) for scale in scales] or [0])
     if config.fit == 'crop' and cut.max() >= 0.01:
-        most = f' ({name})' if (name := heads[cut.argmax()].name) else ''
+        most = f' ({shown(name)})' if (name := heads[cut.argmax()].name) else ''
         text = f'cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most{most}'
         print_once(f'{config.dataset}: {text}; --fit pad keeps all')
     smaller = max if config.fit == 'pad' else min
@@ -195,7 +195,7 @@ def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> N
     ]
     if odd:
         print_once(
-            f'warning: {config.dataset}: {len(odd)} of {counted(len(heads), "image")}, such as {odd[0].name} '
+            f'warning: {config.dataset}: {len(odd)} of {counted(len(heads), "image")}, such as {shown(odd[0].name)} '
             f'({odd[0].width}x{odd[0].height}), are enlarged more than 4 times, or more than 10 times too long, for '
             f'{width}x{height} pixels. Leave them out, or use another --image_size.'
         )

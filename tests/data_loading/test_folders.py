@@ -19,18 +19,6 @@ CPU = torch.device('cpu')
 NINE = [(9, 9)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / 'images').mkdir()
-    return tmp_path / 'images'
-
-
-@pytest.fixture
-def config_of(tiny_config, folder):
-    default = dict(dataset='image_folder', data_path=str(folder), image_size=(8,), num_workers=0)
-    return lambda **settings: tiny_config(**(default | settings))
-
-
 def classes_of(found) -> dict[str, str]:
     """The class of each file."""
     return {file: found.facts['classes'][i] for file, i in zip(found.files, found.labels, strict=True)}

@@ -36,21 +36,6 @@ def write_images(folder: Path, sizes: dict[str, list[tuple[int, int]]]) -> None:
             Image.new('RGB', size, (100 * i, 7 * j, 50)).save(folder / name / f'{j}.png')
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / 'images').mkdir()
-    return tmp_path / 'images'
-
-
-@pytest.fixture
-def config_of(tiny_config, folder):
-    def make(**settings):
-        default = dict(dataset='image_folder', data_path=str(folder), image_size=(8,), num_workers=0)
-        return tiny_config(**(default | settings))
-
-    return make
-
-
 def pixels(path, size=(4, 4), channels=3, background=WHITE):
     return pixels_of(path, size, channels, background)
 
