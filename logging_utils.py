@@ -74,6 +74,7 @@ class Record:
             self.is_open = False
             if self.progress is not None:
                 self.progress.bar.close()
+                self.progress = None
             self._on_wandb(None)
             self.wandb = None
 
@@ -213,8 +214,8 @@ class Record:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """A histogram on wandb, of all elements of a tensor."""
-        name, array = utils.without_step(name), values.detach().float().cpu().numpy()
-        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(array)})
+        array, name = lambda: values.detach().float().cpu().numpy(), utils.without_step(name)  # CPU-GPU sync
+        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(array())})
 
     def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
         """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""

@@ -98,7 +98,7 @@ class BaseDiffusionTrainer(OldNames):
         return {}
 
     def load_state(self, state: dict) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave; its tensors are on the CPU."""
 
     # to use in them
     # fmt: off
@@ -151,7 +151,7 @@ class BaseDiffusionTrainer(OldNames):
         self.parameters |= trained_parameters(self.modules, self.optimizers)
         self.step = self.checkpoints.restore(read_from)
         model_fn = self.get_model_fn(self.network, train=True)
-        example = self.example if not self.train_loader.facts else lambda: self.example  # its data may not be there
+        example = self.batches.few if self.train_loader.facts else self.batches.few()  # its data may not be there
         self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), example)
 
     example = property(lambda self: self.batches.example)  # a prepared batch of the first images

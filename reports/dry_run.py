@@ -183,7 +183,7 @@ class Rehearsal:
             path = path or few
         pictures = sum(per_image) * t.gallery.num_shown * len(t.weights()) + path
         self.seconds['for pictures'] = pictures * (self.times(c.sample_every) - (not c.final_pictures))
-        if not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
+        if not per_image or not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
             return
         inputs, x = t.sample_inputs(NUM_JUDGED), x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
         first, later = (timed(lambda: t.judge.numbers(x, inputs)) for _ in range(2))

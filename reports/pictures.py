@@ -101,7 +101,7 @@ class Gallery:
                     )
                 self.picture_of(x, inputs)
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
-        self.drawing.evaluations = sum(rows) / 2 / len(samplers) * times
+        self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
         ways = len(samplers) * len(self.experiment.weights())
         self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
@@ -138,9 +138,10 @@ class Gallery:
     def sample_paths(self) -> None:
         """A picture of the paths of some samples by the first sampler and the judged weights: a row for each image, a
         line for each point. Every process draws them all."""
-        if self.kind is None:
+        first = next(self.drawing.samplers_and_weights(), None)
+        if self.kind is None or first is None:
             return
-        sampler_name, sampler, _, module = next(self.drawing.samplers_and_weights())
+        sampler_name, sampler, _, module = first
         most = 6 if self.kind == 'images' else 200
         few = self.drawing.inputs(min(most, self.config.global_batch_size // self.config.batch_shards))
         utils.seed_everything(self.config.seed, 'show_paths')
@@ -172,10 +173,10 @@ class Gallery:
 
     def picture_of(self, x: Tensor, inputs: SampleInputs) -> Tensor | None:
         """What samples x were made from, the truth if known, and x, as one picture (3, H, W) uint8, or None."""
-        truth = [] if inputs.truth is None else [self.experiment.decode(inputs.truth)]
-        given = inputs.given or [self.experiment.decode(inputs.x1)]
-        parts = [part for part in (*given, *truth, x) if kind(part) == kind(x)]
-        titles = {2: ['x1', 'samples'], 3: ['x1', 'x0', 'samples']}.get(len(parts), ())
+        named = [('x1', part) for part in inputs.given or [self.experiment.decode(inputs.x1)]]
+        named += [] if inputs.truth is None else [('x0', self.experiment.decode(inputs.truth))]
+        shown = [(title, part) for title, part in [*named, ('samples', x)] if kind(part) == kind(x)]
+        titles, parts = zip(*shown, strict=True)
         return self.joined(parts, titles, inputs.label)
 
     def joined(

@@ -31,9 +31,10 @@ def next_to_each_other(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def within_unit(x: Tensor) -> Tensor:
-    """x as it is if it lies in [0, 1], else scaled linearly into it."""
-    low, high = x.aminmax()
-    return x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)
+    """x as it is if its finite values lie in [0, 1], else scaled so that they do; NaN becomes 0."""
+    finite = x[x.isfinite()]
+    low, high = finite.aminmax() if finite.numel() else (0, 1)
+    return (x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)).nan_to_num(0)
 
 
 def in_rows(frames: list[Tensor], at_most: int = 12) -> Tensor:

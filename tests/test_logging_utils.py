@@ -59,6 +59,12 @@ def test_each_line_is_json_with_step_images_and_exact_values(tmp_path):
     assert list(lines_of(tmp_path)[0]) == ['train/step', 'train/images', 'loss']
 
 
+def test_a_histogram_is_not_copied_from_the_device_without_wandb(tmp_path):
+    record = record_in(tmp_path)
+    with record.open(0):
+        record.histogram('x', torch.zeros(3, device='meta'), 1)  # cannot be copied
+
+
 @pytest.mark.parametrize('error', [Stopped, ZeroDivisionError])
 def test_what_was_computed_before_a_stop_is_written(tmp_path, error):
     record = record_in(tmp_path)
@@ -308,6 +314,8 @@ def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
         record.losses(torch.tensor([0.125]), torch.tensor([0.5]))
         record.summary(23)
         assert record.progress.bar.n == 23
+    record.step(0.1, {})
+    assert record.progress is None  # of a step outside of `open` nothing is shown
     shown = capsys.readouterr()
     assert 'loss 0.1250' in shown.err and '/100' in shown.err and shown.out == ''
 

@@ -129,6 +129,10 @@ class Batches:
     def example(self) -> ProcessedBatch:  # from which the shapes of x0 and of the conditions are read
         return self.draw_example('first')
 
+    def few(self) -> ProcessedBatch:
+        """As much of `example` as goes through the network at once in training."""
+        return utils.rows(self.example, slice(self.images_at_once))
+
     @cached_property
     def like(self) -> ProcessedBatch:
         """A batch of the shapes of `example`: of zeros in a run that is opened to read, whose data may not be there."""

@@ -55,6 +55,8 @@ def test_points_of_all_sets_are_in_one_picture():
     coloured = picture_of(x, [-x], label=label, num_classes=2)
     assert torch.equal(coloured, plots.scatter([-x, x], ['x1', 'samples'], label))
     assert not torch.equal(coloured, picture_of(x, [-x]))
+    images = torch.rand(50, 1, 8, 8)  # cannot be plotted: what is left keeps its title
+    assert torch.equal(picture_of(x, [images], truth=-x), plots.scatter([-x, x], ['x0', 'samples']))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +242,16 @@ def test_after_sampling_follows_each_picture_and_what_it_records_arrives(tiny_co
     assert all((config.run_dir / f'samples/{name}_mine.png').is_file() for name in names)
     ((name, step), values), *rest = histograms.items()
     assert (name, step, rest) == ('grey levels', 12, []) and values.shape == (60, 1, 8, 8)
+
+
+def test_an_experiment_may_have_no_samplers(tiny_config, build_trainer):
+    class Mine(ExampleDiffusionTrainer):
+        def samplers(self):
+            return {}
+
+    config = tiny_config(sample_every=6, eval_metrics_every=6, final_eval=True)
+    build_trainer(config, Mine).train_loop()
+    assert 'eval/loss' in record_of(config.run_dir)[-1]
 
 
 # ---------------------------------------------------------------- paths

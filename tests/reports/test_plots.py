@@ -35,6 +35,15 @@ def test_values_outside_the_unit_interval_are_scaled_into_it(values, expected):
     assert within_unit(torch.tensor(values).float()).tolist() == pytest.approx(expected)
 
 
+def test_a_value_that_is_not_finite_leaves_the_other_images_visible():
+    for high in (1.0, 3.0):  # shown as it is, and scaled
+        x = torch.linspace(0, high, 4 * 64).reshape(4, 1, 8, 8)
+        bad = torch.cat([torch.tensor([torch.nan, -torch.inf]), x.flatten()[2:]]).view_as(x)
+        plain = torch.cat([torch.zeros(2), within_unit(bad).flatten()[2:]]).view_as(x)
+        assert torch.equal(image_grid(within_unit(bad), 4), image_grid(plain, 4)) and plain.max() == 1
+    assert within_unit(torch.full((3,), torch.nan)).tolist() == [0, 0, 0]
+
+
 def test_names_stand_above_the_columns_or_below_each_image():
     x = torch.zeros(6, 1, 48, 48)
     plain = image_grid(x, 3)

@@ -120,6 +120,16 @@ def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, bu
     assert trainer.modules['network'].training
 
 
+def test_unused_parameters_are_looked_for_with_as_many_images_as_training_takes_at_once(
+    tiny_config, build_trainer, monkeypatch
+):
+    """More would need more memory than training does, at the start of a run on several processes."""
+    sizes = []
+    monkeypatch.setattr(calling.ParallelLoss, 'share', lambda self, *given: sizes.append(len(given[-1].t)))
+    build_trainer(tiny_config(accumulation_steps=8))
+    assert sizes == [32 // 8]
+
+
 def test_the_data_that_samples_are_compared_with_are_encoded_in_eval_mode(tiny_config, build_trainer):
     """By evaluate.py, which calls this one part."""
     trainer, modes = build_trainer(tiny_config()), set()
