@@ -1,4 +1,4 @@
-"""All that is to be known of a GPU, in one call of less than nine minutes; on toys where there is none.
+"""The speed of a GPU in training and sampling, in one call of less than nine minutes; on toys where there is none.
 
     sh benchmarks/gpu.sh [--out gpu.json] [--seconds 520] [--parts ceilings unet ...]
 
@@ -12,7 +12,6 @@ convolutions in one step, counted by torch.
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -30,21 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_sides import (
-    BATCH,
-    DEVICE,
-    DIT,
-    GPU,
-    SIZE,
-    UNET,
-    Run,
-    bare_loop,
-    in_turn,
-    ratio,
-    seconds,
-    torchcfm_loop,
-    wait,
-)  # fmt: skip
+from gpu_sides import BATCH, DEVICE, DIT, GPU, SIZE, UNET, Run, bare_steps, in_turn, ratio, seconds, torchcfm_loop
 
 from training import calling
 
@@ -58,8 +43,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     '+ compile': (dict(precision='bfloat16', compile='on'), True),
     '+ CUDA graphs': (dict(precision='bfloat16', compile='graphs'), True),
 }
-GOALS = {'unet': 0.25, 'dit': 0.40}  # share of the measured bfloat16 ceiling
-SPEEDUP = 4.0  # of the best variant over eager tf32
 
 results: dict[str, Any] = {}
 
@@ -160,32 +143,15 @@ def speeds(folder: str, network: str) -> dict[str, Any]:
             'GB beside the weights': memory[name],
             'first step, s': compiling_took[name],
         }
-    best = max(rates, key=lambda name: median(rates[name]))
-    found['best'] = best
-    goal = found[best]['share of bfloat16 ceiling'] or 0.0
-    found['goals met'] = {'share': goal >= GOALS[network], 'speed-up': found[best]['over eager tf32'] >= SPEEDUP}
-    runs = {best: runs[best]}
+    found['best'] = max(rates, key=lambda name: median(rates[name]))
+    runs.clear()
     for factor in (2, 4):
         bigger = Run(folder, VARIANTS['+ channels_last'][1], **VARIANTS['+ channels_last'][0],
                      **settings | dict(global_batch_size=factor * BATCH))  # fmt: skip
         rate = in_turn({'bigger': bigger.steps}, {'bigger': factor * BATCH})['bigger']
         found[f'batch {factor * BATCH}, + channels_last'] = {'images/s': median(rate)}
         del bigger
-    if not all(found['goals met'].values()):
-        found['profile'] = profile(runs[best])
     return found
-
-
-def profile(run: Run) -> list[str]:
-    """The kernels that take most of five steps."""
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
-    with torch.profiler.profile(activities=activities) as seen:
-        run.steps(5)
-        wait()
-    key = 'self_device_time_total' if GPU else 'self_cpu_time_total'
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:20]
-    total = sum(getattr(row, key) for row in seen.key_averages())
-    return [f'{getattr(row, key) / total:6.1%} {row.count:6d} x  {row.key[:100]}' for row in rows]
 
 
 def loops(folder: str) -> dict[str, Any]:
@@ -194,7 +160,7 @@ def loops(folder: str) -> dict[str, Any]:
     for name in ('+ channels_last', '+ compile'):
         chosen, channels_last = VARIANTS[name]
         ours = Run(folder, channels_last, **chosen)
-        sides = {'ours': ours.steps, 'bare': bare_loop(Run(folder, channels_last, **chosen))}
+        sides = {'ours': ours.steps, 'bare': bare_steps(Run(folder, channels_last, **chosen))}
         rates = in_turn(sides, dict.fromkeys(sides, BATCH))
         found[f'ours over a bare loop, {name}'] = ratio(rates['ours'], rates['bare'])
     try:
@@ -224,55 +190,6 @@ def sampling(folder: str) -> dict[str, Any]:
     return found | {'solver': f'{config.solver}, {config.num_sample_steps} steps'}
 
 
-def saves(folder: str) -> dict[str, Any]:
-    """Milliseconds that a save in the background holds training up, the first time and later."""
-    run = Run(folder, precision='bfloat16')
-    run.steps(3)
-    times = []
-    for _ in range(4):
-        times.append(1000 * seconds(lambda: run.trainer.checkpoints.save(run.trainer.step)))
-        run.trainer.checkpoints.wait()
-        run.steps(2)
-    return {'first stall, ms': times[0], 'stall, ms': median(times[1:])}
-
-
-def two_cards(folder: str) -> dict[str, Any]:
-    """The losses of ten float32 steps on two cards beside those on one; without a GPU, on two processes of the CPU."""
-    if GPU and torch.cuda.device_count() < 2:
-        return {'left out': 'there is one GPU'}
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__]
-    done = subprocess.run([*command, '--worker', folder], capture_output=True, text=True, timeout=100)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    two = json.loads(done.stdout.split('LOSSES ')[1].splitlines()[0])
-    one = losses_of_ten(folder, 'one')
-    return {'one': one, 'two': two, 'largest difference': max(abs(a - b) for a, b in zip(one, two, strict=True))}
-
-
-def tests(folder: str) -> dict[str, Any]:
-    """tests/test_gpu.py, four at a time: what passed, and the end of what pytest printed."""
-    command = [sys.executable, '-m', 'pytest', '-v', '-n', '4', '--tb', 'short', '-p', 'no:cacheprovider']
-    with open(Path(folder, 'out'), 'w+') as file:
-        running = subprocess.Popen([*command, 'tests/test_gpu.py'], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code = running.wait(timeout=PARTS['tests'][1] - 10)
-        except subprocess.TimeoutExpired:
-            running.send_signal(signal.SIGINT)  # pytest shows the failures so far
-            code = running.wait(timeout=10)
-        file.seek(0)
-        lines = file.read().splitlines()
-    return {'exit code': code, 'output': lines[-80:]}
-
-
-def losses_of_ten(folder: str, name: str) -> list[float]:
-    run = Run(folder, precision='float32', experiment_name=name, base_lr=1e-3, warmup_steps=1)
-    losses = []
-    for _ in range(10):
-        run.steps(1)
-        losses.append(run.loss())
-    return losses
-
-
 PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with seconds at most
     'ceilings': (ceilings, 30),
     'correct': (correct, 120),
@@ -280,9 +197,6 @@ PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with second
     'dit': (lambda folder: speeds(folder, 'dit'), 180),
     'loops': (loops, 90),
     'sampling': (sampling, 90),
-    'saves': (saves, 30),
-    'two_cards': (two_cards, 100),
-    'tests': (tests, 300),
 }
 
 
@@ -301,8 +215,6 @@ def show(name: str, value: Any, depth: int = 0) -> None:
         print(f'{"  " * depth}{name}')
         for key, inner in value.items():
             show(key, inner, depth + 1)
-    elif isinstance(value, list) and value and isinstance(value[0], str):
-        print('\n'.join([f'{"  " * depth}{name}', *(f'{"  " * depth}  {line}' for line in value)]))
     else:
         print(f'{"  " * depth}{name:<45} {f"{value:.4g}" if isinstance(value, float) else value}')
 
@@ -351,15 +263,8 @@ if __name__ == '__main__':
     parser.add_argument('--out', default='gpu.json')
     parser.add_argument('--seconds', type=float, default=520)
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
-    parser.add_argument('--worker', default='', help='of two_cards, not for you')
     options = parser.parse_args()
     if not GPU:  # torch's code generator takes minutes on a CPU; what is before it is tried all the same
         plain_compile = torch.compile
         torch.compile = lambda fn, mode=None: plain_compile(fn, backend='aot_eager')  # pyright: ignore
-    if options.worker:
-        losses = losses_of_ten(options.worker, 'two')
-        if os.environ['RANK'] == '0':
-            print('LOSSES', json.dumps(losses), flush=True)
-        os._exit(0)  # without torch's destructors, of which one aborts now and then after a process group
-    else:
-        run_parts(options.parts, Path(options.out), options.seconds)
+    run_parts(options.parts, Path(options.out), options.seconds)

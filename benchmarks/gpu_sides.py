@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from loop import bare_step
+
 import data_utils
 import main
 from config import PRESETS, Config
@@ -100,29 +102,15 @@ def ratio(a: list[float], b: list[float]) -> float:
     return median(x / y for x, y in zip(a, b, strict=True))
 
 
-def bare_loop(run: Run) -> Callable[[int], None]:
-    """Steps with nothing but images in memory, forward, backward, clipping, AdamW and moving averages."""
-    trainer = run.trainer
-    model_fn = trainer.get_model_fn(trainer.network, train=True)
+def bare_steps(run: Run) -> Callable[[int], None]:
+    """Steps of the bare loop of loop.py with the network of this run."""
     x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
-    label = torch.randint(0, 10, (len(x),), device=DEVICE)
-    parameters = list(trainer.network.parameters())
-    averages = [list(average.parameters()) for average in trainer.ema.networks.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    step = bare_step(run.trainer, x, torch.randint(0, 10, (len(x),), device=DEVICE))
 
     def steps(n: int) -> None:
-        calling.set_precision(trainer.config.precision)
-        for i in range(n):
-            rows = slice(i % 4 * BATCH, (i % 4 + 1) * BATCH)
-            x0, x1, t = x[rows], torch.randn_like(x[rows]), torch.rand(BATCH, device=DEVICE)
-            s = t[:, None, None, None]
-            (model_fn((1 - s) * x0 + s * x1, t, label[rows]) - (x1 - x0)).square().mean().backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():
-                for average in averages:
-                    torch._foreach_lerp_(average, parameters, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
+        calling.set_precision(run.trainer.config.precision)
+        for _ in range(n):
+            step()
 
     return steps
 

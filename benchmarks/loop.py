@@ -2,9 +2,9 @@
 
     python benchmarks/loop.py
 
-The bare loop has the same network, precision and optimizer, its data as tensors in memory, and does what nobody can
-leave out: noise, times, forward, squared error, backward, clipping, a step, and moving averages by one foreach call.
-Both train in turn, some steps each, in one process.
+The bare loop has the same network, precision, compiling and optimizer, its data as tensors in memory, and does what
+nobody can leave out: noise, times, forward, squared error, backward, clipping, a step, and moving averages by one
+foreach call. Both train in turn, some steps each, in one process.
 """
 
 import copy
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +24,7 @@ from interleaved import in_turn, ratio, write
 from config import PRESETS, Config, SettingError
 from main import build
 from optimizers import get_optimizer
-from training.calling import autocast_dtype
+from trainer import BaseDiffusionTrainer
 
 ROUNDS = 15
 # name -> (settings, steps between the changes)
@@ -37,22 +37,18 @@ CASES: dict[str, tuple[dict, int]] = {
 }
 
 
-def bare_step(c: Config, network: nn.Module, data: Tensor, labels: Tensor) -> Callable[[], None]:
+def bare_step(trainer: BaseDiffusionTrainer, data: Tensor, labels: Tensor) -> Callable[[], None]:
     """One step of the bare loop, on a copy of the network. data: x0 of all images (N, ...), on its device."""
-    network = copy.deepcopy(network).train()
-    average = copy.deepcopy(network).requires_grad_(False)
-    parameters, averaged = list(network.parameters()), list(average.parameters())
-    optimizer, dtype = get_optimizer(c, network), autocast_dtype(c.precision, data.device)
-    autocast = torch.autocast(data.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    c, network, average = trainer.config, copy.deepcopy(trainer.network), copy.deepcopy(trainer.network)
+    parameters, averaged = list(network.parameters()), list(average.requires_grad_(False).parameters())
+    optimizer, model_fn = get_optimizer(c, network), trainer.get_model_fn(network, train=True)
 
     def step() -> None:
         index = torch.randint(len(data), (c.global_batch_size,), device=data.device)
         x0, label = data[index], labels[index]
         x1, t = torch.randn_like(x0), torch.rand(len(x0), device=x0.device)
         w = t.reshape(-1, *[1] * (x0.ndim - 1))
-        with autocast:
-            out = network((1 - w) * x0 + w * x1, t, label)
-        (out.float() - (x1 - x0)).square().mean().backward()
+        (model_fn((1 - w) * x0 + w * x1, t, label) - (x1 - x0)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, c.grad_clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -81,7 +77,7 @@ def main() -> None:
                 print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
                 continue
             images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
-            bare = bare_step(trainer.config, trainer.network, trainer.encode(images), labels)
+            bare = bare_step(trainer, trainer.encode(images), labels)
             micro_batches = trainer.batches.steps(0)
             ways = {'bare': bare, 'ours': lambda t=trainer, m=micro_batches: t.train_step(next(m))}
             times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)

@@ -10,26 +10,17 @@ saves, save_every steps of the digits preset with a UNet of that width.
 import functools
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from interleaved import seconds_of
 
 from config import Config
 from main import build
 
 REPEATS = 7
-
-
-def seconds(do) -> float:
-    began = time.perf_counter()
-    do()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def measure(channels: int, folder: str) -> None:
@@ -40,16 +31,16 @@ def measure(channels: int, folder: str) -> None:
     steps = trainer.batches.steps(0)
     save = functools.partial(trainer.checkpoints.save, 0)
     trainer.train_step(next(steps))
-    first = seconds(save)  # allocates the copy
+    first = seconds_of(save)  # allocates the copy
     trainer.checkpoints.wait()
     stall, write, blocking, alone, beside = [], [], [], [], []
     for _ in range(REPEATS if channels < 256 else 3):
-        alone.append(seconds(lambda: trainer.train_step(next(steps))))
-        stall.append(seconds(save))
+        alone.append(seconds_of(lambda: trainer.train_step(next(steps))))
+        stall.append(seconds_of(save))
         # the write goes on behind this step, or behind its beginning
-        beside.append(seconds(lambda: trainer.train_step(next(steps))))
-        write.append(seconds(trainer.checkpoints.wait))
-        blocking.append(seconds(lambda: save(wait=True)))
+        beside.append(seconds_of(lambda: trainer.train_step(next(steps))))
+        write.append(seconds_of(trainer.checkpoints.wait))
+        blocking.append(seconds_of(lambda: save(wait=True)))
     megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6
     waits, blocks, step = median(stall), median(blocking), median(alone)
     share = waits / (config.save_every * step)

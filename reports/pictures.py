@@ -9,8 +9,10 @@ from torch import Tensor
 
 import utils
 from config import SettingError
+from data_loading.toy2d import TOY2D
 from logging_utils import Record
 from optimizers import get_lr
+from reports import page, plots
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
@@ -73,9 +75,7 @@ class Gallery:
     @cached_property
     def drawn_parts(self) -> int:
         """Pictures that show one sample, below each other: see plots.panels."""
-        from reports.plots import panels
-
-        return len(panels(self.experiment.decode(self.batches.like.x0[:1])))
+        return len(plots.panels(self.experiment.decode(self.batches.like.x0[:1])))
 
     @in_eval_mode
     def rehearse(self, step: int) -> None:
@@ -89,8 +89,8 @@ class Gallery:
             rows.append(len(xt))
             return model_fn(xt, *given, **cond)
 
-        watching = lambda i, *_: steps.append(i)  # noqa: E731
-        with self.record.apart(), self.drawing.within(watching, num_steps=2, nfe=0), torch.no_grad():
+        within = self.drawing.within(lambda i, *_: steps.append(i), num_steps=2, nfe=0)
+        with self.record.apart(), within, torch.no_grad():
             for name, sampler in samplers.items():
                 utils.seed_everything(self.config.seed, 'first_drawing')
                 x = self.experiment.decode(sampler(counting, inputs))
@@ -106,8 +106,7 @@ class Gallery:
         self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
             if self.kind == 'images' and self.drawn_parts > 1:
-                print_once('pictures show the channels of each image below each other, three of them as colours if '
-                           'there are four')  # fmt: skip
+                print_once('pictures show the channels of an image below each other, the first three of four in colour')
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
 
@@ -156,13 +155,9 @@ class Gallery:
             start = self.experiment.decode(few.x1).cpu()
             frames = [start, *frames] if start.shape == frames[0].shape else frames
             if self.kind == 'images':
-                from reports.plots import in_rows
-
-                picture = in_rows(frames)
+                picture = plots.in_rows(frames)
             else:
-                from reports.plots import paths
-
-                picture = paths(frames, self.data.known_classes(few.label, self.config.label_dropout))
+                picture = plots.paths(frames, self.data.known_classes(few.label, self.config.label_dropout))
             ranks.on_main(lambda: self.record.picture('path', picture, self.step, '.'))
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
@@ -188,20 +183,14 @@ class Gallery:
         A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
         """
         if kind(parts[-1]) == 'images':
-            from reports.plots import image_grid, next_to_each_other, titles_of, within_unit
-
             columns = 8 if are_data else self.data.columns()
-            names = [] if are_data else titles_of(self.data, label, self.config.label_dropout)
-            named = [names if len(x) == len(names) else () for x in parts]
-            grids = [image_grid(within_unit(x), columns, names=n) for x, n in zip(parts, named, strict=True)]
-            return next_to_each_other(grids)
+            names = [] if are_data else plots.titles_of(self.data, label, self.config.label_dropout)
+            named = [(plots.within_unit(x), names if len(x) == len(names) else ()) for x in parts]
+            return plots.next_to_each_other([plots.image_grid(x, columns, names=n) for x, n in named])
         if kind(parts[-1]) == 'points':
-            from data_loading.toy2d import TOY2D
-            from reports.plots import scatter
-
             toy = None if are_data else TOY2D.get(self.config.dataset)
             classes = self.data.known_classes(label, self.config.label_dropout)
-            return scatter(parts, titles, classes, toy.density if toy else None)
+            return plots.scatter(parts, titles, classes, toy.density if toy else None)
         return None
 
     def show_data(self) -> None:
@@ -222,7 +211,5 @@ class Gallery:
 
     def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:
         """Write report.html of the run as it is now; before that what the record's `line` of this step has so far."""
-        from reports import page
-
         self.record.write(step, line or {})
         ranks.on_main(lambda: page.update(self.config.run_dir))

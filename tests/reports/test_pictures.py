@@ -290,7 +290,7 @@ def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, mo
     trainer = build_trainer(tiny_config(dataset='layers', num_training_steps=2, warmup_steps=1))
     gallery = trainer.gallery
     trainer.train_loop()
-    assert ('pictures show the channels of each image' in capsys.readouterr().out) == (channels > 1)
+    assert ('pictures show the channels of an image' in capsys.readouterr().out) == (channels > 1)
     assert gallery.num_shown == shown and kind(torch.rand(shown, channels, 8, 8)) == 'images'
 
 
