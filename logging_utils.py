@@ -44,7 +44,6 @@ class Record:
         self.config, self.device, self.waited = config, device, waited
         self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
-        self.is_open = False
         self.means = self.log_to = RunningMeans(device)  # those since the last `clear`; where `log` adds, see `apart`
         self.wandb: Any = None  # the wandb run, on rank 0 while it is open
         self.wandb_id: str | None = None
@@ -68,13 +67,12 @@ class Record:
         try:
             self.wandb_id = ranks.on_main(begin)
             self.restart(step)
-            self.progress, self.is_open = self.begin_progress(step), True
+            self.progress = self.begin_progress(step)
             yield
         finally:
-            self.is_open = False
             if self.progress is not None:
                 self.progress.bar.close()
-                self.progress = None
+            self.progress = None
             self._on_wandb(None)
             self.wandb = None
 
@@ -93,7 +91,7 @@ class Record:
     def log(self, name: str, value: Tensor | float) -> None:
         """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`. Ignored while
         the record is not open: an experiment that is built has no step. A `step_N_` in front of the name is dropped."""
-        if self.is_open or self.log_to is not self.means:
+        if self.progress is not None or self.log_to is not self.means:
             total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
             self.log_to.add(utils.without_step(name), total, count)
 
@@ -144,10 +142,9 @@ class Record:
         """The means since the last `clear`, memory in GB, speed, and the share of time spent waiting for data. Shows
         progress."""
         values = self.means.means() | {'train/memory_gb': utils.peak_memory_gb(self.device)}
-        began, first = self.restarted
-        if step > first:  # else a resumed run writes the line of its checkpoint again
+        if step > self.restarted[1]:  # else a resumed run writes the line of its checkpoint again
             values['train/images_per_second'] = speed = self.speed(step)
-            values['train/waiting'] = (self.waited() - self.waited_before) / (time.monotonic() - began)
+            values['train/waiting'] = (self.waited() - self.waited_before) / (time.monotonic() - self.restarted[0])
             if self.progress is not None:
                 self.progress.show(step, values.get('train/loss', math.nan), speed)
         return values
@@ -201,7 +198,7 @@ class Record:
 
     def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
         """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""
-        if self.is_open and ranks.is_main():
+        if self.progress is not None and ranks.is_main():
             image, panel = Image.fromarray(picture.permute(1, 2, 0).numpy()), name.removeprefix(f'step_{step:07d}_')
             with self._disk(), files.whole(self.path.parent / folder / f'{name}.png') as temporary:
                 image.save(temporary, 'PNG')
@@ -214,8 +211,8 @@ class Record:
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """A histogram on wandb, of all elements of a tensor."""
-        array, name = lambda: values.detach().float().cpu().numpy(), utils.without_step(name)  # CPU-GPU sync
-        self._on_wandb(lambda wandb: {'train/step': step, name: wandb.Histogram(array())})
+        drawn = lambda wandb: wandb.Histogram(values.detach().float().cpu().numpy())  # noqa: E731  # CPU-GPU sync
+        self._on_wandb(lambda wandb: {'train/step': step, utils.without_step(name): drawn(wandb)})
 
     def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
         """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""

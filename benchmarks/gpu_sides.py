@@ -105,7 +105,8 @@ def ratio(a: list[float], b: list[float]) -> float:
 def bare_steps(run: Run) -> Callable[[int], None]:
     """Steps of the bare loop of loop.py with the network of this run."""
     x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
-    step = bare_step(run.trainer, x, torch.randint(0, 10, (len(x),), device=DEVICE))
+    labels, trainer = torch.randint(0, 10, (len(x),), device=DEVICE), run.trainer
+    step = bare_step(trainer.config, trainer.caller, trainer.network, x, labels)
 
     def steps(n: int) -> None:
         calling.set_precision(run.trainer.config.precision)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +24,7 @@ from interleaved import in_turn, ratio, write
 from config import PRESETS, Config, SettingError
 from main import build
 from optimizers import get_optimizer
-from trainer import BaseDiffusionTrainer
+from training.calling import Caller
 
 ROUNDS = 15
 # name -> (settings, steps between the changes)
@@ -37,11 +37,11 @@ CASES: dict[str, tuple[dict, int]] = {
 }
 
 
-def bare_step(trainer: BaseDiffusionTrainer, data: Tensor, labels: Tensor) -> Callable[[], None]:
+def bare_step(c: Config, caller: Caller, network: nn.Module, data: Tensor, labels: Tensor) -> Callable[[], None]:
     """One step of the bare loop, on a copy of the network. data: x0 of all images (N, ...), on its device."""
-    c, network, average = trainer.config, copy.deepcopy(trainer.network), copy.deepcopy(trainer.network)
+    network, average = copy.deepcopy(network), copy.deepcopy(network)
     parameters, averaged = list(network.parameters()), list(average.requires_grad_(False).parameters())
-    optimizer, model_fn = get_optimizer(c, network), trainer.get_model_fn(network, train=True)
+    optimizer, model_fn = get_optimizer(c, network), caller(network, train=True)
 
     def step() -> None:
         index = torch.randint(len(data), (c.global_batch_size,), device=data.device)
@@ -77,7 +77,7 @@ def main() -> None:
                 print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
                 continue
             images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
-            bare = bare_step(trainer, trainer.encode(images), labels)
+            bare = bare_step(trainer.config, trainer.caller, trainer.network, trainer.encode(images), labels)
             micro_batches = trainer.batches.steps(0)
             ways = {'bare': bare, 'ours': lambda t=trainer, m=micro_batches: t.train_step(next(m))}
             times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)

@@ -36,8 +36,7 @@ def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     `build` makes a trainer. Raises what the run would raise, and SettingError if the disk is too small for checkpoints.
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        text = 'check=True: this tries one machine. Run it on one, without NNODES and TORCHRUN_ARGS (srun -N1).'
-        raise SettingError(text)
+        raise SettingError('check=True: this tries one machine. Run it without NNODES and TORCHRUN_ARGS (srun -N1).')
     ranks.setup()
     default = config.baseline() | {name: getattr(config, name) for name in ('experiment_name', 'ckpt_dir', 'check')}
     changed = (f'  {name} = {value!r}' for name, value in vars(config).items() if value != default.get(name))
@@ -63,11 +62,6 @@ def look_at_folder(config: Config) -> dict[str, Any] | None:
     last, total = found[1], config.num_training_steps
     print_once(f'{config.run_dir} holds a run at step {last["step"]} of {total}, which will be resumed')
     return {name: last[name] for name in ('config', 'step', 'trainer', 'code', 'data') if name in last}
-
-
-def nearest_folder(config: Config) -> Path:
-    """The run's folder, or the nearest one above it that exists."""
-    return next(path for path in [config.run_dir, *config.run_dir.absolute().parents] if path.is_dir())
 
 
 def link_data(config: Config, folder: Path) -> None:
@@ -212,7 +206,8 @@ class Rehearsal:
         kept = c.num_training_steps // every - self.begins_at // every if every else 0
         there_already = len(list(c.run_dir.glob('last*.pt')))
         disk = self.size * max(0, c.keep_last + 1 + kept - there_already)  # one more while it is being written
-        free = shutil.disk_usage(nearest_folder(c)).free
+        folders = (c.run_dir / 'last.pt').absolute().parents
+        free = shutil.disk_usage(next(path for path in folders if path.is_dir())).free
         lost = f'{duration(c.save_every * self.step)} at most' if c.save_every else 'all since step_N.pt'
         print_once(
             f'\nthe run   {duration(total)} for {self.steps_left} steps: {parts}\n'

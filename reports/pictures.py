@@ -12,7 +12,6 @@ from config import SettingError
 from data_loading.toy2d import TOY2D
 from logging_utils import Record
 from optimizers import get_lr
-from reports import page, plots
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
@@ -75,6 +74,8 @@ class Gallery:
     @cached_property
     def drawn_parts(self) -> int:
         """Pictures that show one sample, below each other: see plots.panels."""
+        from reports import plots
+
         return len(plots.panels(self.experiment.decode(self.batches.like.x0[:1])))
 
     @in_eval_mode
@@ -152,6 +153,8 @@ class Gallery:
             print_once(no_memory(self.step, sampler_name, 'the picture of the path is'))
             return
         if frames and kind(frames[0]) == self.kind:
+            from reports import plots
+
             start = self.experiment.decode(few.x1).cpu()
             frames = [start, *frames] if start.shape == frames[0].shape else frames
             if self.kind == 'images':
@@ -182,6 +185,8 @@ class Gallery:
 
         A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
         """
+        from reports import plots
+
         if kind(parts[-1]) == 'images':
             columns = 8 if are_data else self.data.columns()
             names = [] if are_data else plots.titles_of(self.data, label, self.config.label_dropout)
@@ -211,5 +216,7 @@ class Gallery:
 
     def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:
         """Write report.html of the run as it is now; before that what the record's `line` of this step has so far."""
+        from reports import page
+
         self.record.write(step, line or {})
         ranks.on_main(lambda: page.update(self.config.run_dir))

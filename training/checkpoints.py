@@ -13,6 +13,7 @@ import pickle
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ class Checkpoints:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error: object) -> None:
-        self.writer.join()
+        with suppress(Exception):  # `save` raises what went wrong
+            self.writer.wait()
 
     # ---------------------------------------------------------------- restore
 
@@ -190,13 +192,8 @@ class Writer:
             torch.cuda.synchronize()
         self.writing = self.pool.submit(self._write, self.copy, keep)
 
-    def join(self) -> None:
-        """Return when nothing is being written."""
-        if self.writing is not None:
-            self.writing.exception()
-
     def wait(self) -> None:
-        """`join`, and raise SaveError if a write failed."""
+        """Return when nothing is being written. Raises SaveError if the last write failed."""
         if self.writing is not None:
             self.writing.result()
 

@@ -24,37 +24,33 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
     show that it is not."""
     if facts := batches.train_loader.facts:  # of a run that is read: its data may not be there
         return facts['independent']
-    name = type(experiment).__name__
-    if experiment.independent is not None and not experiment.independent:
+    name, claimed = type(experiment).__name__, experiment.independent
+    if claimed is not None and not claimed:
         return False
     found = signs_of_dependence(experiment, batches)
     seen = ranks.on_main(lambda: found)  # one decision for all
     say = print_once if is_new else lambda text: None
-    if seen and experiment.independent and not experiment.overrides('sample_inputs'):
+    if seen and claimed and not experiment.overrides('sample_inputs'):
         raise SettingError(
             f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
             'and SDE solvers would follow a wrong score. Set independent = False, or leave it out; or draw this base '
             'in the sample_base of a process.'
         )
-    if seen and experiment.independent:  # samples start from where sample_inputs says
+    if seen and claimed:  # samples start from where sample_inputs says
         say(f'warning: {name}.independent is True, but {seen}. There are no SDE samples and no eval/reference.')
         return False
-    if seen and experiment.independent is None:
+    if seen:
         say(
-            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, as prepare_batch_fn '
-            'gives it, and there are no SDE samples and no eval/reference. Set `independent` in the class to decide '
-            'this yourself.'
+            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and there are no '
+            'SDE samples and no eval/reference. Set `independent` in the class to decide this yourself.'
         )
         return False
-    alone = experiment.couple is None and not batches.train_loader.has_pairs
-    if not alone and experiment.independent is None:
+    paired = experiment.couple is not None or batches.train_loader.has_pairs
+    if paired and not claimed:
         say(f'{name}.independent is False: x0 and x1 are paired, so samples start from x1 of held-out data.')
-    if alone and experiment.independent is None and experiment.overrides('prepare_batch_fn'):
-        say(
-            f"{name}.independent is True: x1 of the first images looks like the process's base, drawn independently of "
-            'x0. Samples start from this base.'
-        )
-    return alone or bool(experiment.independent)
+    elif not claimed and experiment.overrides('prepare_batch_fn'):
+        say(f"{name}.independent is True: x1 of the first images looks like the process's base, drawn without x0.")
+    return not paired or bool(claimed)
 
 
 def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
@@ -115,10 +111,8 @@ def summary(x1: Tensor) -> dict[str, float]:
     columns = unit[:, :64]
     together = (columns.T @ columns / n**0.5).fill_diagonal_(0)  # of pairs of entries
     found = {'the mean': mean, 'the standard deviation': std, 'the kurtosis': float(unit.pow(4).mean())}
-    found |= {
-        'the skewness': float(unit.pow(3).mean()),
-        'the mean size, in standard deviations,': float(unit.abs().mean()),
-    }
+    found |= {'the skewness': float(unit.pow(3).mean())}
+    found |= {'the mean size, in standard deviations,': float(unit.abs().mean())}
     levels = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98], dtype=torch.float64)
     quantiles = unit.flatten()[: 2**16].quantile(levels).tolist()
     found |= {f'the {level:.0%} quantile': value for level, value in zip(levels.tolist(), quantiles, strict=True)}

@@ -218,7 +218,7 @@ def test_a_write_that_failed_is_raised_by_the_next_save(tiny_config, monkeypatch
     monkeypatch.setattr(stopping, '_stop_asked', False)
     monkeypatch.setattr(module, 'write_checkpoint', lambda *_, **__: 1 / 0)
     checkpoints.save(8)
-    checkpoints.writer.join()
+    checkpoints.__exit__()
     with pytest.raises(SaveError, match='step 8 cannot be written'):
         checkpoints.save(12)
 
