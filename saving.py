@@ -116,13 +116,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(
-    network: nn.Module,
-    weights: dict[str, Any],
-    saved_config: dict[str, Any],
-    config: Config,
-    path: str | Path,
+    network: nn.Module, weights: dict[str, Any], saved_config: dict[str, Any], config: Config, path: str | Path,
     other_classes: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit.
 
     With `other_classes` the class embedding of another number of classes stays as it is in `network`, with a warning.

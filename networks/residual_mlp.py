@@ -40,14 +40,9 @@ class MLP(ConditionedNetwork):
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        num_classes: int,
-        width: int = 256,
-        num_blocks: int = 2,
-        dropout: float = 0.0,
+        self, shape: tuple[int, ...], num_classes: int, width: int = 256, num_blocks: int = 2, dropout: float = 0.0,
         cond: Mapping[str, tuple[int, ...]] | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__(num_classes, width, width)
         self.shape, size = tuple(shape), math.prod(shape)
         self.stem = nn.Linear(size, width)

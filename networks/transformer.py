@@ -101,16 +101,9 @@ class DiT(ConditionedNetwork):
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        num_classes: int,
-        depth: int = 12,
-        width: int = 384,
-        heads: int = 6,
-        patch: int = 2,
-        dropout: float = 0.0,
-        cond: Mapping[str, tuple[int, ...]] | None = None,
-    ):
+        self, shape: tuple[int, ...], num_classes: int, depth: int = 12, width: int = 384, heads: int = 6,
+        patch: int = 2, dropout: float = 0.0, cond: Mapping[str, tuple[int, ...]] | None = None,
+    ):  # fmt: skip
         if len(shape) != 3:
             raise ValueError(f'a DiT is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         if width % (4 * heads):

@@ -96,6 +96,7 @@ class Solver:
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 ddim = Multistep(exponential, 'x0', order=1)
+of_few = Multistep(gaussian, 'x0', order=3, corrector=3)  # for `adams` in few steps
 
 # name -> Solver of a step (x, t, s, predict, noise) -> x at s < t. `memory` predictions are kept for the step, which
 # makes one more.
@@ -111,24 +112,15 @@ SOLVERS: dict[str, Solver] = {
     'dpmpp_3m': Solver(Multistep(exponential, 'x0', order=3), nfe=1, order=3, memory=2, reads='x0'),
     # Zhao et al. 2023, p = 3 with exact integrals
     'unipc': Solver(Multistep(exponential, 'x0', order=3, corrector=4), nfe=1, order=4, memory=3, reads='x0'),
-    # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle
+    # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle;
+    # it takes v, which is as well-conditioned as x0
     'adams': Solver(
-        Multistep(angular, 'v', order=4, corrector=5, taper=True),
-        nfe=1,
-        order=5,
-        memory=4,
-        few=Multistep(gaussian, 'x0', order=3, corrector=3),
-        reads='x0',  # or v, which is as well-conditioned
+        Multistep(angular, 'v', order=4, corrector=5, taper=True), nfe=1, order=5, memory=4, few=of_few, reads='x0'
     ),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True, reads='velocity'),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for noise other than natural
     'sde_dpmpp_2m': Solver(
-        Multistep(exponential, 'x0', order=2, stochastic=True),
-        nfe=1,
-        order=2,
-        stochastic=True,
-        memory=1,
-        reads='x0',
+        Multistep(exponential, 'x0', order=2, stochastic=True), nfe=1, order=2, stochastic=True, memory=1, reads='x0'
     ),
 }
 
