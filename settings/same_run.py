@@ -27,7 +27,8 @@ MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
 LONGEST_NAME = 60  # characters of a default name
 LONGEST_ONCE = 120  # of the names of older versions
-# In a name that would be too long these come first, the others after them as long as there is room.
+LONGEST_VALUE = 16  # of a value in a name that would be too long
+# In such a name these come first, data_dir last, and each is there if there is room for it.
 FIRST = 'preset data_path init_from process_name model_type target_type loss_weight network base_lr seed'.split()
 
 
@@ -103,19 +104,25 @@ def plain(part: str) -> str:
 
 
 def folder_name(parts: Sequence[str]) -> str:
-    """The parts, joined by _. A name that would be too long has the first part, those that are no setting, those in
-    FIRST and others, each whole and if there is room, and a hash of all, so that no two names are the same."""
+    """The parts, joined by _. A name that would be too long has the first part, those that are not settings, those in
+    FIRST and others, each cut and if there is room, and a hash of all, so that no two names are the same."""
     folder = '_'.join(map(plain, parts))
     if len(folder) <= LONGEST_NAME:
         return folder
     end = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8]
     folder = plain(parts[0])[: LONGEST_NAME - len(end)]
-    order = {name: i for i, name in enumerate(FIRST)}
-    rank = lambda part: order.get(part.split('=')[0], len(FIRST)) if '=' in part else -1  # noqa: E731
-    for part in map(plain, sorted(parts[1:], key=rank)):
+    order = {'data_dir': 100} | {name: i for i, name in enumerate(FIRST)}
+    rank = lambda part: order.get(part.split('=')[0], 99) if '=' in part else -1  # noqa: E731
+    for part in map(cut, sorted(parts[1:], key=rank)):
         if len(folder) + 1 + len(part) + len(end) <= LONGEST_NAME:
             folder += f'_{part}'
     return folder + end
+
+
+def cut(part: str) -> str:
+    """A part for a long name: of a path only the last folder or file, `init_from=NAME` for ckpts/NAME/last.pt."""
+    name, is_setting, value = part.partition('=')
+    return plain(name + is_setting + cut_middle(Path(value.removesuffix('/last.pt')).name, LONGEST_VALUE))
 
 
 def older_folder_name(parts: Sequence[str]) -> str:

@@ -154,6 +154,16 @@ def test_a_long_name_has_what_matters_first_whole_words_and_a_hash():
     assert len(parse_config([*LONG, '--preset', 'small_images']).experiment_name) <= 60
 
 
+def test_paths_leave_room_in_a_long_name_for_what_differs():
+    paths = ['--data_dir', '/scratch/of/mine/data', '--data_path', '/scratch/photographs_of_the_north']
+    name = parse_config([*LONG, *paths, '--base_lr', '0.002']).experiment_name
+    assert re.fullmatch('npz_data_path=photogra\\+e_north_base_lr=0p002_[0-9a-f]{8}', name), name
+    moved = parse_config([*LONG, *paths, '--data_dir', '/elsewhere/data', '--base_lr', '0.002']).experiment_name
+    assert moved[:-8] == name[:-8] and moved != name
+    name = parse_config([*LONG, *paths[:2], '--init_from', 'ckpts/first_run/last.pt']).experiment_name
+    assert name.startswith('npz_init_from=first_run_channels=16_')
+
+
 def test_a_name_of_any_length_is_short_and_its_own():
     """Long values that differ in the middle, many settings, and what is one name to a file system."""
     middles = [folder_name(['a', 'init_from=' + 100 * 'x' + middle + 100 * 'x']) for middle in 'bc']
