@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.errors import SettingError, choose
 from settings import words
+from settings.rules import CHOICES
 
 ROOT = Path(__file__).resolve().parents[1]
 # setting -> (module, table): the keys of the table are its choices
@@ -59,18 +60,27 @@ def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mappin
             choose(setting, value, dict.fromkeys(known))
     texts = []
     for setting, reads in READS.items():
-        own = reads.get(value := getattr(config, setting))
-        readers = {name: [choice for choice, names in reads.items() if name in names.split()] for name in given}
-        unread = [name for name in given if own is not None and readers[name] and name not in own.split()]
-        common = [choice for choice in reads if all(choice in readers[name] for name in unread)]
-        for names in [unread] if common else [[name] for name in unread]:
-            if names:
-                values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
-                them = 'it' if len(names) == 1 else 'them'
-                pass_on = listed([with_preset(setting, choice, presets) for choice in common or readers[names[0]]])
-                texts.append(f'{values}: {setting}={value!r} does not read {them}. Pass --{setting} {pass_on}.')
+        unread = [name for name in given if unread_by(config, name) == setting]
+        is_common = any({*unread} <= {*names.split()} for names in reads.values())
+        for names in filter(None, [unread] if is_common else [[name] for name in unread]):
+            values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
+            readers = [choice for choice, own in reads.items() if {*names} <= {*own.split()}]
+            remedy = listed([with_preset(setting, choice, presets) for choice in readers])
+            them = 'it' if len(names) == 1 else 'them'
+            texts.append(
+                f'{values}: {setting}={getattr(config, setting)!r} does not read {them}. Pass --{setting} {remedy}.'
+            )
     if texts:
         raise SettingError(' '.join(texts))
+
+
+def unread_by(config: Any, name: str) -> str:
+    """The setting whose value does not read setting `name`, as its other choices do; '' if there is none."""
+    for setting, reads in READS.items():
+        own = reads.get(getattr(config, setting))
+        if own is not None and name not in own.split() and any(name in names.split() for names in reads.values()):
+            return setting
+    return ''
 
 
 def with_preset(setting: str, choice: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -88,7 +98,9 @@ def listed(words: list[str]) -> str:
 
 def names_of(setting: str) -> list[str]:
     """The choices of a setting: with those of the user's script if the table is imported, else as its file has them.
-    Empty if that cannot be read."""
+    Empty if that cannot be read, or if the setting has no choices."""
+    if setting not in TABLES:
+        return list(CHOICES.get(setting, ()))
     module, table = TABLES[setting]
     try:
         imported = import_module(module) if module in sys.modules else None

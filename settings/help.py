@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, get_type_hints
 
-from settings.choices import TABLES, names_of
+from settings.choices import names_of, unread_by
 
 SECTION = re.compile(r'^ *# -{9,} (?:the )?(\w[\w ]*\w)[:( ]*(.*?)\)?$')
 
@@ -22,11 +22,12 @@ def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
     for (title, about), texts in sections(config_class).items():
         fields = []
         for name, text in texts.items():
-            choices = list(presets) if name == 'preset' else names_of(name) if name in TABLES else []
-            if not all(re.search(rf'\b{re.escape(choice)}\b', text) for choice in choices):
-                text = f'{text.removesuffix(".")}. Choices: {", ".join(choices)}.'
+            if setting := unread_by(defaults, name):
+                text += f' Not read with {setting}={getattr(defaults, setting)}.'
+            choices = ','.join(filter(None, presets if name == 'preset' else names_of(name)))
+            shown = arg(help=text, metavar=f'{{{choices}}}' if choices else None)
             value = dataclasses.field(default_factory=partial(getattr, defaults, name))
-            fields.append((name, Annotated[types[name], arg(help=text)], value))
+            fields.append((name, Annotated[types[name], shown], value))
         group = dataclasses.make_dataclass('Group', fields)
         group.__doc__ = about
         value = dataclasses.field(default_factory=group)

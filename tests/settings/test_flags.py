@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 
 from config import DEBUG, PRESETS, Config, SettingError, parse_config
-from settings.choices import names_of
+from settings.choices import TABLES, names_of
+from settings.rules import CHOICES
 from tests.helpers import ROOT, as_flags
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -168,19 +169,23 @@ def test_help_has_examples_groups_choices_and_what_a_subclass_adds(capsys):
         return ' '.join(re.sub('[│╭╮╰╯─]', ' ', capsys.readouterr().out).split())
 
     shown = page(Config)
-    assert shown.index('sh run.sh --preset=small_images --data_path=DIR') < shown.index('--preset STR')
+    assert shown.index('sh run.sh --preset=small_images --data_path=DIR') < shown.index('--preset {digits,')
     groups = ['run', 'data', 'process', 'output and loss', 'network', 'batches and steps', 'optimizer', 'record']
     places = [shown.index(f' {name} options ') for name in [*groups, 'sampling', 'speed']]
     assert places == sorted(places)
-    for setting in ('dataset', 'network', 'process_name', 'solver', 'time_grid', 'model_type', 'optimizer'):
-        text = re.search(rf'--{setting} STR (.*?)\(default: ', shown)
-        assert text and all(re.search(rf'\b{choice}\b', text[1]) for choice in names_of(setting)), setting
-    assert f'Choices: {", ".join(PRESETS)}.' in shown
+    choices = {setting: names_of(setting) for setting in (*TABLES, *CHOICES)} | dict(preset=list(PRESETS))
+    for setting, names in choices.items():
+        text = re.search(rf'--{setting} {{(.*?)}} ', shown)
+        assert text and text[1].replace(' ', '').split(',') == [name for name in names if name], setting
+    helps = dict(re.findall(r'--(\w+) (.*?)\(default: ', shown))
+    readers = dict(image_size='dataset=digits', dit_patch='network=unet', sigma_max='process_name=rf', time_std='')
+    for name, reader in readers.items():
+        assert ('Not read' in helps[name]) == (f'Not read with {reader}. ' in helps[name]) == bool(reader), name
     own = page(Mine)
     assert re.search(r'Mine options [+-]* *--num_pairs INT A setting of an experiment. \(default: 4\)', own)
     assert re.search(r'--base_lr FLOAT Another default. \(default: 0.25\)', own)
     points = dataclasses.make_dataclass('Points', [('dataset', str, 'points')], bases=(Config,), frozen=True)
-    assert re.search(r'--dataset STR Key of DATASETS .*?\(default: points\)', page(points))
+    assert re.search(r'--dataset {.*?} Key of DATASETS .*?\(default: points\)', page(points))
 
 
 def test_help_is_quick_and_does_without_torch(tmp_path):
