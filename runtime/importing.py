@@ -129,7 +129,9 @@ def import_file(file: str) -> Any:
     if (known := imported(path)) is not None:
         return known
     if not path.is_file():
-        raise SettingError(f'{path} is gone, with which the run was started. Put it back there.')
+        raise SettingError(
+            f'{path} is gone, with which the run was started. Put it back, or a link to its new place: ln -s NEW {path}'
+        )
     if outdated := old_imports(path):
         raise SettingError('\n'.join(outdated))
     refuse_hidden([str(path.parent)])

@@ -28,7 +28,7 @@ class Generate:
     weights: str = 'ema'
     """ema (the run's first moving average), another by its name (ema_0.999), raw, or posthoc_0.1 (docs/numbers.md)."""
     labels: str = ''
-    """Classes in turn, by name or number, such as Sneaker,Bag or 3,5; empty: all of them."""
+    """Classes in turn, by name or number, such as Sneaker,Bag or 3,5 or '"a name, with a comma",0'; empty: all."""
     solver: str | None = None
     """Key of SOLVERS in solvers/table.py; default: the run's own (so for the four flags below)."""
     nfe: int | None = None

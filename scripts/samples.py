@@ -4,10 +4,12 @@ Sample i starts from noise of its own, a function of (seed, i): it is the same i
 """
 
 import contextlib
+import csv
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,12 +46,23 @@ class Samples:
             module.eval()
         self.num, self.seed, self.bad = num, seed, 0  # bad: how many were not finite
         if to_judge:
-            self.run.train_loader.open()
-            self.run.test_loader.open()
+            self.open_data()
         self.as_in_data = self.run.batches.as_in_data if to_judge else contextlib.nullcontext
         self.labels = labels_of(labels, self.run.data, self.run.config.label_dropout)
         self.model_fn = self.run.get_model_fn(self.run.network)
         self.inputs([0])  # before any work, on all processes: loads the data if inputs are data
+
+    def open_data(self) -> None:
+        """Load the data that the samples are judged by. Raises SettingError."""
+        try:
+            self.run.train_loader.open()
+            self.run.test_loader.open()
+        except SettingError:
+            path = self.run.config.data_path
+            if not path or self.run.config.dataset == 'hub' or Path(path).expanduser().exists():
+                raise
+            text = f'evaluate.py compares samples with the data, and {path} is gone'
+            raise SettingError(f'data_path={path!r}: {text}. Pass its new place as --data_path.') from None
 
     @cached_property
     def own_inputs(self) -> SampleInputs:
@@ -165,17 +178,18 @@ class Samples:
 
 
 def labels_of(labels: str, data: DataSpec, label_dropout: float) -> list[int]:
-    """The classes that were requested by name or number, empty for all. A name that is a number is a name. Raises
-    SettingError."""
+    """The classes that were requested by name or number, empty for all. A name that is a number is a name; one with a
+    comma is in double quotes. Raises SettingError."""
     known = {name: i for i, name in enumerate(data.classes)}
     if not all(name.isdecimal() for name in data.classes) or not data.classes:  # else a number would mean two things
         known = {str(i): i for i in range(data.num_classes)} | known
-    parts = [part.strip() for part in labels.split(',')]
+    parts = [part.strip() for row in csv.reader(labels.splitlines(), skipinitialspace=True) for part in row]
     words = [word for part in parts for word in ([part] if part in known else part.split())]
     unknown = [word for word in words if word not in known]
     if unknown and data.classes:
         names = ', '.join(f'{i} {name!r}' for i, name in list(enumerate(data.classes))[:100])
-        text = f'{unknown[0]!r} is not a class. Pass names or numbers, with commas between them. The classes are'
+        comma = next((f', and a name with a comma in quotes: --labels \'"{x}"\'' for x in data.classes if ',' in x), '')
+        text = f'{unknown[0]!r} is not a class. Pass names or numbers, with commas between them{comma}. The classes are'
         raise SettingError(f'labels={labels!r}: {text} {names}{", ..." if data.num_classes > 100 else ""}.')
     if unknown:
         if not data.num_classes:

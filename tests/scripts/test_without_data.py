@@ -79,6 +79,8 @@ def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, 
         with pytest.raises(SettingError, match=needed):
             read()
     with pytest.raises(SettingError, match=needed):
+        load_run(run).test_loader.open()
+    with pytest.raises(SettingError, match=r'evaluate\.py compares .* data, and .*images is gone.* --data_path\.$'):
         evaluate(Evaluate(str(run), num=10, nfe=(2,)))
     trainer = load_run(run, data_path=str(moved))
     assert trainer.example.x0.equal(real.x0) and trainer.example.t.equal(real.t)
@@ -182,6 +184,10 @@ def test_classes_have_names_on_the_command_line():
     assert labels_of('Bag,Ankle boot', spec, 0.1) == [1, 0] and labels_of('Ankle boot', spec, 0.1) == [0]
     assert labels_of('1, Bag 2', spec, 0.1) == [1, 1, 2] and labels_of('', spec, 0.1) == []
     assert labels_of('0', spec, 0.1) == [2]  # the name
+    comma = DataSpec(lambda config: (), num_classes=2, classes=('a, b', 'say "c"'))
+    assert labels_of('"a, b", 1,say "c"', comma, 0.1) == [0, 1, 1]
+    with pytest.raises(SettingError, match=r'commas between them, and a name with a comma in quotes: .* \'"a, b"\'\.'):
+        labels_of('a, b', comma, 0.1)
     numbers = DataSpec(lambda config: (), num_classes=2, classes=('1', '2'))
     assert labels_of('2,1', numbers, 0.1) == [1, 0]
     with pytest.raises(SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"):  # it is no name
