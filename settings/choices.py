@@ -65,11 +65,10 @@ def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mappin
         for names in filter(None, [unread] if is_common else [[name] for name in unread]):
             values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
             readers = [choice for choice, own in reads.items() if {*names} <= {*own.split()}]
-            remedy = listed([with_preset(setting, choice, presets) for choice in readers])
-            them = 'it' if len(names) == 1 else 'them'
-            texts.append(
-                f'{values}: {setting}={getattr(config, setting)!r} does not read {them}. Pass --{setting} {remedy}.'
-            )
+            made_for = {v.get(setting): f' (--preset {p})' for p, v in presets.items() if setting == 'dataset'}
+            remedy = ' or '.join(f'{choice}{made_for.get(choice, "")}' for choice in readers)
+            what = f'{setting}={getattr(config, setting)!r} does not read {"it" if len(names) == 1 else "them"}'
+            texts.append(f'{values}: {what}. Pass --{setting} {remedy}.')
     if texts:
         raise SettingError(' '.join(texts))
 
@@ -81,16 +80,6 @@ def unread_by(config: Any, name: str) -> str:
         if own is not None and name not in own.split() and any(name in names.split() for names in reads.values()):
             return setting
     return ''
-
-
-def with_preset(setting: str, choice: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
-    """A choice, and for a data set the preset made for it."""
-    found = [name for name, values in presets.items() if setting == 'dataset' and values.get(setting) == choice]
-    return f'{choice} (or --preset {found[0]})' if found else choice
-
-
-def listed(words: list[str]) -> str:
-    return ' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
 
 
 # ---------------------------------------------------------------- choices, read from the tables or from their files
@@ -127,17 +116,18 @@ def keys_in(module: str, table: str) -> list[str]:
 
 def keys_of(node: Any, module: str) -> list[str]:
     """The keys of a dict that is written as {...}, {name: ... for name in TABLE} or TABLE, joined by | or **."""
-    if isinstance(node, ast.Dict):
-        pairs = zip(node.keys, node.values, strict=True)
-        return [name for k, v in pairs for name in (keys_of(v, module) if k is None else [ast.literal_eval(k)])]
-    if isinstance(node, ast.BinOp):
-        return keys_of(node.left, module) + keys_of(node.right, module)
-    if isinstance(node, ast.DictComp):
-        return keys_of(node.generators[0].iter, module)
-    if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'items':
-        return keys_of(getattr(node.func, 'value', None), module)
-    if isinstance(node, ast.Name):
-        return keys_in(module, node.id)
+    match node:
+        case ast.Dict(keys, values):
+            pairs = zip(keys, values, strict=True)
+            return [name for k, v in pairs for name in (keys_of(v, module) if k is None else [ast.literal_eval(k)])]
+        case ast.BinOp(left=left, right=right):
+            return keys_of(left, module) + keys_of(right, module)
+        case ast.DictComp(generators=[ast.comprehension(iter=table)]):
+            return keys_of(table, module)
+        case ast.Call(func=ast.Attribute(attr='items', value=table)):
+            return keys_of(table, module)
+        case ast.Name(id=table):
+            return keys_in(module, table)
     raise LookupError(type(node).__name__)
 
 

@@ -3,7 +3,6 @@
 Later wins: field default < preset < --settings FILE < settings of the network in --init_from < debug < command line.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -45,22 +44,16 @@ def parse(
     import tyro
 
     fields: Any = config_class
-    argv, _ = words.read(argv, config_class, presets)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ('preset', 'settings', 'init_from'):
-        first.add_argument(f'--{name}', f'--{name.replace("_", "-")}')
-    first.add_argument('--debug', action='store_true', default=fields.debug)
-    first.add_argument('--no_debug', '--no-debug', dest='debug', action='store_false')
-    known, _ = first.parse_known_args(argv)
-
-    path = fields.settings if known.settings is None else known.settings
+    argv, flags = words.read(argv, config_class, presets)
+    given = {name: value[0] for name, value in flags.items() if isinstance(value, list) and value}
+    path = given.get('settings', fields.settings)
     saved = read_settings(path, config_class) if path else {}
-    preset = saved.get('preset', fields.preset) if known.preset is None else known.preset
-    values = {**choose('preset', preset, presets), **saved, 'preset': preset, 'debug': known.debug}
-    init_from = values.get('init_from', fields.init_from) if known.init_from is None else known.init_from
+    preset, is_debug = given.get('preset', saved.get('preset', fields.preset)), flags.get('debug', fields.debug)
+    values = {**choose('preset', preset, presets), **saved, 'preset': preset, 'debug': is_debug}
+    init_from = given.get('init_from', values.get('init_from', fields.init_from))
     if settings_in is not None and init_from:
         values |= settings_in(init_from)
-    defaults = config_class(**{**values, **(debug if known.debug else {})})
+    defaults = config_class(**{**values, **(debug if is_debug else {})})
     # the name was derived from the defaults; let it be derived from the flags too
     object.__setattr__(defaults, 'experiment_name', fields.experiment_name)
     if {'-h', '--help'} & {*argv}:

@@ -29,8 +29,8 @@ HINTS = {
 }
 
 
-def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(the words of `argv`, default sys.argv[1:], for tyro; the settings that they give).
+def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, Any]) -> tuple[list[str], dict]:
+    """(the words of `argv`, default sys.argv[1:], for tyro; setting -> True or False, or a list of its first word).
 
     Raises SettingError for a flag in HINTS, a bare word, and numbers in one word such as '(48,20)'.
     """
@@ -41,7 +41,7 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
             groups.append((flag, [value] if has_value else [], bool(has_value)))
         else:
             groups[-1][1].append(word)
-    words, given = [], dict[str, None]()
+    words, given = [], dict[str, Any]()
     for flag, values, is_joined in groups:
         name = flag.lstrip('-').replace('-', '_')
         is_known = name in types or types.get(name.removeprefix('no_')) is bool
@@ -52,16 +52,16 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
                 raise SettingError(f'{flag} is not a setting here. Use {use}.')
         kind = types.get(name, bool if is_known or not flag else str)
         if flag and kind is bool and values and values[0].lower() in TRUTH:
-            flag = flag if TRUTH[values.pop(0).lower()] else f'--no_{name}'
-            is_joined = False
+            name = name if TRUTH[values.pop(0).lower()] else f'no_{name}'
+            flag, is_joined = f'--{name}', False
         values = [taken(name, kind, value) for value in values]
         if (flag == '' or is_known) and get_origin(kind) is None:
             for word in values[kind is not bool :]:
                 refuse_bare(word, flag, presets)
         words += [f'{flag}={values[0]}', *values[1:]] if is_joined else [*([flag] if flag else []), *values]
         if is_known:
-            given[name if name in types else name.removeprefix('no_')] = None
-    return words, list(given)
+            given[name if name in types else name.removeprefix('no_')] = name in types if kind is bool else values[:1]
+    return words, given
 
 
 def taken(name: str, kind: Any, value: str) -> str:

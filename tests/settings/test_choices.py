@@ -91,13 +91,13 @@ def test_choices_in_the_files_are_those_of_the_tables(setting):
 # ---------------------------------------------------------------- what is refused
 
 
-FOLDER = 'image_folder (or --preset small_images)'
+FOLDER = 'image_folder (--preset small_images)'
 
 
 @pytest.mark.parametrize(
     'flags, what, remedy',
     [
-        ('--data_path x', "data_path='x': dataset='digits'", f'dataset {FOLDER}, arrays or hub'),
+        ('--data_path x', "data_path='x': dataset='digits'", f'dataset {FOLDER} or arrays or hub'),
         ('--image_size 8 --no_cache', "image_size=(8,), cache=False: dataset='digits'", f'dataset {FOLDER} or hub'),
         ('--dataset arrays --data_path x --columns a', "columns=('a',): dataset='arrays'", 'dataset hub'),
         ('--columns a --dataset arrays --no_cache', "columns=('a',), cache=False: dataset='arrays'", 'dataset hub'),
