@@ -20,9 +20,9 @@ from torch import Tensor
 import utils
 from config import Config, SettingError
 from runtime import files, ranks, stopping
+from runtime.alive import Progress
 from runtime.errors import SaveError, Stopped
 from runtime.means import RunningMeans
-from runtime.progress import Progress
 from runtime.ranks import print_once
 
 WANDB_INIT_TIMEOUT = 30  # seconds for which an unreachable server may hold up the start

@@ -194,10 +194,8 @@ class Judge:
         last = step >= c.num_training_steps
         if not self.can_judge:
             if last:
-                print_once(
-                    f'no final numbers: {c.dataset} has too few items, or others than images and short vectors. '
-                    'Override sample_metrics, or pass --no_final_eval'
-                )
+                why = 'too few items, or neither images nor short vectors'
+                print_once(f'no final numbers for {c.dataset}: {why}. Override sample_metrics, or pass --no_final_eval')
             return values
         with self.record.apart() as logged:
             for name in names if last else names[:1]:

@@ -18,8 +18,8 @@ import utils
 from config import Config, SettingError
 from evaluation.judge import NUM_JUDGED
 from runtime import alive, ranks
+from runtime.alive import duration
 from runtime.files import refuse_folder
-from runtime.progress import duration
 from runtime.ranks import print_once
 from training import run_folder
 from training.experiment import Sampler

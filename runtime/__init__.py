@@ -4,9 +4,8 @@ ranks.py      rank and number of processes, and agreement between them
 stopping.py   stop signals, what a process tells the launcher when it ends, and the end of loader processes
 errors.py     every error that ends a run on purpose, and the exit codes
 command.py    the beginning and the end of every program: flags, messages, exit codes
-alive.py      a line every 30 s where a program would be silent
+alive.py      how far training is, and a line every 30 s where a program would be silent
 files.py      files that are whole or not there, hashes, locks
 means.py      running means over steps and ranks
-progress.py   a bar or lines that show how far training is
 importing.py  the user's script: modules that it imports by old names, and how it is imported itself
 """

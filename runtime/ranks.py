@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from runtime import alive
 from runtime.errors import SettingError
@@ -56,9 +55,7 @@ def alone() -> Iterator[None]:
 def print_once(text: str) -> None:
     """Print once, not once per process."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        alive.spoke()
+        alive.say(text)
 
 
 def setup() -> torch.device:

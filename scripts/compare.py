@@ -13,7 +13,7 @@ import dataclasses
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,13 +148,12 @@ def of_seed(config: Config, i: int) -> Config:
     return dataclasses.replace(config, seed=seed, experiment_name=f'{config.experiment_name}_seed={seed}')
 
 
-def show(folders: Sequence[Sequence[str]], names: Sequence[str], numbers: Sequence[str]) -> None:
+def show(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Sequence[str]) -> None:
     """Print the numbers of the runs in the folders of each of the `names`, and write their page next to them."""
     groups = [[page.read(folder) for folder in several] for several in folders]
-    last = [[{name: value for line in run.lines for name, value in line.items()} for run in runs] for runs in groups]
-    found = dict.fromkeys(name for runs in last for values in runs for name in values)
-    shown = [name for name in found if any(fnmatch(name, pattern) for pattern in numbers)]
-    rows = [[n.removeprefix('final/'), *[[f[n] for f in runs if f.get(n) is not None] for runs in last]] for n in shown]
+    found = numbers(groups, lambda run: {name: value for line in run.lines for name, value in line.items()})
+    shown = [row for row in found if any(fnmatch(row[0], pattern) for pattern in patterns)]
+    rows = [[name.removeprefix('final/'), *values] for name, *values in shown]
     table = page.aligned([['', *names], *cells(rows, [len(runs) for runs in groups])])
     print(f'\n{table}\n{text_of_changes(rows, names)}', flush=True)
     path = Path(f'{folders[0][0].removesuffix(names[0])}compared.html')
@@ -166,14 +165,12 @@ def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels
     """`names`: of the folders of the first runs; `labels`: of the groups, in legends."""
     plots = [over(groups, labels, title, names) for title, names in page.CURVES.items()]
     first, rows = [group[0] for group in groups], numbers(groups)
+    from_first = f'Differences from {labels[0]} (none: not more than the standard deviations of both together)'
+    changed = changes_of(rows)
     sections = {
         'Settings that differ': page.table([['run', *names], *differences(first)], ['', *labels]),
         'Numbers at the end': page.table(cells(rows, [len(group) for group in groups]), ['', *labels]),
-        f'Differences from {labels[0]} (none: not more than the standard deviations of both together)': page.table(
-            changes_of(rows), ['', *labels[1:]]
-        )
-        if changes_of(rows)
-        else '',
+        from_first: page.table(changed, ['', *labels[1:]]) if changed else '',
         'Curves': page.row(plots),
         'Newest samples': ''.join(newest(run, label) for run, label in zip(first, labels, strict=True)),
     }
@@ -208,23 +205,23 @@ def differences(runs: Sequence) -> list[list]:
     return [[name, *v] for name, v in values.items() if name not in page.PLACES and any(x != v[0] for x in v)]
 
 
-def numbers(groups: Sequence[Group]) -> list[list]:
-    """The step, held-out losses and final metrics, [name, values of the seeds of each group]; of evaluations, the last
-    of each kind."""
-    found = [[numbers_of(run) for run in group] for group in groups]
-    names = list(dict.fromkeys(name for group in found for values in group for name in values))
-    return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
-
-
 EVALUATED = ('detector', 'weights', 'solver', 'time_grid', 'nfe', 'guidance_scale', 'num', 'seed')
 
 
 def numbers_of(run: page.Run) -> dict[str, float]:
+    """The step, held-out losses and final metrics; of evaluations, the last of each kind."""
     values = {'step': run.step} | run.final()
     for line in run.evaluations:
         kind = ' '.join(str(line[k]) for k in EVALUATED if line.get(k) is not None)
         values |= {f'{k} ({kind})': line[k] for k in ('frechet', 'kid', 'label_agreement') if k in line}
     return values
+
+
+def numbers(groups: Sequence[Group], of: Callable[[page.Run], Mapping[str, float]] = numbers_of) -> list[list]:
+    """[name, values of the seeds of each group] for each number that a run has."""
+    found = [[of(run) for run in group] for group in groups]
+    names = dict.fromkeys(name for group in found for values in group for name in values)
+    return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
 
 
 def newest(run: Any, label: str) -> str:

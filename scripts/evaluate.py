@@ -111,12 +111,10 @@ class Evaluation:
         o, lines = self.options, []
         samples: Any = None
         stopping.catch_stop_signals()
-        sampling = itertools.product(o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,))
-        for weights, (solver, nfe, scale) in itertools.product(o.weights, sampling):
-            settings: dict[str, Any] = dict(
-                solver=solver, sample_nfe=nfe, guidance_scale=scale, time_grid=o.time_grid or None,
-                data_path=o.data_path, data_dir=o.data_dir, trust=o.trust,
-            )  # fmt: skip
+        same = dict(time_grid=o.time_grid or None, data_path=o.data_path, data_dir=o.data_dir, trust=o.trust)
+        choices = o.weights, o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,)
+        for weights, solver, nfe, scale in itertools.product(*choices):
+            settings = same | dict(solver=solver, sample_nfe=nfe, guidance_scale=scale)
             samples = Samples(o.run, weights, o.num, o.seed, to_judge=True, **settings)
             lines.append(self.line_of(samples, weights))
         ranks.on_main(lambda: page.update(self.folder))

@@ -2,7 +2,6 @@
 resume."""
 
 import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,15 +105,13 @@ class Output:
                 torchvision.io.write_png(image_grid(x / 255, columns, names=titles), str(temporary))
 
     def write_labels(self, label: Sequence[int], names: Sequence[str]) -> None:
-        """labels.csv: file, class and name of the first samples, (n,), and of those that it has already."""
-        path, rows = self.folder / 'labels.csv', {self.png(i): (k, names[k]) for i, k in enumerate(label)}
-        text = io.StringIO()
-        csv.writer(text, lineterminator='\n').writerows(
-            [('file', 'class', 'name'), *((png.relative_to(self.folder), *row) for png, row in rows.items())]
-        )
-        before = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-        more = before[len(rows) + 1 :]  # an earlier call with a larger num
-        files.write_text(path, text.getvalue() + ''.join(f'{line}\n' for line in more))
+        """labels.csv: file, class and name of the first samples, (n,), unless it has more of an earlier call."""
+        path = self.folder / 'labels.csv'
+        if path.exists() and len(path.read_text(encoding='utf-8').splitlines()) > len(label) + 1:
+            return
+        with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as file:
+            rows = ((self.png(i).relative_to(self.folder), k, names[k]) for i, k in enumerate(label))
+            csv.writer(file, lineterminator='\n').writerows([('file', 'class', 'name'), *rows])
 
     def join_parts(self, classes: Sequence[str] = ()) -> np.ndarray:
         """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""

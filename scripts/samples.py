@@ -186,20 +186,22 @@ def labels_of(labels: str, data: DataSpec, label_dropout: float) -> list[int]:
     parts = [part.strip() for row in csv.reader(labels.splitlines(), skipinitialspace=True) for part in row]
     words = [word for part in parts for word in ([part] if part in known else part.split())]
     unknown = [word for word in words if word not in known]
-    if unknown and data.classes:
-        names = ', '.join(f'{i} {name!r}' for i, name in list(enumerate(data.classes))[:100])
-        comma = next((f', and a name with a comma in quotes: --labels \'"{x}"\'' for x in data.classes if ',' in x), '')
-        text = f'{unknown[0]!r} is not a class. Pass names or numbers, with commas between them{comma}. The classes are'
-        raise SettingError(f'labels={labels!r}: {text} {names}{", ..." if data.num_classes > 100 else ""}.')
-    if unknown:
-        if not data.num_classes:
-            raise SettingError(f'labels={labels!r}: the run has no classes. Leave --labels out.')
-        has = f'classes 0 to {data.num_classes - 1}'
-        raise SettingError(f'labels={labels!r}: the run has {has}. Pass such numbers, as --labels 3,5.')
-    if words and label_dropout == 1:
-        raise SettingError(f'labels={labels!r}: the run has learned no classes (label_dropout=1). Leave it out.')
-    untrained = [word for word in words if known[word] not in data.trained_classes]
-    if untrained:
-        text = f'class {untrained[0]} has no training items, so the run has not learned it'
-        raise SettingError(f'labels={labels!r}: {text}. Pass others, as --labels {data.trained_classes[0]}.')
+    untrained = [word for word in words if known.get(word) not in data.trained_classes]
+    wrong = ''
+    if unknown and not data.num_classes:
+        wrong = 'the run has no classes. Leave --labels out'
+    elif unknown and not data.classes:
+        wrong = f'the run has classes 0 to {data.num_classes - 1}. Pass such numbers, as --labels 3,5'
+    elif unknown:
+        quoted = [f', and a name with a comma in quotes: --labels \'"{name}"\'' for name in data.classes if ',' in name]
+        names = ', '.join([f'{i} {name!r}' for i, name in enumerate(data.classes)][:100])
+        wrong = f'{unknown[0]!r} is not a class. Pass names or numbers, with commas between them{"".join(quoted[:1])}. '
+        wrong += f'The classes are {names}{", ..." if data.num_classes > 100 else ""}'
+    elif words and label_dropout == 1:
+        wrong = 'the run has learned no classes (label_dropout=1). Leave it out'
+    elif untrained:
+        wrong = f'class {untrained[0]} has no training items, so the run has not learned it. '
+        wrong += f'Pass others, as --labels {data.trained_classes[0]}'
+    if wrong:
+        raise SettingError(f'labels={labels!r}: {wrong}.')
     return [known[word] for word in words]

@@ -37,16 +37,16 @@ def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
 
 def sections(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
     """(title, more) of each section -> setting -> its help. The settings of a subclass are a section of its name."""
-    where: dict[str, tuple[str, str]] = {}
-    texts: dict[str, str] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    section_of: dict[str, tuple[str, str]] = {}
     names = {field.name for field in dataclasses.fields(config_class)}
     for base in reversed(config_class.__mro__):
         unknown = dict.fromkeys(vars(base).get('__annotations__', {}), ((base.__name__, ''), ''))
         for name, (section, text) in (unknown | source_of(base)).items():
             if name in names:
-                where.setdefault(name, section)
+                texts = found.setdefault(section_of.setdefault(name, section), {})
                 texts[name] = text or texts.get(name, '')
-    return {section: {n: texts[n] for n in where if where[n] == section} for section in dict.fromkeys(where.values())}
+    return found
 
 
 def source_of(base: type) -> dict[str, tuple[tuple[str, str], str]]:

@@ -18,22 +18,18 @@ CHOICES = dict(
 )
 # Rules for single settings: (settings, does this value keep it?, the rule as text).
 RULES: list[tuple[str, Callable[[Any], Any], str]] = [
-    ('global_batch_size batch_shards accumulation_steps num_training_steps', lambda n: n >= 1, 'must be at least 1'),
-    ('max_bad_steps keep_last num_sample_steps num_res_blocks', lambda n: n >= 1, 'must be at least 1'),
+    ('global_batch_size batch_shards accumulation_steps num_training_steps max_bad_steps keep_last num_sample_steps '
+     'num_res_blocks dit_patch', lambda n: n >= 1, 'must be at least 1'),
     ('columns', lambda names: len(names) <= 2, 'must be one or two names: of images, and of classes'),
     ('value_range', lambda vs: not vs or (len(vs) == 2 and vs[0] < vs[1]), 'must be two numbers, LOW < HIGH'),
     ('image_size', lambda ns: len(ns) in (1, 2) and min(ns) >= 1, 'must be height and width, or one number for both'),
-    ('seed held_out log_every save_every keep_every sample_every', lambda n: n >= 0, 'must be 0 or more'),
-    ('eval_every eval_metrics_every', lambda n: n >= 0, 'must be 0 or more'),
-    ('warmup_steps num_workers max_translation sample_nfe', lambda n: n >= 0, 'must be 0 or more'),
-    ('flip_prob rotate_prob translate_prob label_dropout', lambda p: 0 <= p <= 1, 'must lie between 0 and 1'),
-    ('guidance_rescale', lambda x: 0 <= x <= 1, 'must lie between 0 and 1'),
+    ('seed held_out log_every save_every keep_every sample_every eval_every eval_metrics_every warmup_steps '
+     'num_workers max_translation sample_nfe dit_depth dit_width dit_heads weight_decay grad_clip_norm min_lr '
+     'sde_noise_scale guidance_scale beta_min', lambda x: x >= 0, 'must be 0 or more'),
+    ('flip_prob rotate_prob translate_prob label_dropout guidance_rescale', lambda p: 0 <= p <= 1,
+     'must lie between 0 and 1'),
     ('dropout', lambda p: 0 <= p < 1, 'must be at least 0 and below 1'),
     ('base_lr time_std sigma_data sigma_min adam_eps', lambda x: x > 0, 'must be positive'),
-    ('weight_decay grad_clip_norm min_lr sde_noise_scale', lambda x: x >= 0, 'must not be negative'),
-    ('guidance_scale beta_min', lambda x: x >= 0, 'must not be negative'),
-    ('dit_depth dit_width dit_heads', lambda n: n >= 0, 'must be 0 or more'),
-    ('dit_patch', lambda n: n >= 1, 'must be at least 1'),
     ('channels', lambda n: n >= 2 and n % 2 == 0, 'must be positive and even: half of them are cosines of the time'),
     ('channel_mults', lambda ms: len(ms) > 0 and min(ms) >= 1, 'needs one or more positive whole numbers'),
     ('adam_betas', lambda bs: len(bs) == 2 and all(0 <= b < 1 for b in bs), 'must be two numbers in [0, 1)'),
