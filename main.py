@@ -44,16 +44,12 @@ def main(
 def flags(
     argv: Sequence[str] | None = None, config_class: type[Config] = Config, trainer_class: type | None = None
 ) -> Config:
-    """Command-line flags as settings; a wrong one ends the program with its message, and one that nothing reads, if the
-    experiment has no class of its own, which may read it."""
-
-    def settings_in(path: str) -> dict[str, Any]:
-        from saving import network_settings  # with torch, for which `--help` need not wait
-
-        return network_settings(path)
+    """Command-line flags as settings. A wrong one ends the program with its message. So does one that nothing reads,
+    unless the experiment has a class of its own, which may read it."""
 
     def parse() -> Config:
-        config = parse_config(argv, config_class, settings_in)
+        # saving imports torch, for which `--help` need not wait
+        config = parse_config(argv, config_class, lambda path: import_module('saving').network_settings(path))
         if trainer_class is None and config_class is Config:
             refuse(config, argv, PRESETS)
         return config
@@ -112,17 +108,15 @@ def build(
 
 
 def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **settings: Any) -> 'BaseDiffusionTrainer':
-    """The trainer of a finished or running run at its last checkpoint, read-only: nothing is locked or written.
+    """The trainer of a run at its last checkpoint, ready for `draw`, `loss_fn` and `train_step`; nothing is written.
 
-    `run_dir` is the run's folder, or one of its .pt files for an earlier step. The script that made it is imported, for
-    its trainer's class, config class and table entries; with `trust` also one that is outside of the project and of the
-    folder that you work in. The data are loaded when something reads them, which samples that start from noise do not;
-    data_path and data_dir among the `settings` say where they are now. `network` has the first moving average of the
-    weights, another by its name (`ema_0.99`), one of a length that is chosen now (`posthoc_0.1`, see
-    training/posthoc.py), or the raw ones, which replaying a step needs. `settings` replace those of the run, such as
-    solver='heun' or guidance_scale=2, if they do not change what was learned. The trainer is ready for `draw`,
-    `loss_fn` and `train_step`. Raises SettingError if the run, its script or the weights are not there, the script is
-    not trusted or imports modules by their old names, or a setting cannot be changed.
+    `run_dir`: the run's folder, or one of its .pt files for an earlier step. `weights` of `network`: ema (the first
+    moving average), another by name (ema_0.99), one of a length that is chosen now (posthoc_0.1, training/posthoc.py),
+    or raw, which replaying a step needs. `trust`: import the run's script also from outside of the project and of the
+    folder that you work in. `settings` replace the run's, such as solver='heun', if they do not change what was
+    learned; data_path and data_dir say where the data are now, which are loaded when something reads them.
+    Raises SettingError if the run, its script or the weights are not there, the script is not trusted or imports
+    modules by their old names, or a setting cannot be changed.
     """
     import saving
     from training import run_record
@@ -162,12 +156,9 @@ def train(config: Config, trainer_class: type | None) -> None:
 
     trainer = build(config, trainer_class)
     if trainer.checkpoints.finished:
-        has_end, last = config.lr_schedule_type not in SCHEDULES_WITHOUT_END, config.run_dir / 'last.pt'
-        ranks.print_once(
-            f'{config.run_dir} is finished: {trainer.step} steps. '
-            + ('' if has_end else 'A higher --num_training_steps trains it longer. ')
-            + f'Another --experiment_name starts a new run, with --init_from {last} from these weights.'
-        )
+        longer = 'A higher --num_training_steps trains it longer. ' * (config.lr_schedule_type in SCHEDULES_WITHOUT_END)
+        new = f'Another --experiment_name starts a new run, with --init_from {config.run_dir}/last.pt from its weights.'
+        ranks.print_once(f'{config.run_dir} is finished: {trainer.step} steps. {longer}{new}')
     else:
         parameters = f'{sum(p.numel() for p in trainer.network.parameters()):,} parameters'
         steps = f'{config.num_training_steps} steps of {config.global_batch_size} images'

@@ -117,10 +117,8 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
 
     shape, low, high = tuple(data.example.shape[1:]), float(data.example.min()), float(data.example.max())
     if len(shape) != 3 or shape[0] not in (1, 3) or not utils.is_nearly_unit(data.example):
-        raise SettingError(
-            f'detector={name!r} looks at images in [0, 1] of one or three channels, and these data have the shape '
-            f'{shape} and lie in [{low:.3g}, {high:.3g}]. Use --detector pixels.'
-        )
+        needs = f'detector={name!r} needs images in [0, 1] of one or three channels'
+        raise SettingError(f'{needs}; these are {shape}, in [{low:.3g}, {high:.3g}]. Use --detector pixels.')
     kind = FEATURE_EXTRACTORS_REGISTRY[full_name]
     path = str(Path(weights).expanduser()) if weights else None
     if path is not None and not Path(path).is_file():
@@ -129,10 +127,9 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
         network: Any = ranks.in_turns(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
     except Exception as error:  # no file, another network's, no network to download from
         text = ' '.join(str(error).split())[:300]
-        raise SettingError(
-            f'detector={name!r}: its weights cannot be had ({type(error).__name__}: {text}). Download them by hand '
-            'and pass the file as --detector_weights PATH; or use --detector classifier or pixels, which need none.'
-        ) from None
+        remedy = 'Pass their file as --detector_weights PATH, or use --detector classifier or pixels, which need none'
+        what = f'detector={name!r}: its weights cannot be had ({type(error).__name__}: {text})'
+        raise SettingError(f'{what}. {remedy}.') from None
     network = network.to(data.device)
 
     def features(x: Tensor) -> Tensor:

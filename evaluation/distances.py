@@ -142,16 +142,11 @@ def compare(
     Raises SettingError for fewer than 10 rows of a kind, and for samples that are not finite.
     """
     if min(len(samples), len(train), len(held_out)) < 10:
-        raise SettingError(
-            f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images: at least 10 of each '
-            'are needed to compare. Draw more by --num.'
-        )
-    bad = int((~samples.isfinite().all(1)).sum())
-    if bad:
-        raise SettingError(
-            f'{bad} of {len(samples)} samples have values that are not finite, so they have no distance from the data. '
-            'Try another --solver or --time_grid, or look at the training loss.'
-        )
+        there = f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images'
+        raise SettingError(f'{there}: at least 10 of each are needed to compare. Draw more by --num.')
+    if bad := int((~samples.isfinite().all(1)).sum()):
+        remedy = 'Try another --solver or --time_grid, or look at the training loss'
+        raise SettingError(f'{bad} of {len(samples)} samples have values that are not finite. {remedy}.')
     moments = Moments(train)
     rows = real_draws(len(samples), len(train), classes, wanted)
     values = {'frechet': frechet(Moments(samples), moments)}

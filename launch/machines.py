@@ -58,9 +58,8 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     """Where the environment variables put this process. Raises SettingError for what they cannot mean."""
     if not env.get('NNODES') and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
         if set(re.sub(r'\(x\d+\)', '', env['SLURM_STEP_TASKS_PER_NODE']).split(',')) != {'1'}:  # as 2(x3),1
-            raise SettingError(
-                'srun started run.sh several times on one node. Use --ntasks-per-node=1 --gpus-per-node=N.'
-            )
+            text = 'srun started run.sh several times on one node'
+            raise SettingError(f'{text}. Use --ntasks-per-node=1 --gpus-per-node=N.')
         job = int(env['SLURM_JOB_ID']) * 7 + int(env['SLURM_STEP_ID']) % 7  # two jobs that share a node need two ports
         env = {
             'MASTER_PORT': str(20000 + job % 10000),
@@ -116,9 +115,8 @@ def check_loopback() -> None:
         with socket.create_server(('127.0.0.1', 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        raise SettingError(
-            f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}): ip link set lo up'
-        ) from None
+        text = f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}): ip link set lo up'
+        raise SettingError(text) from None
 
 
 def explain(error: OSError) -> str:

@@ -95,10 +95,8 @@ def refuse_hidden(path: Sequence[str] | None = None) -> None:
     hidden = [file for file in found if file.resolve().parent != ROOT]
     if hidden:
         names = ', '.join(sorted(file.name for file in hidden))
-        raise SettingError(
-            f'{hidden[0].parent}: {names} would be imported in place of modules of the project with the same name. '
-            'Rename them, or move the script to a folder of its own.'
-        )
+        what = f'{hidden[0].parent}: {names} would be imported in place of modules of the project with the same name'
+        raise SettingError(f'{what}. Rename them, or move the script to a folder of its own.')
 
 
 # ---------------------------------------------------------------- the script as a module
@@ -154,11 +152,9 @@ def import_file(file: str) -> Any:
 
 def imported(path: Path) -> Any:
     """The module of this file, if it was imported or run before, else None."""
-    for module in list(sys.modules.values()):
-        known = getattr(module, '__dict__', {}).get('__file__')
-        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
-            return module
-    return None
+    files = ((module, getattr(module, '__dict__', {}).get('__file__')) for module in list(sys.modules.values()))
+    same_name = ((module, file) for module, file in files if isinstance(file, str) and Path(file).name == path.name)
+    return next((module for module, file in same_name if Path(file).resolve() == path), None)
 
 
 def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
@@ -171,10 +167,8 @@ def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
         path = (ROOT / (file or '')).resolve()
         is_own = any(path.is_relative_to(home) for home in homes) and not path.is_relative_to(run_dir.resolve())
         if file and not is_own and path.is_file() and imported(path) is None:
-            raise SettingError(
-                f'{run_dir} names {path} as its code, which is outside of the project and of the folder you are in. '
-                'Read that file; if you trust it, pass --trust, or load_run(..., trust=True).'
-            )
+            what = f'{run_dir} names {path} as its code, which is outside of the project and of the folder you are in'
+            raise SettingError(f'{what}. If you trust that file, pass --trust, or load_run(..., trust=True).')
 
 
 def refuse_to_train() -> None:

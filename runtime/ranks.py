@@ -68,10 +68,9 @@ def setup() -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus and not torch.cuda.is_available():
         raise SettingError(
-            f'torch {torch.__version__} sees {gpus} GPU(s) but cannot use them. Most likely the NVIDIA driver is too '
-            f'old for the CUDA {torch.version.cuda} of this torch; `nvidia-smi` shows the newest CUDA it knows. '
-            "Install a torch that was built for that CUDA, or update the driver, or set CUDA_VISIBLE_DEVICES='' "
-            'to train on the CPU on purpose.'
+            f'torch {torch.__version__} sees {gpus} GPU(s) but cannot use them: most likely the driver is too old for '
+            f'its CUDA {torch.version.cuda}. Update the driver, install a torch for the CUDA that `nvidia-smi` shows, '
+            "or set CUDA_VISIBLE_DEVICES='' to train on the CPU."
         )
     device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
     if device.type == 'cuda':

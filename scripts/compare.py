@@ -119,10 +119,8 @@ def runs_of(
         trainer_class = settings.pop('trainer_class', None)
         for name in changed.keys() & settings.keys():
             if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
-                raise SettingError(
-                    f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}. '
-                    f'Leave out --{name}, or change the file.'
-                )
+                own = f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}'
+                raise SettingError(f'{own}. Leave out --{name}, or change the file.')
         settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
         runs[part] = dataclasses.replace(config, **settings), trainer_class
     return runs

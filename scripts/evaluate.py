@@ -43,8 +43,8 @@ class Evaluate:
     """Keys of SOLVERS in solvers/table.py; empty: the solver of the run."""
     nfe: tuple[int, ...] = ()
     """Network evaluations for each sample; empty: as in the run."""
-    time_grid: str = ''
-    """Key of TIME_GRIDS in solvers/table.py; empty: the time grid of the run."""
+    time_grid: str | None = None
+    """Key of TIME_GRIDS in solvers/table.py; default: the time grid of the run."""
     guidance_scale: tuple[float, ...] = ()
     """Strengths of guidance; empty: the strength in the run."""
     bits: int = 0
@@ -111,11 +111,11 @@ class Evaluation:
         o, lines = self.options, []
         samples: Any = None
         stopping.catch_stop_signals()
-        same = dict(time_grid=o.time_grid or None, data_path=o.data_path, data_dir=o.data_dir, trust=o.trust)
+        same: dict[str, Any] = {name: getattr(o, name) for name in ('time_grid', 'data_path', 'data_dir', 'trust')}
         choices = o.weights, o.solver or (None,), o.nfe or (None,), o.guidance_scale or (None,)
         for weights, solver, nfe, scale in itertools.product(*choices):
-            settings = same | dict(solver=solver, sample_nfe=nfe, guidance_scale=scale)
-            samples = Samples(o.run, weights, o.num, o.seed, to_judge=True, **settings)
+            varied: dict[str, Any] = dict(solver=solver, sample_nfe=nfe, guidance_scale=scale)
+            samples = Samples(o.run, weights, o.num, o.seed, to_judge=True, **same | varied)
             lines.append(self.line_of(samples, weights))
         ranks.on_main(lambda: page.update(self.folder))
         config, wandb_id = samples.run.config, samples.run.record.wandb_id
@@ -139,13 +139,12 @@ class Evaluation:
             detector = self.detector = get_detector(run.judge.data, o.detector, o.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
         made_by = dict(  # everything that a result depends on
-            measures=MEASURES, step=run.step, weights=weights, weights_digest=digest_of(run.network),
-            solver=c.solver, num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe,
-            time_grid=c.time_grid, guidance_scale=c.guidance_scale, guidance_interval=list(c.guidance_interval),
-            guidance_rescale=c.guidance_rescale, num=o.num, seed=o.seed, bits=o.bits,
-            detector=detector.name, detector_digest=detector.digest, data=run.train_loader.fingerprint,
-            train_images=run.train_loader.size, held_out_images=run.test_loader.size,
-            commit=run_record.git_state()['commit'],
+            measures=MEASURES, step=run.step, weights=weights, weights_digest=digest_of(run.network), solver=c.solver,
+            num_sample_steps=c.num_sample_steps, nfe=c.sample_nfe, time_grid=c.time_grid,
+            guidance_scale=c.guidance_scale, guidance_interval=list(c.guidance_interval),
+            guidance_rescale=c.guidance_rescale, num=o.num, seed=o.seed, bits=o.bits, detector=detector.name,
+            detector_digest=detector.digest, data=run.train_loader.fingerprint, train_images=run.train_loader.size,
+            held_out_images=run.test_loader.size, commit=run_record.git_state()['commit'],
         )  # fmt: skip
         line = ranks.on_main(lambda: find(self.record, made_by))
         if line is None:

@@ -29,11 +29,8 @@ class Output:
         self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
-            raise SettingError(
-                f'{self.where}: these samples are not images in [0, 1], which PNGs could hold. Pass a file, such as '
-                '--out x.npz, which holds floats of any shape; or have `decode` scale them to [0, 1] and end with '
-                '.clamp(0, 1), if they have 1, 3 or 4 channels.'
-            )
+            remedy = 'Pass --out x.npz, which holds floats of any shape, or have `decode` end with .clamp(0, 1)'
+            raise SettingError(f'{self.where}: PNGs hold only images in [0, 1], which these samples are not. {remedy}.')
         self.made_by = json.loads(json.dumps(made_by))
 
     def claim(self) -> None:
@@ -41,13 +38,11 @@ class Output:
         record = self.folder / 'generate.json'
         if record.exists():
             before = json.loads(record.read_text())
-            differ = [(k, v) for k, v in self.made_by.items() if before.get(k) != v and k not in PLACES]
-            other = [f'{k}: {before.get(k)} -> {v}' for k, v in differ]
+            now = {name: value for name, value in self.made_by.items() if name not in PLACES}
+            other = [f'{name}: {before.get(name)} -> {x}' for name, x in now.items() if before.get(name) != x]
             if other:
-                raise SettingError(
-                    f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}. '
-                    'Pass another --out, or remove it.'
-                )
+                what = f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}'
+                raise SettingError(f'{what}. Pass another --out, or remove it.')
         elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
         else:

@@ -87,10 +87,8 @@ def latents(items: Any, encode: Callable, scaled: Callable, facts: dict[str, Any
             z = encode(scaled(x.to(device))).float().cpu()
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
             bad = '' if z.isfinite().all() else ' with values that are not finite'
-            raise SettingError(
-                f'latents: {tuple(x.shape)} became {tuple(z.shape)}{bad}. The encoder must give finite floats '
-                '(B, C, ...), one row for each image.'
-            )
+            became = f'latents: {tuple(x.shape)} became {tuple(z.shape)}{bad}'
+            raise SettingError(f'{became}. The encoder must give finite floats (B, C, ...), a row for each image.')
         by_channel = z[max(0, facts['held_out'] - done) :].double().transpose(0, 1).flatten(1)
         done += len(z)
         count += by_channel.shape[1]

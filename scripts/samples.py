@@ -111,8 +111,9 @@ class Samples:
         stopping.raise_if_stopped()
         self.bad = int(ranks.all_reduce(torch.tensor(bad)))
         if self.bad:
-            text = f'warning: {self.bad} samples have values that are not finite: try another --solver or --nfe'
-            ranks.print_once(text)
+            ranks.print_once(
+                f'warning: {self.bad} samples have values that are not finite: try another --solver or --nfe'
+            )
 
     def write(self, out: Output, indices: list[int], at_once: int) -> None:
         """Draw and write the samples of these indices. Raises Stopped."""
@@ -159,10 +160,8 @@ class Samples:
         values = run.judge.compared(looked, self.num)
         width = looked.features[0].shape[1]
         if self.num <= width:
-            ranks.print_once(
-                f'warning: {self.num} samples for {width} features: frechet is far from its value for many samples, so '
-                'compare it with real_frechet, or draw more'
-            )
+            few = f'{self.num} samples for {width} features give a frechet far from that of many samples'
+            ranks.print_once(f'warning: {few}: compare it with real_frechet, or draw more')
         if own:  # a number of the chosen detector goes before one of the same name
             x = ranks.gather_items(torch.cat(kept), self.num).to(run.device)
             values = run.judge.numbers(x, self.inputs(range(self.num))) | values

@@ -294,9 +294,9 @@ def test_floats_are_written_as_they_are(tiny_config, build_trainer, tmp_path, mo
     written = np.load(tmp_path / 'x.npz')['arr_0']
     assert written.dtype == np.float32 and written.shape == (12, 1, 8, 8)
     assert 200 < written.min() < 296 < written.max() < 400 and len(np.unique(written)) > 700
-    with pytest.raises(SettingError, match=r'not images in \[0, 1\], which PNGs could hold\. Pass .*--out x\.npz'):
+    with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\], .*Pass --out x\.npz'):
         program.generate(Generate(**options, out=str(tmp_path / 'x')))
-    with pytest.raises(SettingError, match=r"'inception' looks at images in \[0, 1\] .* lie in \[280, 312\]"):
+    with pytest.raises(SettingError, match=r"'inception' needs images in \[0, 1\] .*, in \[280, 312\]"):
         get_detector(trainer.judge.data, 'inception')
 
 

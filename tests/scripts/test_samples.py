@@ -46,7 +46,7 @@ def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
 
 
 def test_samples_that_are_not_images_need_a_file(tmp_path):
-    with pytest.raises(SettingError, match='not images'):
+    with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\]'):
         Output(str(tmp_path / 'x'), False, {})
 
 
