@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from config import SettingError
 from runtime import command
+from runtime.errors import Stopped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,8 @@ def generate(options: Generate) -> None:
     from evaluation.detectors import digest_of
     from reports.plots import titles_of
     from runtime import ranks, stopping
-    from scripts.samples import Output, Samples
+    from scripts.outputs import Output
+    from scripts.samples import Samples
 
     o = options
     if o.num < 1 or o.batch_size < 1:
@@ -86,7 +88,12 @@ def generate(options: Generate) -> None:
     ranks.print_once(f'{which}: {o.num} samples to {o.out}{already}')
     stopping.catch_stop_signals()
     began = time.monotonic()
-    samples.write(out, todo, o.batch_size)
+    try:
+        for batch, x, inputs in samples.batches(todo, o.batch_size):
+            out.add(batch, x, inputs.label)
+    except Stopped:
+        ranks.print_once('stopped: the same command resumes, and draws nothing twice')
+        raise
     speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
     shown = min(o.num, run.gallery.num_shown)
     label, classes = samples.label(o.batch_size), run.data.classes or tuple(map(str, range(run.data.num_classes)))

@@ -25,7 +25,6 @@ from evaluation.distances import Looked
 from main import load_run
 from reports.plots import image_grid, in_rows
 from runtime import alive, files, ranks, stopping
-from runtime.errors import Stopped
 from scripts.outputs import Output
 from training import calling
 from training.drawing import not_finite
@@ -114,15 +113,6 @@ class Samples:
             ranks.print_once(
                 f'warning: {self.bad} samples have values that are not finite: try another --solver or --nfe'
             )
-
-    def write(self, out: Output, indices: list[int], at_once: int) -> None:
-        """Draw and write the samples of these indices. Raises Stopped."""
-        try:
-            for batch, x, inputs in self.batches(indices, at_once):
-                out.add(batch, x, inputs.label)
-        except Stopped:
-            ranks.print_once('stopped: the same command resumes, and draws nothing twice')
-            raise
 
     def show_path(self, out: Output) -> None:
         """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid, step by step.

@@ -54,9 +54,9 @@ READS: dict[str, Mapping[Any, str]] = dict(
 def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise SettingError if the flags `argv` of this config name an unknown choice, or settings that nothing reads."""
     _, given = words.read(argv, type(config), presets)
-    for setting in [name for name in given if name in TABLES]:
-        value, known = getattr(config, setting), names_of(setting)
-        if known and value not in known and not is_extended(TABLES[setting][1]):
+    for setting in given:
+        known, value = names_of(setting), getattr(config, setting)
+        if setting in TABLES and known and value not in known and not is_extended(TABLES[setting][1]):
             choose(setting, value, dict.fromkeys(known))
     texts = []
     for setting, reads in READS.items():
@@ -99,18 +99,16 @@ def names_of(setting: str) -> list[str]:
 
 
 @cache
-def tree_of(module: str) -> ast.Module:
-    return ast.parse(ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text(encoding='utf-8'))
-
-
 def keys_in(module: str, table: str) -> list[str]:
     """The keys of a table that a module defines or imports. Raises LookupError if it is not a plain dict."""
-    for node in tree_of(module).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
-        if isinstance(node, ast.Assign | ast.AnnAssign) and any(getattr(t, 'id', '') == table for t in targets):
-            return keys_of(node.value, module)
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == table for alias in node.names):
-            return keys_in(node.module, table)
+    source = ROOT.joinpath(*module.split('.')).with_suffix('.py').read_text(encoding='utf-8')
+    for node in ast.parse(source).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) | ast.AnnAssign(ast.Name(id=name), value=value):
+                if name == table:
+                    return keys_of(value, module)
+            case ast.ImportFrom(module=str(other), names=names) if table in [alias.name for alias in names]:
+                return keys_in(other, table)
     raise LookupError(table)
 
 

@@ -1,6 +1,7 @@
 """Numbers that a run computes itself: held-out losses, and for samples at the end and in between."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
