@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from config import PRESETS, Config, SettingError, choose, parse_config
 from runtime import alive, command
 from runtime.importing import import_class, import_file, refuse_foreign, refuse_hidden, refuse_to_train
-from settings.choices import TABLES, refuse
+from settings.choices import TABLES
+from settings.flags import refuse
 from settings.same_run import FREE_ON_RESUME, SCHEDULES_WITHOUT_END
 
 if TYPE_CHECKING:

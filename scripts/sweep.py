@@ -17,8 +17,7 @@ from pathlib import Path
 
 from config import PRESETS, Config, SettingError, parse_config
 from runtime import command, errors
-from settings.choices import refuse
-from settings.words import read
+from settings.flags import read, refuse
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,16 +1,18 @@
-"""What the settings that name a choice can be, and which other settings each choice reads. Needs no torch."""
+"""What the sources say of settings: their choices, which other settings each choice reads, and the page of --help, with
+the sections of config.py as groups. Needs no torch."""
 
 import ast
+import dataclasses
+import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from functools import cache
+import textwrap
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
-from runtime.errors import SettingError, choose
-from settings import words
 from settings.rules import CHOICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,28 +51,6 @@ READS: dict[str, Mapping[Any, str]] = dict(
     lr_schedule_type=dict(constant='', cosine='min_lr', inverse_sqrt='min_lr'),
     translate_prob={0.0: '', 'above 0': 'max_translation'},
 )
-
-
-def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise SettingError if the flags `argv` of this config name an unknown choice, or settings that nothing reads."""
-    _, given = words.read(argv, type(config), presets)
-    for setting in given:
-        known, value = names_of(setting), getattr(config, setting)
-        if setting in TABLES and known and value not in known and not is_extended(TABLES[setting][1]):
-            choose(setting, value, dict.fromkeys(known))
-    texts = []
-    for setting, reads in READS.items():
-        unread = [name for name in given if unread_by(config, name) == setting]
-        is_common = any({*unread} <= {*names.split()} for names in reads.values())
-        for names in filter(None, [unread] if is_common else [[name] for name in unread]):
-            values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
-            readers = [choice for choice, own in reads.items() if {*names} <= {*own.split()}]
-            made_for = {v.get(setting): f' (--preset {p})' for p, v in presets.items() if setting == 'dataset'}
-            remedy = ' or '.join(f'{choice}{made_for.get(choice, "")}' for choice in readers)
-            what = f'{setting}={getattr(config, setting)!r} does not read {"it" if len(names) == 1 else "them"}'
-            texts.append(f'{values}: {what}. Pass --{setting} {remedy}.')
-    if texts:
-        raise SettingError(' '.join(texts))
 
 
 def unread_by(config: Any, name: str) -> str:
@@ -135,3 +115,63 @@ def is_extended(table: str) -> bool:
     wings = [path.parent for path in ROOT.glob('*/__init__.py') if path.parent.name != 'tests']
     files = [*ROOT.glob('*.py'), *(file for wing in wings for file in wing.rglob('*.py'))]
     return any(adds.search(file.read_text(encoding='utf-8', errors='replace')) for file in files)
+
+
+# ---------------------------------------------------------------- the page of --help
+
+SECTION = re.compile(r'^ *# -{9,} (?:the )?(\w[\w ]*\w)[:( ]*(.*?)\)?$')
+
+
+def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
+    """A dataclass for tyro, with one inside for each section. Its values are those of `defaults`."""
+    from tyro.conf import arg
+
+    types, groups = get_type_hints(config_class), []
+    for (title, about), texts in sections(config_class).items():
+        fields = []
+        for name, text in texts.items():
+            if setting := unread_by(defaults, name):
+                text += f' Not read with {setting}={getattr(defaults, setting)}.'
+            choices = ','.join(filter(None, presets if name == 'preset' else names_of(name)))
+            shown = arg(help=text, metavar=f'{{{choices}}}' if choices else None)
+            value = dataclasses.field(default_factory=partial(getattr, defaults, name))
+            fields.append((name, Annotated[types[name], shown], value))
+        group = dataclasses.make_dataclass('Group', fields)
+        group.__doc__ = about
+        value = dataclasses.field(default_factory=group)
+        groups.append((title.replace(' ', '_'), Annotated[group, arg(name=title, help=about)], value))
+    return dataclasses.make_dataclass('Page', groups)
+
+
+def sections(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
+    """(title, more) of each section -> setting -> its help. The settings of a subclass are a section of its name."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    section_of: dict[str, tuple[str, str]] = {}
+    names = {field.name for field in dataclasses.fields(config_class)}
+    for base in reversed(config_class.__mro__):
+        unknown = dict.fromkeys(vars(base).get('__annotations__', {}), ((base.__name__, ''), ''))
+        for name, (section, text) in (unknown | source_of(base)).items():
+            if name in names:
+                texts = found.setdefault(section_of.setdefault(name, section), {})
+                texts[name] = text or texts.get(name, '')
+    return found
+
+
+def source_of(base: type) -> dict[str, tuple[tuple[str, str], str]]:
+    """Setting -> (its section, its help: the comment on its line, or the docstring below), as the source has them."""
+    try:
+        source = textwrap.dedent(inspect.getsource(base))
+        body = ast.parse(source).body[0].body  # pyright: ignore[reportAttributeAccessIssue]
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    lines, found = source.splitlines(), {}
+    headings = {i: match for i, line in enumerate(lines, 1) if (match := SECTION.match(line))}
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            above = [i for i in headings if i < node.lineno]
+            section = headings[above[-1]].groups() if above else (base.__name__, '')
+            text = lines[(node.end_lineno or 1) - 1][node.end_col_offset :].partition('#')[2]
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                text = str(after.value.value)
+            found[node.target.id] = section, ' '.join(text.split())
+    return found

@@ -19,7 +19,7 @@ from scripts.evaluate import Evaluate
 from scripts.generate import Generate
 from scripts.prepare import PrepareConfig
 from scripts.sweep import combinations
-from settings.choices import refuse
+from settings.flags import refuse
 from tests.helpers import ROOT, TINY, as_flags, record_of
 from tests.test_layers import WINGS
 

@@ -22,7 +22,7 @@ from runtime import ranks
 from runtime.errors import SaveError
 from runtime.files import write_text
 from runtime.importing import ROOT
-from settings import words
+from settings.flags import read
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
@@ -175,7 +175,7 @@ def command_line(config_class: type[Config] = Config) -> str:
         given['MASTER_PORT'] = os.environ['RUN_PORT']
     script = [] if sys.argv[0] == 'main.py' else sys.argv[:1]
     variables = [f'{name}={shlex.quote(value)}' for name, value in given.items()]
-    flags, _ = words.read(sys.argv[1:], config_class, PRESETS)  # paths as seen from the project's folder
+    flags, _ = read(sys.argv[1:], config_class, PRESETS)  # paths as seen from the project's folder
     return ' '.join([*variables, shlex.join(['sh', 'run.sh', *script, *flags])])
 
 

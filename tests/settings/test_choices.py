@@ -11,7 +11,8 @@ import pytest
 
 import main
 from config import PRESETS, Config, SettingError, parse_config
-from settings.choices import READS, TABLES, is_extended, keys_in, refuse
+from settings.choices import READS, TABLES, is_extended, keys_in
+from settings.flags import refuse
 from tests.helpers import ROOT
 
 FIELDS = {field.name for field in dataclasses.fields(Config)}
