@@ -13,6 +13,7 @@ export PYTHONUTF8=1 PYTHONIOENCODING=:backslashreplace
 # A closed output: the next file that is opened would take its place.
 (: 3>&1) 2>/dev/null || exec >/dev/null
 (: 3>&2) || exec 2>/dev/null
+(: 3<&0) 2>/dev/null || exec </dev/null
 
 fail() { echo "run.sh: $*" >&2; exit 1; }
 
@@ -23,7 +24,8 @@ esac
 # A shell would die at once of a signal and leave its command running.
 stopping=
 run_child() {
-    "$@" &
+    exec 3<&0 # else it would read /dev/null, being in the background: breakpoint() needs the terminal
+    "$@" <&3 3<&- &
     child=$!
     trap 'stopping=1; trap "" TERM INT HUP USR1; echo "run.sh: stopping" >&2 || :; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP USR1
     status=0

@@ -203,3 +203,11 @@ def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch, tmp_pa
     monkeypatch.delattr(launcher.api, '_terminate_process_handler')
     with pytest.raises(RuntimeError, match=r'has no _terminate_process_handler: update launch/launcher\.py'):
         launcher.obey_once(tmp_path)
+
+
+def test_a_script_reads_the_input_of_run_sh(base):
+    """Such as breakpoint(): what a shell starts in the background would read /dev/null."""
+    (base / 'elsewhere/asks.py').write_text('print("got", input(), flush=True)')
+    command = ['sh', base / 'repo/run.sh', 'asks.py']
+    kept = dict(cwd=base / 'elsewhere', env=launch_env(1), text=True, timeout=100)
+    assert 'got this\n' in subprocess.run(command, input='this\n', stdout=subprocess.PIPE, **kept).stdout
