@@ -1,6 +1,7 @@
 """Which values the settings may have: rules for single settings and for several together."""
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -105,8 +106,22 @@ def not_plain(value: Any) -> str:
     return '' if value is None or type(value) in (str, int, float, bool) else f'a value of type {type(value).__name__}'
 
 
+def refuse_no_setting(kind: type) -> None:
+    """Raise SettingError for a value of a config class that is not a setting, which only `name: type = value` in a
+    dataclass is: nothing would read it."""
+    for cls in (cls for cls in kind.__mro__ if hasattr(cls, '__dataclass_fields__')):
+        typed, is_decorated = inspect.get_annotations(cls), '__dataclass_params__' in vars(cls)
+        values = [n for n, v in vars(cls).items() if n.islower() and n[0] != '_' and not hasattr(v, '__get__')]
+        if names := [name for name in [*typed, *values] if not (is_decorated and name in typed)]:
+            raise SettingError(
+                f'{cls.__name__}.{names[0]} is not a setting: write {names[0]}: type = value, and '
+                f'@dataclass(frozen=True) above class {cls.__name__}.'
+            )
+
+
 def validate(config: Any, presets: Mapping[str, Any]) -> None:
     """Raise SettingError for the first value that breaks a rule."""
+    refuse_no_setting(type(config))
     choose('preset', config.preset, presets)
     for name, values in CHOICES.items():
         choose(name, getattr(config, name), dict.fromkeys(values))

@@ -70,3 +70,35 @@ def test_a_dataclass_in_a_config_comes_back_from_a_checkpoint_and_from_json(tmp_
         assert not changes(from_json, config)
         assert set(changes(from_json, dataclasses.replace(config, other=None))) == {'other'}
     assert not changes(dataclasses.asdict(Config()), Mine())  # a run from before these fields
+
+
+class Bare(Config):
+    base_lr: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Untyped(Config):
+    base_lr = 1e-2
+
+
+class Twice(Untyped):
+    depth = 2
+
+
+@dataclass(frozen=True)
+class Whole(Config):
+    depth: int = 2
+    SIZES = (1, 2)
+
+    def twice(self):
+        return 2 * self.depth
+
+    three = property(lambda self: 3 * self.depth)
+
+
+@pytest.mark.parametrize('kind, name', [(Bare, 'base_lr'), (Untyped, 'base_lr'), (Twice, 'depth')])
+def test_a_value_that_dataclass_does_not_take_as_a_setting_is_refused(kind, name):
+    """It would be ignored: the run would train with the default of Config."""
+    with pytest.raises(SettingError, match=rf'{kind.__name__}\.{name} is not a setting: .*@dataclass\(frozen=True\)'):
+        parse_config([], kind)
+    assert parse_config(['--depth', '3'], Whole).three == 9
