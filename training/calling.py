@@ -58,7 +58,11 @@ class Caller:
                 module.train(train)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 out = self.call(module, xt, t, label, cond)
-            return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+            try:
+                return tuple(part.float() for part in out) if isinstance(out, tuple) else out.float()
+            except AttributeError:
+                what = f'{type(module).__name__}.forward returned {type(out).__name__}'
+                raise TypeError(f'{what}: return a tensor, or a tuple of tensors, the prediction first.') from None
 
         return model_fn
 
@@ -179,8 +183,9 @@ class Loss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         losses = self.loss_fn(batch)
-        if losses.shape != batch.t.shape:
-            shapes = f'shape {tuple(batch.t.shape)}, not {tuple(losses.shape)}'
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if shape != batch.t.shape:
+            shapes = f'shape {tuple(batch.t.shape)}, not {shape}'
             raise ValueError(f'loss_fn must return one loss per image, {shapes}')
         return losses
 

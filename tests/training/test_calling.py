@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -254,3 +255,28 @@ def test_gradients_are_averaged_in_the_last_backward_pass_alone():
     loss = object.__new__(calling.ParallelLoss)
     loss.losses = Parallel()
     assert [loss(None, average=False), loss(None, average=True), loss(None)] == [False, True, True]
+
+
+class Returns(nn.Module):
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+
+    def forward(self, xt, t, label):
+        return self.out
+
+
+@pytest.mark.parametrize('out', [{'sample': torch.ones(2)}, None, (torch.ones(2), None)])
+def test_what_a_network_returns_in_place_of_a_tensor_is_named(out):
+    model_fn = calling.Caller(Config(), CPU)(Returns(out))
+    with pytest.raises(TypeError, match=rf'^Returns\.forward returned {type(out).__name__}: return a tensor'):
+        model_fn(torch.ones(2), torch.ones(2))
+    pair = calling.Caller(Config(), CPU)(Returns((torch.ones(2).double(), torch.ones(1))))
+    assert [part.dtype for part in pair(torch.ones(2), torch.ones(2))] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize('given, found', [(None, 'NoneType'), (1.0, 'float'), (torch.ones(()), r'\(\)')])
+def test_a_loss_that_is_not_one_for_each_image_is_named(given, found):
+    batch = types.SimpleNamespace(t=torch.ones(2))
+    with pytest.raises(ValueError, match=rf'one loss per image, shape \(2,\), not {found}'):
+        calling.Loss({}, lambda batch: given)(batch)
