@@ -60,8 +60,13 @@ def flags(
 
 def start(config: Config, trainer_class: type | None) -> None:
     """The run, or with `check` its rehearsal. One that is refused leaves no new folder behind."""
+    from runtime.ranks import print_once
+    from trainer import ExampleDiffusionTrainer
     from training import run_folder
+    from training.unused import unused
 
+    for warning in unused(trainer_class, ExampleDiffusionTrainer):
+        print_once(f'warning: {warning}')
     try:
         if config.check:
             from reports.dry_run import dry_run
