@@ -20,7 +20,8 @@ IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.ti
 IMAGE_ENDINGS += ('.avif',) if '.avif' in Image.registered_extensions() else ()
 TO_CONVERT = ('.heic', '.heif', '.avif', '.svg', '.jxl', '.dng', '.psd')  # images that Pillow does not read
 LISTS = ('labels.csv', 'dataset.json', 'generate.json')  # of classes, and of generate.py
-ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')
+ARRAYS, ARCHIVES = {'.npy', '.npz', '.pt'}, {'.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'}
+NO_ENDING = 'no ending'
 SYSTEM = set('@eadir @tmp __macosx #recycle #snapshot $recycle.bin lost+found'.split()) | {'system volume information'}
 OTHERS, CONVERT = 'files that are not images', 'images that must be converted first'  # kinds of what is skipped
 
@@ -163,12 +164,16 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
                 skipped['pictures next to generate.json'][name] += 1
             else:
                 files.append(os.path.relpath(os.path.join(folder, name), root))
+    others = skipped[OTHERS]
+    if len(bare := [name for name in others if name[0] != '.']) > 3:
+        others[NO_ENDING] = sum(others.pop(name) for name in bare)
     if not files:
-        archive = any(ending in ARCHIVES for ending in skipped[OTHERS])
+        there = skipped[OTHERS] + skipped[CONVERT]
         remedy = 'Pass a folder of images, or of one folder for each class, as --data_path.'
         remedy = 'Convert them to PNG or JPEG.' if skipped[CONVERT] else remedy
-        remedy = 'Unpack the archive.' if archive else remedy
-        there = skipped[OTHERS] + skipped[CONVERT]
+        remedy = '--dataset arrays reads a file of them; np.stack joins several.' if there.keys() & ARRAYS else remedy
+        remedy = 'Give the files their ending, such as .png.' if there[NO_ENDING] else remedy
+        remedy = 'Unpack the archive.' if there.keys() & ARCHIVES else remedy
         only = f', only {listing(there)}' if there else ''
         raise SettingError(f'{where}: it holds no image ({", ".join(IMAGE_ENDINGS)}){only}. {remedy}')
     return files, [f'skipped {kind}: {listing(counts)}' for kind, counts in skipped.items() if counts]

@@ -11,6 +11,7 @@ from runtime.errors import SettingError
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
 TRAIN = ('train', 'training')
 HELD_OUT = ('val', 'valid', 'validation', 'test', 'testing', 'eval')  # of several, the first is held out
+OR = 'Numbers can be a condition instead: docs/experiments.md, Conditions.'
 
 
 def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
@@ -23,12 +24,12 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     kind, number, remedy = label.dtype.kind, label.dtype.kind in 'iu' and label.size > 0, ''
     if label.shape != (n,):
         several = label.ndim == 2 and len(label) == n
-        remedy = 'labels.argmax(1) takes the largest of a row, labels[:, 0] a column.' if several else 'Check the file.'
+        remedy = f'labels.argmax(1) takes the largest of a row, labels[:, 0] a column. {OR}' if several else 'Check it.'
     elif kind == 'f' and np.isnan(label).any():
         remedy = f'{np.isnan(label).sum()} of them are NaN: leave those items out.'
     elif kind == 'f':
         whole = (label == label.round()).all()
-        remedy = f'{"labels.astype(int)" if whole else "np.digitize(labels, edges)"} makes classes of floats.'
+        remedy = f'{"labels.astype(int)" if whole else "np.digitize(labels, edges)"} makes classes of floats. {OR}'
     elif number and label.min() < 0:
         remedy = 'Leave those items out (labels >= 0), or make them a class of their own: labels - labels.min().'
     elif kind not in 'biuUST':

@@ -237,10 +237,18 @@ def test_a_file_is_refused_with_what_to_do(folder, config_of, name, words):
 
 
 @pytest.mark.parametrize(
-    ('name', 'remedy'), [('x.heic', r'only .heic 1\. Convert them'), ('x.zip', 'Unpack the archive')]
+    ('names', 'remedy'),
+    [
+        ('x.heic', r'only .heic 1\. Convert them'),
+        ('x.zip', 'Unpack the archive'),
+        ('a b c d', r'only no ending 4\. Give the files their ending, such as \.png'),
+        ('a.npy b.npy', r'only .npy 2\. --dataset arrays reads a file of them; np\.stack joins several'),
+        ('README', r'only README 1\. Pass a folder of images'),
+    ],
 )
-def test_a_folder_without_an_image_says_what_to_do(folder, config_of, name, remedy):
-    (folder / name).write_bytes(b'')
+def test_a_folder_without_an_image_says_what_to_do(folder, config_of, names, remedy):
+    for name in names.split():
+        (folder / name).write_bytes(b'')
     with pytest.raises(SettingError, match=remedy):
         list_images(config_of())
 
