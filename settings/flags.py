@@ -42,6 +42,15 @@ HINTS = {
     'num_steps steps max_steps': '--num_training_steps (training), or --num_sample_steps (sampling)',
     'cfg cfg_scale guidance': '--guidance_scale, in a run that is trained with --label_dropout 0.1',
     'fp16 bf16 amp mixed_precision': '--precision bfloat16, which is the default on a GPU that has it',
+    'diffusion_steps timesteps noise_schedule': '--process_name: time is continuous; --num_sample_steps in sampling',
+    'num_channels channel_mult': '--channels and --channel_mults, such as --channels 64 --channel_mults 1 2 4',
+    'class_cond': '--label_dropout 1 for no classes: without it, the classes of the data are used if there are any',
+    'microbatch gradient_accumulation_steps': '--accumulation_steps, which cuts --global_batch_size into so many parts',
+    'save_interval log_interval': '--save_every, --log_every',
+    'ema_rate ema_decay': '--ema_decays',
+    'nproc nproc_per_node num_gpus': 'NPROC=2 sh run.sh ...',
+    'cpu': 'CUDA_VISIBLE_DEVICES= sh run.sh ...',
+    'wandb_mode no_wandb': '--wandb online, offline or disabled',
     'version': 'git describe --always; run.json of a run has its commit and the versions of its packages',
     'data_root data': '--data_path (images or arrays of yours), or --data_dir (where downloads are)',
     'out output output_dir outdir': '--ckpt_dir and --experiment_name: a run is in ckpt_dir/experiment_name',
@@ -156,6 +165,10 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
 
     Raises SettingError for a flag in HINTS, a bare word, and numbers in one word such as '(48,20)'.
     """
+    if argv is None and 'kernel' in Path(sys.argv[0]).name:
+        raise SettingError(
+            "a notebook has no flags: pass them, as main(['--seed', '1']) or parse_config(['--seed', '1'])."
+        )
     types, groups = get_type_hints(config_class), [('', list[str](), False)]
     for word in sys.argv[1:] if argv is None else argv:
         if re.match(r'-(?![\d.]|inf|nan|$)', word):
@@ -194,6 +207,7 @@ def taken(name: str, kind: Any, value: str) -> str:
         apart = ' '.join(re.sub(r'[,()[\]]', ' ', value).split())
         raise SettingError(f'{name}={value!r}: numbers are words of their own. Write --{name} {apart}.')
     path = from_caller(value, is_output=name == 'out') if name in PATHS else value
+    path += '/last.pt' if name == 'init_from' and Path(path).is_dir() else ''  # the folder of a run
     return value if name == 'data_path' and not Path(path).exists() else path  # it may be a name, of the hub
 
 

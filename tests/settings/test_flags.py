@@ -248,6 +248,9 @@ class Epochs(Config):
         ('--epochs', 'num_training_steps'), ('--resume', 'the same command'), ('--gpu', 'CUDA_VISIBLE_DEVICES'),
         ('--device=cuda:1', 'NPROC'), ('--batch-size', 'global_batch_size'), ('--learning_rate', 'base_lr'),
         ('--num_steps', 'num_sample_steps'), ('--cfg', 'guidance_scale'), ('--fp16', 'precision'),
+        ('--diffusion_steps', 'process_name'), ('--timesteps', 'process_name'), ('--num_channels', '--channels 64'),
+        ('--class_cond', 'label_dropout 1'), ('--microbatch', 'accumulation_steps'), ('--ema_rate', 'ema_decays'),
+        ('--save_interval', 'save_every'), ('--nproc', 'NPROC=2'), ('--wandb_mode', '--wandb online, offline'),
         ('--version', 'run.json'), ('--data_root', 'data_path'), ('--out', 'experiment_name'),
     ],
 )  # fmt: skip
@@ -318,6 +321,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
     assert (made.data_path, made.ckpt_dir) == (f'{tmp_path}/pictures', f'{tmp_path}/mine')
     assert (made.experiment_name, made.data_dir) == ('pictures', 'data')
     assert parse_config(['--init_from', 'README.md']).init_from == 'README.md'
+    assert parse_config(['--init_from', 'docs']).init_from == 'docs/last.pt'
     assert parse_config(['--dataset', 'hub', '--data_path', 'nobody/nothing']).data_path == 'nobody/nothing'
     assert read(flags, Config, PRESETS)[0] == [
         *['--dataset', 'hub', '--data_path', f'{tmp_path}/pictures', f'--ckpt_dir={tmp_path}/mine'],
@@ -334,3 +338,10 @@ def test_run_sh_from_another_folder(tmp_path, run_sh):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'drawn_here/grid.png').exists() and not (ROOT / 'drawn_here').exists()
     assert json.loads((tmp_path / 'ck/a/run.json').read_text())
+
+
+def test_a_notebook_is_told_to_pass_flags(monkeypatch):
+    monkeypatch.setattr('sys.argv', ['/x/ipykernel_launcher.py', '-f', '/x/kernel.json'])
+    with pytest.raises(SettingError, match=r"a notebook has no flags: pass them, as main\(\['--seed'"):
+        parse_config()
+    assert parse_config([]).seed == 0
