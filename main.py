@@ -128,7 +128,7 @@ def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **s
     from training import run_record
     from training.posthoc import POSTHOC, posthoc_weights
 
-    path = Path(run_dir)
+    path = Path(run_dir).expanduser()
     checkpoint = path if path.suffix == '.pt' else path / 'last.pt'
     folder = checkpoint.parent
     start = run_record.read_start(folder)
