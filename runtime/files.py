@@ -144,9 +144,16 @@ def try_lock(file: IO) -> bool | None:
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
     """Only one process of this machine at a time is inside; `waiting` is called once if another one is. Yields False
-    where the file system has no locks, so that there may be others inside."""
+    where the file system has no locks, or the lock cannot be written, so that there may be others inside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as lock:
+    try:
+        lock = open(path, 'a')  # noqa: SIM115
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield False
+        return
+    with lock:
         has_lock = try_lock(lock)
         if has_lock is False:
             waiting()

@@ -151,6 +151,22 @@ def test_locked_where_there_are_no_locks_says_so(monkeypatch, tmp_path):
         assert not is_locked
 
 
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EROFS])
+def test_locked_lets_in_who_may_only_read(monkeypatch, tmp_path, number):
+    """A cache that another user made, or that is mounted read-only, can be used."""
+
+    def refuse(path, mode):
+        assert (path, mode) == (tmp_path / 'lock', 'a')
+        raise OSError(number, 'refused')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('builtins.open', refuse)
+        with files.locked(tmp_path / 'lock', lambda: pytest.fail('it waits')) as is_locked:
+            assert not is_locked
+    with pytest.raises(IsADirectoryError), files.locked(tmp_path, lambda: pytest.fail('it waits')):
+        pytest.fail('it is locked')
+
+
 def test_whatever_a_damaged_file_leads_to_is_caught():
     """torch raises errors of many types: of 3000 files with a changed byte, these hold some of each."""
     file = io.BytesIO()
