@@ -57,7 +57,7 @@ def may_be_part(part: Any) -> bool:
 
 def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
     """A batch from items of a Dataset, which errors call by their `numbers`, checked. Raises DataError."""
-    return Sent(check_arrays(joined(items, where), spec, where, numbers))
+    return Sent(check_arrays(joined(items, where, numbers), spec, where, numbers))
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:

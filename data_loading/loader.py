@@ -24,7 +24,7 @@ from data_loading import workers
 from data_loading.checks import collate
 from data_loading.spec import Arrays, DataSpec, Part
 from runtime import ranks
-from runtime.errors import SettingError
+from runtime.errors import DataError, SettingError, Stopped
 from runtime.ranks import cores_per_process
 from runtime.stopping import ignore_signals_except_from_parent
 
@@ -111,7 +111,17 @@ class Numbered(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[list[int], list]:
         read, rows = getattr(self.items, '__getitems__', None), getattr(self.items, 'file_rows', None)
         numbers = indices if rows is None else [int(rows[i]) for i in indices]
-        return numbers, read(indices) if read else [self.items[i] for i in indices]
+        return numbers, read(indices) if read else [
+            self.item(i, number) for i, number in zip(indices, numbers, strict=True)
+        ]
+
+    def item(self, i: int, number: int) -> Any:
+        try:
+            return self.items[i]
+        except Exception as error:
+            if not isinstance(error, (DataError, Stopped)):  # which say it all
+                print(f'item {number} of the data: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
+            raise
 
 
 def collate_numbered(numbered: Any, spec: DataSpec, where: str) -> Arrays:

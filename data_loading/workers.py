@@ -1,6 +1,6 @@
 """Loader processes: batches from items, how they are sent, and how a wait for them ends."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +35,18 @@ def arrived(parts: list[tuple[Any, Any, Any]]) -> tuple[Any, ...]:
     return tuple(v if kind is None else torch.from_numpy(v).view(kind).view(shape) for v, kind, shape in parts)
 
 
-def joined(items: list[Any], where: str) -> Any:
+def joined(items: list[Any], where: str, numbers: Sequence[int] = ()) -> Any:
     """torch's default_collate, but in memory of this process: in a loader process torch's takes /dev/shm. Raises
-    DataError, which names the data as `where`, if the items do not fit together, else what torch raises."""
+    DataError, which names the data as `where` and items by their `numbers`, if they do not fit together, else what
+    torch raises."""
     stack: dict[Any, Any] = {Tensor: lambda tensors, **_: torch.stack(tensors)}
     try:
         return collate(items, collate_fn_map={**default_collate_fn_map, **stack})
     except (TypeError, RuntimeError) as error:
-        kinds = list(dict.fromkeys(map(describe, items)))
+        first = dict[str, int]()  # of each kind
+        for i, item in enumerate(items):
+            first.setdefault(describe(item), i)
+        kinds = [f'{kind} (item {numbers[i]})' if numbers and len(first) > 1 else kind for kind, i in first.items()]
         if isinstance(error, RuntimeError) and len(kinds) == 1:  # it is not the items: too little memory, say
             raise
         hint = ' Of a PIL image, transforms.PILToTensor() makes one.' if '(Image' in str(kinds) else ''

@@ -255,7 +255,10 @@ def test_pairs(set_up):
     'item, words',
     [
         ((IMAGES[0], 7), 'label goes from 0 to 7'),
-        ((IMAGES[0, :, :2], 0), r'made of \(uint8 \(3, 4, 5\), int\) and \(uint8 \(3, 2, 5\), int\)\.'),
+        (
+            (IMAGES[0, :, :2], 0),
+            r'made of \(uint8 \(3, 4, 5\), int\) \(item \d\) and \(uint8 \(3, 2, 5\), int\) \(item 3\)\.',
+        ),
         ((IMAGES[0].float(), 0), 'float32 .*3, 4, 5'),
     ],
 )

@@ -71,3 +71,28 @@ def test_loader_processes_that_cannot_be_started_name_the_setting():
             workers.started(loader)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, most)
+
+
+class Broken(torch.utils.data.Dataset):
+    """Item 2 is None, item 3 cannot be read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        if i == 3:
+            raise OSError('no such slice')
+        return None if i == 2 else (X[i], 0)
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_an_item_of_a_dataset_that_fails_is_named_by_its_number(num_workers, capfd):
+    spec = DataSpec(lambda config: (), (1, 2, 3), 4)
+    for items, error, words in [
+        ([1, 3], OSError, 'no such slice'),
+        ([1, 2], DataError, r'of \(uint8 \(1, 2, 3\), int\) \(item 1\) and NoneType \(item 2\)'),
+    ]:
+        loader = Loader(Part(Broken()), [items], spec, torch.device('cpu'), num_workers)
+        with pytest.raises(error, match=words):
+            list(workers.read(loader.workers, 'test'))
+    assert 'item 3 of the data: OSError: no such slice\n' in capfd.readouterr().err
