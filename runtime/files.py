@@ -98,10 +98,13 @@ def cause_of(error: BaseException) -> str:
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, survive a power cut."""
+    """Make the content of a file, or the names in a folder, survive a power cut, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of folders on CIFS, VirtualBox and WSL disks
+            raise
     finally:
         os.close(descriptor)
 

@@ -94,12 +94,13 @@ def output_of(*command: str) -> str | None:
 
 def git_state() -> dict[str, str | None]:
     """Commit of the project's repository and the diff to it, cut to LONGEST_DIFF; None without a repository."""
-    if output_of('git', 'ls-files', '--error-unmatch', 'config.py') is None:  # none, or another one around the project
+    git = ('git', '-c', f'safe.directory={ROOT}', '--no-pager')  # it may be another user's, as in a container
+    if output_of(*git, 'ls-files', '--error-unmatch', 'config.py') is None:  # none, or another one around the project
         return dict(commit=None, diff=None)
-    diff = output_of('git', '--no-pager', 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
+    diff = output_of(*git, 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
     if diff is not None and len(diff) > LONGEST_DIFF:
         diff = f'{diff[:LONGEST_DIFF]}\n... and {len(diff) - LONGEST_DIFF} more characters'
-    return dict(commit=output_of('git', 'rev-parse', 'HEAD'), diff=diff)
+    return dict(commit=output_of(*git, 'rev-parse', 'HEAD'), diff=diff)
 
 
 def versions() -> dict[str, str | None]:

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 
@@ -186,6 +187,19 @@ def test_durable_syncs_the_file_and_then_its_name(tmp_path, monkeypatch):
     assert synced == [('.tmp', False), (tmp_path, True)]
     files.write_text(path, 'second')
     assert len(synced) == 2
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_that_syncs_no_folder_is_written_to(tmp_path, monkeypatch, number):
+    """CIFS, VirtualBox and WSL give such errors; EIO is one."""
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, 'refused')
+
+    monkeypatch.setattr(os, 'fsync', refuse)
+    with pytest.raises(OSError, match='refused') if number == errno.EIO else contextlib.nullcontext():
+        files.write_text(tmp_path / 'x', 'text', durable=True)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,11 @@ def test_git_tells_the_commit_and_what_was_changed_since(tmp_path, monkeypatch):
     assert run_record.git_state() == nothing  # one that does not hold the project
     git('add', '.')
     git('commit', '-qm', 'first')
-    assert run_record.git_state() == dict(commit=git('rev-parse', 'HEAD').strip(), diff='')
+    assert run_record.git_state() == (state := dict(commit=git('rev-parse', 'HEAD').strip(), diff=''))
+    with monkeypatch.context() as patch:
+        patch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')  # as in a container, whose user is another
+        assert run_record.git_state() == state
+        assert run_record.output_of('git', 'rev-parse', 'HEAD') is None
     (tmp_path / 'config.py').write_text('a = 2\n')
     assert '-a = 1\n+a = 2' in run_record.git_state()['diff']
     monkeypatch.setattr(run_record, 'LONGEST_DIFF', 50)
