@@ -146,7 +146,7 @@ def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
             begins = file.read(6)
         if not begins.startswith((b'\x93NUMPY', b'PK')):
             raise ValueError(f'it is not a file of numpy, and begins with {begins}')
-        found = np.load(path, mmap_mode='r', allow_pickle=False)
+        found = np.load(path, mmap_mode='c', allow_pickle=False)  # 'r' is a shared map, which some disks lack
         there = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
         return {name: x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('=')) for name, x in there.items()}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -414,3 +414,13 @@ def test_the_fingerprint_of_rows_depends_on_the_last():
     other[-1] = 1
     mark, changed = (arrays.ShuffledRows(a, np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other))
     assert mark != changed and len(mark) == 128 and mark.startswith('8ce714547b2ecd2f60a8e13b')  # must stay
+
+
+@pytest.mark.skipif(not Path('/proc/self/maps').exists(), reason='not Linux')
+def test_a_file_is_mapped_privately(tmp_path):
+    """FUSE and other file systems have no shared maps."""
+    np.save(tmp_path / 'x.npy', RNG.normal(size=(5, 3)))
+    x = arrays.read_numpy(tmp_path / 'x.npy', 'here')['x']
+    lines = Path('/proc/self/maps').read_text().splitlines()
+    maps = [line.split()[1] for line in lines if line.endswith(f'{tmp_path}/x.npy')]
+    assert isinstance(x, np.memmap) and maps and all(kind[3] == 'p' for kind in maps)
