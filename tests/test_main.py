@@ -311,3 +311,9 @@ def test_a_script_that_never_calls_main_is_told_so(tmp_path, run_sh):
     result = run_sh(str(script))
     assert 'forgotten.py ended without a run: it has to call main()' in result.stderr
     assert 'ended without a run' not in run_sh(num_training_steps=3).stderr
+
+
+def test_load_run_takes_a_path_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(SettingError, match=rf'^{tmp_path}/nowhere does not exist'):
+        load_run('~/nowhere')
