@@ -191,10 +191,9 @@ class Record:
         try:
             yield
         except OSError as error:
-            raise SaveError(
-                f'{self.path.parent}: the record cannot be written ({files.cause_of(error)}). Make room there, and the '
-                'same command resumes from the last checkpoint.'
-            ) from error
+            fix = 'Make room there' if self.path.parent.is_dir() else 'The folder is gone: put it back'
+            text = f'{self.path.parent}: the record cannot be written ({files.cause_of(error)}). {fix}, and the same '
+            raise SaveError(f'{text}command resumes from the last checkpoint.') from error
 
     def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
         """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -136,6 +137,16 @@ def test_a_full_disk_is_an_error_with_a_remedy(tmp_path):
         (record.path.parent / 'samples').write_text('in the way')
         with pytest.raises(SaveError, match='cannot be written'):
             record.picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 1)
+
+
+def test_a_folder_that_was_deleted_in_mid_run_is_named(tmp_path):
+    record = record_in(tmp_path / 'run')
+    with record.open(0):
+        shutil.rmtree(record.path.parent)
+        with pytest.raises(
+            SaveError, match=r'run: the record cannot be written \(.*The folder is gone: put it back, and'
+        ):
+            write(record, 1, a=1.0)
 
 
 def test_a_picture_on_disk_has_the_same_pixels(tmp_path):
