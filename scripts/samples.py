@@ -60,8 +60,8 @@ class Samples:
             path = self.run.config.data_path
             if not path or self.run.config.dataset == 'hub' or Path(path).expanduser().exists():
                 raise
-            text = f'evaluate.py compares samples with the data, and {path} is gone'
-            raise SettingError(f'data_path={path!r}: {text}. Pass its new place as --data_path.') from None
+            text = 'evaluate.py compares samples with the data, and they are gone from there'
+            raise SettingError(f'data_path={path!r}: {text}. Pass their new place as --data_path.') from None
 
     @cached_property
     def own_inputs(self) -> SampleInputs:

@@ -80,7 +80,7 @@ def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, 
             read()
     with pytest.raises(SettingError, match=needed):
         load_run(run).test_loader.open()
-    with pytest.raises(SettingError, match=r'evaluate\.py compares .* data, and .*images is gone.* --data_path\.$'):
+    with pytest.raises(SettingError, match=r"^data_path='.*images': evaluate\.py compares .* gone .* --data_path\.$"):
         evaluate(Evaluate(str(run), num=10, nfe=(2,)))
     trainer = load_run(run, data_path=str(moved))
     assert trainer.example.x0.equal(real.x0) and trainer.example.t.equal(real.t)
