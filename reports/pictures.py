@@ -9,7 +9,6 @@ from torch import Tensor
 
 import utils
 from config import SettingError
-from data_loading.toy2d import TOY2D
 from logging_utils import Record
 from optimizers import get_lr
 from runtime import ranks, stopping
@@ -193,6 +192,8 @@ class Gallery:
             named = [(plots.within_unit(x), names if len(x) == len(names) else ()) for x in parts]
             return plots.next_to_each_other([plots.image_grid(x, columns, names=n) for x, n in named])
         if kind(parts[-1]) == 'points':
+            from data_loading.toy2d import TOY2D
+
             toy = None if are_data else TOY2D.get(self.config.dataset)
             classes = self.data.known_classes(label, self.config.label_dropout)
             return plots.scatter(parts, titles, classes, toy.density if toy else None)

@@ -22,7 +22,6 @@ from runtime import ranks
 from runtime.errors import SaveError
 from runtime.files import write_text
 from runtime.importing import ROOT
-from settings.flags import read
 from settings.same_run import MAY_DIFFER
 from training.run_folder import Identity
 
@@ -168,6 +167,8 @@ def refuse_unlike(config: Config) -> None:
 
 def command_line(config_class: type[Config] = Config) -> str:
     """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
+    from settings.flags import read
+
     if 'RUN_REPORTS' not in os.environ:  # of the launcher
         return shlex.join(['python', *sys.argv])
     machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
