@@ -215,9 +215,10 @@ def classes_of(root: Path, files: list[str], where: str) -> Classes:
     if classes is None:
         return {file: key(name) for name, group in groups.items() for file in group} if len(groups) > 1 else {}
     known = {file: classes[file] for file in files if file in classes}
-    if known and len(known) < len(files):
+    if classes and len(known) < len(files):
         without = next(printable(file) for file in files if file not in known)
         text = f'{len(files) - len(known)} of {len(files)} images are not in its list of classes ({without})'
+        text += '' if known else f'; the list has {printable(next(iter(classes)))}'
         raise SettingError(f'{where}: {text}. Add them, or remove dataset.json and labels.csv to train without it.')
     return known
 

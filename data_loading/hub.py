@@ -105,7 +105,8 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     images = of_kind(datasets.Image) or [name for name, dtype in kinds.items() if dtype in ('binary', 'large_binary')]
     if not images:
         columns = ', '.join(f'{name} ({dtype})' for name, dtype in kinds.items())
-        raise SettingError(f'{where}: no column holds images, as files or their bytes; there are {columns}.')
+        remedy = 'Write the bytes of a dict as a column of their own.' if 'dict' in kinds.values() else ''
+        raise SettingError(f'{where}: no column holds images, as files or their bytes; there are {columns}. {remedy}')
     if not named and len(images) > 1:
         raise SettingError(f'{where}: cannot tell which column holds the images; image columns: {images}. {choice}')
     image = named[0] if named else images[0]

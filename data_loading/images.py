@@ -245,6 +245,8 @@ def list_images(config: Config) -> ImageFiles:
     held-out part is at the beginning. Raises SettingError."""
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
     where = f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
+    if not config.data_path and not root.exists():
+        raise SettingError("dataset='image_folder': pass your folder of images as --data_path.")
     files, labels, held_out, facts = find(root, where)
     if flips := ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name)):
         letters = [f' ({name!r})' for name in facts['classes'] if re.search(LETTERS, name, re.IGNORECASE)][:1]

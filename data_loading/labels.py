@@ -24,7 +24,8 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     kind, number, remedy = label.dtype.kind, label.dtype.kind in 'iu' and label.size > 0, ''
     if label.shape != (n,):
         several = label.ndim == 2 and len(label) == n
-        remedy = f'labels.argmax(1) takes the largest of a row, labels[:, 0] a column. {OR}' if several else 'Check it.'
+        remedy = f'There are {len(label)}.'
+        remedy = f'labels.argmax(1) takes the largest of a row, labels[:, 0] a column. {OR}' if several else remedy
     elif kind == 'f' and np.isnan(label).any():
         remedy = f'{np.isnan(label).sum()} of them are NaN: leave those items out.'
     elif kind == 'f':
@@ -35,7 +36,7 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     elif kind not in 'biuUST':
         remedy = 'labels.astype(str) makes texts of them.'
     if remedy:
-        found = describe(label) + (f', from {label.min()}' if number else '')
+        found = describe(label) + (f', the smallest {label.min()}' if number else '')
         raise SettingError(
             f'{where}: labels are {found}. One whole number from 0, text or bool for each of {counted(n, "item")} is '
             f'needed. {remedy}'

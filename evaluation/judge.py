@@ -19,7 +19,7 @@ from runtime import ranks
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from sampling import ModelFn
-from training.advice import lr_warning, pair_warning, round_trip_warning, scale_warning
+from training.advice import data_warning, lr_warning, pair_warning, round_trip_warning, scale_warning
 from training.batches import Batches
 from training.calling import in_eval_mode
 from training.drawing import Drawing, no_memory, not_finite
@@ -50,10 +50,10 @@ class Judge:
         c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
         with torch.no_grad():
             round_trip = round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
+        of_data = data_warning(c, self.experiment.data.num_classes, self.batches.train_loader.size)
         pair = pair_warning(c, self.experiment.process)
-        for warning in (scale_warning(x0, c.sigma_data), round_trip, pair, lr_warning(c)):
-            if warning:
-                print_once(f'warning: {warning}')
+        for warning in filter(None, (of_data, scale_warning(x0, c.sigma_data), round_trip, pair, lr_warning(c))):
+            print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
         with self.record.apart():  # to tell samplers apart may need samples
             self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED

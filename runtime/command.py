@@ -35,8 +35,9 @@ def options(kind: type[T], argv: Sequence[str] | None, about: str | None, *paths
         made: Any = tyro.cli(kind, args=argv, use_underscores=True, description=about)
         seen: dict[str, Any] = {}
         for name in paths:
-            value, is_output = getattr(made, name), name == 'out'
-            seen[name] = from_caller(value, is_output) if isinstance(value, str) else tuple(map(from_caller, value))
+            value = getattr(made, name)
+            many = isinstance(value, tuple)
+            seen[name] = tuple(map(from_caller, value)) if many else value and from_caller(value, name)
         return dataclasses.replace(made, **seen)
 
     return parsed(parse)

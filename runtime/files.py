@@ -30,14 +30,15 @@ LOAD_ERRORS = (
 ROOT = Path(__file__).resolve().parents[1]  # of the project
 
 
-def from_caller(path: str, is_output: bool = False) -> str:
+def from_caller(path: str, flag: str = '') -> str:
     """A path of the command line, as seen from the project's folder, into which run.sh changes from RUN_CALLER.
 
-    A relative one is in the caller's folder. Is there nothing, but in the project, it is that one, if not an output.
+    A relative one is in the caller's folder. If nothing is there, but in the project, it is that one, except for the
+    flag `out`. A `data_path` that is nowhere may be a name on the hub, and is left as it is.
     """
     caller = Path(os.environ.get('RUN_CALLER') or ROOT)
     there = caller / path
-    is_ours = not is_output and not there.exists() and (ROOT / path).exists()
+    is_ours = flag != 'out' and not there.exists() and ((ROOT / path).exists() or flag == 'data_path')
     if caller == ROOT or not path or path.startswith(('/', '~')) or is_ours:
         return path
     there = there.resolve() if '..' in there.parts else there

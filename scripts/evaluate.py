@@ -63,7 +63,7 @@ class Evaluate:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the flags say."""
-    options = command.options(Evaluate, argv, __doc__, 'run', 'detector_weights')
+    options = command.options(Evaluate, argv, __doc__, 'run', 'detector_weights', 'data_path', 'data_dir')
 
     def work() -> None:
         from runtime.ranks import print_once

@@ -56,7 +56,7 @@ class Generate:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate as the flags say."""
-    options = command.options(Generate, argv, __doc__, 'run', 'out')
+    options = command.options(Generate, argv, __doc__, 'run', 'out', 'data_path', 'data_dir')
     command.run(lambda: generate(options))
 
 

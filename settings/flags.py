@@ -206,9 +206,9 @@ def taken(name: str, kind: Any, value: str) -> str:
     if get_origin(kind) is tuple and str not in get_args(kind) and re.search(r'[\s,()[\]]', value):
         apart = ' '.join(re.sub(r'[,()[\]]', ' ', value).split())
         raise SettingError(f'{name}={value!r}: numbers are words of their own. Write --{name} {apart}.')
-    path = from_caller(value, is_output=name == 'out') if name in PATHS else value
+    path = from_caller(value, name) if name in PATHS else value
     path += '/last.pt' if name == 'init_from' and Path(path).is_dir() else ''  # the folder of a run
-    return value if name == 'data_path' and not Path(path).exists() else path  # it may be a name, of the hub
+    return path
 
 
 def refuse_bare(word: str, flag: str, presets: Mapping[str, Any]) -> None:

@@ -154,6 +154,16 @@ def lr_warning(config: Config) -> str | None:
     return f'{given}: this is a learning rate for muon. AdamW usually wants 1e-3 or less: pass --base_lr 1e-3.'
 
 
+def data_warning(config: Config, num_classes: int, size: int) -> str | None:
+    """None, or a warning that a setting does not suit data of so many classes and training items, with the remedy."""
+    dropout, n = config.label_dropout, config.global_batch_size
+    if num_classes == 0 and dropout not in (1, config.baseline()['label_dropout']):
+        return f'label_dropout={dropout:g}: the data have no classes, so only conditions are dropped, if there are any.'
+    if n > 2 * size:
+        return f'global_batch_size={n}: each step reads the {size} training items {n / size:.0f} times.'
+    return None
+
+
 # ---------------------------------------------------------------- what the first images show
 
 

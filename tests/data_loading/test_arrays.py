@@ -93,7 +93,10 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
             dict(x=np.zeros((8, 4)), y=np.ones((8, 3))),
             r'labels are float64 \(8, 3\).*labels\.argmax\(1\).*docs/experiments\.md',
         ),
-        (dict(x=np.zeros((8, 4)), y=np.arange(8) - 1), r'labels are int64 \(8,\), from -1.*labels - labels\.min\(\)'),
+        (
+            dict(x=np.zeros((8, 4)), y=np.arange(8) - 1),
+            r'labels are int64 \(8,\), the smallest -1.*labels - labels\.min\(\)',
+        ),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8, 'M8[s]')), r'labels\.astype\(str\)'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: it has no labels'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: it has no labels, or no items'),

@@ -153,6 +153,10 @@ def test_shards_of_dataset_tool_are_no_classes(folder, config_of, capsys, labels
             SettingError, match=r'1 of 6 images are not in its list of classes \(00001/img00000005.png\)'
         ):
             list_images(config_of())
+        found['labels'] = [[name.removesuffix('.png'), 0] for name in names]
+        (folder / 'dataset.json').write_text(json.dumps(found))
+        with pytest.raises(SettingError, match=r'6 of 6 images .* list of .*; the list has 00000/img00000000\)?\.'):
+            list_images(config_of())
         (folder / 'dataset.json').write_text('{')
         with pytest.raises(SettingError, match=r'dataset.json cannot be read'):
             list_images(config_of())

@@ -81,7 +81,7 @@ def test_one_file_is_read(load):
     ('table', 'settings', 'words'),
     [
         (dict(label=['a'] * 39 + [None]), {}, "column 'label': row 39 holds no class"),
-        (dict(label=[-1, 1] * 20), {}, r"column 'label': labels are int64 \(40,\), from -1"),
+        (dict(label=[-1, 1] * 20), {}, r"column 'label': labels are int64 \(40,\), the smallest -1"),
         (dict(score=[0.5, 1.5] * 20), dict(columns=('image', 'score')), "column 'score': labels are float64"),
         (
             dict(other=[png(1)] * 40),

@@ -124,3 +124,15 @@ def test_a_broken_stream_does_not_end_the_program():
     assert out.write('text') == 4
     out.flush()
     assert out.getvalue() == 'seen'  # all else is the stream's own
+
+
+def test_paths_of_a_program_are_seen_from_the_callers_folder(tmp_path, monkeypatch):
+    from scripts.evaluate import Evaluate
+    from scripts.generate import Generate
+
+    (tmp_path / 'data').mkdir()
+    monkeypatch.setenv('RUN_CALLER', str(tmp_path))
+    for kind in (Evaluate, Generate):
+        flags = ['--run', 'r', '--data_path', 'data', *(['--out', 'o.npz'] if kind is Generate else [])]
+        made = command.options(kind, flags, None, 'run', 'data_path', 'data_dir')
+        assert (made.run, made.data_path, made.data_dir) == (f'{tmp_path}/r', f'{tmp_path}/data', None)

@@ -13,6 +13,7 @@ from data_loading.spec import DataSpec
 from data_utils import setup_data_train_and_test
 from main import build, load_run
 from scripts.evaluate import Evaluate, evaluate
+from scripts.evaluate import main as evaluate_main
 from scripts.generate import Generate, generate
 from scripts.samples import labels_of
 from trainer import ExampleDiffusionTrainer
@@ -67,13 +68,13 @@ def test_samples_need_nothing_but_the_folder_of_the_run(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, tmp_path):
+def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, tmp_path, monkeypatch, capsys):
     run = made()
     real = load_run(run).example
     moved = images.rename(tmp_path / 'elsewhere')
     trainer = load_run(run)
     needed = (
-        r"this needs the data of the run \(inputs .* data_path='.*images': there is no such folder.* as --data_path"
+        r"this needs the data of the run \(for inputs .* data_path='.*images': there is no such folder.* as --data_path"
     )
     for read in (lambda: trainer.example, lambda: next(iter(trainer.train_loader)), lambda: trainer.test_loader.size):
         with pytest.raises(SettingError, match=needed):
@@ -86,8 +87,10 @@ def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, 
     assert trainer.example.x0.equal(real.x0) and trainer.example.t.equal(real.t)
     trainer.record.clear()
     trainer.train_step(next(trainer.batches.steps(0)))
-    with pytest.raises(SettingError, match='3 training or held-out images are too few'):
-        evaluate(Evaluate(str(run), num=10, nfe=(2,), data_path=str(moved)))
+    monkeypatch.setenv('RUN_CALLER', str(tmp_path))
+    with pytest.raises(SystemExit):
+        evaluate_main(['--run', str(run), '--num', '10', '--nfe', '2', '--data_path', 'elsewhere'])
+    assert '3 training or held-out images are too few' in capsys.readouterr().err
 
 
 class FromData(ExampleDiffusionTrainer):

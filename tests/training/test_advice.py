@@ -16,6 +16,7 @@ from processes import PROCESSES, get_process
 from time_samplers import get_time_sampler
 from trainer import ExampleDiffusionTrainer
 from training.advice import (
+    data_warning,
     drawn_weights,
     effective_weight,
     error_at_noise,
@@ -236,6 +237,25 @@ def test_uneven_means_that_half_have_less_than_an_eighth():
     assert not is_uneven(weights)
     weights[:10] = 72  # mean 8.1
     assert is_uneven(weights)
+
+
+# ---------------------------------------------------------------- the data
+
+
+@pytest.mark.parametrize(
+    ('settings', 'num_classes', 'warning'),
+    [
+        (dict(label_dropout=0.1), 0, 'label_dropout=0.1: the data have no classes'),
+        (dict(label_dropout=0.1), 2, None),
+        (dict(label_dropout=1.0), 0, None),
+        (dict(preset='small_images', **PRESETS['small_images']), 0, None),  # nobody asked for it
+        (dict(global_batch_size=6400), 2, 'global_batch_size=6400: each step reads the 100 training items 64 times'),
+        (dict(global_batch_size=192), 2, None),
+    ],
+)
+def test_settings_that_do_not_suit_the_data_are_warned_of(settings, num_classes, warning):
+    found = data_warning(settings_of_runs.Config(**settings), num_classes, 100)
+    assert (found or '').startswith(warning or '') and (found is None) == (warning is None)
 
 
 # ---------------------------------------------------------------- the learning rate
