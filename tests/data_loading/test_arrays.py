@@ -97,6 +97,7 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
             dict(x=np.zeros((8, 4)), y=np.arange(8) - 1),
             r'labels are int64 \(8,\), the smallest -1.*labels - labels\.min\(\)',
         ),
+        (dict(x=np.zeros((8, 4)), y=np.array([0, np.nan] * 4)), '4 of them are NaN: leave those items out'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8, 'M8[s]')), r'labels\.astype\(str\)'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: it has no labels'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: it has no labels, or no items'),
@@ -178,6 +179,19 @@ def test_axes_that_the_rule_leaves_open_are_refused(load, tmp_path, dtype, shape
     assert '\n' not in str(caught.value)
 
 
+def test_signals_with_the_channels_last_are_not_guessed(load, tmp_path):
+    np.save(tmp_path / 'x.npy', np.zeros((40, 9, 3), np.float32))
+    with pytest.raises(SettingError, match=r'array_layout.*channels_last \(C x L: 3 channels of 9'):
+        load(tmp_path / 'x.npy', value_range=(0.0, 255.0))
+
+
+def test_bytes_are_of_0_to_255_if_any_of_both_parts_is_large(load, tmp_path):
+    x, other = np.zeros((120, 6, 5), np.uint8), np.zeros((9, 6, 5), np.uint8)
+    x[110] = 200
+    np.savez(tmp_path / 'x.npz', x_train=x, x_test=other)
+    assert load(tmp_path / 'x.npz')[0].everything()[0].max().item() == pytest.approx(200 / 255)
+
+
 @pytest.mark.parametrize(
     ('dtype', 'low', 'high', 'settings', 'black', 'white'),
     [
@@ -186,6 +200,8 @@ def test_axes_that_the_rule_leaves_open_are_refused(load, tmp_path, dtype, shape
         ('i8', 3, 16, {}, 0, 16),
         ('u1', 0, 16, dict(value_range=(0.0, 16.0)), 0, 16),
         ('u1', 0, 200, dict(value_range=(0.0, 200.0)), 0, 200),
+        ('u1', 0, 200, dict(value_range=(-10.0, 200.0)), -10, 200),
+        ('i8', 0, 255, {}, 0, 255),
         ('i2', -9, 9, dict(value_range=(-10.0, 10.0)), -10, 10),
         ('i2', -900, 900, dict(value_range=(-1000.0, 1000.0)), -1000, 1000),
         ('f4', -1, 1, dict(value_range=(-1.0, 1.0)), -1, 1),
@@ -203,6 +219,8 @@ def test_whole_numbers_and_floats_with_a_range_are_images(
     got, _ = both(loaded)
     rows = (x.reshape(40, 1, 6, 5).astype(float) - black) / (white - black)
     assert got.min() >= 0 and got.max() <= 1 and loaded[0].spec.scale == 'image'
+    in_bytes = dtype not in ('f4', 'f8') and white - black <= 255
+    assert loaded[0].resident[0].dtype == (torch.uint8 if in_bytes else torch.float32)
     for row in got.numpy():
         assert np.abs(rows - row).max((1, 2, 3)).min() < 1e-6
     text = f'values {black:g} to {white:g}'
@@ -216,6 +234,7 @@ def test_whole_numbers_and_floats_with_a_range_are_images(
         (np.uint8([16]), {}, r'from 0 to 16\. What is black.*--value_range 0 16'),
         (np.int64([-3]), {}, r'from -3 to 0\. .*--value_range -3 1'),
         (np.uint16([0]), {}, r'--value_range 0 1'),
+        (np.int64([-3]), dict(value_range=(0.0, 255.0)), 'value_range=.*goes from -3 to 0, and row 7 is outside'),
         (np.int64([300]), dict(value_range=(0.0, 255.0)), 'value_range=.*goes from 0 to 300, and row 7 is outside'),
         (np.float32([1.5]), dict(value_range=(0.0, 1.0)), r'outside value_range=\(0, 1\), the first is number 7'),
         (np.float32([np.nan]), {}, r'x: 1 of 40 items hold NaN or infinite values, the first is number 7'),
@@ -248,6 +267,7 @@ def test_rows_that_are_read_one_by_one_are_named_as_in_the_file(load, tmp_path, 
 )
 def test_floats_that_look_like_images_are_told_the_flag(load, tmp_path, capsys, low, high, wanted):
     x = np.random.default_rng(0).uniform(low, high, (40, 3, 6, 5)).astype(np.float32)
+    x[0].flat[:2] = low, high
     np.save(tmp_path / 'x.npy', x)
     loaded = load(tmp_path / 'x.npy')
     assert loaded[0].spec.scale == 'float' and both(loaded)[0].min() == x.min()
@@ -283,6 +303,8 @@ def test_class_names_may_be_in_the_file(load, tmp_path):
     names = np.array(['cat', 'dog', 'owl', 'yak'])
     np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), y=np.arange(40) % 2 + 1, classes=names)
     assert load(tmp_path / 'x.npz')[0].spec.classes == ('dog', 'owl')
+    np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), y=np.arange(40) % 2 + 3, classes=names)
+    assert load(tmp_path / 'x.npz')[0].spec.classes == ('3', '4')  # of 4 there is no name
 
 
 @pytest.mark.parametrize(

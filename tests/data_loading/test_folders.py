@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from data_loading.folders import in_order
+from data_loading.folders import few, in_order
 from data_loading.images import list_images, load_image_folder
 from data_utils import setup_data_train_and_test
 from tests.data_loading.test_images import write_images
@@ -66,6 +66,13 @@ def test_classes_that_train_lacks_are_left_out_of_the_held_out_part(folder, conf
     assert 'test/ is held out; test/ has no cat; left unused: 3 images of classes that train/ lacks\n' in out
 
 
+def test_of_several_held_out_folders_the_first_with_the_classes_of_train_is_held_out(folder, config_of, capsys):
+    both = {f'{part}/{kind}': NINE * 3 for part in ('train', 'test') for kind in ('cat', 'dog')}
+    write_images(folder, both | {'val': NINE * 4})
+    assert {file.split('/')[0] for file in list_images(config_of()).files[:6]} == {'test'}
+    assert 'train/ is trained on, test/ is held out; left unused: val/\n' in capsys.readouterr().out
+
+
 def test_parts_without_one_to_train_on_are_refused_and_a_class_called_train_is_one(folder, config_of, capsys):
     write_images(folder, {'bus': NINE * 5, 'train': NINE * 5})
     assert list_images(config_of()).facts['classes'] == ('bus', 'train')
@@ -107,13 +114,20 @@ def test_without_classes_the_two_ways_to_have_some_are_printed(folder, config_of
     for name in 'abc':
         (folder / below / '0.png').with_name(f'cat_{name}.png').write_bytes((folder / below / '0.png').read_bytes())
     list_images(config_of())
-    assert 'no classes: they are read from folders, one for each class, or from labels.csv (' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'no classes: they are read from folders, one for each class, or from labels.csv (' in out
+    assert 'classes are the folders' not in out
     write_images(folder / below, {'cat, tame': NINE, 'dog': NINE})
     shutil.rmtree(folder / 'x', ignore_errors=True)
     for path in (folder / below).glob('*.png'):
         path.rename(path.parent / 'dog' / path.name)
     assert list_images(config_of()).facts['classes'] == ('cat, tame', 'dog')  # as on the disk
     assert 'no classes' not in capsys.readouterr().out
+
+
+def test_of_many_names_the_rest_is_counted():
+    assert few(list('abcdefgh')) == 'a, b, c, d, e, f, g, h'
+    assert few(list('abcdefghij')) == 'a, b, c, d, e, f, g, h and 2 more'
 
 
 def test_numbers_are_sorted_as_numbers(folder, config_of):
@@ -188,6 +202,24 @@ def test_labels_csv_of_another_kind_is_refused(folder, config_of):
         list_images(config_of())
     (folder / 'labels.csv').write_text('file,class\n0.png,cat\n1.png,dog\n2.png,cat\n3.png,cat\n')
     assert classes_of(list_images(config_of())) == {'0.png': 'cat', '1.png': 'dog', '2.png': 'cat', '3.png': 'cat'}
+
+
+def test_labels_csv_may_be_of_a_spreadsheet_and_have_no_classes(folder, config_of):
+    """A byte order mark, and -1 as generate.py has it for a sample without a class."""
+    write_images(folder, {'': NINE * 2})
+    for kinds, wanted in ((('cat', 'dog'), ('cat', 'dog')), (('-1', '-1'), ())):
+        text = '\ufefffile,class\n' + ''.join(f'{i}.png,{kind}\n' for i, kind in enumerate(kinds))
+        (folder / 'labels.csv').write_text(text, encoding='utf-8')
+        assert list_images(config_of()).facts['classes'] == wanted
+
+
+def test_other_names_of_classes_are_other_data(folder, config_of):
+    write_images(folder, {'': NINE * 2})
+    marks = set()
+    for name in ('cat', 'lynx'):
+        (folder / 'labels.csv').write_text(f'file,class,name\n0.png,0,{name}\n1.png,1,dog\n')
+        marks.add(list_images(config_of()).fingerprint())
+    assert len(marks) == 2
 
 
 def test_two_names_of_one_folder_are_said(folder, config_of, capsys):

@@ -82,6 +82,7 @@ def test_one_file_is_read(load):
     [
         (dict(label=['a'] * 39 + [None]), {}, "column 'label': row 39 holds no class"),
         (dict(label=[-1, 1] * 20), {}, r"column 'label': labels are int64 \(40,\), the smallest -1"),
+        (dict(label=[None] + ['a'] * 39), {}, "column 'label': row 0 holds no class"),
         (dict(score=[0.5, 1.5] * 20), dict(columns=('image', 'score')), "column 'score': labels are float64"),
         (
             dict(other=[png(1)] * 40),

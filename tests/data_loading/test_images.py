@@ -72,6 +72,8 @@ def test_sixteen_bits_are_scaled(folder):
     levels = np.linspace(0, 65535, 16).round().astype(np.uint16).reshape(4, 4)
     Image.fromarray(levels).save(folder / 'x.png')
     assert pixels(folder / 'x.png', channels=1)[0].flatten().tolist() == [17 * k for k in range(16)]
+    Image.fromarray(np.full((4, 4), 255, np.uint16)).save(folder / 'y.png')
+    assert pixels(folder / 'y.png', channels=1).unique().tolist() == [255]
     Image.fromarray(np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)).save(folder / 'x.tif')
     with pytest.raises(ValueError, match=r'-1 to 1 .float32. are not an 8-bit or 16-bit image'):
         pixels(folder / 'x.tif')
@@ -94,7 +96,7 @@ def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys
 
 
 @pytest.mark.parametrize(('mode', 'largest', 'warned'), [
-    ('L', 3, True), ('L', 40, False), ('I;16', 3, True), ('I;16', 4095, True), ('I;16', 60_000, False),
+    ('L', 3, True), ('L', 16, True), ('L', 17, False), ('I;16', 3, True), ('I;16', 4095, True), ('I;16', 60_000, False),
     ('RGB', 3, False),
 ])  # fmt: skip
 def test_label_images_are_warned_of_with_the_flag(folder, config_of, capsys, mode, largest, warned):
@@ -210,11 +212,11 @@ def test_what_cropping_cuts_is_printed(folder, config_of, capsys):
 
 @pytest.mark.parametrize(('size', 'fit', 'warned'), [
     ((1, 1), 'crop', True), ((20_000, 10), 'crop', True), ((20_000, 10), 'pad', True), ((2, 9), 'pad', False),
-    ((2, 9), 'crop', False), ((1, 9), 'crop', True), ((80, 9), 'crop', False),
+    ((3, 9), 'crop', False), ((2, 9), 'crop', True), ((80, 9), 'crop', False),
 ])  # fmt: skip
 def test_images_that_are_too_small_or_long_are_named(folder, config_of, capsys, size, fit, warned):
     write_images(folder, {'': [(8, 8)] * 3 + [size]})
-    list_images(config_of(fit=fit))
+    list_images(config_of(fit=fit, image_size=(9,)))
     out = capsys.readouterr().out
     assert (
         f'warning: image_folder: 1 of 4 images, such as {folder}/3.png ({size[0]}x{size[1]}), are enlarged' in out
@@ -344,6 +346,16 @@ def test_grey_images_have_one_channel_if_all_are_grey(folder, config_of):
     assert setup_data_train_and_test(config_of(), CPU)[0].spec.shape == (3, 8, 8)
 
 
+def test_all_images_are_looked_at_for_colour_and_broken_ones_have_none(folder, config_of, monkeypatch):
+    monkeypatch.setattr(images, 'LOOKED_AT', 2)
+    for i in range(3):
+        Image.new('L', (9, 9), 50 * i).save(folder / f'{i}.png')
+    Image.new('RGB', (9, 9)).save(folder / '4.png')
+    (folder / '3.png').write_bytes(b'')
+    files = [folder / f'{i}.png' for i in range(5)]
+    assert [images.how_made(config_of(), files[:n])['channels'] for n in (4, 5)] == [1, 3]
+
+
 # ---------------------------------------------------------------- what cannot be read
 
 
@@ -378,6 +390,11 @@ def test_what_cannot_be_read_is_named_before_training_or_left_out(folder, config
     train, _, test = setup_data_train_and_test(config_of(skip_unreadable=True), CPU)
     assert train.size + test.size == 8
     assert 'left out 2 that cannot be read' in capsys.readouterr().out
+
+
+def test_too_little_memory_is_not_called_a_broken_image():
+    with pytest.raises(MemoryError), images.readable('x'):
+        raise MemoryError
 
 
 def test_a_link_to_nowhere_is_refused(folder, config_of):
@@ -624,6 +641,33 @@ def test_columns_are_found_or_named(load, tmp_path):
     ):
         with pytest.raises(SettingError, match=words):
             load(columns=columns)
+
+
+def test_two_columns_of_classes_are_refused(load, tmp_path):
+    write_splits(tmp_path / 'hub', {'train': 20}, fine=(datasets.ClassLabel(names=['a', 'b']), lambda i: i % 2))
+    with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds the classes\. Name them by"):
+        load()
+    by_kind, by_fine = (load(columns=('picture', name))[0] for name in ('kind', 'fine'))  # each has a cache of its own
+    assert by_kind.spec.classes == ('cat', 'dog', 'owl') and by_fine.spec.classes == ('a', 'b')
+
+
+def test_train_is_trained_on_wherever_it_is_listed(load, tmp_path):
+    write_splits(tmp_path / 'hub', {'extra': 5, 'train': 20, 'test': 7})
+    lines = [f'  - split: {name}\n    path: {name}-*' for name in ('extra', 'test', 'train')]
+    head = '\n'.join(['---', 'configs:', '- config_name: default', '  data_files:', *lines, '---'])
+    (tmp_path / 'hub/README.md').write_text(f'{head}\n')
+    train, _, test = load()
+    assert (train.size, test.size) == (20, 7)
+
+
+def test_a_row_without_an_image_is_one_that_cannot_be_read_and_later_ones_may_have_colours(load, tmp_path):
+    features = datasets.Features({'picture': datasets.Image()})
+    pictures = [Image.new('L' if i < 9 else 'RGB', (9, 9)) for i in range(12)]
+    rows = dict(picture=[None if i == 3 else picture for i, picture in enumerate(pictures)])
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / 'hub/train.parquet'))
+    with pytest.raises(SettingError, match=r"1 of 12 cannot be read\. row 3, column 'picture' cannot be read"):
+        load()
+    assert load(skip_unreadable=True)[0].spec.shape == (3, 8, 8)
 
 
 def test_a_row_that_is_no_image_is_named_or_left_out(load, tmp_path):
