@@ -388,7 +388,7 @@ def test_what_cannot_be_read_is_named_before_training_or_left_out(folder, config
     assert not list(Path(config_of().data_dir, 'cache').glob('*.pt'))
     capsys.readouterr()
     train, _, test = setup_data_train_and_test(config_of(skip_unreadable=True), CPU)
-    assert train.size + test.size == 8
+    assert train.size + test.size == 8 and 'left out 2 that cannot be read' in train.spec.skipped
     assert 'left out 2 that cannot be read' in capsys.readouterr().out
 
 

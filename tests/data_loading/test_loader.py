@@ -193,6 +193,11 @@ def test_held_out_pieces_are_dealt_like_the_shards_of_a_step(tiny_config, as_pro
     assert rounds == [list(range(8 * i, min(8 * i + 8, 26))) for i in range(4)]
 
 
+def test_no_piece_of_the_held_out_part_is_empty(tiny_config):
+    sampler = HeldOutSampler(12, tiny_config(global_batch_size=32, batch_shards=8))
+    assert list(map(len, sampler)) == [4, 4, 4]
+
+
 def test_one_process_can_read_the_shards_of_all(tiny_config, as_process):
     config = tiny_config(global_batch_size=32, batch_shards=8)
     alone = take_steps(StreamSampler(70, config), 2, 3)

@@ -11,6 +11,7 @@ import torch
 from config import SettingError
 from data_loading import packed
 from data_loading.labels import held_out_first, held_out_rows
+from runtime.errors import DataError
 
 X = torch.arange(6 * 3 * 4 * 5).reshape(6, 3, 4, 5)
 LABEL = torch.arange(6) % 2
@@ -76,6 +77,35 @@ def test_rows_that_differ_or_are_missing_are_refused_and_leave_nothing(tmp_path)
     with pytest.raises(SettingError, match='nothing that can be read'):
         packed.write_rows(tmp_path / 'x.pt', iter([]), 3, 'title', {})
     assert not list(tmp_path.iterdir())
+
+
+class Broken(torch.utils.data.Dataset):
+    """Items of which one cannot be read."""
+
+    def __init__(self, broken):
+        self.broken = broken
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        if i == self.broken:
+            raise DataError(f'{i} cannot be read.')
+        return X[i].byte(), int(LABEL[i])
+
+
+@pytest.mark.parametrize(('broken', 'held_out'), [(1, 1), (2, 2), (5, 2)])
+def test_an_item_that_is_left_out_leaves_the_others_in_their_part(tmp_path, broken, held_out):
+    packed.build(Broken(broken), tmp_path / 'x.pt', 2, True, 'title')
+    found = packed.read(tmp_path / 'x.pt')
+    assert (found['held_out'], found['left_out'], len(found['x'])) == (held_out, 1, 5)
+    assert torch.equal(found['x'], torch.cat([X[:broken], X[broken + 1 :]]).byte())
+
+
+def test_a_file_of_another_version_is_refused(tmp_path):
+    torch.save(packed.contents(X, LABEL, {}) | dict(format=packed.FORMAT + 1), tmp_path / 'x.pt')
+    with pytest.raises(SettingError, match=r'was not written by prepare\.py of this version\. Make it again'):
+        packed.read(tmp_path / 'x.pt')
 
 
 def test_remains_of_a_killed_build_are_removed_by_the_next(tmp_path):

@@ -149,11 +149,13 @@ REFUSED = {
     'images in [-1, 1]': ((IMAGES / 127.5 - 1, LABELS), {}, r'from -1 to 1\. .*PILToTensor.*value_range='),
     '16 bits': ((IMAGES.numpy().astype(np.uint16) * 257, LABELS), {}, 'x is uint16 .*from 0 to 6.5'),
     'brighter than white': (GOOD, dict(max_value=16), r'x goes up to 255, but max_value=16.*max_value=255'),
+    'a little brighter': ((IMAGES % 17 + 1, LABELS), dict(max_value=16), r'x goes up to 17, but max_value=16 is white'),
     'other sides': (GOOD, dict(shape=(3, 32, 32)), r'items of shape \(3, 4, 5\), expected is \(3, 32, 32\).*Resize'),
     'no channel': ((IMAGES[:, 0], LABELS), dict(shape=(1, 4, 5)), r'\(4, 5\), expected is \(1, 4, 5\).*\[:, None\]'),
     'no channel, no shape': ((IMAGES[:, 0], LABELS), {}, r'\(4, 5\), expected is \(C, H, W\).*images\[:, None\]'),
     'HWC': ((IMAGES.permute(0, 2, 3, 1), LABELS), dict(shape=(3, 4, 5)), r'permute\(0, 3, 1, 2\)'),
     'HWC, no shape': ((torch.zeros(24, 28, 28, 3).byte(), LABELS), {}, r'expected is \(3, 28, 28\).*permute'),
+    'RGBA last, no shape': ((torch.zeros(24, 28, 28, 4).byte(), LABELS), {}, r'expected is \(4, 28, 28\).*permute'),
     'fewer labels': ((IMAGES, LABELS[:20]), {}, '24 x, 20 labels.*the same length'),
     'empty': ((IMAGES[:0], LABELS[:0]), {}, 'it is empty'),
     'an empty Dataset': (Items(), {}, 'it is empty'),
@@ -178,7 +180,7 @@ REFUSED = {
 def test_data_that_cannot_be_trained_on_are_refused_before(set_up, case, part):
     bad, spec, words = REFUSED[case]
     good = (POINTS, LABELS) if spec is FLOATS else GOOD
-    if case in ('other sides', 'brighter than white', 'uint8 as floats') or 'no shape' in case:
+    if case in ('other sides', 'brighter than white', 'a little brighter', 'uint8 as floats') or 'no shape' in case:
         good = bad  # the first part is the one that is named
     elif len(spec.get('shape', ())) == 3:
         good = (torch.zeros(24, *spec['shape'], dtype=torch.uint8), LABELS)
@@ -202,8 +204,9 @@ def test_data_that_cannot_be_trained_on_are_refused_before(set_up, case, part):
         (dict(train=GOOD, test=GOOD), 'load returned dict'),
         ((GOOD, None), r'NoneType\)'),
         (((*GOOD, IMAGES), GOOD), '3 entries in the training part, 2 in the held-out'),
+        ((GOOD, (*GOOD, IMAGES)), '2 entries in the training part, 3 in the held-out'),
     ],
-    ids=['x and y', 'one array', 'three parts', 'nothing', 'dict', 'no held-out part', 'x1 in one part'],
+    ids=['x and y', 'one array', 'three parts', 'nothing', 'dict', 'no held-out part', 'x1 in one', 'x1 in the other'],
 )
 def test_load_must_return_two_parts(set_up, loaded, words):
     with pytest.raises(SettingError, match=words):

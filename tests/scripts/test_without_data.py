@@ -1,6 +1,7 @@
 """generate.py and evaluate.py of a run whose data were moved; classes in files and on the command line."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -128,10 +129,11 @@ def test_other_data_are_warned_of_or_refused(made, images, capsys):
     (images / 'hat/0.png').rename(images / 'вино/a.png')
     assert load_run(run).train_loader.size == 33
     assert 'warning: the run was trained on other data (33+3 items, 3 classes' in capsys.readouterr().out
-    loader, digits = load_run(run).train_loader, Config(dataset='digits')
-    loader.load = lambda: setup_data_train_and_test(digits, torch.device('cpu'))[0]
-    with pytest.raises(SettingError, match=r'of shape \(3, 8, 8\), 3 classes, not \(1, 8, 8\), 10 classes'):
-        loader.open()
+    loader, larger = load_run(run).train_loader, dataclasses.replace(load_run(run).config, image_size=(9,))
+    for config, found in ((Config(dataset='digits'), r'\(1, 8, 8\), 10 classes'), (larger, r'\(3, 9, 9\), 3 classes')):
+        loader.load = lambda config=config: setup_data_train_and_test(config, torch.device('cpu'))[0]
+        with pytest.raises(SettingError, match=rf'of shape \(3, 8, 8\), 3 classes, not {found}'):
+            loader.open()
 
 
 def test_a_run_of_an_older_version_needs_its_data(made, images, tmp_path):

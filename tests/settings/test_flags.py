@@ -14,7 +14,7 @@ import pytest
 from config import DEBUG, PRESETS, Config, SettingError, parse_config
 from runtime.files import from_caller
 from settings.choices import TABLES, names_of
-from settings.flags import HINTS, read
+from settings.flags import HINTS, read, taken
 from settings.rules import CHOICES
 from tests.helpers import ROOT, as_flags
 
@@ -287,7 +287,9 @@ def test_what_is_not_understood_is_answered_by_a_line(argv, text):
 
 
 def test_numbers_and_switches_as_others_write_them():
-    made = parse_config('--num_training_steps 1e3 --seed=2E0 --debug true --final_eval=False --stratified TRUE'.split())
+    made = parse_config(
+        '--num_training_steps 1e3 --seed=2E+0 --debug true --final_eval=False --stratified TRUE'.split()
+    )
     assert (made.num_training_steps, made.seed, made.debug) == (1000, 2, True)
     assert (made.final_eval, made.stratified) == (False, True)
     assert parse_config(['--time-mean', '-1.2', '--time_mean=-3', '--columns', 'a,b', 'c']).columns == ('a,b', 'c')
@@ -329,6 +331,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
         *['--dataset', 'hub', '--data_path', f'{tmp_path}/pictures', f'--ckpt_dir={tmp_path}/mine'],
         *['--experiment_name', 'pictures'],
     ]
+    assert (taken('out', str, 'docs'), taken('settings', str, 'docs')) == (f'{tmp_path}/docs', 'docs')
 
 
 @pytest.mark.slow
