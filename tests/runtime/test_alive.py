@@ -1,5 +1,6 @@
 """Signs of life: lines where a program would be silent, and none where it is not; how far training is."""
 
+import io
 import os
 import subprocess
 import sys
@@ -28,6 +29,25 @@ def test_a_silent_block_prints_what_it_does_and_how_far_it_is(capsys):
             time.sleep(0.25)
     time.sleep(0.3)  # no line after the block
     assert capsys.readouterr().out == '... still training\n... still drawing samples, 40%\n'
+
+
+def test_after_an_inner_block_the_outer_one_is_printed(capsys):
+    with alive.still('training'):
+        with alive.still('saving'):
+            pass
+        time.sleep(0.3)
+    assert capsys.readouterr().out == '... still training\n'
+
+
+def test_a_bar_counts_as_a_line_where_it_is_shown(clock):
+    for least, spoke in ((0, 160.0), (1e9, 100.0)):
+        clock[0] = 100.0
+        alive.spoke()
+        bar = alive.Bar(total=3, file=io.StringIO(), mininterval=least)
+        clock[0] += 60
+        bar.update()
+        assert alive._spoke == spoke
+    clock[0] = 100.0
 
 
 def test_a_block_that_prints_by_itself_is_left_alone(capsys):

@@ -235,6 +235,8 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_with_its_cause(tmp_pat
     with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):
         files.refuse_folder('x', 'new', tmp_path / 'new')
     files.refuse_folder('x', '', tmp_path, to_write=False)
+    with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):  # it has to be made
+        files.refuse_folder('x', 'new', tmp_path / 'new', to_write=False)
 
 
 def test_the_cause_behind_an_error_of_torch_is_the_system_s():

@@ -289,6 +289,9 @@ def test_code_from_elsewhere_is_imported_only_if_it_is_trusted(experiment, tmp_p
     importing.refuse_foreign(where, folder)
     monkeypatch.chdir('/usr')
     importing.refuse_foreign([str(tmp_path / 'gone.py'), 'config.py'], folder)
+    with monkeypatch.context() as patch:  # the script that runs lies next to it
+        patch.setattr(sys.modules['__main__'], '__file__', str(tmp_path / 'compare_runs.py'), raising=False)
+        importing.refuse_foreign(where, folder)
     importing.import_file(str(experiment))
     importing.refuse_foreign(where, folder)
 

@@ -252,6 +252,8 @@ def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, m
     monkeypatch.setattr('scripts.samples.load_run', lambda *args, **kwargs: trainer)
     program.generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=30, batch_size=7))
     assert set(asked) == {30}
+    with pytest.raises(SettingError, match=r'trajectory=True: Own\.draw does not use the solvers of the repo'):
+        program.generate(Generate(run=str(run), out=str(tmp_path / 'y.npz'), num=30, trajectory=True))
     assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
 
 
@@ -317,5 +319,5 @@ def test_samples_that_are_not_finite_are_counted(draw, capsys, monkeypatch):
     monkeypatch.setattr(
         samples.Samples, 'draw', lambda self, i: (torch.full((len(i), 1, 8, 8), torch.nan), self.inputs(i))
     )
-    draw('x.npz', num=12)
+    draw('x.npz', num=12, batch_size=5)
     assert 'warning: 12 samples have values that are not finite' in capsys.readouterr().out

@@ -45,6 +45,24 @@ def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
     assert not (tmp_path / 'x_grid.png').exists()  # floats that are not images
 
 
+def test_what_two_batches_hold_is_in_the_file_once_and_no_class_is_minus_one(tmp_path):
+    out = Output(str(tmp_path / 'x.npz'), False, {})
+    out.claim()
+    for rows in (range(4), range(2, 6)):
+        out.add(rows, X[list(rows)], None)
+    out.finish(6, 2, [])
+    whole = np.load(tmp_path / 'x.npz')
+    assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [-1] * 6
+
+
+def test_a_table_of_more_samples_is_kept(tmp_path):
+    out = Output(str(tmp_path / 'x'), True, {})
+    out.claim()
+    for label in ([1, 0, 1], [1, 0]):
+        out.write_labels(label, ['cat', 'dog', 'none'])
+        assert len((tmp_path / 'x/labels.csv').read_text().splitlines()) == 4
+
+
 def test_samples_that_are_not_images_need_a_file(tmp_path):
     with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\]'):
         Output(str(tmp_path / 'x'), False, {})

@@ -11,7 +11,7 @@ import pytest
 
 import main
 from config import PRESETS, Config, SettingError, parse_config
-from settings.choices import READS, TABLES, is_extended, keys_in
+from settings.choices import READS, TABLES, is_extended, keys_in, names_of
 from settings.flags import refuse
 from tests.helpers import ROOT
 
@@ -87,6 +87,12 @@ def test_choices_in_the_files_are_those_of_the_tables(setting):
     built_in = keys_in(*TABLES[setting])
     assert built_in == list(main.choices()[setting])[: len(built_in)] and len(built_in) > 1
     assert not is_extended(TABLES[setting][1])
+
+
+def test_a_table_that_cannot_be_read_refuses_nothing(monkeypatch):
+    for module in ('solvers.table', 'gone'):
+        monkeypatch.setitem(TABLES, 'solver', (module, 'NO_TABLE'))
+        assert names_of('solver') == [] and refused('--solver', 'mine') == ''
 
 
 # ---------------------------------------------------------------- what is refused

@@ -127,6 +127,7 @@ def test_a_file_may_hold_some_settings_only(tmp_path):
         ('[1]', 'not an object of settings'),
         ('{"base_lrr": 1}', 'Config has no base_lrr. Start the script that has'),
         ('{"seed": "three"}', r"seed='three' is of another type than its default, 0\."),
+        ('{"seed": true}', r'seed=True is of another type than its default, 0\.'),
         ('{"image_size": 32}', r'image_size=32 is of another type than its default, \(64,\)'),
         ('{"channel_mults": [1, "a"]}', "channel_mults='a' is of another type"),
         ('{"t_min": 2}', 't_min=2.0'),
@@ -276,6 +277,7 @@ def test_a_setting_of_ones_own_may_have_such_a_name():
         (['--experiment_name', 'my', 'run'], "'run' after --experiment_name .*a value with spaces in quotes"),
         (['--image_size', '(48,20)'], r"^image_size='\(48,20\)': .* Write --image_size 48 20.$"),
         (['--image_size', '48 20'], 'Write --image_size 48 20.$'),
+        (['--channel_mults', '1', '2,4'], 'numbers are words of their own. Write --channel_mults 2 4.$'),
         (['--adam_betas=[0.9,0.99]'], 'Write --adam_betas 0.9 0.99.$'),
         (['--image_size', '3', '32', '32'], r'image_size=\(3, 32, 32\): must be height and width, or one number'),
     ],
@@ -326,6 +328,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
     assert (made.experiment_name, made.data_dir) == ('pictures', 'data')
     assert parse_config(['--init_from', 'README.md']).init_from == 'README.md'
     assert parse_config(['--init_from', 'docs']).init_from == 'docs/last.pt'
+    assert parse_config(['--init_from', 'pictures']).init_from == f'{tmp_path}/pictures/last.pt'
     assert parse_config(['--dataset', 'hub', '--data_path', 'nobody/nothing']).data_path == 'nobody/nothing'
     assert read(flags, Config, PRESETS)[0] == [
         *['--dataset', 'hub', '--data_path', f'{tmp_path}/pictures', f'--ckpt_dir={tmp_path}/mine'],
