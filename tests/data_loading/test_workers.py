@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from config import SettingError
 from data_loading import packed, workers
 from data_loading.loader import Loader
 from data_loading.spec import DataSpec, Part
+from runtime import stopping
 from runtime.errors import DataError
 
 X = torch.arange(24, dtype=torch.uint8).view(4, 1, 2, 3)
@@ -71,6 +73,15 @@ def test_loader_processes_that_cannot_be_started_name_the_setting():
             workers.started(loader)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, most)
+
+
+@pytest.mark.parametrize('num_workers, by', [(0, 'this process'), (1, '1 loader processes')])
+def test_a_wait_for_data_ends_with_an_error_that_names_them(monkeypatch, num_workers, by):
+    for name, value in dict(TICK=0.05, LINE_AFTER=0.1, LIMIT=0.3).items():
+        monkeypatch.setattr(stopping, name, value)
+    loader = DataLoader([0], num_workers=num_workers, collate_fn=lambda items: time.sleep(1))
+    with pytest.raises(DataError, match=rf'^data of x, read by {by} \(num_workers\): nothing came'):
+        list(workers.read(loader, 'x'))
 
 
 class Broken(torch.utils.data.Dataset):

@@ -58,6 +58,17 @@ def test_samples_that_are_not_finite_get_no_numbers_and_the_others_do(judge, mon
     assert 'warning: 40 samples have values that are not finite' in capsys.readouterr().out
 
 
+def test_a_number_of_the_detector_goes_before_one_of_the_experiment(judge, monkeypatch):
+    def opened(*given, **more):
+        trainer = load_run(*given, **more)
+        trainer.sample_metrics = lambda x, inputs: dict(frechet=-1.0, mine=2.0)
+        return trainer
+
+    monkeypatch.setattr('scripts.samples.load_run', opened)
+    (line,) = judge(seed=8)
+    assert line['mine'] == 2 and line['frechet'] > 0
+
+
 def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge, run, monkeypatch):
     (run / 'evaluation.jsonl').unlink(missing_ok=True)
     first = judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,))

@@ -82,7 +82,14 @@ def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
     same = label == np.array([3, 5] * 15)
     assert np.abs(threes['arr_0'][..., 0].astype(int) - plain)[same].max() <= 1
     for i, options in enumerate(
-        (dict(weights='raw'), dict(weights='ema_0.9'), dict(guidance_scale=3.0), dict(nfe=9), dict(time_grid='uniform'))
+        (
+            dict(weights='raw'),
+            dict(weights='ema_0.9'),
+            dict(guidance_scale=3.0),
+            dict(guidance_scale=0.0),
+            dict(nfe=9),
+            dict(time_grid='uniform'),
+        )
     ):
         assert not np.array_equal(images(draw(f'{i}.npz', **options)), plain), options
 

@@ -1,12 +1,14 @@
 """Samples in files: where each goes, what resumes, what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from config import SettingError
-from scripts.samples import Output
+from scripts.samples import Output, Samples
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
@@ -66,6 +68,18 @@ def test_a_table_of_more_samples_is_kept(tmp_path):
 def test_samples_that_are_not_images_need_a_file(tmp_path):
     with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\]'):
         Output(str(tmp_path / 'x'), False, {})
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'words'), [('hub', '^no network$'), ('image_folder', r'my/x is gone.*--data_path')]
+)
+def test_data_that_are_gone_are_named_but_the_name_of_a_data_set_is_not_a_path(dataset, words):
+    def refuse():
+        raise SettingError('no network')
+
+    config, loader = SimpleNamespace(dataset=dataset, data_path='my/x'), SimpleNamespace(open=refuse)
+    with pytest.raises(SettingError, match=words):
+        Samples.open_data(SimpleNamespace(run=SimpleNamespace(config=config, train_loader=loader)))
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
