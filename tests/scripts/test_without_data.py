@@ -191,6 +191,7 @@ def test_classes_have_names_on_the_command_line():
     assert labels_of('0', spec, 0.1) == [2]  # the name
     comma = DataSpec(lambda config: (), num_classes=2, classes=('a, b', 'say "c"'))
     assert labels_of('"a, b", 1,say "c"', comma, 0.1) == [0, 1, 1]
+    assert labels_of('1, "a, b"', comma, 0.1) == [1, 0]
     with pytest.raises(SettingError, match=r'commas between them, and a name with a comma in quotes: .* \'"a, b"\'\.'):
         labels_of('a, b', comma, 0.1)
     numbers = DataSpec(lambda config: (), num_classes=2, classes=('1', '2'))
