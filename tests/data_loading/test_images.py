@@ -660,6 +660,12 @@ def test_train_is_trained_on_wherever_it_is_listed(load, tmp_path):
     assert (train.size, test.size) == (20, 7)
 
 
+def test_a_tenth_of_a_single_split_is_held_out_whatever_its_name(load, tmp_path):
+    write_splits(tmp_path / 'hub', {'test': 40})
+    train, _, test = load()
+    assert (train.size, test.size) == (36, 4)
+
+
 def test_a_row_without_an_image_is_one_that_cannot_be_read_and_later_ones_may_have_colours(load, tmp_path):
     features = datasets.Features({'picture': datasets.Image()})
     pictures = [Image.new('L' if i < 9 else 'RGB', (9, 9)) for i in range(12)]

@@ -308,6 +308,8 @@ def test_a_path_is_the_callers_else_the_projects(tmp_path, monkeypatch):
     assert from_caller('ours') == 'ours'  # without run.sh
     monkeypatch.setenv('RUN_CALLER', str(tmp_path))
     assert from_caller('ours') == from_caller('x/../ours') == f'{tmp_path}/ours'
+    (tmp_path / 'link').symlink_to(tmp_path / 'ours')
+    assert from_caller('link') == f'{tmp_path}/link'
     assert from_caller('docs') == 'docs' and from_caller('docs', 'out') == f'{tmp_path}/docs'
     assert from_caller('nowhere') == f'{tmp_path}/nowhere'
     assert from_caller('nobody/nothing', 'data_path') == 'nobody/nothing'  # of the hub

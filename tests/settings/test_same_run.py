@@ -98,6 +98,7 @@ def test_a_run_from_before_there_was_muon_is_no_other_experiment(preset):
     assert saved.pop('optimizer') == 'adamw'
     assert differences(saved, config) == []
     assert differences(saved, dataclasses.replace(config, optimizer='muon')) == ['optimizer: adamw -> muon']
+    assert differences(dataclasses.asdict(Config()) | dict(image_size=64), Config()) == []  # one number, once
 
 
 # ---------------------------------------------------------------- names of runs
@@ -170,6 +171,7 @@ def test_a_name_of_any_length_is_short_and_its_own():
     many = [folder_name([f'setting{i}={i}' for i in range(90)] + [f'last={last}']) for last in 'bc']
     for one, other in (middles, many):
         assert one != other and len(one) <= 60 and len(other) <= 60
+    assert folder_name(['a' * 70 + '.']) != folder_name(['a' * 70 + '-'])
     for n in range(60):
         assert len(folder_name(['a' * n, *(f'setting{i}={"b" * (i % 5)}' for i in range(20))])) <= 60
     assert folder_name(['a' * 60]) == 'a' * 60 and len(folder_name(['a' * 61])) == 60
