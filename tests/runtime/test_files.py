@@ -245,5 +245,6 @@ def test_the_cause_behind_an_error_of_torch_is_the_system_s():
             torch.save(torch.zeros(10**6), file.buffer)
     except Exception as error:
         assert 'the disk is full: [Errno 28]' in files.cause_of(error)
+    assert files.cause_of(OSError(errno.EDQUOT, 'no')).startswith('your quota of the disk is used up: ')
     assert files.cause_of(PermissionError(13, 'no', 'x')) == "[Errno 13] no: 'x'"
     assert files.cause_of(RuntimeError('other')) == 'other'
