@@ -47,7 +47,6 @@ def test_a_bar_counts_as_a_line_where_it_is_shown(clock):
         clock[0] += 60
         bar.update()
         assert alive._spoke == spoke
-    clock[0] = 100.0
 
 
 def test_a_block_that_prints_by_itself_is_left_alone(capsys):
