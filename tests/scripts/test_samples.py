@@ -71,7 +71,8 @@ def test_samples_that_are_not_images_need_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('dataset', 'words'), [('hub', '^no network$'), ('image_folder', r'my/x is gone.*--data_path')]
+    ('dataset', 'words'),
+    [('hub', '^no network$'), ('image_folder', 'my/x.*evaluate.py compares.* gone .*--data_path')],
 )
 def test_data_that_are_gone_are_named_but_the_name_of_a_data_set_is_not_a_path(dataset, words):
     def refuse():
