@@ -1,4 +1,4 @@
-"""What a save costs training: the stall of a background save beside that of one that waits for the disk.
+"""What a save costs training: the stall of a background save, compared with that of one that waits for the disk.
 
     python benchmarks/saves.py
 
@@ -33,21 +33,21 @@ def measure(channels: int, folder: str) -> None:
     trainer.train_step(next(steps))
     first = seconds_of(save)  # allocates the copy
     trainer.checkpoints.wait()
-    stall, write, blocking, alone, beside = [], [], [], [], []
+    stall, write, blocking, undisturbed, during_write = [], [], [], [], []
     for _ in range(REPEATS if channels < 256 else 3):
-        alone.append(seconds_of(lambda: trainer.train_step(next(steps))))
+        undisturbed.append(seconds_of(lambda: trainer.train_step(next(steps))))
         stall.append(seconds_of(save))
         # the write goes on behind this step, or behind its beginning
-        beside.append(seconds_of(lambda: trainer.train_step(next(steps))))
+        during_write.append(seconds_of(lambda: trainer.train_step(next(steps))))
         write.append(seconds_of(trainer.checkpoints.wait))
         blocking.append(seconds_of(lambda: save(wait=True)))
     megabytes = (config.run_dir / 'last.pt').stat().st_size / 1e6
-    waits, blocks, step = median(stall), median(blocking), median(alone)
+    waits, blocks, step = median(stall), median(blocking), median(undisturbed)
     share = waits / (config.save_every * step)
     parameters = sum(p.numel() for p in trainer.network.parameters())
     print(
         f'| {channels} | {parameters / 1e6:.1f} M | {megabytes:.0f} | {1000 * waits:.1f} | {1000 * first:.0f} '
-        f'| {1000 * blocks:.0f} | {blocks / waits:.0f} | {1000 * step:.0f} | {median(beside) / step:.2f} '
+        f'| {1000 * blocks:.0f} | {blocks / waits:.0f} | {1000 * step:.0f} | {median(during_write) / step:.2f} '
         f'| {share:.4%} |',
         flush=True,
     )
@@ -56,7 +56,7 @@ def measure(channels: int, folder: str) -> None:
 def main() -> None:
     print(
         '| channels | parameters | MB | stall (ms) | first stall (ms) | waiting for the disk (ms) | ratio '
-        '| step (ms) | step beside a write | share of training |'
+        '| step (ms) | step during a write | share of training |'
     )
     print('|---|---|---|---|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:

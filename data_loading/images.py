@@ -122,7 +122,7 @@ def eight_bits(image: Any, white: int) -> Any:
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of an image file without its pixels."""
+    """The facts about an image file that need no pixels."""
 
     name: Path | str
     width: int  # as it is shown

@@ -85,7 +85,7 @@ class Bar(tqdm):
 
 def each(items: Iterable[T], what: str, total: int, unit: str = 'item') -> Iterator[T]:
     """The items, with a bar on a terminal and `still` elsewhere; rank 0 only."""
-    no_bar = None if is_rank_0() else True  # None: where there is no terminal
+    no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
     with still(what) as doing, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
         for i, item in enumerate(items):
             doing.share = i / max(total, 1)
@@ -109,7 +109,7 @@ class Progress:
         self.total, self.first, self.step = total, step, step
         self.seconds_at_end, self.has_numbers = seconds_at_end, has_numbers
         self.began, self.shown = time.monotonic(), -math.inf
-        no_bar = None if is_rank_0() else True
+        no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
         self.bar = Bar(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_bar)
 
     def advance(self) -> bool:

@@ -1,5 +1,7 @@
-"""What the sources say of settings: their choices, which other settings each choice reads, and the page of --help, with
-the sections of config.py as groups. Needs no torch."""
+"""Choices of the settings, which other settings each choice reads, and the page of --help, all read from the sources.
+
+The sections of config.py are the groups of the page. Needs no torch.
+"""
 
 import ast
 import dataclasses

@@ -304,7 +304,7 @@ def test_class_names_may_be_in_the_file(load, tmp_path):
     np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), y=np.arange(40) % 2 + 1, classes=names)
     assert load(tmp_path / 'x.npz')[0].spec.classes == ('dog', 'owl')
     np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), y=np.arange(40) % 2 + 3, classes=names)
-    assert load(tmp_path / 'x.npz')[0].spec.classes == ('3', '4')  # of 4 there is no name
+    assert load(tmp_path / 'x.npz')[0].spec.classes == ('3', '4')  # class 4 has no name
 
 
 @pytest.mark.parametrize(

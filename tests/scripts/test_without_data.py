@@ -196,7 +196,9 @@ def test_classes_have_names_on_the_command_line():
         labels_of('a, b', comma, 0.1)
     numbers = DataSpec(lambda config: (), num_classes=2, classes=('1', '2'))
     assert labels_of('2,1', numbers, 0.1) == [1, 0]
-    with pytest.raises(SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"):  # it is no name
+    with pytest.raises(
+        SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"
+    ):  # a number, where classes have names
         labels_of('0,1', numbers, 0.1)
     with pytest.raises(
         SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 'Ankle boot', 1 'Bag', 2 '0'"

@@ -312,7 +312,7 @@ def test_a_path_is_the_callers_else_the_projects(tmp_path, monkeypatch):
     assert from_caller('link') == f'{tmp_path}/link'
     assert from_caller('docs') == 'docs' and from_caller('docs', 'out') == f'{tmp_path}/docs'
     assert from_caller('nowhere') == f'{tmp_path}/nowhere'
-    assert from_caller('nobody/nothing', 'data_path') == 'nobody/nothing'  # of the hub
+    assert from_caller('nobody/nothing', 'data_path') == 'nobody/nothing'  # a data set on the hub
     assert from_caller('ours', 'data_path') == f'{tmp_path}/ours'
     assert [from_caller(path) for path in ('', '/a', '~/a')] == ['', '/a', '~/a']
     monkeypatch.setenv('RUN_CALLER', str(ROOT / 'docs'))
