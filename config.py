@@ -38,6 +38,7 @@ class Config:
     """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
     final_eval: bool = True  # At the end, draw 1000 samples and compare them with the data.
     final_pictures: bool = True  # Draw the sample grids of the last step.
+    raw_pictures: bool = False  # Draw sample grids of the raw weights too, not only of their moving averages.
 
     # ---------------------------------------------------------------- data
     dataset: str = 'digits'  # Key of DATASETS in data_utils.py.

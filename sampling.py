@@ -168,6 +168,7 @@ def sample(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
     callback: Callback | None = None,
+    on_prediction: Callable[[float, Prediction], None] | None = None,
 ) -> Tensor:
     """x (B, ...) at t_min, from the base sample `x1` of that shape; label (B,) int64; cond: name -> (B, ...).
 
@@ -176,7 +177,8 @@ def sample(
     more than that. Every call of the network gets label and cond; the `s` of a solver for networks of two times
     replaces a condition of that name. With `sampling_process`, another than the one trained with, t_min and t_max are
     still times of `process`: its path covers the same log-SNRs, as far as it has them. `sde_last_step` ends a
-    stochastic solver, see LAST_STEPS. After step i, from 1, `callback(i, t, x)` is called.
+    stochastic solver, see LAST_STEPS. After step i, from 1, `callback(i, t, x)` is called, and after each evaluation of
+    the network at time t `on_prediction(t, prediction)`.
     Guidance by `guidance_scale` compares the network with itself without label and conditions: it gets `null_label`,
     the class that means 'no label', and from `null_cond` the value of each condition that means 'none' (a number, or a
     tensor of the shape of one item). Conditions that have none there, and labels that are not whole numbers, are the
@@ -194,9 +196,22 @@ def sample(
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale, last_step)
     guidance = Guidance(guidance_scale, null_label, null_cond or {}, guide_fn, guidance_interval, guidance_rescale)
     evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, path)
+    if on_prediction is not None:
+        evaluate = watched(evaluate, on_prediction)
     method = SOLVERS[solver]
     is_late = steps.start(process, model_type) < t_max
     return follow(method, times, x1, Predict(evaluate, path, method.memory), noise, callback, is_late)
+
+
+def watched(
+    evaluate: Callable[..., Prediction], on_prediction: Callable[[float, Prediction], None]
+) -> Callable[..., Prediction]:
+    def evaluate_and_tell(x: Tensor, t: float, s: float | None = None) -> Prediction:
+        prediction = evaluate(x, t, s)
+        on_prediction(t, prediction)
+        return prediction
+
+    return evaluate_and_tell
 
 
 # of the config and `sample` alike

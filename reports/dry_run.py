@@ -175,7 +175,7 @@ class Rehearsal:
             print_once(f'sample    {name}: {many:.3g} s an image')
             per_image.append(many)
             path = path or few
-        pictures = sum(per_image) * t.gallery.num_shown * len(t.weights()) + path
+        pictures = sum(per_image) * t.gallery.num_shown * len(t.drawing.weights_shown()) + path
         self.seconds['for pictures'] = pictures * (self.times(c.sample_every) - (not c.final_pictures))
         if not per_image or not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
             return

@@ -1,5 +1,6 @@
-"""Pictures of a run: grids of samples, the data and augmented data, scatter plots, paths of samples."""
+"""Pictures of a run: samples below real data, the data as read and as trained on, paths of samples."""
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -9,25 +10,22 @@ from torch import Tensor
 
 import utils
 from config import SettingError
+from data_loading.choice import held_out_order
+from data_loading.toy2d import TOY2D
 from logging_utils import Record
 from optimizers import get_lr
+from reports.kinds import IN_FILES, KINDS
+from reports.kinds import kind as kind  # others import it from here
+from reports.plots import Panel, joined, titled, titles_of
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from training.batches import Batches
 from training.calling import in_eval_mode
-from training.drawing import Drawing, no_memory, out_of_memory_on_any_rank
+from training.drawing import Drawing, State, no_memory, out_of_memory_on_any_rank
 from training.experiment import Experiment, SampleInputs
 
 POINTS_SHOWN = 1000
-IN_FILES = (1, 3, 4)  # channels that a PNG can hold
-
-
-def kind(x: Tensor) -> str | None:
-    """What decoded samples (n, ...) can be shown as: 'images' (n, C, H, W), 'points' (n, 2), or None."""
-    if x.ndim == 4:
-        return 'images'
-    return 'points' if x.ndim == 2 and x.shape[1] == 2 else None
 
 
 class Gallery:
@@ -37,11 +35,15 @@ class Gallery:
         self.experiment, self.config, self.data = experiment, experiment.config, experiment.data
         self.batches, self.record, self.drawing = batches, record, drawing
         self.step = 0  # of the last sampling
+        self.titles: dict[str, str] = {}  # of pictures, by their names
 
     @cached_property
     def kind(self) -> str | None:
         """The `kind` of the samples."""
-        return kind(self.experiment.decode(self.batches.like.x0[:1]))
+        return self.kind_of(self.experiment.decode(self.batches.like.x0[:1]))
+
+    def kind_of(self, x: Tensor) -> str | None:  # of decoded samples
+        return kind(x, kind(x) != 'images' or self.are_images)
 
     @cached_property
     @in_eval_mode
@@ -61,21 +63,12 @@ class Gallery:
 
     @property
     def num_shown(self) -> int:
-        """How many samples a picture has: about 60 images, each of up to 100 classes; or enough points."""
+        """How many samples a picture has: about 60, fewer of many channels, of up to 100 classes; 1000 points."""
         columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
-        if classes > 20:
-            return -(-min(classes, 100) // columns) * columns
-        parts = self.drawn_parts if self.kind == 'images' else 1
-        return columns * max(1, max(3, 60 // columns) // parts)
-
-    @cached_property
-    def drawn_parts(self) -> int:
-        """Pictures that show one sample, below each other: see plots.panels."""
-        from reports import plots
-
-        return len(plots.panels(self.experiment.decode(self.batches.like.x0[:1])))
+        channels = self.experiment.decode(self.batches.like.x0[:1]).shape[1] if self.kind == 'fields' else 1
+        return min(classes, 100) if classes > 20 else columns * max(1, max(3, 60 // columns) // channels)
 
     @in_eval_mode
     def rehearse(self, step: int) -> None:
@@ -99,14 +92,12 @@ class Gallery:
                         f'sampler {name!r} gives values that are not finite, with the {weights} weights that the run '
                         'starts from. Use another --solver or --time_grid.'
                     )
-                self.picture_of(x, inputs)
+                ranks.on_main_alone(partial(self.picture_of, x, inputs))
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
-        ways = len(samplers) * len(self.experiment.weights())
+        ways = len(samplers) * len(self.drawing.weights_shown())
         self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
         if step == 0:
-            if self.kind == 'images' and self.drawn_parts > 1:
-                print_once('pictures show the channels of an image below each other, the first three of four in colour')
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
 
@@ -128,89 +119,120 @@ class Gallery:
                 print_once(no_memory(self.step, sampler_name, 'this picture is'))
                 continue
             name = f'step_{self.step:07d}_{sampler_name}_{weights}'
+            self.titles[name] = self.title(sampler_name, weights)
             ranks.on_main_alone(partial(self.show_one, name, x, inputs))
+
+    def title(self, sampler: str, weights: str) -> str:
+        """How the last samples were drawn."""
+        nfe = f'{self.drawing.nfe:.3g} evaluations, ' if self.drawing.nfe else ''
+        return f'{sampler}, {nfe}{weights.replace("_", " ")}, guidance {self.drawing.guidance:g}, step {self.step}'
 
     def show_one(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
         self.experiment.show(name, x, inputs)
         self.experiment.after_sampling(name, x, inputs)
 
     def sample_paths(self) -> None:
-        """A picture of the paths of some samples by the first sampler and the judged weights: a row for each image, a
-        line for each point. Every process draws them all."""
+        """The picture of the paths of some samples by the first sampler and the judged weights. Every process draws
+        them all."""
         first = next(self.drawing.samplers_and_weights(), None)
         if self.kind is None or first is None:
             return
-        sampler_name, sampler, _, module = first
-        most = 6 if self.kind == 'images' else 200
+        sampler_name, sampler, weights, module = first
+        most = 200 if self.kind == 'points' else 6
         few = self.drawing.inputs(min(most, self.config.global_batch_size // self.config.batch_shards))
         utils.seed_everything(self.config.seed, 'show_paths')
         try:
             with out_of_memory_on_any_rank():
-                frames = self.drawing.path(sampler, self.experiment.get_model_fn(module), few)
+                states = self.drawing.path(sampler, self.experiment.get_model_fn(module), few)
                 stopping.raise_if_stopped()
         except RankFailed:
             print_once(no_memory(self.step, sampler_name, 'the picture of the path is'))
             return
-        if frames and kind(frames[0]) == self.kind:
-            from reports import plots
+        if states and self.kind_of(states[0].x) is not None:
+            what = 'from the black dots' if self.kind == 'points' else 'states, and below each the predicted x0'
+            title = f'{self.title(sampler_name, weights)}: {what}'
+            ranks.on_main(lambda: self.record.picture('path', self.path_of(states, few.label, title), self.step, '.'))
 
-            start = self.experiment.decode(few.x1).cpu()
-            frames = [start, *frames] if start.shape == frames[0].shape else frames
-            if self.kind == 'images':
-                picture = plots.in_rows(frames)
-            else:
-                picture = plots.paths(frames, self.data.known_classes(few.label, self.config.label_dropout))
-            ranks.on_main(lambda: self.record.picture('path', picture, self.step, '.'))
+    def path_of(self, states: Sequence[State], label: Tensor | None, title: str = '', at_most: int = 10) -> Tensor:
+        """States of samples (n, ...) from left to right, with about as much change between each two, and below each the
+        x0 that the network predicted there; of points all states as lines."""
+        name = self.kind_of(states[0].x)
+        if name != 'points':
+            moved = torch.stack([(a.x - b.x).double().square().mean() for a, b in itertools.pairwise(states)]).sqrt()
+            moved = torch.cat([moved[:0].new_zeros(1), moved.nan_to_num(1).cumsum(0)])
+            wanted = torch.linspace(0, moved[-1].item(), at_most, dtype=torch.float64)
+            states = [states[i] for i in (moved[:, None] - wanted).abs().argmin(0).unique()]
+        x = torch.stack([part for state in states for part in (state.x, state.x0)], 1)  # (n, 2 states, ...)
+        x = x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2)
+        names = titles_of(self.data, label, self.config.label_dropout) or ['xt'] * len(states[0].x)
+        left = [word for name in names for word in (name, 'x0')]
+        times = [f't {state.t:.3g}' for state in states]
+        return self.drawn(Panel(x, left, title=title, times=times))
+
+    def drawn(self, panel: Panel) -> Tensor:
+        """The picture of a panel whose items can be shown."""
+        return KINDS[str(self.kind_of(panel.x))][1](panel)
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
         """Write the picture of decoded samples (n, ...), if they can be shown."""
-        picture = self.picture_of(x, inputs)
+        picture = self.picture_of(x, inputs, self.titles.get(name, name))
         if picture is not None:
             self.record.picture(name, picture, self.step)
 
-    def picture_of(self, x: Tensor, inputs: SampleInputs) -> Tensor | None:
-        """What samples x were made from, the truth if known, and x, as one picture (3, H, W) uint8, or None."""
-        named = [('x1', part) for part in inputs.given or [self.experiment.decode(inputs.x1)]]
-        named += [] if inputs.truth is None else [('x0', self.experiment.decode(inputs.truth))]
-        shown = [(title, part) for title, part in [*named, ('samples', x)] if kind(part) == kind(x)]
-        titles, parts = zip(*shown, strict=True)
-        return self.joined(parts, titles, inputs.label)
+    @torch.no_grad()
+    def picture_of(self, x: Tensor, inputs: SampleInputs, title: str = '') -> Tensor | None:
+        """Samples x below real data, each class in its own column; or, if they were made from data, what they were made
+        from, the truth if known, and x, each with a title. A picture (3, H, W) uint8, or None."""
+        if self.kind_of(x) is None:
+            return None
+        names, toy = titles_of(self.data, inputs.label, self.config.label_dropout), TOY2D.get(self.config.dataset)
+        names, density = names if len(names) == len(x) else [], toy.density if toy and self.kind == 'points' else None
+        x, across = x.cpu(), min(10, self.data.columns())
+        if not inputs.given and inputs.truth is None:
+            real, classes = self.real_data if density is None else (x[:0], [])
+            if real.shape[1:] != x.shape[1:] or bool(names) != bool(classes):
+                real, classes = x[:0], []
+            return self.drawn(Panel(torch.cat([real, x]), [*classes, *names], len(real), title, across, (), density))
+        truth = [] if inputs.truth is None else [self.experiment.decode(inputs.truth)]
+        parts = [('given', part) for part in inputs.given] + [('truth', part) for part in truth] + [('samples', x)]
+        panels = [
+            Panel(part.cpu(), names if len(names) == len(part) else (), title=word, across=min(5, across))
+            for word, part in parts
+            if self.kind_of(part) is not None
+        ]
+        return titled(joined([self.drawn(panel) for panel in panels]), title)
 
-    def joined(
-        self, parts: Sequence[Tensor], titles: Sequence[str], label: Tensor | None, are_data: bool = False
-    ) -> Tensor | None:
-        """Batches of one kind from left to right as one picture (3, H, W) uint8: images as grids, points as scatter
-        plots; else None. Samples have the names of their classes, or the exact density of a data set that has one.
+    def training_data(self, n: int) -> tuple[Tensor, ...]:
+        """A batch of n training items as read, the classes in turn as far as they are known."""
+        loader, n = self.batches.train_loader, min(n, self.batches.train_loader.size)
+        order = self.batches.train_sampler.permutation(0)[:n].tolist()
+        return loader.take(order if loader.labels is None else held_out_order(loader, n, in_turn=True))
 
-        A batch of images that leaves [0, 1] is scaled: its smallest value is black and its largest white.
-        """
-        from reports import plots
+    @cached_property
+    def real_data(self) -> tuple[Tensor, list[str]]:
+        """Some training data as samples of them would look, and the names of their classes."""
+        n = POINTS_SHOWN if self.kind == 'points' else max(20, min(100, len(self.data.trained_classes)))
+        batch = self.training_data(n)
+        utils.seed_everything(self.config.seed, 'show_data')
+        with self.record.apart():
+            x0 = self.experiment.prepare_batch_fn(batch, is_train=False).x0
+            x = torch.cat([self.experiment.decode(part).cpu() for part in x0.split(self.batches.images_at_once)])
+        return x, titles_of(self.data, batch[1], self.config.label_dropout)
 
-        if kind(parts[-1]) == 'images':
-            columns = 8 if are_data else self.data.columns()
-            names = [] if are_data else plots.titles_of(self.data, label, self.config.label_dropout)
-            named = [(plots.within_unit(x), names if len(x) == len(names) else ()) for x in parts]
-            return plots.next_to_each_other([plots.image_grid(x, columns, names=n) for x, n in named])
-        if kind(parts[-1]) == 'points':
-            from data_loading.toy2d import TOY2D
-
-            toy = None if are_data else TOY2D.get(self.config.dataset)
-            classes = self.data.known_classes(label, self.config.label_dropout)
-            return plots.scatter(parts, titles, classes, toy.density if toy else None)
-        return None
-
+    @torch.no_grad()
     def show_data(self) -> None:
-        """A picture of the first images, as loaded on the left and as trained on on the right; a plot of the learning
-        rate. On rank 0."""
-        n, sampler = min(64, self.config.global_batch_size), self.batches.train_sampler
-        first = self.batches.train_loader.take(sampler.permutation(0)[:n].tolist())
+        """A picture of some training items, as read and as trained on; a plot of the learning rate. On rank 0."""
+        most, classes = POINTS_SHOWN if self.kind == 'points' else 50, len(self.data.trained_classes)
+        n = min(most, self.config.global_batch_size)
+        first = self.training_data(n - n % classes if 0 < classes <= n else n)
         utils.seed_everything(self.config.seed, 'show_data')
         batch = self.experiment.prepare_batch_fn(first, is_train=True)
-        x0 = self.experiment.decode(batch.x0)
-        parts = [part for part in (batch.x_original, x0) if kind(part) == kind(x0)]
-        picture = self.joined(parts, ['data', 'as trained on'], first[1], are_data=True)
-        if picture is not None:
-            self.record.picture('data_and_augmented', picture, 0)
+        names = titles_of(self.data, first[1], self.config.label_dropout)
+        parts = {'as read': batch.x_original, 'as trained': self.experiment.decode(batch.x0)}
+        shown = {title: x.cpu() for title, x in parts.items() if self.kind_of(x) is not None}
+        if shown:
+            panels = [Panel(x, names, title=title, across=5) for title, x in shown.items()]
+            self.record.picture('data_and_augmented', joined([self.drawn(panel) for panel in panels]), 0)
         total = self.config.num_training_steps
         curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
         self.record.curve('lr_schedule', curve, 'step', 'lr')

@@ -1,79 +1,164 @@
-"""Tensors as pictures (3, H, W) uint8: grids of images, and plots of points in the plane."""
+"""Pictures (3, H, W) uint8: panels of cells with words around them. kinds.py draws what is not an image."""
 
 import functools
 import importlib.util
+import itertools
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
+from torch.nn.functional import pad
 
 from data_loading.spec import DataSpec
 from runtime.ranks import print_once
 
-GAP = 16  # pixels between two grids
+GAP, APART, BETWEEN = 2, 8, 16  # pixels between cells, between groups of rows, between panels
 LINE_HEIGHT = 13  # pixels of a line of text
+GREY = 160  # of gaps and empty cells: white cells and black ones have an edge
+WIDEST = 1200  # pixels of a row of images, if it has more than two
 Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
+
+
+class Block(NamedTuple):
+    """A grid: rows of indices of items, -1 for an empty cell."""
+
+    rows: list[list[int]]
+    top: Sequence[str] = ()  # words above the columns
+    left: Sequence[str] = ()  # words left of the rows
+    starts: Collection[int] = ()  # rows above which there is more room
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Items of one kind to show together: data and samples, or paths."""
+
+    x: Tensor  # (n, ...) as decode returns it, data first
+    names: Sequence[str] = ()  # the class of each, if there are classes; of paths the words left of each row
+    real: int = 0  # how many of x are data
+    title: str = ''
+    across: int = 10  # cells in a row at most
+    times: Sequence[str] = ()  # of paths: x is a path of this many states, the x0 predicted at them, the next path, ...
+    density: Density | None = None  # which points should have
+
+    def blocks(self) -> list[Block]:
+        """Grids to put below each other. Each class has a column, or several, with data on top."""
+        if self.times:
+            rows = torch.arange(len(self.x)).view(-1, len(self.times)).tolist()
+            return [Block(rows, self.times, self.names, range(2, len(rows), 2))]
+        names = [*self.names] or [''] * len(self.x)
+        classes = list(dict.fromkeys(names[self.real :]))
+        of = {name: ([], []) for name in dict.fromkeys(names)}  # class -> its data, its samples
+        for i, name in enumerate(names):
+            of[name][i >= self.real].append(i)
+        across = max(2, min(self.across, WIDEST // max(48, self.x.shape[-1]))) if self.x.ndim == 4 else self.across
+        wide = max(1, min(across // len(classes), max(len(samples) for _, samples in of.values())))
+        at_once = -(-len(classes) // -(-len(classes) // across))
+        blocks = []
+        for part in (classes[k : k + at_once] for k in range(0, len(classes), at_once)):
+            depth = max(-(-len(of[name][1]) // wide) for name in part)
+            columns = [filled(of[name][0], wide * bool(self.real)) + filled(of[name][1], wide * depth) for name in part]
+            rows = np.array(columns).reshape(len(part), -1, wide).swapaxes(0, 1).reshape(-1, len(part) * wide).tolist()
+            top = [name for name in part for _ in range(wide)] if self.names else []
+            blocks.append(Block(rows, top, ['data', *[''] * depth], [1]) if self.real else Block(rows, top))
+        return blocks
+
+    def side(self) -> int:
+        """Pixels that the shorter side of a cell should have, so that the grid and the names are wide enough."""
+        if self.times:
+            return 48
+        (row, *_), top = self.blocks()[0][:2]
+        longest = max((text_width(name) // list(top).count(name) for name in top), default=0)
+        return max(48, (400 if self.across > 5 else 200) // len(row), min(longest, 80))
+
+    def picture(self, cells: Tensor, note: str = '', legend: Tensor | None = None) -> Tensor:
+        """The picture, with cells (n, 3, h, w) uint8 for x, a note after the title, and a legend on the right."""
+        cells = torch.cat([cells.cpu(), torch.full_like(cells[:1], GREY, device='cpu')])  # the last one is empty
+        grids = [grid(cells[torch.tensor(b.rows)], b.top, b.left, b.starts) for b in self.blocks()]
+        if legend is not None:
+            above = LINE_HEIGHT * bool(self.blocks()[0].top) + GAP
+            grids[0] = joined([grids[0], pad(legend, (0, 0, above, 0), value=255)], 2 * GAP)
+        return titled(stacked(grids), ', '.join(filter(None, (self.title, note))))
+
+
+def filled(indices: list[int], n: int) -> list[int]:
+    """The first n, with -1 in place of those that are missing."""
+    return [*indices[:n], *[-1] * (n - len(indices))]
+
+
+def grid(cells: Tensor, top: Sequence[str], left: Sequence[str], starts: Collection[int]) -> Tensor:
+    """Cells (rows, columns, 3, h, w) uint8 on grey, with the words of a Block. A word stands once over the columns in a
+    row that have it."""
+    rows, columns, _, h, w = cells.shape
+    margin, above = max(map(text_width, left), default=-4) + 4, LINE_HEIGHT * any(top) + GAP
+    ys = [above + y * (h + GAP) + APART * sum(0 < start <= y for start in starts) for y in range(rows)]
+    xs = [margin + GAP + x * (w + GAP) for x in range(columns)]
+    picture = torch.full((3, ys[-1] + h + GAP, xs[-1] + w + GAP), 255, dtype=torch.uint8)
+    for y, row, word in itertools.zip_longest(ys, cells, left[:rows]):
+        picture[:, y - GAP : y + h + GAP, margin:] = GREY
+        for x, cell in zip(xs, row, strict=True):
+            picture[:, y : y + h, x : x + w] = cell
+        if word:
+            line = y + (h - LINE_HEIGHT) // 2
+            picture[:, line : line + LINE_HEIGHT, :margin] = rendered_text(word, margin)
+    for word, group in itertools.groupby(zip(xs, top, strict=False), lambda pair: pair[1]):
+        (begin, _), *_, (last, _) = [*group] * 2
+        picture[:, :LINE_HEIGHT, begin : last + w] = rendered_text(word, last + w - begin)
+    return picture
+
+
+def joined(pictures: Sequence[Tensor], gap: int = BETWEEN) -> Tensor:
+    """Pictures from left to right on white, as one."""
+    height = max(picture.shape[1] for picture in pictures)
+    padded = [pad(picture, (0, gap, 0, height - picture.shape[1]), value=255) for picture in pictures]
+    return torch.cat(padded, 2)[:, :, : sum(picture.shape[2] + gap for picture in pictures) - gap]
+
+
+def stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures from top to bottom on white, as one."""
+    return joined([picture.mT for picture in pictures], 0).mT
+
+
+def titled(picture: Tensor, title: str) -> Tensor:  # below its title, if it has one
+    return stacked([rendered_text(title, text_width(title) + 4), picture]) if title else picture
 
 
 # ---------------------------------------------------------------- images
 
 
-def next_to_each_other(pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures (3, H, W) uint8 from left to right on white, as one."""
-    height, pad = max(picture.shape[1] for picture in pictures), torch.nn.functional.pad
-    padded = [pad(picture, (0, GAP, 0, height - picture.shape[1]), value=255) for picture in pictures]
-    return torch.cat(padded, 2)[:, :, :-GAP]
+def image_grid(images: Tensor, columns: int, names: Sequence[str] = (), title: str = '') -> Tensor:
+    """Images (n, C, H, W) in [0, 1], row by row; with `names`, one for each, those of one name below each other."""
+    return draw_images(Panel(images, names, title=title, across=columns))
 
 
-def within_unit(x: Tensor) -> Tensor:
-    """x as it is if its finite values lie in [0, 1], else scaled so that they do; NaN becomes 0."""
-    finite = x[x.isfinite()]
-    low, high = finite.aminmax() if finite.numel() else (0, 1)
-    return (x if (low >= 0 and high <= 1) or high == low else (x - low) / (high - low)).nan_to_num(0)
+def draw_images(panel: Panel) -> Tensor:
+    """Images as they are; if some leave [0, 1], the title says which values are black and white. Three channels are a
+    picture in colour, four that and one in grey below it, any other number as many in grey."""
+    x, (low, high) = panel.x.float().cpu(), range_of(panel.x)
+    scaled = bool(((x < 0) | (x > 1)).any())
+    unit = ((x - low) / (high - low) if scaled else x).nan_to_num(0).clamp(0, 1)
+    levels = (unit * 255).round().to(torch.uint8)
+    colour = [levels[:, :3]] if levels.shape[1] in (3, 4) else []
+    cells = torch.cat([*colour, *(c.expand(-1, 3, -1, -1) for c in levels.split(1, 1)[3 * len(colour) :])], 2)
+    note = f'black {low:.3g}, white {high:.3g}' if scaled else ''
+    return panel.picture(enlarged(cells, -(-panel.side() // min(x.shape[2:]))), note)
 
 
-def in_rows(frames: list[Tensor], at_most: int = 12) -> Tensor:
-    """Frames, each of images (n, C, H, W), with a row for each image; all on one scale, if some leave [0, 1]."""
-    rows = within_unit(torch.stack(frames, 1))  # (n, frames, C, H, W)
-    shown = rows[:, torch.linspace(0, rows.shape[1] - 1, min(rows.shape[1], at_most)).round().long()]
-    return image_grid(shown.flatten(0, 1), shown.shape[1])
+def range_of(x: Tensor) -> tuple[float, float]:
+    """The lowest and the highest finite value, which differ."""
+    finite = x[x.isfinite()].double()
+    low, high = map(float, finite.aminmax()) if finite.numel() else (0.0, 1.0)
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def image_grid(images: Tensor, columns: int, min_side: int = 48, gap: int = 2, names: Sequence[str] = ()) -> Tensor:
-    """Images (B, C, H, W) in [0, 1], row by row; each is drawn as its `panels`, below each other.
-
-    Small images are enlarged by a whole factor until their shorter side has `min_side` pixels. Missing cells stay
-    white. `names`, one for each image, stand above the columns if all images of a column have the same, else below
-    each image.
-    """
-    factor = -(-min_side // min(images.shape[2:]))
-    cells = torch.cat(panels((images.clamp(0, 1) * 255).round().to(torch.uint8).cpu()), 2)
-    cells = cells.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    b, _, h, w = cells.shape
-    by_column = all(name == names[i % columns] for i, name in enumerate(names))
-    above, below = (LINE_HEIGHT if names and by_column else 0), (0 if by_column else LINE_HEIGHT)
-    height, width = above + -(-b // columns) * (gap + h + below) + gap, columns * (gap + w) + gap
-    picture = torch.full((3, height, width), 255, dtype=torch.uint8)
-    for i, cell in enumerate(cells):
-        y, x = above + gap + i // columns * (gap + h + below), gap + i % columns * (gap + w)
-        picture[:, y : y + h, x : x + w] = cell
-        if below or (above and i < columns):
-            line = y + h if below else 0
-            picture[:, line : line + LINE_HEIGHT, x : x + w] = rendered_text(names[i], w)
-    return picture
-
-
-def panels(images: Tensor) -> list[Tensor]:
-    """Images (B, C, H, W) as pictures (B, 3, H, W): one channel in grey, three in colour, four as three in colour and
-    one in grey, any other number as that many in grey."""
-    colour = [images[:, :3]] if images.shape[1] in (3, 4) else []
-    greys = [images[:, i : i + 1].expand(-1, 3, -1, -1) for i in range(3 * len(colour), images.shape[1])]
-    return [*colour, *greys]
+def enlarged(cells: Tensor, factor: int) -> Tensor:
+    """Each pixel of cells (..., h, w) as a square of `factor` pixels."""
+    return cells.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 # ---------------------------------------------------------------- text
@@ -85,9 +170,8 @@ def titles_of(data: DataSpec, label: Tensor | None, label_dropout: float) -> lis
     names = data.class_names(label, label_dropout)
     missing = sorted({name for name in names if font_of(name) is None})
     if missing:
-        say_missing(
-            f'no font here has the letters of {", ".join(missing[:3])}: pictures show the numbers of such classes'
-        )
+        words = ', '.join(missing[:3])
+        say_missing(f'no font here has the letters of {words}: pictures show the numbers of such classes')
     numbers = [] if label is None else label.tolist()
     return [str(numbers[i]) if name in missing else name for i, name in enumerate(names)]
 
@@ -110,81 +194,16 @@ def font_of(text: str) -> Any:
     return None
 
 
+def text_width(text: str) -> int:  # pixels
+    return -int(-(font_of(text) or ImageFont.load_default(10)).getlength(text) // 1)
+
+
 def rendered_text(text: str, width: int) -> Tensor:
     """One line of text in black on white, (3, LINE_HEIGHT, width), cut off where it does not fit."""
-    image = Image.new('RGB', (width, LINE_HEIGHT), 'white')
-    draw, font = ImageDraw.Draw(image), font_of(text) or ImageFont.load_default(10)
-    if draw.textlength(text, font) > width:
-        while text and draw.textlength(text + '\u2026', font) > width:
+    image, font = Image.new('RGB', (width, LINE_HEIGHT), 'white'), font_of(text) or ImageFont.load_default(10)
+    if text_width(text) > width:
+        while text and text_width(text + '\u2026') > width:
             text = text[:-1]
         text += '\u2026'
-    draw.text((width / 2, LINE_HEIGHT / 2), text, 'black', font, anchor='mm')
+    ImageDraw.Draw(image).text((width / 2, LINE_HEIGHT / 2), text, 'black', font, anchor='mm')
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-# ---------------------------------------------------------------- points in the plane
-
-
-def scatter(
-    sets: Sequence[Tensor], titles: Sequence[str] = (), label: Tensor | None = None, density: Density | None = None
-) -> Tensor:
-    """Points (n, 2) of each set in a plot of its own, then the density that they should have.
-
-    All plots except the first also have room for the last set, to compare. `label` (n,): classes, as colours, in sets
-    of n points.
-    """
-    figure, axes = subplots(len(sets) + (density is not None))
-    for i, (ax, points) in enumerate(zip(axes, sets, strict=False)):
-        shown = colours(label if label is not None and len(label) == len(points) else None)
-        ax.scatter(*points.double().cpu().T.numpy(), s=4, alpha=0.6, linewidths=0, **shown)
-        limit(ax, points if i == 0 and len(sets) > 1 else torch.cat([points, sets[-1].to(points)]))
-        ax.set_title(titles[i] if titles else '', fontsize=10)
-    if density is not None:
-        x, y = (np.linspace(low, high, 100) for low, high in (axes[-2].get_xlim(), axes[-2].get_ylim()))
-        grid = torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)
-        axes[-1].pcolormesh(x, y, density(grid).reshape(100, 100).numpy(), cmap='magma', shading='nearest')
-        axes[-1].set_title('exact density', fontsize=10)
-    return rendered(figure)
-
-
-def paths(frames: Sequence[Tensor], label: Tensor | None = None) -> Tensor:
-    """The path of each point, frames (n, 2) from first to last, as a line that ends in a dot."""
-    figure, (ax,) = subplots(1)
-    lines = torch.stack(list(frames)).double().cpu().numpy()  # (frames, n, 2)
-    ax.plot(lines[:, :, 0], lines[:, :, 1], color='grey', linewidth=0.4, alpha=0.5)
-    ax.scatter(*lines[0].T, s=3, color='black', linewidths=0)
-    ax.scatter(*lines[-1].T, s=8, linewidths=0, zorder=3, **colours(label))
-    limit(ax, torch.from_numpy(lines).flatten(0, 1))
-    return rendered(figure)
-
-
-def colours(label: Tensor | None) -> dict:
-    """Arguments of scatter() that colour points by class."""
-    return {} if label is None else dict(c=label.cpu(), cmap='tab10', vmin=0, vmax=10)
-
-
-def subplots(n: int):
-    """A figure, and its n square plots in a row, 400 pixels each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * n, 4), dpi=100, layout='constrained')
-    return figure, figure.subplots(1, n, squeeze=False, subplot_kw=dict(aspect='equal'))[0]
-
-
-def limit(ax, points: Tensor) -> None:
-    """Equal axes that hold the finite points, with some room."""
-    points = points[points.isfinite().all(1)].double().cpu()
-    if len(points) > 0:
-        low, high = points.amin(0), points.amax(0)
-        half = 0.55 * max(float((high - low).max()), 1e-6)
-        x, y = ((low + high) / 2).tolist()
-        ax.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
-
-
-def rendered(figure) -> Tensor:
-    """The figure as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)

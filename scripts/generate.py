@@ -45,7 +45,9 @@ class Generate:
     batch_size: int = 64
     """Samples that each process draws at once."""
     trajectory: bool = False
-    """Also show the paths of the first samples from noise to image: path.png, a row for each, and path.gif."""
+    """Also show the paths of the first samples from noise to image: path.png, two rows for each, and path.gif."""
+    training_gif: bool = False
+    """Also show how samples of the same noise changed in training: training.gif, of the run's pictures of samples."""
     data_path: str | None = None
     """Where the data are now, if they were moved: for runs whose samples start from data (and data_dir)."""
     data_dir: str | None = None
@@ -101,6 +103,8 @@ def generate(options: Generate) -> None:
     ranks.on_main(lambda: out.finish(shown, run.data.columns(), titles, label, classes))
     if o.trajectory:
         ranks.on_main_alone(lambda: samples.show_path(out))
+    if o.training_gif:
+        ranks.on_main(lambda: samples.show_training(out))
     ranks.print_once(f'{o.num} samples in {o.out}{speed}')
 
 

@@ -121,6 +121,17 @@ class Output:
         return x
 
 
+def write_gif(path: Path, pictures: Sequence[Tensor], milliseconds: int) -> None:
+    """Pictures one after the other, again and again; the last one stays for a while."""
+    size = [max(picture.shape[i] for picture in pictures) for i in (1, 2)]
+    pad = torch.nn.functional.pad
+    padded = [pad(p, (0, size[1] - p.shape[2], 0, size[0] - p.shape[1]), value=255) for p in pictures]
+    first, *rest = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in padded]
+    with files.whole(path) as temporary:
+        durations = [milliseconds] * len(rest) + [1500]
+        first.save(temporary, 'gif', save_all=True, append_images=rest, duration=durations, loop=0)
+
+
 def write_npz(path: Path, **arrays: Any) -> None:
     with files.whole(path) as temporary, open(temporary, 'wb') as file:
         np.savez(file, **arrays)

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -23,11 +24,11 @@ from data_loading.spec import DataSpec
 from evaluation.detectors import Detector
 from evaluation.distances import Looked
 from main import load_run
-from reports.plots import image_grid, in_rows
+from reports.plots import image_grid, titles_of
 from runtime import alive, files, ranks, stopping
-from scripts.outputs import Output
+from scripts.outputs import Output, write_gif
 from training import calling
-from training.drawing import not_finite
+from training.drawing import State, not_finite
 from training.experiment import SampleInputs
 
 
@@ -115,25 +116,36 @@ class Samples:
             )
 
     def show_path(self, out: Output) -> None:
-        """path.png: a row for each of the first samples, from noise to image; path.gif: the first grid, step by step.
+        """path.png: the states of the first samples and the x0 predicted there; path.gif: the first grid, step by step.
 
-        The frames are x(t) / sqrt(alpha^2 + sigma^2), decoded. Raises SettingError where `draw` is overridden so that
-        it has no steps.
+        Raises SettingError where `draw` is overridden so that it has no steps.
         """
-        run, columns = self.run, self.run.data.columns()
+        run, columns = self.run, min(10, self.run.data.columns())
         indices = range(min(self.num, 3 * columns))
         inputs = self.inputs(indices)
         with utils.NoiseOfEach(self.seed, 'draw', indices):
-            frames = run.drawing.path(lambda fn, given: run.draw(fn, given, run.config.solver), self.model_fn, inputs)
-        if not frames:
+            states = run.drawing.path(lambda fn, given: run.draw(fn, given, run.config.solver), self.model_fn, inputs)
+        if not states:
             raise SettingError(f'trajectory=True: {type(run).__name__}.draw does not use the solvers of the repo.')
-        frames.insert(0, run.decode(inputs.x1).cpu())
+        few, label = [State(t, x[:8], x0[:8]) for t, x, x0 in states], inputs.label
+        path = run.gallery.path_of(few, None if label is None else label[:8])
         with files.whole(out.picture('path.png')) as temporary:
-            torchvision.io.write_png(in_rows([x[:8] for x in frames]), str(temporary))
-        grids = [Image.fromarray(image_grid(x, columns).permute(1, 2, 0).numpy()) for x in frames]
-        durations = [100] * (len(grids) - 1) + [1500]
-        with files.whole(out.picture('path.gif')) as temporary:
-            grids[0].save(temporary, 'gif', save_all=True, append_images=grids[1:], duration=durations, loop=0)
+            torchvision.io.write_png(path, str(temporary))
+        names = titles_of(run.data, label, run.config.label_dropout)
+        frames = [image_grid(state.x, columns, names, f't = {state.t:.3f}') for state in states]
+        write_gif(out.picture('path.gif'), frames, 100)
+
+    def show_training(self, out: Output) -> None:
+        """training.gif: the run's pictures of samples, which start from the same noise, from the first to the last.
+        Raises SettingError if there are none."""
+        folder, found = self.run.config.run_dir / 'samples', dict[str, list[Path]]()
+        for path in sorted(folder.glob('step_*.png')):
+            found.setdefault(path.stem.split('_', 2)[2], []).append(path)
+        first = next((f'{sampler}_{weights}' for sampler, _, weights, _ in self.run.drawing.samplers_and_weights()), '')
+        if first not in found:
+            raise SettingError(f'training_gif=True: {folder} has no pictures step_..._{first}.png.')
+        pictures = [torch.from_numpy(np.array(Image.open(path).convert('RGB'))) for path in found[first]]
+        write_gif(out.picture('training.gif'), [picture.permute(2, 0, 1) for picture in pictures], 500)
 
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
         """Distances from the data, with as many training images, drawn at random, as a floor (`real_...`); and an

@@ -12,7 +12,7 @@ from typing import Any
 # default name leaves them out. num_training_steps joins them under a schedule that never looks at it.
 FREE_ON_RESUME = frozenset(
     'preset settings experiment_name ckpt_dir data_dir data_path skip_unreadable debug check same_code final_eval '
-    'final_pictures num_workers accumulation_steps max_bad_steps '
+    'final_pictures raw_pictures num_workers accumulation_steps max_bad_steps '
     'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()

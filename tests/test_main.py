@@ -128,7 +128,13 @@ def made(tmp_path_factory):
     for more in ({}, dict(max_bad_steps=5)):
         flags = [f'--{name}={value}' for name, value in (settings | more | dict(ckpt_dir=folder / 'ckpts')).items()]
         flags += [f'--{name}={TINY[name]}' for name in ('global_batch_size', 'num_training_steps', 'warmup_steps')]
-        flags += ['--experiment_name=run', '--num_sample_steps=2', '--wandb=disabled', '--no_final_eval']
+        flags += [
+            '--experiment_name=run',
+            '--num_sample_steps=2',
+            '--wandb=disabled',
+            '--no_final_eval',
+            '--raw_pictures',
+        ]
         flags += ['--ema_decays', '0.5', '0.9']
         env = launch_env(1) | ({} if more else dict(STOP_AT='5'))
         done = subprocess.run(

@@ -181,7 +181,7 @@ def test_a_grid_is_of_the_network_and_the_sampler_that_its_name_says(tiny_config
         def show(self, name, x, inputs):
             shown[name] = x
 
-    trainer = scrambled(build_trainer(tiny_config(ema_decays=(0.9, 0.99)), Mine))
+    trainer = scrambled(build_trainer(tiny_config(ema_decays=(0.9, 0.99), raw_pictures=True), Mine))
     trainer.gallery.sample_grids()
     modules = {'raw': trainer.network, 'ema_0.9': trainer.ema.networks[0.9], 'ema_0.99': trainer.ema.networks[0.99]}
     expected = {
@@ -217,7 +217,7 @@ def test_the_samples_of_a_grid_are_of_all_classes_in_turn(tiny_config, build_tra
 
 def test_without_labels_the_network_meets_the_null_class_alone(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setattr(judge, 'NUM_JUDGED', 40)
-    config = tiny_config(label_dropout=1.0, sample_every=6, final_eval=True)
+    config = tiny_config(label_dropout=1.0, sample_every=6, final_eval=True, raw_pictures=True)
     trainer = build_trainer(config)
     labels = watch_labels(trainer)
     trainer.train_loop()

@@ -158,7 +158,7 @@ def test_every_choice_trains_and_samples(tiny_config, build_trainer, setting, ch
     )
     build_trainer(config).train_loop()
     assert all(np.isfinite(v) for line in record(config) for v in line.values())
-    assert len(list((config.run_dir / 'samples').glob('step_0000003_*.png'))) == 4
+    assert len(list((config.run_dir / 'samples').glob('step_0000003_*.png'))) == 2
 
 
 def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
@@ -384,11 +384,16 @@ def test_init_from_another_number_of_classes_leaves_the_class_embedding_out(
     trainer.train_loop()
 
 
-def test_pictures_of_both_solvers_and_all_weights(tiny_config, build_trainer):
-    config = tiny_config(sample_every=6, ema_decays=(0.9, 0.99))
+@pytest.mark.parametrize(
+    ('decays', 'raw', 'weights'),
+    [((0.9, 0.99), False, ('ema_0.9', 'ema_0.99')), ((0.9,), True, ('ema_0.9', 'raw')), ((), False, ('raw',))],
+)
+def test_pictures_of_both_solvers_and_of_raw_weights_if_asked_or_alone(
+    tiny_config, build_trainer, decays, raw, weights
+):
+    config = tiny_config(sample_every=6, ema_decays=decays, raw_pictures=raw)
     build_trainer(config).train_loop()
     names = {path.name for path in (config.run_dir / 'samples').iterdir()}
-    weights = ('raw', 'ema_0.9', 'ema_0.99')
     grids = {
         f'step_{step:07d}_{solver}_{name}.png'
         for step in (6, 12)

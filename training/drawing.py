@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from training.experiment import Experiment, SampleInputs, Sampler
 from training.independence import base_is_normal
 
 
+class State(NamedTuple):
+    """Samples on their way, as `decode` returns them, (n, ...)."""
+
+    t: float
+    x: Tensor  # x(t) / sqrt(alpha^2 + sigma^2)
+    x0: Tensor  # what the network predicted at t
+
+
 class Drawing:
     """Draws samples of an experiment with the settings of its config, and measures the rate."""
 
@@ -31,6 +39,7 @@ class Drawing:
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
         self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
         self.evaluations = 0.0  # of the network, for a sample
+        self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # of the last samples, as far as it is known
         self.watching: tuple[Callback, ...] = ()  # see `within`
         self.replaced: dict[str, Any] = {}
 
@@ -57,6 +66,7 @@ class Drawing:
         self.refuse_sde_solver(solver)
         given = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
         settings = given | self.replaced | settings
+        self.guidance = settings.get('guidance_scale', self.experiment.config.guidance_scale)
         callbacks = [call for call in (settings.pop('callback', None), *self.watching) if call is not None]
 
         def after_step(i: int, t: float, x: Tensor) -> None:
@@ -142,6 +152,12 @@ class Drawing:
         Raises Stopped and, on every rank, RankFailed if one of them ran out of memory.
         """
         n, model_fn, began = len(inputs.x1), self.experiment.get_model_fn(module), time.monotonic()
+        calls: list[int] = []
+
+        def counted(xt: Tensor, *given: Any, **cond: Tensor) -> Any:
+            calls.append(1)
+            return model_fn(xt, *given, **cond)
+
         mine = torch.tensor(ranks.my_items(n), device=self.experiment.device)
         drawn: list[Tensor] = []
         parts = mine.split(self.batches.images_at_once)
@@ -149,11 +165,12 @@ class Drawing:
             for i, part in enumerate(parts):
                 doing.share = i / len(parts)
                 utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # for the SDE
-                drawn.append(self.experiment.decode(sampler(model_fn, utils.rows(inputs, part))))
+                drawn.append(self.experiment.decode(sampler(counted, utils.rows(inputs, part))))
                 stopping.raise_if_stopped()
         samples = ranks.gather_items(torch.cat(drawn), n)
         if bad := not_finite(samples):
             print_once(f'warning: {bad} of {n} samples have values that are not finite')
+        self.nfe = len(calls) / len(parts)
         self.seconds_per_sample = (time.monotonic() - began) / n
         return samples
 
@@ -164,24 +181,35 @@ class Drawing:
 
     @torch.no_grad()
     @in_eval_mode
-    def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[Tensor]:
-        """x(t) / sqrt(alpha^2 + sigma^2), decoded, (n, ...) after each step of the solver, on this process; empty for a
-        sampler that does not use `draw`. If a sampler has several stages, the path of the last one."""
+    def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[State]:
+        """The states of samples, x1 and then each after a step of the solver, on this process; empty for a sampler that
+        does not use `draw`. If a sampler has several stages, the path of the last one."""
         steps: list[tuple[float, Tensor]] = []
-        with self.within(watching=lambda i, t, x: steps.append((t, x.clone()))):
+        seen: list[tuple[float, Tensor]] = []
+        predicted = lambda t, prediction: seen.append((t, prediction.x0))  # noqa: E731
+        with self.within(watching=lambda i, t, x: steps.append((t, x.clone())), on_prediction=predicted):
             sampler(model_fn, inputs)
-        frames: list[Tensor] = []
-        for t, x in steps:
-            coefs = self.experiment.process(torch.tensor([t], dtype=torch.float64))
-            frames.append(self.experiment.decode(x / float(torch.hypot(coefs.alpha, coefs.sigma))).cpu())
-            if frames[-1].shape != frames[0].shape:
-                del frames[:-1]
-        return frames
+        x0, self.nfe = dict(seen), float(len(seen))  # x0 of the last evaluation at each time, which is at the state
+        coefs = [self.experiment.process(torch.tensor([t], dtype=torch.float64)) for t, _ in steps]
+        path = [(t, x / float(torch.hypot(c.alpha, c.sigma))) for (t, x), c in zip(steps, coefs, strict=True)]
+        known, states = inputs.x1, list[State]()
+        for t, x in [(max(x0), inputs.x1), *path] if x0 and path else path:
+            known = x0.get(t, known)  # at the last time there is none
+            states.append(State(t, *(self.experiment.decode(part).cpu() for part in (x, known))))
+            if states[-1].x.shape != states[0].x.shape:
+                del states[:-1]
+        return states
+
+    def weights_shown(self) -> dict[str, nn.Module]:
+        """The networks of which there are pictures: the raw one only if there is no other, or by raw_pictures."""
+        weights = self.experiment.weights()
+        averages = {name: module for name, module in weights.items() if name != 'raw'}
+        return weights if self.experiment.config.raw_pictures else averages or weights
 
     def samplers_and_weights(self) -> Iterator[tuple[str, Sampler, str, nn.Module]]:
         """(sampler's name, sampler, weights' name, network) of all pictures."""
         for sampler_name, sampler in self.experiment.samplers().items():
-            for weights, module in self.experiment.weights().items():
+            for weights, module in self.weights_shown().items():
                 yield sampler_name, sampler, weights, module
 
 

@@ -121,8 +121,9 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
     trainer.train_loop()
     lines = record_of(trainer.config.run_dir)
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*_raw.png')}
-    assert drawn == {f'step_0000012_{sampler}_raw.png' for sampler in trainer.samplers()}
+    drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*.png')}
+    weights = next(iter(trainer.weights()))
+    assert drawn == {f'step_0000012_{sampler}_{weights}.png' for sampler in trainer.samplers()}
     if trainer.judge.can_judge:
         numbers = trainer.judge.judged(next(iter(trainer.samplers())), 64, 12)
         assert numbers and all(np.isfinite(value) for value in numbers.values())

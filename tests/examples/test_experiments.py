@@ -58,8 +58,9 @@ def test_it_trains_evaluates_draws_and_resumes(experiment, name):
     trainer.train_loop()
     lines = record_of(trainer.config.run_dir)
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*_raw.png')}
-    assert drawn == {f'step_0000012_{sampler}_raw.png' for sampler in trainer.samplers()}
+    drawn = {path.name for path in (trainer.config.run_dir / 'samples').glob('step_0000012_*.png')}
+    weights = next(iter(trainer.weights()))
+    assert drawn == {f'step_0000012_{sampler}_{weights}.png' for sampler in trainer.samplers()}
     again = experiment(name)
     assert again.checkpoints.finished and again.step == 12
     for key, value in utils.concat([again.example]).cond.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 
@@ -14,7 +15,7 @@ from config import Config, SettingError
 from data_utils import DATASETS, DataSpec, load_digits
 from evaluation.detectors import get_detector
 from main import load_run
-from reports.plots import image_grid
+from reports.plots import GAP, LINE_HEIGHT, image_grid, rendered_text, text_width
 from runtime import errors
 from scripts import generate as program
 from scripts import samples
@@ -216,10 +217,37 @@ def test_pictures_and_the_record(draw, run):
         Image.open(out / 'path.png') as path,
         Image.open(out / 'path.gif') as gif,
     ):
-        assert grid.width > 400 and path.width > 100 and path.height > path.width
-        assert gif.is_animated and gif.n_frames == 4  # the noise, and three steps
+        assert grid.width > 400 and path.width > 200 and path.height > path.width
+        assert gif.is_animated and gif.n_frames == 4 and gif.width >= 400  # the noise, and three steps
+        frames = [np.array(gif.convert('RGB')) for gif.n in range(4) if gif.seek(gif.n) is None]
+    first, last = ('t = 0.999', 't = 0.001')
+    for frame, text in ((frames[0], first), (frames[-1], last)):  # time, then class names
+        title = rendered_text(text, text_width(text) + 4).permute(1, 2, 0).numpy()
+        assert np.abs(frame[:LINE_HEIGHT, : title.shape[1]].astype(int) - title).max() < 40
+        for i in range(10):
+            name = rendered_text(str(i), 48).permute(1, 2, 0).numpy()
+            place = frame[LINE_HEIGHT : 2 * LINE_HEIGHT, GAP + 50 * i :][:, :48]
+            assert np.abs(place.astype(int) - name).max() < 40
     made_by = json.loads((out / 'generate.json').read_text())
     assert (made_by['step'], made_by['sample_seed'], made_by['num_sample_steps']) == (12, 0, 3)
+
+
+def test_the_pictures_of_training_become_one_that_moves(draw, run, tmp_path):
+    """Those of the first sampler and the judged weights, in the order of their steps, and no others."""
+    folder = tmp_path / 'run/samples'
+    shutil.copytree(run, tmp_path / 'run', ignore=shutil.ignore_patterns('samples', 'lock'))
+    folder.mkdir()
+    given = dict(run=str(tmp_path / 'run'), num=2)
+    with pytest.raises(
+        SettingError, match=r'training_gif=True: .*samples has no pictures step_\.\.\._adams_ema_0\.5\.png'
+    ):
+        draw('none', **given, training_gif=True)
+    for name, level in ('0000012_adams_ema_0.5', 200), ('0000003_adams_ema_0.5', 60), ('0000003_adams_raw', 0):
+        Image.new('RGB', (500 - level, 100), (level, level, level)).save(folder / f'step_{name}.png')
+    with Image.open(draw('folder', **given, training_gif=True) / 'training.gif') as gif:
+        assert gif.n_frames == 2 and gif.size == (440, 100)
+        levels = [np.array(gif.convert('L'))[50, 50] for i in range(2) if gif.seek(i) is None]
+    assert np.abs(np.array(levels, int) - [60, 200]).max() < 8
 
 
 # ---------------------------------------------------------------- noise of each

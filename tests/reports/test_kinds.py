@@ -1,0 +1,135 @@
+"""Drawers of the table KINDS: heat maps with their bars, curves, points with contours, and a kind of the user's."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+
+from data_loading.toy2d import TOY2D
+from reports.kinds import COLOURS, KINDS, draw_fields, draw_points, draw_signals, kind
+from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width
+
+
+@pytest.mark.parametrize(
+    ('shape', 'expected', 'of_floats'),
+    [
+        ((5, 1, 8, 8), 'images', 'fields'),
+        ((5, 3, 8, 8), 'images', 'fields'),
+        ((5, 2, 8, 8), 'fields', 'fields'),
+        ((5, 2), 'points', 'points'),
+        ((5, 2, 9), 'signals', 'signals'),
+        ((5, 3), None, None),
+        ((5,), None, None),
+    ],
+)
+def test_kind_is_read_off_the_shape(shape, expected, of_floats):
+    assert kind(torch.zeros(shape)) == expected and kind(torch.zeros(shape), are_images=False) == of_floats
+
+
+def test_each_channel_of_a_field_has_its_own_colours_and_a_bar_that_says_them():
+    x = torch.stack([torch.full((2, 4, 4), -3.0), torch.full((2, 4, 4), 5.0)])  # two fields of two channels
+    x[:, 1] = torch.tensor([100.0, 300.0])[:, None, None]
+    picture = draw_fields(Panel(x))
+    low, high = (torch.tensor(colormaps['viridis'](k)[:3]).mul(255).round().byte() for k in (0, 255))
+    side = (picture.shape[1] - 2 * GAP - 1) // 2
+    for channel in range(2):
+        y = GAP + channel * (side + 1)
+        for i, colour in enumerate((low, high)):
+            assert torch.equal(picture[:, y + side // 2, GAP + i * (side + GAP) + 3], colour)
+        bar = picture[:, y : y + side, 2 * (side + GAP) + GAP + 2 * GAP :]
+        assert torch.equal(bar[:, 0, 0], high) and torch.equal(bar[:, -1, 0], low)
+        words = [('5', '-3'), ('300', '100')][channel]
+        assert torch.equal(bar[:, :LINE_HEIGHT, 10:54], rendered_text(words[0], 44))
+        assert torch.equal(bar[:, -LINE_HEIGHT:, 10:54], rendered_text(words[1], 44))
+    assert (picture[:, GAP + side, GAP : GAP + side] == 255).all()  # between channels
+
+
+def test_signals_are_curves_on_one_scale_with_a_colour_for_each_channel(monkeypatch):
+    titles = []
+    monkeypatch.setattr('reports.plots.titled', lambda picture, title: titles.append(title) or picture)
+    up = torch.linspace(0, 1, 30)
+    picture = draw_signals(Panel(torch.stack([torch.stack([up, 1 - up]), torch.zeros(2, 30)]), title='mine')).int()
+    assert titles == ['mine, from 0 to 1']
+    wide = (picture.shape[2] - GAP) // 2 - GAP
+    first, second = (picture[:, GAP:-GAP, GAP + i * (wide + GAP) :][:, :, :wide] for i in range(2))
+    for i in range(2):  # the first rises, the second falls
+        near = ((first[2] - first[0]) * (1, -1)[i] > 60).nonzero()  # blue, orange
+        across = np.corrcoef(near[:, 0], near[:, 1])[0, 1]
+        assert len(near) > 50 and (across < -0.99 if i == 0 else across > 0.99)
+    ink = (second.sum(0) < 600).nonzero()
+    assert ink[:, 0].min() > 0.9 * 64 and ink[:, 1].max() - ink[:, 1].min() > 80  # along the floor
+
+
+def pixels_of(picture, colour, near=170):
+    wanted = torch.tensor([int(colour[k : k + 2], 16) for k in (1, 3, 5)])
+    return ((picture.int() - wanted[:, None, None]).abs().sum(0) < near).nonzero()
+
+
+def test_points_have_equal_axes_and_a_colour_and_a_name_for_each_class():
+    angle = torch.linspace(0, 2 * torch.pi, 401)[:-1]
+    x = torch.stack([3 * angle.cos(), angle.sin()], 1)  # three times as wide as high
+    names = ['upper' if y > 0 else 'lower' for y in x[:, 1]]
+    picture = draw_points(Panel(x, names, title='step 7'))
+    assert torch.equal(
+        picture[:, :LINE_HEIGHT, : text_width('step 7') + 4], rendered_text('step 7', text_width('step 7') + 4)
+    )
+    classes = list(dict.fromkeys(names))
+    found = [pixels_of(picture[:, : 280 + LINE_HEIGHT], COLOURS[i]) for i in range(2)]
+    every = torch.cat(found)
+    height, width = (every.amax(0) - every.amin(0)).tolist()
+    assert width / height == pytest.approx(3, rel=0.1)
+    tops = {name: float(place[:, 0].float().mean()) for name, place in zip(classes, found, strict=True)}
+    assert tops['upper'] < tops['lower'] - 20
+    assert len(pixels_of(draw_points(Panel(x)), COLOURS[1])) == 0  # without classes
+
+
+def test_more_classes_than_colours_have_other_marks():
+    x = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1]]).repeat(2, 1)
+    names = [f'c{i}' for i in range(8)]
+    few, many = (draw_points(Panel(x[:n], names[:n])) for n in (7, 8))
+    assert not few.equal(many) and len(COLOURS) == 7
+
+
+def test_contours_of_the_density_and_grey_data_are_behind_the_points():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(TOY2D['eight_gaussians'].draw(rng, 8)[0])
+    plain, lined = (draw_points(Panel(x, density=density)) for density in (None, TOY2D['eight_gaussians'].density))
+    grey = lambda p: int(((p.int().amax(0) - p.int().amin(0) < 10) & (p[0] > 100) & (p[0] < 200))[20:380, 40:].sum())  # noqa: E731
+    assert plain.shape == lined.shape == (3, 400, 400) and grey(lined) > grey(plain) + 300
+    with_data = draw_points(Panel(torch.cat([torch.rand(300, 2) - 0.5, x]).double(), real=300))
+    assert len(pixels_of(with_data, '#c0c0c0', 30)) > len(pixels_of(plain, '#c0c0c0', 30)) + 300
+    assert len(pixels_of(with_data, COLOURS[0])) > 8
+
+
+def test_points_that_are_not_finite_leave_the_others_to_be_seen():
+    x = torch.cat([torch.randn(50, 2), torch.full((1, 2), torch.nan), torch.full((1, 2), torch.inf)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(pixels_of(draw_points(Panel(x)), COLOURS[0])) > 50
+        draw_points(Panel(x[50:]))
+
+
+def test_paths_of_points_are_lines_from_start_to_end():
+    """All from the left to the right: ink in every column between; what was predicted is not drawn."""
+    start = torch.stack([torch.full((20,), -1.0), torch.linspace(-1, 1, 20)], 1)
+    states = torch.stack([start + torch.tensor([step, 0.0]) for step in (0.0, 1.0, 2.0)], 1)  # (n, states, 2)
+    x = torch.stack([states, torch.full_like(states, 50)], 1).flatten(0, 2)
+    picture = draw_points(Panel(x, ['a', 'x0'] * 20, times=['t 1', 't 0.5', 't 0']))
+    ink = (picture.float().mean(0) < 250)[20:360].sum(0)
+    assert picture.shape == (3, 400, 400) and (ink[80:320] >= 20).all()
+    assert pixels_of(picture, COLOURS[0])[:, 1].float().mean() > 300
+
+
+def test_the_x_axis_of_points_is_the_first_number():
+    points = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-0.1, 0.1, 50)], 1)
+    places = pixels_of(draw_points(Panel(points)), COLOURS[0])
+    height, width = (places.amax(0) - places.amin(0)).tolist()
+    assert width > 200 and height < 60
+
+
+def test_a_kind_of_the_users_goes_before_those_of_the_table(monkeypatch):
+    monkeypatch.setitem(KINDS, 'wide', (lambda x: x.ndim == 4 and x.shape[3] == 9, lambda panel: panel.x[0].byte()))
+    x = torch.full((5, 3, 4, 9), 7.0)
+    assert kind(x) == kind(x, are_images=False) == 'wide' and kind(x[..., :8]) == 'images'
