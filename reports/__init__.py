@@ -3,7 +3,9 @@
 pictures.py  Gallery: which pictures a run draws
 plots.py     panels: cells in grids, with names, times and titles; images
 kinds.py     the table KINDS: how images, fields, signals and points are drawn
-page.py      report.html: curves, pictures, settings and numbers on one page
+page.py      report.html: pictures, numbers, curves and settings on one page
+parts.py     parts of a page: pictures, tables, sections
+curves.py    curves on a page
 seeds.py     runs that differ only in their seed: mean, spread, and which differences are more than that
 dry_run.py   `sh run.sh --check`: everything once, and an estimate of time, memory and disk
 """

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from config import Config
-from reports.page import PLACES, Run, aligned
+from reports.page import PLACES, Run
+from reports.parts import blocks
 from runtime.ranks import print_once
 
 Group = Sequence[Run]  # runs that differ only in their seed
@@ -97,4 +98,4 @@ def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str
             'Train with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
         )
     head = f'\ndifference from {labels[0]} (none: not more than the standard deviations over the seeds)\n'
-    return head + aligned([['', *labels[1:]], *changes])
+    return head + blocks([['', *labels[1:]], *changes])

@@ -2,7 +2,7 @@
 
 sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
 
-Runs that differ only in their seed are one column: the mean, the standard deviation over the seeds, and a band around
+Runs that differ only in their seed are one row: the mean, the standard deviation over the seeds, and a band around
 the curves. A difference that is not larger than these standard deviations is printed as none.
 
 `side_by_side` trains them first: an idea next to what it claims to improve, as in examples/. There `--seeds 3` trains
@@ -21,8 +21,10 @@ from typing import Annotated, Any
 import tyro
 
 from config import Config, SettingError
+from evaluation.distances import NOT_PRINTED
 from reports import page
-from reports.seeds import Group, cells, changes_of, grouped, text_of_changes
+from reports.parts import Markup, blocks, caption, images
+from reports.seeds import Group, cells, changes_of, compares, grouped, text_of_changes
 from runtime import command, files
 from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name, older_folder_name
 
@@ -58,8 +60,12 @@ def compare(options: Compare) -> None:
     names = [folders[runs.index(run)] for run in first]
     labels = labels_of(first, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(first)]
-    print_once(page.aligned([['', *labels], *rows, *cells(numbers(groups), sizes)]))
-    print_once(text_of_changes(numbers(groups), labels))
+    found = numbers(groups)
+    told = [
+        row for row in found if row[0] == 'step' or (compares(row[0]) and row[0].rpartition('/')[2] not in NOT_PRINTED)
+    ]
+    print_once(blocks([['', *labels], *rows, *cells(told, sizes)]))
+    print_once(text_of_changes(found, labels))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, groups, names, labels)
     print_once(f'\n  page        {path}')
@@ -152,7 +158,7 @@ def show(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Seque
     found = numbers(groups, lambda run: {name: value for line in run.lines for name, value in line.items()})
     shown = [row for row in found if any(fnmatch(row[0], pattern) for pattern in patterns)]
     rows = [[name.removeprefix('final/'), *values] for name, *values in shown]
-    table = page.aligned([['', *names], *cells(rows, [len(runs) for runs in groups])])
+    table = blocks([['', *names], *cells(rows, [len(runs) for runs in groups])])
     print(f'\n{table}\n{text_of_changes(rows, names)}', flush=True)
     path = Path(f'{folders[0][0].removesuffix(names[0])}compared.html')
     write_page(path, groups, names_of([several[0] for several in folders]), names)
@@ -160,19 +166,37 @@ def show(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Seque
 
 
 def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels: Sequence[str]) -> None:
-    """`names`: of the folders of the first runs; `labels`: of the groups, in legends."""
-    plots = [over(groups, labels, title, names) for title, names in page.CURVES.items()]
-    first, rows = [group[0] for group in groups], numbers(groups)
-    from_first = f'Differences from {labels[0]} (none: not more than the standard deviations of both together)'
-    changed = changes_of(rows)
+    """`names`: of the folders of the first runs; `labels`: of the groups, in plots."""
+    first, sizes, found = [group[0] for group in groups], [len(group) for group in groups], numbers(groups)
+    shown = [Markup(newest(run, label)) for run, label in zip(first, labels, strict=True)]
+    differ = [[f'{name}={page.text_of(value)}' for value in values] for name, *values in differences(first)]
+    about = [f'<b>{page.escaped(name)}</b>' for name in names]
+    for texts in differ:
+        about = [f'{cell}<br>{page.escaped(text)}' for cell, text in zip(about, texts, strict=True)]
+    best = numbers(groups, lambda run: {title: value for title, (value, *_) in run.chosen().items()})
+    columns = [['run', *map(Markup, about)], *([['newest samples', *shown]] if any(shown) else [])]
+    plots = {title: over(groups, labels, title, patterns) for title, patterns in page.CURVES.items()}
     sections = {
-        'Settings that differ': page.table([['run', *names], *differences(first)], ['', *labels]),
-        'Numbers at the end': page.table(cells(rows, [len(group) for group in groups]), ['', *labels]),
-        from_first: page.table(changed, ['', *labels[1:]]) if changed else '',
-        'Curves': page.row(plots),
-        'Newest samples': ''.join(newest(run, label) for run, label in zip(first, labels, strict=True)),
+        'Runs': by_run([*columns, *cells(best, sizes)]),
+        'Curves': page.row([plots.pop(title) for title in page.MAIN]),
     }
-    files.write_text(path, page.page(f'{sum(map(len, groups))} runs', sections))
+    from_first = f'Differences from {labels[0]} (none: not more than the standard deviations of both together)'
+    changed = changes_of(found)
+    folded = {
+        from_first: by_run([['', *labels[1:]], *changed]) if changed else '',
+        'Other curves': page.row(list(plots.values())),
+        'Samples of other samplers': ''.join(
+            newest(run, label, False) for run, label in zip(first, labels, strict=True)
+        ),
+        'All numbers at the end': by_run([['', *labels], *cells(found, sizes)]),
+    }
+    files.write_text(path, page.page(f'{sum(sizes)} runs', sections, folded))
+
+
+def by_run(columns: Sequence[Sequence[Any]]) -> str:
+    """A table of columns, each with its head, in which every run is a row."""
+    head, *rows = zip(*columns, strict=True)
+    return page.table(rows, head)
 
 
 def names_of(folders: Sequence[str]) -> list[str]:
@@ -222,17 +246,17 @@ def numbers(groups: Sequence[Group], of: Callable[[page.Run], Mapping[str, float
     return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
 
 
-def newest(run: Any, label: str) -> str:
-    """The samples of a run's last pictures, of the weights that it is judged by if there are such, in one row."""
+def newest(run: page.Run, label: str, of_first: bool = True) -> str:
+    """The newest samples of the weights by which a run is judged, by its first sampler; or by all others."""
     last = [path for paths in run.pictures()[-1:] for path in paths]
     judged = [path for path in last if not path.stem.endswith('_raw')] or last
-    return page.images({path: f'{label}: {path.stem}' for path in judged})
+    return images({path: f'{label}: {caption(path)}' for path in (judged[:1] if of_first else judged[1:])})
 
 
 def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
     """One plot of a curve of all groups: of the curves that a report shows together, the first that a run has. Of
     several seeds, their mean, in a band of the standard deviation over them."""
-    curves, bands, metric = {}, {}, ''
+    curves, bands, metric = {label: ([], []) for label in labels}, {}, ''
     for group, label in zip(groups, labels, strict=True):
         for metric in group[0].names(patterns)[:1]:
             values = [dict(zip(*run.curve(metric), strict=True)) for run in group]  # finite ones
@@ -241,7 +265,7 @@ def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: S
             curves[label] = steps, [statistics.fmean(v) for v in at]
             if len(group) > 1:
                 bands[label] = [statistics.stdev(v) for v in at]
-    return page.plot(curves, f'{title}: {metric}', bands=bands) if curves and 'by time' not in title else ''
+    return page.plot(curves, f'{title}: {metric}', bands=bands) if metric and 'by time' not in title else ''
 
 
 if __name__ == '__main__':

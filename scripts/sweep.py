@@ -18,6 +18,7 @@ from pathlib import Path
 from config import PRESETS, Config, SettingError, parse_config
 from runtime import command, errors
 from settings.flags import read, refuse
+from settings.same_run import folder_name, in_name, name_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,12 +88,20 @@ def sweep(runs: list[list[str]]) -> None:
         if code == errors.EXIT_STOPPED:
             raise errors.Stopped
         failed += [flags] if code else []
-    folders = [settle_name(parse_config(flags)).run_dir for flags in runs]
-    there = [folder for folder in folders if (folder / 'metrics.jsonl').exists()]
+    configs = [settle_name(parse_config(flags)) for flags in runs]
+    there = [config.run_dir for config in configs if (config.run_dir / 'metrics.jsonl').exists()]
     if only is None and len(there) > 1:
-        compare.compare(compare.Compare(tuple(map(str, there)), str(there[0].parent / 'sweep.html')))
+        compare.compare(compare.Compare(tuple(map(str, there)), str(there[0].parent / page_name(configs))))
     if failed:
         raise SettingError(f'{len(failed)} of {len(chosen)} runs failed, see above: {"; ".join(failed)}')
+
+
+def page_name(configs: Sequence[Config]) -> str:
+    """After the settings that differ among the runs, with their values, and what all have: `sweep_seed=0-1_digits`."""
+    values = {name: tuple(dict.fromkeys(getattr(c, name) for c in configs)) for name in vars(configs[0])}
+    swept = {name: found for name, found in values.items() if found[1:] and name != 'experiment_name'}
+    shared = [part for part in name_parts(configs[0], PRESETS) if part.split('=')[0] not in swept]
+    return folder_name(['sweep', *map(in_name, swept, swept.values()), *shared]) + '.html'
 
 
 def run_one(flags: list[str]) -> int:

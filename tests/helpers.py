@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,18 @@ def run_ranks(script, folder, local_ranks):
             process.kill()
     assert {process.returncode for process in processes} == {0}, errors
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(len(local_ranks))]
+
+
+def columns_in(text: str) -> dict[str, list[str]]:
+    """Head -> the cells below it, of all tables that reports.parts.blocks made in a text; no cell may be empty."""
+    columns = {}
+    for block in text.split('\n\n'):
+        rows = [re.split(' {2,}', line.strip()) for line in block.strip('\n').splitlines()]
+        head, *rest = [row for row in rows if len(row) > 1] or [[]]
+        for row in [row for row in rest if len(row) in (len(head), len(head) + 1)]:
+            for name, cell in zip(head[-len(row) + 1 :], row[1:], strict=True):
+                columns.setdefault(name, []).append(cell)
+    return columns
 
 
 def record_of(folder: Path, levels: bool = False) -> list[dict]:

@@ -1,7 +1,9 @@
 """report.html of a run, and compare.html of several."""
 
 import base64
+import dataclasses
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from config import SettingError
-from reports import page
+from config import Config, SettingError
+from reports import page, parts
 from scripts.compare import Compare, compare, labels_of
 from settings.same_run import cut_middle
-from tests.helpers import record_of
+from tests.helpers import columns_in, record_of
 from trainer import ExampleDiffusionTrainer
 
 
@@ -72,11 +75,12 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     assert written == ['a'] * 2  # at steps 6 and 12
     seen = Page(folder / 'report.html')
     assert not seen.outside and 'a: step 12 of 12' in seen.text
-    pictures = sorted((folder / 'samples').glob('step_*.png'))
+    pictures = [*(folder / 'samples').glob('step_0000012*.png'), folder / 'samples/step_0000006_adams_ema_0.999.png']
     inside = [base64.b64decode(image.split(',')[1]) for image in seen.images]
-    assert {path.read_bytes() for path in pictures} <= set(inside)
+    assert len(pictures) == 5 and {path.read_bytes() for path in pictures} <= set(inside)
+    drawn = numbers_in((folder / 'report.html').read_text())
     for title in page.CURVES:
-        assert title in seen.text or title in ('share of time waiting for data', 'Frechet distance of samples'), title
+        assert title in drawn or title in ('share of time waiting for data', 'Frechet distance of samples'), title
     last = record_of(folder)[-1]
     assert f'{last["eval/reference"]:.4g}' in seen.text and f'{last["eval/loss"]:.4g}' in seen.text
     assert seen.text.count('<svg') == 0 and (folder / 'report.html').read_text().count('<svg') >= 6
@@ -142,6 +146,7 @@ def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
     lines = [line(n, w) for n in (4, 8) for w in ('ema', 'raw')]
     (plot,) = page.sweep_plots(lines)
     assert {'Frechet distance (pixels) by nfe', 'weights ema', 'weights raw'} <= numbers_in(plot)
+    assert {'Frechet distance', 'network evaluations'} <= numbers_in(plot)  # the axes
     assert page.sweep_plots([line(4), line(8, step=4)]) == []  # of another step: not to be compared
     both = page.sweep_plots([line(n, guidance=g) for n in (4, 8) for g in (1.0, 2.0)])
     assert len(both) == 2 and {'guidance_scale 1', 'guidance_scale 2'} <= numbers_in(both[0])
@@ -191,12 +196,11 @@ def test_runs_are_compared_by_what_differs(trained, tmp_path, capsys):
     a, b = trained('a', channels=16, base_lr=1e-3), trained('b', base_lr=2e-3)
     capsys.readouterr()
     compare(Compare((str(a), str(b)), str(tmp_path / 'x.html')))
-    out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if len(line.split()) == 3}
-    assert rows['base_lr'] == ['0.001', '0.002'] and rows['channels'] == ['16', '8'] and rows['step'] == ['12', '12']
-    assert 'seed' not in rows and 'experiment_name' not in rows
+    columns = columns_in(capsys.readouterr().out)
+    assert columns['base_lr'] == ['0.001', '0.002'] and columns['channels'] == ['16', '8']
+    assert columns['step'] == ['12', '12'] and 'seed' not in columns and 'experiment_name' not in columns
     finals = [f'{record_of(folder)[-1]["eval/reference"]:.4g}' for folder in (a, b)]
-    assert rows['eval/reference'] == finals
+    assert columns['eval/reference'] == finals
     seen = Page(tmp_path / 'x.html')
     assert not seen.outside and len(seen.images) == 4  # of two ways to sample
     assert {'loss: train/loss', 'channels=16, base_lr=0.001'} <= numbers_in((tmp_path / 'x.html').read_text())
@@ -219,8 +223,6 @@ def test_what_is_no_run_is_named(folders, tmp_path):
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='chromium is not installed')
 def test_a_browser_shows_it(trained, tmp_path):
     """In light and dark, without an error: the picture is neither empty nor of one colour."""
-    from PIL import Image
-
     folder = trained('a')
     for scheme in (1, 0):
         shot = tmp_path / f'{scheme}.png'
@@ -237,6 +239,111 @@ def test_a_browser_shows_it(trained, tmp_path):
             assert (grey.getpixel((5, 5)) > 200) == (scheme == 1)
 
 
+def made(folder, lines=(), pictures=(), width=60, **config):
+    """The folder of a run with these lines of its record and pictures of this width."""
+    (folder / 'samples').mkdir(parents=True)
+    settings = dict(preset='digits', solver='heun', ema_decays=[0.98], num_training_steps=20, final_eval=True)
+    (folder / 'config.json').write_text(json.dumps(dataclasses.asdict(Config()) | settings | config))
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    for name in pictures:
+        Image.new('RGB', (width, 20), 'teal').save(folder / f'samples/{name}.png')
+    return folder
+
+
+def a_long_run(tmp_path, name='a'):
+    ways = ('adams_ema_0.98', 'heun_ema_0.9', 'heun_ema_0.98', 'heun_raw')
+    pictures = [f'step_{step:07d}_{way}' for step in (4, 8, 12, 16, 20) for way in ways]
+    numbers = {'label_agreement': 0.9512, 'frechet': 0.5, 'real_frechet': 0.25, 'nearest_neighbour_ratio': 1.1}
+    lines = [{'train/step': s, 'train/loss': 1 / s, 'train/waiting': 0.00076 + s / 1e8} for s in range(1, 20)]
+    last = {f'final/{way}/{name}': value for way in ('heun', 'adams') for name, value in numbers.items()}
+    lines += [{'train/step': 20, 'eval/reference': 0.4, 'eval/reference_gaussian': 0.9, 'eval/loss': 0.3} | last]
+    folder = made(tmp_path / name, lines, ['data_and_augmented', *pictures], width=2264, experiment_name=name * 60)
+    line = dict(weights='ema_0.98', solver='heun', nfe=8, detector='pixels', detector_digest='x', num=9) | numbers
+    rows = [line | dict.fromkeys(page.COLUMNS[-9:], 1 / 3) | dict(nfe=n) for n in (4, 8)]
+    (folder / 'evaluation.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    start = dict(time='2026-01-02T03:04:05+0000', step=0, command='sh run.sh ' + 'x' * 300, host='<b>', commit='f' * 40)
+    (folder / 'run.json').write_text(json.dumps([start | dict(trainer=dict(file='mine.py', name='Mine'))]))
+    return folder
+
+
+def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folded(tmp_path):
+    text = page.report(page.read(a_long_run(tmp_path)))
+    heads = re.findall(r'<(?:h2|summary)>([^<]*)<', text)
+    pictures = ['Data', 'Newest samples', 'The same noise at earlier steps']
+    assert heads[:6] == [*pictures, 'Numbers', 'Curves', 'Other curves'] and text.count('<details>') == len(heads) - 5
+    shown, folded = text.split('<details>', 1)
+    assert re.findall('alt="(.*?)"', shown) == [
+        'as read, and as training sees them', 'step 20, heun, averaged weights (EMA 0.98)', 'step 4', 'step 12',
+    ]  # fmt: skip
+    assert re.findall('<div>(.*?)<br><b>(.*?)</b>', shown) == [
+        ('Reference loss', '0.4'), ('Label agreement', '0.9512'), ('Frechet distance', '0.5'),
+        ('Nearest-neighbour ratio', '1.1'),
+    ]  # fmt: skip
+    assert 'Good: near 0.25, the distance of as many real items' in shown and 'well below 0.9, the loss' in shown
+    assert 'step 20, heun, raw weights' in folded and 'step 20, adams, averaged' in folded and 'EMA 0.9)' in folded
+    assert all(f'<td>{cell}</td>' in folded for cell in ('mine.py:Mine', '2026-01-02 03:04', '&lt;b&gt;'))
+    assert 'viewport' in text and 'final numbers' not in text
+
+
+def test_a_run_under_way_says_that_numbers_follow(tmp_path):
+    text = page.report(page.read(made(tmp_path / 'a', [{'train/step': 5, 'train/loss': 1.0}])))
+    assert 'Step 5 of 20: the final numbers follow after the last step.' in text
+    text = page.report(page.read(made(tmp_path / 'b', [{'train/step': 5, 'train/loss': 1.0}], final_eval=False)))
+    assert 'final numbers' not in text
+
+
+def test_axes_are_named_and_lines_have_their_names_at_their_ends():
+    curves = {'train/loss': ([1, 2], [0.5, 0.4]), 'eval/loss_ema_0.98': ([2], [0.4]), 'eval/loss': ([], [])}
+    svg = page.plot(curves, 'loss', {'train/loss': 0.3})
+    assert {'step', 'loss', 'training', 'held-out, EMA 0.98', 'floor'} <= numbers_in(svg)
+    assert 'held-out, raw' not in svg and 'legend' not in svg
+    heights = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>(?:training|floor|held-out, EMA)', svg)]
+    assert len(heights) == 3 and all(b - a > 9 for a, b in itertools.pairwise(sorted(heights)))  # none on another
+
+
+def test_a_curve_keeps_its_colour_where_others_have_no_points():
+    """So that a run has one in all plots of compare.html."""
+    curves = {'a': ([], []), 'b': ([1, 2], [1.0, 2.0])}
+    assert '#d8720c' in page.plot(curves, 'loss') and '#2b7bd1' not in page.plot(curves, 'loss')
+
+
+@pytest.mark.parametrize(
+    ('title', 'values', 'least', 'most'),
+    [('share of time waiting for data', [7.62e-4, 7.7e-4], '0.0', '1.0'), ('loss', [0.5, 0.501], '0.46', '0.54')],
+)
+def test_no_axis_is_so_narrow_that_noise_looks_like_a_trend(title, values, least, most):
+    numbers = numbers_in(page.plot({'a': ([1, 2], values)}, title))
+    assert {least, most} <= numbers and not any('0.50' in number and len(number) > 4 for number in numbers)
+
+
+def test_a_wide_table_is_printed_in_parts_that_begin_with_the_runs():
+    columns = [['run', 'a', 'b'], *([f'number {i}', i, i + 0.5] for i in range(30))]
+    text = parts.blocks(columns, 60)
+    assert max(map(len, text.splitlines())) <= 60 and text.count('run') == text.count('\n\n') + 1 > 5
+    assert text.split('\n\n')[0] == parts.aligned([list(line) for line in zip(*columns[:6], strict=True)])
+    assert parts.blocks([['run', 'a'], ['x' * 90, 1]], 60).startswith('run  xxx')  # a part has a column at least
+
+
+@pytest.mark.skipif(shutil.which('chromium') is None, reason='chromium is not installed')
+@pytest.mark.parametrize('width', [390, 1280])
+def test_no_page_is_wider_than_the_window(width, tmp_path):
+    folders = [a_long_run(tmp_path, name) for name in 'abc']
+    (tmp_path / 'one.html').write_text(page.report(page.read(folders[0])))
+    compare(Compare(tuple(map(str, folders)), str(tmp_path / 'several.html')))
+    for name in ('one', 'several'):
+        text = (tmp_path / f'{name}.html').read_text().replace('<details', '<details open')
+        (tmp_path / f'{name}_open.html').write_text(text)
+        # headless windows are at least 500 pixels wide; a frame may be narrower
+        frame = f'<iframe src="{name}_open.html" style="border: 0; width: {width}px; height: 900px"></iframe>'
+        script = 'f = document.querySelector("iframe"); f.onload = () => document.title = "wide " + '
+        script += '[(e = f.contentDocument.documentElement).scrollWidth - e.clientWidth, f.clientWidth]'
+        (tmp_path / 'frame.html').write_text(f'<!doctype html>{frame}<script>{script}</script>')
+        flags = ['--headless', '--no-sandbox', '--disable-gpu', '--allow-file-access-from-files', '--dump-dom']
+        flags += ['--virtual-time-budget=5000', '--window-size=1400,1000', f'file://{tmp_path}/frame.html']
+        seen = subprocess.run(['chromium', *flags], check=True, capture_output=True, text=True, timeout=100).stdout
+        assert f'<title>wide 0,{width}</title>' in seen, (name, re.findall('<title>.*?</title>', seen))
+
+
 @pytest.mark.slow
 def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path, capsys):
     folders = [trained(name, grad_clip_norm=norm) for name, norm in (('a', 1.0), ('b', 1.0), ('c', 2.0))]
@@ -248,11 +355,10 @@ def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path
     (folders[1] / 'evaluation.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     compare(Compare(tuple(map(str, folders)), str(tmp_path / 'x.html')))
     out = capsys.readouterr().out
-    rows = [line.split()[0] for line in out.splitlines() if line.strip()]
-    assert 'grad_clip_norm' in rows and 'seed' not in rows and 'seeds' not in rows
+    assert 'grad_clip_norm' in columns_in(out) and not {'seed', 'seeds'} & columns_in(out).keys()
     assert 'adams 0 1.0 10)' in out and 'adams 0 2.0 10)' in out and '0.25' in out and '0.5' in out
     text = (tmp_path / 'x.html').read_text()
-    assert 'step_0000012' in text and 'step_0000006' not in text
+    assert 'step 12, adams' in text and 'step 6, ' not in text
 
 
 def test_losses_below_zero_have_a_plot(tmp_path):
@@ -279,8 +385,10 @@ def test_the_line_and_the_page_are_there_before_the_numbers(tiny_config, build_t
     build_trainer(config, Mine).train_loop()
     line, page = seen[0]
     assert line['train/step'] == 3 and 'train/loss' in line and 'step 3 of 3' in page and 'final/' not in page
+    assert 'the final numbers are being computed' in page
     last = record_of(config.run_dir)
     assert [line['train/step'] for line in last] == [3] and last[0] == line | {
         f'final/{name}/mine': 1.0 for name in ('adams', 'sde_dpmpp_2m')
     }
-    assert 'final/adams/mine' in (config.run_dir / 'report.html').read_text()
+    text = (config.run_dir / 'report.html').read_text()
+    assert 'final/adams/mine' in text and '<div>mine<br><b>1</b>' in text and 'being computed' not in text

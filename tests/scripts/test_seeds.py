@@ -12,7 +12,8 @@ from config import Config, SettingError
 from reports.seeds import cells, changes_of, grouped, text_of_changes
 from scripts import compare, sweep
 from scripts.compare import take_seeds
-from tests.scripts.test_compare import PARTS, compared, table_in  # noqa: F401
+from tests.helpers import columns_in
+from tests.scripts.test_compare import PARTS, compared  # noqa: F401
 
 
 def made(folder, name, curve, number, **settings):
@@ -39,16 +40,15 @@ def folders(tmp_path):
     ]
 
 
-def test_the_table_has_a_column_for_each_setting_with_mean_and_spread(folders, capsys, tmp_path):
+def test_the_table_has_a_row_for_each_setting_with_mean_and_spread(folders, capsys, tmp_path):
     compare.compare(compare.Compare(tuple(folders), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
-    assert re.search(r'^seeds +3 +3 +3$', text, re.M)
-    assert re.search(r'^final/adams/frechet +1\.1 ± 0\.1 +2\.1 ± 0\.1 +1\.167 ± 0\.13$', text, re.M)
-    assert re.search(r'^base_lr +0\.001 +0\.002 +0\.003$', text, re.M) and not re.search(r'^seed ', text, re.M)
-    changes = text[text.index('difference from') :]
-    assert re.search(r'^final/adams/frechet +\+1 +none$', changes, re.M)
+    told, changes = map(columns_in, text.split('difference from'))
+    assert told['seeds'] == ['3'] * 3 and told['final/adams/frechet'] == ['1.1 ± 0.1', '2.1 ± 0.1', '1.167 ± 0.13']
+    assert told['base_lr'] == ['0.001', '0.002', '0.003'] and 'seed' not in told
+    assert changes['final/adams/frechet'] == ['+1', 'none']
     page = (tmp_path / 'x.html').read_text()
-    assert page.count('1.1 ± 0.1') == 1 and '<td>none</td>' in page and 'Differences from base_lr=0.001' in page
+    assert page.count('1.1 ± 0.1') == 2 and '<td>none</td>' in page and 'Differences from base_lr=0.001' in page
 
 
 def test_curves_have_the_mean_and_a_band(folders, monkeypatch):
@@ -171,9 +171,9 @@ def test_examples_train_with_seeds(compared, tmp_path, capsys, monkeypatch):  # 
         ('mine_seed=4_seed=5_plain', 5), ('mine_seed=4_seed=5_halved', 5),
     ]  # fmt: skip
     text = capsys.readouterr().out
-    assert table_in(text, ['plain', 'halved'])['seeds'] == ['2', '2']
-    changes = text[text.index('difference from plain') :]
-    assert re.search(r'^eval/loss +-', changes, re.M)  # half as large: more than the spread
+    assert columns_in(text)['seeds'] == ['2', '2']
+    changes = columns_in(text[text.index('difference from plain') :])
+    assert changes['eval/loss'][0].startswith('-')  # half as large: more than the spread
     assert (tmp_path / 'mine_seed=4_compared.html').exists()
 
 
@@ -184,7 +184,7 @@ def test_seeds_that_have_not_trained_as_long_are_warned_of(capsys):
 
 def test_a_group_is_named_after_its_first_run(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[1], folders[3]), str(tmp_path / 'x.html')))
-    assert re.search(r'^run +lr1_0 +lr2_0$', capsys.readouterr().out, re.M)
+    assert columns_in(capsys.readouterr().out)['run'] == ['lr1_0', 'lr2_0']
 
 
 def test_a_curve_has_the_steps_that_all_seeds_have(tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 
 from config import SettingError, parse_config
 from runtime import files
-from scripts.sweep import combinations, sweep
-from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of, wait_until
+from scripts.sweep import combinations, page_name, sweep
+from tests.helpers import ROOT, TINY, as_flags, columns_in, launch_env, record_of, wait_until
 
 
 def test_every_combination_once():
@@ -18,6 +18,14 @@ def test_every_combination_once():
     )
     assert runs[0] == ['--channels', '8', '--base_lr', '1e-3', '--time_sampler', 'uniform', '--seed', '1']
     assert [(run[3], run[7]) for run in runs] == [('1e-3', '1'), ('1e-3', '2'), ('3e-4', '1'), ('3e-4', '2')]
+
+
+def test_the_page_is_named_after_what_is_swept():
+    """One name for all let a second sweep overwrite the page of the first."""
+    name = lambda words: page_name([parse_config(flags) for flags in combinations(words.split())])  # noqa: E731
+    assert name('--base_lr 1e-3 2e-3 --seed 1 2') == 'sweep_seed=1-2_base_lr=0p001-0p002_digits.html'
+    assert name('--seeds 2 -- --preset mnist --channels 8') == 'sweep_seed=0-1_mnist_channels=8.html'
+    assert name('--channels 8 16 -- --ema_decays 0.9') == 'sweep_channels=8-16_digits_ema_decays=0p9.html'
 
 
 @pytest.mark.parametrize(
@@ -48,9 +56,9 @@ def test_stopped_gone_on_and_compared(tmp_path):
     assert first.returncode == 75 and 'run 1 of 2' in out and 'run 2' not in out, err
     done = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and 'resuming' in done.stdout and 'run 2 of 2' in done.stdout, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert ['base_lr', '0.001', '0.002'] in rows or ['base_lr', '0.002', '0.001'] in rows
-    assert (tmp_path / 'sweep.html').is_file() and len(list(tmp_path.glob('*/last.pt'))) == 2
+    assert sorted(columns_in(done.stdout)['base_lr']) == ['0.001', '0.002']
+    (page,) = tmp_path.glob('sweep_*.html')
+    assert page.name.startswith('sweep_base_lr=0p001-0p002_digits_') and len(list(tmp_path.glob('*/last.pt'))) == 2
     again = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
     assert again.returncode == 0 and again.stdout.count('is finished') == 2
 
