@@ -23,7 +23,7 @@ summary { cursor: pointer } figure, p { margin: 0 } figcaption, .faint { color: 
 .row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30em), 1fr)) }
 .cards > div { background: var(--box); border-radius: .5em; padding: .8em 1em } .cards b { font-size: 1.6em }
 .wide { overflow-x: auto; overflow-wrap: normal } td img { width: 28em; max-width: 55vw }
-td:first-child { max-width: min(20em, 30vw); overflow-wrap: anywhere }
+td:has(> b) { min-width: min(13em, 38vw); max-width: min(20em, 38vw); overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top;
        border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; max-width: 40em }
 img, svg { max-width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }

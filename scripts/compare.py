@@ -168,7 +168,7 @@ def show(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Seque
 def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels: Sequence[str]) -> None:
     """`names`: of the folders of the first runs; `labels`: of the groups, in plots."""
     first, sizes, found = [group[0] for group in groups], [len(group) for group in groups], numbers(groups)
-    shown = [Markup(newest(run, label)) for run, label in zip(first, labels, strict=True)]
+    shown = [Markup(newest(run)) for run in first]
     differ = [[f'{name}={page.text_of(value)}' for value in values] for name, *values in differences(first)]
     about = [f'<b>{page.escaped(name)}</b>' for name in names]
     for texts in differ:
@@ -246,11 +246,12 @@ def numbers(groups: Sequence[Group], of: Callable[[page.Run], Mapping[str, float
     return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
 
 
-def newest(run: page.Run, label: str, of_first: bool = True) -> str:
+def newest(run: page.Run, label: str = '', of_first: bool = True) -> str:
     """The newest samples of the weights by which a run is judged, by its first sampler; or by all others."""
     last = [path for paths in run.pictures()[-1:] for path in paths]
     judged = [path for path in last if not path.stem.endswith('_raw')] or last
-    return images({path: f'{label}: {caption(path)}' for path in (judged[:1] if of_first else judged[1:])})
+    chosen = judged[:1] if of_first else judged[1:]
+    return images({path: f'{label}: {caption(path)}'.removeprefix(': ') for path in chosen})
 
 
 def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:

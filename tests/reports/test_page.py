@@ -294,11 +294,12 @@ def test_a_run_under_way_says_that_numbers_follow(tmp_path):
 
 def test_axes_are_named_and_lines_have_their_names_at_their_ends():
     curves = {'train/loss': ([1, 2], [0.5, 0.4]), 'eval/loss_ema_0.98': ([2], [0.4]), 'eval/loss': ([], [])}
-    svg = page.plot(curves, 'loss', {'train/loss': 0.3})
+    svg = page.plot(curves, 'loss', {'train/loss': 0.39})
     assert {'step', 'loss', 'training', 'held-out, EMA 0.98', 'floor'} <= numbers_in(svg)
     assert 'held-out, raw' not in svg and 'legend' not in svg
     heights = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>(?:training|floor|held-out, EMA)', svg)]
     assert len(heights) == 3 and all(b - a > 9 for a, b in itertools.pairwise(sorted(heights)))  # none on another
+    assert max(heights) < 196  # nor below the plot
 
 
 def test_a_curve_keeps_its_colour_where_others_have_no_points():
