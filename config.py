@@ -142,8 +142,8 @@ class Config:
     eval_every: int = 50  # Steps between held-out losses.
     eval_metrics_every: int = 0  # Steps between comparisons of 1000 samples with the data, as at the end.
     wandb: str = 'auto'  # auto (online when logged in, else disabled), online, offline or disabled.
-    wandb_project: str = 'diffusion'  # wandb project.
-    wandb_entity: str = ''  # wandb user or team; empty: your default.
+    wandb_project: str = ''  # wandb project; empty: WANDB_PROJECT, else diffusion.
+    wandb_entity: str = ''  # wandb user or team; empty: WANDB_ENTITY, else your default.
 
     # ---------------------------------------------------------------- sampling
     solver: str = 'adams'  # Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py.

@@ -1,6 +1,6 @@
 """The record of a run: metrics.jsonl and PNGs on disk always, the same on wandb when there is an account.
 
-`Record` is what a trainer writes to; its means are in runtime/means.py. wandb is imported here only, when it is used.
+`Record` is what a trainer writes to; its means are in runtime/means.py, and its copy on wandb in runtime/wandb_run.py.
 """
 
 import contextlib
@@ -10,24 +10,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import utils
 from config import Config, SettingError
-from runtime import files, ranks, stopping
+from runtime import files, ranks
 from runtime.alive import Progress
 from runtime.errors import SaveError, Stopped
 from runtime.means import RunningMeans
-from runtime.ranks import print_once
-
-WANDB_INIT_TIMEOUT = 30  # seconds for which an unreachable server may hold up the start
-WANDB_FINISH_TIMEOUT = 10  # and the end
-WANDB_PATIENCE = 15  # and any call, if wandb's own process hangs. Longer than the one above, which wandb itself keeps
+from runtime.wandb_run import WandbRun, start_wandb
 
 
 class Record:
@@ -45,10 +40,11 @@ class Record:
         self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
         self.means = self.log_to = RunningMeans(device)  # those since the last `clear`; where `log` adds, see `apart`
-        self.wandb: Any = None  # the wandb run, on rank 0 while it is open
+        self.wandb = WandbRun()  # of rank 0, while it is open
         self.wandb_id: str | None = None
         self.progress: Progress | None = None  # while the record is open
         self.last_line: tuple[int, int, dict[str, float]] = (-1, 0, {})  # its step, place in the file, and values
+        self.histograms: dict[str, Tensor] = {}  # those since the last line
         self.restart(0)
 
     @contextlib.contextmanager
@@ -61,20 +57,25 @@ class Record:
         def begin() -> str | None:
             self._cut_back(step)
             self.last_line = (-1, 0, {})
-            self.wandb = start_wandb(self.config, self.config.run_dir, self.wandb_id, start)
-            return self.wandb_id if self.wandb is None else self.wandb.id
+            self.wandb = start_wandb(self.config, self.config.run_dir, self.wandb_id, start) or WandbRun()
+            return self.wandb.id or self.wandb_id
 
+        failed = False
         try:
             self.wandb_id = ranks.on_main(begin)
             self.restart(step)
             self.progress = self.begin_progress(step)
             yield
+        except Exception as error:
+            failed = not isinstance(error, Stopped)
+            if failed:  # a lost loader process or rank, a full disk, a loss that is not finite
+                self.alert('the run failed', f'{type(error).__name__}: {error}')
+            raise
         finally:
             if self.progress is not None:
                 self.progress.bar.close()
             self.progress = None
-            self._on_wandb(None)
-            self.wandb = None
+            self.wandb.finish(failed)
 
     def _cut_back(self, step: int) -> None:
         """Drop the lines from `step` on, and a last line that a kill left half written."""
@@ -174,17 +175,18 @@ class Record:
             ranks.on_main(lambda: self._append(step, first | values))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
+        last, place, before = self.last_line
+        values = (before if last == step else {}) | values | self._percentiles()
         finite = {k: v if abs(v) < math.inf else str(v) for k, v in values.items()}  # JSON has no NaN
         with self._disk(), open(self.path, 'ab') as file:
-            last, place, before = self.last_line
             if last == step:
                 file.truncate(place)
             self.last_line = (step, place if last == step else file.tell(), values)
             file.write(f'{json.dumps(finite)}\n'.encode())
             file.flush()
             os.fsync(file.fileno())  # it survives a power cut
-        more = {k: v for k, v in values.items() if last != step or k == 'train/step' or k not in before}
-        self._on_wandb(lambda _: more)
+        more = {k: v for k, v in values.items() if last != step or k not in before}
+        self.wandb.line(step, more)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -198,100 +200,50 @@ class Record:
     def picture(self, name: str, picture: Tensor, step: int, folder: str = 'samples') -> None:
         """Write picture (3, H, W) uint8 to folder/name.png; wandb has one panel for each name without `step_...`."""
         if self.progress is not None and ranks.is_main():
-            image, panel = Image.fromarray(picture.permute(1, 2, 0).numpy()), name.removeprefix(f'step_{step:07d}_')
-            with self._disk(), files.whole(self.path.parent / folder / f'{name}.png') as temporary:
-                image.save(temporary, 'PNG')
-            self._on_wandb(lambda wandb: {'train/step': step, f'samples/{panel}': wandb.Image(image, caption=name)})
+            image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+            self._save(image, f'{folder}/{name}.png')
+            self.wandb.picture(step, name, image)
+
+    def _save(self, image: Image.Image, name: str) -> None:
+        with self._disk(), files.whole(self.path.parent / name) as temporary:
+            image.save(temporary, 'PNG')
 
     def curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
         """A line plot on wandb, of values that metrics.jsonl holds when they are reached."""
-        rows = [list(point) for point in points]
-        self._on_wandb(lambda wandb: {name: wandb.plot.line(wandb.Table(columns=[x, y], data=rows), x, y, title=name)})
+        rows, step = [list(point) for point in points], self.progress.step if self.progress else 0
+        drawn = lambda wandb: wandb.plot.line(wandb.Table(columns=[x, y], data=rows), x, y, title=name)  # noqa: E731
+        self.wandb.log(step, lambda wandb: {name: drawn(wandb)})
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """A histogram on wandb, of all elements of a tensor."""
-        drawn = lambda wandb: wandb.Histogram(values.detach().float().cpu().numpy())  # noqa: E731  # CPU-GPU sync
-        self._on_wandb(lambda wandb: {'train/step': step, utils.without_step(name): drawn(wandb)})
+        """A histogram of all elements of a tensor, on wandb at once. The next line has three percentiles of the newest
+        of each name, and is when samples/histogram_<name>.png is drawn."""
+        if self.progress is not None and ranks.is_main():
+            name = utils.without_step(name)
+            self.histograms[name] = values.detach()
+            drawn = lambda wandb: wandb.Histogram(values.detach().float().cpu().numpy())  # noqa: E731  # CPU-GPU sync
+            self.wandb.log(step, lambda wandb: {name: drawn(wandb)})
 
-    def _on_wandb(self, values: Callable[[Any], dict[str, Any]] | None) -> None:
-        """Log `values(wandb)`, None: finish. A failure ends wandb, not training, which waits for it once at most."""
-        if self.wandb is None:
-            return
-        import wandb
+    def _percentiles(self) -> dict[str, float]:
+        """Percentiles of the histograms since the last line, `NAME_p50` and so on. Draws them."""
+        found: dict[str, float] = {}
+        for name, values in self.histograms.items():
+            finite = values.flatten()[:: 1 + values.numel() // 1_000_000].float().cpu()  # quantile takes no more
+            if len(finite := finite[finite.isfinite()]):
+                found |= {f'{name}_p{p:02}': float(f'{finite.quantile(p / 100):.7g}') for p in (5, 50, 95)}
+                self._save(bars(finite), f'samples/histogram_{name.replace("/", "_")}.png')
+        self.histograms = {}
+        return found
 
-        try:
-            with stopping.time_limit(WANDB_PATIENCE):
-                self.wandb.finish() if values is None else self.wandb.log(values(wandb))
-        except Exception as error:
-            self.wandb, problem = None, 'failed' if values else 'did not accept the rest of the record'
-            print_once(
-                f'wandb {problem} ({type(error).__name__}: {error}). The whole record is in {self.path}, and '
-                f'`wandb sync` can send {self.path.parent / "wandb"} later.'
-            )
-
-
-# ---------------------------------------------------------------- wandb
-
-
-def start_wandb(config: Config, run_dir: Path, run_id: str | None, start: dict[str, Any] | None = None) -> Any:
-    """A wandb run, or None; prints which. Raises SettingError if wandb='online' cannot be.
-
-    auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else
-    disabled. `start`, the entry of this start in run.json, becomes part of wandb's config.
-    """
-    mode = config.wandb
-    if mode == 'auto' and os.environ.get('WANDB_MODE'):
-        mode = {'dryrun': 'offline', 'run': 'online'}.get(os.environ['WANDB_MODE'], os.environ['WANDB_MODE'])
-        print_once(f'wandb: {mode}, as WANDB_MODE says')
-    if mode == 'disabled' or (mode != 'offline' and not has_wandb_key(mode)):
-        return None
-    import wandb
-
-    settings = wandb.Settings(silent=True, init_timeout=WANDB_INIT_TIMEOUT)
-    settings.finish_timeout, settings.finish_timeout_raises = WANDB_FINISH_TIMEOUT, True
-    given: dict[str, Any] = dict(project=config.wandb_project, entity=config.wandb_entity or None, id=run_id)
-    given |= dict(name=config.experiment_name, dir=run_dir, settings=settings)
-    given |= dict(config=vars(config) | ({} if start is None else dict(start=start)), allow_val_change=True)
-    try:
-        resume = 'allow' if run_id and mode != 'offline' else None
-        run = wandb.init(mode='offline' if mode == 'offline' else 'online', resume=resume, **given)
-    except Exception as error:  # not all of wandb's errors derive from wandb.errors.Error
-        if mode == 'online':
-            raise SettingError(f"wandb='online': {error}. Use --wandb offline, and `wandb sync` later.") from error
-        print_once(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
-        run = wandb.init(mode='offline', **given)
-    run.define_metric('*', step_metric='train/step')
-    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if run.offline else run.url}')
-    return run
+    def alert(self, kind: str, text: str) -> None:
+        """Tell the user now, by wandb; the first on rank 0 of each kind in an hour."""
+        self.wandb.alert(kind, text)
 
 
-def has_wandb_key(mode: str) -> bool:
-    """Whether an account is logged in. If not, prints that for mode='auto', and else raises SettingError."""
-    import wandb
-
-    error: Exception | None = None
-    try:
-        if wandb.login(prompt=False, verify=False):
-            return True
-    except Exception as caught:  # no home folder, say
-        error = caught
-    if mode != 'auto' or isinstance(error, wandb.Error):
-        why = f'{error} Correct or unset WANDB_API_KEY' if error else 'no account. Run `wandb login`'
-        raise SettingError(f'wandb={mode!r}: {why}, or use --wandb offline or disabled.') from error
-    why = f'cannot start here ({error})' if error else 'not logged in'
-    print_once(f'wandb: {why}, so the record is kept on disk only{"" if error else " (`wandb login` to change that)"}.')
-    return False
-
-
-def log_table(config: Config, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Add a table to the wandb run of this id, offline in another folder in `run_dir`. A failure is printed."""
-    columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
-    try:
-        import wandb
-
-        run = start_wandb(config, run_dir, run_id)
-        if run is not None:
-            run.log({name: wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])})
-            run.finish()
-    except Exception as error:
-        print_once(f'wandb failed ({type(error).__name__}: {error}); the table is on disk')
+def bars(values: Tensor) -> Image.Image:
+    """A histogram of values (n,), its range written above."""
+    counts = values.histc(64)
+    dark = torch.arange(100, 0, -1)[:, None] <= (100 * counts / counts.max()).round()  # (100, 64)
+    image = Image.new('L', (320, 116), 255)
+    image.paste(Image.fromarray((255 - 160 * dark).byte().repeat_interleave(5, 1).numpy()), (0, 16))
+    ImageDraw.Draw(image).text((2, 2), f'{values.min():.4g} to {values.max():.4g}, {len(values)} values', 0)
+    return image

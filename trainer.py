@@ -219,7 +219,7 @@ class BaseDiffusionTrainer(OldNames):
         c, last = self.config, self.step >= self.config.num_training_steps
         with self.record.line(self.step) as line:  # written at the end, also if a stop comes meanwhile
             if self.due(c.log_every):
-                line |= {'train/bad_steps': self.bad_steps.report()}
+                line |= {'train/bad_steps': self.bad_steps.report(self.record.alert)}
                 line |= self.record.summary(self.step)
             if self.due(c.eval_every):
                 line |= self.judge.held_out_losses(self.step)

@@ -7,5 +7,6 @@ command.py    the beginning and the end of every program: flags, messages, exit 
 alive.py      how far training is, and a line every 30 s where a program would be silent
 files.py      files that are whole or not there, hashes, locks
 means.py      running means over steps and ranks
+wandb_run.py  a run's copy on wandb: lines, pictures, alerts
 importing.py  the user's script: modules that it imports by old names, and how it is imported itself
 """

@@ -104,8 +104,8 @@ class Evaluation:
         self.has_new = False
 
     def run(self) -> list[dict[str, Any]]:
-        from logging_utils import log_table
         from runtime import ranks, stopping
+        from runtime.wandb_run import log_table
         from scripts.samples import Samples
 
         o, lines = self.options, []

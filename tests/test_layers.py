@@ -165,8 +165,8 @@ def test_what_keeps_a_run_alive_never_uses_the_maths():
 
 
 def test_wandb_is_imported_in_one_file_and_only_when_it_is_used():
-    assert [path.stem for path in FILES + PAGES if 'wandb' in imports(path)] == ['logging_utils']
-    body = tree_of(ROOT / 'logging_utils.py').body
+    assert [path.stem for path in FILES + PAGES if 'wandb' in imports(path)] == ['wandb_run']
+    body = tree_of(ROOT / 'runtime/wandb_run.py').body
     at_the_top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert 'wandb' not in {alias.name for node in at_the_top for alias in node.names}
 

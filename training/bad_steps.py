@@ -1,5 +1,7 @@
 """Steps whose loss or gradient is not finite: skipped, counted, and the end of a run when they come in a row."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,13 +43,14 @@ class BadSteps:
                 'Try a lower --base_lr, or --precision float32.'
             )
 
-    def report(self) -> int:
-        """How many steps were skipped in total; prints it when there are new ones. Raises NonFiniteLoss."""
+    def report(self, alert: Callable[[str, str], None] = lambda kind, text: None) -> int:
+        """How many steps were skipped in total; prints it, and calls `alert`, for new ones. Raises NonFiniteLoss."""
         self.raise_if_too_many()
         _, total, last = self.counts.tolist()  # CPU-GPU sync
         if total > self.reported:
             new = f'skipped {total - self.reported} of the last steps, the latest of them step {last}'
             print_once(f'{new}: loss or gradient not finite')
+            alert('steps were skipped', f'{new}: loss or gradient not finite')
         self.reported = total
         return total
 

@@ -1,0 +1,204 @@
+"""A run's copy on wandb: lines, pictures, alerts. wandb is imported here only, when it is used.
+
+A row of wandb is a training step. A failure ends the copy, not training, which waits for it once at most.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime import stopping
+from runtime.errors import SettingError
+from runtime.ranks import print_once
+
+INIT_TIMEOUT = 30  # seconds for which an unreachable server may hold up the start
+FINISH_TIMEOUT = 10  # and the end
+PATIENCE = 15  # and any call, if wandb's own process hangs. Longer than the one above, which wandb itself keeps
+ALERT_EVERY = 3600  # seconds between two alerts of one kind
+BIN = re.compile(r'(.+)_t_([\d.]+)_([\d.]+)')  # a name of the record: the mean over an interval of times
+STEP = re.compile(r'step_\d{7,}_')  # in names of pictures
+
+
+class WandbRun:
+    """The wandb run of a record, or none. Steps that an earlier start of the run has sent are left out."""
+
+    def __init__(self, run: Any = None, folder: Path = Path(), sent: int | None = None):
+        """`sent`: the last step that wandb has; None: ask the server, which knows it after a kill."""
+        self.run: Any = run
+        self.folder, self.id = folder, run and run.id
+        self.row = run.starting_step if run else 0  # wandb drops rows below those that it has
+        self.sent = self.row - 1 if sent is None else sent
+        self.first = self.sent + 1
+        self.curves: dict[str, dict[float, float]] = {}  # name -> middle of each interval of times -> newest value
+        self.alerted: dict[str, float] = {}  # kind of alert -> when
+        if run:
+            self.keep(None)
+
+    def keep(self, sent: int | None) -> None:
+        """Note for the next start."""
+        self.folder.mkdir(exist_ok=True)
+        Path(self.folder, 'resume.json').write_text(json.dumps(dict(id=self.id, sent=sent)))
+
+    def log(self, step: int, values: Callable[[Any], dict[str, Any]], whole: bool = False) -> None:
+        """Add `values(wandb)` to the row of this step. A `whole` row is shown at once, others with the next row."""
+        if self.run is None or step < self.first:
+            return
+        self.row, self.sent = max(self.row, step), step
+        self._call(lambda wandb: self.run.log({'train/step': step} | values(wandb), step=self.row, commit=whole))
+        self.row += whole
+
+    def line(self, step: int, values: dict[str, float]) -> None:
+        """A line of the record; with held-out losses also a plot of all losses by time."""
+        for name, value in values.items():
+            if match := BIN.fullmatch(name):
+                self.curves.setdefault(match[1], {})[round((float(match[2]) + float(match[3])) / 2, 4)] = value
+        is_due = self.curves and any(name.startswith('eval/loss') for name in values)
+        values = {STEP.sub('', name): value for name, value in values.items()}  # one panel for each
+        self.log(step, lambda wandb: values | ({'loss_by_time': self.by_time(wandb, step)} if is_due else {}), True)
+
+    def by_time(self, wandb: Any, step: int) -> Any:
+        xs, ys = zip(*((list(curve), list(curve.values())) for curve in self.curves.values()), strict=True)
+        return wandb.plot.line_series(xs, ys, list(self.curves), f'loss by time, step {step}', 't')
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        """One panel for each name without its step, with a slider over the steps."""
+        panel = STEP.sub('', name)
+        self.log(step, lambda wandb: {f'samples/{panel}': wandb.Image(image, caption=caption(panel, step))})
+
+    def alert(self, kind: str, text: str) -> None:
+        """A message to the user, at most one an hour of each kind."""
+        now = time.monotonic()
+        if now - self.alerted.get(kind, -math.inf) > ALERT_EVERY:
+            self.alerted[kind] = now
+            self._call(lambda _: self.run.alert(kind, text, 'WARN', wait_duration=ALERT_EVERY))
+
+    def finish(self, failed: bool = False) -> None:
+        self._call(lambda _: self.run.finish(exit_code=int(failed)), 'did not accept the rest of the record')
+        if self.run is not None:
+            self.keep(self.sent)
+            self.run = None
+
+    def _call(self, call: Callable[[Any], Any], problem: str = 'failed') -> None:
+        if self.run is None:
+            return
+        import wandb
+
+        try:
+            with stopping.time_limit(PATIENCE):
+                call(wandb)
+        except Exception as error:
+            self.run = None
+            print_once(
+                f'wandb {problem} ({type(error).__name__}: {error}). The whole record is in {self.folder.parent}, and '
+                f'`wandb sync` can send {self.folder} later.'
+            )
+
+
+def caption(panel: str, step: int) -> str:
+    """'adams, averaged weights (EMA 0.98), step 250' for adams_ema_0.98."""
+    match = re.fullmatch(r'(.+?)_(?:raw|ema_([\d.e-]+))(?:_(.+))?', panel)
+    if match is None:
+        return f'{panel}, step {step}'
+    weights = f'averaged weights (EMA {match[2]})' if match[2] else 'raw weights'
+    return ', '.join(filter(None, (match[1], weights, match[3], f'step {step}')))
+
+
+def group_of(config: Any) -> str:
+    """The name of a run without its seed: runs that differ only in their seed are one group."""
+    name = config.experiment_name
+    if name == config.default_name():  # a long one ends in a hash of all
+        name = type(config)(**vars(config) | dict(seed=config.baseline()['seed'], experiment_name='')).experiment_name
+    return re.sub(r'[_-]?seed[=_-]?\d+', '', name) or name
+
+
+def start_wandb(config: Any, run_dir: Path, run_id: str | None, start: dict[str, Any] | None = None) -> WandbRun | None:
+    """A wandb run, or None; prints which. Raises SettingError if a setting or a variable is wrong, or if wandb='online'
+    cannot be.
+
+    auto: online if a key is found (WANDB_MODE, if set, decides instead), offline if the server does not answer, else
+    disabled. `start`, the entry of this start in run.json, becomes part of wandb's config.
+    """
+    mode, wanted = config.wandb, os.environ.get('WANDB_MODE')
+    if mode == 'auto' and wanted:
+        mode = {'dryrun': 'offline', 'run': 'online'}.get(wanted, wanted)
+        if mode not in ('online', 'offline', 'disabled'):
+            raise SettingError(f'WANDB_MODE={wanted!r}: it must be online, offline or disabled. Correct or unset it.')
+        print_once(f'wandb: {mode}, as WANDB_MODE says')
+    if mode == 'disabled' or (mode != 'offline' and not has_wandb_key(mode)):
+        return None
+    file = run_dir / 'wandb/resume.json'
+    before = json.loads(file.read_text()) if file.exists() else {}
+    given = arguments(config, run_dir, run_id or before.get('id'), start)
+    run = begin(mode, given)
+    run.define_metric('*', step_metric='train/step')
+    for names in ('train/loss_t_*', 'train/floor_t_*', 'eval/reference_t_*'):  # in one plot, see `by_time`
+        run.define_metric(names, step_metric='train/step', hidden=True)
+    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if run.offline else run.url}')
+    return WandbRun(run, run_dir / 'wandb', before.get('sent') if before.get('id') == run.id else None)
+
+
+def arguments(config: Any, run_dir: Path, run_id: str | None, start: dict[str, Any] | None) -> dict[str, Any]:
+    """Of wandb.init. A flag wins over wandb's own variable, which wins over the default."""
+    import wandb
+
+    unless_set = lambda variable, value: None if os.environ.get(variable) else value  # noqa: E731
+    settings = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
+    settings.finish_timeout, settings.finish_timeout_raises = FINISH_TIMEOUT, True
+    project = config.wandb_project or unless_set('WANDB_PROJECT', 'diffusion')
+    given = dict(project=project, entity=config.wandb_entity or None, id=run_id, resume='allow' if run_id else None)
+    given |= dict(name=unless_set('WANDB_NAME', config.experiment_name), dir=run_dir, settings=settings)
+    given |= dict(group=unless_set('WANDB_RUN_GROUP', group_of(config)), allow_val_change=True)
+    return given | dict(config=vars(config) | ({} if start is None else dict(start=start)))
+
+
+def begin(mode: str, given: dict[str, Any]) -> Any:
+    """wandb.init, offline if mode='auto' and the server does not answer."""
+    import wandb
+
+    try:
+        return wandb.init(mode='offline' if mode == 'offline' else 'online', **given)
+    except Exception as error:  # not all of wandb's errors derive from wandb.errors.Error
+        if mode != 'auto':
+            other = 'offline, and `wandb sync` later' if mode == 'online' else 'disabled'
+            why = ' '.join(str(error).split()).rstrip('.')
+            raise SettingError(f'wandb={mode!r}: {why}. Correct it, or use --wandb {other}.') from error
+        print_once(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
+    return begin('offline', given)
+
+
+def has_wandb_key(mode: str) -> bool:
+    """Whether an account is logged in. If not, prints that for mode='auto', and else raises SettingError."""
+    import wandb
+
+    error: Exception | None = None
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return True
+    except Exception as caught:  # no home folder, say
+        error = caught
+    if mode != 'auto' or isinstance(error, wandb.Error):
+        why = f'{error} Correct or unset WANDB_API_KEY' if error else 'no account. Run `wandb login`'
+        raise SettingError(f'wandb={mode!r}: {why}, or use --wandb offline or disabled.') from error
+    why = f'cannot start here ({error})' if error else 'not logged in'
+    print_once(f'wandb: {why}, so the record is kept on disk only{"" if error else " (`wandb login` to change that)"}.')
+    return False
+
+
+def log_table(config: Any, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Add a table to the wandb run of this id, offline in another folder in `run_dir`. A failure is printed."""
+    columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        import wandb
+
+        there = start_wandb(config, run_dir, run_id)
+        if there is not None:
+            table = wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
+            there.run.log({name: table})
+            there.finish()
+    except Exception as error:
+        print_once(f'wandb failed ({type(error).__name__}: {error}); the table is on disk')
