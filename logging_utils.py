@@ -55,9 +55,10 @@ class Record:
         """
 
         def begin() -> str | None:
-            self._cut_back(step)
+            kept = self._cut_back(step)
             self.last_line = (-1, 0, {})
             self.wandb = start_wandb(self.config, self.config.run_dir, self.wandb_id, start) or WandbRun()
+            self.wandb.catch_up(kept)
             return self.wandb.id or self.wandb_id
 
         failed = False
@@ -77,8 +78,8 @@ class Record:
             self.progress = None
             self.wandb.finish(failed)
 
-    def _cut_back(self, step: int) -> None:
-        """Drop the lines from `step` on, and a last line that a kill left half written."""
+    def _cut_back(self, step: int) -> list[str]:
+        """Drop the lines from `step` on, and a last line that a kill left half written. Returns the others."""
         kept = []
         for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], 1):
             try:
@@ -88,6 +89,7 @@ class Record:
                 text = f'{self.path}: line {number} is not a line of a record ({line[:80]!r}). Fix or remove it.'
                 raise SettingError(text) from None
         files.write_text(self.path, ''.join(kept), durable=True)
+        return kept
 
     def log(self, name: str, value: Tensor | float) -> None:
         """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`. Ignored while

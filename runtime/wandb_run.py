@@ -8,7 +8,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ class WandbRun:
     """The wandb run of a record, or none. Steps that an earlier start of the run has sent are left out."""
 
     def __init__(self, run: Any = None, folder: Path = Path(), sent: int | None = None):
-        """`sent`: the last step that wandb has; None: ask the server, which knows it after a kill."""
+        """`sent`: the last step that wandb has; None, after a kill: what the server says, if there is one."""
         self.run: Any = run
         self.folder, self.id = folder, run and run.id
         self.row = run.starting_step if run else 0  # wandb drops rows below those that it has
         self.sent = self.row - 1 if sent is None else sent
         self.first = self.sent + 1
+        self.is_sure = sent is not None or not (run and run.offline)
         self.curves: dict[str, dict[float, float]] = {}  # name -> middle of each interval of times -> newest value
         self.alerted: dict[str, float] = {}  # kind of alert -> when
         if run:
@@ -43,6 +45,12 @@ class WandbRun:
         """Note for the next start."""
         self.folder.mkdir(exist_ok=True)
         Path(self.folder, 'resume.json').write_text(json.dumps(dict(id=self.id, sent=sent)))
+
+    def catch_up(self, lines: Iterable[str]) -> None:
+        """Send those lines of metrics.jsonl that wandb lacks: it was off, or a kill took what was on its way."""
+        for line in map(json.loads, lines if self.is_sure else ()):
+            numbers = {name: float(value) for name, value in line.items()}
+            self.log(line['train/step'], partial(lambda values, _: values, numbers), whole=True)
 
     def log(self, step: int, values: Callable[[Any], dict[str, Any]], whole: bool = False) -> None:
         """Add `values(wandb)` to the row of this step. A `whole` row is shown at once, others with the next row."""
@@ -139,7 +147,8 @@ def start_wandb(config: Any, run_dir: Path, run_id: str | None, start: dict[str,
     for names in ('train/loss_t_*', 'train/floor_t_*', 'eval/reference_t_*'):  # in one plot, see `by_time`
         run.define_metric(names, step_metric='train/step', hidden=True)
     print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if run.offline else run.url}')
-    return WandbRun(run, run_dir / 'wandb', before.get('sent') if before.get('id') == run.id else None)
+    before = before if given['id'] else dict(id=run.id, sent=-1)
+    return WandbRun(run, run_dir / 'wandb', before['sent'] if before.get('id') == run.id else None)
 
 
 def arguments(config: Any, run_dir: Path, run_id: str | None, start: dict[str, Any] | None) -> dict[str, Any]:

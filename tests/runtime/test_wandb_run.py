@@ -227,6 +227,19 @@ def test_a_step_that_is_done_again_is_on_wandb_once(tmp_path, no_account):
     assert [line['train/step'] for line in lines_of(tmp_path)] == [10, 20, 30, 40]
 
 
+def test_a_run_that_turns_wandb_on_later_has_whole_curves(tmp_path, no_account):
+    record = record_in(tmp_path)
+    with record.open(0):
+        for step in (10, 20, 30):
+            write(record, step, loss=1 / step if step < 20 else float('nan'))
+    again = record_in(tmp_path, wandb='offline')
+    with again.open(30):
+        write(again, 30, loss=1 / 30)
+    rows = history(offline_records(tmp_path / 'run'))
+    assert [(row['train/step'], row['_step']) for row in rows] == [(10, 10), (20, 20), (30, 30)]
+    assert (rows[0]['loss'], rows[2]['loss']) == (1 / 10, 1 / 30)
+
+
 def test_a_row_is_shown_when_its_line_is_written_and_a_line_may_grow(tmp_path, no_account):
     record = record_in(tmp_path, wandb='offline')
     with record.open(0):
@@ -313,10 +326,10 @@ def test_a_run_of_a_sweep_runs_under_the_id_of_the_agent(tmp_path):
     short = TINY | dict(ckpt_dir=str(tmp_path), num_training_steps=4, wandb='offline')
     for name in ('base_lr', 'time_sampler', 'optimizer'):
         short.pop(name)
-    env = launch_env(1) | dict(WANDB_RUN_ID='trial7', WANDB_SWEEP_ID='s5', WANDB_PROJECT='p', HOME=str(tmp_path))
+    env = launch_env(1) | dict(WANDB_RUN_ID='trial7', WANDB_SWEEP_ID='s5', WANDB_PROJECT='p')
     done = subprocess.run([*words, *as_flags(short)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    (folder,) = [path for path in tmp_path.iterdir() if (path / 'wandb').exists()]
+    (folder,) = [path.parent for path in tmp_path.glob('*/wandb')]
     (run,) = of_kind(offline_records(folder), 'run')
     assert (run['run_id'], run['sweep_id'], run['project']) == ('trial7', 's5', 'p')
     assert 'seed' not in run['run_group'] and 'seed=1' in run['display_name']
@@ -409,7 +422,7 @@ def test_a_malformed_key_is_an_error_with_a_remedy(tmp_path, no_account, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize('is_open', [True, False])
 def test_training_waits_no_longer_than_the_start_may(tiny_config, build_trainer, no_account, monkeypatch, is_open):
-    """With a server that accepts and never answers, and with none. Measured: 20 steps in 4 s with either."""
+    """With a server that accepts and never answers, and with none."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         monkeypatch.setenv('WANDB_API_KEY', 40 * 'a')
         monkeypatch.setenv('WANDB_BASE_URL', f'http://127.0.0.1:{server.getsockname()[1]}')
@@ -425,7 +438,7 @@ def test_training_waits_no_longer_than_the_start_may(tiny_config, build_trainer,
             start = time.monotonic()
             trainer.train_loop()
             seconds.append(time.monotonic() - start)
-    assert seconds[1] < seconds[0] + 3 + 7, seconds  # 7: wandb's own, see the table below
+    assert seconds[1] < 2 * seconds[0] + 3 + 10, seconds  # 10: wandb's own start and end, see the table below
     records = offline_records(trainers[1].config.run_dir)
     assert [row['train/step'] for row in history(records)][-1] == 20
 
@@ -442,7 +455,7 @@ with record.open(0):
     for step in (10, 20, 30):
         write(record, step, loss=1 / step)
     if end == 'killed':
-        time.sleep(8)
+        time.sleep(1)  # before it has sent anything
         os.kill(os.getpid(), signal.SIGKILL)
     if end == 'error':
         raise RuntimeError('lost')
