@@ -11,12 +11,8 @@ from torch import Tensor
 import utils
 from config import SettingError
 from data_loading.choice import held_out_order
-from data_loading.toy2d import TOY2D
 from logging_utils import Record
 from optimizers import get_lr
-from reports.kinds import IN_FILES, KINDS
-from reports.kinds import kind as kind  # others import it from here
-from reports.plots import Panel, joined, titled, titles_of
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
@@ -43,6 +39,8 @@ class Gallery:
         return self.kind_of(self.experiment.decode(self.batches.like.x0[:1]))
 
     def kind_of(self, x: Tensor) -> str | None:  # of decoded samples
+        from reports.kinds import kind
+
         return kind(x, kind(x) != 'images' or self.are_images)
 
     @cached_property
@@ -50,6 +48,8 @@ class Gallery:
     def are_images(self) -> bool:
         """Whether samples are images in [0, 1], which PNGs can hold: the data are images, or `decode` keeps everything
         within [0, 1]. A little more is clipped."""
+        from reports.kinds import IN_FILES, kind
+
         if facts := self.batches.train_loader.facts:
             return facts['are_images']
         far = 1 if self.data.scale == 'image' else 1000
@@ -164,14 +164,22 @@ class Gallery:
             states = [states[i] for i in (moved[:, None] - wanted).abs().argmin(0).unique()]
         x = torch.stack([part for state in states for part in (state.x, state.x0)], 1)  # (n, 2 states, ...)
         x = x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2)
-        names = titles_of(self.data, label, self.config.label_dropout) or ['xt'] * len(states[0].x)
+        names = self.names(label) or ['xt'] * len(states[0].x)
         left = [word for name in names for word in (name, 'x0')]
         times = [f't {state.t:.3g}' for state in states]
-        return self.drawn(Panel(x, left, title=title, times=times))
+        return self.drawn(x, left, title=title, times=times)
 
-    def drawn(self, panel: Panel) -> Tensor:
-        """The picture of a panel whose items can be shown."""
-        return KINDS[str(self.kind_of(panel.x))][1](panel)
+    def drawn(self, x: Tensor, names: Sequence[str], **settings: Any) -> Tensor:
+        """The picture of items that can be shown; `settings` of a `Panel`."""
+        from reports.kinds import KINDS
+        from reports.plots import Panel
+
+        return KINDS[str(self.kind_of(x))][1](Panel(x, names, **settings))
+
+    def names(self, label: Tensor | None) -> list[str]:
+        from reports.plots import titles_of
+
+        return titles_of(self.data, label, self.config.label_dropout)
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
         """Write the picture of decoded samples (n, ...), if they can be shown."""
@@ -183,24 +191,28 @@ class Gallery:
     def picture_of(self, x: Tensor, inputs: SampleInputs, title: str = '') -> Tensor | None:
         """Samples x below real data, each class in its own column; or, if they were made from data, what they were made
         from, the truth if known, and x, each with a title. A picture (3, H, W) uint8, or None."""
+        from data_loading.toy2d import TOY2D
+        from reports.plots import joined, titled
+
         if self.kind_of(x) is None:
             return None
-        names, toy = titles_of(self.data, inputs.label, self.config.label_dropout), TOY2D.get(self.config.dataset)
+        names, toy = self.names(inputs.label), TOY2D.get(self.config.dataset)
         names, density = names if len(names) == len(x) else [], toy.density if toy and self.kind == 'points' else None
         x, across = x.cpu(), min(10, self.data.columns())
         if not inputs.given and inputs.truth is None:
             real, classes = self.real_data if density is None else (x[:0], [])
             if real.shape[1:] != x.shape[1:] or bool(names) != bool(classes):
                 real, classes = x[:0], []
-            return self.drawn(Panel(torch.cat([real, x]), [*classes, *names], len(real), title, across, (), density))
+            items, names = torch.cat([real, x]), [*classes, *names]
+            return self.drawn(items, names, real=len(real), title=title, across=across, density=density)
         truth = [] if inputs.truth is None else [self.experiment.decode(inputs.truth)]
         parts = [('given', part) for part in inputs.given] + [('truth', part) for part in truth] + [('samples', x)]
         panels = [
-            Panel(part.cpu(), names if len(names) == len(part) else (), title=word, across=min(5, across))
+            self.drawn(part.cpu(), names if len(names) == len(part) else (), title=word, across=min(5, across))
             for word, part in parts
             if self.kind_of(part) is not None
         ]
-        return titled(joined([self.drawn(panel) for panel in panels]), title)
+        return titled(joined(panels), title)
 
     def training_data(self, n: int) -> tuple[Tensor, ...]:
         """A batch of n training items as read, the classes in turn as far as they are known."""
@@ -217,22 +229,24 @@ class Gallery:
         with self.record.apart():
             x0 = self.experiment.prepare_batch_fn(batch, is_train=False).x0
             x = torch.cat([self.experiment.decode(part).cpu() for part in x0.split(self.batches.images_at_once)])
-        return x, titles_of(self.data, batch[1], self.config.label_dropout)
+        return x, self.names(batch[1])
 
     @torch.no_grad()
     def show_data(self) -> None:
         """A picture of some training items, as read and as trained on; a plot of the learning rate. On rank 0."""
+        from reports.plots import joined
+
         most, classes = POINTS_SHOWN if self.kind == 'points' else 50, len(self.data.trained_classes)
         n = min(most, self.config.global_batch_size)
         first = self.training_data(n - n % classes if 0 < classes <= n else n)
         utils.seed_everything(self.config.seed, 'show_data')
         batch = self.experiment.prepare_batch_fn(first, is_train=True)
-        names = titles_of(self.data, first[1], self.config.label_dropout)
+        names = self.names(first[1])
         parts = {'as read': batch.x_original, 'as trained': self.experiment.decode(batch.x0)}
         shown = {title: x.cpu() for title, x in parts.items() if self.kind_of(x) is not None}
         if shown:
-            panels = [Panel(x, names, title=title, across=5) for title, x in shown.items()]
-            self.record.picture('data_and_augmented', joined([self.drawn(panel) for panel in panels]), 0)
+            panels = [self.drawn(x, names, title=title, across=5) for title, x in shown.items()]
+            self.record.picture('data_and_augmented', joined(panels), 0)
         total = self.config.num_training_steps
         curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
         self.record.curve('lr_schedule', curve, 'step', 'lr')

@@ -318,7 +318,7 @@ def write_arrays(folder):
 @pytest.mark.parametrize('block', RECIPES, ids=lambda block: block.name[-40:])
 def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
     """Trains by the command below it, evaluates, draws, saves, and resumes from its checkpoint."""
-    from reports import pictures
+    from reports import kinds
 
     write_arrays(tmp_path / 'data')
     module = imported(block.code)
@@ -330,7 +330,7 @@ def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
 
     record = record_of(config.run_dir)
     assert record[-1]['train/step'] == 4 and all(math.isfinite(line['train/loss']) for line in record)
-    assert pictures.kind(trainer.decode(trainer.example.x0)) is None or list(
+    assert kinds.kind(trainer.decode(trainer.example.x0)) is None or list(
         config.run_dir.glob('samples/step_0000004_*.png')
     )
     if 'sample_metrics' in vars(type(trainer)):

@@ -71,7 +71,7 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     written = []
     update = page.update
     monkeypatch.setattr(page, 'update', lambda folder: written.append(folder.name) or update(folder))
-    folder = trained('a', channels=16)
+    folder = trained('a', channels=16, raw_pictures=True)
     assert written == ['a'] * 2  # at steps 6 and 12
     seen = Page(folder / 'report.html')
     assert not seen.outside and 'a: step 12 of 12' in seen.text
@@ -96,7 +96,7 @@ class Inked(ExampleDiffusionTrainer):
 
 
 def test_pictures_of_an_experiment_are_on_the_page_the_newest_of_each_name(trained):
-    folder = trained('a', Inked)
+    folder = trained('a', Inked, raw_pictures=True)
     inside = [base64.b64decode(image.split(',')[1]) for image in Page(folder / 'report.html').images]
     ways = [f'{sampler}_{weights}' for sampler in ('adams', 'sde_dpmpp_2m') for weights in ('ema_0.999', 'raw')]
     newest = ['ink', *(f'ink_step_0000012_{way}' for way in ways)]
