@@ -243,6 +243,17 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
     return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
+def agreement(recognised: Tensor | None, detector: Detector, data: JudgedData) -> dict[str, float]:
+    """Shares of samples `recognised` (n,) and of 1000 held-out items whose class the detector sees; {} without any."""
+    if recognised is None or detector.predict is None:
+        return {}
+    x, label, *_ = data.held_out.take(range(min(1000, data.held_out.size)))
+    with torch.no_grad():
+        seen = torch.cat([detector.predict(data.as_decoded(part).to(data.device)).cpu() for part in x.split(256)])
+    both = dict(label_agreement=recognised, real_label_agreement=seen == label.cpu())
+    return {name: float(right.double().mean()) for name, right in both.items()}
+
+
 def rows_of(loader: Loader, most: int | None) -> Tensor:
     """Indices of all items, or of `most` drawn at random."""
     rows = torch.arange(loader.size)

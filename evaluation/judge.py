@@ -249,8 +249,8 @@ class Judge:
     @in_eval_mode
     def compared(self, looked: 'Looked', n: int, most: int | None = None, pairs: int | None = None) -> dict[str, float]:
         """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
-        `pairs` of them in pairs. label_agreement, if all labels on all ranks were classes."""
-        from evaluation.detectors import features_of_data, rows_of
+        `pairs` of them in pairs. label_agreement and that of real items, if all labels on all ranks were classes."""
+        from evaluation.detectors import agreement, features_of_data, rows_of
         from evaluation.distances import compare, frequencies_caution
 
         def joined(parts: list[Tensor]) -> Tensor | None:
@@ -259,14 +259,14 @@ class Judge:
 
         features, wanted, recognised = map(joined, (looked.features, looked.classes, looked.recognised))
         assert features is not None
-        values = {} if recognised is None else {'label_agreement': float(recognised.double().mean())}
         loader, detector = self.batches.train_loader, looked.detector
         classes = None if loader.labels is None else loader.labels[rows_of(loader, most)]
-        data, is_standard = features_of_data(detector, self.data, most), detector.digest != 'values'
+        data = features_of_data(detector, self.data, most)
         if (most or loader.size) < loader.size:
             print_once(f'  the samples are compared with {most:,} of {loader.size:,} training items')
         for caution in frequencies_caution(wanted, loader.labels, self.experiment.data.num_classes):
             print_once(f'  caution: {caution}')
+        values, is_standard = agreement(recognised, detector, self.data), detector.digest != 'values'
         return values | ranks.on_main_patiently(lambda: compare(features, *data, pairs, classes, wanted, is_standard))
 
     @cached_property

@@ -14,16 +14,16 @@ from typing import Any
 
 from config import PRESETS, Config, SettingError
 from reports.curves import CURVES, MAIN, NOTES, plot, sweep_plots
-from reports.parts import aligned as aligned
+from reports.parts import blocks as blocks
 from reports.parts import caption, escaped, images, page, row, table, text_of
 from runtime import files
 from runtime.alive import duration
 from settings.same_run import migrated
 
 COLUMNS = (  # of a table of evaluations
-    'weights solver time_grid nfe guidance_scale num seed detector label_agreement frechet real_frechet '
-    'real_frechet_std wasserstein real_wasserstein real_wasserstein_std kid precision recall density coverage '
-    'nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
+    'weights solver time_grid nfe guidance_scale num seed detector label_agreement real_label_agreement frechet '
+    'real_frechet real_frechet_std wasserstein real_wasserstein real_wasserstein_std kid precision recall density '
+    'coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
 ).split()
 STARTED = ('time', 'step', 'training', 'host', 'device', 'processes', 'trainer', 'commit', 'command')
 CARD = '<div>{}<br><b>{}</b><p>{}</p><p class="faint">Good: {}</p></div>'

@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ def text_of(value: Any) -> str:
     return ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else '' if value is None else str(value)
 
 
-def aligned(rows: Sequence[Sequence[Any]], justify: Callable[[str, int], str] = str.ljust) -> str:
+def aligned(rows: Sequence[Sequence[Any]]) -> str:
     """A table as plain text; the first row is its head."""
     text = [[text_of(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return '\n'.join('  '.join(map(justify, line, widths)).rstrip() for line in text)
+    return '\n'.join('  '.join(map(str.ljust, line, widths)).rstrip() for line in text)
 
 
 def blocks(columns: Sequence[Sequence[Any]], width: int = 120) -> str:

@@ -166,7 +166,7 @@ class Gallery:
         x = x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2)
         names = self.names(label) or ['xt'] * len(states[0].x)
         left = [word for name in names for word in (name, 'x0')]
-        times = [f't {state.t:.3g}' for state in states]
+        times = [f't={state.t:.3g}' for state in states]
         return self.drawn(x, left, title=title, times=times)
 
     def drawn(self, x: Tensor, names: Sequence[str], **settings: Any) -> Tensor:

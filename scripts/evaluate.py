@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def work() -> None:
         from runtime.ranks import print_once
 
-        print_once(page.aligned(page.evaluations(evaluate(options)), str.rjust))
+        print_once(page.blocks(page.evaluations(evaluate(options))))
 
     command.run(work)
 

@@ -49,6 +49,8 @@ def test_numbers_for_digits_are_those_of_pixels_between_minus_1_and_1(tiny_confi
     assert found['frechet'] == pytest.approx(frechet, rel=1e-3)
     assert found['label_agreement'] == pytest.approx((seen == asked.numpy()).mean(), abs=1e-6)
     assert 0.4 < found['label_agreement'] < 0.7
+    real = SVC(gamma='scale').fit(b.astype(np.float32), train_labels.numpy()).predict(c.astype(np.float32))
+    assert found['real_label_agreement'] == pytest.approx((real == labels.numpy()).mean())
     assert found['nearest_neighbour_ratio'] == pytest.approx(ratio, rel=1e-4) and ratio > 1.2
 
 

@@ -242,7 +242,7 @@ def test_the_time_left_counts_the_samples_at_the_end(tiny_config, build_trainer)
     assert trainer.drawing.seconds_at_end(1.0) == 0  # it is not known yet that any will be drawn
     trainer.judge.rehearse()
     trainer.gallery.rehearse(step=1)
-    samples = 1000 * 2 + 60 * 2 * 2
+    samples = 1000 * 2 + 60 * 2
     assert trainer.drawing.seconds_at_end(40.0) == samples * 4 / (3 * 40)  # a forward pass is a third of training
     trainer.drawing.seconds_per_sample = 0.5
     assert trainer.drawing.seconds_at_end(40.0) == 0.5 * samples
@@ -319,7 +319,9 @@ def compared(odd):
         looked.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
     loader = types.SimpleNamespace(labels=None, size=n)
     experiment = types.SimpleNamespace(modules={}, data=types.SimpleNamespace(num_classes=2))
-    judge = types.SimpleNamespace(data=None, experiment=experiment, batches=types.SimpleNamespace(train_loader=loader))
+    held_out = types.SimpleNamespace(size=4, take=lambda rows: (x[:4], torch.zeros(4)))
+    data = types.SimpleNamespace(held_out=held_out, as_decoded=lambda x: x, device='cpu')
+    judge = types.SimpleNamespace(data=data, experiment=experiment, batches=types.SimpleNamespace(train_loader=loader))
     return Judge.compared(judge, looked, n)
 
 
@@ -353,7 +355,8 @@ def test_ranks_agree_whether_labels_are_classes_and_say_which_network_is_not_a_d
     """Also where only one of them has found the reason."""
     first, second = run_ranks(ON_TWO_RANKS, tmp_path, [0, 1])
     for found in (first, second):
-        assert found['known']['label_agreement'] == 0.25 and 'frechet' in found['known']
+        assert (found['known']['label_agreement'], found['known']['real_label_agreement']) == (0.25, 1)
+        assert 'frechet' in found['known']
         assert 'label_agreement' not in found['odd'] and found['odd']['frechet'] == found['known']['frechet']
         assert found['has_reference'] is False
     assert 'eval/reference is left out: this network cannot be evaluated as a denoiser (of rank 1)' in first['printed']

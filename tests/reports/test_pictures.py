@@ -141,7 +141,7 @@ def test_a_path_has_times_classes_and_what_was_predicted(tiny_config, build_trai
     inputs, fn = trainer.drawing.inputs(4), trainer.get_model_fn(trainer.weights()['ema_0.999'])
     states = trainer.drawing.path(lambda fn, given: trainer.draw(fn, given, 'adams'), fn, inputs)
     assert len(states) == 6 and panel.names == ['0', 'x0', '1', 'x0', '2', 'x0', '3', 'x0']
-    assert [*panel.times] == [f't {state.t:.3g}' for state in states]  # noise and five steps, all of them shown
+    assert [*panel.times] == [f't={state.t:.3g}' for state in states]  # noise and five steps, all of them shown
     x = panel.x.view(4, 2, 6, 1, 8, 8)
     for i, state in enumerate(states):
         torch.testing.assert_close(x[:, 0, i], state.x)

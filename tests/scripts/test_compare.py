@@ -13,7 +13,7 @@ import main
 from config import Config
 from evaluation import judge
 from reports import dry_run, page
-from reports.page import aligned
+from reports.parts import aligned
 from scripts.compare import newest, numbers_of, side_by_side
 from tests.helpers import TINY, as_flags, columns_in
 from trainer import ExampleDiffusionTrainer

@@ -28,7 +28,7 @@ def test_a_folder_holds_each_image_and_a_grid(tmp_path):
     with Image.open(out.png(3)) as image:
         assert np.array_equal(np.array(image), (X[3, 0] * 255).round().byte().numpy())
     with Image.open(tmp_path / 'x/grid.png') as grid:
-        assert grid.size == (2 + 2 * 50, 2 + 2 * 50)
+        assert grid.size == (2 + 2 * 106, 2 + 2 * 106)  # cells of 104 pixels, 13 for each of 8
 
 
 def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
