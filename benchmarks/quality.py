@@ -1,158 +1,355 @@
-"""How good networks of several repos are after equal time: Fashion-MNIST, 28 x 28, without classes.
+"""How good networks of several repos are after equal CPU time: Fashion-MNIST, 28 x 28, or your images, 32 x 32.
 
-    python benchmarks/quality.py [--seconds 240]
+    python benchmarks/quality.py                           # hours, two runs at once; called again, it continues
+    python benchmarks/quality.py --only ours torchcfm --seeds 0 --seconds 300
+    QUALITY_DATA=DIR python benchmarks/quality.py --seeds 0     # a folder of images, augmented as in `small_images`
 
-Networks of the shapes of networks.py, each of 1.1 to 1.4 million parameters, in one and the same loop: rectified flow
-with velocity output, batches of 64, AdamW at 1e-3 with 30 steps of warm-up, moving average of 0.99. They take turns of
-one step, the one that has used the least time first, so that a busy machine slows all of them alike, until each has had
-its seconds. Judged by the loss on 1000 held-out images (the same noise and times for all) and by 256 samples, 10
-evaluations of adams, compared with the training images (evaluation/distances.py). Needs the packages of
-benchmarks/requirements.txt, and Fashion-MNIST.
+One loop for all: rectified flow with velocity output, uniform times, batches of 64, AdamW at 1e-3 (or our Muon at its
+default of 4e-3) with 30 steps of warm-up, a moving average of 0.99, one thread. The clock is the CPU time of training
+steps. At each mark the average is judged by the loss on 1000 held-out images (the same noise and times for all), and
+by the Frechet distance of 256 samples (2000 at the last mark) in pixels and in the features of a classifier, with 10
+and 50 evaluations of the network. The solver is the one that is best for the network at the first mark of seed 0.
+`nearest` is the distance of samples to the nearest training image over that of held-out images: memorising is below 1.
+Needs the packages of requirements.txt in this folder, and Fashion-MNIST. Writes quality.jsonl, and its curves and table
+into docs/results.md; `--seconds 0` does only that.
 """
 
 import argparse
 import copy
+import functools
+import itertools
+import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from interleaved import write
-
 from config import PRESETS, Config
-from evaluation.distances import Moments, frechet
+from evaluation.detectors import get_detector
+from evaluation.distances import Moments, frechet, nearest
 from main import build
-from optimizers import AdamW
+from networks.transformer import DiT
+from optimizers import get_optimizer
 from processes import RectifiedFlow
+from runtime import files
 from sampling import sample
 from unet import UNet
 
-SHAPE, BATCH, SAMPLES = (1, 28, 28), 64, 256
+FOLDER = os.environ.get('QUALITY_DATA', '')
+SHAPE, BATCH = (3, 32, 32) if FOLDER else (1, 28, 28), 64
+MARKS = (120, 300, 600, 1200)  # seconds
+SOLVERS, EVALUATIONS = ('adams', 'midpoint', 'dpmpp_2m'), (10, 50)
+HERE = Path(__file__).resolve().parent
+NAME = 'quality_images' if FOLDER else 'quality'
+RESULTS, STATES = HERE / f'{NAME}.jsonl', HERE.parent / f'ckpts/{NAME}'
+PAGE, PICTURE = HERE.parent / 'docs/results.md', HERE.parent / f'docs/{NAME}.png'
+BEGIN, END = f'<!-- {NAME}: begin -->', f'<!-- {NAME}: end -->'
+DRAWN = {'loss': 'held-out loss', 'pixels_10': 'Frechet distance in pixels', 'features_10': 'the same in features'}
 
 
-def torchcfm() -> nn.Module:
+def torchcfm(num_classes: int) -> nn.Module:
     from torchcfm.models.unet import UNetModel
 
-    settings = dict(num_res_blocks=1, channel_mult=(1, 2, 2), attention_resolutions='4')
+    settings: Any = dict(num_res_blocks=1, channel_mult=(1, 2, 2), attention_resolutions='4')
+    settings |= dict(num_classes=num_classes, class_cond=True) if num_classes else {}
     return UNetModel(SHAPE, num_channels=32, **settings)
 
 
-def diffusers() -> nn.Module:
+def diffusers(num_classes: int) -> nn.Module:
     from diffusers import UNet2DModel
 
     return UNet2DModel(
-        sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8,
-        block_out_channels=(32, 64, 64),
+        sample_size=SHAPE[-1], in_channels=SHAPE[0], out_channels=SHAPE[0], layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(32, 64, 64), num_class_embeds=num_classes or None,
         down_block_types=('DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D'),
         up_block_types=('AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D'),
     )  # fmt: skip
 
 
-def lucidrains() -> nn.Module:
+def lucidrains(num_classes: int) -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
-    return Unet(24, dim_mults=(1, 2, 4), channels=1)
+    return Unet(24, dim_mults=(1, 2, 4), channels=SHAPE[0])
 
 
-def ours() -> nn.Module:
-    return UNet(SHAPE, 0, 32, (1, 2, 2), 1, attention_resolutions=(7,))
+def ours(num_classes: int) -> nn.Module:
+    return UNet(SHAPE, num_classes, 32, (1, 2, 2), 1, attention_resolutions=(SHAPE[-1] // 4,))
 
 
-# name -> (network, how it is called with xt and time in [0, 1])
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
-    'ours': (ours, lambda net, x, t: net(x, t)),
-    'torchcfm': (torchcfm, lambda net, x, t: net(t, x)),
-    'diffusers': (diffusers, lambda net, x, t: net(x, 1000 * t).sample),
-    'lucidrains': (lucidrains, lambda net, x, t: net(x, 1000 * t)),
+def our_dit(num_classes: int) -> nn.Module:
+    return DiT(SHAPE, num_classes, depth=4, width=128, heads=4)
+
+
+class Entry(NamedTuple):
+    """A network, how it is called with xt, time in [0, 1] and label, and its optimizer."""
+
+    make: Callable[[int], nn.Module]
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]
+    optimizer: str = 'adamw'
+    lr: float = 1e-3
+    classes: bool = False
+
+
+def call_ours(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    return net(x, 1000 * t, y)
+
+
+def call_torchcfm(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    return net(t, x, y)
+
+
+def call_diffusers(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    return net(x, 1000 * t, y).sample
+
+
+def call_lucidrains(net: nn.Module, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    return net(x, 1000 * t)
+
+
+MUON: dict[str, Any] = dict(optimizer='muon', lr=4e-3)
+ENTRIES = {
+    'ours': Entry(ours, call_ours),
+    'torchcfm': Entry(torchcfm, call_torchcfm),
+    'ours, Muon': Entry(ours, call_ours, **MUON),
+    'diffusers': Entry(diffusers, call_diffusers),
+    'lucidrains': Entry(lucidrains, call_lucidrains),
+    'our DiT': Entry(our_dit, call_ours),
+    'our DiT, Muon': Entry(our_dit, call_ours, **MUON),
+    'torchcfm, our Muon': Entry(torchcfm, call_torchcfm, **MUON),
+    'torchcfm, lr 2e-4 as in its example': Entry(torchcfm, call_torchcfm, lr=2e-4),
+    'diffusers, lr 1e-4 as in its example': Entry(diffusers, call_diffusers, lr=1e-4),
+    'lucidrains, lr 8e-5 as in its README': Entry(lucidrains, call_lucidrains, lr=8e-5),
+    'ours, classes': Entry(ours, call_ours, classes=True),
+    'ours, classes, Muon': Entry(ours, call_ours, classes=True, **MUON),
+    'torchcfm, classes': Entry(torchcfm, call_torchcfm, classes=True),
+    'diffusers, classes': Entry(diffusers, call_diffusers, classes=True),
 }
 
 
-def train_step(one: SimpleNamespace, x0: Tensor, rng: torch.Generator) -> None:
-    began = time.perf_counter()
-    x1, t = torch.randn(x0.shape, generator=rng), torch.rand(len(x0), generator=rng)
-    for group in one.optimizer.param_groups:
-        group['lr'] = 1e-3 * min(1, (one.steps + 1) / 30)
-    loss(one.call, one.network.train(), x0, x1, t).backward()
-    nn.utils.clip_grad_norm_(one.network.parameters(), 1.0)
-    one.optimizer.step()
-    one.optimizer.zero_grad()
+class Data(NamedTuple):
+    """Images are in [-1, 1]. `spaces`: name -> (features of images in [0, 1], their moments for 10,000 of `train`)."""
+
+    train: tuple[Tensor, Tensor]  # images, labels
+    held_out: tuple[Tensor, Tensor]
+    augment: Callable[[Tensor], tuple[Tensor, Tensor]]
+    spaces: dict[str, tuple[Callable[[Tensor], Tensor], Moments]]
+    classify: Callable[[Tensor], Tensor]
+
+
+@functools.cache
+def data() -> Data:
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = PRESETS['small_images' if FOLDER else 'fashion_mnist'] | dict(data_path=FOLDER)
+        settings |= dict(ckpt_dir=folder, wandb='disabled')
+        trainer = build(Config(**settings, experiment_name='data'))
+    parts = [loader.everything() for loader in (trainer.train_loader, trainer.test_loader)]
+    train, held_out = ((2 * x - 1, label) for x, label, *_ in parts)
+    judge = {name: get_detector(trainer.judge.data, name) for name in ('pixels', 'classifier')}
+    ways = dict(pixels=judge['pixels'].features, features=judge['classifier'].features)
+    spaces = {name: (of, Moments(batches(of, (train[0][:10_000] + 1) / 2))) for name, of in ways.items()}
+    classify: Any = judge['classifier'].predict
+    return Data(train, held_out, trainer.augmenter, spaces, classify)
+
+
+def batches(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """fn of 250 rows at a time."""
     with torch.no_grad():
-        for average, weight in zip(one.average.parameters(), one.network.parameters(), strict=True):
-            average.lerp_(weight, 1 - min(0.99, (1 + one.steps) / (10 + one.steps)))
-    one.steps += 1
-    one.seconds += time.perf_counter() - began
+        return torch.cat([fn(*part).cpu() for part in zip(*(x.split(250) for x in tensors), strict=True)])
 
 
-def loss(call: Callable, network: nn.Module, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    w = t[:, None, None, None]
-    return (call(network, (1 - w) * x0 + w * x1, t) - (x1 - x0)).square().mean()
+class Run:
+    """The training of one entry by one seed. Its state is kept in a file, from which it continues."""
+
+    def __init__(self, name: str, seed: int):
+        self.name, self.seed, self.entry = name, seed, ENTRIES[name]
+        self.path = STATES / f'{name.replace(" ", "_").replace(",", "")}-{seed}.pt'
+        torch.manual_seed(seed)
+        self.network = self.entry.make(10 if self.entry.classes else 0)
+        config = Config(optimizer=self.entry.optimizer, base_lr=self.entry.lr, weight_decay=0.01, wandb='disabled')
+        self.optimizer = get_optimizer(config, self.network)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.rng = torch.Generator().manual_seed(seed + 1)  # of batches, noise and times
+        self.steps, self.seconds = 0, 0.0
+        if self.path.exists():
+            kept = torch.load(self.path, weights_only=True)
+            for part in ('network', 'average', 'optimizer'):
+                getattr(self, part).load_state_dict(kept[part])
+            self.rng.set_state(kept['rng'])
+            self.steps, self.seconds = kept['steps'], kept['seconds']
+
+    def save(self) -> None:
+        parts = {part: getattr(self, part).state_dict() for part in ('network', 'average', 'optimizer')}
+        STATES.mkdir(parents=True, exist_ok=True)
+        with files.whole(self.path) as temporary:
+            torch.save(dict(parts, rng=self.rng.get_state(), steps=self.steps, seconds=self.seconds), temporary)
+
+    def train_until(self, seconds: float) -> None:
+        saved = self.seconds
+        while self.seconds < seconds:
+            index = torch.randint(len(data().train[0]), (BATCH,), generator=self.rng)
+            x0, label = (x[index] for x in data().train)
+            x1, t = torch.randn(x0.shape, generator=self.rng), torch.rand(BATCH, generator=self.rng)
+            torch.manual_seed(1000 * self.steps + self.seed)
+            x0, _ = data().augment(x0)
+            began = time.process_time()
+            self.step(x0, x1, t, label)
+            self.seconds += time.process_time() - began
+            if self.seconds > saved + 60:
+                saved = self.seconds
+                self.save()
+
+    def step(self, x0: Tensor, x1: Tensor, t: Tensor, label: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.entry.lr * min(1, (self.steps + 1) / 30)
+        self.losses(self.network.train(), x0, x1, t, label).mean().backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        with torch.no_grad():
+            for average, weight in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                average.lerp_(weight, 1 - min(0.99, self.steps / (9 + self.steps)))
+
+    def losses(self, network: nn.Module, x0: Tensor, x1: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        w = t[:, None, None, None]
+        out = self.entry.call(network, (1 - w) * x0 + w * x1, t, label if self.entry.classes else None)
+        return (out - (x1 - x0)).square().mean((1, 2, 3))
+
+    def samples(self, n: int, solver: str, evaluations: int) -> tuple[Tensor, Tensor]:
+        """n samples in [0, 1] and their labels, the same noise and labels for every run."""
+        rng = torch.Generator().manual_seed(0)
+        x1, label = torch.randn(n, *SHAPE, generator=rng), torch.arange(n) % 10
+        model_fn = lambda x, t, label: self.entry.call(self.average, x, t, label)  # noqa: E731
+        draw = lambda x1, y: sample(  # noqa: E731
+            model_fn, RectifiedFlow(), x1, y if self.entry.classes else None, solver=solver, nfe=evaluations
+        )
+        return (batches(draw, x1, label).clamp(-1, 1) + 1) / 2, label
+
+    def solver(self, evaluations: int) -> str:
+        """The best for this entry by its Frechet distance in pixels; seed 0 finds it, the others read it."""
+        for row in rows():
+            if row['name'] == self.name:
+                return row[f'solver_{evaluations}']
+        of, real = data().spaces['pixels']
+        distances = {name: frechet(Moments(of(self.samples(256, name, evaluations)[0])), real) for name in SOLVERS}
+        return min(distances, key=distances.__getitem__)
+
+    def judge(self, mark: float, is_last: bool) -> dict[str, Any]:
+        self.average.eval()
+        rng = torch.Generator().manual_seed(0)
+        x0, label = data().held_out
+        x1, t = torch.randn(x0.shape, generator=rng), torch.linspace(0.001, 0.999, len(x0))
+        t = t[torch.randperm(len(t), generator=rng)]
+        losses = batches(functools.partial(self.losses, self.average), x0, x1, t, label)
+        row: dict[str, Any] = dict(name=self.name, seed=self.seed, mark=mark, steps=self.steps)
+        row |= dict(
+            loss=losses.mean().item(), loss_by_time=[losses[(t * 5).long() == i].mean().item() for i in range(5)]
+        )
+        for n in EVALUATIONS:
+            row[f'solver_{n}'] = solver = self.solver(n)
+            x, asked = self.samples(2000 if is_last else 256, solver, n)
+            train, held_out = ((images.flatten(1) + 1) / 2 for images, _ in (data().train, data().held_out))
+            row[f'nearest_{n}'] = nearest(x.flatten(1), train[:10_000]) / nearest(held_out, train[:10_000])
+            for space, (of, real) in data().spaces.items():
+                row[f'{space}_{n}'] = frechet(Moments(batches(of, x)), real)
+            if self.entry.classes:
+                row[f'agreement_{n}'] = (batches(data().classify, x) == asked).double().mean().item()
+        return row
 
 
-@torch.no_grad()
-def judged(one: SimpleNamespace, train: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Its average's held-out loss and the distance of its samples; images are in [0, 1]."""
-    rng = torch.Generator().manual_seed(0)
-    x1, u = torch.randn(held_out.shape, generator=rng), torch.rand(len(held_out), generator=rng)
-    t = 0.001 + 0.998 * (torch.arange(len(held_out)) + u) / len(held_out)
-    network = one.average.eval()
-    parts = zip((2 * held_out - 1).split(100), x1.split(100), t.split(100), strict=True)
-    held_out_loss = torch.stack([loss(one.call, network, *part) for part in parts]).mean().item()
-    noise = torch.randn(SAMPLES, *SHAPE, generator=rng)
-    x = torch.cat(
-        [
-            sample(lambda x, t, label: one.call(network, x, t), RectifiedFlow(), z, num_steps=10)
-            for z in noise.split(100)
-        ]
-    )
-    images = 2 * train[:10_000].flatten(1) - 1
-    real = images[torch.randint(len(images), (len(x),), generator=torch.Generator().manual_seed(0))]
-    distances = [frechet(Moments(y.cpu()), Moments(images)) for y in (x.clamp(-1, 1).flatten(1), real)]
-    return dict(loss=held_out_loss, frechet=distances[0], real=distances[1])
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def work(job: tuple[str, int, float]) -> None:
+    """Train and judge one run up to `seconds`; marks that are in the results are not judged again."""
+    name, seed, seconds = job
+    torch.set_num_threads(1)
+    done = {row['mark'] for row in rows() if (row['name'], row['seed']) == (name, seed)}
+    marks = [mark for mark in MARKS if mark <= seconds]
+    if set(marks) <= done:
+        return
+    try:
+        run = Run(name, seed)
+    except ImportError as error:
+        print(f'{name}: left out: {error}', flush=True)
+        return
+    for mark in marks:
+        run.train_until(mark)
+        if mark not in done:
+            run.save()
+            row = run.judge(mark, is_last=mark == MARKS[-1])
+            with open(RESULTS, 'a') as file:
+                file.write(json.dumps(row) + '\n')
+            print({key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+
+
+def table() -> Iterator[str]:
+    """Lines of a table: each number as its mean over seeds, and its standard deviation if there are several."""
+    names = ('loss', *(f'{space}_{n}' for space in ('pixels', 'features', 'nearest') for n in EVALUATIONS))
+    yield '| network | minutes | seeds | steps | loss | ' + ' | '.join(x.replace('_', ', ') for x in names[1:]) + ' |'
+    yield '|---' * (4 + len(names)) + '|'
+    order = {name: i for i, name in enumerate(ENTRIES)}
+    key = lambda row: (row['mark'], order[row['name']])  # noqa: E731
+    for (mark, place), found in itertools.groupby(sorted(rows(), key=key), key=key):
+        same = list(found)
+        cells = [[row[name] for row in same] for name in names]
+        texts = [f'{mean(x):.4g}' + (f' +- {stdev(x):.2g}' if len(x) > 1 else '') for x in cells]
+        about = [list(ENTRIES)[place], f'{mark / 60:g}', len(same), round(mean(row['steps'] for row in same))]
+        yield f'| {" | ".join(map(str, [*about, *texts]))} |'
+
+
+def draw() -> None:
+    """The curves of the entries without classes, in one loop: a line a network, its seeds as a band."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout='constrained')
+    axes = figure.subplots(1, len(DRAWN))
+    names = [name for name, entry in ENTRIES.items() if not entry.classes and ' as in ' not in name]
+    for ax, (key, title) in zip(axes, DRAWN.items(), strict=True):
+        for number, name in enumerate(names):
+            of = {mark: [row[key] for row in rows() if (row['name'], row['mark']) == (name, mark)] for mark in MARKS}
+            of = {mark / 60: found for mark, found in of.items() if found}
+            if of:
+                ax.plot(of.keys(), [mean(found) for found in of.values()], f'C{number}', marker='.', label=name)
+                ax.fill_between(of.keys(), *([f(found) for found in of.values()] for f in (min, max)), alpha=0.2)
+        ax.set(title=title, xlabel='minutes of one core', xscale='log', yscale='log')
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.set_xticks([mark / 60 for mark in MARKS])
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('--seconds', type=float, default=240)
-    seconds = parser.parse_args().seconds
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = PRESETS['fashion_mnist'] | dict(ckpt_dir=folder, wandb='disabled')
-        data = build(Config(**settings, experiment_name='data'))
-    (train, *_), (held_out, *_) = data.train_loader.everything(), data.test_loader.everything()
-    runs: dict[str, SimpleNamespace] = {}
-    for name, (make, call) in NETWORKS.items():
-        torch.manual_seed(0)
-        try:
-            network = make()
-        except ImportError as error:
-            print(f'{name}: left out: {error}', flush=True)
-            continue
-        optimizer = AdamW(network.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-        average = copy.deepcopy(network).requires_grad_(False)
-        rngs = [torch.Generator().manual_seed(i) for i in (1, 2)]  # of batches, and of noise and times
-        runs[name] = SimpleNamespace(
-            network=network, average=average, call=call, optimizer=optimizer, rngs=rngs, steps=0, seconds=0.0
-        )
-    while (one := min(runs.values(), key=lambda run: run.seconds)).seconds < seconds:
-        index = torch.randint(len(train), (BATCH,), generator=one.rngs[0])
-        train_step(one, 2 * train[index] - 1, one.rngs[1])
-    rows = []
-    print(
-        '| network | parameters, millions | steps | held-out loss | Frechet distance in pixels |\n|---|---|---|---|---|'
-    )
-    for name, one in runs.items():
-        row = dict(name=name, millions=sum(p.numel() for p in one.network.parameters()) / 1e6, steps=one.steps)
-        rows.append(row | judged(one, train, held_out))
-        print('| {name} | {millions:.2f} | {steps} | {loss:.4f} | {frechet:.2f} |'.format(**rows[-1]), flush=True)
-    print(f'of as many real images: {rows[0]["real"]:.2f}')
-    write('quality', dict(seconds=seconds, networks=rows))
+    parser.add_argument('--only', nargs='*', choices=ENTRIES, default=list(ENTRIES))
+    parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
+    parser.add_argument('--seconds', type=float, default=MARKS[-1])
+    parser.add_argument('--at_once', type=int, default=2, help='runs at a time, each of one thread')
+    args = parser.parse_args()
+    os.environ['OMP_NUM_THREADS'] = '1'
+    data()  # the classifier is trained once
+    for seed in args.seeds:  # seed 0 chooses the solvers
+        with multiprocessing.get_context('spawn').Pool(args.at_once, maxtasksperchild=1) as pool:
+            pool.map(work, [(name, seed, args.seconds) for name in args.only], chunksize=1)
+    lines = '\n'.join(table())
+    print(lines)
+    draw()
+    before, _, after = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f'{before}{BEGIN}\n\n{lines}\n\n{END}{after.partition(END)[2]}')
 
 
 if __name__ == '__main__':
