@@ -211,8 +211,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(dataset='mnist', label_dropout=0.1, translate_prob=0.5)
     | dict(channel_mults=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,))
     | dict(num_training_steps=20_000, save_every=1000, keep_every=10_000, sample_every=2000, eval_every=2000),
-    'fashion_mnist': ONE_HOUR_ON_CPU
-    | dict(dataset='fashion_mnist', held_out=1000, label_dropout=0.1, attention_resolutions=(7,)),
+    'fashion_mnist': dict(dataset='fashion_mnist', held_out=1000, label_dropout=0.1, ema_decays=(0.99,))
+    | dict(channels=32, channel_mults=(1, 2, 2), attention_resolutions=(7,), global_batch_size=64)
+    | dict(num_training_steps=1000, log_every=50, save_every=250, keep_every=1000, sample_every=500, eval_every=250),
     'small_images': ONE_HOUR_ON_CPU
     | dict(dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
     | dict(label_dropout=0.1, flip_prob=0.5, translate_prob=0.5, max_translation=2),
