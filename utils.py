@@ -184,8 +184,16 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def without_step(name: str) -> str:
-    """`name` without the step_0000100_ that names of pictures have in front."""
-    return re.sub(r'^step_\d{7,}_', '', name)
+    """`name` without the step_0000100_ that names of pictures have."""
+    return re.sub(r'step_\d{7,}_', '', name)
+
+
+def caption(name: str) -> str:
+    """The name of a picture as text: 'step 60, adams, averaged weights (EMA 0.98)' for step_0000060_adams_ema_0.98."""
+    name = re.sub(r'(?:^|_)step_(\d+)(?=_|$)', lambda found: f', step {int(found[1]):,}, ', name)
+    for pattern, text in ((r'ema_([\d.e-]+)', r'averaged weights (EMA \1)'), ('raw', 'raw weights')):
+        name = re.sub(rf'_{pattern}(?=[_,]|$)', f', {text}, ', name)
+    return ', '.join(filter(None, (part.strip('_ ') for part in name.split(', '))))
 
 
 def is_nearly_unit(x: Tensor) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 from config import PRESETS, Config, SettingError
 from reports.curves import CURVES, MAIN, NOTES, plot, sweep_plots
 from reports.parts import blocks as blocks
-from reports.parts import caption, escaped, images, page, row, table, text_of
+from reports.parts import escaped, images, page, row, table, text_of
 from runtime import files
 from runtime.alive import duration
 from settings.same_run import migrated
+from utils import caption
 
 COLUMNS = (  # of a table of evaluations
     'weights solver time_grid nfe guidance_scale num seed detector label_agreement real_label_agreement frechet '
@@ -171,13 +172,13 @@ def report(run: Run) -> str:
     earlier = same[:: max(1, -(-len(same) // EARLIER))]
     strip = {
         'Data': images({run.folder / 'samples/data_and_augmented.png': 'as read, and as training sees them'}),
-        'Newest samples': images({path: caption(path) for path in newest[:1]}),
-        'The same noise at earlier steps': images({path: caption(path).partition(', ')[0] for path in earlier}),
+        'Newest samples': images({path: caption(path.stem) for path in newest[:1]}),
+        'The same noise at earlier steps': images({path: caption(path.stem).partition(', ')[0] for path in earlier}),
     }
     numbers = [CARD.format(*map(escaped, (title, *about))) for title, about in run.chosen().items()]
     curves = {title: figure(run, title) for title in CURVES}
     head, *rows = evaluations(run.evaluations)
-    each = lambda paths: row([images({path: caption(path)}) for path in paths])  # noqa: E731
+    each = lambda paths: row([images({path: caption(path.stem)}) for path in paths])  # noqa: E731
     return page(
         f'{run.folder.name}: step {run.step} of {run.config.get("num_training_steps", 0)}',
         {

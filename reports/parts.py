@@ -2,7 +2,6 @@
 
 import base64
 import html
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,6 @@ def images(captions: Mapping[Path, str]) -> str:
         return f'<figure><img src="{source}" alt="{text}"{larger}><figcaption>{text}</figcaption></figure>'
 
     return ''.join(figure(path, html.escape(caption)) for path, caption in captions.items() if path.exists())
-
-
-def caption(path: Path) -> str:
-    """`ink_step_0000060_adams_ema_0.98` as words: ink, step 60, adams, averaged weights (0.98)."""
-    words = re.sub(r'_?step_(\d+)_?', lambda found: f', step {int(found[1]):,}, ', path.stem)
-    words = re.sub(r'_ema_([\d.e-]+)$', r', averaged weights (EMA \1)', re.sub('_raw$', ', raw weights', words))
-    return words.strip(', ')
 
 
 def escaped(value: Any) -> str:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime import stopping
+import utils
+from runtime import files, stopping
 from runtime.errors import SettingError
 from runtime.ranks import print_once
 
@@ -22,7 +23,6 @@ FINISH_TIMEOUT = 10  # and the end
 PATIENCE = 15  # and any call, if wandb's own process hangs. Longer than the one above, which wandb itself keeps
 ALERT_EVERY = 3600  # seconds between two alerts of one kind
 BIN = re.compile(r'(.+)_t_([\d.]+)_([\d.]+)')  # a name of the record: the mean over an interval of times
-STEP = re.compile(r'step_\d{7,}_')  # in names of pictures
 
 
 class WandbRun:
@@ -42,9 +42,8 @@ class WandbRun:
             self.keep(None)
 
     def keep(self, sent: int | None) -> None:
-        """Note for the next start."""
-        self.folder.mkdir(exist_ok=True)
-        Path(self.folder, 'resume.json').write_text(json.dumps(dict(id=self.id, sent=sent)))
+        """Note the last step that was sent for the next start; None: unknown, until the end."""
+        files.write_text(self.folder / 'resume.json', json.dumps(dict(id=self.id, sent=sent)))
 
     def catch_up(self, lines: Iterable[str]) -> None:
         """Send those lines of metrics.jsonl that wandb lacks: it was off, or a kill took what was on its way."""
@@ -66,7 +65,6 @@ class WandbRun:
             if match := BIN.fullmatch(name):
                 self.curves.setdefault(match[1], {})[round((float(match[2]) + float(match[3])) / 2, 4)] = value
         is_due = self.curves and any(name.startswith('eval/loss') for name in values)
-        values = {STEP.sub('', name): value for name, value in values.items()}  # one panel for each
         self.log(step, lambda wandb: values | ({'loss_by_time': self.by_time(wandb, step)} if is_due else {}), True)
 
     def by_time(self, wandb: Any, step: int) -> Any:
@@ -75,8 +73,9 @@ class WandbRun:
 
     def picture(self, step: int, name: str, image: Any) -> None:
         """One panel for each name without its step, with a slider over the steps."""
-        panel = STEP.sub('', name)
-        self.log(step, lambda wandb: {f'samples/{panel}': wandb.Image(image, caption=caption(panel, step))})
+        panel = utils.without_step(name)
+        text = utils.caption(f'{panel}_step_{step}')
+        self.log(step, lambda wandb: {f'samples/{panel}': wandb.Image(image, caption=text)})
 
     def alert(self, kind: str, text: str) -> None:
         """A message to the user, at most one an hour of each kind."""
@@ -86,10 +85,12 @@ class WandbRun:
             self._call(lambda _: self.run.alert(kind, text, 'WARN', wait_duration=ALERT_EVERY))
 
     def finish(self, failed: bool = False) -> None:
-        self._call(lambda _: self.run.finish(exit_code=int(failed)), 'did not accept the rest of the record')
-        if self.run is not None:
+        def end(_: Any) -> None:
+            self.run.finish(exit_code=int(failed))
             self.keep(self.sent)
-            self.run = None
+
+        self._call(end, 'did not accept the rest of the record')
+        self.run = None
 
     def _call(self, call: Callable[[Any], Any], problem: str = 'failed') -> None:
         if self.run is None:
@@ -105,15 +106,6 @@ class WandbRun:
                 f'wandb {problem} ({type(error).__name__}: {error}). The whole record is in {self.folder.parent}, and '
                 f'`wandb sync` can send {self.folder} later.'
             )
-
-
-def caption(panel: str, step: int) -> str:
-    """'adams, averaged weights (EMA 0.98), step 250' for adams_ema_0.98."""
-    match = re.fullmatch(r'(.+?)_(?:raw|ema_([\d.e-]+))(?:_(.+))?', panel)
-    if match is None:
-        return f'{panel}, step {step}'
-    weights = f'averaged weights (EMA {match[2]})' if match[2] else 'raw weights'
-    return ', '.join(filter(None, (match[1], weights, match[3], f'step {step}')))
 
 
 def group_of(config: Any) -> str:

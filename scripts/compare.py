@@ -23,10 +23,11 @@ import tyro
 from config import Config, SettingError
 from evaluation.distances import NOT_PRINTED
 from reports import page
-from reports.parts import Markup, blocks, caption, images
+from reports.parts import Markup, blocks, images
 from reports.seeds import Group, cells, changes_of, compares, grouped, text_of_changes
 from runtime import command, files
 from settings.same_run import FREE_ON_RESUME, changes, cut_middle, folder_name, in_name, older_folder_name
+from utils import caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,7 @@ def newest(run: page.Run, label: str = '', of_first: bool = True) -> str:
     last = [path for paths in run.pictures()[-1:] for path in paths]
     judged = [path for path in last if not path.stem.endswith('_raw')] or last
     chosen = judged[:1] if of_first else judged[1:]
-    return images({path: f'{label}: {caption(path)}'.removeprefix(': ') for path in chosen})
+    return images({path: f'{label}: {caption(path.stem)}'.removeprefix(': ') for path in chosen})
 
 
 def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:

@@ -296,7 +296,25 @@ def test_accelerators_are_seeded(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('name', 'without'), [('step_0000100_adams_ema', 'adams_ema'), ('my_step_3_x', 'my_step_3_x'), ('step_x', 'step_x')]
-)
-def test_only_the_step_in_front_of_a_name_is_left_out(name, without):
+    ('name', 'without'),
+    [
+        ('step_0000100_adams_ema', 'adams_ema'), ('ink_step_0000100_adams', 'ink_adams'),
+        ('my_step_3_x', 'my_step_3_x'), ('step_x', 'step_x'),
+    ],
+)  # fmt: skip
+def test_only_the_step_of_a_picture_is_left_out_of_a_name(name, without):
     assert utils.without_step(name) == without
+
+
+@pytest.mark.parametrize(
+    ('name', 'text'),
+    [
+        ('step_0001200_adams_ema_0.98', 'step 1,200, adams, averaged weights (EMA 0.98)'),
+        ('ink_step_0000007_adams_raw', 'ink, step 7, adams, raw weights'),
+        ('sde_dpmpp_2m_raw_mine_step_7', 'sde_dpmpp_2m, raw weights, mine, step 7'),
+        ('adams_ema_1e-05_step_0', 'adams, averaged weights (EMA 1e-05), step 0'),
+        ('path_step_7', 'path, step 7'), ('raw_ink', 'raw_ink'),
+    ],
+)  # fmt: skip
+def test_captions_of_pictures(name, text):
+    assert utils.caption(name) == text

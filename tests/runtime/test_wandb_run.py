@@ -162,20 +162,6 @@ def test_a_wrong_variable_is_refused(tmp_path, no_account, monkeypatch):
         record_in(tmp_path, wandb='offline').open(0).__enter__()
 
 
-@pytest.mark.parametrize(
-    'panel, text',
-    [
-        ('adams_ema_0.98', 'adams, averaged weights (EMA 0.98), step 7'),
-        ('sde_dpmpp_2m_raw', 'sde_dpmpp_2m, raw weights, step 7'),
-        ('adams_raw_mine', 'adams, raw weights, mine, step 7'),
-        ('ink_adams_ema_0.9999', 'ink_adams, averaged weights (EMA 0.9999), step 7'),
-        ('path', 'path, step 7'),
-    ],
-)
-def test_captions(panel, text):
-    assert wandb_run.caption(panel, 7) == text
-
-
 def test_pictures_of_a_name_are_one_panel_and_losses_by_time_one_plot(tmp_path, no_account):
     record = record_in(tmp_path, wandb='offline')
     picture = torch.zeros(3, 4, 5, dtype=torch.uint8)
@@ -185,14 +171,14 @@ def test_pictures_of_a_name_are_one_panel_and_losses_by_time_one_plot(tmp_path, 
             record.picture(f'ink_step_{step:07d}_adams_raw', picture, step)
             floor = {'train/floor_t_0.0_0.1': 0.125} if step == 10 else {}  # once: it stays in the plot
             line = {'train/loss_t_0.0_0.1': 2 * loss, 'train/loss_t_0.1_0.2': loss, 'eval/reference_t_0.0_0.1': loss}
-            write(record, step, **line, **floor, **{'eval/loss': loss, f'after/step_{step:07d}_adams': loss})
+            write(record, step, **line, **floor, **{'eval/loss': loss})
         write(record, 30, **{'train/loss_t_0.0_0.1': 9.0})  # nothing was evaluated
     records = offline_records(tmp_path / 'run')
     rows = history(records)
     for row, step in zip(rows, (10, 20), strict=False):
         assert row['samples/adams_raw.caption'] == f'adams, raw weights, step {step}'
         assert row['samples/ink_adams_raw.caption'] == f'ink_adams, raw weights, step {step}'
-        assert row['after/adams'] == 10 / step and not any('step_0' in name for name in row)
+        assert not any('step_0' in name for name in row)
     assert ['loss_by_time_table.path' in row for row in rows] == [True, True, False]
     (file,) = (tmp_path / 'run/wandb').glob(f'offline-run-*/files/{rows[1]["loss_by_time_table.path"]}')
     points = {tuple(point) for point in json.loads(file.read_text())['data']}
