@@ -206,12 +206,14 @@ def sample(
 def watched(
     evaluate: Callable[..., Prediction], on_prediction: Callable[[float, Prediction], None]
 ) -> Callable[..., Prediction]:
-    def evaluate_and_tell(x: Tensor, t: float, s: float | None = None) -> Prediction:
+    """`evaluate`, followed by on_prediction(t, prediction)."""
+
+    def evaluate_watched(x: Tensor, t: float, s: float | None = None) -> Prediction:
         prediction = evaluate(x, t, s)
         on_prediction(t, prediction)
         return prediction
 
-    return evaluate_and_tell
+    return evaluate_watched
 
 
 # of the config and `sample` alike

@@ -205,7 +205,7 @@ def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None 
 # name of a number -> the line that a run prints
 SENTENCES = {
     'label_agreement': 'a classifier of real images sees the requested label in {:.1%}',
-    'real_label_agreement': 'and that of real held-out images in {:.1%}',
+    'real_label_agreement': 'the same classifier sees the true label of held-out images in {:.1%}',
     'frechet': 'Frechet distance to the training images: {:.4g}',
     'real_frechet': 'the same distance of as many real images: {:.4g}',
     'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',

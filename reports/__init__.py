@@ -1,8 +1,8 @@
-"""What a run shows. Read in this order:
+"""Pictures and pages of a run. Read in this order:
 
 pictures.py  Gallery: which pictures a run draws
 plots.py     panels: cells in grids, with names, times and titles; images
-kinds.py     the table KINDS: how images, fields, signals and points are drawn
+kinds.py     the table KINDS: drawers of images, fields, signals and points
 page.py      report.html: pictures, numbers, curves and settings on one page
 parts.py     parts of a page: pictures, tables, sections
 curves.py    curves on a page

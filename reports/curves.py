@@ -26,8 +26,8 @@ UNITS = dict.fromkeys(('training loss by time', 'reference loss by time'), 'loss
     'share of time waiting for data': 'share',
 }  # name of the y axis, where it is not the title
 NOTES = {
-    'reference loss': 'On held-out data. Dotted: the loss of what knows only mean and variance of each value, and the '
-    'floor, of what has memorised the training data, where they are known.',
+    'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only mean and variance of '
+    'each value, and the floor, the loss of one that has memorised the training data.',
     'training loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
     'reference loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
 }
@@ -45,7 +45,7 @@ Bands = Mapping[str, Sequence[float]]  # name -> half a width at each point
 NONE: Mapping[str, Any] = {}
 # Each has a contrast of 3 or about that on white and on the dark page, and colour-blind people tell them apart.
 COLOURS = ('#2b7bd1', '#d8720c', '#0a9a74', '#c4569b', '#8c8c3a', '#1f9bb5', '#8d6fd1', '#808080')
-TEXT, LINE = '#0c0c0c', '#0d0d0d'  # stand for the colours of the page
+TEXT, LINE = '#0c0c0c', '#0d0d0d'  # replaced by the colours of the page
 THEME: dict[str, Any] = {
     'svg.fonttype': 'none',  # letters stay letters
     **dict.fromkeys(('figure.facecolor', 'axes.facecolor'), 'none'),
@@ -59,10 +59,10 @@ THEME: dict[str, Any] = {
 def plot(
     curves: Curves, title: str, floors: Any = NONE, ceiling: float | None = None, bands: Bands = NONE, x: str = 'step'
 ) -> str:
-    """Curves (x, y) as an <svg> element on no background; empty if there is no point. A curve without points keeps
-    its colour for itself. `floors`: for some of the curves,
-    the level that they cannot get below, dotted; `ceiling`: a level above all. `bands`: for some of the curves, half
-    the width of a band around each of their points. `x`: the name of that axis."""
+    """Curves (x, y) as an <svg> element without a background; '' if there is no point. A curve without points still
+    takes a colour, so that runs have the same one in all plots. `floors`: curve -> the level that it cannot get below,
+    dotted; `ceiling`: a level above all. `bands`: curve -> half the width of a band around each of its points. `x`: the
+    name of that axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -79,6 +79,7 @@ def plot(
 
 
 def label_of(name: str) -> str:
+    """The name of a line, by LABELS."""
     for pattern, text in LABELS:
         if found := re.fullmatch(pattern, name):
             return found.expand(text).strip()
@@ -88,7 +89,7 @@ def label_of(name: str) -> str:
 def draw(
     figure: Any, curves: Curves, title: str, floors: Any, ceiling: float | None, bands: Bands, x_name: str
 ) -> None:
-    """`plot` on a figure. Curves by time share a scale of colours."""
+    """`plot` on a figure. Curves by time have colours from one end of a scale to the other."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     by_time = all('_t_' in name for name in curves)

@@ -1,4 +1,4 @@
-"""How data of each kind are drawn: the table KINDS, heat maps, curves, and points in the plane."""
+"""Drawers of data of each kind: the table KINDS, heat maps, curves, and points in the plane."""
 
 from collections.abc import Callable
 
@@ -29,8 +29,8 @@ def draw_fields(panel: Panel) -> Tensor:
         cells.append(pad(cell, (0, 0, 0, 1), value=255))
         h = cell.shape[2]
         bar = colours[torch.linspace(255, 0, h).round().long()].T[:, :, None].expand(3, h, 10)
-        words = [rendered_text(f'{value:.3g}', 44) for value in (high, low)]
-        words.insert(1, torch.full((3, h - 2 * LINE_HEIGHT, 44), 255, dtype=torch.uint8))
+        words = [rendered_text(f'{value:.3g}', 52) for value in (high, low)]  # as wide as -0.000123
+        words.insert(1, torch.full((3, h - 2 * LINE_HEIGHT, 52), 255, dtype=torch.uint8))
         bars.append(pad(torch.cat([bar, stacked(words)], 2), (0, 0, 0, 1), value=255))
     return panel.picture(torch.cat(cells, 2)[:, :, :-1], legend=stacked(bars))
 
@@ -74,8 +74,9 @@ def draw_points(panel: Panel) -> Tensor:
     classes = list(dict.fromkeys(names))
     for i, name in enumerate(classes or ['']):
         chosen = torch.tensor([not names or other == name for other in names or shown])
+        text = name.replace('$', r'\$')  # no mathematics
         marker, colour = MARKERS[i // len(COLOURS) % len(MARKERS)], COLOURS[i % len(COLOURS)]
-        ax.scatter(*shown[chosen].T.numpy(), s=6, c=colour, marker=marker, label=name, alpha=0.7, linewidths=0)
+        ax.scatter(*shown[chosen].T.numpy(), s=6, c=colour, marker=marker, label=text, alpha=0.7, linewidths=0)
     if panel.density is not None:
         ax.apply_aspect()
         x, y = (np.linspace(*limits, 200) for limits in (ax.get_xlim(), ax.get_ylim()))

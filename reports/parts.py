@@ -37,7 +37,7 @@ class Markup(str):
 
 def images(captions: Mapping[Path, str]) -> str:
     """Pictures with captions, inside the page; those that do not exist are left out. Small ones are enlarged by a whole
-    factor, as long as a phone has room for them."""
+    factor, if a phone has room for them."""
 
     def figure(path: Path, text: str) -> str:
         source = f'data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}'

@@ -31,7 +31,7 @@ class Gallery:
         self.experiment, self.config, self.data = experiment, experiment.config, experiment.data
         self.batches, self.record, self.drawing = batches, record, drawing
         self.step = 0  # of the last sampling
-        self.titles: dict[str, str] = {}  # of pictures, by their names
+        self.titles: dict[str, str] = {}  # name of the newest picture -> its title
 
     @cached_property
     def kind(self) -> str | None:
@@ -119,7 +119,7 @@ class Gallery:
                 print_once(no_memory(self.step, sampler_name, 'this picture is'))
                 continue
             name = f'step_{self.step:07d}_{sampler_name}_{weights}'
-            self.titles[name] = self.title(sampler_name, weights)
+            self.titles = {name: self.title(sampler_name, weights)}
             ranks.on_main_alone(partial(self.show_one, name, x, inputs))
 
     def title(self, sampler: str, weights: str) -> str:
@@ -158,8 +158,8 @@ class Gallery:
         x0 that the network predicted there; of points all states as lines."""
         name = self.kind_of(states[0].x)
         if name != 'points':
-            moved = torch.stack([(a.x - b.x).double().square().mean() for a, b in itertools.pairwise(states)]).sqrt()
-            moved = torch.cat([moved[:0].new_zeros(1), moved.nan_to_num(1).cumsum(0)])
+            ways = [(a.x - b.x).double().square().mean().sqrt() for a, b in itertools.pairwise(states)]
+            moved = torch.tensor([0.0, *ways], dtype=torch.float64).nan_to_num(1).cumsum(0)
             wanted = torch.linspace(0, moved[-1].item(), at_most, dtype=torch.float64)
             states = [states[i] for i in (moved[:, None] - wanted).abs().argmin(0).unique()]
         x = torch.stack([part for state in states for part in (state.x, state.x0)], 1)  # (n, 2 states, ...)

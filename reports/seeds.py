@@ -94,7 +94,7 @@ def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str
     changes = changes_of(rows)
     if not changes:
         return (
-            f'\nHow much of a difference is chance is not known: {labels[0]} has one seed, or each other run has. '
+            f'\nAny difference may be chance: {labels[0]} has one seed, or all others have. '
             'Train with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
         )
     head = f'\ndifference from {labels[0]} (none: not more than the standard deviations over the seeds)\n'
