@@ -1,4 +1,4 @@
-"""What a run's folder holds, as one page that needs no server and no network: curves, pictures, settings, numbers.
+"""The folder of a run as one page that needs no server and no network: pictures, numbers, curves, settings.
 
 A run rewrites its own report.html whenever it draws samples. `compare.py` puts several runs on one page.
 """
@@ -35,7 +35,7 @@ GAUSSIAN = 'eval/reference_gaussian'
 MEANINGS = {
     'eval/reference': (
         'Reference loss', 'Square error of the velocity on held-out data, the same measure for all runs of a data set.',
-        'well below {}, the loss of what knows only mean and variance | the lower the better', GAUSSIAN,
+        'well below {}, the loss of a model that knows only mean and variance | the lower the better', GAUSSIAN,
     ),
     'label_agreement': (
         'Label agreement', 'Share of samples in which a classifier of real images sees the requested class.',
@@ -59,7 +59,7 @@ MEANINGS = {
 
 @dataclass
 class Run:
-    """What the folder of a run holds."""
+    """The contents of a run's folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -77,13 +77,13 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def names(self, patterns: Sequence[str]) -> list[str]:
-        """Names of the record that are among `patterns`, in which a * stands for anything but times."""
+        """Names in the record that match `patterns`, in which a * stands for anything but times."""
         found = list(dict.fromkeys(name for line in self.lines for name in line))
         alike = [(pattern, name) for pattern in patterns for name in found if ('_t_' in pattern) == ('_t_' in name)]
         return [name for pattern, name in alike if fnmatch.fnmatchcase(name, pattern)]
 
     def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
-        """(floors of the curves that have one, the reference loss of what has learned nothing), see reference.py."""
+        """(curve -> floor, the reference loss of a model that has learned nothing), see evaluation/reference.py."""
         level_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
         found = {level: self.curve(level)[1][-1:] for level in (*level_of.values(), GAUSSIAN)}  # [value] or []
         floors = {name: found[level][0] for name, level in level_of.items() if level != name and found[level]}
@@ -102,17 +102,18 @@ class Run:
 
     @property
     def sampler(self) -> str:
-        """The first: that of the first numbers at the end, else that of the settings."""
+        """Name of the first sampler: of the first final numbers, else the solver of the settings."""
         found = (name.split('/')[1] for line in self.lines for name in line if name.startswith('final/'))
         return next(found, str(self.config.get('solver')))
 
     def chosen(self) -> dict[str, tuple[Any, str, str]]:
-        """title -> (value, meaning, what is good) of four numbers at most: of MEANINGS, or those of an experiment. Of
-        samples those of the first sampler count, at the end if they are there."""
+        """title -> (value, meaning, what is good) of at most four numbers, of MEANINGS or of the experiment. Numbers of
+        samples are those of the first sampler, final ones if there are any."""
         last = {name: value for line in self.lines for name, value in line.items()}
         for before in (f'eval/{self.sampler}/', f'final/{self.sampler}/'):
             last |= {name.removeprefix(before): value for name, value in last.items() if name.startswith(before)}
-        own = [name for name in last if '/' not in name and name not in COLUMNS and not name.endswith('_std')]
+        alone = [name for name in last if '/' not in name and name not in COLUMNS]
+        own = [name for name in alone if not re.search(r'_(std|p\d\d)$', name)]  # no percentiles of histograms
         found = {}
         for name in [name for name in [*list(MEANINGS)[:-1], *own, *list(MEANINGS)[-1:]] if name in last][:4]:
             title, meaning, good, level = MEANINGS.get(name, (name, 'Computed by this experiment.', '', ''))
@@ -122,8 +123,8 @@ class Run:
         return found
 
     def pictures(self) -> list[list[Path]]:
-        """The sample pictures of each step, the oldest first; of a step those of the weights by which a run is judged
-        come first, and of these that of the first sampler."""
+        """The sample pictures of each step, the oldest step first. Within a step the weights by which the run is judged
+        come first, and among these the first sampler."""
         judged = next((f'_ema_{decay:g}' for decay in self.config.get('ema_decays', ())), '_raw')
 
         def order(path: Path) -> tuple:
@@ -133,8 +134,13 @@ class Run:
         paths = sorted((self.folder / 'samples').glob('step_*.png'), key=order)
         return [list(group) for _, group in itertools.groupby(paths, lambda path: order(path)[0])]
 
+    def same_noise(self) -> list[Path]:
+        """The pictures of all steps by the first sampler and weights of the newest, the oldest first."""
+        groups, of = self.pictures(), lambda path: path.stem.split('_')[2:]
+        return [path for group in groups for path in group if of(path) == of(groups[-1][0])]
+
     def own_pictures(self) -> list[Path]:
-        """The pictures that an experiment gave other names: of names that differ in their step_N only, the newest."""
+        """The pictures that an experiment gave names of its own, the newest of those that differ only in step_N."""
         paths = sorted((self.folder / 'samples').glob('*.png'))
         newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
         return [path for path in newest.values() if path.stem != 'data_and_augmented']
@@ -166,9 +172,7 @@ def read(folder: str | Path) -> Run:
 
 def report(run: Run) -> str:
     """The page of one run."""
-    *before, newest = [[], *run.pictures()]
-    of_same = lambda path: path.stem.split('_')[2:] == newest[0].stem.split('_')[2:]  # noqa: E731
-    same = [path for group in before for path in group if of_same(path)]
+    newest, same = [[], *run.pictures()][-1], run.same_noise()[:-1]
     earlier = same[:: max(1, -(-len(same) // EARLIER))]
     strip = {
         'Data': images({run.folder / 'samples/data_and_augmented.png': 'as read, and as training sees them'}),
@@ -200,7 +204,7 @@ def report(run: Run) -> str:
 
 
 def figure(run: Run, title: str) -> str:
-    """The curves of a title of CURVES, and what to know of them."""
+    """The curves of a title of CURVES, with their note; '' without any."""
     names = run.names(CURVES[title])
     svg = plot({name: run.curve(name) for name in names}, title, *run.bounds(names))
     return f'<figure>{svg}<figcaption>{NOTES.get(title, "")}</figcaption></figure>' if svg else ''
@@ -224,13 +228,13 @@ def started(run: Run, i: int) -> list[Any]:
             images = (line['train/step'] - begin) * run.config['global_batch_size']
             seconds, begin = seconds + images / line['train/images_per_second'], line['train/step']
     where = ':'.join(trainer[part] for part in ('file', 'name') if trainer.get(part))
-    told = dict(training=duration(seconds), trainer=where, time=str(run.starts[i].get('time'))[:16].replace('T', ' '))
-    return [(run.starts[i] | told).get(name) for name in STARTED]
+    more = dict(training=duration(seconds), trainer=where, time=str(run.starts[i].get('time'))[:16].replace('T', ' '))
+    return [(run.starts[i] | more).get(name) for name in STARTED]
 
 
 def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Lines of evaluation.jsonl as a table, the names of COLUMNS that occur first. Where steps were given, they stand
-    for evaluations."""
+    """Rows of a table of lines of evaluation.jsonl; the first row has the names of COLUMNS that occur. A line with
+    num_sample_steps has `N steps` as its nfe."""
     columns = [name for name in COLUMNS if any(line.get(name) is not None for line in lines)]
     with_steps = [dict(line, nfe=line.get('nfe') or f'{line.get("num_sample_steps")} steps') for line in lines]
     return [columns, *[[line.get(name) for name in columns] for line in with_steps]]

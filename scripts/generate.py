@@ -47,7 +47,7 @@ class Generate:
     trajectory: bool = False
     """Also show the paths of the first samples from noise to image: path.png, two rows for each, and path.gif."""
     training_gif: bool = False
-    """Also show how samples of the same noise changed in training: training.gif, of the run's pictures of samples."""
+    """Also show how samples of the same noise changed in training: training.gif, of the run's own pictures."""
     data_path: str | None = None
     """Where the data are now, if they were moved: for runs whose samples start from data (and data_dir)."""
     data_dir: str | None = None
@@ -67,7 +67,7 @@ def generate(options: Generate) -> None:
     from evaluation.detectors import digest_of
     from reports.plots import titles_of
     from runtime import ranks, stopping
-    from scripts.outputs import Output
+    from scripts.outputs import Output, read_png, write_gif
     from scripts.samples import Samples
 
     o = options
@@ -81,7 +81,8 @@ def generate(options: Generate) -> None:
     made_by['weights_digest'] = digest_of(run.network)
     out = Output(o.out, are_images, vars(run.config) | made_by)
     if o.trajectory and not are_images:
-        raise SettingError('trajectory=True: these samples are not images in [0, 1].')
+        raise SettingError('trajectory=True: these samples are not images in [0, 1]. Leave --trajectory out.')
+    in_training = samples.pictures_of_training() if o.training_gif else []
 
     ranks.on_main(out.claim)
     todo = sorted(set(range(o.num)) - ranks.on_main(out.drawn))
@@ -104,7 +105,7 @@ def generate(options: Generate) -> None:
     if o.trajectory:
         ranks.on_main_alone(lambda: samples.show_path(out))
     if o.training_gif:
-        ranks.on_main(lambda: samples.show_training(out))
+        ranks.on_main(lambda: write_gif(out.picture('training.gif'), list(map(read_png, in_training)), 500))
     ranks.print_once(f'{o.num} samples in {o.out}{speed}')
 
 

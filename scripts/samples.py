@@ -12,10 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor
 
 import utils
@@ -24,6 +22,7 @@ from data_loading.spec import DataSpec
 from evaluation.detectors import Detector
 from evaluation.distances import Looked
 from main import load_run
+from reports import page
 from reports.plots import image_grid, titles_of
 from runtime import alive, files, ranks, stopping
 from scripts.outputs import Output, write_gif
@@ -135,17 +134,13 @@ class Samples:
         frames = [image_grid(state.x, columns, names, f't = {state.t:.3f}') for state in states]
         write_gif(out.picture('path.gif'), frames, 100)
 
-    def show_training(self, out: Output) -> None:
-        """training.gif: the run's pictures of samples, which start from the same noise, from the first to the last.
-        Raises SettingError if there are none."""
-        folder, found = self.run.config.run_dir / 'samples', dict[str, list[Path]]()
-        for path in sorted(folder.glob('step_*.png')):
-            found.setdefault(path.stem.split('_', 2)[2], []).append(path)
-        first = next((f'{sampler}_{weights}' for sampler, _, weights, _ in self.run.drawing.samplers_and_weights()), '')
-        if first not in found:
-            raise SettingError(f'training_gif=True: {folder} has no pictures step_..._{first}.png.')
-        pictures = [torch.from_numpy(np.array(Image.open(path).convert('RGB'))) for path in found[first]]
-        write_gif(out.picture('training.gif'), [picture.permute(2, 0, 1) for picture in pictures], 500)
+    def pictures_of_training(self) -> list[Path]:
+        """The run's own pictures of samples, which start from the same noise. Raises SettingError if there are none."""
+        folder = self.run.config.run_dir
+        if found := page.read(folder).same_noise():
+            return found
+        why = f'{folder}/samples has no pictures step_*.png. A run draws them with --sample_every above 0'
+        raise SettingError(f'training_gif=True: {why}; leave --training_gif out.')
 
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
         """Distances from the data, with as many training images, drawn at random, as a floor (`real_...`); and an

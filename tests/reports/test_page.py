@@ -292,6 +292,11 @@ def test_a_run_under_way_says_that_numbers_follow(tmp_path):
     assert 'final numbers' not in text
 
 
+def test_numbers_of_an_experiment_are_on_top_without_percentiles_of_histograms(tmp_path):
+    lines = [{'train/step': 5, 'mine': 2.0, 'x_p05': 0.5, 'y_std': 1.0}]
+    assert list(page.read(made(tmp_path / 'a', lines)).chosen()) == ['mine']
+
+
 def test_axes_are_named_and_lines_have_their_names_at_their_ends():
     curves = {'train/loss': ([1, 2], [0.5, 0.4]), 'eval/loss_ema_0.98': ([2], [0.4]), 'eval/loss': ([], [])}
     svg = page.plot(curves, 'loss', {'train/loss': 0.39})
