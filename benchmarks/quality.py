@@ -1,4 +1,4 @@
-"""How good networks of several repos are after equal CPU time: Fashion-MNIST, 28 x 28, or your images, 32 x 32.
+"""Networks of several repos after equal CPU time: their losses and samples on Fashion-MNIST or on your 32 x 32 images.
 
     python benchmarks/quality.py                           # hours, two runs at once; called again, it continues
     python benchmarks/quality.py --only ours torchcfm --seeds 0 --seconds 300
@@ -257,13 +257,13 @@ class Run:
         )
         for n in EVALUATIONS:
             row[f'solver_{n}'] = solver = self.solver(n)
-            x, asked = self.samples(2000 if is_last else 256, solver, n)
+            x, wanted = self.samples(2000 if is_last else 256, solver, n)
             train, held_out = ((images.flatten(1) + 1) / 2 for images, _ in (data().train, data().held_out))
             row[f'nearest_{n}'] = nearest(x.flatten(1), train[:10_000]) / nearest(held_out, train[:10_000])
             for space, (of, real) in data().spaces.items():
                 row[f'{space}_{n}'] = frechet(Moments(batches(of, x)), real)
             if self.entry.classes:
-                row[f'agreement_{n}'] = (batches(data().classify, x) == asked).double().mean().item()
+                row[f'agreement_{n}'] = (batches(data().classify, x) == wanted).double().mean().item()
         return row
 
 
@@ -271,7 +271,7 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def work(job: tuple[str, int, float]) -> None:
+def work(job: tuple[str, int, int]) -> None:
     """Train and judge one run up to `seconds`; marks that are in the results are not judged again."""
     name, seed, seconds = job
     torch.set_num_threads(1)
@@ -296,15 +296,15 @@ def work(job: tuple[str, int, float]) -> None:
 
 def table() -> Iterator[str]:
     """Lines of a table: each number as its mean over seeds, and its standard deviation if there are several."""
-    names = ('loss', *(f'{space}_{n}' for space in ('pixels', 'features', 'nearest') for n in EVALUATIONS))
+    names = ('loss', *(f'{kind}_{n}' for kind in ('pixels', 'features', 'nearest', 'agreement') for n in EVALUATIONS))
     yield '| network | minutes | seeds | steps | loss | ' + ' | '.join(x.replace('_', ', ') for x in names[1:]) + ' |'
     yield '|---' * (4 + len(names)) + '|'
     order = {name: i for i, name in enumerate(ENTRIES)}
     key = lambda row: (row['mark'], order[row['name']])  # noqa: E731
     for (mark, place), found in itertools.groupby(sorted(rows(), key=key), key=key):
         same = list(found)
-        cells = [[row[name] for row in same] for name in names]
-        texts = [f'{mean(x):.4g}' + (f' +- {stdev(x):.2g}' if len(x) > 1 else '') for x in cells]
+        cells = [[row[name] for row in same if name in row] for name in names]  # agreement: only with classes
+        texts = [f'{mean(x):.4g}' + (f' +- {stdev(x):.2g}' if len(x) > 1 else '') if x else '' for x in cells]
         about = [list(ENTRIES)[place], f'{mark / 60:g}', len(same), round(mean(row['steps'] for row in same))]
         yield f'| {" | ".join(map(str, [*about, *texts]))} |'
 
@@ -337,7 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--only', nargs='*', choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
-    parser.add_argument('--seconds', type=float, default=MARKS[-1])
+    parser.add_argument('--seconds', type=int, choices=(0, *MARKS), default=MARKS[-1])
     parser.add_argument('--at_once', type=int, default=2, help='runs at a time, each of one thread')
     args = parser.parse_args()
     os.environ['OMP_NUM_THREADS'] = '1'
@@ -349,7 +349,8 @@ def main() -> None:
     print(lines)
     draw()
     before, _, after = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f'{before}{BEGIN}\n\n{lines}\n\n{END}{after.partition(END)[2]}')
+    picture = f'![losses and distances by minutes]({PICTURE.name})'
+    PAGE.write_text(f'{before}{BEGIN}\n\n{picture}\n\n{lines}\n\n{END}{after.partition(END)[2]}')
 
 
 if __name__ == '__main__':
