@@ -73,13 +73,12 @@ def generate(options: Generate) -> None:
     o = options
     if o.num < 1 or o.batch_size < 1:
         raise SettingError(f'num={o.num}, batch_size={o.batch_size}: must be at least 1.')
-    same = ('solver', 'num_sample_steps', 'time_grid', 'guidance_scale', 'data_path', 'data_dir', 'trust')
-    settings = {name: getattr(o, name) for name in same}
+    same = 'solver num_sample_steps time_grid guidance_scale data_path data_dir trust'
+    settings = {name: getattr(o, name) for name in same.split()}
     samples = Samples(o.run, o.weights, o.num, o.seed, o.labels, sample_nfe=o.nfe, **settings)
     run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
-    made_by['weights_digest'] = digest_of(run.network)
-    out = Output(o.out, are_images, vars(run.config) | made_by)
+    out = Output(o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)))
     if o.trajectory and not are_images:
         raise SettingError('trajectory=True: these samples are not images in [0, 1]. Leave --trajectory out.')
     in_training = samples.pictures_of_training() if o.training_gif else []
