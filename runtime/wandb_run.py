@@ -193,6 +193,8 @@ def has_wandb_key(mode: str) -> bool:
 def log_table(config: Any, run_dir: Path, run_id: str, name: str, rows: Sequence[dict[str, Any]]) -> None:
     """Add a table to the wandb run of this id, offline in another folder in `run_dir`. A failure is printed."""
     columns: list[Any] = list(dict.fromkeys(key for row in rows for key in row))
+    file = run_dir / 'wandb/resume.json'
+    before = file.read_text() if file.exists() else ''
     try:
         import wandb
 
@@ -201,5 +203,7 @@ def log_table(config: Any, run_dir: Path, run_id: str, name: str, rows: Sequence
             table = wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
             there.run.log({name: table})
             there.finish()
+            if before:  # this start has sent no steps, and the run may be training
+                files.write_text(file, before)
     except Exception as error:
         print_once(f'wandb failed ({type(error).__name__}: {error}); the table is on disk')

@@ -266,7 +266,10 @@ def test_a_table_of_evaluations_joins_the_run(tmp_path, no_account):
     (before,) = (run_dir / 'wandb').glob('offline-run-*')
     time.sleep(1.1)  # wandb names folders by the second
     rows = [dict(weights='ema', frechet=0.5), dict(weights='raw', kid=1.5)]
+    notes = run_dir / 'wandb/resume.json'
+    notes.write_text(under_way := json.dumps(dict(id=run_id, sent=None)))
     wandb_run.log_table(record.config, run_dir, run_id, 'evaluation', rows)
+    assert notes.read_text() == under_way
     (new,) = {*(run_dir / 'wandb').glob('offline-run-*')} - {before}
     assert new.name.endswith(run_id)  # the same run
     (table,) = new.glob('files/media/table/evaluation*.json')
