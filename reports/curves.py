@@ -165,8 +165,10 @@ def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The Frechet distance against network evaluations, and against guidance, of lines of evaluation.jsonl that differ
-    in them; a curve for each choice of the rest. Only of lines with the detector, number, seed and step of the last."""
-    alike = [x for x in lines if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
+    in them; a curve for each choice of the rest. Only of lines with the detector, number, seed and step of the last;
+    those of samples that are not finite have no distance."""
+    known = [x for x in lines if isinstance(x.get('frechet'), (int, float))]
+    alike = [x for x in known if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
     rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]
     varied = [k for k in ('weights', 'solver', 'nfe', 'guidance_scale') if len({x.get(k) for x in rows}) > 1]
     plots = []

@@ -81,7 +81,8 @@ def draw_points(panel: Panel) -> Tensor:
         ax.apply_aspect()
         x, y = (np.linspace(*limits, 200) for limits in (ax.get_xlim(), ax.get_ylim()))
         density = panel.density(torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)).view(200, 200).numpy()
-        ax.contour(x, y, density, density.max() * np.array([0.05, 0.5]), colors='grey', linewidths=0.8, zorder=0)
+        if (peak := density.max()) > np.finfo(float).tiny:  # not 0 all over, as around points that are far away
+            ax.contour(x, y, density, peak * np.array([0.05, 0.5]), colors='grey', linewidths=0.8, zorder=0)
     if 1 < len(classes) <= 10:
         figure.legend(loc='outside lower center', ncols=5, fontsize=7, markerscale=2, frameon=False)
     canvas = FigureCanvasAgg(figure)

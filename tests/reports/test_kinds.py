@@ -47,6 +47,17 @@ def test_each_channel_of_a_field_has_its_own_colours_and_a_bar_that_says_them():
     assert (picture[:, GAP + side, GAP : GAP + side] == 255).all()  # between channels
 
 
+def test_bars_stand_next_to_their_fields_below_names_and_every_value_has_a_colour():
+    x = torch.rand(2, 2, 4, 4)
+    x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    plain, named = draw_fields(Panel(x)), draw_fields(Panel(x, ['a', 'b']))
+    assert torch.equal(named[:, LINE_HEIGHT:], plain)
+    low, high = (torch.tensor(colormaps['viridis'](k)[:3]).mul(255).round().byte() for k in (0, 255))
+    side = (plain.shape[1] - 2 * GAP - 1) // 8  # of a value
+    for i, colour in enumerate((low, high, low)):
+        assert torch.equal(plain[:, GAP + side // 2, GAP + i * side + side // 2], colour)
+
+
 def test_signals_are_curves_on_one_scale_with_a_colour_for_each_channel(monkeypatch):
     titles = []
     monkeypatch.setattr('reports.plots.titled', lambda picture, title: titles.append(title) or picture)
@@ -83,7 +94,15 @@ def test_points_have_equal_axes_and_a_colour_and_a_name_for_each_class():
     assert width / height == pytest.approx(3, rel=0.1)
     tops = {name: float(place[:, 0].float().mean()) for name, place in zip(classes, found, strict=True)}
     assert tops['upper'] < tops['lower'] - 20
+    assert all(len(pixels_of(picture[:, -40:], COLOURS[i])) > 5 for i in range(2))  # names below the plot
     assert len(pixels_of(draw_points(Panel(x)), COLOURS[1])) == 0  # without classes
+
+
+def test_points_have_the_colours_of_their_own_classes_behind_data():
+    x = torch.tensor([[0.0, 0.0]] * 20 + [[-1.0, 0.0]] * 5 + [[1.0, 0.0]] * 15)
+    picture = draw_points(Panel(x, ['right'] * 15 + ['left'] * 5 + ['left'] * 5 + ['right'] * 15, real=20))
+    left, right = (pixels_of(picture[:, :340], COLOURS[i])[:, 1].float() for i in range(2))
+    assert len(left) and len(right) and left.max() < 150 and right.min() > 250
 
 
 def test_more_classes_than_colours_have_other_marks():
@@ -102,6 +121,9 @@ def test_contours_of_the_density_and_grey_data_are_behind_the_points():
     with_data = draw_points(Panel(torch.cat([torch.rand(300, 2) - 0.5, x]).double(), real=300))
     assert len(pixels_of(with_data, '#c0c0c0', 30)) > len(pixels_of(plain, '#c0c0c0', 30)) + 300
     assert len(pixels_of(with_data, COLOURS[0])) > 8
+    right = draw_points(Panel(x, density=lambda p: (-((p - torch.tensor([1.0, 0.0])) ** 2).sum(1) / x.std()).exp()))
+    places = ((right.int() - plain.int()).abs().sum(0) > 100).nonzero().float().mean(0)
+    assert places[1] > 230 and abs(places[0] - 190) < 20  # the first number is x here too
 
 
 def test_points_that_are_not_finite_leave_the_others_to_be_seen():
@@ -112,15 +134,24 @@ def test_points_that_are_not_finite_leave_the_others_to_be_seen():
         draw_points(Panel(x[50:]))
 
 
+@pytest.mark.parametrize('far', [100.0, 1e4, 1e30])
+def test_points_far_from_the_density_do_not_end_the_run(far):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        picture = draw_points(Panel(torch.tensor([[far, 0.0], [0.0, 0.0]]), density=TOY2D['moons'].density))
+    assert len(pixels_of(picture, COLOURS[0])) > 1
+
+
 def test_paths_of_points_are_lines_from_start_to_end():
     """All from the left to the right: ink in every column between; what was predicted is not drawn."""
     start = torch.stack([torch.full((20,), -1.0), torch.linspace(-1, 1, 20)], 1)
     states = torch.stack([start + torch.tensor([step, 0.0]) for step in (0.0, 1.0, 2.0)], 1)  # (n, states, 2)
     x = torch.stack([states, torch.full_like(states, 50)], 1).flatten(0, 2)
-    picture = draw_points(Panel(x, ['a', 'x0'] * 20, times=['t 1', 't 0.5', 't 0']))
+    picture = draw_points(Panel(x, ['a', 'x0', 'b', 'x0'] * 10, times=['t 1', 't 0.5', 't 0']))
     ink = (picture.float().mean(0) < 250)[20:360].sum(0)
     assert picture.shape == (3, 400, 400) and (ink[80:320] >= 20).all()
-    assert pixels_of(picture, COLOURS[0])[:, 1].float().mean() > 300
+    ends = [pixels_of(picture[:, :360], COLOURS[i])[:, 1].float() for i in range(2)]
+    assert all(len(columns) > 20 and columns.mean() > 300 for columns in ends)
 
 
 def test_the_x_axis_of_points_is_the_first_number():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from config import Config, SettingError
 from reports import page, parts
+from runtime.alive import duration
 from scripts.compare import Compare, compare, labels_of
 from settings.same_run import cut_middle
 from tests.helpers import columns_in, record_of
@@ -81,6 +82,8 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     drawn = numbers_in((folder / 'report.html').read_text())
     for title in page.CURVES:
         assert title in drawn or title in ('share of time waiting for data', 'Frechet distance of samples'), title
+    shown = numbers_in((folder / 'report.html').read_text().split('<details>')[0])
+    assert {'loss', 'reference loss', 'training loss by time'} <= shown and 'gradient norm' not in shown  # it is folded
     last = record_of(folder)[-1]
     assert f'{last["eval/reference"]:.4g}' in seen.text and f'{last["eval/loss"]:.4g}' in seen.text
     assert seen.text.count('<svg') == 0 and (folder / 'report.html').read_text().count('<svg') >= 6
@@ -138,7 +141,7 @@ def numbers_in(svg):
     return set(re.findall(r'>([^<>]+)</text>', svg))
 
 
-def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
+def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied(monkeypatch):
     def line(nfe, weights='ema', guidance=1.0, **other):
         same = dict(detector='pixels', detector_digest='a', num=10, seed=0, step=5, solver='adams')
         return same | dict(nfe=nfe, weights=weights, guidance_scale=guidance, frechet=1 / nfe) | other
@@ -151,6 +154,10 @@ def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied():
     both = page.sweep_plots([line(n, guidance=g) for n in (4, 8) for g in (1.0, 2.0)])
     assert len(both) == 2 and {'guidance_scale 1', 'guidance_scale 2'} <= numbers_in(both[0])
     assert {'nfe 4', 'nfe 8'} <= numbers_in(both[1])
+    seen = []
+    monkeypatch.setattr('reports.curves.plot', lambda curves, title, x: seen.append(curves) or '')
+    page.sweep_plots([line(2, step=4), line(3, step=4), line(16), line(4), line(5, frechet=None), line(8)])
+    assert seen == [{'frechet': ([4, 8, 16], [1 / 4, 1 / 8, 1 / 16])}]  # in order, of the step of the last
     assert page.evaluations([dict(nfe=0, num_sample_steps=7), dict(nfe=3)]) == [['nfe'], ['7 steps'], [3]]
 
 
@@ -255,7 +262,10 @@ def a_long_run(tmp_path, name='a'):
     pictures = [f'step_{step:07d}_{way}' for step in (4, 8, 12, 16, 20) for way in ways]
     numbers = {'label_agreement': 0.9512, 'frechet': 0.5, 'real_frechet': 0.25, 'nearest_neighbour_ratio': 1.1}
     lines = [{'train/step': s, 'train/loss': 1 / s, 'train/waiting': 0.00076 + s / 1e8} for s in range(1, 20)]
-    last = {f'final/{way}/{name}': value for way in ('heun', 'adams') for name, value in numbers.items()}
+    last = {f'final/heun/{name}': value for name, value in numbers.items()} | {
+        f'final/adams/{name}': 2 * value for name, value in numbers.items()
+    }
+    lines[9] |= {'eval/heun/frechet': 7.0}  # by fewer samples than at the end
     lines += [{'train/step': 20, 'eval/reference': 0.4, 'eval/reference_gaussian': 0.9, 'eval/loss': 0.3} | last]
     folder = made(tmp_path / name, lines, ['data_and_augmented', *pictures], width=2264, experiment_name=name * 60)
     line = dict(weights='ema_0.98', solver='heun', nfe=8, detector='pixels', detector_digest='x', num=9) | numbers
@@ -283,6 +293,34 @@ def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folde
     assert 'step 20, heun, raw weights' in folded and 'step 20, adams, averaged' in folded and 'EMA 0.9)' in folded
     assert all(f'<td>{cell}</td>' in folded for cell in ('mine.py:Mine', '2026-01-02 03:04', '&lt;b&gt;'))
     assert 'viewport' in text and 'final numbers' not in text
+    assert '<figcaption>step 20, heun, averaged weights (EMA 0.98)</figcaption>' in shown
+    assert 'mean, variance' in numbers_in(shown) and 'Dotted: the loss of what knows only mean' in shown
+    assert 'Frechet distance (pixels) by nfe' in numbers_in(folded)
+
+
+def test_the_time_in_training_of_each_start_follows_from_the_speed():
+    lines = [{'train/step': step, 'train/images_per_second': 8.0} for step in (10, 20, 30)]
+    starts = [dict(time='2026-01-02T03:04:05', step=0, host='a'), dict(step=20, trainer=dict(name='Mine'))]
+    run = page.Run(Path('a'), dict(global_batch_size=32), lines, starts)
+    first, second = (dict(zip(page.STARTED, page.started(run, i), strict=True)) for i in range(2))
+    assert (first['time'], first['step'], first['host'], first['trainer']) == ('2026-01-02 03:04', 0, 'a', '')
+    assert (second['step'], second['host'], second['trainer']) == (20, None, 'Mine')
+    assert (first['training'], second['training']) == (duration(80), duration(40))
+
+
+@pytest.mark.parametrize(('width', 'shown'), [(60, '300px'), (179, '358px'), (180, None)])
+def test_small_pictures_are_enlarged_by_a_whole_factor(tmp_path, width, shown):
+    made(tmp_path / 'a', pictures=['x'], width=width)
+    text = parts.images({tmp_path / 'a/samples/x.png': 'x', tmp_path / 'none.png': 'y'})
+    assert re.findall('width: (.*?); image-rendering: pixelated', text) == ([shown] if shown else [])
+    assert text.count('<figure>') == 1
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path):
+    folder = made(tmp_path / 'a', [{'train/step': 5, 'train/loss': 1.0}])
+    with open(folder / 'metrics.jsonl', 'a') as file:
+        file.write('{"train/step": 6, "tra')
+    assert page.read(folder).step == 5
 
 
 def test_a_run_under_way_says_that_numbers_follow(tmp_path):
@@ -305,6 +343,16 @@ def test_axes_are_named_and_lines_have_their_names_at_their_ends():
     heights = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>(?:training|floor|held-out, EMA)', svg)]
     assert len(heights) == 3 and all(b - a > 9 for a, b in itertools.pairwise(sorted(heights)))  # none on another
     assert max(heights) < 196  # nor below the plot
+    svg = page.plot({name: ([1, 2], y) for name, y in dict(low=[1, 1], high=[1.2, 2], middle=[3, 1.5]).items()}, 'loss')
+    found = re.findall(r'fill: (#\w+)[^>]* y="([\d.]+)"[^>]*>(\w+)<', svg)
+    ends = sorted((float(y), name, colour) for colour, y, name in found)  # from the top, in the colours of the curves
+    assert [end[1:] for end in ends] == [('high', '#d8720c'), ('middle', '#0a9a74'), ('low', '#2b7bd1')]
+
+
+def test_values_of_several_sizes_have_a_logarithmic_axis_and_times_are_from_low_to_high():
+    assert {'1', '10', '100'} <= numbers_in(page.plot({'a': ([1, 2, 3], [1.0, 10.0, 100.0])}, 'loss'))
+    curves = {f'train/loss_t_{t}': ([1, 2], [1.0, 2.0]) for t in ('0.0_0.1', '0.1_0.2')}
+    assert {'t 0.0 to 0.1', 't 0.1 to 0.2'} <= numbers_in(page.plot(curves, 'training loss by time'))
 
 
 def test_a_curve_keeps_its_colour_where_others_have_no_points():
