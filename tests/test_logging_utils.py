@@ -16,7 +16,7 @@ from PIL import Image
 
 import logging_utils
 from config import Config, SettingError
-from logging_utils import Record
+from logging_utils import Record, bars
 from runtime import stopping
 from runtime.errors import SaveError, Stopped
 from tests.runtime.test_ranks import run_ranks
@@ -312,6 +312,12 @@ def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
         values = record.summary(0)
     assert values['adams_raw/ink'] == 2.0 and values['my_step_3_name'] == 5.0
     assert (values['step_1_error'], values['step_4_error']) == (1.0, 3.0)
+
+
+def test_bars_stand_on_the_ground_the_lowest_values_at_the_left():
+    dark = np.asarray(bars(torch.tensor([0.0] * 10 + [1.0])))[16:] < 255
+    assert dark.shape == (100, 320) and dark[:, 0].all() and not dark[:, 160].any()
+    assert dark[-10:, -1].all() and dark[:, -1].sum() == 10
 
 
 def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):

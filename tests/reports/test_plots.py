@@ -105,6 +105,12 @@ def test_images_of_a_class_stand_below_its_name():
         assert torch.equal(place, rendered_text(name, width))
 
 
+def test_cells_are_wide_enough_for_the_names_of_classes():
+    names = [f'ankle boot {i}' for i in range(10)]
+    picture, width = image_grid(torch.zeros(10, 1, 8, 8), 10, names), max(map(text_width, names))
+    assert 48 < width < 80 and picture.shape[2] == GAP + 10 * (-(-width // 8) * 8 + GAP)
+
+
 def test_at_most_ten_classes_stand_in_a_row():
     names = [f'c{i}' for i in range(17)]
     first, second = Panel(torch.zeros(51, 1, 8, 8), names * 3).blocks()
@@ -138,6 +144,11 @@ def test_data_stand_above_the_samples_of_their_class_and_apart():
 def test_data_without_classes_fill_the_first_row():
     (block,) = Panel(torch.zeros(20 + 13, 1, 8, 8), real=20, across=8).blocks()
     assert block.rows == [[*range(8)], [*range(20, 28)], [*range(28, 33), -1, -1, -1]] and block.top == []
+
+
+def test_no_sample_is_left_out_where_classes_have_unequal_numbers():
+    (block,) = Panel(torch.zeros(4, 1, 8, 8), ['a', 'b', 'b', 'b'], across=2).blocks()
+    assert block.rows == [[0, 1], [-1, 2], [-1, 3]] and block.top == ['a', 'b']
 
 
 def test_a_path_has_times_above_and_a_pair_of_rows_for_each_sample():
@@ -204,6 +215,6 @@ def test_names_in_other_alphabets_are_drawn(name):
 def test_a_name_that_no_font_has_is_shown_as_its_number(capsys):
     spec = DataSpec(lambda config: (), num_classes=3, classes=('dog', '\u732b', '\u72ac'))
     for _ in range(2):
-        assert titles_of(spec, torch.tensor([0, 1, 2, 3]), 0.1) == ['dog', '1', '2', 'none']
+        assert titles_of(spec, torch.tensor([2, 0, 1, 3]), 0.1) == ['2', 'dog', '1', 'none']
     assert capsys.readouterr().out.count('pictures show the numbers of such classes') == 1
     assert titles_of(spec, None, 0.1) == []

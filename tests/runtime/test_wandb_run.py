@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from config import Config, SettingError, parse_config
 from runtime import wandb_run
+from runtime.errors import Stopped
 from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of
 from tests.test_logging_utils import lines_of, record_in, write
 from trainer import ExampleDiffusionTrainer
@@ -203,14 +205,16 @@ def test_a_step_that_is_done_again_is_on_wandb_once(tmp_path, no_account):
     assert of_kind(records, 'alert')[0]['title'] == 'the run failed'
     first.rename(tmp_path / 'first')
     again = record_in(tmp_path, wandb='offline')
-    with again.open(20):
-        for step in (20, 30, 40):
+    with pytest.raises(Stopped), again.open(20):
+        for step in (20, 30, 31, 40):
             write(again, step, loss=1 / step)
+        raise Stopped
     records = offline_records(tmp_path / 'run')
-    assert [(row['_step'], row['train/step']) for row in history(records)] == [(40, 40)]
+    assert of_kind(records, 'exit')[0]['exit_code'] == 0 and not of_kind(records, 'alert')  # a stop is not a failure
+    assert [(row['_step'], row['train/step']) for row in history(records)] == [(31, 31), (40, 40)]
     (run,) = of_kind(records, 'run')
     assert run['run_id'] == record.wandb_id == again.wandb_id
-    assert [line['train/step'] for line in lines_of(tmp_path)] == [10, 20, 30, 40]
+    assert [line['train/step'] for line in lines_of(tmp_path)] == [10, 20, 30, 31, 40]
 
 
 def test_a_run_that_turns_wandb_on_later_has_whole_curves(tmp_path, no_account):
@@ -256,6 +260,16 @@ def test_an_alert_is_sent_once_an_hour_of_each_kind(tmp_path, no_account):
     ]
     assert 'skipped 1 of the last steps, the latest of them step 0' in alerts[0]['text']
     assert {alert['wait_duration'] for alert in alerts} == {'3600000'}
+
+
+def test_an_alert_is_sent_again_after_an_hour(tmp_path, monkeypatch):
+    sent, now = [], [5.0]
+    run = SimpleNamespace(id='x', starting_step=0, offline=True, alert=lambda kind, *_, **__: sent.append(kind))
+    there = wandb_run.WandbRun(run, tmp_path, -1)
+    monkeypatch.setattr(wandb_run, 'time', SimpleNamespace(monotonic=lambda: now[0]))
+    for now[0], expected in (5.0, 1), (3600.0, 1), (3606.0, 2), (7200.0, 2), (7207.0, 3):
+        there.alert('a', 'text')
+        assert len(sent) == expected
 
 
 def test_a_table_of_evaluations_joins_the_run(tmp_path, no_account):

@@ -138,9 +138,11 @@ def test_evaluations_that_differ_in_one_setting_are_numbers_of_their_own():
 
 def test_the_newest_pictures_of_the_judged_weights_are_shown(tmp_path):
     (tmp_path / 'samples').mkdir()
-    for step, weights in itertools.product((10, 20), ('ema_0.9', 'raw')):
-        Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_adams_{weights}.png')
-    shown = newest(page.Run(tmp_path, {}, []), 'mine')
+    for step, way in itertools.product((10, 20), ('adams_ema_0.9', 'adams_raw', 'heun_ema_0.9')):
+        Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_{way}.png')
+    run = page.Run(tmp_path, dict(solver='adams'), [])
+    shown, others = newest(run, 'mine'), newest(run, 'mine', False)
+    assert re.findall('alt="(.*?)"', others) == ['mine: step 20, heun, averaged weights (EMA 0.9)']
     assert (
         'alt="mine: step 20, adams, averaged weights (EMA 0.9)"' in shown
         and 'step 10' not in shown

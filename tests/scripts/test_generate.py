@@ -15,6 +15,7 @@ from config import Config, SettingError
 from data_utils import DATASETS, DataSpec, load_digits
 from evaluation.detectors import get_detector
 from main import load_run
+from reports.pictures import Gallery
 from reports.plots import GAP, LINE_HEIGHT, image_grid, rendered_text, text_width
 from runtime import errors
 from scripts import generate as program
@@ -210,8 +211,13 @@ def test_a_run_without_a_checkpoint_is_named(draw, tmp_path):
         draw('x', run=str(tmp_path / 'empty'))
 
 
-def test_pictures_and_the_record(draw, run):
+def test_pictures_and_the_record(draw, run, monkeypatch):
+    shown, path_of = [], Gallery.path_of
+    monkeypatch.setattr(Gallery, 'path_of', lambda self, *given: shown.append(given) or path_of(self, *given))
     out = draw('folder', trajectory=True, num=25)
+    ((states, label),) = shown
+    x, x0 = ((255 * part).round().squeeze(1).numpy() for part in (states[-1].x, states[0].x0))
+    assert label.tolist() == [*range(8)] and np.abs(x - images(out)[:8]).max() <= 1 and np.abs(x - x0).max() > 9
     with (
         Image.open(out / 'grid.png') as grid,
         Image.open(out / 'path.png') as path,
@@ -219,6 +225,8 @@ def test_pictures_and_the_record(draw, run):
     ):
         assert grid.width > 400 and path.width > 200 and path.height > path.width
         assert gif.is_animated and gif.n_frames == 4 and gif.width >= 400  # the noise, and three steps
+        times = [(gif.seek(i), gif.info['duration'])[1] for i in (0, 1, 3)]
+        assert times == [100, 100, 1500] and gif.info['loop'] == 0  # again and again
         frames = [np.array(gif.convert('RGB')) for gif.n in range(4) if gif.seek(gif.n) is None]
     first, last = ('t = 0.999', 't = 0.001')
     for frame, text in ((frames[0], first), (frames[-1], last)):  # time, then class names

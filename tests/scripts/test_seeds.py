@@ -49,6 +49,9 @@ def test_the_table_has_a_row_for_each_setting_with_mean_and_spread(folders, caps
     assert changes['final/adams/frechet'] == ['+1', 'none']
     page = (tmp_path / 'x.html').read_text()
     assert page.count('1.1 ± 0.1') == 2 and '<td>none</td>' in page and 'Differences from base_lr=0.001' in page
+    assert '<title>9 runs</title>' in page and '<b>lr1_0</b><br>base_lr=0.001</td>' in page
+    for rate, difference in ('0.002', r'\+1'), ('0.003', 'none'):
+        assert re.search(f'<tr><td>base_lr={rate}</td>(<td>[^<]*</td>)*<td>{difference}</td>', page)
 
 
 def test_curves_have_the_mean_and_a_band(folders, monkeypatch):
@@ -76,7 +79,9 @@ def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
     assert 'base_lr=0.001 has one seed, or all others have. Train with --seed 1' in text
-    assert 'seeds' not in re.findall(r'^\w+', text, re.M)
+    assert 'seeds' not in re.findall(r'^\w+', text, re.M) and 'warning' not in text
+    compare.compare(compare.Compare((folders[0], made(tmp_path, 'other', [1.0], 1.0, dataset='mnist'))))
+    assert 'warning: these runs are of different data sets' in capsys.readouterr().out
 
 
 def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
