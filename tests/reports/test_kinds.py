@@ -100,6 +100,7 @@ def test_points_have_equal_axes_and_a_colour_and_a_name_for_each_class():
 
 def test_points_have_the_colours_of_their_own_classes_behind_data():
     x = torch.tensor([[0.0, 0.0]] * 20 + [[-1.0, 0.0]] * 5 + [[1.0, 0.0]] * 15)
+    x[:, 1] = torch.linspace(-1, 1, 40)
     picture = draw_points(Panel(x, ['right'] * 15 + ['left'] * 5 + ['left'] * 5 + ['right'] * 15, real=20))
     left, right = (pixels_of(picture[:, :340], COLOURS[i])[:, 1].float() for i in range(2))
     assert len(left) and len(right) and left.max() < 150 and right.min() > 250

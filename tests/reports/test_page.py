@@ -137,6 +137,12 @@ def test_levels_belong_to_their_curves():
     assert run.final() == {'eval/reference': 0.4, 'eval/floor_of_mine': 3.0}
 
 
+def test_numbers_on_top_are_those_of_the_first_sampler_also_if_it_is_no_solver():
+    run = run_of([{'train/step': 1, 'final/mine/frechet': 2.0, 'final/heun/frechet': 3.0}], solver='heun')
+    assert run.sampler == 'mine' and run.chosen()['Frechet distance'][0] == 2
+    assert run_of([], solver='heun').sampler == 'heun'
+
+
 def numbers_in(svg):
     return set(re.findall(r'>([^<>]+)</text>', svg))
 
