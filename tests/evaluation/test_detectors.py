@@ -1,6 +1,7 @@
 """Feature extractors, and the numbers for samples of digits against independent computations."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +60,15 @@ def test_a_support_vector_machine_knows_the_digits(digits):
     predict = detectors.support_vectors(train, train_labels)
     seen = predict(held_out)
     assert seen.shape == (297,) and (seen == labels).float().mean() > 0.95
+
+
+def test_held_out_items_are_judged_as_decode_returns_them():
+    held_out = SimpleNamespace(size=4, take=lambda rows: (torch.tensor([0, 100, 200, 255])[:, None], torch.ones(4)))
+    data = SimpleNamespace(held_out=held_out, as_decoded=lambda x: x / 255, device='cpu')
+    judge = detectors.Detector(lambda x: x, 'digest', 'about', predict=lambda x: (x[:, 0] > 0.5).long())
+    found = detectors.agreement(torch.tensor([True, True, False, True]), judge, data)
+    assert found == dict(label_agreement=0.75, real_label_agreement=0.5)
+    assert detectors.agreement(None, judge, data) == {}
 
 
 def test_data_of_one_class_or_none_have_no_label_agreement(tiny_config, build_trainer, monkeypatch):

@@ -118,6 +118,13 @@ def test_the_picture_of_a_run_has_a_title_names_and_data(tiny_config, build_trai
     assert not any('raw' in name for name in seen)
 
 
+def test_a_title_has_the_guidance_of_a_draw_of_the_users(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(label_dropout=0.1, guidance_scale=2.0))
+    for settings, expected in (dict(guidance_scale=3.5), 'guidance 3.5, step 0'), ({}, 'guidance 2, step 0'):
+        trainer.draw(trainer.get_model_fn(trainer.network), trainer.sample_inputs(2), 'euler', num_steps=1, **settings)
+        assert trainer.gallery.title('mine', 'raw').endswith(expected)
+
+
 def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_trainer, monkeypatch, seen):
     curves, trainer = {}, build_trainer(tiny_config(num_training_steps=3, warmup_steps=2, translate_prob=1.0))
     panels = panels_of(trainer.gallery)
@@ -149,6 +156,7 @@ def test_a_path_has_times_classes_and_what_was_predicted(tiny_config, build_trai
         torch.testing.assert_close(x[:, 0, i], state.x)
         torch.testing.assert_close(x[:, 1, i], state.x0)
     assert torch.equal(seen['path'], draw(panel)) and panel.title.startswith('adams') and 'step 0' in panel.title
+    assert panel.title.endswith(': states, and below each the predicted x0')
 
 
 def test_columns_of_a_path_stand_where_samples_change(gallery):
@@ -175,6 +183,7 @@ def test_a_run_on_points_shows_their_paths(tiny_config, build_trainer, monkeypat
     path = panels[-1]
     assert path.times and path.x.shape == (4 * 2 * (1 + config.num_sample_steps), 2)
     assert path.names[::2] == ['0', '1', '0', '1'] and (config.run_dir / 'path.png').exists()
+    assert path.title.endswith(': from the black dots')
     samples = [panel for panel in panels if panel.title.startswith('adams') and not panel.times]
     assert len(samples) == 1 and len(samples[0].x) == 50 and samples[0].density == TOY2D['moons'].density
 
