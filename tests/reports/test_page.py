@@ -300,7 +300,7 @@ def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folde
     assert all(f'<td>{cell}</td>' in folded for cell in ('mine.py:Mine', '2026-01-02 03:04', '&lt;b&gt;'))
     assert 'viewport' in text and 'final numbers' not in text
     assert '<figcaption>step 20, heun, averaged weights (EMA 0.98)</figcaption>' in shown
-    assert 'mean, variance' in numbers_in(shown) and 'Dotted: the loss of what knows only mean' in shown
+    assert 'mean, variance' in numbers_in(shown) and 'the loss of a model that knows only mean' in shown
     assert 'Frechet distance (pixels) by nfe' in numbers_in(folded)
 
 
