@@ -282,7 +282,7 @@ def test_hooks_that_draw_give_the_same_on_two_processes_as_on_one(run_sh, tmp_pa
     assert one[12]['eval/mine/own'] == one[12]['final/mine/own']
     names = [f'step_{step:07d}_mine_{weights}' for step, weights in itertools.product((6, 12), ('ema_0.999', 'raw'))]
     for name in names:
-        assert one[int(name[5:12])][f'after/{name}'] == 60 and 'after/mean' in one[12]
+        assert one[int(name[5:12])][f'after/{name[13:]}'] == 60 and 'after/mean' in one[12]
     assert set(images[0]) == {f'{name}{end}.png' for name in names for end in ('', '_after')} == set(images[1])
     for step in (6, 12):
         assert two[step] == pytest.approx(one[step], rel=1e-3)  # sums in another order

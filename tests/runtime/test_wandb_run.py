@@ -348,7 +348,8 @@ class Mine(ExampleDiffusionTrainer):
 @pytest.mark.slow
 def test_a_whole_run_is_on_wandb(tiny_config, build_trainer, no_account):
     """Every value over the step, final numbers in the summary, a panel for each way of sampling, own hooks."""
-    config = tiny_config(wandb='offline', sample_every=6, eval_metrics_every=6, final_eval=True)
+    settings = dict(sample_every=6, eval_metrics_every=6, final_eval=True, raw_pictures=True)
+    config = tiny_config(wandb='offline', **settings)
     build_trainer(config, Mine).train_loop()
     records, lines = offline_records(config.run_dir), record_of(config.run_dir, levels=True)
     rows = [row for row in history(records) if row['train/step'] > 0]
