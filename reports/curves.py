@@ -27,7 +27,7 @@ UNITS = dict.fromkeys(('training loss by time', 'reference loss by time'), 'loss
 }  # name of the y axis, where it is not the title
 NOTES = {
     'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only mean and variance of '
-    'each value, and the floor, the loss of one that has memorised the training data.',
+    'each value, and the floor, the lowest loss on the training data, which only memorising reaches.',
     'training loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
     'reference loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
 }
@@ -120,7 +120,8 @@ def draw(
         ax.xaxis.set_major_formatter(lambda value, _: f'{value:,.6g}')
     scale(ax, kind, [*values, *levels.values()])
     ax.set(xlabel=x_name, ylabel=UNITS.get(kind, kind.partition(' (')[0]))
-    ax.set_title(title.replace('$', r'\$'), x=-0.21)  # no mathematics
+    ax.yaxis.set_label_coords(-0.2, 0.5)
+    ax.set_title(title.replace('$', r'\$'), x=-0.21, pad=10)  # no mathematics
     if len(curves) > 1 or levels:
         label_ends(ax, [*ends, *((last, level, label, TEXT) for label, level in levels.items())])
 

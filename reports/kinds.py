@@ -48,7 +48,7 @@ def draw_signals(panel: Panel) -> Tensor:
             points = [(fine * float(a), fine * float(b)) for a, b in zip(x, curve, strict=True)]
             ImageDraw.Draw(image).line(points, COLOURS[i % len(COLOURS)], fine)
         cells.append(np.array(image.resize((wide, tall), Image.Resampling.LANCZOS)))
-    return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), f'from {low:.3g} to {high:.3g}')
+    return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), f'values from {low:.3g} to {high:.3g}')
 
 
 # ---------------------------------------------------------------- points in the plane
@@ -87,7 +87,8 @@ def draw_points(panel: Panel) -> Tensor:
         figure.legend(loc='outside lower center', ncols=5, fontsize=7, markerscale=2, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return titled(torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1), panel.title)
+    title = ', '.join(filter(None, (panel.title, 'grey lines: density of the data' if panel.density else '')))
+    return titled(torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1), title)
 
 
 # kind -> (does it fit decoded samples x?, f(panel): a picture (3, H, W) uint8). The last one that fits is taken.

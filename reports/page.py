@@ -29,7 +29,8 @@ COLUMNS = (  # of a table of evaluations
 STARTED = ('time', 'step', 'training', 'host', 'device', 'processes', 'trainer', 'commit', 'command')
 CARD = '<div>{}<br><b>{}</b><p>{}</p><p class="faint">Good: {}</p></div>'
 EARLIER = 3  # pictures of earlier steps, at most
-PLACES = ('experiment_name', 'ckpt_dir')  # settings that tell where a run is, not what it does
+# Settings that say where a run and its record are, not what it does.
+PLACES = ('experiment_name', 'ckpt_dir', 'wandb', 'wandb_project', 'wandb_entity')
 GAUSSIAN = 'eval/reference_gaussian'
 # The numbers on top: name in the record -> title, meaning, what is good (by the level {} | if that is unknown), level
 MEANINGS = {
@@ -51,7 +52,7 @@ MEANINGS = {
     ),
     'nearest_neighbour_ratio': (
         'Nearest-neighbour ratio', 'Distance of samples to the nearest training item, over that of held-out items.',
-        'about 1; well below 1 means that training items were memorised', '',
+        'about 1; well below 1: training items were memorised; well above: samples lie off the data', '',
     ),
     'eval/loss': ('Held-out loss', 'The loss of the raw weights on held-out data.', 'near the training loss', ''),
 }  # fmt: skip
@@ -181,7 +182,7 @@ def report(run: Run) -> str:
     }
     numbers = [CARD.format(*map(escaped, (title, *about))) for title, about in run.chosen().items()]
     curves = {title: figure(run, title) for title in CURVES}
-    head, *rows = evaluations(run.evaluations)
+    head, *rows = list(zip(*evaluations(run.evaluations), strict=True)) or [()]  # a column for each
     each = lambda paths: row([images({path: caption(path.stem)}) for path in paths])  # noqa: E731
     return page(
         f'{run.folder.name}: step {run.step} of {run.config.get("num_training_steps", 0)}',

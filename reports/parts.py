@@ -21,10 +21,10 @@ summary { cursor: pointer } figure, p { margin: 0 } figcaption, .faint { color: 
 .cards, .row { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16em), 1fr)) }
 .row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30em), 1fr)) }
 .cards > div { background: var(--box); border-radius: .5em; padding: .8em 1em } .cards b { font-size: 1.6em }
-.wide { overflow-x: auto; overflow-wrap: normal } td img { width: 28em; max-width: 55vw }
+.wide { overflow-x: auto } td img { width: 28em; max-width: 55vw }
 td:has(> b) { min-width: min(13em, 38vw); max-width: min(20em, 38vw); overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { padding: .15em .8em .15em 0; text-align: left; vertical-align: top;
-       border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; max-width: 40em }
+       border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; min-width: 4.5em; max-width: 40em }
 img, svg { max-width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }
 @media print { body { font-size: 11px; max-width: none } .wide { overflow: visible } table { font-size: .8em }
   figure, .cards > div { break-inside: avoid } details::details-content { content-visibility: visible; height: auto } }

@@ -181,13 +181,13 @@ say_missing = functools.cache(print_once)  # says the same once
 
 @functools.cache
 def font_of(text: str) -> Any:
-    """The first font that has all letters of the text, Pillow's or DejaVu, which comes with matplotlib; else None."""
+    """The first font that has all letters of the text, DejaVu, which comes with matplotlib, or Pillow's; else None."""
     matplotlib = importlib.util.find_spec('matplotlib')  # found, not imported: that takes a while
     assert matplotlib is not None and matplotlib.origin is not None
     dejavu = Path(matplotlib.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf'
     if any(unicodedata.bidirectional(c) in ('R', 'AL') for c in text) and not features.check('raqm'):
         return None  # from right to left, or joined: only this library can
-    for font in (ImageFont.load_default(10), ImageFont.truetype(str(dejavu), 9)):
+    for font in (ImageFont.truetype(str(dejavu), 10), ImageFont.load_default(10)):
         drawn = lambda c, font=font: np.asarray(font.getmask(c)).tobytes()  # noqa: E731
         if not any(drawn(c) == drawn('\uffff') for c in text if not c.isspace()):  # a box: the font lacks this letter
             return font

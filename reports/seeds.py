@@ -94,7 +94,7 @@ def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str
     changes = changes_of(rows)
     if not changes:
         return (
-            f'\nAny difference may be chance: {labels[0]} has one seed, or all others have. '
+            f'\nAny difference may be chance, as {labels[0]} or every other run has only one seed. '
             'Train with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
         )
     head = f'\ndifference from {labels[0]} (none: not more than the standard deviations over the seeds)\n'

@@ -138,7 +138,7 @@ def start_wandb(config: Any, run_dir: Path, run_id: str | None, start: dict[str,
     run.define_metric('*', step_metric='train/step')
     for names in ('train/loss_t_*', 'train/floor_t_*', 'eval/reference_t_*'):  # in one plot, see `by_time`
         run.define_metric(names, step_metric='train/step', hidden=True)
-    print_once(f'wandb: {f"offline, `wandb sync` the folder {run_dir}/wandb later" if run.offline else run.url}')
+    print_once(f'wandb: {f"offline. Send it later: wandb sync {run_dir}/wandb" if run.offline else run.url}')
     before = before if given['id'] else dict(id=run.id, sent=-1)
     return WandbRun(run, run_dir / 'wandb', before['sent'] if before.get('id') == run.id else None)
 
