@@ -323,11 +323,10 @@ def draw() -> None:
             if of:
                 ax.plot(of.keys(), [mean(found) for found in of.values()], f'C{number}', marker='.', label=name)
                 ax.fill_between(of.keys(), *([f(found) for found in of.values()] for f in (min, max)), alpha=0.2)
-        ax.set(title=title, xlabel='minutes of one core', xscale='log', yscale='log')
+        ax.set(title=title, xlabel='minutes of one core', xscale='log')
         ax.xaxis.set_major_formatter('{x:g}')
         ax.set_xticks([mark / 60 for mark in MARKS])
         ax.minorticks_off()
-        ax.yaxis.set_major_formatter('{x:g}')
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(PICTURE, dpi=110)
