@@ -178,8 +178,8 @@ def test_as_a_command_on_two_processes(tmp_path, name):
         done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr
         parts = re.findall(r'^(\w+): \S+it_\1$', done.stdout, re.MULTILINE)
-        head = next(i for i, line in enumerate(done.stdout.splitlines()) if line.split() == parts)
-        assert len(parts) > 1 and len(done.stdout.splitlines()[head + 1].split()) >= 2
+        rows = [line.split() for line in done.stdout.splitlines()]
+        assert len(parts) > 1 and all(any(row[:1] == [part] and row[1:] for row in rows) for part in parts)
     assert done.stdout.count('is finished') == (len(parts) if name == 'bridge' else 0)
     assert (tmp_path / 'it_compared.html').exists()
 
