@@ -1,4 +1,4 @@
-"""What a save costs training: the stall of a background save, compared with that of one that waits for the disk.
+"""How long training stands still for a save: one in the background, and one that waits for the disk.
 
     python benchmarks/saves.py
 

@@ -59,10 +59,12 @@ THEME: dict[str, Any] = {
 def plot(
     curves: Curves, title: str, floors: Any = NONE, ceiling: float | None = None, bands: Bands = NONE, x: str = 'step'
 ) -> str:
-    """Curves (x, y) as an <svg> element without a background; '' if there is no point. A curve without points still
-    takes a colour, so that runs have the same one in all plots. `floors`: curve -> the level that it cannot get below,
-    dotted; `ceiling`: a level above all. `bands`: curve -> half the width of a band around each of its points. `x`: the
-    name of that axis."""
+    """The plot of curves as an <svg> element, transparent, in the colours of the page; '' if no curve has a point.
+
+    Colours go by the order of `curves`, so a curve keeps its colour in every plot, also where others have no points.
+    Dotted lines: `floors`, curve -> the lowest level it can reach, and `ceiling`, a level above all curves.
+    `bands`: curve -> half the width of a band around each of its points. `x`: the name of the x axis.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ from reports.plots import LINE_HEIGHT, Panel, draw_images, enlarged, range_of, r
 IN_FILES = (1, 3, 4)  # channels that a PNG can hold
 # Colours that colour-blind people tell apart (Okabe and Ito 2008), the strongest first.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#000000')
-MARKERS = 'os^Dvp*'  # of the first seven classes, the next seven, and so on
+MARKERS = 'os^Dvp*'  # a class takes the next marker when all colours have been used with the one before
 
 
 def draw_fields(panel: Panel) -> Tensor:

@@ -113,8 +113,8 @@ class Run:
         last = {name: value for line in self.lines for name, value in line.items()}
         for before in (f'eval/{self.sampler}/', f'final/{self.sampler}/'):
             last |= {name.removeprefix(before): value for name, value in last.items() if name.startswith(before)}
-        alone = [name for name in last if '/' not in name and name not in COLUMNS]
-        own = [name for name in alone if not re.search(r'_(std|p\d\d)$', name)]  # no percentiles of histograms
+        own = [name for name in last if '/' not in name and name not in COLUMNS]  # numbers of the experiment
+        own = [name for name in own if not re.search(r'_(std|p\d\d)$', name)]  # without spreads and percentiles
         found = {}
         for name in [name for name in [*list(MEANINGS)[:-1], *own, *list(MEANINGS)[-1:]] if name in last][:4]:
             title, meaning, good, level = MEANINGS.get(name, (name, 'Computed by this experiment.', '', ''))
@@ -129,8 +129,8 @@ class Run:
         judged = next((f'_ema_{decay:g}' for decay in self.config.get('ema_decays', ())), '_raw')
 
         def order(path: Path) -> tuple:
-            first = f'_{self.sampler}_' not in path.stem
-            return path.name.split('_')[1], not path.stem.endswith(judged), path.stem.endswith('_raw'), first, path.name
+            step, other = path.name.split('_')[1].zfill(12), f'_{self.sampler}_' not in path.stem
+            return step, not path.stem.endswith(judged), path.stem.endswith('_raw'), other, path.name
 
         paths = sorted((self.folder / 'samples').glob('step_*.png'), key=order)
         return [list(group) for _, group in itertools.groupby(paths, lambda path: order(path)[0])]
@@ -142,7 +142,8 @@ class Run:
 
     def own_pictures(self) -> list[Path]:
         """The pictures that an experiment gave names of its own, the newest of those that differ only in step_N."""
-        paths = sorted((self.folder / 'samples').glob('*.png'))
+        padded = lambda path: re.sub(r'\d+', lambda number: number[0].zfill(12), path.name)  # noqa: E731
+        paths = sorted((self.folder / 'samples').glob('*.png'), key=padded)
         newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
         return [path for path in newest.values() if path.stem != 'data_and_augmented']
 
@@ -212,7 +213,7 @@ def figure(run: Run, title: str) -> str:
 
 
 def state(run: Run) -> str:
-    """What is still to come, as a paragraph."""
+    """A paragraph that says when the final numbers come; '' if they are there, or if there will be none."""
     total = run.config.get('num_training_steps', 0)
     if not run.config.get('final_eval') or any(name.startswith('final/') for name in run.final()):
         return ''

@@ -227,7 +227,7 @@ class Gallery:
         batch = self.training_data(n)
         utils.seed_everything(self.config.seed, 'show_data')
         with self.record.apart():
-            x0 = self.experiment.prepare_batch_fn(batch, is_train=False).x0
+            x0 = self.batches.prepared(batch).x0
             x = torch.cat([self.experiment.decode(part).cpu() for part in x0.split(self.batches.images_at_once)])
         return x, self.names(batch[1])
 

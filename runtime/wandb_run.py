@@ -173,7 +173,8 @@ def begin(mode: str, given: dict[str, Any]) -> Any:
 
 
 def has_wandb_key(mode: str) -> bool:
-    """Whether an account is logged in. If not, prints that for mode='auto', and else raises SettingError."""
+    """Whether wandb has an account to log in to. Where it has none, mode='auto' prints that and gives False; any other
+    mode raises SettingError."""
     import wandb
 
     error: Exception | None = None

@@ -62,10 +62,10 @@ def compare(options: Compare) -> None:
     labels = labels_of(first, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(first)]
     found = numbers(groups)
-    told = [
+    printed = [
         row for row in found if row[0] == 'step' or (compares(row[0]) and row[0].rpartition('/')[2] not in NOT_PRINTED)
     ]
-    print_once('\n' + blocks([['', *labels], *rows, *cells(told, sizes)]))
+    print_once('\n' + blocks([['', *labels], *rows, *cells(printed, sizes)]))
     print_once(text_of_changes(found, labels))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, groups, names, labels)

@@ -39,7 +39,7 @@ class Drawing:
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
         self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
         self.evaluations = 0.0  # of the network, for a sample
-        self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # of the last samples, as far as it is known
+        self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # of the samples drawn last, for titles
         self.watching: tuple[Callback, ...] = ()  # see `within`
         self.replaced: dict[str, Any] = {}
 

@@ -282,6 +282,13 @@ def a_long_run(tmp_path, name='a'):
     return folder
 
 
+def test_pictures_are_in_the_order_of_their_steps_however_long_these_are(tmp_path):
+    names = [f'step_{step:07d}_{end}' for step in (9_999_999, 10_000_000) for end in ('heun_ema_0.98', 'mine')]
+    run = page.read(made(tmp_path / 'a', pictures=[*names, 'ink_step_9999999', 'ink_step_10000000']))
+    assert [[path.stem for path in group] for group in run.pictures()] == [names[:2], names[2:]]
+    assert [path.stem for path in run.own_pictures()] == ['ink_step_10000000']
+
+
 def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folded(tmp_path):
     text = page.report(page.read(a_long_run(tmp_path)))
     heads = re.findall(r'<(?:h2|summary)>([^<]*)<', text)

@@ -188,8 +188,8 @@ def test_all_channels_are_drawn_below_each_other(channels, drawn):
     images = torch.rand(10, channels, 48, 48)
     picture = image_grid(images, 10)[:, GAP:-GAP]
     for i, part in enumerate(drawn.split()):
-        alone = image_grid(images[:, [int(i) for i in part]], 10)[:, GAP:-GAP]
-        assert torch.equal(picture[:, 48 * i : 48 * (i + 1)], alone)
+        of_part = image_grid(images[:, [int(i) for i in part]], 10)[:, GAP:-GAP]  # these channels and no others
+        assert torch.equal(picture[:, 48 * i : 48 * (i + 1)], of_part)
     assert picture.shape[1] == 48 * len(drawn.split())
 
 

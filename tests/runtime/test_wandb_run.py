@@ -304,11 +304,11 @@ def agent_words(**given) -> list[str]:
     assert sweep['parameters'].keys() >= given.keys() and sweep['metric']['name'] == 'eval/reference'
     filled = create_sweep_command_args({'args': {name: {'value': value} for name, value in given.items()}})
     filled |= dict(env=['/usr/bin/env'], interpreter=['python'], program=[sweep['program']])
-    words = (
+    groups = (
         filled.get(word[2:-1], []) if word.startswith('${') else [word]
         for word in create_sweep_command(sweep['command'])
     )
-    return [each for some in words for each in some]
+    return [word for group in groups for word in group]
 
 
 def test_a_sweep_of_wandb_has_settings_that_exist():
