@@ -92,7 +92,7 @@ class Gallery:
                         f'sampler {name!r} gives values that are not finite, with the {weights} weights that the run '
                         'starts from. Use another --solver or --time_grid.'
                     )
-                ranks.on_main_alone(partial(self.picture_of, x, inputs))
+                ranks.on_main_alone(lambda x=x: self.picture_of(x, inputs) is None)  # pixels are for nobody
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
         ways = len(samplers) * len(self.drawing.weights_shown())

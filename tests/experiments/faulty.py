@@ -129,8 +129,8 @@ def before(owner: object, name: str, do: Callable[[], None], on: str = '') -> No
 def half_written(trainer: FaultyTrainer) -> None:
     write = torch.save
 
-    def half(state, file):
-        write(state, file)
+    def half(state, file, **kwargs):
+        write(state, file, **kwargs)
         if trainer.happens('half written'):
             file.truncate(file.tell() // 2)
             file.flush()
