@@ -1,4 +1,4 @@
-"""Signs of life: how far training is, and a line where a program would be silent for long. A bar on a terminal."""
+"""Progress on the console: bars on a terminal, else lines of training and a line when a program is silent for long."""
 
 import contextlib
 import math
@@ -14,81 +14,81 @@ from tqdm import tqdm
 
 T = TypeVar('T')
 
-EVERY = 30.0  # seconds without a line after which one is printed
-LEAST_SECONDS, MOST_SECONDS = 5, 25  # between lines of training, however often there is something to show
+MAX_SILENCE = 30.0  # seconds without output after which `still` prints a line
+MIN_INTERVAL, MAX_INTERVAL = 5, 25  # seconds between lines of training, whatever log_every is
 
 
 @dataclass(eq=False)
-class Doing:
-    """Something that takes long: what it is, and how much of it is done, if that is known."""
+class Task:
+    """A slow operation: its name, and the fraction that is done, if known."""
 
     what: str
     share: float | None = None
 
 
-_doing: list[Doing] = []  # under way, each within the one before it
-_spoke = time.monotonic()  # when a line was printed last, or a bar moved
-_printing = threading.RLock()
-# A process that is forked while another thread prints would wait for that thread's locks for ever.
-os.register_at_fork(before=_printing.acquire, after_in_parent=_printing.release, after_in_child=_printing.release)
+_tasks: list[Task] = []  # in progress, the innermost last
+_last_output = time.monotonic()  # when a line was last printed, or a bar moved
+_print_lock = threading.RLock()
+# A child forked while another thread prints would inherit that thread's locks, and wait for them forever.
+os.register_at_fork(before=_print_lock.acquire, after_in_parent=_print_lock.release, after_in_child=_print_lock.release)
 
 
 def is_rank_0() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
-def spoke() -> None:
-    global _spoke
-    _spoke = time.monotonic()
+def note_output() -> None:
+    global _last_output
+    _last_output = time.monotonic()
 
 
 def say(text: str) -> None:
     """Print a line, above the bars."""
-    with _printing:
+    with _print_lock:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-    spoke()
+    note_output()
 
 
 @contextlib.contextmanager
-def still(what: str) -> Iterator[Doing]:
-    """Rank 0 prints `... still WHAT` within the block whenever nothing was printed for EVERY seconds. Set `share` of
-    what this yields, 0 to 1, to have it printed too. Of blocks in blocks the inner one is printed."""
-    doing, ended = Doing(what), threading.Event()
+def still(what: str) -> Iterator[Task]:
+    """Inside the block, rank 0 prints `... still WHAT` whenever nothing was printed for MAX_SILENCE seconds. To print a
+    percentage too, set `share` (0 to 1) of the yielded task. In nested blocks the innermost task is printed."""
+    task, ended = Task(what), threading.Event()
 
     def watch() -> None:
-        while not ended.wait(max(0.01, _spoke + EVERY - time.monotonic())):
-            if time.monotonic() - _spoke >= EVERY and _doing:
-                now = _doing[-1]
+        while not ended.wait(max(0.01, _last_output + MAX_SILENCE - time.monotonic())):
+            if time.monotonic() - _last_output >= MAX_SILENCE and _tasks:
+                now = _tasks[-1]
                 say(f'... still {now.what}{"" if now.share is None else f", {now.share:.0%}"}')
 
-    _doing.append(doing)
-    spoke()
-    if len(_doing) == 1 and is_rank_0():
+    _tasks.append(task)
+    note_output()
+    if len(_tasks) == 1 and is_rank_0():  # the outermost block's thread watches the nested ones too
         threading.Thread(target=watch, daemon=True).start()
     try:
-        yield doing
+        yield task
     finally:
         ended.set()
-        _doing.remove(doing)
+        _tasks.remove(task)
 
 
 class Bar(tqdm):
-    """A bar that counts as a line where it is shown."""
+    """A bar whose redraws count as output."""
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
         if shown:
-            spoke()
+            note_output()
         return shown
 
 
 def each(items: Iterable[T], what: str, total: int, unit: str = 'item') -> Iterator[T]:
-    """The items, with a bar on a terminal and `still` elsewhere; rank 0 only."""
+    """Iterate over `items` with a bar on a terminal, else with `still`; only rank 0 shows anything."""
     no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
-    with still(what) as doing, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
+    with still(what) as task, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
         for i, item in enumerate(items):
-            doing.share = i / max(total, 1)
+            task.share = i / max(total, 1)
             yield item
             bar.update()
 
@@ -101,36 +101,36 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Steps, loss, speed and the time left of training, and apart from it the time that the end will take."""
+    """Step, loss, speed, the time left in training and, separately, the time that the end of the run will take."""
 
     def __init__(self, total: int, seconds_at_end: Callable[[float], float], has_numbers: bool, step: int):
-        """From `step` to `total` steps. `seconds_at_end(images per second)`: of what follows the last step, samples
-        and, if `has_numbers`, numbers for them."""
+        """From `step` to `total` steps. `seconds_at_end(images per second)`: the time after the last step, for samples
+        and, if `has_numbers`, their metrics."""
         self.total, self.first, self.step = total, step, step
         self.seconds_at_end, self.has_numbers = seconds_at_end, has_numbers
-        self.began, self.shown = time.monotonic(), -math.inf
+        self.began, self.last_shown = time.monotonic(), -math.inf
         no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
         self.bar = Bar(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_bar)
 
     def advance(self) -> bool:
-        """After a step. Whether nothing was shown for long."""
+        """Count a step; True if a line is due because none was printed for MAX_INTERVAL seconds."""
         self.bar.update()
         self.step += 1
-        return self.bar.disable and time.monotonic() - max(self.shown, self.began) >= MOST_SECONDS
+        return self.bar.disable and time.monotonic() - max(self.last_shown, self.began) >= MAX_INTERVAL
 
     def show(self, step: int, loss: float, images_per_second: float) -> None:
-        """On the bar, or as a line. The time left includes what is drawn and evaluated between steps."""
+        """Update the bar, or print a line. The time left includes sampling and evaluation between steps."""
         now = time.monotonic()
-        if self.bar.disable and now - self.shown < LEAST_SECONDS and step < self.total:
+        if self.bar.disable and now - self.last_shown < MIN_INTERVAL and step < self.total:
             return
         left = duration((now - self.began) / max(step - self.first, 1) * (self.total - step)) + ' left'
         left = left if step < self.total else 'trained'
         if seconds := self.seconds_at_end(images_per_second):
-            hint = ' (--no_final_eval leaves the numbers out)' * (self.shown < 0)
+            hint = ' (--no_final_eval leaves the numbers out)' * (self.last_shown < 0)  # in the first line only
             left += f', then about {duration(seconds)} of samples{f" and numbers{hint}" if self.has_numbers else ""}'
-        shown, speed = f'{loss:.3g}' if 0 < abs(loss) < 1e-3 else f'{loss:.4f}', f'{images_per_second:.0f} images/s'
+        number, speed = f'{loss:.3g}' if 0 < abs(loss) < 1e-3 else f'{loss:.4f}', f'{images_per_second:.0f} images/s'
         if not self.bar.disable:
-            self.bar.set_postfix_str(f'loss {shown}, {speed}, {left}')
+            self.bar.set_postfix_str(f'loss {number}, {speed}, {left}')
         elif is_rank_0():
-            say(f'step {step}/{self.total}  loss {shown}  {speed}  {left}')
-        self.shown = now
+            say(f'step {step}/{self.total}  loss {number}  {speed}  {left}')
+        self.last_shown = now

@@ -1,7 +1,7 @@
-"""How every program of this project begins and ends.
+"""Start and end of every program of this project.
 
-Its flags are parsed, and an error that the user can fix is printed once, without a traceback. runtime/errors.py has the
-exit codes; read runtime/stopping.py next.
+Parses the flags, runs the work, and prints an error that the user can fix once, without a traceback. The exit codes are
+in runtime/errors.py; read runtime/stopping.py next.
 """
 
 import atexit
@@ -20,35 +20,36 @@ from runtime.files import from_caller
 
 T = TypeVar('T')
 
-# launch/launcher.py sets it for its workers; this is for notebooks that import torch later.
+# Keeps waiting OpenMP threads from spinning on shared cores. The launcher sets it for its workers; here it is for
+# notebooks that import torch later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
-# Whoever starts several processes sets LOCAL_RANK too. What a cluster sets, or an earlier program left, does not apply:
-# torch would wait for the others.
+# A real launcher sets LOCAL_RANK too. Without it, WORLD_SIZE and RANK come from a cluster or an earlier program, and
+# torch would wait for processes that do not exist.
 dropped = {} if 'LOCAL_RANK' in os.environ else {n: os.environ.pop(n, '1') for n in ('WORLD_SIZE', 'RANK')}
 
 
 def options(kind: type[T], argv: Sequence[str] | None, about: str | None, *paths: str) -> T:
-    """The flags of a program as the dataclass `kind`. Its fields `paths` are seen from the caller's folder."""
+    """Parse the flags into the dataclass `kind`. Its fields `paths` are relative to the caller's folder."""
     import tyro
 
     def parse() -> Any:
-        made: Any = tyro.cli(kind, args=argv, use_underscores=True, description=about)
-        seen: dict[str, Any] = {}
+        flags: Any = tyro.cli(kind, args=argv, use_underscores=True, description=about)
+        resolved: dict[str, Any] = {}
         for name in paths:
-            value = getattr(made, name)
+            value = getattr(flags, name)
             many = isinstance(value, tuple)
-            seen[name] = tuple(map(from_caller, value)) if many else value and from_caller(value, name)
-        return dataclasses.replace(made, **seen)
+            resolved[name] = tuple(map(from_caller, value)) if many else value and from_caller(value, name)
+        return dataclasses.replace(flags, **resolved)
 
     return parsed(parse)
 
 
 def parsed(parse: Callable[[], T]) -> T:
-    """The result of `parse()`, which reads the flags. A wrong flag is printed once for all processes, and exits."""
-    for name in ('stdout', 'stderr'):  # run.sh does this by the environment
+    """The result of `parse()`, which reads the flags. A wrong flag ends all processes, with one message."""
+    for name in ('stdout', 'stderr'):  # run.sh sets PYTHONIOENCODING to the same effect
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
-        with contextlib.suppress(AttributeError):  # a notebook's own
+        with contextlib.suppress(AttributeError):  # a notebook's stream cannot be reconfigured
             getattr(sys, name).reconfigure(errors='backslashreplace')
     is_rank_0, printed = os.environ.get('RANK', '0') == '0', io.StringIO()
     try:
@@ -56,7 +57,7 @@ def parsed(parse: Callable[[], T]) -> T:
             return parse()
     except (SettingError, SystemExit) as error:
         if not is_rank_0:
-            if os.environ.get('LOCAL_RANK') == '0':  # this machine may have been given other flags or other code
+            if os.environ.get('LOCAL_RANK') == '0':  # this machine may have other flags or other code than rank 0
                 from runtime.stopping import report_failure
 
                 report_failure(SettingError(printed.getvalue().strip() or str(error)))
@@ -68,17 +69,17 @@ def parsed(parse: Callable[[], T]) -> T:
 
 
 def run(do: Callable[[], None]) -> None:
-    """Join the other processes, `do` the work and leave them; exits with a code of runtime/errors.py, if not 0."""
+    """Join the process group, `do` the work and leave the group; on failure, exit with a code of runtime/errors.py."""
     exit_code = 1
     if 'RANK' in os.environ:
         sys.stdout, sys.stderr = cast(Any, Output(sys.stdout)), cast(Any, Output(sys.stderr))
-        # Skip torch's C++ destructors: in a process that had a process group, one of them aborts now and then.
-        # Handlers run in reverse order, so this one comes after all that are registered from here on.
+        # Skip torch's C++ destructors: after a process group was used, one of them occasionally aborts the process.
+        # Exit handlers run in reverse order, so this one runs after all that are registered later.
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
-    from runtime import ranks, stopping  # they import torch, and --help need not wait for it
+    from runtime import ranks, stopping  # not at the top: they import torch, and --help need not wait for it
 
     if dropped.get('WORLD_SIZE', '1') != '1':
-        print(f'this process runs alone: WORLD_SIZE={dropped["WORLD_SIZE"]} without LOCAL_RANK', file=sys.stderr)
+        print(f'running as one process: WORLD_SIZE={dropped["WORLD_SIZE"]} without LOCAL_RANK', file=sys.stderr)
     stopping.end_with_parent()
     stopping.exit_on_stop_signals()
     error = None
@@ -94,24 +95,24 @@ def run(do: Callable[[], None]) -> None:
         exit_code = errors.EXIT_STOPPED
     except SaveError as failed:
         error = failed
-    except DataError as failed:  # only this rank reads that file, so it leaves without waiting for the others
+    except DataError as failed:  # only this rank reads that file, so it exits without waiting for the others
         if not stopping.report_failure(failed):
             show(failed)
         sys.exit(1)
     except Exception as failed:
         stopping.report_failure(failed)
-        raise  # without leaving the group: ranks that wait for this one would block it before its traceback is shown
+        raise  # without leaving the group: waiting for the other ranks there would delay the traceback
     stopping.set_outcome(exit_code)
-    if error is not None and not stopping.report_failure(error):  # the launcher prints it, last
+    if error is not None and not stopping.report_failure(error):  # the launcher prints a reported error, last
         show(error)
     ranks.close(exit_code)
-    stopping.limit_exit(exit_code)  # wandb's exit handler waits for its server, and for its own process
+    stopping.limit_exit(exit_code)  # wandb's exit handler may wait for its server, or for its own process
     if exit_code:
         sys.exit(exit_code)
 
 
 class Output:
-    """A stream that may break without ending the program: training continues after `head` or a full disk closed it."""
+    """A stream whose errors are ignored: training continues when `head` or a full disk has closed it."""
 
     def __init__(self, stream: Any):
         self.stream = stream

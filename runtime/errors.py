@@ -1,4 +1,4 @@
-"""The errors that end a run on purpose, and the exit codes by which the launcher tells them apart."""
+"""Errors that end a run on purpose, and the exit codes by which the launcher tells them apart."""
 
 import difflib
 from collections.abc import Mapping
@@ -6,20 +6,20 @@ from typing import TypeVar
 
 T = TypeVar('T')
 
-# Exit codes of a worker that has printed why it exits, so the launcher prints nothing.
+# Exit codes of a worker that has already printed why it exits: the launcher adds nothing.
 EXIT_BAD_SETTING = 2
 EXIT_NOT_FINITE = 3  # NaN loss
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal, state saved, run me again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal and saved; the same command resumes
 
 
 class SettingError(ValueError):
-    """A setting that cannot work. Its text holds setting, value and remedy; `main` prints it without a traceback."""
+    """A setting that cannot work. The text names setting, value and remedy, and is printed without a traceback."""
 
 
 class DataError(RuntimeError):
-    """A file or an item of the data that cannot be used. The text is one line, which names it.
+    """A file or item of the data that cannot be used. The text is one line, which names it.
 
-    torch raises an error of a loader process again with that process's traceback in front; only its last line is kept.
+    torch re-raises an error of a loader process with that process's traceback in front; it is cut off here.
     """
 
     def __init__(self, text: str):
@@ -31,19 +31,19 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Stopped(Exception):
-    """This run got a stop signal (SIGTERM, SIGINT, ...)."""
+    """The run received a stop signal (SIGTERM, SIGINT, ...)."""
 
 
 class RankFailed(RuntimeError):
-    """One rank could not do its part of something that all ranks do together, so all ranks give up."""
+    """One rank failed in work that all ranks do together, so all ranks give up."""
 
 
 class SaveError(RuntimeError):
-    """A file of the run could not be written; what was there before is untouched."""
+    """A file of the run could not be written; the previous version is untouched."""
 
 
 def choose(setting: str, value: str, table: Mapping[str, T]) -> T:
-    """`table[value]`, or a SettingError that lists the choices and suggests the nearest."""
+    """`table[value]`; raises SettingError, with the choices and the closest match, for an unknown value."""
     if value in table:
         return table[value]
     near = difflib.get_close_matches(str(value), table, n=1)

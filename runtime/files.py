@@ -1,4 +1,4 @@
-"""Files that are whole or not there, hashes of tensors, locks between processes, and paths of the command line."""
+"""Atomic file writes, hashes of tensors, locks between processes, and paths from the command line."""
 
 import contextlib
 import errno
@@ -22,19 +22,19 @@ from runtime.errors import SettingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What torch.load raises for a file that is damaged, cut off, or of another program.
+# Errors that torch.load raises for a file that is damaged, truncated, or from another program.
 LOAD_ERRORS = (
     zipfile.BadZipFile, zlib.error, pickle.PickleError, struct.error, EOFError, OSError, RuntimeError, LookupError,
     ValueError, TypeError, AttributeError, AssertionError,
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parents[1]  # of the project
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 
 
 def from_caller(path: str, flag: str = '') -> str:
-    """A path of the command line, as seen from the project's folder, into which run.sh changes from RUN_CALLER.
+    """Resolve a path from the command line. run.sh changes from the caller's folder RUN_CALLER to the project's.
 
-    A relative one is in the caller's folder. If nothing is there, but in the project, it is that one, except for the
-    flag `out`. A `data_path` that is nowhere may be a name on the hub, and is left as it is.
+    A relative path is resolved against the caller's folder or, if it only exists in the project, against the project
+    (never for the flag `out`). A `data_path` that exists in neither may be a name on the hub, and is returned as it is.
     """
     caller = Path(os.environ.get('RUN_CALLER') or ROOT)
     there = caller / path
@@ -47,11 +47,11 @@ def from_caller(path: str, flag: str = '') -> str:
 
 @contextlib.contextmanager
 def whole(path: Path, durable: bool = False) -> Iterator[Path]:
-    """Yields a temporary path to write to. At the end the file takes the place of `path`; after an error it is removed.
-    `durable`: it survives a power cut. Makes the folder if there is none.
+    """Write a file atomically: yields a temporary path, which replaces `path` at the end and is deleted after an error.
+    `durable`: sync to disk, to survive a power cut. Creates the folder if needed.
 
-    The temporary name is hidden and ends in .tmp: what a kill leaves can be found. Two containers that share the folder
-    may have one process number and one host name, so it is random as well.
+    The temporary name is hidden and ends in .tmp, so that leftovers of a killed process can be found. It has a random
+    part because two containers that share the folder may have the same process id and host name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
@@ -72,10 +72,10 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
 
 
 def refuse_folder(setting: str, value: str, folder: Path, to_write: bool = True) -> None:
-    """Raise SettingError if `folder` cannot be made or, with `to_write`, not be written. Makes nothing."""
+    """Raise SettingError if `folder` cannot be created or, with `to_write`, cannot be written. Creates nothing."""
     folder = folder.absolute()
     nearest = next(parent for parent in [folder, *folder.parents] if os.path.isdir(parent))
-    rest = folder.relative_to(nearest).parts  # to be made
+    rest = folder.relative_to(nearest).parts  # still to be created
     first, most = nearest.joinpath(*rest[:1]), os.pathconf(nearest, 'PC_NAME_MAX')
     longest = max((len(os.fsencode(name)) for name in rest), default=0)
     if rest and os.path.islink(first):
@@ -92,26 +92,26 @@ def refuse_folder(setting: str, value: str, folder: Path, to_write: bool = True)
 
 
 def cause_of(error: BaseException) -> str:
-    """Why a file could not be written. torch hides the system's error behind its own."""
-    found = error if isinstance(error, OSError) else error.__context__
+    """The reason why a file could not be written. torch hides the system's error behind its own."""
+    cause = error if isinstance(error, OSError) else error.__context__
     full = {errno.ENOSPC: 'the disk is full: ', errno.EDQUOT: 'your quota of the disk is used up: '}
-    return f'{full.get(found.errno or 0, "")}{found}' if isinstance(found, OSError) else str(error)
+    return f'{full.get(cause.errno or 0, "")}{cause}' if isinstance(cause, OSError) else str(error)
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, survive a power cut, if the file system can."""
+    """fsync a file, or the entries of a folder, so that they survive a power cut, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of folders on CIFS, VirtualBox and WSL disks
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # CIFS, VirtualBox and WSL cannot sync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def link_as(path: Path, second: Path) -> None:
-    """Give a file a second name, without a second copy on the disk where links are possible."""
+    """Give a file a second name: a hard link, or a copy where links are impossible."""
     with whole(second) as temporary:
         try:
             os.link(path, temporary)
@@ -123,21 +123,21 @@ def digest(*things: 'Tensor | str', size: int = 8) -> str:
     """A hash of texts and of all bytes of tensors, as 2 `size` hexadecimal digits."""
     import torch
 
-    found = blake2b(digest_size=size)
+    hasher = blake2b(digest_size=size)
     for thing in things:
         if isinstance(thing, str):
-            found.update(thing.encode())
-        else:  # in parts: a tensor may be a file larger than memory
+            hasher.update(thing.encode())
+        else:  # in parts: the tensor may be a memory-mapped file, larger than memory
             rows = thing.reshape(1) if thing.ndim == 0 else thing
             per_row = max(1, rows[:1].numel() * rows.element_size())
             for part in rows.split(max(1, 2**24 // per_row)):
-                found.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+                hasher.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def try_lock(file: IO) -> bool | None:
-    """Lock an open file for this process, without waiting: True, or False if another has it; None if the file system
-    has no locks. A POSIX record lock ends with its process, on shared file systems also on another machine."""
+    """Lock an open file for this process, without waiting: True; False if another process holds the lock; None if the
+    file system has no locks. A POSIX record lock ends with its process, also across machines on shared file systems."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -147,8 +147,8 @@ def try_lock(file: IO) -> bool | None:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
-    """Only one process of this machine at a time is inside; `waiting` is called once if another one is. Yields False
-    where the file system has no locks, or the lock cannot be written, so that there may be others inside."""
+    """Admit one process of this machine at a time; `waiting` is called once if another process is inside. Yields False
+    if the file system has no locks, or the lock file cannot be written: then other processes may be inside too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = open(path, 'a')  # noqa: SIM115

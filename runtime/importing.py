@@ -1,6 +1,6 @@
-"""The user's script: whether it imports modules by their old names, and how it becomes a module. Needs no torch.
+"""Checks and imports of the user's script: old module names, files that hide ours, untrusted code. Needs no torch.
 
-run.sh and `main.load_run` refuse old names, with the new ones: CHANGELOG.md has the table.
+run.sh and `main.load_run` refuse a script that imports by old names, and print the new ones from CHANGELOG.md's table.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime.errors import SettingError
 
-ROOT = Path(__file__).resolve().parents[1]  # of the project
+ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 ROW = re.compile(r'^\| `([\w.]+)` \| (.+) \|$', re.MULTILINE)
 
 OURS = (  # modules and packages that a run imports; users may have scripts of their own next to them
@@ -25,13 +25,13 @@ OURS = (  # modules and packages that a run imports; users may have scripts of t
     'data_loading evaluation launch networks reports runtime scripts settings solvers training'
 ).split()
 
-_script: ContextVar[Path | None] = ContextVar('script', default=None)  # the file that `import_file` imports
+_script: ContextVar[Path | None] = ContextVar('script', default=None)  # the file that `import_file` is importing
 
 # ---------------------------------------------------------------- old names
 
 
 def moved() -> dict[str, str]:
-    """Old module, or module.name -> its new place. Empty in a project that has deleted CHANGELOG.md."""
+    """Old module or module.name -> its new name. Empty if the user has deleted CHANGELOG.md."""
     path = ROOT / 'CHANGELOG.md'
     text = path.read_text() if path.exists() else ''
     return {old: new.replace('`', '') for old, new in ROW.findall(text.partition('### An experiment')[0])}
@@ -40,12 +40,12 @@ def moved() -> dict[str, str]:
 def old_imports(script: Path, has_neighbours: bool = True) -> list[str]:
     """A line for each import by an old name: 'mine.py line 3: compare is now scripts.compare'.
 
-    Names that Python finds, installed or next to the script (if `has_neighbours`), are not old ones, nor are imports
-    whose failure the script handles.
+    A name that Python finds, installed or next to the script (if `has_neighbours`), does not count as old. Imports
+    inside a `try` are skipped: the script handles their failure.
     """
     try:
         tree = ast.parse(script.read_bytes())
-    except (SyntaxError, ValueError):  # python will show it
+    except (SyntaxError, ValueError):  # Python will report it when the script runs
         return []
     table, folder = moved(), script.resolve().parent
     neighbours = [str(folder)] if has_neighbours and folder != ROOT else []
@@ -60,9 +60,9 @@ def old_imports(script: Path, has_neighbours: bool = True) -> list[str]:
 
 
 def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """The modules of an import, and module.name for each name taken from one, except those that are files here today.
+    """The modules of an import, and module.name for each name imported from them, without those that are files today.
 
-    So `from solvers import multistep`, once a function, imports the file without a word.
+    So `from solvers import multistep`, formerly a function, silently imports the file.
     """
     modules, names = [alias.name for alias in node.names], []
     if isinstance(node, ast.ImportFrom):
@@ -72,11 +72,11 @@ def names_in(node: ast.Import | ast.ImportFrom) -> list[str]:
 
 
 def is_found(name: str, neighbours: list[str]) -> bool:
-    """Whether an import finds a file or package of the user, or an installed one of this name.
+    """Whether an import of `name` finds a file or package of the user, or an installed one.
 
-    Our own modules are ignored: those of which only single names have moved, such as `config` of `config.baseline`. A
-    name that moved as a whole has no file of ours, so a file of that name is the user's. A folder without __init__.py
-    is a package if it has Python files, but Python prefers our module of its name.
+    For a name inside a module, such as `config.baseline`, our own module does not count. A module that moved as a whole
+    has left no file of ours, so a file of that name is the user's. A folder without __init__.py is a package if it has
+    Python files, but Python prefers our module of the same name.
     """
     module, _, rest = name.partition('.')
     for spec in (PathFinder.find_spec(module, neighbours), None if rest else PathFinder.find_spec(module)):
@@ -87,8 +87,8 @@ def is_found(name: str, neighbours: list[str]) -> bool:
 
 
 def refuse_hidden(path: Sequence[str] | None = None) -> None:
-    """Raise SettingError if in these folders (default: sys.path) Python finds other files before the project's modules,
-    such as a utils.py next to the user's script, or a script called main.py: they would be imported in their place."""
+    """Raise SettingError if files in these folders (default: sys.path) hide modules of the project, such as a utils.py
+    next to the user's script, or a script called main.py: Python would import them instead."""
     specs = [PathFinder.find_spec(name, path) for name in OURS]
     found = [Path(spec.origin) for spec in specs if spec and spec.origin]
     found = [file.parent if file.name == '__init__.py' else file for file in found]
@@ -108,17 +108,17 @@ def import_class(file: str | None, name: str) -> type:
     Raises SettingError like `import_file`, and if the class is gone.
     """
     if file is None:
-        raise SettingError(f'{name} was defined in no file, so it cannot be imported. Put it into a file of its own.')
-    found: Any = import_file(file)
+        raise SettingError(f'{name} was not defined in a file, so it cannot be imported. Put it into a file.')
+    value: Any = import_file(file)
     for part in name.split('.'):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
+        value = getattr(value, part, None)
+    if not isinstance(value, type):
         raise SettingError(f'{file} has no class {name} at its top level (any more). Put it back there.')
-    return found
+    return value
 
 
 def import_file(file: str) -> Any:
-    """A file, relative to the project if it is inside, as a module: the existing one, if it was imported or run before.
+    """Import a file, or return its module if it was imported or run before. A relative path starts at the project.
 
     Its folder is put on sys.path, as when it is run as a script; its `if __name__ == '__main__'` part does not run.
     Raises SettingError if it is gone, imports modules by their old names, or calls `main` outside that part.
@@ -128,7 +128,7 @@ def import_file(file: str) -> Any:
         return known
     if not path.is_file():
         raise SettingError(
-            f'{path} is gone, with which the run was started. Put it back, or a link to its new place: ln -s NEW {path}'
+            f'{path}, which started the run, is gone. Put it back, or link to its new place: ln -s NEW {path}'
         )
     if outdated := old_imports(path):
         raise SettingError('\n'.join(outdated))
@@ -151,15 +151,15 @@ def import_file(file: str) -> Any:
 
 
 def imported(path: Path) -> Any:
-    """The module of this file, if it was imported or run before, else None."""
+    """The module of this file if it was imported or run before, else None."""
     files = ((module, getattr(module, '__dict__', {}).get('__file__')) for module in list(sys.modules.values()))
     same_name = ((module, file) for module, file in files if isinstance(file, str) and Path(file).name == path.name)
     return next((module for module, file in same_name if Path(file).resolve() == path), None)
 
 
 def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
-    """Raise SettingError for a file of code that may be another person's: it is outside of the project, of the folder
-    that run.sh was called from and of the running script's, or in the run's own folder, and not imported yet."""
+    """Raise SettingError for a code file that may be someone else's: one in the run's own folder, or outside the
+    project, the folder that run.sh was called from and the folder of the running script. Imported files may stay."""
     script = getattr(sys.modules['__main__'], '__file__', None)
     homes = [ROOT, Path(os.environ.get('RUN_CALLER') or Path.cwd()).resolve()]
     homes += [Path(script).resolve().parent] if script else []
@@ -167,11 +167,11 @@ def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
         path = (ROOT / (file or '')).resolve()
         is_own = any(path.is_relative_to(home) for home in homes) and not path.is_relative_to(run_dir.resolve())
         if file and not is_own and path.is_file() and imported(path) is None:
-            what = f'{run_dir} names {path} as its code, which is outside of the project and of the folder you are in'
+            what = f'{run_dir} names {path} as its code, which is outside the project and the folder you are in'
             raise SettingError(f'{what}. If you trust that file, pass --trust, or load_run(..., trust=True).')
 
 
 def refuse_to_train() -> None:
-    """Raise SettingError within `import_file`: a script that is imported to read its run must not train."""
+    """Raise SettingError if called during `import_file`: a script imported to read its run must not train."""
     if (script := _script.get()) is not None:
         raise SettingError(f"{script} trains when it is imported: put its main(...) under if __name__ == '__main__'")

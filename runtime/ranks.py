@@ -1,4 +1,4 @@
-"""Rank, world size and agreement between processes. Every function gives the right answer with one process."""
+"""Rank, world size and collectives. Every function also works with a single process."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ from runtime.errors import SettingError
 
 T = TypeVar('T')
 
-_alone = ContextVar('alone', default=False)  # of each thread: a writer in the background is not meant
+_alone = ContextVar('alone', default=False)  # one value per thread: a background writer is not affected
 
 
 def rank() -> int:
@@ -41,9 +41,9 @@ def is_alone() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is the only one: rank 0 of 1. Collectives are local, and stop signals wait for the end.
+    """Inside this block the process acts as rank 0 of 1. Collectives are local; stop signals wait for its end.
 
-    For work that only some ranks do, or that ranks do unequally often. `print_once` still prints on rank 0 only.
+    For work that only some ranks do, or that some ranks do more often. `print_once` still prints on rank 0 only.
     """
     token = _alone.set(True)
     try:
@@ -53,7 +53,7 @@ def alone() -> Iterator[None]:
 
 
 def print_once(text: str) -> None:
-    """Print once, not once per process."""
+    """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         alive.say(text)
 
@@ -61,8 +61,8 @@ def print_once(text: str) -> None:
 def setup() -> torch.device:
     """Join the process group that torchrun's variables describe, if any, and return this process's device.
 
-    Tensors on the CPU go through gloo, also on GPU machines: agreeing on a stop then needs no CPU-GPU sync.
-    Raises SettingError if there are GPUs that torch cannot use: training would go on, many times slower, on the CPU.
+    CPU tensors use gloo even with GPUs, so that agreeing on a stop needs no CPU-GPU sync. Raises SettingError if there
+    are GPUs that torch cannot use: otherwise training would silently run on the CPU, many times slower.
     """
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     gpus = torch.cuda.device_count()
@@ -76,7 +76,7 @@ def setup() -> torch.device:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'WORLD_SIZE' in os.environ and not dist.is_initialized():
-        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # another launcher's, or left by one
+        if 'TORCHELASTIC_RUN_ID' not in os.environ:  # not torchrun: another launcher, or leftover variables
             at = {name: os.environ.get(name) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
             print(f'joining the other processes, for half an hour at most: {at}', file=sys.stderr, flush=True)
         if device.type == 'cuda':
@@ -87,15 +87,15 @@ def setup() -> torch.device:
 
 
 def close(code: int = 0, seconds: float = 10) -> None:
-    """Leave the process group, once all have come here: leaving early closes sockets that others still read from.
+    """Leave the process group once all ranks are here: leaving early closes sockets that others still read from.
 
-    If the others do not come, because only this rank has failed, the process ends after `seconds` with code `code`.
+    If the others do not come, because only this rank has failed, exit with `code` after `seconds`.
     """
     if dist.is_initialized():
         timer = threading.Timer(seconds, os._exit, [code])
         timer.daemon = True
         timer.start()
-        with suppress(RuntimeError):  # a process that is gone
+        with suppress(RuntimeError):  # another process has already exited
             barrier()
         dist.destroy_process_group()
         timer.cancel()
@@ -107,7 +107,7 @@ def barrier() -> None:
 
 
 def all_reduce(value: Tensor, op: str = 'SUM') -> Tensor:
-    """`value`, reduced over the processes in place; op is SUM, MAX or MIN."""
+    """Reduce `value` over the processes in place, and return it; op is SUM, MAX or MIN."""
     if world_size() > 1:
         dist.all_reduce(value, getattr(dist.ReduceOp, op))
     return value
@@ -128,10 +128,10 @@ def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list
 
 
 def on_main(fn: Callable[[], T]) -> T:
-    """The result of `fn`, run on rank 0 only and sent to all ranks; if it raises, all ranks raise its error.
+    """Run `fn` on rank 0 only and send its result to all ranks; if it raises, all ranks raise its error.
 
     All ranks must call this together, and the others wait for rank 0, half an hour at most. So `fn` may read, write and
-    compute, but not talk to other ranks: no collective, no `raise_if_stopped`. Hooks of an experiment may sample, which
+    compute, but must not communicate: no collective, no `raise_if_stopped`. Hooks of an experiment may sample, which
     does both: use `on_main_alone` for them. The result must be picklable.
     """
     if world_size() == 1:
@@ -145,26 +145,26 @@ def on_main(fn: Callable[[], T]) -> T:
 
 
 def on_main_alone(fn: Callable[[], T]) -> T:
-    """`on_main`, with `fn` inside `alone()`: it may call whatever talks to other ranks elsewhere, such as `draw`."""
+    """`on_main`, with `fn` inside `alone()`: `fn` may call functions that normally communicate, such as `draw`."""
     return on_main(alone()(fn))
 
 
 def attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """(result, None) of `fn`, or (None, error): only the error's text if it cannot be sent to other processes."""
+    """(result, None) of `fn`, or (None, error). An error that cannot be pickled becomes a RuntimeError of its text."""
     try:
         return fn(), None
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
             return None, error
-        except Exception:  # reading it back calls the error's own class, which may raise anything
+        except Exception:  # unpickling calls the error's own class, which may raise anything
             return None, RuntimeError(f'{type(error).__name__}: {error}')
 
 
 def on_each(fn: Callable[[], T], patient: bool = False) -> T:
-    """The result of `fn`, run on every rank; if it raises on any rank, all ranks raise the first such error.
+    """Run `fn` on every rank; if it raises on any rank, all ranks raise the error of the lowest such rank.
 
-    A rank waits for the others half an hour at most, or if `patient` as long as it takes, for a download, say.
+    A rank waits for the others for half an hour at most; with `patient` as long as it takes, say for a download.
     """
     if world_size() == 1:
         return fn()
@@ -179,9 +179,9 @@ def on_each(fn: Callable[[], T], patient: bool = False) -> T:
 
 
 def on_main_patiently(fn: Callable[[], T]) -> T:
-    """`on_main`, where the others wait as long as it takes."""
-    found = on_each(lambda: fn() if is_main() else None, patient=True)
-    return on_main(lambda: cast(T, found))
+    """`on_main` without the time limit: the others wait as long as it takes."""
+    result = on_each(lambda: fn() if is_main() else None, patient=True)
+    return on_main(lambda: cast(T, result))
 
 
 def is_first_of_machine() -> bool:
@@ -196,20 +196,20 @@ def cores_per_process() -> int:
 
 
 def in_turns(fn: Callable[[], T]) -> T:
-    """The result of `fn`, run on rank 0 first, then on the first process of each other machine, whose disk may be its
-    own, then on all others: one process downloads, the others find the files. What it raises is raised on all."""
+    """Run `fn` on rank 0 first, then on the first process of each other machine, which may have its own disk, then on
+    the rest: one process downloads, the others find the files. An error on any rank is raised on all."""
     turn = 0 if is_main() else 1 if is_first_of_machine() else 2
     results = [on_each(lambda now=now: fn() if turn == now else None, patient=True) for now in range(3)]
     return cast(T, results[turn])
 
 
 def my_items(n: int) -> list[int]:
-    """This process's items of n: rank, rank + world size, ... The last item pads all to equal length."""
+    """Indices of this rank's share of n items: rank, rank + world size, ... Padded with the last to equal length."""
     return [min(i, n - 1) for i in range(rank(), -(-n // world_size()) * world_size(), world_size())]
 
 
 def gather_items(mine: Tensor, n: int) -> Tensor:
-    """(n, ...) on every process, from each one's rows `my_items(n)`."""
+    """(n, ...) on every rank, assembled from each rank's rows `my_items(n)`."""
     if world_size() == 1:
         return mine
     mine = mine.contiguous()

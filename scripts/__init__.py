@@ -1,10 +1,10 @@
-"""Programs on runs and data. `sh run.sh generate.py ...` finds them here.
+"""Command-line programs besides training, started by `sh run.sh generate.py ...` and so on.
 
-generate.py  samples of a run, in files
+generate.py  writes samples of a run to files
 samples.py   opens a run and draws its samples, for generate.py and evaluate.py
-outputs.py   files of samples
-evaluate.py  numbers for a run: distances of samples from the data, held-out losses, bits per dimension
-compare.py   several runs on one page; side_by_side trains them first
-sweep.py     a grid of settings, a run for each combination
-prepare.py   a data set as one file, of pixels or latents
+outputs.py   writes and resumes files of samples
+evaluate.py  metrics of a run: distances of samples from the data, held-out losses, bits per dimension
+compare.py   puts several runs on one page; side_by_side trains them first
+sweep.py     trains a run for each combination of a grid of settings
+prepare.py   stores a data set in one file, as pixels or latents
 """

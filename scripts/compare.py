@@ -1,12 +1,12 @@
-"""Several runs on one page: curves over each other, settings that differ, final numbers and samples side by side.
+"""Compare runs on one page: curves in shared plots, settings that differ, final numbers and samples side by side.
 
-sh run.sh compare.py ckpts/a ckpts/b ...           the table is printed, and all is in ckpts/compare.html
+    sh run.sh compare.py ckpts/a ckpts/b ...       prints the table, and writes the page ckpts/compare.html
 
 Runs that differ only in their seed are one row: the mean, the standard deviation over the seeds, and a band around
 the curves. A difference that is not larger than these standard deviations is printed as none.
 
-`side_by_side` trains them first: an idea next to what it claims to improve, as in examples/. There `--seeds 3` trains
-each with three seeds.
+`side_by_side` trains the runs first: a method next to its baseline, as in examples/. With `--seeds 3` it trains each
+with three seeds.
 """
 
 import dataclasses
@@ -41,32 +41,32 @@ class Compare:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare the runs that the flags name."""
+    """Parse the flags and compare the runs."""
     options = command.options(Compare, argv, __doc__, 'runs', 'out')
     command.run(lambda: compare(options))
 
 
 def compare(options: Compare) -> None:
-    """Raises SettingError."""
+    """Print the table and write the page. Raises SettingError."""
     from runtime.ranks import print_once
 
     if len(options.runs) < 2:
         raise SettingError('Pass two or more folders of runs: compare.py ckpts/a ckpts/b.')
-    runs, folders = [page.read(folder) for folder in options.runs], names_of(options.runs)
+    runs, folders = [page.read(folder) for folder in options.runs], folder_names(options.runs)
     if len({run.config.get('dataset') for run in runs}) > 1:
-        print_once('warning: these runs are of different data sets, so that their numbers do not compare')
+        print_once('warning: these runs are of different data sets, so their numbers cannot be compared')
     groups = grouped(runs)
     sizes = [len(group) for group in groups]
     first = [group[0] for group in groups]
     names = [folders[runs.index(run)] for run in first]
     labels = labels_of(first, names)
     rows = [*([['run', *names]] if labels != names else []), *differences(first)]
-    found = numbers(groups)
+    table = numbers(groups)
     printed = [
-        row for row in found if row[0] == 'step' or (compares(row[0]) and row[0].rpartition('/')[2] not in NOT_PRINTED)
+        row for row in table if row[0] == 'step' or (compares(row[0]) and row[0].rpartition('/')[2] not in NOT_PRINTED)
     ]
     print_once('\n' + blocks([['', *labels], *rows, *cells(printed, sizes)]))
-    print_once(text_of_changes(found, labels))
+    print_once(text_of_changes(table, labels))
     path = Path(options.out or Path(options.runs[0]).parent / 'compare.html').expanduser()
     write_page(path, groups, names, labels)
     print_once(f'\n  page        {path}')
@@ -80,12 +80,12 @@ def side_by_side(
     config_class: type[Config] = Config,
 ) -> None:
     """Train several runs, one after the other, with the same seed, data and flags, and print their numbers. With
-    `--seeds N` on the command line each is trained with N seeds, from that of the settings on.
+    `--seeds N` on the command line each is trained with N seeds, starting with `--seed`.
 
     `parts`: name of a run -> the settings in which it differs, and its `trainer_class`; a setting may be a function of
-    the shared config. `numbers`: names in the record to show, * stands for anything. `usual`: flags that come before
-    those of the command line, which win. A run is named after the script, the flags that differ from `usual`, and the
-    part. The same command resumes. Ends as main.main does, and with SettingError for a flag that a part would overrule.
+    the shared config. `numbers`: names in the record to show, where * stands for anything. `usual`: default flags,
+    which the command line overrides. A run is named after the script, the flags that differ from `usual`, and the part.
+    The same command resumes. Exits like main.main; a flag that a part would override is a SettingError.
     """
     from main import flags
 
@@ -104,29 +104,29 @@ def side_by_side(
         from runtime import ranks
 
         folders: list[list[str]] = [[] for _ in parts]
-        several = [runs_of(parts, of_seed(config, i), before) for i in range(seeds)]
-        for runs in several:
-            for place, (part, (current, trainer_class)) in zip(folders, runs.items(), strict=True):
+        runs_of_seeds = [part_runs(parts, with_seed(config, i), before) for i in range(seeds)]
+        for runs in runs_of_seeds:
+            for part_folders, (part, (current, trainer_class)) in zip(folders, runs.items(), strict=True):
                 ranks.print_once(f'\n{part}{f", seed {current.seed}" if seeds > 1 else ""}: {current.run_dir}')
                 start(current, trainer_class)
-                place.append(str(current.run_dir))
+                part_folders.append(str(current.run_dir))
         if not config.check:
-            ranks.on_main(lambda: show(folders, list(parts), numbers))
+            ranks.on_main(lambda: print_comparison(folders, list(parts), numbers))
 
     command.run(work)
 
 
-def runs_of(
+def part_runs(
     parts: Mapping[str, Mapping[str, Any]], config: Config, before: Config
 ) -> dict[str, tuple[Config, type | None]]:
-    """Settings and trainer class of each part. Raises SettingError for a flag that one of them would overrule."""
+    """Config and trainer class of each part. Raises SettingError for a flag that a part would override."""
     runs = {}
     for part, changed in parts.items():
         settings = {'experiment_name': f'{config.experiment_name}_{part}', **changed}
         trainer_class = settings.pop('trainer_class', None)
         for name in changed.keys() & settings.keys():
             if not callable(changed[name]) and getattr(config, name) != getattr(before, name):
-                own = f'{name}={getattr(config, name)!r}: run {part!r} of this file has its own {name}'
+                own = f'{name}={getattr(config, name)!r}: run {part!r} of this file sets its own {name}'
                 raise SettingError(f'{own}. Leave out --{name}, or change the file.')
         settings = {name: value(config) if callable(value) else value for name, value in settings.items()}
         runs[part] = dataclasses.replace(config, **settings), trainer_class
@@ -134,7 +134,7 @@ def runs_of(
 
 
 def take_seeds(words: Sequence[str]) -> tuple[int, list[str]]:
-    """(N, the other words) of a command line with `--seeds N`; N is 1 without it. Raises SettingError."""
+    """Split a command line into (N of `--seeds N`, the other words); N is 1 by default. Raises SettingError."""
     joined = [part for word in words for part in (word.split('=', 1) if word.startswith('--seeds=') else [word])]
     if '--seeds' not in joined:
         return 1, list(words)
@@ -145,63 +145,63 @@ def take_seeds(words: Sequence[str]) -> tuple[int, list[str]]:
     return int(number), joined[:at] + joined[at + 2 :]
 
 
-def of_seed(config: Config, i: int) -> Config:
-    """The settings of the i-th seed, from 0, with a name of its own from the second on."""
+def with_seed(config: Config, i: int) -> Config:
+    """The config with seed `config.seed + i`; for i > 0 the run's name gets the seed appended."""
     if i == 0:
         return config
     seed = config.seed + i
     return dataclasses.replace(config, seed=seed, experiment_name=f'{config.experiment_name}_seed={seed}')
 
 
-def show(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Sequence[str]) -> None:
-    """Print the numbers of the runs in the folders of each of the `names`, and write their page next to them."""
-    groups = [[page.read(folder) for folder in several] for several in folders]
-    found = numbers(groups, lambda run: {name: value for line in run.lines for name, value in line.items()})
-    shown = [row for row in found if any(fnmatch(row[0], pattern) for pattern in patterns)]
-    rows = [[name.removeprefix('final/'), *values] for name, *values in shown]
-    table = blocks([['', *names], *cells(rows, [len(runs) for runs in groups])])
-    print(f'\n{table}\n{text_of_changes(rows, names)}', flush=True)
+def print_comparison(folders: Sequence[Sequence[str]], names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Print the numbers that match `patterns`, a row for each name and its folders, and write the page next to them."""
+    groups = [[page.read(folder) for folder in seeds] for seeds in folders]
+    table = numbers(groups, lambda run: {name: value for line in run.lines for name, value in line.items()})
+    matching = [row for row in table if any(fnmatch(row[0], pattern) for pattern in patterns)]
+    rows = [[name.removeprefix('final/'), *values] for name, *values in matching]
+    text = blocks([['', *names], *cells(rows, [len(runs) for runs in groups])])
+    print(f'\n{text}\n{text_of_changes(rows, names)}', flush=True)
     path = Path(f'{folders[0][0].removesuffix(names[0])}compared.html')
-    write_page(path, groups, names_of([several[0] for several in folders]), names)
+    write_page(path, groups, folder_names([seeds[0] for seeds in folders]), names)
     print(f'\n  page        {path}', flush=True)
 
 
 def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels: Sequence[str]) -> None:
-    """`names`: of the folders of the first runs; `labels`: of the groups, in plots."""
-    first, sizes, found = [group[0] for group in groups], [len(group) for group in groups], numbers(groups)
-    shown = [Markup(newest(run)) for run in first]
+    """`names`: the folder of the first run of each group; `labels`: names of the groups in plots."""
+    first, sizes, table = [group[0] for group in groups], [len(group) for group in groups], numbers(groups)
+    samples = [Markup(newest_samples(run)) for run in first]
     differ = [[f'{name}={page.text_of(value)}' for value in values] for name, *values in differences(first)]
     about = [f'<b>{page.escaped(name)}</b>' for name in names]
     for texts in differ:
         about = [f'{cell}<br>{page.escaped(text)}' for cell, text in zip(about, texts, strict=True)]
     best = numbers(groups, lambda run: {title: value for title, (value, *_) in run.chosen().items()})
-    columns = [['run', *map(Markup, about)], *([['newest samples', *shown]] if any(shown) else [])]
-    plots = {title: over(groups, labels, title, patterns) for title, patterns in page.CURVES.items()}
+    columns = [['run', *map(Markup, about)], *([['newest samples', *samples]] if any(samples) else [])]
+    plots = {title: shared_plot(groups, labels, title, patterns) for title, patterns in page.CURVES.items()}
     sections = {
         'Runs': by_run([*columns, *cells(best, sizes)]),
         'Curves': page.row([plots.pop(title) for title in page.MAIN]),
     }
     from_first = f'Differences from {labels[0]} (none: not more than the standard deviations of both together)'
-    changed = changes_of(found)
+    changed = changes_of(table)
     folded = {
         from_first: by_run([['', *labels[1:]], *changed]) if changed else '',
         'Other curves': page.row(list(plots.values())),
         'Samples of other samplers': ''.join(
-            newest(run, label, False) for run, label in zip(first, labels, strict=True)
+            newest_samples(run, label, False) for run, label in zip(first, labels, strict=True)
         ),
-        'All numbers at the end': by_run([['', *labels], *cells(found, sizes)]),
+        'All numbers at the end': by_run([['', *labels], *cells(table, sizes)]),
     }
     files.write_text(path, page.page(f'{sum(sizes)} runs', sections, folded))
 
 
 def by_run(columns: Sequence[Sequence[Any]]) -> str:
-    """A table of columns, each with its head, in which every run is a row."""
+    """An HTML table with a row for each run, from columns that begin with their heading."""
     head, *rows = zip(*columns, strict=True)
     return page.table(rows, head)
 
 
-def names_of(folders: Sequence[str]) -> list[str]:
-    """The last part of each folder, or as many parts as tell them apart."""
+def folder_names(folders: Sequence[str]) -> list[str]:
+    """The last part of each path; more parts if these are not unique. Raises SettingError."""
     for parts in range(1, 20):
         names = [os.sep.join(Path(folder).absolute().parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -210,9 +210,9 @@ def names_of(folders: Sequence[str]) -> list[str]:
 
 
 def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
-    """What a legend calls the runs: the settings that differ, if that is short, else their names, cut in the middle."""
-    told = [row for row in differences(runs) if row[0] not in FREE_ON_RESUME]
-    labels = [', '.join(f'{name}={page.text_of(v[i])}' for name, *v in told) for i in range(len(runs))]
+    """Labels of the runs in legends: the settings that differ, if short enough, else the names, cut in the middle."""
+    rows = [row for row in differences(runs) if row[0] not in FREE_ON_RESUME]
+    labels = [', '.join(f'{name}={page.text_of(v[i])}' for name, *v in rows) for i in range(len(runs))]
     if len(set(labels)) == len(labels) and max(map(len, labels)) <= 60:
         return labels
     cut = [cut_middle(name, 40) for name in names]
@@ -220,7 +220,8 @@ def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
 
 
 def differences(runs: Sequence) -> list[list]:
-    """Settings that are not the same in all runs, without names and places; one that a run lacks has its default."""
+    """[setting, values] for each setting that differs between runs, except names and paths. A setting that a run lacks
+    counts as its default."""
     defaults = page.as_json(vars(Config()))
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     values = {name: [run.config.get(name, defaults.get(name)) for run in runs] for name in names}
@@ -232,7 +233,7 @@ EVALUATED = ('detector', 'weights', 'solver', 'time_grid', 'nfe', 'guidance_scal
 
 
 def numbers_of(run: page.Run) -> dict[str, float]:
-    """The step, held-out losses and final metrics; of evaluations, the last of each kind."""
+    """The step, held-out losses, final metrics, and the last result of each kind of evaluation."""
     values = {'step': run.step} | run.final()
     for line in run.evaluations:
         kind = ' '.join(str(line[k]) for k in EVALUATED if line.get(k) is not None)
@@ -240,33 +241,33 @@ def numbers_of(run: page.Run) -> dict[str, float]:
     return values
 
 
-def numbers(groups: Sequence[Group], of: Callable[[page.Run], Mapping[str, float]] = numbers_of) -> list[list]:
-    """[name, values of the seeds of each group] for each number that a run has."""
-    found = [[of(run) for run in group] for group in groups]
-    names = dict.fromkeys(name for group in found for values in group for name in values)
-    return [[name, *[[f[name] for f in group if f.get(name) is not None] for group in found]] for name in names]
+def numbers(groups: Sequence[Group], read: Callable[[page.Run], Mapping[str, float]] = numbers_of) -> list[list]:
+    """[name, a list of values over seeds for each group] for each number that any run has."""
+    by_group = [[read(run) for run in group] for group in groups]
+    names = dict.fromkeys(name for group in by_group for values in group for name in values)
+    return [[name, *[[v[name] for v in group if v.get(name) is not None] for group in by_group]] for name in names]
 
 
-def newest(run: page.Run, label: str = '', of_first: bool = True) -> str:
-    """The newest samples of the weights by which a run is judged, by its first sampler; or by all others."""
+def newest_samples(run: page.Run, label: str = '', from_first: bool = True) -> str:
+    """HTML of the newest samples, with averaged weights if any, from the first sampler or from all the others."""
     last = [path for paths in run.pictures()[-1:] for path in paths]
     judged = [path for path in last if not path.stem.endswith('_raw')] or last
-    chosen = judged[:1] if of_first else judged[1:]
+    chosen = judged[:1] if from_first else judged[1:]
     return images({path: f'{label}: {caption(path.stem)}'.removeprefix(': ') for path in chosen})
 
 
-def over(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
-    """One plot of a curve of all groups: of the curves that a report shows together, the first that a run has. Of
-    several seeds, their mean, in a band of the standard deviation over them."""
+def shared_plot(groups: Sequence[Group], labels: Sequence[str], title: str, patterns: Sequence[str]) -> str:
+    """One plot with a curve for each group: the first metric that matches `patterns`. A group of several seeds is shown
+    as their mean, in a band of one standard deviation."""
     curves, bands, metric = {label: ([], []) for label in labels}, {}, ''
     for group, label in zip(groups, labels, strict=True):
         for metric in group[0].names(patterns)[:1]:
             values = [dict(zip(*run.curve(metric), strict=True)) for run in group]  # finite ones
-            steps = [step for step in values[0] if all(step in others for others in values)]
-            at = [[others[step] for others in values] for step in steps]
-            curves[label] = steps, [statistics.fmean(v) for v in at]
+            steps = [step for step in values[0] if all(step in curve for curve in values)]
+            by_step = [[curve[step] for curve in values] for step in steps]
+            curves[label] = steps, [statistics.fmean(v) for v in by_step]
             if len(group) > 1:
-                bands[label] = [statistics.stdev(v) for v in at]
+                bands[label] = [statistics.stdev(v) for v in by_step]
     return page.plot(curves, f'{title}: {metric}', bands=bands) if metric and 'by time' not in title else ''
 
 

@@ -1,10 +1,10 @@
-"""Samples of a trained run, as PNGs in a folder or as one .npz.
+"""Draw samples of a trained run, as PNGs in a folder or as one .npz.
 
     sh run.sh generate.py --run ckpts/NAME --num 50000 --out samples/
     NPROC=4 sh run.sh generate.py --run ckpts/NAME --num 50000 --out samples.npz --solver adams --nfe 20
 
-Sample i starts from noise of its own, a function of (seed, i), so that it is the same for any number of processes and
-any batch size, to float32 rounding. The same command resumes after a stop, and draws nothing twice.
+The noise of sample i is a function of (seed, i), so a sample is the same, up to float32 rounding, for any number of
+processes and any batch size. The same command resumes after a stop, and draws nothing twice.
 """
 
 import dataclasses
@@ -23,47 +23,47 @@ class Generate:
     run: str
     """Folder of the run, or one of its .pt files."""
     out: str
-    """Folder for PNGs, 1000 in each folder below it, or a file FILE.npz."""
+    """Folder for PNGs (in subfolders of 1000), or a file FILE.npz."""
     num: int = 64
-    """How many samples."""
+    """Number of samples."""
     weights: str = 'ema'
     """ema (the run's first moving average), another by its name (ema_0.999), raw, or posthoc_0.1 (docs/numbers.md)."""
     labels: str = ''
-    """Classes in turn, by name or number, such as Sneaker,Bag or 3,5 or '"a name, with a comma",0'; empty: all."""
+    """Classes, used in turn, by name or number: Sneaker,Bag or 3,5 or '"a name, with a comma",0'; empty: all."""
     solver: str | None = None
-    """Key of SOLVERS in solvers/table.py; default: the run's own (so for the four flags below)."""
+    """Key of SOLVERS in solvers/table.py; default: the run's own (also for the next four flags)."""
     nfe: int | None = None
-    """Network evaluations for each sample; 0: num_sample_steps steps."""
+    """Network evaluations (NFE) per sample; 0: take num_sample_steps steps instead."""
     num_sample_steps: int | None = None
-    """Steps for each sample, if nfe is 0."""
+    """Solver steps per sample, if nfe is 0."""
     time_grid: str | None = None
     """Key of TIME_GRIDS in solvers/table.py."""
     guidance_scale: float | None = None
-    """Strength of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1: no guidance."""
     seed: int = 0
-    """Another seed gives other samples."""
+    """Seed of the samples."""
     batch_size: int = 64
     """Samples that each process draws at once."""
     trajectory: bool = False
-    """Also show the paths of the first samples from noise to image: path.png, two rows for each, and path.gif."""
+    """Also write path.png and path.gif: the paths of the first samples from noise to image."""
     training_gif: bool = False
-    """Also show how samples of the same noise changed in training: training.gif, of the run's own pictures."""
+    """Also write training.gif: the run's pictures of samples during training, which all start from the same noise."""
     data_path: str | None = None
-    """Where the data are now, if they were moved: for runs whose samples start from data (and data_dir)."""
+    """New path of the data, if they were moved and samples start from data (set data_dir too if needed)."""
     data_dir: str | None = None
     """Folder of downloaded data and caches; default: the run's own."""
     trust: bool = False
-    """Run the code that the run names, also if it is outside of the project and of the folder you are in."""
+    """Run the code that the run names, even if it is outside the project and the folder you are in."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Generate as the flags say."""
+    """Parse the flags and draw the samples."""
     options = command.options(Generate, argv, __doc__, 'run', 'out', 'data_path', 'data_dir')
     command.run(lambda: generate(options))
 
 
 def generate(options: Generate) -> None:
-    """Draw what is not there yet, all processes together. Raises SettingError and Stopped."""
+    """Draw the samples that are missing, all processes together. Raises SettingError and Stopped."""
     from evaluation.detectors import digest_of
     from reports.plots import titles_of
     from runtime import ranks, stopping
@@ -85,7 +85,7 @@ def generate(options: Generate) -> None:
 
     ranks.on_main(out.claim)
     todo = sorted(set(range(o.num)) - ranks.on_main(out.drawn))
-    already = f', {o.num - len(todo)} of them are there' if len(todo) < o.num else ''
+    already = f', {o.num - len(todo)} of them already drawn' if len(todo) < o.num else ''
     which = f'{o.run} at step {run.step}, weights {o.weights}, solver {run.config.solver}'
     ranks.print_once(f'{which}: {o.num} samples to {o.out}{already}')
     stopping.catch_stop_signals()

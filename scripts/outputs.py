@@ -1,5 +1,4 @@
-"""Files of samples: PNGs in a folder, or one .npz. Each is whole or not there, so that a program that was stopped can
-resume."""
+"""Files of samples: PNGs in a folder, or one .npz. All are written atomically, so a stopped program can resume."""
 
 import csv
 import json
@@ -17,14 +16,15 @@ from config import SettingError
 from reports.plots import image_grid
 from runtime import files
 
-PLACES = ('ckpt_dir', 'experiment_name', 'data_dir', 'data_path')  # on which samples do not depend
+PLACES = ('ckpt_dir', 'experiment_name', 'data_dir', 'data_path')  # settings on which samples do not depend
 
 
 class Output:
-    """PNGs `out`/000/000123.png, or batches in `out`.npz.parts until all are there, and then `out`.npz; and a grid."""
+    """Writer of samples: PNGs `out`/000/000123.png, or batches in `out`.npz.parts that are joined to `out`.npz in the
+    end. Both come with a grid of the first samples."""
 
     def __init__(self, out: str, are_images: bool, made_by: dict[str, Any]):
-        """`made_by`: everything that the samples depend on. Raises SettingError if `out` cannot hold them."""
+        """`made_by`: everything that the samples depend on. Raises SettingError if `out` cannot hold the samples."""
         self.path, self.where = Path(out).expanduser(), f'out={out!r}'
         self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
@@ -34,14 +34,14 @@ class Output:
         self.made_by = json.loads(json.dumps(made_by))
 
     def claim(self) -> None:
-        """Make the folder and say in it what will make the samples. Raises SettingError if there is something else."""
+        """Create the folder and record `made_by` in it. Raises SettingError if it holds anything else."""
         record = self.folder / 'generate.json'
         if record.exists():
             before = json.loads(record.read_text())
             now = {name: value for name, value in self.made_by.items() if name not in PLACES}
-            other = [f'{name}: {before.get(name)} -> {x}' for name, x in now.items() if before.get(name) != x]
-            if other:
-                what = f'{self.where} holds samples of other settings (there -> now): {"; ".join(other[:4])}'
+            changed = [f'{name}: {before.get(name)} -> {x}' for name, x in now.items() if before.get(name) != x]
+            if changed:
+                what = f'{self.where} holds samples of other settings (there -> now): {"; ".join(changed[:4])}'
                 raise SettingError(f'{what}. Pass another --out, or remove it.')
         elif self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise SettingError(f'{self.where} already exists and was not written by generate.py. Pass another --out.')
@@ -49,17 +49,17 @@ class Output:
             files.write_text(record, json.dumps(self.made_by, indent=1))
 
     def drawn(self) -> set[int]:
-        """Indices of the samples that are there."""
+        """Indices of the samples that already exist."""
         if self.one_file:
             return {int(i) for part in self.parts() for i in part['index']}
         return {int(path.stem) for path in self.folder.glob('[0-9]*/[0-9]*.png')}
 
     def parts(self) -> list[dict[str, Any]]:
-        """x, label and index of the samples that are there: the finished file, if any, and batches."""
+        """x, label and index of the existing samples: those in the finished file, if any, and in batches."""
         parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
         if self.path.exists():
-            there = arrays_of(self.path)
-            x, label = there['arr_0'], there['arr_1']
+            finished = arrays_of(self.path)
+            x, label = finished['arr_0'], finished['arr_1']
             parts.insert(0, dict(x=x, label=label, index=np.arange(len(x))))
         return parts
 
@@ -80,14 +80,14 @@ class Output:
         return self.folder / f'{i // 1000:03d}' / f'{i:06d}.png'
 
     def picture(self, name: str) -> Path:
-        """The path of a picture of the samples: in the folder, or with the name of the file in front."""
+        """Path of a picture: in the folder, or next to the .npz with its name as a prefix."""
         return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
 
     def finish(
         self, shown: int, columns: int, titles: Sequence[str], label: Tensor | None = None, classes: Sequence[str] = ()
     ) -> None:
-        """One .npz of the parts, arr_0 uint8 (N, H, W, C), arr_1 the classes and `classes` their names, or for PNGs
-        labels.csv; and a grid of the first `shown` samples, which have these `titles`."""
+        """Join the parts to one .npz: arr_0 uint8 (N, H, W, C), arr_1 the classes and `classes` their names; for PNGs
+        write labels.csv. Also draw a grid of the first `shown` samples under these `titles`."""
         if self.one_file:
             first = self.join_parts(classes)[:shown]
         else:
@@ -100,7 +100,7 @@ class Output:
                 torchvision.io.write_png(image_grid(x / 255, columns, names=titles), str(temporary))
 
     def write_labels(self, label: Sequence[int], names: Sequence[str]) -> None:
-        """labels.csv: file, class and name of the first samples, (n,), unless it has more of an earlier call."""
+        """Write labels.csv with file, class and name of the first n samples, unless the existing table is longer."""
         path = self.folder / 'labels.csv'
         if path.exists() and len(path.read_text(encoding='utf-8').splitlines()) > len(label) + 1:
             return
@@ -109,20 +109,20 @@ class Output:
             csv.writer(file, lineterminator='\n').writerows([('file', 'class', 'name'), *rows])
 
     def join_parts(self, classes: Sequence[str] = ()) -> np.ndarray:
-        """Write the .npz, and remove the parts that are in it; the samples (N, ...)."""
+        """Write the .npz, delete the parts that it contains, and return its samples (N, ...)."""
         parts = self.parts()
         index, rows = np.unique(np.concatenate([part['index'] for part in parts]), return_index=True)
-        there = int((index == np.arange(len(index))).sum())  # without a gap: num or more
-        x, label = (np.concatenate([part[name] for part in parts])[rows[:there]] for name in ('x', 'label'))
+        n = int((index == np.arange(len(index))).sum())  # samples before the first gap: num, or more of an earlier call
+        x, label = (np.concatenate([part[name] for part in parts])[rows[:n]] for name in ('x', 'label'))
         write_npz(self.path, arr_0=x, arr_1=label, **({'classes': np.array(classes)} if classes else {}))
         for path in self.folder.glob('*.npz'):
-            if arrays_of(path)['index'].max() < there:
+            if arrays_of(path)['index'].max() < n:
                 path.unlink()
         return x
 
 
 def write_gif(path: Path, pictures: Sequence[Tensor], milliseconds: int) -> None:
-    """Pictures one after the other, again and again; the last one stays for a while."""
+    """Write an animation that loops; the last picture stays for 1.5 s."""
     size = [max(picture.shape[i] for picture in pictures) for i in (1, 2)]
     pad = torch.nn.functional.pad
     padded = [pad(p, (0, size[1] - p.shape[2], 0, size[0] - p.shape[1]), value=255) for p in pictures]

@@ -1,12 +1,12 @@
-"""Decodes a data set once, into one file that training reads in place.
+"""Decode a data set once, into one file that training maps into memory.
 
     sh run.sh prepare.py --dataset image_folder --data_path DIR --image_size 64 --out FILE.pt
     sh run.sh --dataset arrays --data_path FILE.pt
 
     sh run.sh prepare.py --dataset ... --latents encoder.py:encode --out LATENTS.pt
 
-With --latents, the file holds `encode(x)` of images x (B, C, H, W) in [0, 1]: floats (B, ...), and their mean and
-standard deviation by channel. The flags that choose the data are the same as in training.
+With --latents, the file holds `encode(x)` for images x (B, C, H, W) in [0, 1]: floats (B, ...), with their mean and
+standard deviation per channel. The data are chosen by the same flags as in training.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @alive.still('preparing the data')
 def prepare(config: PrepareConfig) -> None:
-    """Write the file, the held-out part first, and print how to train on it. Raises SettingError."""
+    """Write the file, the held-out part first, and print the command that trains on it. Raises SettingError."""
     from torch.utils.data import ConcatDataset
 
     import data_utils
@@ -48,8 +48,8 @@ def prepare(config: PrepareConfig) -> None:
     if path.suffix != '.pt':
         raise SettingError(f'out={config.out!r}: pass the file to write, as --out FILE.pt.')
     if path.exists():
-        raise SettingError(f'out={config.out!r} is there already. Remove it, or pass another name.')
-    # a second copy on the disk is needed only to find out first what cannot be read
+        raise SettingError(f'out={config.out!r} already exists. Remove it, or pass another name.')
+    # a cache is a second copy on the disk; it is needed only to find the unreadable files before writing
     spec, train, test = data_utils.load_in_turns(dataclasses.replace(config, cache=config.skip_unreadable))
     if test.has_pairs:
         raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
@@ -62,20 +62,20 @@ def prepare(config: PrepareConfig) -> None:
     else:
         facts |= dict(value_range=spec.value_range) if spec.value_range else {}
         packed.build(items, path, len(test), config.skip_unreadable, path.name, **facts)
-    found = packed.read(path)
-    n, *shape = found['x'].shape
-    # attention on the second level of the default UNet
+    content = packed.read(path)
+    n, *shape = content['x'].shape
+    # a suggestion for the default UNet: attention on its second level
     attention = f' --attention_resolutions {max(shape[1:]) // 2}' if len(shape) == 3 and min(shape[1:]) > 1 else ''
     ranks.print_once(
-        f'{path}: {n:,} items of shape {tuple(shape)}, {found["held_out"]} held out, '
-        f'{path.stat().st_size / 1e6:,.1f} MB, digest {found["digest"]}\n'
+        f'{path}: {n:,} items of shape {tuple(shape)}, {content["held_out"]} held out, '
+        f'{path.stat().st_size / 1e6:,.1f} MB, digest {content["digest"]}\n'
         f'train on it: sh run.sh --dataset arrays --data_path {config.out}{attention}'
     )
 
 
 def latents(items: Any, encode: Callable, scaled: Callable, facts: dict[str, Any]) -> Iterator[tuple[Any, int]]:
-    """(encode(scaled(x)), label) of each item. After the last, mean and std of each channel are among the facts:
-    those of the training items, which follow the held-out ones."""
+    """Yield (encode(scaled(x)), label) of each item. After the last one, `facts` has the mean and std of each channel
+    over the training items, which follow the held-out ones."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -88,7 +88,7 @@ def latents(items: Any, encode: Callable, scaled: Callable, facts: dict[str, Any
         if len(z) != len(x) or z.ndim < 2 or not z.isfinite().all():
             bad = '' if z.isfinite().all() else ' with values that are not finite'
             became = f'latents: {tuple(x.shape)} became {tuple(z.shape)}{bad}'
-            raise SettingError(f'{became}. The encoder must give finite floats (B, C, ...), a row for each image.')
+            raise SettingError(f'{became}. The encoder must return finite floats (B, C, ...), one row per image.')
         by_channel = z[max(0, facts['held_out'] - done) :].double().transpose(0, 1).flatten(1)
         done += len(z)
         count += by_channel.shape[1]
@@ -107,10 +107,10 @@ def function_of(text: str) -> Callable:
     path = Path(from_caller(file)).expanduser().resolve()
     if not path.is_file():
         raise SettingError(f'latents={text!r}: there is no file {file!r}. Pass FILE.py:FUNCTION.')
-    found = getattr(importing.import_file(str(path)), name, None)
-    if not callable(found):
-        raise SettingError(f'latents={text!r}: {file} has no function {name!r}.')
-    return found
+    function = getattr(importing.import_file(str(path)), name, None)
+    if not callable(function):
+        raise SettingError(f'latents={text!r}: {file} has no function {name!r}. Pass FILE.py:FUNCTION.')
+    return function
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""A grid of settings: every combination is a run of its own, one after the other, and all end on one page.
+"""Train a run for every combination of a grid of settings, one after the other, and compare all on one page.
 
     sh run.sh sweep.py --base_lr 4e-3 2e-3 --time_sampler uniform logit_normal --seeds 3 -- --preset digits
 
 Flags after -- go to every run. With --seeds 3 every combination is trained with three seeds, and the page shows their
-mean and spread. The same command resumes: runs that are finished are skipped. In a SLURM array, task i does only the
+mean and spread. The same command resumes: runs that are finished are skipped. In a Slurm array, task i trains only the
 i-th run (SLURM_ARRAY_TASK_ID, from 0).
 """
 
@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run all combinations, then compare them."""
+    """Parse the grid, train all combinations and compare them."""
     words = sys.argv[1:] if argv is None else list(argv)
     runs = command.parsed(lambda: combinations(words))
     command.run(lambda: sweep(runs))
 
 
 def combinations(words: Sequence[str]) -> list[list[str]]:
-    """The flags of every run. Raises SettingError for an empty or malformed grid, and for a flag that no run has."""
+    """The flags of every run. Raises SettingError for an empty or malformed grid, and for an unknown flag."""
     if not words or words[0] in ('-h', '--help'):
         print(__doc__)
         sys.exit(0)
@@ -60,7 +60,7 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
         grid['--seed'] = [str(first + i) for i in range(seeds)]
     chosen = itertools.product(*grid.values())
     rows = [[*words[end + 1 :], *itertools.chain(*zip(grid, values, strict=True))] for values in chosen]
-    runs = [read(row, Config, PRESETS)[0] for row in rows]  # paths as seen from the project's folder
+    runs = [read(row, Config, PRESETS)[0] for row in rows]  # paths relative to the project's folder
     configs = [parse_config(flags) for flags in runs]
     for config, flags in zip(configs, runs, strict=True):
         refuse(config, flags, PRESETS)
@@ -73,13 +73,14 @@ def combinations(words: Sequence[str]) -> list[list[str]]:
 
 
 def sweep(runs: list[list[str]]) -> None:
-    """Raises SettingError, or errors.Stopped if a run was asked to stop."""
+    """Train the runs and write the page. Raises SettingError, or errors.Stopped if a run received a stop signal."""
     from scripts import compare
     from training.run_folder import settle_name
 
     only = os.environ.get('SLURM_ARRAY_TASK_ID')
     if only is not None and int(only) >= len(runs):
-        raise SettingError(f'SLURM_ARRAY_TASK_ID={only}: there are runs 0 to {len(runs) - 1}.')
+        last = len(runs) - 1
+        raise SettingError(f'SLURM_ARRAY_TASK_ID={only}: there are runs 0 to {last}. Submit with --array=0-{last}.')
     chosen, failed = range(len(runs)) if only is None else [int(only)], []
     for i in chosen:
         flags = ' '.join(runs[i])
@@ -89,23 +90,23 @@ def sweep(runs: list[list[str]]) -> None:
             raise errors.Stopped
         failed += [flags] if code else []
     configs = [settle_name(parse_config(flags)) for flags in runs]
-    there = [config.run_dir for config in configs if (config.run_dir / 'metrics.jsonl').exists()]
-    if only is None and len(there) > 1:
-        compare.compare(compare.Compare(tuple(map(str, there)), str(there[0].parent / page_name(configs))))
+    trained = [config.run_dir for config in configs if (config.run_dir / 'metrics.jsonl').exists()]
+    if only is None and len(trained) > 1:
+        compare.compare(compare.Compare(tuple(map(str, trained)), str(trained[0].parent / page_name(configs))))
     if failed:
         raise SettingError(f'{len(failed)} of {len(chosen)} runs failed, see above: {"; ".join(failed)}')
 
 
 def page_name(configs: Sequence[Config]) -> str:
-    """After the settings that differ among the runs, with their values, and what all have: `sweep_seed=0-1_digits`."""
+    """Name of the page: the swept settings with their values, then the shared ones, as in `sweep_seed=0-1_digits`."""
     values = {name: tuple(dict.fromkeys(getattr(c, name) for c in configs)) for name in vars(configs[0])}
-    swept = {name: found for name, found in values.items() if found[1:] and name != 'experiment_name'}
+    swept = {name: v for name, v in values.items() if len(v) > 1 and name != 'experiment_name'}
     shared = [part for part in name_parts(configs[0], PRESETS) if part.split('=')[0] not in swept]
     return folder_name(['sweep', *map(in_name, swept, swept.values()), *shared]) + '.html'
 
 
 def run_one(flags: list[str]) -> int:
-    """The exit code of one run. Signals that ask this program to stop go to it."""
+    """Train one run and return its exit code. Stop signals to this program are passed on to the run."""
     from runtime import stopping
 
     run = subprocess.Popen(['sh', str(ROOT / 'run.sh'), *flags])

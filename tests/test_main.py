@@ -222,9 +222,7 @@ def test_a_run_whose_script_is_gone_says_so(made, tmp_path):
     shutil.copytree(run, tmp_path / 'run')
     path = tmp_path / 'run/run.json'
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'gone.py')))
-    with pytest.raises(
-        SettingError, match=r'gone\.py is gone, with which the run was started\. Put it back, or a link'
-    ):
+    with pytest.raises(SettingError, match=r'gone\.py, which started the run, is gone\. Put it back, or link'):
         load_run(tmp_path / 'run')
     (tmp_path / 'gone.py').symlink_to(script)  # as the message says
     assert type(load_run(tmp_path / 'run', trust=True)).__name__ == 'Mine'

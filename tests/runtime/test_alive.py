@@ -1,4 +1,4 @@
-"""Signs of life: lines where a program would be silent, and none where it is not; how far training is."""
+"""Console output: a line when a program is silent for long and none otherwise; progress of training."""
 
 import io
 import os
@@ -17,15 +17,15 @@ from tests.helpers import ROOT
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    monkeypatch.setattr(alive, 'EVERY', 0.2)
+def short_silence(monkeypatch):
+    monkeypatch.setattr(alive, 'MAX_SILENCE', 0.2)
 
 
 def test_a_silent_block_prints_what_it_does_and_how_far_it_is(capsys):
     with alive.still('training'):
         time.sleep(0.3)
-        with alive.still('drawing samples') as doing:
-            doing.share = 0.4
+        with alive.still('drawing samples') as task:
+            task.share = 0.4
             time.sleep(0.25)
     time.sleep(0.3)  # no line after the block
     assert capsys.readouterr().out == '... still training\n... still drawing samples, 40%\n'
@@ -39,17 +39,17 @@ def test_after_an_inner_block_the_outer_one_is_printed(capsys):
     assert capsys.readouterr().out == '... still training\n'
 
 
-def test_a_bar_counts_as_a_line_where_it_is_shown(clock):
-    for least, spoke in ((0, 160.0), (1e9, 100.0)):
+def test_a_bar_counts_as_output_when_it_is_redrawn(clock):
+    for least, last_output in ((0, 160.0), (1e9, 100.0)):
         clock[0] = 100.0
-        alive.spoke()
+        alive.note_output()
         bar = alive.Bar(total=3, file=io.StringIO(), mininterval=least)
         clock[0] += 60
         bar.update()
-        assert alive._spoke == spoke
+        assert alive._last_output == last_output
 
 
-def test_a_block_that_prints_by_itself_is_left_alone(capsys):
+def test_a_block_that_prints_gets_no_extra_lines(capsys):
     with alive.still('training'):
         for _ in range(8):
             ranks.print_once('step')
@@ -57,7 +57,7 @@ def test_a_block_that_prints_by_itself_is_left_alone(capsys):
     assert 'still' not in capsys.readouterr().out
 
 
-def test_items_have_a_share_where_there_is_no_terminal(capsys):
+def test_without_a_terminal_items_are_reported_in_percent(capsys):
     assert [x for x in alive.each([0.25, 0, 0.25], 'reading', 3) if not time.sleep(x)] == [0.25, 0, 0.25]
     assert capsys.readouterr().out == '... still reading, 0%\n... still reading, 67%\n'
 
@@ -70,11 +70,11 @@ def test_only_rank_0_prints(capsys, monkeypatch):
 
 
 def test_a_process_that_is_forked_meanwhile_can_print():
-    """While the line is printed, to a pipe that nobody reads, the lock of stdout is held."""
+    """The parent holds the lock of stdout: it prints a line to a pipe that nobody reads."""
     script = """
 import os, sys, time
 from runtime import alive
-alive.EVERY = 0.1
+alive.MAX_SILENCE = 0.1
 with alive.still('x' * 200_000):
     time.sleep(0.5)
     if os.fork() == 0:
@@ -100,7 +100,7 @@ print('end', flush=True)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list with one number, the time in seconds."""
+    """A list with one number: the time in seconds."""
     now = [100.0]
     monkeypatch.setattr(alive.time, 'monotonic', lambda: now[0])
     return now
@@ -114,8 +114,8 @@ def test_durations_are_in_units_that_can_be_read(seconds, text):
     assert duration(seconds) == text
 
 
-def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, clock):
-    """The seconds left are always of training; those of what follows it are apart."""
+def test_progress_shows_the_step_the_loss_and_the_time_left(capsys, clock):
+    """The time left is of training only; the time for samples and numbers is shown separately."""
     shown = Progress(100, lambda speed: 60.0 if speed == 160 else 300.0, True, step=20)
     for step in (30, 40, 50, 100):
         clock[0] += 4
@@ -124,7 +124,8 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, clock):
         'step 30/100  loss 0.1250  160 images/s  28 s left, '
         'then about 60 s of samples and numbers (--no_final_eval leaves the numbers out)',
         'step 50/100  loss 0.1250  160 images/s  20 s left, then about 60 s of samples and numbers',  # 4 s: too early
-        'step 100/100  loss 0.1250  320 images/s  trained, then about 5 min of samples and numbers',  # the end is not
+        # 4 s after the last line, too, but the last step is always printed
+        'step 100/100  loss 0.1250  320 images/s  trained, then about 5 min of samples and numbers',
     ]
     Progress(100, lambda speed: 0.0, True, step=0).show(100, 0.125, 160.0)
     Progress(100, lambda speed: 9.0, False, step=0).show(100, 0.125, 160.0)
@@ -133,7 +134,7 @@ def test_progress_tells_the_step_the_loss_and_the_time_left(capsys, clock):
 
 
 def test_there_is_a_line_in_half_a_minute_whatever_log_every_is(tmp_path, capsys, clock):
-    """With the loss so far, which the record's own line has again."""
+    """It shows the mean loss so far, which the next line of the record still includes."""
     settings = dict(wandb='disabled', global_batch_size=32, num_training_steps=100, log_every=50)
     record = Record(Config(ckpt_dir=str(tmp_path), experiment_name='run', **settings), torch.device('cpu'))
     with record.open(0):

@@ -1,4 +1,4 @@
-"""How a program ends: exit codes, what it prints and reports, and flags that are wrong on one of several processes."""
+"""End of a program: exit codes, printed and reported errors, and flags that are wrong on one of several processes."""
 
 import io
 import json
@@ -52,13 +52,13 @@ def test_other_errors_keep_their_traceback():
     assert done.returncode == 1 and done.stderr.startswith('Traceback') and 'RuntimeError: lr=1' in done.stderr
 
 
-def test_the_launcher_is_told_the_error_and_prints_it(tmp_path):
-    """Last, and on every machine."""
+def test_the_launcher_gets_the_error_and_prints_it(tmp_path):
+    """As its last line, on every machine."""
     for kind in ('SaveError', 'SettingError', 'NonFiniteLoss'):
         done = run(PROGRAM, kind, RANK='0', LOCAL_RANK='0', RUN_REPORTS=str(tmp_path))
         report = json.loads((tmp_path / 'failed_0').read_text())
         assert report['rank'] == 0 and report['text'].endswith('lr=1: too large. Try 1e-3.')
-        assert report['text'].startswith('lr=1') == (kind == 'SaveError')  # the name of a class says nothing to a user
+        assert report['text'].startswith('lr=1') == (kind == 'SaveError')  # its class name would tell a user nothing
         assert 'lr=1' not in done.stderr
         assert (tmp_path / 'outcome').read_text() == str(done.returncode)
 
@@ -99,7 +99,7 @@ def test_a_wrong_flag_is_printed_by_the_first_process_only(parse, text, monkeypa
     monkeypatch.setattr('time.sleep', lambda seconds: None)
     monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
     assert command.parsed(lambda: 5) == 5
-    for rank, local_rank in (('0', '0'), ('1', '1'), ('2', '0')):  # the last one is the first of another machine
+    for rank, local_rank in (('0', '0'), ('1', '1'), ('2', '0')):  # rank 2 is the first of a second machine
         monkeypatch.setenv('RANK', rank)
         monkeypatch.setenv('LOCAL_RANK', local_rank)
         with pytest.raises(SystemExit) as ended:
@@ -123,10 +123,10 @@ def test_a_broken_stream_does_not_end_the_program():
     out = command.Output(Full('seen'))
     assert out.write('text') == 4
     out.flush()
-    assert out.getvalue() == 'seen'  # all else is the stream's own
+    assert out.getvalue() == 'seen'  # other attributes are passed through
 
 
-def test_paths_of_a_program_are_seen_from_the_callers_folder(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_callers_folder(tmp_path, monkeypatch):
     from scripts.evaluate import Evaluate
     from scripts.generate import Generate
 
@@ -134,5 +134,5 @@ def test_paths_of_a_program_are_seen_from_the_callers_folder(tmp_path, monkeypat
     monkeypatch.setenv('RUN_CALLER', str(tmp_path))
     for kind in (Evaluate, Generate):
         flags = ['--run', 'r', '--data_path', 'data', *(['--out', 'o.npz'] if kind is Generate else [])]
-        made = command.options(kind, flags, None, 'run', 'data_path', 'data_dir')
-        assert (made.run, made.data_path, made.data_dir) == (f'{tmp_path}/r', f'{tmp_path}/data', None)
+        options = command.options(kind, flags, None, 'run', 'data_path', 'data_dir')
+        assert (options.run, options.data_path, options.data_dir) == (f'{tmp_path}/r', f'{tmp_path}/data', None)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, names for one file, hashes of tensors, and locks between processes."""
+"""Atomic file writes, links, hashes of tensors, and locks between processes."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ from tests.helpers import ROOT, wait_until
 
 @pytest.fixture
 def python(tmp_path):
-    """`python(code, *arguments)`: a process that runs it in an empty folder, ended with the test."""
+    """`python(code, *arguments)`: a process that runs the code in an empty folder, killed at the end of the test."""
     started = []
 
     def start(code: str, *arguments: object) -> subprocess.Popen:
@@ -74,7 +74,7 @@ def test_whole_survives_a_kill_in_the_middle_of_a_write(python, tmp_path):
     writer = python(WRITER)
     writer.stdout.readline()
     assert wait_until(lambda: any(tmp_path.glob('.*.tmp')), 20)
-    writer.send_signal(signal.SIGSTOP)  # wherever it is, mostly within a write
+    writer.send_signal(signal.SIGSTOP)  # at a random place, mostly within a write
     writer.kill()
     writer.wait()
     text = (tmp_path / 'numbers.txt').read_text()
@@ -83,13 +83,13 @@ def test_whole_survives_a_kill_in_the_middle_of_a_write(python, tmp_path):
     assert left.startswith(f'.numbers.txt.{writer.pid}-') and left.endswith('.tmp')
 
 
-def test_whole_in_two_containers_never_has_one_temporary_name(tmp_path, monkeypatch):
+def test_whole_in_two_containers_never_uses_the_same_temporary_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'getpid', lambda: 7)
     with files.whole(tmp_path / 'a') as first, files.whole(tmp_path / 'a') as second:
         assert first != second and {first.parent, second.parent} == {tmp_path}
         first.write_text('first')
         second.write_text('second')
-    assert (tmp_path / 'a').read_text() == 'first' and os.listdir(tmp_path) == ['a']  # its block ended last
+    assert (tmp_path / 'a').read_text() == 'first' and os.listdir(tmp_path) == ['a']  # the outer block ended last
 
 
 def test_link_as_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypatch):
@@ -106,16 +106,16 @@ def test_link_as_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypat
     assert second.read_bytes() == copy.read_bytes() == b'weights'
 
 
-def test_digest_is_of_all_bytes_in_order():
+def test_digest_depends_on_all_bytes_in_order():
     x = torch.arange(12.0).reshape(3, 4)
-    assert files.digest(x) == files.digest(x[:1], x[1:]) == files.digest(x.T.contiguous().T)  # laid out otherwise
+    assert files.digest(x) == files.digest(x[:1], x[1:]) == files.digest(x.T.contiguous().T)  # another memory layout
     other = [x.double(), x.flip(0), x[:2], x + torch.eye(3, 4) * 1e-6]
     assert len({files.digest(y) for y in [x, *other]}) == 5
     assert files.digest('a', x) != files.digest('b', x) and len(files.digest(x, size=16)) == 32
     assert files.digest(torch.tensor(1.5)) == files.digest(torch.tensor([1.5]))
 
 
-def test_digest_of_a_large_tensor_is_that_of_its_parts(monkeypatch):
+def test_digest_of_a_large_tensor_equals_the_digest_of_its_parts(monkeypatch):
     x = torch.arange(2**23, dtype=torch.int32).reshape(2**11, 2**12)  # 32 MB: two parts
     assert files.digest(x) == files.digest(*x.split(100))
 
@@ -168,8 +168,8 @@ def test_locked_lets_in_who_may_only_read(monkeypatch, tmp_path, number):
         pytest.fail('it is locked')
 
 
-def test_whatever_a_damaged_file_leads_to_is_caught():
-    """torch raises errors of many types: of 3000 files with a changed byte, these hold some of each."""
+def test_load_errors_cover_every_error_of_a_damaged_file():
+    """torch raises errors of many types; 3000 files, each with one changed byte, cause them all."""
     file = io.BytesIO()
     torch.save({'a': torch.arange(3.0), 'b': [1, 'two', None], 'c': (torch.zeros(2), 3.0)}, file)
     good, draw = file.getvalue(), random.Random(0)
@@ -191,7 +191,7 @@ def test_durable_syncs_the_file_and_then_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
 def test_a_file_system_that_syncs_no_folder_is_written_to(tmp_path, monkeypatch, number):
-    """CIFS, VirtualBox and WSL give such errors; EIO is one."""
+    """EINVAL and EOPNOTSUPP, as on CIFS, VirtualBox and WSL, are ignored; EIO is a real error."""
 
     def refuse(descriptor):
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -215,7 +215,7 @@ def test_what_another_process_has_locked_is_told_from_what_cannot_be_locked(monk
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_named_with_its_cause(tmp_path, monkeypatch):
-    """And nothing is made."""
+    """The check creates nothing."""
     (tmp_path / 'link').symlink_to(tmp_path / 'purged')
     (tmp_path / 'file').write_text('')
     before = sorted(tmp_path.iterdir())
@@ -231,11 +231,11 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_with_its_cause(tmp_pat
     for name in ('', 'new/below', 'n' * 255):
         files.refuse_folder('x', name, tmp_path / name)
     assert sorted(tmp_path.iterdir()) == before
-    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)  # chmod would not stop root, who may run this test
     with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):
         files.refuse_folder('x', 'new', tmp_path / 'new')
     files.refuse_folder('x', '', tmp_path, to_write=False)
-    with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):  # it has to be made
+    with pytest.raises(SettingError, match=f'{tmp_path} cannot be written'):  # the folder has to be created
         files.refuse_folder('x', 'new', tmp_path / 'new', to_write=False)
 
 

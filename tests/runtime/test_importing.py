@@ -1,4 +1,4 @@
-"""Imports by the names of the old flat layout, each with its new place; and scripts that are imported as modules."""
+"""Imports by names of the old flat layout, files that hide ours, and scripts that are imported as modules."""
 
 import importlib
 import json
@@ -30,7 +30,7 @@ OLD_RUNTIME = (
 
 @pytest.fixture
 def old(tmp_path):
-    """`old(code)`: the old names in a file mine.py of this code."""
+    """`old(code)`: the old names that a file mine.py with this code imports."""
 
     def find(code: str) -> list[str]:
         (tmp_path / 'mine.py').write_text(code)
@@ -66,14 +66,14 @@ def test_every_new_place_exists(name, new):
         ('from runtime import ranks, run_folder', ['runtime.run_folder']),
         ('def f():\n    import toy2d, sweep', ['toy2d', 'sweep']),
         ('from solvers import SOLVERS, multistep\nfrom evaluation import reference', []),  # functions once, files today
-        # what is where it was, and new names
+        # names that have not moved, and new names
         ('import evaluation\nfrom evaluation import likelihood, judge\nimport evaluation.likelihood', []),
         ('from networks import NETWORKS, get_network, mlp\nimport networks', []),
         ('from sampling import TIME_GRIDS\nfrom solvers import SOLVERS, Solver, Predict', []),
         ('from solvers.multistep import Multistep\nimport solvers.multistep', []),
         ('from .compare import over\nfrom scripts.compare import over', []),
         ('try:\n    from scripts.compare import over\nexcept ImportError:\n    from compare import over', []),
-        ('this is no Python', []),
+        ('this is not Python', []),
     ],
 )
 def test_old_names(old, code, names):
@@ -107,7 +107,7 @@ def test_a_folder_of_python_files_without_init_is_a_package_of_the_user(old, tmp
 
 
 def test_a_file_of_the_user_in_the_folder_of_the_project_is_not_an_old_name(old, tmp_path, monkeypatch):
-    """mine.py and the user's metrics.py are next to this project's config.py and evaluation/."""
+    """mine.py and the user's metrics.py are next to the project's config.py and evaluation/."""
     (tmp_path / 'CHANGELOG.md').write_text((ROOT / 'CHANGELOG.md').read_text())
     for name in ('config.py', 'metrics.py', 'evaluation/__init__.py'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def test_no_script_of_the_repo_is_refused():
 
 
 def test_run_sh_refuses_before_any_work(tmp_path):
-    """Also for --help; from another folder; each line is one import."""
+    """Also with --help, and from another folder. Each line of the message is one import."""
     (tmp_path / 'mine.py').write_text('"""Mine."""\n\nfrom compare import side_by_side\nimport likelihood\n1 / 0\n')
     for flag in ('--help', '--num=1'):
         command = ['sh', ROOT / 'run.sh', 'mine.py', flag]
@@ -158,7 +158,7 @@ HIDING = ['utils.py', 'config.py', 'ema.py', 'evaluation/__init__.py', 'runtime/
 
 @pytest.mark.parametrize('name', HIDING)
 def test_a_file_that_hides_a_module_of_the_project_is_refused_before_any_work(tmp_path, name, experiment):
-    """By run.sh and, where they are imported later, by `load_run`; without a name of ours nothing is."""
+    """By run.sh and, for imports at a later time, by `load_run`. Files with other names are not refused."""
     for other in ('metrics.py', 'train.py', 'wandb/x.py', 'data/x.py', 'evaluation/notes.py', 'tests/__init__.py'):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).touch()
@@ -183,7 +183,7 @@ def test_run_sh_refuses_a_script_next_to_such_a_file_or_called_so(tmp_path, scri
 
 @pytest.mark.slow
 def test_a_program_that_is_started_without_run_sh_refuses_too(tmp_path):
-    """Here main is there already, and what it imports later would be another."""
+    """By then main is imported, and its later imports would get the user's file."""
     (tmp_path / 'mine.py').write_text('from main import main\n\nmain()\n')
     (tmp_path / 'evaluation.py').touch()
     command, env = [sys.executable, 'mine.py'], launch_env(1) | dict(PYTHONPATH=str(ROOT))
@@ -197,7 +197,7 @@ def test_a_program_that_is_started_without_run_sh_refuses_too(tmp_path):
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A script of a user, which imports another file from its folder."""
+    """A user's script, which imports another file from its folder."""
     (tmp_path / 'other.py').write_text('def helped(): ...\n\n\nclass Mixin:\n    factor = 2\n')
     path = tmp_path / 'mine.py'
     path.write_text('from other import Mixin, helped\n\n\nclass Mine(Mixin):\n    class Inner: ...\n')
@@ -208,7 +208,7 @@ def experiment(tmp_path):
         sys.path.remove(str(tmp_path))
 
 
-def test_a_class_of_the_project_is_the_one_that_everybody_imports():
+def test_a_class_of_the_project_is_imported_only_once():
     import trainer
 
     assert run_record.where(Config) == dict(file='config.py', name='Config')
@@ -224,18 +224,18 @@ def test_a_file_is_imported_as_a_module_and_once(experiment, capsys):
     assert run_record.where(cls) == dict(file=str(experiment), name='Mine')
 
 
-def test_another_module_of_that_name_stays_as_it_is(experiment):
+def test_another_module_of_the_same_name_is_not_replaced(experiment):
     other = sys.modules['mine'] = type(sys)('mine')
     assert import_class(str(experiment), 'Mine').factor == 2
     assert sys.modules['mine'] is other
 
 
-def test_what_is_gone_is_named(experiment):
+def test_a_missing_file_or_class_is_named(experiment):
     with pytest.raises(SettingError, match=r'mine\.py has no class Missing'):
         import_class(str(experiment), 'Missing')
     with pytest.raises(SettingError, match=r'mine\.py has no class helped'):
         import_class(str(experiment), 'helped')  # a function
-    with pytest.raises(SettingError, match=r'gone\.py is gone, with which'):
+    with pytest.raises(SettingError, match=r'gone\.py, which started the run, is gone'):
         import_class(str(experiment.with_name('gone.py')), 'Mine')
 
 
@@ -268,12 +268,12 @@ def test_a_run_whose_script_has_old_imports_is_refused_as_by_run_sh(experiment):
     ]
 
 
-# ---------------------------------------------------------------- whose code it is
+# ---------------------------------------------------------------- code of other people
 
 
 def test_code_from_elsewhere_is_imported_only_if_it_is_trusted(experiment, tmp_path, monkeypatch):
-    """From the project, the folder where run.sh was called, or in a notebook the working directory; whatever run.json
-    claims. What is imported already, or gone, is not refused."""
+    """Trusted are the project, the folder where run.sh was called and, in a notebook, the working directory, whatever
+    run.json claims. A file that is imported already, or gone, is not refused."""
     folder = tmp_path / 'run'
     where = [None, 'trainer.py', str(experiment)]
     with pytest.raises(SettingError, match=rf'run names {experiment} as its code, which is outside .* pass --trust'):
@@ -289,7 +289,7 @@ def test_code_from_elsewhere_is_imported_only_if_it_is_trusted(experiment, tmp_p
     importing.refuse_foreign(where, folder)
     monkeypatch.chdir('/usr')
     importing.refuse_foreign([str(tmp_path / 'gone.py'), 'config.py'], folder)
-    with monkeypatch.context() as patch:  # the script that runs lies next to it
+    with monkeypatch.context() as patch:  # the running script is in the same folder
         patch.setattr(sys.modules['__main__'], '__file__', str(tmp_path / 'compare_runs.py'), raising=False)
         importing.refuse_foreign(where, folder)
     importing.import_file(str(experiment))

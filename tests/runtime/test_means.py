@@ -1,4 +1,4 @@
-"""Running means: against numpy, bit for bit the same whenever they are summed, and free in a training step."""
+"""Running means: equal to numpy's, bit-identical whenever they are summed, and free in a training step."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from runtime.means import RunningMeans
 CPU = torch.device('cpu')
 
 
-def test_means_are_those_of_numpy():
+def test_means_match_numpy():
     rng = np.random.default_rng(0)
     batches = [
         rng.normal(5, 1, size).astype(np.float32) for size in (3, 8, 1)
@@ -22,7 +22,7 @@ def test_means_are_those_of_numpy():
     assert means.means()['loss'] == pytest.approx(np.concatenate(batches).mean(dtype=np.float64), rel=1e-6)
 
 
-def test_a_name_logged_on_some_steps_is_averaged_over_these():
+def test_a_name_logged_in_some_steps_is_averaged_over_those_steps():
     means = RunningMeans(CPU)
     for step in range(10):
         means.add('always', torch.tensor(float(step)), torch.tensor(1.0))
@@ -41,7 +41,7 @@ def test_a_small_term_is_not_lost_in_a_large_sum():
     assert means.means()['x'] == pytest.approx((2**24 + 1000) / 1001, rel=1e-6)
 
 
-def test_means_go_on_from_a_checkpoint(tmp_path):
+def test_means_continue_from_a_checkpoint(tmp_path):
     whole, first, second = RunningMeans(CPU), RunningMeans(CPU), RunningMeans(CPU)
     for i, value in enumerate((0.3, 0.9, 1.7, 0.2)):
         for means in (whole, first if i < 2 else second):
@@ -65,7 +65,7 @@ def test_values_keep_no_graph():
 
 
 def steps_of_training(n):
-    """(losses, times, gradient norm) as a training step has them; some are not finite."""
+    """Yield (losses, times, gradient norm), as in training; some losses are not finite."""
     generator = torch.Generator().manual_seed(0)
     for step in range(n):
         losses, t = torch.rand(2, 7 + step % 3, generator=generator)
@@ -84,7 +84,7 @@ def fill(means, steps):
         means.add('lr', 0.1, 1)
 
 
-def test_means_of_a_training_are_those_of_numpy():
+def test_means_of_a_training_run_match_numpy():
     steps = list(steps_of_training(40))
     means = RunningMeans(CPU)
     fill(means, steps)
@@ -102,8 +102,8 @@ def test_means_of_a_training_are_those_of_numpy():
 
 
 @pytest.mark.parametrize('most', [1, 2, 7, 64])
-def test_sums_do_not_depend_on_when_they_are_made(monkeypatch, most):
-    """Bit for bit: neither on how many wait, nor on being saved and loaded in between."""
+def test_sums_do_not_depend_on_when_they_are_computed(monkeypatch, most):
+    """They are bit-identical for any number of waiting calls, and after saving and loading in between."""
     steps = list(steps_of_training(40))
     whole = RunningMeans(CPU)
     fill(whole, steps)
@@ -122,7 +122,7 @@ def test_sums_do_not_depend_on_when_they_are_made(monkeypatch, most):
         assert all(sums[name].equal(expected[name]) for name in sums)
 
 
-def test_a_step_costs_no_arithmetic_and_what_waits_is_bounded():
+def test_a_step_costs_no_arithmetic_and_the_number_of_waiting_calls_is_bounded():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Operations(TorchDispatchMode):
@@ -139,14 +139,14 @@ def test_a_step_costs_no_arithmetic_and_what_waits_is_bounded():
             means.add_by_time('loss_t', losses, t)
             means.add_finite('norm', norm)
             means.add('lr', 0.1, 1)
-    assert set(seen.names) <= {'aten.detach.default'}  # which computes nothing
+    assert set(seen.names) <= {'aten.detach.default'}  # detach computes nothing
     for losses, t, norm in steps:
         fill(means, [(losses, t, norm)])
         assert sum(map(len, means.waiting.values())) < RunningMeans.MOST
-    assert means.sums  # some were folded
+    assert means.sums  # some were summed
 
 
-def test_numbers_and_tensors_of_one_name_go_together():
+def test_numbers_and_tensors_can_share_a_name():
     means = RunningMeans(CPU)
     means.add('x', 0.1, 1)
     means.add('x', torch.tensor(0.5), torch.tensor(1.0))

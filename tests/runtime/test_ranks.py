@@ -1,4 +1,4 @@
-"""Rank, collectives and shares, with one process and with two; `alone` makes one process of several the only one."""
+"""Rank, collectives and shares, with one process, with two, and with one of two inside `alone()`."""
 
 import os
 
@@ -9,7 +9,7 @@ from config import SettingError
 from runtime import ranks
 from tests.helpers import run_ranks
 
-# What each of two processes does; it writes what it saw as JSON. What all ranks do together comes in the same order.
+# Run by each of two processes, which writes its observations as JSON. Both call collectives in the same order.
 SCRIPT = """
 import json, sys, threading, time
 import torch
@@ -52,7 +52,7 @@ if rank == 0:
 d.barrier()
 seen['waited'] = time.monotonic() - start
 
-with d.alone():  # what all do together elsewhere; only rank 0 takes part
+with d.alone():  # collectives, called by rank 0 only
     if rank == 0:
         seen['alone'] = [d.rank(), d.world_size(), d.is_main(), d.is_first_of_machine(), d.my_items(3)]
         seen['alone'] += [d.all_gather_objects('x'), d.all_reduce(torch.ones(1), 'SUM').item(), d.any_rank(False)]
@@ -74,7 +74,7 @@ try:
     d.on_main_alone(fail)
 except FileNotFoundError as error:
     seen['alone raised'] = error.filename
-with d.alone():  # a thread in the background is not alone
+with d.alone():  # does not affect a background thread
     thread = threading.Thread(target=lambda: seen.update(thread=[d.is_alone(), d.rank()]))
     thread.start()
     thread.join()
@@ -89,7 +89,7 @@ assert seen == [0, 1], seen
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
-    """What rank 0 and rank 1 of SCRIPT saw."""
+    """Observations of rank 0 and rank 1 of SCRIPT."""
     return run_ranks(SCRIPT, tmp_path_factory.mktemp('ranks'), [0, 1])
 
 
@@ -129,7 +129,7 @@ def test_two_barrier_waits(both):
     assert both[1]['waited'] > 0.2
 
 
-def test_two_alone_is_one_process_until_its_end(both):
+def test_two_alone_acts_as_one_process_until_the_end_of_the_block(both):
     first, second = both
     assert first['alone'] == [0, 1, True, True, [0, 1, 2], ['x'], 1.0, False, 1, 2, 3, [0, 1, 2]]
     assert second['alone'] == [0, 1, True, True] and first['nested'] is True
@@ -138,7 +138,7 @@ def test_two_alone_is_one_process_until_its_end(both):
     assert [seen['in step'] for seen in both] == [[0, 1]] * 2
 
 
-def test_two_on_main_alone_may_call_what_talks_to_all_elsewhere(both):
+def test_two_on_main_alone_may_call_collectives(both):
     assert [seen['on_main_alone'] for seen in both] == [[0]] * 2
     assert [seen['calls'] for seen in both] == [[1], []]
     assert [seen['alone raised'] for seen in both] == ['rank0'] * 2
@@ -157,7 +157,7 @@ def test_one_process_needs_no_group(monkeypatch):
     ranks.close()
 
 
-def test_one_process_is_its_own_everybody():
+def test_with_one_process_collectives_are_the_identity():
     value = torch.tensor([1.5, -2.0])
     for op in ('SUM', 'MAX', 'MIN'):
         assert ranks.all_reduce(value.clone(), op).tolist() == [1.5, -2.0]
@@ -171,13 +171,13 @@ def test_one_process_is_its_own_everybody():
 
 
 def test_gpus_that_torch_cannot_use_are_an_error_not_a_run_on_the_cpu(monkeypatch):
-    """As with a driver that is older than torch's CUDA: NVML counts the GPUs, CUDA does not start."""
+    """With a driver that is too old for torch's CUDA, NVML counts the GPUs, but CUDA does not start."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SettingError, match=r'8 GPU.*driver is too old.*nvidia-smi') as error:
         ranks.setup()
     assert torch.__version__ in str(error.value) and "CUDA_VISIBLE_DEVICES=''" in str(error.value)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)  # as CUDA_VISIBLE_DEVICES='' has it
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)  # the effect of CUDA_VISIBLE_DEVICES=''
     assert ranks.setup() == torch.device('cpu')
 
 
@@ -201,7 +201,7 @@ def test_shares_cover_all_items_for_any_number_of_processes(monkeypatch, world, 
     assert {i for share in shares for i in share} == set(range(n))
 
 
-def test_the_cores_of_a_machine_are_shared_by_its_processes(monkeypatch):
+def test_the_cores_of_a_machine_are_divided_among_its_processes(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(6)), raising=False)
     monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
     assert ranks.cores_per_process() == 6

@@ -1,4 +1,4 @@
-"""All ranks stop in the same step; what a process reports; how it ends."""
+"""All ranks stop in the same step; reports of a process to the launcher; how it ends."""
 
 import json
 import signal
@@ -13,7 +13,7 @@ import pytest
 from runtime import errors, ranks, stopping
 from tests.helpers import ROOT, run_ranks, wait_until
 
-# What each of two processes does; it writes what it saw as JSON. What all ranks do together comes in the same order.
+# Run by each of two processes, which writes its observations as JSON. Both call collectives in the same order.
 SCRIPT = """
 import json, os, signal, sys, time
 import torch
@@ -36,32 +36,32 @@ seen['failed'] = [raised(stopping.raise_if_stopped, failed=rank == r) for r in (
 
 start = time.monotonic()
 if rank == 0:
-    time.sleep(0.3)  # the other rank reads what was begun a step ago, and does not wait for this one
+    time.sleep(0.3)  # the other rank reads the previous step's reduction, and does not wait for this rank
 stopping.poll_stop()
 if rank == 1:
     seen['polled'] = time.monotonic() - start
 d.barrier()
 
-stopping.poll_stop()  # its reduction is under way while rank 1 works by itself
+stopping.poll_stop()  # its reduction is pending while rank 1 is inside alone()
 if rank == 1:
     with d.alone():
-        before = stopping._under_way
+        before = stopping._pending
         os.kill(os.getpid(), signal.SIGTERM)
         seen['alone'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), stopping.finish_poll()]
-        seen['alone'] += [raised(stopping.raise_if_stopped, failed=True), before is stopping._under_way]
-seen['polls'] = [raised(stopping.poll_stop) for _ in range(4)]  # each that raises leaves nothing to read
-seen['unread'] = stopping._under_way is not None
+        seen['alone'] += [raised(stopping.raise_if_stopped, failed=True), before is stopping._pending]
+seen['polls'] = [raised(stopping.poll_stop) for _ in range(4)]  # a poll that raises leaves no pending reduction
+seen['unread'] = stopping._pending is not None
 seen['stopped'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
 seen['failed and stopped'] = raised(stopping.raise_if_stopped, failed=rank == 0)
 
 stopping._stop_asked = False
 stopping.poll_stop()
 stopping._stop_asked = rank == 0
-stopping.poll_stop()  # its reduction, not read by a third poll, is read by the next `raise_if_stopped`
+stopping.poll_stop()  # no third poll reads its reduction, but the next `raise_if_stopped` does
 stopping._stop_asked = False
 seen['read by the other'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
 seen['in order'] = d.all_gather_objects(rank)
-stopping.poll_stop()  # begun and never read: the group is left all the same
+stopping.poll_stop()  # its reduction is never read; leaving the group must still work
 with open(f'{sys.argv[1]}/{rank}.json', 'w') as file:
     json.dump(seen, file)
 """
@@ -69,7 +69,7 @@ with open(f'{sys.argv[1]}/{rank}.json', 'w') as file:
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
-    """What rank 0 and rank 1 of SCRIPT saw."""
+    """Observations of rank 0 and rank 1 of SCRIPT."""
     return run_ranks(SCRIPT, tmp_path_factory.mktemp('ranks'), [0, 1])
 
 
@@ -86,7 +86,7 @@ def test_two_stop_together_when_one_got_the_signal(both):
 
 
 def test_two_give_up_together_when_one_failed(both):
-    """It ends as many calls as there were, on both: the third call, in which no rank failed, finds them in step."""
+    """A failure on one rank ends the same call on both. In the third call no rank failed, and both are in step."""
     assert [seen['failed'] for seen in both] == [['RankFailed', 'RankFailed', '']] * 2
     assert [seen['failed and stopped'] for seen in both] == ['RankFailed'] * 2
 
@@ -97,14 +97,14 @@ def test_two_polls_stop_in_the_same_step_one_later_than_the_signal_and_wait_for_
     assert both[1]['polled'] < 0.25
 
 
-def test_two_polls_leave_nothing_that_disturbs_what_comes_after(both):
-    """Nor the end: SCRIPT leaves the group after a poll whose reduction nobody reads."""
+def test_two_polls_do_not_disturb_later_collectives(both):
+    """Nor the end: SCRIPT leaves the group after a poll whose reduction is never read."""
     assert [seen['read by the other'] for seen in both] == [['Stopped', '']] * 2
     assert [seen['in order'] for seen in both] == [[0, 1]] * 2
 
 
-def test_two_a_signal_in_work_of_one_rank_is_noted_and_obeyed_by_all_later(both):
-    """Inside `alone`, nothing is agreed on, and the reduction that is under way is not read."""
+def test_two_a_signal_inside_alone_is_noted_and_obeyed_later(both):
+    """Inside `alone()` there is no communication, and the pending reduction stays unread."""
     assert both[1]['alone'] == ['', '', 0, 'RankFailed', True]
 
 
@@ -171,7 +171,7 @@ def test_a_block_that_hangs_is_left_at_its_time_limit():
         threading.Event().wait(30)
     with stopping.time_limit(30):
         pass
-    assert signal.getsignal(signal.SIGALRM) is before  # of the limit of this test itself
+    assert signal.getsignal(signal.SIGALRM) is before  # pytest-timeout's own alarm
     assert signal.getitimer(signal.ITIMER_REAL)[0] == pytest.approx(left, abs=5)
 
 
@@ -212,16 +212,16 @@ def test_a_wait_for_data_says_so_and_ends(short_ticks, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert 3 <= len(lines) <= 5 and lines[0] == '... rank 0 is waiting for data of x: nothing for 0 s'
     with stopping.waiting('data of x'):
-        time.sleep(0.2)  # slow data are waited for
-    time.sleep(0.6)  # and after them no alarm is left
+        time.sleep(0.2)  # slow data are no error
+    time.sleep(0.6)  # the alarm is off after the block
 
 
 @pytest.mark.parametrize('processes, error', [(1, errors.Stopped), (2, errors.DataError)])
 def test_a_wait_for_data_obeys_a_stop_signal(short_ticks, monkeypatch, processes, error):
-    """One process by itself can save. Several cannot, while the others wait for this one."""
+    """A single process can save. One of several cannot, because the others wait for it."""
     monkeypatch.setattr(ranks, 'world_size', lambda: processes)
     stopping.ask_to_stop()
     began = time.monotonic()
     with pytest.raises(error), stopping.waiting('data'):
         time.sleep(30)
-    assert 0.05 < time.monotonic() - began < 0.4  # not at the first look: the data may come
+    assert 0.05 < time.monotonic() - began < 0.4  # not at the first tick: the data may still come

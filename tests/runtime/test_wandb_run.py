@@ -1,4 +1,4 @@
-"""A run's copy on wandb: real offline runs read back by wandb's own reader, and servers that are slow, away or fake."""
+"""A run's copy on wandb: offline runs, read back by wandb's own reader, and servers that are slow, down or fake."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from trainer import ExampleDiffusionTrainer
 
 
 def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monkeypatch, capsys):
-    """As for a user without a home folder."""
+    """For example, for a user without a home folder."""
     import wandb
 
     def login(**_):
@@ -40,7 +40,7 @@ def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monk
 
 @pytest.fixture
 def no_account(tmp_path, monkeypatch):
-    """No key is found anywhere, and wandb knows nothing of earlier tests."""
+    """There is no key anywhere, and wandb has no state from earlier tests."""
     import wandb
 
     home = tmp_path / 'home'
@@ -94,7 +94,7 @@ def test_wandb_offline_holds_what_was_recorded(tmp_path, no_account):
     for name, value in vars(record.config).items():
         assert stored[name] == (list(value) if isinstance(value, tuple) else value), name
     assert stored['start'] == start
-    first, second, _ = history(records)  # a row for each step, and one of the curve
+    first, second, _ = history(records)  # a row for each step, and one for the curve
     for row, given, step in ((first, values[0], 100), (second, values[1], 200)):
         assert (row['train/step'], row['_step'], row['train/images']) == (step, step, step * 32)
         assert {name: row[name] for name in given} == given
@@ -120,7 +120,7 @@ VARIABLES = dict(PROJECT='p2', ENTITY='e2', RUN_GROUP='g2', TAGS='a,b', NOTES='s
         (dict(wandb_project='p1', wandb_entity='e1'), VARIABLES, dict(project='p1', entity='e1', run_group='g2')),
     ],
 )
-def test_a_flag_wins_over_a_variable_and_that_over_the_default(
+def test_a_flag_wins_over_a_variable_which_wins_over_the_default(
     tmp_path, no_account, monkeypatch, settings, variables, expected
 ):
     for name, value in variables.items():
@@ -143,11 +143,11 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_default(
         (dict(experiment_name='mine'), 'mine'),
     ],
 )
-def test_runs_that_differ_in_the_seed_are_a_group(settings, group):
+def test_runs_that_differ_only_in_the_seed_form_a_group(settings, group):
     assert wandb_run.group_of(Config(**settings)).strip('-_') == group
 
 
-def test_seeds_of_a_long_name_which_ends_in_a_hash_are_a_group():
+def test_runs_whose_long_names_end_in_a_hash_form_a_group_too():
     long = dict(base_lr=1.23e-3, time_sampler='uniform', weight_decay=0.123, grad_clip_norm=0.25, warmup_steps=12)
     names = [Config(seed=seed, **long) for seed in (0, 1, 2)]
     assert len({config.experiment_name for config in names}) == 3
@@ -171,7 +171,7 @@ def test_pictures_of_a_name_are_one_panel_and_losses_by_time_one_plot(tmp_path, 
         for step, loss in ((10, 1.0), (20, 0.5)):
             record.picture(f'step_{step:07d}_adams_raw', picture, step)
             record.picture(f'ink_step_{step:07d}_adams_raw', picture, step)
-            floor = {'train/floor_t_0.0_0.1': 0.125} if step == 10 else {}  # once: it stays in the plot
+            floor = {'train/floor_t_0.0_0.1': 0.125} if step == 10 else {}  # logged once, but stays in the plot
             line = {'train/loss_t_0.0_0.1': 2 * loss, 'train/loss_t_0.1_0.2': loss, 'eval/reference_t_0.0_0.1': loss}
             write(record, step, **line, **floor, **{'eval/loss': loss})
         write(record, 30, **{'train/loss_t_0.0_0.1': 9.0})  # nothing was evaluated
@@ -192,8 +192,8 @@ def test_pictures_of_a_name_are_one_panel_and_losses_by_time_one_plot(tmp_path, 
     assert hidden == ['train/loss_t_*', 'train/floor_t_*', 'eval/reference_t_*']
 
 
-def test_a_step_that_is_done_again_is_on_wandb_once(tmp_path, no_account):
-    """The second start has no checkpoint with an id, as after an error before the first save."""
+def test_a_repeated_step_is_on_wandb_once(tmp_path, no_account):
+    """The second start has no checkpoint with an id, as happens after an error before the first save."""
     record = record_in(tmp_path, wandb='offline')
     with pytest.raises(ZeroDivisionError), record.open(0):
         for step in (10, 20, 30):
@@ -227,7 +227,7 @@ def test_a_run_that_turns_wandb_on_later_has_whole_curves(tmp_path, no_account):
         write(again, 30, loss=1 / 30)
     rows = history(offline_records(tmp_path / 'run'))
     assert [(row['train/step'], row['_step']) for row in rows] == [(10, 10), (20, 20), (30, 30)]
-    assert [row['loss'] for row in rows] == [1 / 10, 'NaN', 1 / 30]  # the number, which wandb writes so
+    assert [row['loss'] for row in rows] == [1 / 10, 'NaN', 1 / 30]  # wandb writes NaN as text
 
 
 def test_a_row_is_shown_when_its_line_is_written_and_a_line_may_grow(tmp_path, no_account):
@@ -235,7 +235,7 @@ def test_a_row_is_shown_when_its_line_is_written_and_a_line_may_grow(tmp_path, n
     with record.open(0):
         record.write(10, {'a': 1.0})
         record.histogram('h', torch.ones(3), 10)
-        record.write(10, {'a': 1.0, 'b': 2.0})  # before, minutes may have passed
+        record.write(10, {'a': 1.0, 'b': 2.0})  # in a real run minutes later, after sampling
         write(record, 20, a=3.0)
     rows = history(offline_records(tmp_path / 'run'))
     assert [row['train/step'] for row in rows] == [10, 10, 20]
@@ -243,7 +243,7 @@ def test_a_row_is_shown_when_its_line_is_written_and_a_line_may_grow(tmp_path, n
     assert lines_of(tmp_path)[0].items() >= {'a': 1.0, 'b': 2.0, 'h_p05': 1.0, 'h_p95': 1.0}.items()
 
 
-def test_an_alert_is_sent_once_an_hour_of_each_kind(tmp_path, no_account):
+def test_an_alert_of_each_kind_is_sent_once_an_hour(tmp_path, no_account):
     from training.bad_steps import BadSteps
 
     record = record_in(tmp_path, wandb='offline')
@@ -265,10 +265,10 @@ def test_an_alert_is_sent_once_an_hour_of_each_kind(tmp_path, no_account):
 def test_an_alert_is_sent_again_after_an_hour(tmp_path, monkeypatch):
     sent, now = [], [5.0]
     run = SimpleNamespace(id='x', starting_step=0, offline=True, alert=lambda kind, *_, **__: sent.append(kind))
-    there = wandb_run.WandbRun(run, tmp_path, -1)
+    wandb_copy = wandb_run.WandbRun(run, tmp_path, -1)
     monkeypatch.setattr(wandb_run, 'time', SimpleNamespace(monotonic=lambda: now[0]))
     for now[0], expected in (5.0, 1), (3600.0, 1), (3606.0, 2), (7200.0, 2), (7207.0, 3):
-        there.alert('a', 'text')
+        wandb_copy.alert('a', 'text')
         assert len(sent) == expected
 
 
@@ -296,7 +296,7 @@ SWEEP = ROOT / 'examples/sweep.yaml'
 
 
 def agent_words(**given) -> list[str]:
-    """The command of wandb's agent for these values, which fills in the macros of the sweep's command."""
+    """The command that wandb's agent runs for these values: it fills in the macros of the sweep's command."""
     import yaml
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
@@ -311,7 +311,7 @@ def agent_words(**given) -> list[str]:
     return [word for group in groups for word in group]
 
 
-def test_a_sweep_of_wandb_has_settings_that_exist():
+def test_the_wandb_sweep_uses_existing_settings():
     import yaml
 
     given = dict(base_lr=0.002, time_sampler='uniform', seed=1)
@@ -324,7 +324,7 @@ def test_a_sweep_of_wandb_has_settings_that_exist():
 
 
 @pytest.mark.slow
-def test_a_run_of_a_sweep_runs_under_the_id_of_the_agent(tmp_path):
+def test_a_run_of_a_sweep_gets_the_id_of_the_agent(tmp_path):
     words = agent_words(base_lr=0.002, time_sampler='uniform', seed=1)
     short = TINY | dict(ckpt_dir=str(tmp_path), num_training_steps=4, wandb='offline')
     for name in ('base_lr', 'time_sampler', 'optimizer'):
@@ -347,7 +347,7 @@ class Mine(ExampleDiffusionTrainer):
 
 @pytest.mark.slow
 def test_a_whole_run_is_on_wandb(tiny_config, build_trainer, no_account):
-    """Every value over the step, final numbers in the summary, a panel for each way of sampling, own hooks."""
+    """Every value by step, final numbers in the summary, a panel for each sampler and set of weights, and own hooks."""
     settings = dict(sample_every=6, eval_metrics_every=6, final_eval=True, raw_pictures=True)
     config = tiny_config(wandb='offline', **settings)
     build_trainer(config, Mine).train_loop()
@@ -370,7 +370,7 @@ def test_a_whole_run_is_on_wandb(tiny_config, build_trainer, no_account):
     assert 'histogram_after_greys' in page.report(page.read(config.run_dir))
 
 
-def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_account):
+def test_a_resumed_run_keeps_its_wandb_id_with_changed_settings(tmp_path, no_account):
     ids = [None]
     for log_every in (50, 60):
         record = record_in(tmp_path, wandb='offline', log_every=log_every)
@@ -380,7 +380,7 @@ def test_wandb_goes_on_under_the_same_id_and_with_changed_settings(tmp_path, no_
     assert ids[1] == ids[2] and len(ids[1]) >= 8
 
 
-def test_auto_without_a_key_keeps_the_record_on_disk_and_says_so(tmp_path, no_account, capsys):
+def test_auto_without_a_key_keeps_the_record_on_disk_and_prints_that(tmp_path, no_account, capsys):
     start = time.monotonic()
     record = record_in(tmp_path, wandb='auto')
     record.wandb_id = 'kept'
@@ -403,7 +403,7 @@ def test_auto_obeys_wandb_mode(tmp_path, no_account, monkeypatch, mode):
 
 
 def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'wandb', None)  # an import fails
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # `import wandb` now fails
     record = record_in(tmp_path)
     with record.open(0):
         record.curve('x', [(0, 1)], 'step', 'lr')
@@ -411,7 +411,7 @@ def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
         pass
 
 
-def test_online_without_a_key_says_what_to_do(tmp_path, no_account):
+def test_online_without_a_key_is_an_error_with_a_remedy(tmp_path, no_account):
     with pytest.raises(SettingError, match=r"wandb='online'.*wandb login.*--wandb offline"):
         record_in(tmp_path, wandb='online').open(0).__enter__()
 
@@ -425,8 +425,10 @@ def test_a_malformed_key_is_an_error_with_a_remedy(tmp_path, no_account, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize('is_open', [True, False])
-def test_training_waits_no_longer_than_the_start_may(tiny_config, build_trainer, no_account, monkeypatch, is_open):
-    """With a server that accepts and never answers, and with none."""
+def test_the_start_waits_for_the_server_only_as_long_as_allowed(
+    tiny_config, build_trainer, no_account, monkeypatch, is_open
+):
+    """With a server that accepts connections but never answers, and without one."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         monkeypatch.setenv('WANDB_API_KEY', 40 * 'a')
         monkeypatch.setenv('WANDB_BASE_URL', f'http://127.0.0.1:{server.getsockname()[1]}')
@@ -447,7 +449,7 @@ def test_training_waits_no_longer_than_the_start_may(tiny_config, build_trainer,
     assert [row['train/step'] for row in history(records)][-1] == 20
 
 
-# The first start of a run, which ends in one of three ways.
+# The first start of a run, which is killed or raises an error.
 FIRST = """
 import os, signal, sys, time
 from pathlib import Path
@@ -508,8 +510,8 @@ def test_auto_with_a_key_but_no_server_records_offline(tmp_path, no_account, mon
     assert 40 * 'a' not in json.dumps(records) + ''.join(os.listdir(tmp_path / 'run/wandb'))
 
 
-# A server that answers what wandb asks at the start of a run, and keeps the rows that it sends, for /rows. While the
-# file `hang` exists, it accepts and reads, and does not answer.
+# A fake server: it answers wandb's requests at the start of a run, stores the rows that wandb sends, and serves them at
+# /rows. While the file `hang` exists, it accepts and reads requests without answering.
 SERVER = """
 import gzip, http.server, json, os, sys, time
 
@@ -556,7 +558,7 @@ print(server.server_address[1], flush=True)
 server.serve_forever()
 """
 
-# A run with a hundred lines, which makes the server hang, or kills it, or stops wandb's own process.
+# A run with 200 lines; it makes the server hang, kills it, or stops wandb's own process.
 CLIENT = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -620,14 +622,14 @@ def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, n
     """Measured with wandb 0.31.0, in seconds: `open`, the longest line, `close`, and from there until the process ends.
 
     what, when    | open | line | close | exit | wandb without time_limit and limit_exit
-    hangs, start  | 36.2 | 0.02 |  0.0  | 10.1 | exit 22.4: the offline run that takes its place
-    hangs, mid    |  1.0 | 0.07 | 10.1  | 10.1 | exit 12.3; a line with a picture 0.5, as without a server
+    hangs, start  | 36.2 | 0.02 |  0.0  | 10.1 | exit 22.4, of the offline run that replaces it
+    hangs, mid    |  1.0 | 0.07 | 10.1  | 10.1 | exit 12.3; a line with a picture takes 0.5, as without a server
     hangs, end    |  1.0 | 0.07 | 10.1  | 10.1 | exit 12.3
     gone, mid     |  1.0 | 0.05 | 10.1  |  0.8 |
     stopped, mid  |  1.0 | 15.0 |  0.0  | 10.1 | `run.log` never returns
     stopped, end  |  1.0 | 0.06 | 15.0  | 10.1 | `run.finish` never returns
 
-    So wandb's finish_timeout is enough for a server, and not for its own process (SIGSTOP).
+    So wandb's finish_timeout covers a hanging server, but not wandb's own process (stopped by SIGSTOP).
     """
     hang = tmp_path / 'hang'
     server = subprocess.Popen([sys.executable, '-c', SERVER, hang], stdout=subprocess.PIPE, text=True)
@@ -635,7 +637,7 @@ def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, n
     env = os.environ | dict(WANDB_API_KEY=40 * 'a', WANDB_BASE_URL=url, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     command = [sys.executable, '-c', CLIENT, what, when, tmp_path, str(server.pid)]
     try:
-        with open(tmp_path / 'out', 'w') as out:  # not a pipe, of which a stopped process would hold the other end
+        with open(tmp_path / 'out', 'w') as out:  # not a pipe: a stopped process would keep it open
             done = subprocess.run(command, env=env, stdout=out, stderr=out, timeout=100)
         exited, seen = time.time(), json.loads((tmp_path / 'seen.json').read_text())
     finally:
@@ -644,7 +646,7 @@ def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, n
             os.kill(int((tmp_path / 'core').read_text()), 9)
     assert done.returncode == 0
     assert seen['open'] < 45 and seen['line'] < 16 and seen['close'] < 16 and exited - seen['ended'] < 12
-    assert what == 'stopped' or seen['line'] < 2  # a server that hangs does not hold up training
+    assert what == 'stopped' or seen['line'] < 2  # a hanging server does not delay training
     assert [line['train/step'] for line in lines_of(tmp_path)] == list(range(1, 201))
     shown = (tmp_path / 'out').read_text()
     if when == 'start':
@@ -654,5 +656,5 @@ def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, n
         assert f'wandb {problem} (TimeoutError: ' in shown and '`wandb sync` can send' in shown
 
 
-def test_the_time_a_dead_server_costs_is_bounded():
+def test_the_time_lost_to_a_dead_server_is_bounded():
     assert 5 <= wandb_run.INIT_TIMEOUT <= 60

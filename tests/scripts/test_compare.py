@@ -14,7 +14,7 @@ from config import Config
 from evaluation import judge
 from reports import dry_run, page
 from reports.parts import aligned
-from scripts.compare import newest, numbers_of, side_by_side
+from scripts.compare import newest_samples, numbers_of, side_by_side
 from tests.helpers import TINY, as_flags, columns_in
 from trainer import ExampleDiffusionTrainer
 
@@ -92,7 +92,7 @@ def test_a_flag_that_a_run_overrules_is_refused(compared, tmp_path, capsys):
     parts = {'plain': {}, 'fast': dict(base_lr=0.01)}
     with pytest.raises(SystemExit) as stop:
         compared(parts, '--base_lr', '0.5')
-    assert stop.value.code == 2 and "base_lr=0.5: run 'fast' of this file has its own" in capsys.readouterr().err
+    assert stop.value.code == 2 and "base_lr=0.5: run 'fast' of this file sets its own" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     longer = dict(num_training_steps=lambda c: 2 * c.num_training_steps)
     compared({'longer': longer}, '--num_training_steps', '4', '--experiment_name', 'it')
@@ -141,7 +141,7 @@ def test_the_newest_pictures_of_the_judged_weights_are_shown(tmp_path):
     for step, way in itertools.product((10, 20), ('adams_ema_0.9', 'adams_raw', 'heun_ema_0.9')):
         Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_{way}.png')
     run = page.Run(tmp_path, dict(solver='adams'), [])
-    shown, others = newest(run, 'mine'), newest(run, 'mine', False)
+    shown, others = newest_samples(run, 'mine'), newest_samples(run, 'mine', False)
     assert re.findall('alt="(.*?)"', others) == ['mine: step 20, heun, averaged weights (EMA 0.9)']
     assert (
         'alt="mine: step 20, adams, averaged weights (EMA 0.9)"' in shown

@@ -124,7 +124,7 @@ def test_what_cannot_be_evaluated_is_refused(judge, options, words):
 
 def test_fewer_samples_than_features_are_warned_of(judge, run, capsys):
     judge(num=20, nfe=(3,))
-    assert 'warning: 20 samples for 64 features give a frechet far from' in capsys.readouterr().out
+    assert 'warning: 20 samples are too few for 64 features: frechet is far from' in capsys.readouterr().out
 
 
 def test_weights_of_another_network_are_refused(judge, run):

@@ -21,7 +21,7 @@ from runtime import errors
 from scripts import generate as program
 from scripts import samples
 from scripts.generate import Generate
-from scripts.samples import Output, labels_of
+from scripts.samples import Output, parse_labels
 from tests.helpers import ROOT, launch_env, wait_until
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
@@ -119,7 +119,7 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
     add = Output.add
     monkeypatch.setattr(Output, 'add', lambda self, indices, *rest: added.extend(indices) or add(self, indices, *rest))
     draw('folder', num=25)
-    assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them are there' in capsys.readouterr().out
+    assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them already drawn' in capsys.readouterr().out
     assert sum(path.stat().st_mtime_ns == time for path, time in before.items()) == 18
     first = images(draw('x.npz', num=20))
     added.clear()
@@ -174,7 +174,7 @@ def test_cut_off_and_resumed(run, draw, tmp_path):
     first.communicate(timeout=60)
     assert first.returncode == errors.EXIT_STOPPED and not (tmp_path / 'x.npz').exists()
     done = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and 'of them are there' in done.stdout, done.stderr
+    assert done.returncode == 0 and 'of them already drawn' in done.stdout, done.stderr
     assert np.abs(images(tmp_path / 'x.npz').astype(int) - images(draw('y.npz', num=400))).max() <= 1
     assert [path.name for path in parts.iterdir()] == ['generate.json']
 
@@ -309,11 +309,11 @@ def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, 
 
 def test_classes_of_a_run_without_any_are_refused():
     with pytest.raises(SettingError, match='the run has learned no classes'):
-        labels_of('3', DataSpec(lambda config: (), num_classes=10), 1.0)
+        parse_labels('3', DataSpec(lambda config: (), num_classes=10), 1.0)
     with pytest.raises(SettingError, match='the run has no classes'):
-        labels_of('3', DataSpec(lambda config: ()), 0.0)
+        parse_labels('3', DataSpec(lambda config: ()), 0.0)
     with pytest.raises(SettingError, match='class 1 has no training items'):
-        labels_of('0,1', DataSpec(lambda config: (), num_classes=2, counts=(5, 0)), 0.1)
+        parse_labels('0,1', DataSpec(lambda config: (), num_classes=2, counts=(5, 0)), 0.1)
 
 
 class Kelvin(ExampleDiffusionTrainer):

@@ -121,7 +121,7 @@ def test_latents_and_their_moments(tiny_config, tmp_path, encoder):
         (dict(out='x.npy'), r'pass the file to write, as --out FILE\.pt'),
         (dict(latents='{0}:nothing'), "has no function 'nothing'"),
         (dict(latents='gone.py:encode'), "there is no file 'gone.py'"),
-        (dict(latents='{0}:broken'), r'\(64, 1, 8, 8\) became \(3, 1\)\. The encoder must give finite'),
+        (dict(latents='{0}:broken'), r'\(64, 1, 8, 8\) became \(3, 1\)\. The encoder must return finite'),
         (dict(latents='{0}:infinite'), 'with values that are not finite'),
         (dict(dataset='nothing'), "dataset='nothing'"),
     ],
@@ -143,7 +143,7 @@ def test_pairs_are_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_is_there_is_kept(tmp_path):
     (tmp_path / 'x.pt').write_text('mine')
-    with pytest.raises(SettingError, match='is there already'):
+    with pytest.raises(SettingError, match='already exists'):
         prepare(PrepareConfig(dataset='digits', out=str(tmp_path / 'x.pt')))
     assert (tmp_path / 'x.pt').read_text() == 'mine'
 

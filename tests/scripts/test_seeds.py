@@ -61,7 +61,7 @@ def test_curves_have_the_mean_and_a_band(folders, monkeypatch):
     monkeypatch.setattr(page, 'plot', lambda curves, title, bands: drawn.append((curves, bands)) or '<svg/>')
     groups = grouped([page.read(folder) for folder in folders])
     assert [len(group) for group in groups] == [3, 3, 3]
-    compare.over(groups, ['a', 'b', 'c'], 'loss', ('train/loss',))
+    compare.shared_plot(groups, ['a', 'b', 'c'], 'loss', ('train/loss',))
     ((curves, bands),) = drawn
     assert curves['a'] == ([10, 20, 30], [4.0, 4.0, 2.0])
     assert bands['b'] == [statistics.stdev([3, 4, 5]), statistics.stdev([2, 4, 6]), 1.0]
@@ -195,5 +195,5 @@ def test_a_curve_has_the_steps_that_all_seeds_have(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(page, 'plot', lambda curves, title, bands: drawn.append((curves, bands)) or '<svg/>')
     folders = [made(tmp_path, f'n{seed}', [3.0, 2.0, 1.0][:n], 1.0, seed=seed) for seed, n in enumerate((3, 2, 3))]
-    compare.over(grouped([page.read(folder) for folder in folders]), ['a'], 'loss', ('train/loss',))
+    compare.shared_plot(grouped([page.read(folder) for folder in folders]), ['a'], 'loss', ('train/loss',))
     assert drawn == [({'a': ([10, 20], [3.0, 2.0])}, {'a': [0.0, 0.0]})]

@@ -16,7 +16,7 @@ from main import build, load_run
 from scripts.evaluate import Evaluate, evaluate
 from scripts.evaluate import main as evaluate_main
 from scripts.generate import Generate, generate
-from scripts.samples import labels_of
+from scripts.samples import parse_labels
 from trainer import ExampleDiffusionTrainer
 from training import run_record
 
@@ -186,24 +186,24 @@ def test_there_is_no_table_without_classes(made, tmp_path):
 
 def test_classes_have_names_on_the_command_line():
     spec = DataSpec(lambda config: (), num_classes=3, classes=('Ankle boot', 'Bag', '0'))
-    assert labels_of('Bag,Ankle boot', spec, 0.1) == [1, 0] and labels_of('Ankle boot', spec, 0.1) == [0]
-    assert labels_of('1, Bag 2', spec, 0.1) == [1, 1, 2] and labels_of('', spec, 0.1) == []
-    assert labels_of('0', spec, 0.1) == [2]  # the name
+    assert parse_labels('Bag,Ankle boot', spec, 0.1) == [1, 0] and parse_labels('Ankle boot', spec, 0.1) == [0]
+    assert parse_labels('1, Bag 2', spec, 0.1) == [1, 1, 2] and parse_labels('', spec, 0.1) == []
+    assert parse_labels('0', spec, 0.1) == [2]  # the name
     comma = DataSpec(lambda config: (), num_classes=2, classes=('a, b', 'say "c"'))
-    assert labels_of('"a, b", 1,say "c"', comma, 0.1) == [0, 1, 1]
-    assert labels_of('1, "a, b"', comma, 0.1) == [1, 0]
-    with pytest.raises(SettingError, match=r'commas between them, and a name with a comma in quotes: .* \'"a, b"\'\.'):
-        labels_of('a, b', comma, 0.1)
+    assert parse_labels('"a, b", 1,say "c"', comma, 0.1) == [0, 1, 1]
+    assert parse_labels('1, "a, b"', comma, 0.1) == [1, 0]
+    with pytest.raises(SettingError, match=r'separated by commas, and a name with a comma in quotes: .* \'"a, b"\'\.'):
+        parse_labels('a, b', comma, 0.1)
     numbers = DataSpec(lambda config: (), num_classes=2, classes=('1', '2'))
-    assert labels_of('2,1', numbers, 0.1) == [1, 0]
+    assert parse_labels('2,1', numbers, 0.1) == [1, 0]
     with pytest.raises(
         SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"
     ):  # a number, where classes have names
-        labels_of('0,1', numbers, 0.1)
+        parse_labels('0,1', numbers, 0.1)
     with pytest.raises(
         SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 'Ankle boot', 1 'Bag', 2 '0'"
     ):
-        labels_of('Boot', spec, 0.1)
+        parse_labels('Boot', spec, 0.1)
 
 
 def test_a_step_of_a_run_that_is_read_has_the_dropout_of_the_run(made, tiny_config):
