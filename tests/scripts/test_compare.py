@@ -1,4 +1,4 @@
-"""compare.side_by_side: runs one after the other, and their numbers in a table and on a page."""
+"""compare.side_by_side: trains runs one after the other, and shows their numbers in a table and on a page."""
 
 import itertools
 import json
@@ -30,15 +30,15 @@ PARTS = {'plain': {}, 'halved': dict(trainer_class=Halved), 'fast': dict(base_lr
 
 @pytest.fixture
 def compared(tmp_path, monkeypatch, build_trainer):
-    """`compared(parts, *flags, **more)`: as examples/mine.py would call it, with tiny flags of its own."""
+    """`compared(parts, *flags)` calls `side_by_side` as examples/mine.py would, with tiny default settings."""
     monkeypatch.setattr(judge, 'NUM_JUDGED', 32)
-    usual = ' '.join(
+    defaults = ' '.join(
         as_flags(TINY | dict(num_training_steps=3, warmup_steps=1, eval_every=3, save_every=3, final_eval=True))
     )
 
     def run(parts, *flags, numbers=('eval/*', 'final/*/frechet')):
         monkeypatch.setattr(sys, 'argv', ['examples/mine.py', '--ckpt_dir', str(tmp_path), *flags])
-        side_by_side(parts, numbers, usual=usual)
+        side_by_side(parts, numbers, usual=defaults)
 
     return run
 
@@ -61,7 +61,7 @@ def test_runs_are_trained_and_compared(compared, tmp_path, capsys):
     assert text.count('is finished') == 3 and columns_in(text) | table == columns_in(text)
 
 
-def test_flags_win_over_usual_ones_and_are_in_the_name(compared, tmp_path, capsys):
+def test_flags_win_over_defaults_and_are_in_the_name(compared, tmp_path, capsys):
     compared({'plain': {}, 'fast': dict(base_lr=0.01)}, '--num_training_steps', '4', '--seed', '7', '--log_every', '1')
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         'mine_seed=7_num_training_steps=4_compared.html',
@@ -72,12 +72,12 @@ def test_flags_win_over_usual_ones_and_are_in_the_name(compared, tmp_path, capsy
     assert (config['num_training_steps'], config['base_lr'], config['log_every']) == (4, 0.01, 1)
 
 
-def test_a_name_that_was_given_is_the_name(compared, tmp_path):
+def test_a_given_experiment_name_is_used(compared, tmp_path):
     compared({'a': {}}, '--experiment_name', 'mine_too')
     assert (tmp_path / 'mine_too_a/last.pt').exists()
 
 
-def test_a_wrong_setting_of_a_run_ends_it_and_leaves_the_others(compared, tmp_path, capsys):
+def test_a_wrong_setting_of_one_run_leaves_the_earlier_runs(compared, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         compared({'plain': {}, 'bad': dict(solver='none')})
     assert stop.value.code == 2 and "solver='none'" in capsys.readouterr().err
@@ -87,8 +87,8 @@ def test_a_wrong_setting_of_a_run_ends_it_and_leaves_the_others(compared, tmp_pa
     assert 'base_lr=-1.0: must be positive' in capsys.readouterr().err
 
 
-def test_a_flag_that_a_run_overrules_is_refused(compared, tmp_path, capsys):
-    """But not one from which it derives its own value."""
+def test_a_flag_that_a_run_overrides_is_refused(compared, tmp_path, capsys):
+    """A flag from which a run derives its own value is allowed."""
     parts = {'plain': {}, 'fast': dict(base_lr=0.01)}
     with pytest.raises(SystemExit) as stop:
         compared(parts, '--base_lr', '0.5')
@@ -114,7 +114,7 @@ def test_columns_are_aligned():
     )
 
 
-def test_draw_takes_settings_of_sampling(tmp_path, build_trainer, tiny_config):
+def test_draw_accepts_sampling_settings(tmp_path, build_trainer, tiny_config):
     trainer = main.build(tiny_config())
     inputs, model_fn, calls = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network), []
 
@@ -127,7 +127,7 @@ def test_draw_takes_settings_of_sampling(tmp_path, build_trainer, tiny_config):
     assert Config().num_sample_steps != 6
 
 
-def test_evaluations_that_differ_in_one_setting_are_numbers_of_their_own():
+def test_evaluations_that_differ_in_one_setting_are_separate_numbers():
     about = dict(detector='pixels', weights='ema', solver='adams', time_grid='logistic', nfe=4, guidance_scale=1.0)
     others = dict(detector='dinov2', weights='raw', solver='heun', time_grid='cosine', nfe=8, guidance_scale=2.0)
     about, others = about | dict(num=40, seed=0), others | dict(num=50, seed=1)
@@ -138,8 +138,8 @@ def test_evaluations_that_differ_in_one_setting_are_numbers_of_their_own():
 
 def test_the_newest_pictures_of_the_judged_weights_are_shown(tmp_path):
     (tmp_path / 'samples').mkdir()
-    for step, way in itertools.product((10, 20), ('adams_ema_0.9', 'adams_raw', 'heun_ema_0.9')):
-        Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_{way}.png')
+    for step, name in itertools.product((10, 20), ('adams_ema_0.9', 'adams_raw', 'heun_ema_0.9')):
+        Image.new('RGB', (4, 4)).save(tmp_path / f'samples/step_{step:07d}_{name}.png')
     run = page.Run(tmp_path, dict(solver='adams'), [])
     shown, others = newest_samples(run, 'mine'), newest_samples(run, 'mine', False)
     assert re.findall('alt="(.*?)"', others) == ['mine: step 20, heun, averaged weights (EMA 0.9)']

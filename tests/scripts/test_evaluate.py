@@ -1,4 +1,4 @@
-"""evaluate.py: numbers that others can compute again."""
+"""evaluate.py: metrics against independent computations, the record of results, and refused options."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def judge(run, monkeypatch):
     return go
 
 
-def test_the_numbers_are_those_of_the_images_that_generate_writes(judge, run, tmp_path):
+def test_the_numbers_belong_to_the_images_that_generate_writes(judge, run, tmp_path):
     (line,) = judge()
     generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=40, nfe=4, batch_size=9))
     x = np.load(tmp_path / 'x.npz')['arr_0'][..., 0].reshape(40, 64) / 255 * 2 - 1
@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_images_that_generate_writes(judge, run, tm
     assert line['real_frechet'] < 0.2 * line['frechet']
 
 
-def test_samples_that_are_not_finite_get_no_numbers_and_the_others_do(judge, monkeypatch, capsys):
+def test_if_a_sample_is_not_finite_there_are_losses_but_no_distances(judge, monkeypatch, capsys):
     draw = ExampleDiffusionTrainer.draw
 
     def first_is_nan(*given, **more):
@@ -64,7 +64,7 @@ def test_samples_that_are_not_finite_get_no_numbers_and_the_others_do(judge, mon
     assert 'warning: 1 samples have values that are not finite' in capsys.readouterr().out
 
 
-def test_a_number_of_the_detector_goes_before_one_of_the_experiment(judge, monkeypatch):
+def test_a_metric_of_the_detector_replaces_the_experiments_of_the_same_name(judge, monkeypatch):
     def opened(*given, **more):
         trainer = load_run(*given, **more)
         trainer.sample_metrics = lambda x, inputs: dict(frechet=-1.0, mine=2.0)
@@ -75,28 +75,28 @@ def test_a_number_of_the_detector_goes_before_one_of_the_experiment(judge, monke
     assert line['mine'] == 2 and line['frechet'] > 0
 
 
-def test_a_result_is_recorded_with_all_that_made_it_and_not_computed_again(judge, run, monkeypatch):
+def test_a_result_is_recorded_with_all_settings_and_not_computed_again(judge, run, monkeypatch):
     (run / 'evaluation.jsonl').unlink(missing_ok=True)
     first = judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,))
     assert len(first) == 4 and len({line['frechet'] for line in first}) == 4
     assert [(line['weights'], line['nfe']) for line in first] == [('ema', 4), ('ema', 6), ('raw', 4), ('raw', 6)]
     kept = [json.loads(text) for text in (run / 'evaluation.jsonl').read_text().splitlines()]
     assert kept == first
-    named = (
+    recorded = (
         'step weights weights_digest solver num_sample_steps nfe time_grid guidance_scale guidance_interval '
         'guidance_rescale num seed bits detector detector_digest data train_images held_out_images commit measures'
     )
-    assert set(named.split()) <= first[0].keys() and first[0]['step'] == 12
+    assert set(recorded.split()) <= first[0].keys() and first[0]['step'] == 12
     monkeypatch.setattr(Samples, 'numbers', lambda *_: 1 / 0)
     assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == first
     older = [line | dict(commit='older') for line in first]
     (run / 'evaluation.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in older))
-    assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == older  # a commit changes no number
+    assert judge(weights=('ema', 'raw'), nfe=(4, 6), guidance_scale=(1.0,)) == older  # the commit does not matter
     with pytest.raises(ZeroDivisionError):
         judge(seed=1)
     text = page.blocks(page.evaluations(first))
     assert {'frechet', 'label_agreement'} <= set(text.split()) and max(map(len, text.split('\n'))) <= 120
-    assert 'bits_per_dim' not in text  # in no line
+    assert 'bits_per_dim' not in text  # no line has it
 
 
 def test_losses_and_bits_per_dimension(judge):
@@ -117,12 +117,12 @@ def test_losses_and_bits_per_dimension(judge):
         (dict(run='nowhere'), 'nowhere'),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(judge, options, words):
+def test_impossible_options_are_refused(judge, options, words):
     with pytest.raises(SettingError, match=words):
         judge(**options)
 
 
-def test_fewer_samples_than_features_are_warned_of(judge, run, capsys):
+def test_fewer_samples_than_features_give_a_warning(judge, run, capsys):
     judge(num=20, nfe=(3,))
     assert 'warning: 20 samples are too few for 64 features: frechet is far from' in capsys.readouterr().out
 
@@ -133,21 +133,21 @@ def test_weights_of_another_network_are_refused(judge, run):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(judge, run):
-    (alone,) = judge(seed=7)
+def test_two_processes_compute_the_same_numbers_as_one(judge, run):
+    (one_process,) = judge(seed=7)
     (run / 'evaluation.jsonl').unlink()
     command = ['sh', 'run.sh', 'evaluate.py', '--run', str(run), '--num', '40', '--detector', 'pixels', '--nfe', '4']
     done = subprocess.run(
         [*command, '--seed', '7'], cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0 and 'frechet' in done.stdout, done.stderr
-    both = json.loads((run / 'evaluation.jsonl').read_text())
+    two_processes = json.loads((run / 'evaluation.jsonl').read_text())
     for name in ('frechet', 'kid', 'precision', 'coverage', 'eval/loss', 'eval/reference'):
-        assert both[name] == pytest.approx(alone[name], rel=1e-4), name
+        assert two_processes[name] == pytest.approx(one_process[name], rel=1e-4), name
 
 
-def test_bits_are_those_of_the_likelihood_of_the_held_out_images(run, monkeypatch):
-    """-log p / (64 ln 2) + log2(17 / 2), the pixels dequantized, each with its class."""
+def test_bits_are_the_mean_negative_log_likelihood_of_the_held_out_images(run, monkeypatch):
+    """They are -log p / (64 ln 2) + log2(17 / 2), with dequantized pixels and the class of each image."""
     seen = {}
 
     def likelihood(model_fn, process, x, label, **settings):
@@ -156,9 +156,9 @@ def test_bits_are_those_of_the_likelihood_of_the_held_out_images(run, monkeypatc
 
     monkeypatch.setattr('evaluation.likelihood.log_likelihood', likelihood)
     trainer = load_run(run)
-    found = trainer.judge.bits_per_dim(trainer.network, 6)
-    assert found['bits_per_dim'] == pytest.approx(2.5 + math.log2(17 / 2))
-    assert found['bits_per_dim_error'] == pytest.approx(np.std(np.arange(6), ddof=1) / 6**0.5)
+    bits = trainer.judge.bits_per_dim(trainer.network, 6)
+    assert bits['bits_per_dim'] == pytest.approx(2.5 + math.log2(17 / 2))
+    assert bits['bits_per_dim_error'] == pytest.approx(np.std(np.arange(6), ddof=1) / 6**0.5)
     x, label, *_ = trainer.test_loader.take(range(6))
     assert torch.equal(seen['label'], label) and torch.equal(((seen['x'] + 1) / 2 * 17).floor(), (x * 16).round())
 
@@ -171,25 +171,25 @@ def test_agreement_is_with_the_requested_classes(judge, monkeypatch):
 
     monkeypatch.setitem(detectors.DETECTORS, 'pixels', three)
     (line,) = judge()
-    assert line['label_agreement'] == pytest.approx(0.1)  # of classes in turn
+    assert line['label_agreement'] == pytest.approx(0.1)  # the requested classes are 0 to 9 in turn
 
 
-class Told(ExampleDiffusionTrainer):
+class Deblurring(ExampleDiffusionTrainer):
     """The blurred image is a condition."""
 
     def prepare_batch_fn(self, batch, is_train):
-        made = super().prepare_batch_fn(batch, is_train)
-        return dataclasses.replace(made, cond={'blurred': torch.nn.functional.avg_pool2d(made.x0, 3, 1, 1)})
+        prepared = super().prepare_batch_fn(batch, is_train)
+        return dataclasses.replace(prepared, cond={'blurred': torch.nn.functional.avg_pool2d(prepared.x0, 3, 1, 1)})
 
 
 class Shifted(ExampleDiffusionTrainer):
     def prepare_batch_fn(self, batch, is_train):
-        made = super().prepare_batch_fn(batch, is_train)
-        return dataclasses.replace(made, x0=made.x0.roll(1, -1))
+        prepared = super().prepare_batch_fn(batch, is_train)
+        return dataclasses.replace(prepared, x0=prepared.x0.roll(1, -1))
 
 
-def test_bits_ask_the_network_what_it_has_learned(tiny_config, build_trainer, monkeypatch):
-    """The null class where no class was learned, and the conditions of each image."""
+def test_bits_condition_the_network_on_what_it_has_learned(tiny_config, build_trainer, monkeypatch):
+    """The network gets the null class if it learned no classes, and the conditions of each image."""
     seen = {}
 
     def likelihood(model_fn, process, x, label, cond, **settings):
@@ -200,7 +200,7 @@ def test_bits_ask_the_network_what_it_has_learned(tiny_config, build_trainer, mo
     trainer = build_trainer(tiny_config(label_dropout=1.0))
     trainer.judge.bits_per_dim(trainer.network, 6)
     assert (seen['label'] == 10).all()
-    trainer = build_trainer(tiny_config(experiment_name='told'), Told)
+    trainer = build_trainer(tiny_config(experiment_name='deblurring'), Deblurring)
     trainer.judge.bits_per_dim(trainer.network, 6)
     x, label, *_ = trainer.test_loader.take(range(6))
     blurred = torch.nn.functional.avg_pool2d(2 * x - 1, 3, 1, 1)
@@ -210,8 +210,8 @@ def test_bits_ask_the_network_what_it_has_learned(tiny_config, build_trainer, mo
         trainer.judge.bits_per_dim(trainer.network, 6)
 
 
-def test_each_block_of_images_has_probes_of_its_own(run, monkeypatch):
-    """The same ones every time."""
+def test_each_block_of_images_has_its_own_probes(run, monkeypatch):
+    """A second call draws the same probes."""
     drawn = []
 
     def likelihood(model_fn, process, x, label, **settings):

@@ -1,4 +1,4 @@
-"""generate.py: samples of a run in files, the same ones however the work is dealt."""
+"""generate.py: samples of a run in files, identical for any batch size and number of processes."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def run(short_run):
 
 @pytest.fixture
 def draw(run, tmp_path):
-    """`draw(out, **options)`: the path, after the program has run in this process."""
+    """`draw(out, **options)` runs the program in this process and returns the path."""
 
     def go(out: str, **options):
         program.generate(
@@ -47,14 +47,14 @@ def draw(run, tmp_path):
 
 
 def images(path) -> np.ndarray:
-    """(N, H, W) of a folder or a file."""
+    """(N, H, W), read from a folder of PNGs or an .npz."""
     if path.suffix == '.npz':
         return np.load(path)['arr_0'][..., 0]
     return np.stack([np.array(Image.open(file)) for file in sorted(path.glob('[0-9]*/*.png'))])
 
 
 @pytest.mark.parametrize('solver', ['adams', 'sde_dpmpp_2m'])
-def test_a_sample_is_the_same_in_any_batch_and_any_kind_of_file(draw, solver):
+def test_a_sample_is_the_same_in_any_batch_and_file_format(draw, solver):
     whole = images(draw('a.npz', solver=solver))
     assert whole.shape == (30, 8, 8) and whole.std() > 20
     assert len({image.tobytes() for image in whole}) == 30
@@ -66,13 +66,13 @@ def test_a_sample_is_the_same_in_any_batch_and_any_kind_of_file(draw, solver):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(draw, run, tmp_path):
-    alone = images(draw('alone.npz', solver='sde_dpmpp_2m'))
+def test_two_processes_draw_the_same_samples_as_one(draw, run, tmp_path):
+    one_process = images(draw('one_process.npz', solver='sde_dpmpp_2m'))
     flags = ['--run', run, '--out', tmp_path / 'both', '--num', '30', '--num_sample_steps', '3', '--batch_size', '4']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--solver', 'sde_dpmpp_2m']
     done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and '30 samples in' in done.stdout and 'images/s' in done.stdout, done.stderr
-    assert np.abs(images(tmp_path / 'both').astype(int) - alone).max() <= 1
+    assert np.abs(images(tmp_path / 'both').astype(int) - one_process).max() <= 1
 
 
 def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
@@ -97,7 +97,7 @@ def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
 
 
 def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatch):
-    """By hand: the noise of sample i, the solver of the run, decode."""
+    """Each sample computed by hand: the noise of its index, the run's solver, decode."""
     trainer = load_run(run, num_sample_steps=3)
     rows = []
     for i in range(5):
@@ -110,7 +110,7 @@ def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatc
     assert np.abs(np.stack(rows).astype(int) - images(draw('x.npz', num=5))).max() <= 1
 
 
-def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
+def test_existing_samples_are_not_drawn_again(draw, monkeypatch, capsys):
     out = draw('folder', num=20)
     before = {path: path.stat().st_mtime_ns for path in out.glob('0*/*.png')}
     for i in (3, 17):
@@ -142,7 +142,7 @@ def test_what_is_there_is_not_drawn_again(draw, monkeypatch, capsys):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize('num', [3, 10])
 def test_processes_without_work_wait_for_the_others(run, tmp_path, num):
-    """An odd number of batches on two processes, and a path that one of them draws."""
+    """Two processes share an odd number of batches, and one of them draws a path."""
     flags = ['--run', run, '--out', tmp_path / 'x', '--num', num, '--num_sample_steps', '3', '--batch_size', '4']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--trajectory']
     done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=100)
@@ -155,7 +155,7 @@ def test_a_gap_in_an_unfinished_file_is_filled(draw, tmp_path):
     draw('x.npz', num=30, batch_size=5)
     parts = tmp_path / 'x.npz.parts'
     label = np.arange(30) % 10
-    (tmp_path / 'x.npz').unlink()  # as if it was cut off: samples 0 to 4 and 20 to 29 are there
+    (tmp_path / 'x.npz').unlink()  # as after a kill: only samples 0 to 4 and 20 to 29 exist
     for rows in (np.arange(5), np.arange(20, 30)):
         np.savez(parts / f'{rows[0]:08d}.npz', x=whole[rows][..., None], label=label[rows], index=rows)
     assert np.array_equal(images(draw('x.npz', num=10)), whole[:10])
@@ -163,7 +163,7 @@ def test_a_gap_in_an_unfinished_file_is_filled(draw, tmp_path):
 
 
 @pytest.mark.slow
-def test_cut_off_and_resumed(run, draw, tmp_path):
+def test_stopped_and_resumed(run, draw, tmp_path):
     flags = ['--run', run, '--out', tmp_path / 'x.npz', '--num', '400', '--num_sample_steps', '3', '--batch_size', '2']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags)]
     start = dict(cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -190,13 +190,13 @@ def test_cut_off_and_resumed(run, draw, tmp_path):
         (dict(batch_size=0), 'batch_size=0'),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(draw, options, words, tmp_path):
+def test_impossible_options_are_refused(draw, options, words, tmp_path):
     with pytest.raises(SettingError, match=words):
         draw('folder', **options)
     assert not (tmp_path / 'folder').exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(draw, tmp_path):
+def test_a_folder_with_other_files_is_not_touched(draw, tmp_path):
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine/thesis.txt').write_text('years of work')
     np.savez(tmp_path / 'mine.npz', years=3)
@@ -229,7 +229,7 @@ def test_pictures_and_the_record(draw, run, monkeypatch):
         assert times == [100, 100, 1500] and gif.info['loop'] == 0  # again and again
         frames = [np.array(gif.convert('RGB')) for gif.n in range(4) if gif.seek(gif.n) is None]
     first, last = ('t = 0.999', 't = 0.001')
-    for frame, text in ((frames[0], first), (frames[-1], last)):  # time, then class names
+    for frame, text in ((frames[0], first), (frames[-1], last)):  # a line with the time, then a line of class names
         title = rendered_text(text, text_width(text) + 4).permute(1, 2, 0).numpy()
         assert np.abs(frame[:LINE_HEIGHT, : title.shape[1]].astype(int) - title).max() < 40
         for i in range(10):
@@ -240,8 +240,8 @@ def test_pictures_and_the_record(draw, run, monkeypatch):
     assert (made_by['step'], made_by['sample_seed'], made_by['num_sample_steps']) == (12, 0, 3)
 
 
-def test_the_pictures_of_training_become_one_that_moves(draw, run, tmp_path):
-    """Those of the first sampler and the judged weights, in the order of their steps, and no others."""
+def test_the_pictures_of_training_become_an_animation(draw, run, tmp_path):
+    """It has only the pictures of the first sampler with averaged weights, in the order of steps."""
     folder = tmp_path / 'run/samples'
     shutil.copytree(run, tmp_path / 'run', ignore=shutil.ignore_patterns('samples', 'lock'))
     folder.mkdir()
@@ -249,15 +249,15 @@ def test_the_pictures_of_training_become_one_that_moves(draw, run, tmp_path):
     with pytest.raises(SettingError, match=r'training_gif=True: .*samples has no pictures step_\*\.png.*leave --'):
         draw('none', **given, training_gif=True)
     assert not (tmp_path / 'none').exists()  # nothing was drawn
-    for name, level in ('0000012_adams_ema_0.5', 200), ('0000003_adams_ema_0.5', 60), ('0000003_adams_raw', 0):
-        Image.new('RGB', (500 - level, 100), (level, level, level)).save(folder / f'step_{name}.png')
+    for name, grey in ('0000012_adams_ema_0.5', 200), ('0000003_adams_ema_0.5', 60), ('0000003_adams_raw', 0):
+        Image.new('RGB', (500 - grey, 100), (grey, grey, grey)).save(folder / f'step_{name}.png')
     with Image.open(draw('folder', **given, training_gif=True, weights='raw', solver='heun') / 'training.gif') as gif:
         assert gif.n_frames == 2 and gif.size == (440, 100)
-        levels = [np.array(gif.convert('L'))[50, 50] for i in range(2) if gif.seek(i) is None]
-    assert np.abs(np.array(levels, int) - [60, 200]).max() < 8
+        greys = [np.array(gif.convert('L'))[50, 50] for i in range(2) if gif.seek(i) is None]
+    assert np.abs(np.array(greys, int) - [60, 200]).max() < 8
 
 
-# ---------------------------------------------------------------- noise of each
+# ---------------------------------------------------------------- the noise of each sample
 
 
 @pytest.mark.parametrize('make', [torch.randn_like, torch.rand_like])
@@ -276,14 +276,14 @@ def test_noise_of_each_is_noise_and_belongs_to_its_index(make):
     assert make(x.double()).dtype == torch.float64
 
 
-def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, monkeypatch):
-    """Its sample_inputs is asked for all samples, and its draw for each batch."""
+def test_overridden_hooks_are_used(run, tmp_path, monkeypatch):
+    """sample_inputs is called for all samples at once, and draw for each batch."""
     trainer = load_run(run, num_sample_steps=3)
-    asked = []
+    numbers = []
 
     class Own(type(trainer)):
         def sample_inputs(self, n):
-            asked.append(n)
+            numbers.append(n)
             inputs = super().sample_inputs(n)
             return dataclasses.replace(inputs, x1=torch.linspace(0, 1, n)[:, None, None, None].expand(n, 1, 8, 8))
 
@@ -293,7 +293,7 @@ def test_an_experiment_of_its_own_is_drawn_by_its_own_functions(run, tmp_path, m
     trainer.__class__ = Own
     monkeypatch.setattr('scripts.samples.load_run', lambda *args, **kwargs: trainer)
     program.generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=30, batch_size=7))
-    assert set(asked) == {30}
+    assert set(numbers) == {30}
     with pytest.raises(SettingError, match=r'trajectory=True: Own\.draw does not use the solvers of the repo'):
         program.generate(Generate(run=str(run), out=str(tmp_path / 'y.npz'), num=30, trajectory=True))
     assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
@@ -324,8 +324,8 @@ class Kelvin(ExampleDiffusionTrainer):
         return 16 * x0 + 296
 
 
-def test_floats_are_written_as_they_are(tiny_config, build_trainer, tmp_path, monkeypatch):
-    """Of the shape of images, but no images: neither clipped, nor judged by a detector of images."""
+def test_floats_are_written_unchanged(tiny_config, build_trainer, tmp_path, monkeypatch):
+    """They have the shape of images, but are temperatures: they are not clipped, and image detectors refuse them."""
     (x, label), held_out = load_digits(Config())
     parts = tuple((280 + 2 * part[0].float(), part[1]) for part in ((x, label), held_out))
     monkeypatch.setitem(DATASETS, 'kelvin', DataSpec(lambda config: parts, num_classes=10, scale='float'))
@@ -344,7 +344,7 @@ def test_floats_are_written_as_they_are(tiny_config, build_trainer, tmp_path, mo
         get_detector(trainer.judge.data, 'inception')
 
 
-def test_what_decode_keeps_within_0_and_1_are_images(tiny_config, build_trainer, monkeypatch):
+def test_samples_that_decode_clamps_to_0_and_1_are_images(tiny_config, build_trainer, monkeypatch):
     class Latents(ExampleDiffusionTrainer):
         def decode(self, x0):
             return x0.clamp(0, 1)

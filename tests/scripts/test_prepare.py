@@ -46,7 +46,7 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.take(range(a.size)), b.take(range(b.size)), strict=True))
 
 
-def test_a_prepared_folder_is_what_the_folder_is(tiny_config, tmp_path):
+def test_a_prepared_folder_gives_the_same_data_as_the_folder(tiny_config, tmp_path):
     write_images(tmp_path / 'images', {'cat': [(9, 9)] * 20, 'dog': [(30, 9)] * 15})
     given = dict(dataset='image_folder', data_path=str(tmp_path / 'images'), image_size=(8, 6), held_out=5)
     prepare(PrepareConfig(**given, out=str(tmp_path / 'x.pt')))
@@ -62,7 +62,7 @@ def test_unreadable_images_are_left_out_wherever_they_are(tiny_config, tmp_path,
     given = dict(dataset='image_folder', data_path=str(tmp_path / 'images'), image_size=(8,), held_out=5)
     given['data_dir'] = str(tmp_path / 'data')
     names = list_images(tiny_config(**given)).files
-    for i in (0, 7, 39):  # the first held-out one, a training one and the last
+    for i in (0, 7, 39):  # a held-out image, a training image and the last one
         (tmp_path / 'images' / names[i]).write_bytes(b'no image')
     more = dict(latents=f'{encoder}:encode') if latents else {}
     prepare(PrepareConfig(**given, **more, skip_unreadable=True, out=str(tmp_path / 'x.pt')))
@@ -110,7 +110,7 @@ def test_latents_and_their_moments(tiny_config, tmp_path, encoder):
     x = torch.cat([direct[2].everything()[0], direct[0].everything()[0]])
     torch.testing.assert_close(z[:, :3, 0, 0], 3 * x.mean((2, 3)) + 1)
     assert torch.equal(z[:, 3, 0, 0], x[:, 0, 0, 0]) and train.spec.scale == 'float' and train.spec.num_classes == 2
-    rows = train.everything()[0].double().transpose(0, 1).flatten(1)  # nothing that is held out
+    rows = train.everything()[0].double().transpose(0, 1).flatten(1)  # the moments ignore held-out images
     torch.testing.assert_close(torch.tensor(train.spec.mean).double(), rows.mean(1))
     torch.testing.assert_close(torch.tensor(train.spec.std).double(), rows.std(1, correction=0))
 
@@ -126,7 +126,7 @@ def test_latents_and_their_moments(tiny_config, tmp_path, encoder):
         (dict(dataset='nothing'), "dataset='nothing'"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path, encoder, settings, words):
+def test_impossible_settings_are_refused_and_leave_no_file(tmp_path, encoder, settings, words):
     settings = {name: value.format(encoder) for name, value in settings.items()}
     with pytest.raises(SettingError, match=words):
         prepare(PrepareConfig(**(dict(dataset='digits', out=str(tmp_path / 'x.pt')) | settings)))
@@ -141,14 +141,14 @@ def test_pairs_are_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_there_is_kept(tmp_path):
+def test_an_existing_file_is_kept(tmp_path):
     (tmp_path / 'x.pt').write_text('mine')
     with pytest.raises(SettingError, match='already exists'):
         prepare(PrepareConfig(dataset='digits', out=str(tmp_path / 'x.pt')))
     assert (tmp_path / 'x.pt').read_text() == 'mine'
 
 
-def test_missing_room_is_reported_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_lack_of_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, 'space_for', lambda path: 1000)
     with pytest.raises(SettingError, match='Make room, or take another place'):
         prepare(PrepareConfig(dataset='digits', out=str(tmp_path / 'x.pt')))
@@ -166,7 +166,7 @@ def test_as_a_command(tmp_path):
     assert again.returncode == 2 and again.stderr.startswith('SettingError: out=') and 'Traceback' not in again.stderr
 
 
-def test_latents_keep_their_classes_and_of_constant_ones_the_std_is_0(tiny_config, tmp_path):
+def test_latents_keep_their_classes_and_constant_channels_have_std_0(tiny_config, tmp_path):
     (tmp_path / 'e.py').write_text(
         'import torch\ndef encode(x):\n'
         '    constant = torch.linspace(0.1, 1, 50).view(-1, 1, 1).expand(len(x), 50, *x.shape[2:])\n'
@@ -175,6 +175,6 @@ def test_latents_keep_their_classes_and_of_constant_ones_the_std_is_0(tiny_confi
     prepare(PrepareConfig(dataset='digits', latents=f'{tmp_path}/e.py:encode', out=str(tmp_path / 'z.pt')))
     train, _ = load(tiny_config, tmp_path / 'z.pt')
     direct = setup_data_train_and_test(tiny_config(), CPU)[0]
-    (z, label), (x, asked) = train.everything(), direct.everything()
-    assert torch.equal(label, asked) and torch.allclose(z[:, :1], x)  # of 16 grey levels, in [0, 1]
+    (z, label), (x, direct_label) = train.everything(), direct.everything()
+    assert torch.equal(label, direct_label) and torch.allclose(z[:, :1], x)  # 16 grey levels, in [0, 1]
     assert np.isfinite(train.spec.std).all() and max(train.spec.std[1:]) < 1e-6

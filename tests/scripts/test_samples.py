@@ -1,4 +1,4 @@
-"""Samples in files: where each goes, what resumes, what is refused."""
+"""Files of samples: their paths, resuming, and what is refused."""
 
 from types import SimpleNamespace
 
@@ -13,12 +13,12 @@ from scripts.samples import Output, Samples
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
 
-def test_files_are_found_by_number(tmp_path):
+def test_the_path_of_a_file_follows_from_its_index(tmp_path):
     out = Output(str(tmp_path / 'x'), True, {})
     assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
 
 
-def test_a_folder_holds_each_image_and_a_grid(tmp_path):
+def test_a_folder_holds_the_images_and_a_grid(tmp_path):
     out = Output(str(tmp_path / 'x'), True, {})
     out.claim()
     out.add([0, 3], X[[0, 3]], None)
@@ -28,26 +28,26 @@ def test_a_folder_holds_each_image_and_a_grid(tmp_path):
     with Image.open(out.png(3)) as image:
         assert np.array_equal(np.array(image), (X[3, 0] * 255).round().byte().numpy())
     with Image.open(tmp_path / 'x/grid.png') as grid:
-        assert grid.size == (2 + 2 * 106, 2 + 2 * 106)  # cells of 104 pixels, 13 for each of 8
+        assert grid.size == (2 + 2 * 106, 2 + 2 * 106)  # each 8 x 8 image is enlarged 13 times, to 104 pixels
 
 
-def test_one_file_holds_all_in_order_and_takes_more(tmp_path):
+def test_one_file_holds_all_samples_in_order_and_can_be_extended(tmp_path):
     out = Output(str(tmp_path / 'x.npz'), False, {})
     out.claim()
     label = torch.arange(6)
     out.add([4, 5], X[4:], label[4:])
     out.add([0, 1], X[:2], label[:2])
-    out.finish(2, 2, [])  # 2 and 3 are missing: only what comes before them is in the file
+    out.finish(2, 2, [])  # samples 2 and 3 are missing, so only samples 0 and 1 are in the file
     assert len(np.load(tmp_path / 'x.npz')['arr_0']) == 2 and out.drawn() == {0, 1, 4, 5}
     out.add([2, 3], X[2:4], label[2:4])
     out.finish(6, 2, [])
     whole = np.load(tmp_path / 'x.npz')
     assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [0, 1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / 'x.npz.parts').iterdir()] == ['generate.json']
-    assert not (tmp_path / 'x_grid.png').exists()  # floats that are not images
+    assert not (tmp_path / 'x_grid.png').exists()  # these samples are not images
 
 
-def test_what_two_batches_hold_is_in_the_file_once_and_no_class_is_minus_one(tmp_path):
+def test_a_sample_in_two_batches_is_in_the_file_once_and_no_class_is_minus_one(tmp_path):
     out = Output(str(tmp_path / 'x.npz'), False, {})
     out.claim()
     for rows in (range(4), range(2, 6)):
@@ -57,7 +57,7 @@ def test_what_two_batches_hold_is_in_the_file_once_and_no_class_is_minus_one(tmp
     assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [-1] * 6
 
 
-def test_a_table_of_more_samples_is_kept(tmp_path):
+def test_a_longer_table_is_kept(tmp_path):
     out = Output(str(tmp_path / 'x'), True, {})
     out.claim()
     for label in ([1, 0, 1], [1, 0]):
@@ -74,7 +74,7 @@ def test_samples_that_are_not_images_need_a_file(tmp_path):
     ('dataset', 'words'),
     [('hub', '^no network$'), ('image_folder', 'my/x.*evaluate.py compares.* gone .*--data_path')],
 )
-def test_data_that_are_gone_are_named_but_the_name_of_a_data_set_is_not_a_path(dataset, words):
+def test_missing_data_are_named_but_a_name_on_the_hub_is_not_a_path(dataset, words):
     def refuse():
         raise SettingError('no network')
 

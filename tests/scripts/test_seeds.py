@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed are one row: mean, spread, and a difference within it is none."""
+"""Runs that differ only in their seed: one row with mean and spread, and differences that are judged by the spread."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tests.scripts.test_compare import PARTS, compared  # noqa: F401
 
 
 def made(folder, name, curve, number, **settings):
-    """A folder of a run, with a loss of these values and one number at the end."""
+    """Write a run's folder with this loss curve and one number at the end; returns its path."""
     run = folder / name
     run.mkdir(parents=True)
     config = Config(experiment_name=name, ckpt_dir=str(folder), **settings)
@@ -31,7 +31,7 @@ def made(folder, name, curve, number, **settings):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Three seeds with each of three learning rates: the second is worse, the third as good as the first."""
+    """Three seeds for each of three learning rates: the second rate is worse, the third as good as the first."""
     numbers = {1e-3: (1.0, 1.1, 1.2), 2e-3: (2.0, 2.1, 2.2), 3e-3: (1.05, 1.15, 1.3)}
     return [
         made(tmp_path, f'lr{1000 * lr:.0f}_{seed}', [3 + seed, 2 + 2 * seed, 1 + seed], number, base_lr=lr, seed=seed)
@@ -43,9 +43,9 @@ def folders(tmp_path):
 def test_the_table_has_a_row_for_each_setting_with_mean_and_spread(folders, capsys, tmp_path):
     compare.compare(compare.Compare(tuple(folders), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
-    told, changes = map(columns_in, text.split('difference from'))
-    assert told['seeds'] == ['3'] * 3 and told['final/adams/frechet'] == ['1.1 ± 0.1', '2.1 ± 0.1', '1.167 ± 0.13']
-    assert told['base_lr'] == ['0.001', '0.002', '0.003'] and 'seed' not in told
+    table, changes = map(columns_in, text.split('difference from'))
+    assert table['seeds'] == ['3'] * 3 and table['final/adams/frechet'] == ['1.1 ± 0.1', '2.1 ± 0.1', '1.167 ± 0.13']
+    assert table['base_lr'] == ['0.001', '0.002', '0.003'] and 'seed' not in table
     assert changes['final/adams/frechet'] == ['+1', 'none']
     page = (tmp_path / 'x.html').read_text()
     assert page.count('1.1 ± 0.1') == 2 and '<td>none</td>' in page and 'Differences from base_lr=0.001' in page
@@ -75,7 +75,7 @@ def test_a_band_is_drawn_around_the_mean():
     assert 'FillBetween' in banded and 'FillBetween' not in plain
 
 
-def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
+def test_with_one_seed_each_a_hint_replaces_the_differences(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
     assert 'as base_lr=0.001 or every other run has only one seed. Train with --seed 1' in text
@@ -84,7 +84,7 @@ def test_one_seed_each_says_what_it_cannot_show(folders, capsys, tmp_path):
     assert 'warning: these runs are of different data sets' in capsys.readouterr().out
 
 
-def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
+def test_runs_with_other_settings_trainers_or_data_are_separate_groups(tmp_path):
     from reports.page import read
 
     runs = [
@@ -92,7 +92,7 @@ def test_other_settings_trainers_and_folders_of_the_same_seed(tmp_path):
         for i, settings in enumerate([
             dict(seed=4, init_from='a_seed=4_teacher'), dict(seed=5, init_from='a_seed=4_seed=5_teacher'),
             dict(seed=0, channels=16), dict(seed=1, channels=32), dict(seed=2, channels=16),
-            dict(seed=0, data_path='split_seed=1'), dict(seed=1, data_path='split_seed=2'),  # of other data
+            dict(seed=0, data_path='split_seed=1'), dict(seed=1, data_path='split_seed=2'),  # other data
         ])
     ]  # fmt: skip
     runs[4].starts = [{'trainer': {'name': 'Other'}}]
@@ -114,8 +114,8 @@ def test_differences_are_judged_by_both_spreads():
     assert cells([['step', [9, 9], []]], [2, 2]) == [['seeds', 2, 2], ['step', 9, None]]  # not 9 ± 0
 
 
-def test_a_seed_whose_numbers_are_not_finite_is_told_and_ends_nothing():
-    """The record holds them as text."""
+def test_numbers_that_are_not_finite_are_counted():
+    """The record holds such numbers as text."""
     rows = [['a', [1.0, 'nan', 2.0], [1.0, 2.0, 3.0]], ['b', [1.0, 2.0], [9.0, 9.5]], ['c', ['inf'], [1.0]]]
     assert cells(rows, [3, 3])[1:] == [
         ['a', 'not finite in 1 of 3', '2 ± 1'], ['b', '1.5 ± 0.71 (2 of 3)', '9.25 ± 0.35 (2 of 3)'],
@@ -125,7 +125,7 @@ def test_a_seed_whose_numbers_are_not_finite_is_told_and_ends_nothing():
 
 
 def test_two_runs_of_one_seed_are_two_columns(tmp_path):
-    """Such as before and after a change of the code."""
+    """For example, before and after a change of the code."""
     from reports.page import read
 
     runs = [read(made(tmp_path, f'n{i}', [1.0], 1.0, seed=seed)) for i, seed in enumerate([0, 0, 1, 1])]
@@ -147,7 +147,7 @@ def test_seeds_are_taken_from_the_command_line(words, seeds, rest):
 
 
 @pytest.mark.parametrize('words', [['--seeds'], ['--seeds', '0'], ['--seeds=x'], ['--seeds', '--base_lr']])
-def test_other_numbers_of_seeds_are_refused(words):
+def test_wrong_numbers_of_seeds_are_refused(words):
     with pytest.raises(SettingError, match=r'seeds=.*whole number.*--seeds 3'):
         take_seeds(words)
 
@@ -179,7 +179,7 @@ def test_examples_train_with_seeds(compared, tmp_path, capsys, monkeypatch):  # 
     assert (tmp_path / 'mine_seed=4_compared.html').exists()
 
 
-def test_seeds_that_have_not_trained_as_long_are_warned_of(capsys):
+def test_seeds_at_different_steps_give_a_warning(capsys):
     text_of_changes([['step', [100, 50], [100, 100]]], ['a', 'b'])
     assert capsys.readouterr().out == 'warning: the seeds of a are at steps 50 to 100: train them to the end\n'
 
@@ -189,7 +189,7 @@ def test_a_group_is_named_after_its_first_run(folders, capsys, tmp_path):
     assert columns_in(capsys.readouterr().out)['run'] == ['lr1_0', 'lr2_0']
 
 
-def test_a_curve_has_the_steps_that_all_seeds_have(tmp_path, monkeypatch):
+def test_a_curve_has_only_the_steps_that_all_seeds_have(tmp_path, monkeypatch):
     from reports import page
 
     drawn = []

@@ -1,4 +1,4 @@
-"""sweep.py: every combination of settings is a run, and what is finished is passed over."""
+"""sweep.py: trains a run for every combination of settings, and skips finished runs."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def test_every_combination_once():
 
 
 def test_the_page_is_named_after_what_is_swept():
-    """One name for all let a second sweep overwrite the page of the first."""
+    """With a fixed name, a second sweep would overwrite the page of the first."""
     name = lambda words: page_name([parse_config(flags) for flags in combinations(words.split())])  # noqa: E731
     assert name('--base_lr 1e-3 2e-3 --seed 1 2') == 'sweep_seed=1-2_base_lr=0p001-0p002_digits.html'
     assert name('--seeds 2 -- --preset mnist --channels 8') == 'sweep_seed=0-1_mnist_channels=8.html'
@@ -39,13 +39,13 @@ def test_the_page_is_named_after_what_is_swept():
         (['--base_lr', '1', '-1'], 'base_lr=-1.0'),
     ],
 )
-def test_a_grid_that_is_none_is_refused_before_the_first_run(words, text):
+def test_a_malformed_grid_is_refused_before_the_first_run(words, text):
     with pytest.raises(SettingError, match=text):
         combinations(words)
 
 
 @pytest.mark.slow
-def test_stopped_gone_on_and_compared(tmp_path):
+def test_stopped_resumed_and_compared(tmp_path):
     shared = as_flags(TINY | dict(ckpt_dir=tmp_path, num_training_steps=40, log_every=1))
     command = ['sh', 'run.sh', 'sweep.py', '--base_lr', '1e-3', '2e-3', '--', *shared]
     start = dict(cwd=ROOT, env=launch_env(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -64,7 +64,7 @@ def test_stopped_gone_on_and_compared(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_task_of_an_array_does_one_run_and_a_failed_run_is_named(tmp_path):
+def test_one_task_of_an_array_trains_one_run_and_a_failed_run_is_named(tmp_path):
     shared = as_flags(TINY | dict(ckpt_dir=tmp_path))
     command = ['sh', 'run.sh', 'sweep.py', '--model_type', 'velocity', 'x1', '--t_max', '0.999', '1', '--', *shared]
     env = launch_env(1) | dict(SLURM_ARRAY_TASK_ID='0')
@@ -78,8 +78,8 @@ def test_one_task_of_an_array_does_one_run_and_a_failed_run_is_named(tmp_path):
     assert os.listdir(tmp_path) == [folder.parent.name]
 
 
-def test_a_task_of_an_array_does_its_own_run(monkeypatch, tmp_path):
-    """And leaves the page to others."""
+def test_a_task_of_an_array_trains_its_own_run(monkeypatch, tmp_path):
+    """It writes no page."""
     done = []
     monkeypatch.setattr('scripts.sweep.run_one', lambda flags: done.append(flags) or 0)
     monkeypatch.setattr('scripts.compare.compare', lambda options: pytest.fail('it compares runs of other tasks'))

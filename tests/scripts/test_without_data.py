@@ -1,4 +1,4 @@
-"""generate.py and evaluate.py of a run whose data were moved; classes in files and on the command line."""
+"""generate.py and evaluate.py for a run whose data were moved; classes in files and on the command line."""
 
 import csv
 import dataclasses
@@ -37,7 +37,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def made(tiny_config, images):
-    """`made(trainer_class)`: the folder of a run on the images, saved at its first step."""
+    """`made(trainer_class)`: the folder of a run on the images, saved at step 0."""
 
     def go(trainer_class=ExampleDiffusionTrainer, **settings):
         settings = dict(dataset='image_folder', data_path=str(images), image_size=(8,), label_dropout=0.1) | settings
@@ -55,7 +55,7 @@ def drawn(run, out, **options):
     return out
 
 
-def test_samples_need_nothing_but_the_folder_of_the_run(made, images, tmp_path):
+def test_samples_need_only_the_folder_of_the_run(made, images, tmp_path):
     run = made()
     first = drawn(run, tmp_path / 'first.npz')
     images.rename(tmp_path / 'elsewhere')
@@ -69,7 +69,7 @@ def test_samples_need_nothing_but_the_folder_of_the_run(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, tmp_path, monkeypatch, capsys):
+def test_operations_that_need_the_data_name_them_and_accept_a_new_path(made, images, tmp_path, monkeypatch, capsys):
     run = made()
     real = load_run(run).example
     moved = images.rename(tmp_path / 'elsewhere')
@@ -95,21 +95,21 @@ def test_what_reads_the_data_names_them_and_takes_their_new_place(made, images, 
 
 
 class FromData(ExampleDiffusionTrainer):
-    """Images from their negatives, which are data."""
+    """Samples start from the negatives of images, so they need data."""
 
     def prepare_batch_fn(self, batch, is_train):
-        made = super().prepare_batch_fn(batch, is_train)
-        made.x1 = -made.x0
-        return made
+        prepared = super().prepare_batch_fn(batch, is_train)
+        prepared.x1 = -prepared.x0
+        return prepared
 
 
 class OnData(ExampleDiffusionTrainer):
     """The mean colour is a condition."""
 
     def prepare_batch_fn(self, batch, is_train):
-        made = super().prepare_batch_fn(batch, is_train)
-        made.cond = {'colour': made.x0.mean((2, 3))}
-        return made
+        prepared = super().prepare_batch_fn(batch, is_train)
+        prepared.cond = {'colour': prepared.x0.mean((2, 3))}
+        return prepared
 
 
 @pytest.mark.parametrize('trainer_class', [FromData, OnData])
@@ -124,15 +124,15 @@ def test_samples_that_start_from_data_need_them(made, images, tmp_path, trainer_
     assert np.array_equal(first, again)
 
 
-def test_other_data_are_warned_of_or_refused(made, images, capsys):
+def test_other_data_give_a_warning_or_are_refused(made, images, capsys):
     run = made()
     (images / 'hat/0.png').rename(images / 'вино/a.png')
     assert load_run(run).train_loader.size == 33
     assert 'warning: the run was trained on other data (33+3 items, 3 classes' in capsys.readouterr().out
     loader, larger = load_run(run).train_loader, dataclasses.replace(load_run(run).config, image_size=(9,))
-    for config, found in ((Config(dataset='digits'), r'\(1, 8, 8\), 10 classes'), (larger, r'\(3, 9, 9\), 3 classes')):
+    for config, other in ((Config(dataset='digits'), r'\(1, 8, 8\), 10 classes'), (larger, r'\(3, 9, 9\), 3 classes')):
         loader.load = lambda config=config: setup_data_train_and_test(config, torch.device('cpu'))[0]
-        with pytest.raises(SettingError, match=rf'of shape \(3, 8, 8\), 3 classes, not {found}'):
+        with pytest.raises(SettingError, match=rf'of shape \(3, 8, 8\), 3 classes, not {other}'):
             loader.open()
 
 
@@ -147,7 +147,7 @@ def test_a_run_of_an_older_version_needs_its_data(made, images, tmp_path):
     assert len(np.load(drawn(run, tmp_path / 'x.npz', data_path=str(moved)))['arr_0']) == 7
 
 
-def test_a_checkpoint_by_itself_says_what_it_lacks(made, tmp_path):
+def test_a_checkpoint_without_its_run_json_is_refused_with_a_remedy(made, tmp_path):
     (tmp_path / 'by_itself').mkdir()
     path = (made() / 'last.pt').rename(tmp_path / 'by_itself/last.pt')
     with pytest.raises(SettingError, match=r'Copy the run\.json .* next to its \.pt files; or pass the run.s folder'):
@@ -171,7 +171,7 @@ def test_the_classes_of_pngs_are_in_a_table(made, tmp_path):
     header = ['file', 'class', 'name']
     assert rows_of(out) == [header, *[list(map(str, row)) for row in expected]]
     assert all((out / row[0]).is_file() for row in expected)
-    (out / 'labels.csv').unlink()  # as an older version left it
+    (out / 'labels.csv').unlink()  # an older version wrote no table
     drawn(run, out, labels='вино,0', num=5)
     assert len(rows_of(out)) == 6
     drawn(run, out, labels='вино,0', num=9, batch_size=2)
@@ -179,16 +179,16 @@ def test_the_classes_of_pngs_are_in_a_table(made, tmp_path):
     assert len(rows_of(out)) == 10 and rows_of(out)[:8] == [header, *[list(map(str, row)) for row in expected]]
 
 
-def test_there_is_no_table_without_classes(made, tmp_path):
+def test_without_classes_there_is_no_table(made, tmp_path):
     run = made(label_dropout=1.0)
     assert not (drawn(run, tmp_path / 'x') / 'labels.csv').exists()
 
 
-def test_classes_have_names_on_the_command_line():
+def test_classes_can_be_named_on_the_command_line():
     spec = DataSpec(lambda config: (), num_classes=3, classes=('Ankle boot', 'Bag', '0'))
     assert parse_labels('Bag,Ankle boot', spec, 0.1) == [1, 0] and parse_labels('Ankle boot', spec, 0.1) == [0]
     assert parse_labels('1, Bag 2', spec, 0.1) == [1, 1, 2] and parse_labels('', spec, 0.1) == []
-    assert parse_labels('0', spec, 0.1) == [2]  # the name
+    assert parse_labels('0', spec, 0.1) == [2]  # the class whose name is 0
     comma = DataSpec(lambda config: (), num_classes=2, classes=('a, b', 'say "c"'))
     assert parse_labels('"a, b", 1,say "c"', comma, 0.1) == [0, 1, 1]
     assert parse_labels('1, "a, b"', comma, 0.1) == [1, 0]
@@ -198,7 +198,7 @@ def test_classes_have_names_on_the_command_line():
     assert parse_labels('2,1', numbers, 0.1) == [1, 0]
     with pytest.raises(
         SettingError, match=r"'0' is not a class.* are 0 '1', 1 '2'"
-    ):  # a number, where classes have names
+    ):  # all names are numbers, so a number means a name
         parse_labels('0,1', numbers, 0.1)
     with pytest.raises(
         SettingError, match=r"labels='Boot': 'Boot' is not a class.* are 0 'Ankle boot', 1 'Bag', 2 '0'"
@@ -206,14 +206,14 @@ def test_classes_have_names_on_the_command_line():
         parse_labels('Boot', spec, 0.1)
 
 
-def test_a_step_of_a_run_that_is_read_has_the_dropout_of_the_run(made, tiny_config):
+def test_a_step_of_a_run_opened_read_only_has_the_dropout_of_the_run(made, tiny_config):
     run = made(dropout=0.5)
     seen = []
-    for read in (False, True):
+    for lazy in (False, True):
         trainer = load_run(run, weights='raw')
-        if not read:  # as in a run: everything is there before the first step
+        if not lazy:  # as in training, where everything is built before the first step
             trainer.losses.later()
         trainer.record.clear()
         trainer.train_step(next(trainer.batches.steps(0)))
-        seen.append(torch.rand(()))  # dropout has drawn before it
+        seen.append(torch.rand(()))  # depends on the random numbers that dropout has consumed
     assert seen[0] == seen[1]
