@@ -1,10 +1,10 @@
-"""Images per second of the ways in which data reach the device: decoded in every epoch, streamed from a file, resident.
+"""Measure data loading in images per second: decoded in every epoch, cached, streamed from a file, resident.
 
     python benchmarks/data.py [--most 1000000]
 
-Photographs are stood for by JPEG files of 128 x 128 pixels, of smooth noise, which training sees at 32 x 32. The larger
-sets are random bytes of 3 x 32 x 32 in one file, as prepare.py writes it. All ways are timed in turn, in one process,
-in batches of 128; the rates are medians, and the ratios are medians of the ratios of neighbours in time.
+JPEG files of smooth noise, 128 x 128 pixels, stand in for photographs; training sees them at 32 x 32. The larger sets
+are random bytes of 3 x 32 x 32 in one file, as prepare.py writes it. All variants are timed in turn, in one process,
+in batches of 128. Rates are medians over rounds; ratios are medians of the ratios within a round.
 """
 
 import argparse
@@ -33,7 +33,7 @@ REPEATS, SECONDS, FILES = 5, 1.0, 2000
 
 
 def photographs(folder: Path, n: int) -> None:
-    """n JPEG files in two folders."""
+    """Write n JPEG files into two folders."""
     rng = np.random.default_rng(0)
     for i in range(n):
         path = folder / f'{i % 2}' / f'{i:06d}.jpg'
@@ -43,7 +43,7 @@ def photographs(folder: Path, n: int) -> None:
 
 
 def rate(batches: Iterator) -> float:
-    """Images per second of an endless loader, over SECONDS."""
+    """Images per second of an endless loader, measured for SECONDS."""
     began, images = time.perf_counter(), 0
     while time.perf_counter() - began < SECONDS:
         images += len(next(batches)[0])
@@ -53,7 +53,7 @@ def rate(batches: Iterator) -> float:
 
 
 def opened(config: Config, resident: bool = True) -> Iterator:
-    """Batches of the training part, after the first; `resident` False: as of data that do not fit on the device."""
+    """Batches of the training part, after a warm-up; `resident` False: as if the data did not fit on the device."""
     with resident_if(resident):
         loader, sampler, _ = setup_data_train_and_test(config, ranks.setup())
     sampler.set_step(0)
@@ -70,13 +70,13 @@ def resident_if(resident: bool):
     return mock.patch.object(loader, 'fits', loader.fits if resident else lambda *_: False)
 
 
-def compared(ways: dict[str, Iterator]) -> dict[str, float]:
+def compared(loaders: dict[str, Iterator]) -> dict[str, float]:
     """Name -> images/s, timed in turn; 'ratio': the last over the first."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(REPEATS):
-        for name, batches in ways.items():
+        for name, batches in loaders.items():
             rates[name].append(rate(batches))
-    names = list(ways)
+    names = list(loaders)
     ratio = median(b / a for a, b in zip(rates[names[0]], rates[names[-1]], strict=True))
     return {name: median(values) for name, values in rates.items()} | {'ratio': ratio}
 
@@ -91,15 +91,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--most', type=int, default=1_000_000)
     most = parser.parse_args().most
-    found: list[dict] = []
+    results: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = Config(batch_shards=1, data_dir=str(folder / 'data'), image_size=(32,), wandb='disabled')
         photographs(folder / 'photographs', FILES)
         files = replace(base, dataset='image_folder', data_path=str(folder / 'photographs'))
         seconds = timed(lambda: setup_data_train_and_test(files, ranks.setup()))
-        ways = {'decoded in every epoch': opened(replace(files, cache=False)), 'from the cache': opened(files)}
-        found.append(dict(images=FILES, build=FILES / seconds) | compared(ways))
+        loaders = {'decoded in every epoch': opened(replace(files, cache=False)), 'from the cache': opened(files)}
+        results.append(dict(images=FILES, build=FILES / seconds) | compared(loaders))
         n = 1000
         while n <= most:
             path = folder / f'{n}.pt'
@@ -107,21 +107,21 @@ def main() -> None:
             packed.write(path, x, torch.zeros(n, dtype=torch.int64), held_out=n // 10)
             del x
             config = replace(base, dataset='arrays', data_path=str(path))
-            ways = {'streamed': opened(config, resident=False), 'on the device': opened(config)}
-            found.append(dict(images=n) | compared(ways))
-            del ways
+            loaders = {'streamed': opened(config, resident=False), 'on the device': opened(config)}
+            results.append(dict(images=n) | compared(loaders))
+            del loaders
             path.unlink()
             n *= 10
-    first = found[0]
+    first = results[0]
     print(
-        f'\n{FILES} JPEG files: the cache is built at {first["build"]:.0f} images/s; decoded in every epoch '
-        f'{first["decoded in every epoch"]:.0f} images/s, from the cache {first["from the cache"]:.0f}, '
+        f'\n{FILES} JPEG files: the cache is built at {first["build"]:.0f} images/s; decoding in every epoch reaches '
+        f'{first["decoded in every epoch"]:.0f} images/s, the cache {first["from the cache"]:.0f}, '
         f'ratio {first["ratio"]:.0f}\n\n'
         f'| images | streamed (images/s) | on the device (images/s) | ratio |\n|---|---|---|---|'
     )
-    for line in found[1:]:
+    for line in results[1:]:
         print(f'| {line["images"]:,} | {line["streamed"]:,.0f} | {line["on the device"]:,.0f} | {line["ratio"]:.1f} |')
-    Path(__file__).with_name('data.json').write_text(json.dumps(found, indent=1) + '\n')
+    Path(__file__).with_name('data.json').write_text(json.dumps(results, indent=1) + '\n')
 
 
 if __name__ == '__main__':

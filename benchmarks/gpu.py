@@ -1,12 +1,12 @@
-"""The speed of a GPU in training and sampling, in one call of less than nine minutes; on toys where there is none.
+"""Measure the speed of a GPU in training and sampling, in less than nine minutes; without a GPU, run toy sizes.
 
     sh benchmarks/gpu.sh [--out gpu.json] [--seconds 520] [--parts ceilings unet ...]
 
-The parts below (PARTS) run in order of importance until the time is over; each has a budget, and one that fails leaves
-the others alone. The results are written to a JSON file after every part, and shown as a table at the end. Images are
-smooth noise in memory, as many and as large as CIFAR-10's. What is compared is timed in turn (A B A B): a rate is the
-median over rounds, a ratio the median of the ratios of rounds. FLOPs are those of products of matrices and
-convolutions in one step, counted by torch.
+The parts below (PARTS) run in order of importance until the time is up. Each has a time budget, and the others run even
+if one fails. Results are written to a JSON file after every part, and shown as a table at the end. Images are smooth
+noise in memory, with the number and size of CIFAR-10's. Variants are timed alternately (A B A B): a rate is the median
+over rounds, a ratio the median of the ratios within a round. FLOPs are those in matrix products and convolutions of one
+step, counted by torch.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from gpu_sides import BATCH, DEVICE, DIT, GPU, SIZE, UNET, Run, bare_steps, in_t
 from training import calling
 
 ROOT = Path(__file__).resolve().parent.parent
-# name -> settings, and whether weights of convolutions are in channels-last order
+# name -> settings, and whether convolution weights are channels-last
 VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     'float32': (dict(precision='float32'), False),
     'tf32': (dict(precision='tf32'), False),
@@ -51,7 +51,7 @@ results: dict[str, Any] = {}
 
 
 def ceilings(folder: str) -> dict[str, Any]:
-    """GB/s of a copy on the device, read and written; TFLOP/s of a product of square matrices of random numbers."""
+    """GB/s (read plus write) of a copy on the device; TFLOP/s of a product of random square matrices."""
     a = torch.randn(SIZE * SIZE * (8 if GPU else 1), device=DEVICE)
     b = torch.empty_like(a)
     found = {'copy GB/s': 2 * a.numel() * 4 / median(seconds(lambda: b.copy_(a)) for _ in range(10)) / 1e9}
@@ -66,7 +66,8 @@ def ceilings(folder: str) -> dict[str, Any]:
 
 
 def correct(folder: str) -> dict[str, Any]:
-    """Does the loss fall, does a resumed run go on as if nothing had been, do CPU and GPU, compiled and plain agree?"""
+    """Check that the loss falls, that a resumed run matches an uninterrupted one, and that CPU and GPU, and compiled
+    and plain networks agree."""
     small = dict(channels=32, channel_mults=(1, 2), num_res_blocks=1, base_lr=1e-3, warmup_steps=5) | UNET
     run = Run(folder, precision='bfloat16', **small)
     run.steps(10)
@@ -78,11 +79,11 @@ def correct(folder: str) -> dict[str, Any]:
 
     for optimizer in ('muon', 'adamw'):
         settings = small | dict(precision='float32', optimizer=optimizer)
-        whole, cut = (Run(folder, experiment_name=f'{optimizer}_{name}', **settings) for name in ('whole', 'cut'))
+        whole, half = (Run(folder, experiment_name=f'{optimizer}_{name}', **settings) for name in ('whole', 'cut'))
         whole.steps(12)
-        cut.steps(6)
-        cut.trainer.checkpoints.save(cut.trainer.step, wait=True)
-        resumed = Run(folder, experiment_name=f'{optimizer}_cut', **settings)
+        half.steps(6)
+        half.trainer.checkpoints.save(half.trainer.step, wait=True)
+        resumed = Run(folder, experiment_name=f'{optimizer}_cut', **settings)  # the same name: it resumes half
         assert resumed.trainer.step == 6
         resumed.steps(6)
         pairs = zip(whole.trainer.network.parameters(), resumed.trainer.network.parameters(), strict=True)
@@ -101,17 +102,17 @@ def correct(folder: str) -> dict[str, Any]:
 
     with torch.no_grad():
         calling.set_precision('float32')
-        here = output('off', DEVICE)
+        plain = output('off', DEVICE)
         for chosen in ('on', 'graphs'):
-            difference = max(float((output(chosen, DEVICE) - here).abs().max()) for _ in range(3))
-            found[f'compile {chosen}: largest difference'] = difference / float(here.abs().max())
+            difference = max(float((output(chosen, DEVICE) - plain).abs().max()) for _ in range(3))
+            found[f'compile {chosen}: largest difference'] = difference / float(plain.abs().max())
         on_cpu = output('off', torch.device('cpu')).to(DEVICE)
-        found['CPU: largest difference'] = float((on_cpu - here).abs().max() / here.abs().max())
+        found['CPU: largest difference'] = float((on_cpu - plain).abs().max() / plain.abs().max())
     return found
 
 
 def speeds(folder: str, network: str) -> dict[str, Any]:
-    """Images/s, share of the bfloat16 ceiling and memory of all variants; then of larger batches."""
+    """Images/s, share of the bfloat16 ceiling and memory of all variants; then images/s of larger batches."""
     settings = DIT if network == 'dit' else {}
     ceiling = results.get('ceilings', {}).get('bfloat16 TFLOP/s')
     runs, memory, compiling_took, failed = {}, {}, {}, {}
@@ -124,23 +125,23 @@ def speeds(folder: str, network: str) -> dict[str, Any]:
             compiling_took[name] = seconds(lambda r=run: r.steps(1))
             run.steps(2)
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e9 if GPU else None
-        except Exception as error:  # a variant that does not work leaves the others alone
+        except Exception as error:  # measure the other variants all the same
             runs.pop(name, None)
             failed[name] = f'{type(error).__name__}: {str(error)[:500]}'
     if 'tf32' not in runs:
-        raise RuntimeError(f'eager tf32, which all else is compared with, does not work: {failed}')
+        raise RuntimeError(f'eager tf32 failed, and all variants are compared with it: {failed}')
     with FlopCounterMode(display=False) as counter:
         runs['tf32'].step()
     per_image = counter.get_total_flops() / BATCH
     rates = in_turn({name: run.steps for name, run in runs.items()}, dict.fromkeys(runs, BATCH))
     found: dict[str, Any] = {'TFLOP per image': per_image / 1e12, 'batch': BATCH, 'failed': failed}
-    for name, mine in rates.items():
-        rate = median(mine)
+    for name, rounds in rates.items():
+        rate = median(rounds)
         found[name] = {
             'images/s': rate,
-            'over eager tf32': ratio(mine, rates['tf32']),
+            'over eager tf32': ratio(rounds, rates['tf32']),
             'share of bfloat16 ceiling': rate * per_image / 1e12 / ceiling if ceiling else None,
-            'GB beside the weights': memory[name],
+            'GB besides the weights': memory[name],
             'first step, s': compiling_took[name],
         }
     found['best'] = max(rates, key=lambda name: median(rates[name]))
@@ -155,7 +156,7 @@ def speeds(folder: str, network: str) -> dict[str, Any]:
 
 
 def loops(folder: str) -> dict[str, Any]:
-    """Our loop beside a bare one with the same network, and beside torchcfm's loop and network, if that is there."""
+    """Compare our loop with a bare loop on the same network, and with torchcfm's loop and network, if installed."""
     found: dict[str, Any] = {}
     for name in ('+ channels_last', '+ compile'):
         chosen, channels_last = VARIANTS[name]
@@ -164,17 +165,17 @@ def loops(folder: str) -> dict[str, Any]:
         rates = in_turn(sides, dict.fromkeys(sides, BATCH))
         found[f'ours over a bare loop, {name}'] = ratio(rates['ours'], rates['bare'])
     try:
-        theirs = torchcfm_loop()
+        torchcfm_steps = torchcfm_loop()
     except ImportError as error:
-        return found | {'torchcfm': f'not there ({error})'}
+        return found | {'torchcfm': f'not installed ({error})'}
     ours = Run(folder, **VARIANTS['+ compile'][0])
-    rates = in_turn({'ours': ours.steps, 'torchcfm': theirs}, dict(ours=BATCH, torchcfm=BATCH))
+    rates = in_turn({'ours': ours.steps, 'torchcfm': torchcfm_steps}, dict(ours=BATCH, torchcfm=BATCH))
     return found | {'torchcfm images/s': median(rates['torchcfm']), 'ours, + compile, over torchcfm':
                     ratio(rates['ours'], rates['torchcfm'])}  # fmt: skip
 
 
 def sampling(folder: str) -> dict[str, Any]:
-    """Samples/s of the averaged weights with the default solver and steps, plain and compiled, many at once."""
+    """Samples/s of the averaged weights with the default solver and steps, plain and compiled, in one large batch."""
     runs = {name: Run(folder, **VARIANTS[name][0]) for name in ('+ channels_last', '+ compile')}
     n = 512 if GPU else 16
     inputs = runs['+ channels_last'].trainer.sample_inputs(n)
@@ -190,7 +191,7 @@ def sampling(folder: str) -> dict[str, Any]:
     return found | {'solver': f'{config.solver}, {config.num_sample_steps} steps'}
 
 
-PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with seconds at most
+PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # name -> (part, time budget in seconds)
     'ceilings': (ceilings, 30),
     'correct': (correct, 120),
     'unet': (lambda folder: speeds(folder, 'unet'), 240),
@@ -200,17 +201,17 @@ PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], int]] = {  # with second
 }
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- running all parts
 
 
 def about() -> dict[str, Any]:
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if GPU else 'CPU: a toy, whose numbers mean nothing'
+    device = torch.cuda.get_device_name() if GPU else 'CPU: toy sizes, so the numbers mean nothing'
     return dict(device=device, torch=torch.__version__, python=sys.version.split()[0], commit=commit.stdout.strip())
 
 
 def show(name: str, value: Any, depth: int = 0) -> None:
-    """Results as lines, dicts indented."""
+    """Print results as lines, with nested dicts indented."""
     if isinstance(value, dict):
         print(f'{"  " * depth}{name}')
         for key, inner in value.items():
@@ -219,8 +220,8 @@ def show(name: str, value: Any, depth: int = 0) -> None:
         print(f'{"  " * depth}{name:<45} {f"{value:.4g}" if isinstance(value, float) else value}')
 
 
-class OutOfTime(BaseException):  # no Exception: a variant that is given up must not hide it
-    """A part took longer than its budget."""
+class OutOfTime(BaseException):  # not an Exception: the `except` around a variant must not catch it
+    """A part exceeded its time budget."""
 
 
 def out_of_time(*args: Any) -> None:
@@ -235,10 +236,10 @@ def run_parts(names: list[str], out: Path, limit: float) -> None:
         part, budget = PARTS[name]
         left = limit - (time.monotonic() - began)
         if left < 10:
-            results[name] = {'left out': 'the time was over'}
+            results[name] = {'left out': 'the time was up'}
             continue
         start = time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, min(budget, left), 2)  # again, if something swallows it
+        signal.setitimer(signal.ITIMER_REAL, min(budget, left), 2)  # every 2 s again, in case a library swallows it
         try:
             with tempfile.TemporaryDirectory() as folder:
                 results[name] = part(folder)
@@ -264,7 +265,7 @@ if __name__ == '__main__':
     parser.add_argument('--seconds', type=float, default=520)
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    if not GPU:  # torch's code generator takes minutes on a CPU; what is before it is tried all the same
+    if not GPU:  # skip torch's code generator, which takes minutes on a CPU; the stages before it still run
         plain_compile = torch.compile
         torch.compile = lambda fn, mode=None: plain_compile(fn, backend='aot_eager')  # pyright: ignore
     run_parts(options.parts, Path(options.out), options.seconds)

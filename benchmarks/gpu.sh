@@ -1,6 +1,7 @@
 #!/bin/sh
-# Measure a GPU, then test on it: sh benchmarks/gpu.sh [--out gpu.json] [--seconds 520] [--parts ceilings unet ...]
-# Uses the python of an active environment, of .venv, or python3, with requirements.txt and tests/requirements.txt.
+# Measure a GPU, then run the GPU tests: sh benchmarks/gpu.sh [--out gpu.json] [--seconds 520] [--parts ceilings ...]
+# Uses the Python of the active environment, else of .venv, else python3. It needs requirements.txt and
+# tests/requirements.txt.
 set -eu
 cd -- "$(dirname -- "$0")/.."
 python=python3

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py times: our trainer, a bare loop, torchcfm's loop; on a GPU, or on toys where there is none."""
+"""The loops that benchmarks/gpu.py times: our trainer, a bare loop, torchcfm's loop. Without a GPU, sizes are toys."""
 
 import dataclasses
 import os
@@ -24,9 +24,9 @@ from training import calling
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device('cuda', 0) if GPU else torch.device('cpu')
-SIZE = 8192 if GPU else 256  # of square matrices
+SIZE = 8192 if GPU else 256  # rows and columns of the matrices that are multiplied
 IMAGES, SIDE, BATCH = (50_000, 32, 128) if GPU else (256, 8, 16)
-ROUND = 0.5 if GPU else 0.05  # seconds of training that each gets in a round
+ROUND = 0.5 if GPU else 0.05  # seconds of training per loop and round
 ROUNDS = 5 if GPU else 2
 UNET = {} if GPU else dict(channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_resolutions=())
 DIT = dict(network='dit', dit_size='B') if GPU else dict(network='dit', dit_depth=1, dit_width=32, dit_heads=2)
@@ -46,7 +46,7 @@ def seconds(do: Callable[[], Any]) -> float:
 
 
 def images(n: int) -> tuple[Tensor, Tensor]:
-    """n smooth images uint8 with ten classes, of which each has a colour."""
+    """n smooth uint8 images in ten classes; each class has its own colour."""
     generator = torch.Generator().manual_seed(n)
     label = torch.arange(n) % 10
     small = torch.rand(n, 3, 4, 4, generator=generator) * 0.5 + torch.rand(10, 3, 1, 1, generator=generator)[label] / 2
@@ -54,16 +54,16 @@ def images(n: int) -> tuple[Tensor, Tensor]:
 
 
 class Run:
-    """A trainer of the cifar10 preset with these settings, and its steps."""
+    """A trainer with the cifar10 preset and the given settings, and methods that run its steps."""
 
     def __init__(self, folder: str, channels_last: bool = True, **settings: Any):
-        usual = PRESETS['cifar10'] | dict(global_batch_size=BATCH, wandb='disabled', compile='off', ckpt_dir=folder)
-        usual |= dict(num_training_steps=10**6, keep_every=0) | UNET
+        defaults = PRESETS['cifar10'] | dict(global_batch_size=BATCH, wandb='disabled', compile='off', ckpt_dir=folder)
+        defaults |= dict(num_training_steps=10**6, keep_every=0) | UNET
         settings.setdefault('experiment_name', f'run{len(os.listdir(folder))}')
         load = lambda config: (images(IMAGES), images(max(64, IMAGES // 5)))  # noqa: E731
         spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=load, shape=(3, SIDE, SIDE))
         with mock.patch.dict(data_utils.DATASETS, cifar10=spec):
-            self.trainer = main.build(Config(**(usual | settings)))
+            self.trainer = main.build(Config(**(defaults | settings)))
         if not channels_last:
             for network in (self.trainer.network, *self.trainer.ema.networks.values()):
                 network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
@@ -74,19 +74,19 @@ class Run:
         self.trainer.train_step(next(self.micro_batches))
 
     def steps(self, n: int) -> None:
-        calling.set_precision(self.trainer.config.precision)  # one flag for all runs of this process
+        calling.set_precision(self.trainer.config.precision)  # again: the flag is global, and other runs change it
         for _ in range(n):
             self.step()
 
     def loss(self) -> float:
-        """The mean since this was last asked."""
+        """The mean training loss since the last call."""
         loss = self.trainer.record.means.means()['train/loss']
         self.trainer.record.clear()
         return loss
 
 
 def in_turn(sides: dict[str, Callable[[int], Any]], per_step: dict[str, int]) -> dict[str, list[float]]:
-    """Name -> images/s in each round; a side takes n steps when called with n."""
+    """Name -> images/s in each round. `sides`: name -> a function that takes n steps when called with n."""
     n = {}
     for name, steps in sides.items():
         steps(3)
@@ -103,7 +103,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 def bare_steps(run: Run) -> Callable[[int], None]:
-    """Steps of the bare loop of loop.py with the network of this run."""
+    """A function that takes n steps of the bare loop in loop.py, with the network of this run."""
     x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
     labels, trainer = torch.randint(0, 10, (len(x),), device=DEVICE), run.trainer
     step = bare_step(trainer.config, trainer.caller, trainer.network, x, labels)
@@ -117,8 +117,8 @@ def bare_steps(run: Run) -> Callable[[int], None]:
 
 
 def torchcfm_loop() -> Callable[[int], None]:
-    """The loop and network of torchcfm's CIFAR-10 example, with images in memory: Adam, clipping, an average that is
-    updated weight by weight, and torch's own precision."""
+    """A function that takes n steps of torchcfm's CIFAR-10 example, with its network and images in memory: Adam,
+    clipping, a moving average that is updated weight by weight, and TF32."""
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher  # pyright: ignore[reportMissingImports]
     from torchcfm.models.unet.unet import UNetModelWrapper  # pyright: ignore[reportMissingImports]
 
@@ -129,7 +129,7 @@ def torchcfm_loop() -> Callable[[int], None]:
     x = torch.rand(4 * BATCH, 3, SIDE, SIDE, device=DEVICE) * 2 - 1
 
     def steps(n: int) -> None:
-        calling.set_precision('tf32')  # convolutions have it by default; here products of matrices too
+        calling.set_precision('tf32')  # torch's default for convolutions; here for matrix products too
         for i in range(n):
             optimizer.zero_grad()
             x1 = x[i % 4 * BATCH : (i % 4 + 1) * BATCH]
@@ -138,7 +138,7 @@ def torchcfm_loop() -> Callable[[int], None]:
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             with torch.no_grad():
-                for mine, other in zip(average.parameters(), network.parameters(), strict=True):
-                    mine.copy_(0.9999 * mine + 0.0001 * other)
+                for averaged, weight in zip(average.parameters(), network.parameters(), strict=True):
+                    averaged.copy_(0.9999 * averaged + 0.0001 * weight)
 
     return steps
