@@ -64,7 +64,7 @@ def opened(config: Config, resident: bool = True) -> Iterator:
 
 
 def resident_if(resident: bool):
-    """A context in which data fit on the device, or never do."""
+    """A context in which, unless `resident`, all data count as too large for the device."""
     from data_loading import loader
 
     return mock.patch.object(loader, 'fits', loader.fits if resident else lambda *_: False)

@@ -8,7 +8,7 @@ T = TypeVar('T')
 
 # Exit codes of a worker that has already printed why it exits: the launcher adds nothing.
 EXIT_BAD_SETTING = 2
-EXIT_NOT_FINITE = 3  # NaN loss
+EXIT_NOT_FINITE = 3  # too many steps in a row with a NaN or infinite loss or gradient
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal and saved; the same command resumes
 
 

@@ -112,7 +112,7 @@ def sync(path: Path) -> None:
 
 def link_as(path: Path, second: Path) -> None:
     """Give a file a second name: a hard link, or a copy where links are impossible."""
-    with whole(second) as temporary:
+    with whole(second) as temporary:  # os.link cannot replace an existing file, the rename can
         try:
             os.link(path, temporary)
         except OSError:

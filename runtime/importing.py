@@ -103,7 +103,7 @@ def refuse_hidden(path: Sequence[str] | None = None) -> None:
 
 
 def import_class(file: str | None, name: str) -> type:
-    """The class `name` of `file`, a trainer or config of run.json: `import_class(**read_start(run_dir)['trainer'])`.
+    """Import a trainer or config class that run.json names: `import_class(**read_start(run_dir)['trainer'])`.
 
     Raises SettingError like `import_file`, and if the class is gone.
     """

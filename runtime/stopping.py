@@ -138,7 +138,7 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
     """(order, text) for each failure of a worker: the lowest order is the cause, the others follow from it.
 
     Killed workers come first, then reported errors by time, then errors of ranks that heard of another rank's failure
-    or lost the connection to it. `codes`: rank -> exit code.
+    or lost the connection to it, and last exits without a report. `codes`: rank -> exit code.
     """
     failures = []
     for rank, code in codes.items():
@@ -177,7 +177,7 @@ def alarm(handler: Callable[..., None], seconds: float, again: float = 0.0) -> I
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGALRM, handler)
+    before = signal.signal(signal.SIGALRM, handler)  # handler and timer of an outer alarm, which is restored below
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, again)
     try:
         yield

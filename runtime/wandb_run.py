@@ -57,7 +57,7 @@ class WandbRun:
             return
         self.row, self.sent = max(self.row, step), step
         self._call(lambda wandb: self.run.log({'train/step': step} | values(wandb), step=self.row, commit=whole))
-        self.row += whole
+        self.row += whole  # a committed row accepts no more values: later ones go into the next row
 
     def line(self, step: int, values: dict[str, float]) -> None:
         """Send a line of the record and, if it has held-out losses, a plot of all losses by time."""

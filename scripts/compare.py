@@ -95,7 +95,7 @@ def side_by_side(
     if config.experiment_name == config.default_name():
         changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
         parts_of_name = [Path(sys.argv[0]).stem, *changed]
-        older = older_folder_name(parts_of_name)
+        older = older_folder_name(parts_of_name)  # continue runs that an older version has named
         name = older if any(Path(config.ckpt_dir).glob(f'{older}_*')) else folder_name(parts_of_name)
         config = dataclasses.replace(config, experiment_name=name)
 

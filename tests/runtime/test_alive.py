@@ -21,7 +21,7 @@ def short_silence(monkeypatch):
     monkeypatch.setattr(alive, 'MAX_SILENCE', 0.2)
 
 
-def test_a_silent_block_prints_what_it_does_and_how_far_it_is(capsys):
+def test_a_silent_block_prints_its_name_and_progress(capsys):
     with alive.still('training'):
         time.sleep(0.3)
         with alive.still('drawing samples') as task:
@@ -69,7 +69,7 @@ def test_only_rank_0_prints(capsys, monkeypatch):
     assert not capsys.readouterr().out
 
 
-def test_a_process_that_is_forked_meanwhile_can_print():
+def test_a_process_forked_during_a_print_can_print():
     """The parent holds the lock of stdout: it prints a line to a pipe that nobody reads."""
     script = """
 import os, sys, time
@@ -110,7 +110,7 @@ def clock(monkeypatch):
     ('seconds', 'text'),
     [(0, '0 s'), (0.0213, '0.021 s'), (3.44, '3.4 s'), (12.3, '12 s'), (300, '5 min'), (11600, '3.2 hours')],
 )
-def test_durations_are_in_units_that_can_be_read(seconds, text):
+def test_durations_have_readable_units(seconds, text):
     assert duration(seconds) == text
 
 
@@ -133,7 +133,7 @@ def test_progress_shows_the_step_the_loss_and_the_time_left(capsys, clock):
     assert lines[0].endswith(' images/s  trained') and lines[1].endswith('trained, then about 9 s of samples')
 
 
-def test_there_is_a_line_in_half_a_minute_whatever_log_every_is(tmp_path, capsys, clock):
+def test_there_is_a_line_every_half_minute_whatever_log_every_is(tmp_path, capsys, clock):
     """It shows the mean loss so far, which the next line of the record still includes."""
     settings = dict(wandb='disabled', global_batch_size=32, num_training_steps=100, log_every=50)
     record = Record(Config(ckpt_dir=str(tmp_path), experiment_name='run', **settings), torch.device('cpu'))

@@ -143,7 +143,7 @@ def test_locked_lets_one_process_in_at_a_time_and_outlives_a_kill(python):
     assert third.communicate(timeout=20)[0] == 'inside\nout\n'
 
 
-def test_locked_where_there_are_no_locks_says_so(monkeypatch, tmp_path):
+def test_locked_yields_false_where_there_are_no_locks(monkeypatch, tmp_path):
     def refuse(*_):
         raise OSError(95, 'Operation not supported')
 
@@ -206,7 +206,7 @@ def test_a_file_system_that_syncs_no_folder_is_written_to(tmp_path, monkeypatch,
     ('number', 'outcome'),
     [(errno.EAGAIN, False), (errno.EACCES, False), (errno.ENOLCK, None), (errno.EOPNOTSUPP, None)],
 )
-def test_what_another_process_has_locked_is_told_from_what_cannot_be_locked(monkeypatch, number, outcome):
+def test_try_lock_distinguishes_a_held_lock_from_a_file_system_without_locks(monkeypatch, number, outcome):
     def refuse(*_):
         raise OSError(number, 'refused')
 
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_with_its_cause(tmp_pat
         files.refuse_folder('x', 'new', tmp_path / 'new', to_write=False)
 
 
-def test_the_cause_behind_an_error_of_torch_is_the_system_s():
+def test_the_cause_of_an_error_of_torch_is_the_systems_error():
     try:
         with open('/dev/full', 'w') as file:
             torch.save(torch.zeros(10**6), file.buffer)

@@ -148,7 +148,7 @@ def test_run_sh_refuses_before_any_work(tmp_path):
 # ---------------------------------------------------------------- files that hide the project's
 
 
-def test_the_modules_of_the_project_are_known():
+def test_the_list_of_modules_is_complete():
     there = [path.stem for path in ROOT.glob('*.py')] + [path.parent.name for path in ROOT.glob('*/__init__.py')]
     assert sorted(importing.OURS) == sorted(set(there) - {'tests', 'examples', 'benchmarks'})
 
@@ -172,7 +172,7 @@ def test_a_file_that_hides_a_module_of_the_project_is_refused_before_any_work(tm
 
 
 @pytest.mark.parametrize('script', ['mine.py', 'trainer.py'])
-def test_run_sh_refuses_a_script_next_to_such_a_file_or_called_so(tmp_path, script):
+def test_run_sh_refuses_a_script_with_such_a_name_or_next_to_such_a_file(tmp_path, script):
     (tmp_path / script).write_text('1 / 0\n')
     (tmp_path / 'utils.py').touch()
     command = ['sh', ROOT / 'run.sh', script]
@@ -182,7 +182,7 @@ def test_run_sh_refuses_a_script_next_to_such_a_file_or_called_so(tmp_path, scri
 
 
 @pytest.mark.slow
-def test_a_program_that_is_started_without_run_sh_refuses_too(tmp_path):
+def test_a_program_started_without_run_sh_refuses_too(tmp_path):
     """By then main is imported, and its later imports would get the user's file."""
     (tmp_path / 'mine.py').write_text('from main import main\n\nmain()\n')
     (tmp_path / 'evaluation.py').touch()
@@ -216,7 +216,7 @@ def test_a_class_of_the_project_is_imported_only_once():
     assert import_class('trainer.py', 'BaseDiffusionTrainer') is trainer.BaseDiffusionTrainer
 
 
-def test_a_file_is_imported_as_a_module_and_once(experiment, capsys):
+def test_a_file_is_imported_as_a_module_only_once(experiment, capsys):
     cls = import_class(str(experiment), 'Mine')
     assert cls.factor == 2 and cls.__module__ == 'mine' and capsys.readouterr().out == ''
     assert import_class(str(experiment), 'Mine') is cls is sys.modules['mine'].Mine
@@ -239,7 +239,7 @@ def test_a_missing_file_or_class_is_named(experiment):
         import_class(str(experiment.with_name('gone.py')), 'Mine')
 
 
-def test_a_file_that_fails_is_tried_again(experiment):
+def test_a_file_whose_import_failed_can_be_imported_again(experiment):
     experiment.write_text('1 / 0\n')
     with pytest.raises(ZeroDivisionError):
         import_class(str(experiment), 'Mine')

@@ -96,7 +96,7 @@ def both(tmp_path_factory):
 # ---------------------------------------------------------------- two processes
 
 
-def test_two_who(both):
+def test_two_know_their_ranks(both):
     assert [seen['who'] for seen in both] == [[0, 2, True, 'cpu'], [1, 2, False, 'cpu']]
 
 
@@ -110,7 +110,7 @@ def test_two_on_main_raises_the_error_of_rank_0_everywhere(both):
 
 
 @pytest.mark.parametrize('n, shares', [(1, [[0], [0]]), (5, [[0, 2, 4], [1, 3, 4]]), (8, [[0, 2, 4, 6], [1, 3, 5, 7]])])
-def test_two_shares_are_equally_long_and_reassemble_in_order(both, n, shares):
+def test_two_shares_have_equal_length_and_reassemble_in_order(both, n, shares):
     assert [seen[f'share {n}'] for seen in both] == shares
     assert all(seen[f'gathered {n}'] for seen in both)
 
@@ -182,7 +182,7 @@ def test_gpus_that_torch_cannot_use_are_an_error_not_a_run_on_the_cpu(monkeypatc
 
 
 @pytest.mark.parametrize('n', [1, 2, 7])
-def test_one_process_has_all_shares(n):
+def test_one_process_has_all_items(n):
     rows = torch.randn(n, 3)
     assert ranks.my_items(n) == list(range(n))
     assert torch.equal(ranks.gather_items(rows[torch.tensor(ranks.my_items(n))], n), rows)

@@ -91,7 +91,7 @@ def test_two_give_up_together_when_one_failed(both):
     assert [seen['failed and stopped'] for seen in both] == ['RankFailed'] * 2
 
 
-def test_two_polls_stop_in_the_same_step_one_later_than_the_signal_and_wait_for_nobody(both):
+def test_two_polls_stop_in_the_same_step_one_after_the_signal_without_waiting(both):
     assert [seen['polls'] for seen in both] == [['', 'Stopped', '', 'Stopped']] * 2
     assert [seen['unread'] for seen in both] == [False] * 2
     assert both[1]['polled'] < 0.25
@@ -133,7 +133,7 @@ def test_one_process_that_failed_gives_up_and_reports_its_own_error(monkeypatch,
     assert json.loads((tmp_path / 'failed_3').read_text())['text'] == 'MemoryError: no room for 64 images'
 
 
-def test_one_process_alone_stops_after_its_work(monkeypatch):
+def test_one_process_inside_alone_stops_at_the_end_of_the_block(monkeypatch):
     monkeypatch.setattr(stopping, '_stop_asked', True)
     with ranks.alone():
         stopping.raise_if_stopped()
@@ -143,7 +143,7 @@ def test_one_process_alone_stops_after_its_work(monkeypatch):
 
 
 @pytest.mark.parametrize('rank', [None, '0'])
-def test_stop_signals_are_taken_over_only_in_processes_of_torchrun(monkeypatch, tmp_path, rank):
+def test_stop_signals_are_caught_only_in_workers_of_torchrun(monkeypatch, tmp_path, rank):
     monkeypatch.setenv('RUN_REPORTS', str(tmp_path))
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.delenv('RANK', raising=False)
@@ -165,7 +165,7 @@ def test_stop_signals_are_taken_over_only_in_processes_of_torchrun(monkeypatch, 
         assert (tmp_path / 'outcome').read_text() == '1'
 
 
-def test_a_block_that_hangs_is_left_at_its_time_limit():
+def test_a_block_that_hangs_ends_at_its_time_limit():
     before, left = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
     with pytest.raises(TimeoutError, match=r'0\.1 s'), stopping.time_limit(0.1):
         threading.Event().wait(30)

@@ -217,7 +217,7 @@ def test_a_repeated_step_is_on_wandb_once(tmp_path, no_account):
     assert [line['train/step'] for line in lines_of(tmp_path)] == [10, 20, 30, 31, 40]
 
 
-def test_a_run_that_turns_wandb_on_later_has_whole_curves(tmp_path, no_account):
+def test_a_run_that_turns_wandb_on_later_has_complete_curves(tmp_path, no_account):
     record = record_in(tmp_path)
     with record.open(0):
         for step in (10, 20, 30):
@@ -618,7 +618,7 @@ open(f'{folder}/seen.json', 'w').write(json.dumps(seen))
     'what, when',
     [('hangs', 'start'), ('hangs', 'mid'), ('hangs', 'end'), ('gone', 'mid'), ('stopped', 'mid'), ('stopped', 'end')],
 )
-def test_neither_a_server_that_hangs_nor_wandb_itself_holds_up_a_run(tmp_path, no_account, what, when):
+def test_neither_a_hanging_server_nor_wandb_itself_delays_a_run(tmp_path, no_account, what, when):
     """Measured with wandb 0.31.0, in seconds: `open`, the longest line, `close`, and from there until the process ends.
 
     what, when    | open | line | close | exit | wandb without time_limit and limit_exit

@@ -96,7 +96,7 @@ def test_labels_weights_guidance_and_evaluations_reach_the_sampler(draw, run):
         assert not np.array_equal(images(draw(f'{i}.npz', **options)), plain), options
 
 
-def test_the_first_network_input_is_the_noise_of_the_index(run, draw, monkeypatch):
+def test_the_noise_of_a_sample_depends_only_on_its_index(run, draw, monkeypatch):
     """Each sample computed by hand: the noise of its index, the run's solver, decode."""
     trainer = load_run(run, num_sample_steps=3)
     rows = []
@@ -141,7 +141,7 @@ def test_existing_samples_are_not_drawn_again(draw, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize('num', [3, 10])
-def test_processes_without_work_wait_for_the_others(run, tmp_path, num):
+def test_processes_without_work_wait_for_the_rest(run, tmp_path, num):
     """Two processes share an odd number of batches, and one of them draws a path."""
     flags = ['--run', run, '--out', tmp_path / 'x', '--num', num, '--num_sample_steps', '3', '--batch_size', '4']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--trajectory']
@@ -261,7 +261,7 @@ def test_the_pictures_of_training_become_an_animation(draw, run, tmp_path):
 
 
 @pytest.mark.parametrize('make', [torch.randn_like, torch.rand_like])
-def test_noise_of_each_is_noise_and_belongs_to_its_index(make):
+def test_noise_of_each_is_random_and_depends_on_the_index(make):
     x = torch.zeros(64, 3, 4)
     with NoiseOfEach(0, 'a', range(64)):
         whole, again = make(x), make(x)
@@ -299,7 +299,7 @@ def test_overridden_hooks_are_used(run, tmp_path, monkeypatch):
     assert np.array_equal(images(tmp_path / 'x.npz')[:, 0, 0], (torch.linspace(0, 1, 30) * 255).round().byte().numpy())
 
 
-def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, tmp_path):
+def test_the_grid_shows_the_first_samples_with_class_names(draw, tmp_path):
     arrays = np.load(draw('x.npz', labels='3,5', batch_size=7))
     assert arrays['arr_1'].tolist() == [3, 5] * 15
     x = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2) / 255
@@ -307,7 +307,7 @@ def test_the_grid_shows_the_first_samples_with_the_names_of_their_classes(draw, 
     assert np.array_equal(np.array(Image.open(tmp_path / 'x_grid.png')), grid.permute(1, 2, 0).numpy())
 
 
-def test_classes_of_a_run_without_any_are_refused():
+def test_labels_are_refused_for_a_run_without_classes():
     with pytest.raises(SettingError, match='the run has learned no classes'):
         parse_labels('3', DataSpec(lambda config: (), num_classes=10), 1.0)
     with pytest.raises(SettingError, match='the run has no classes'):

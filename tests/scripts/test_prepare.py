@@ -57,7 +57,7 @@ def test_a_prepared_folder_gives_the_same_data_as_the_folder(tiny_config, tmp_pa
 
 
 @pytest.mark.parametrize('latents', [False, True])
-def test_unreadable_images_are_left_out_wherever_they_are(tiny_config, tmp_path, encoder, latents):
+def test_unreadable_images_are_skipped_wherever_they_are(tiny_config, tmp_path, encoder, latents):
     write_images(tmp_path / 'images', {'cat': [(9, 9)] * 20, 'dog': [(9, 9)] * 20})
     given = dict(dataset='image_folder', data_path=str(tmp_path / 'images'), image_size=(8,), held_out=5)
     given['data_dir'] = str(tmp_path / 'data')
@@ -88,7 +88,7 @@ def test_floats_stay_floats(tiny_config, tmp_path):
     assert train.spec.scale == 'float' and same(train, direct[0]) and same(test, direct[2])
 
 
-def test_images_with_a_range_stay_images_and_an_encoder_gets_them_in_unit(tiny_config, tmp_path, encoder):
+def test_images_with_a_value_range_stay_images_and_an_encoder_gets_them_in_0_to_1(tiny_config, tmp_path, encoder):
     np.save(tmp_path / 'x.npy', np.random.default_rng(0).uniform(-3, 3, (40, 3, 6, 6)))
     given = dict(dataset='arrays', data_path=str(tmp_path / 'x.npy'), value_range=(-3.0, 3.0))
     direct = setup_data_train_and_test(tiny_config(**given), CPU)

@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_are_counted():
     assert changes_of(rows) == [['b', '+7.75']]
 
 
-def test_two_runs_of_one_seed_are_two_columns(tmp_path):
+def test_two_runs_with_the_same_seed_are_separate(tmp_path):
     """For example, before and after a change of the code."""
     from reports.page import read
 

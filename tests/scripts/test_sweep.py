@@ -94,7 +94,7 @@ def test_a_task_of_an_array_trains_its_own_run(monkeypatch, tmp_path):
         sweep(runs)
 
 
-def test_runs_that_failed_are_named_after_the_last(monkeypatch, tmp_path):
+def test_failed_runs_are_named_after_the_last_run(monkeypatch, tmp_path):
     monkeypatch.delenv('SLURM_ARRAY_TASK_ID', raising=False)
     codes = iter((0, 2, 0))
     monkeypatch.setattr('scripts.sweep.run_one', lambda flags: next(codes))
