@@ -208,11 +208,11 @@ def my_items(n: int) -> list[int]:
     return [min(i, n - 1) for i in range(rank(), -(-n // world_size()) * world_size(), world_size())]
 
 
-def gather_items(mine: Tensor, n: int) -> Tensor:
+def gather_items(rows: Tensor, n: int) -> Tensor:
     """(n, ...) on every rank, assembled from each rank's rows `my_items(n)`."""
     if world_size() == 1:
-        return mine
-    mine = mine.contiguous()
-    parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine)
+        return rows
+    rows = rows.contiguous()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows)
     return torch.stack(parts, 1).flatten(0, 1)[:n]

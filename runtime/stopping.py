@@ -91,13 +91,13 @@ def poll_stop() -> None:
     global _pending
     if ranks.is_alone():
         return
-    mine = torch.tensor(int(_stop_asked))
+    flag = torch.tensor(int(_stop_asked))
     if ranks.world_size() == 1:
-        code = int(mine)
+        code = int(flag)
     else:
-        work = dist.all_reduce(mine, dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
         code = finish_poll()
-        _pending = mine, work
+        _pending = flag, work
     if code:
         finish_poll()  # no reduction may be pending when the process group is left
         raise Stopped

@@ -226,7 +226,7 @@ def test_pictures_and_the_record(draw, run, monkeypatch):
         assert grid.width > 400 and path.width > 200 and path.height > path.width
         assert gif.is_animated and gif.n_frames == 4 and gif.width >= 400  # the noise, and three steps
         times = [(gif.seek(i), gif.info['duration'])[1] for i in (0, 1, 3)]
-        assert times == [100, 100, 1500] and gif.info['loop'] == 0  # again and again
+        assert times == [100, 100, 1500] and gif.info['loop'] == 0  # it loops forever
         frames = [np.array(gif.convert('RGB')) for gif.n in range(4) if gif.seek(gif.n) is None]
     first, last = ('t = 0.999', 't = 0.001')
     for frame, text in ((frames[0], first), (frames[-1], last)):  # a line with the time, then a line of class names
