@@ -123,7 +123,8 @@ def test_progress_shows_the_step_the_loss_and_the_time_left(capsys, clock):
     assert capsys.readouterr().out.splitlines() == [
         'step 30/100  loss 0.1250  160 images/s  28 s left, '
         'then about 60 s of samples and numbers (--no_final_eval leaves the numbers out)',
-        'step 50/100  loss 0.1250  160 images/s  20 s left, then about 60 s of samples and numbers',  # no line at step 40: too soon
+        # no line at step 40, 4 s after the one before
+        'step 50/100  loss 0.1250  160 images/s  20 s left, then about 60 s of samples and numbers',
         # 4 s after the last line, too, but the last step is always printed
         'step 100/100  loss 0.1250  320 images/s  trained, then about 5 min of samples and numbers',
     ]

@@ -65,7 +65,7 @@ def test_every_new_place_exists(name, new):
         ('import runtime.run_record', ['runtime.run_record']),
         ('from runtime import ranks, run_folder', ['runtime.run_folder']),
         ('def f():\n    import toy2d, sweep', ['toy2d', 'sweep']),
-        ('from solvers import SOLVERS, multistep\nfrom evaluation import reference', []),  # formerly functions, now files
+        ('from solvers import SOLVERS, multistep\nfrom evaluation import reference', []),  # now files
         # names that have not moved, and new names
         ('import evaluation\nfrom evaluation import likelihood, judge\nimport evaluation.likelihood', []),
         ('from networks import NETWORKS, get_network, mlp\nimport networks', []),
