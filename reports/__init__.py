@@ -6,6 +6,6 @@ kinds.py     the table KINDS: drawers of images, fields, signals and points
 page.py      report.html: pictures, numbers, curves and settings on one page
 parts.py     parts of a page: pictures, tables, sections
 curves.py    curves on a page
-seeds.py     runs that differ only in their seed: mean, spread, and which differences are more than that
-dry_run.py   `sh run.sh --check`: everything once, and an estimate of time, memory and disk
+seeds.py     runs that differ only in their seed: mean, spread, and which differences exceed the spread
+dry_run.py   `sh run.sh --check`: does everything once, and estimates time, memory and disk
 """

@@ -1,4 +1,4 @@
-"""Curves as <svg> elements that can be read in light and dark, with the names of the lines at their ends."""
+"""Plots of curves as <svg> elements, for light and dark pages, with the name of each line at its end."""
 
 import html
 import io
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Curves of a report: title -> names in the record; * stands for the rest of a name.
+# The plots of a report: title -> names in the record; * stands for the rest of a name.
 CURVES: dict[str, tuple[str, ...]] = {
     'loss': ('train/loss', 'eval/loss*'),
     'reference loss': ('eval/reference',),
@@ -21,17 +21,17 @@ CURVES: dict[str, tuple[str, ...]] = {
 MAIN = ('loss', 'reference loss', 'Frechet distance of samples', 'training loss by time')  # the others are folded
 FROM_ZERO = ('images per second', 'share of time waiting for data', 'learning rate')
 UNITS = dict.fromkeys(('training loss by time', 'reference loss by time'), 'loss') | {
-    'reference loss': 'square error of the velocity',
+    'reference loss': 'squared error of the velocity',
     'Frechet distance of samples': 'Frechet distance',
     'share of time waiting for data': 'share',
-}  # name of the y axis, where it is not the title
+}  # label of the y axis, where it is not the title
 NOTES = {
-    'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only mean and variance of '
-    'each value, and the floor, the lowest loss on the training data, which only memorising reaches.',
-    'training loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
-    'reference loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where they are known.',
+    'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only the mean and variance '
+    'of each value, and the floor, the lowest possible loss on the training data, reached only by memorising them.',
+    'training loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
+    'reference loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
 }
-LABELS = [  # name in the record -> at the end of its line
+LABELS = [  # name in the record -> label at the end of its line
     (r'train/loss', 'training'),
     (r'eval/loss', 'held-out, raw'),
     (r'eval/loss_ema_(.+)', r'held-out, EMA \1'),
@@ -41,13 +41,13 @@ LABELS = [  # name in the record -> at the end of its line
     (r'train/grad_norm_?(.*)', r'network \1'),
 ]
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name -> x, y
-Bands = Mapping[str, Sequence[float]]  # name -> half a width at each point
+Bands = Mapping[str, Sequence[float]]  # name -> half the width at each point
 NONE: Mapping[str, Any] = {}
-# Each has a contrast of 3 or about that on white and on the dark page, and colour-blind people tell them apart.
+# Each has a contrast of about 3 on the white and on the dark page, and colour-blind people can tell them apart.
 COLOURS = ('#2b7bd1', '#d8720c', '#0a9a74', '#c4569b', '#8c8c3a', '#1f9bb5', '#8d6fd1', '#808080')
 TEXT, LINE = '#0c0c0c', '#0d0d0d'  # replaced by the colours of the page
 THEME: dict[str, Any] = {
-    'svg.fonttype': 'none',  # letters stay letters
+    'svg.fonttype': 'none',  # text stays text
     **dict.fromkeys(('figure.facecolor', 'axes.facecolor'), 'none'),
     **dict.fromkeys(('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.labelcolor', 'ytick.labelcolor'), TEXT),
     **dict.fromkeys(('axes.edgecolor', 'xtick.color', 'ytick.color', 'grid.color'), LINE),
@@ -59,11 +59,11 @@ THEME: dict[str, Any] = {
 def plot(
     curves: Curves, title: str, floors: Any = NONE, ceiling: float | None = None, bands: Bands = NONE, x: str = 'step'
 ) -> str:
-    """The plot of curves as an <svg> element, transparent, in the colours of the page; '' if no curve has a point.
+    """Plot curves as an <svg> element, transparent, in the colours of the page; '' if no curve has a point.
 
-    Colours go by the order of `curves`, so a curve keeps its colour in every plot, also where others have no points.
+    Colours follow the order of `curves`, so a curve keeps its colour in every plot, even where others have no points.
     Dotted lines: `floors`, curve -> the lowest level it can reach, and `ceiling`, a level above all curves.
-    `bands`: curve -> half the width of a band around each of its points. `x`: the name of the x axis.
+    `bands`: curve -> half the width of a band around each of its points. `x`: the label of the x axis.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def plot(
 
 
 def label_of(name: str) -> str:
-    """The name of a line, by LABELS."""
+    """The label of a line, by LABELS."""
     for pattern, text in LABELS:
         if found := re.fullmatch(pattern, name):
             return found.expand(text).strip()
@@ -91,7 +91,7 @@ def label_of(name: str) -> str:
 def draw(
     figure: Any, curves: Curves, title: str, floors: Any, ceiling: float | None, bands: Bands, x_name: str
 ) -> None:
-    """`plot` on a figure. Curves by time have colours from one end of a scale to the other."""
+    """Draw `plot` on a figure. Curves by time take their colours from a scale, in the order of their times."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     by_time = all('_t_' in name for name in curves)
@@ -110,7 +110,7 @@ def draw(
         if name in bands:
             low, high = ([v + side * w for v, w in zip(y, bands[name], strict=True)] for side in (-1, 1))
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-        if name in floors and floors[name] > min(values) / 20:  # a floor of next to nothing would squeeze the curves
+        if name in floors and floors[name] > min(values) / 20:  # a floor near 0 would squeeze the curves
             ax.axhline(floors[name], color=color, linestyle=':', linewidth=1)
             levels |= {} if by_time else {'floor': floors[name]}
     for level in levels.values():
@@ -123,14 +123,14 @@ def draw(
     scale(ax, kind, [*values, *levels.values()])
     ax.set(xlabel=x_name, ylabel=UNITS.get(kind, kind.partition(' (')[0]))
     ax.yaxis.set_label_coords(-0.2, 0.5)
-    ax.set_title(title.replace('$', r'\$'), x=-0.21, pad=10)  # no mathematics
+    ax.set_title(title.replace('$', r'\$'), x=-0.21, pad=10)  # $ does not begin a formula
     if len(curves) > 1 or levels:
         label_ends(ax, [*ends, *((last, level, label, TEXT) for label, level in levels.items())])
 
 
 def scale(ax: Any, kind: str, values: Sequence[float]) -> None:
-    """The y axis: from 0 for shares, speeds and rates; logarithmic for what spans more than a factor of 5; else never
-    so narrow that noise looks like a trend."""
+    """Set the y axis: from 0 for shares, speeds and rates; logarithmic if values span more than a factor of 5;
+    otherwise wide enough that noise does not look like a trend."""
     low, high = min(values), max(values)
     if kind in FROM_ZERO:
         ax.set_ylim(0, 1 if kind.startswith('share') else 1.05 * high or 1)
@@ -141,14 +141,14 @@ def scale(ax: Any, kind: str, values: Sequence[float]) -> None:
 
 
 def logarithmic(ax: Any) -> None:
-    """A logarithmic y axis; some of its many ticks between powers of ten have a number."""
+    """A logarithmic y axis, with numbers at 2 and 5 between the powers of ten."""
     ax.set_yscale('log')
     ax.yaxis.set_major_formatter(lambda value, _: f'{value:.3g}')
     ax.yaxis.set_minor_formatter(lambda value, _: f'{value:.3g}' if f'{value:e}'[0] in '25' else '')
 
 
 def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names (x, y, name, colour) to the right of the ends of lines, moved up or down until none is on another."""
+    """Names (x, y, name, colour) to the right of the ends of lines, moved up or down until none overlaps another."""
     gap = min(0.08, 1.05 / len(ends))
     to_axes = ax.transData + ax.transAxes.inverted()
     at = [(to_axes.transform((x, y)), label, color) for x, y, label, color in ends]
@@ -167,9 +167,11 @@ def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def sweep_plots(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The Frechet distance against network evaluations, and against guidance, of lines of evaluation.jsonl that differ
-    in them; a curve for each choice of the rest. Only of lines with the detector, number, seed and step of the last;
-    those of samples that are not finite have no distance."""
+    """Plots of the Frechet distance against network evaluations and against guidance, where the lines of
+    evaluation.jsonl differ in these; each choice of the other settings is a curve.
+
+    Only lines with the detector, number, seed and step of the last line count. Samples that are not finite have no
+    distance."""
     known = [x for x in lines if isinstance(x.get('frechet'), (int, float))]
     alike = [x for x in known if all(x.get(k) == lines[-1].get(k) for k in ('detector_digest', 'num', 'seed', 'step'))]
     rows = [dict(x, nfe=x.get('nfe') or x.get('num_sample_steps')) for x in alike]

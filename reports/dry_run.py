@@ -1,4 +1,4 @@
-"""`sh run.sh --check`: everything that a run does, once, in a temporary folder, and what the run will take."""
+"""`sh run.sh --check`: do everything that a run does once, in a temporary folder, and estimate the cost of the run."""
 
 import dataclasses
 import math
@@ -24,36 +24,36 @@ from runtime.ranks import print_once
 from training import run_folder
 from training.experiment import Sampler
 
-WARM_UP_STEPS = 3  # compiling, loading of libraries, the search for the fastest convolutions
-SECONDS_FOR_STEPS = 8.0  # of training, to tell how long a step takes
-LEAST_BLOCKS = 5
+WARM_UP_STEPS = 3  # for compiling, loading libraries, and the search for the fastest convolutions
+SECONDS_FOR_STEPS = 8.0  # spent on timing training steps
+LEAST_BLOCKS = 5  # least number of blocks of steps
 
 
 @alive.still('checking')
 def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     """Print the settings, try steps, a save, a load, a held-out loss and all samplers; print what the run will take.
 
-    `build` makes a trainer. Raises what the run would raise, and SettingError if the disk is too small for checkpoints.
+    `build` makes a trainer. Raises what the run would raise, and SettingError if the checkpoints do not fit on disk.
     """
     if int(os.environ.get('GROUP_WORLD_SIZE', 1)) > 1:
-        raise SettingError('check=True: this tries one machine. Run it without NNODES and TORCHRUN_ARGS (srun -N1).')
+        raise SettingError('check=True: this checks one machine. Run it without NNODES and TORCHRUN_ARGS (srun -N1).')
     ranks.setup()
     default = config.baseline() | {name: getattr(config, name) for name in ('experiment_name', 'ckpt_dir', 'check')}
     changed = (f'  {name} = {value!r}' for name, value in vars(config).items() if value != default.get(name))
     print_once('\n'.join(['settings that differ from the preset:', *changed]))
-    found = ranks.on_main(lambda: look_at_folder(config))
+    checkpoint = ranks.on_main(lambda: look_at_folder(config))
     folder = Path(ranks.on_main(lambda: tempfile.mkdtemp(prefix='check', dir=os.environ.get('RUN_REPORTS'))))
     try:
         ranks.on_main(lambda: link_data(config, folder / 'data'))
-        Rehearsal(config, found, folder, build).run()
+        Rehearsal(config, checkpoint, folder, build).run()
     finally:
         if ranks.is_main():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def look_at_folder(config: Config) -> dict[str, Any] | None:
-    """Config, step, trainer, code and data of the checkpoint that the run will resume from, None for a new run. Raises
-    SettingError if its folder, or data_dir, cannot be made or written."""
+    """Config, step, trainer, code and data of the checkpoint that the run will resume from; None for a new run. Raises
+    SettingError if the run's folder, or data_dir, cannot be created or used."""
     run_folder.refuse_folders(config)
     refuse_folder('data_dir', config.data_dir, Path(config.data_dir), to_write=False)
     found = run_folder.newest_whole(config) if config.run_dir.exists() else None
@@ -65,8 +65,8 @@ def look_at_folder(config: Config) -> dict[str, Any] | None:
 
 
 def link_data(config: Config, folder: Path) -> None:
-    """A copy of data_dir by links, into which a data set that is not there yet is downloaded."""
-    for inner in ('.', 'cache'):  # new files in the cache are not kept either
+    """Link the contents of data_dir into `folder`; a data set that is missing is downloaded there, and not kept."""
+    for inner in ('.', 'cache'):  # a folder of its own, so that new files in the cache are not kept either
         (folder / inner).mkdir()
         for entry in sorted(Path(config.data_dir, inner).glob('*')):
             if entry.name != 'cache':
@@ -74,7 +74,7 @@ def link_data(config: Config, folder: Path) -> None:
 
 
 def timed(do: Callable[[], object]) -> float:
-    """Seconds that `do` takes, the slowest rank's."""
+    """Seconds that `do` takes on the slowest rank."""
     ranks.barrier()
     began = time.perf_counter()
     do()
@@ -84,14 +84,14 @@ def timed(do: Callable[[], object]) -> float:
 
 
 def time_steps(step: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the first step, and of a later one: the median over blocks of steps, after a warm-up.
+    """Seconds of the first step, and of a later step: the median over blocks of steps, after a warm-up.
 
-    Blocks, because a GPU works behind Python: waiting for it after every step would be slower than training.
+    Blocks, because a GPU runs asynchronously: waiting for it after every step would be slower than training.
     """
     first = timed(step)
     for _ in range(WARM_UP_STEPS - 1):
         once = timed(step)
-    # the same on every rank: each time is the slowest's
+    # every rank computes the same number: `timed` returns the time of the slowest
     in_block = max(1, int(SECONDS_FOR_STEPS / LEAST_BLOCKS / once))
     blocks: list[float] = []
     while len(blocks) < LEAST_BLOCKS or sum(blocks) * in_block < SECONDS_FOR_STEPS:
@@ -100,22 +100,22 @@ def time_steps(step: Callable[[], object]) -> tuple[float, float]:
 
 
 class Rehearsal:
-    """What a run of `config` does, tried in `folder`; what it measures adds up to the estimate."""
+    """Tries in `folder` everything that a run of `config` does, and adds the measured times up to an estimate."""
 
-    def __init__(self, config: Config, found: dict[str, Any] | None, folder: Path, build: Callable[[Config], Any]):
-        """`found`: the checkpoint that the run will resume from. Raises SettingError if it is another run's."""
+    def __init__(self, config: Config, checkpoint: dict[str, Any] | None, folder: Path, build: Callable[[Config], Any]):
+        """`checkpoint`: what the run will resume from. Raises SettingError if it belongs to another run."""
         apart = dict(ckpt_dir=str(folder), data_dir=str(folder / 'data'), experiment_name='check', wandb='disabled')
         self.config, self.trained = config, build(dataclasses.replace(config, **apart))
-        if found is not None:
-            run_folder.refuse_other(config, found, self.trained.checkpoints.identity)
-        self.begins_at = 0 if found is None else found['step']
+        if checkpoint is not None:
+            run_folder.refuse_other(config, checkpoint, self.trained.checkpoints.identity)
+        self.begins_at = 0 if checkpoint is None else checkpoint['step']
         self.steps_left = max(0, config.num_training_steps - self.begins_at)
         self.seconds: dict[str, float] = {}  # part of the run -> seconds
         self.size = 0  # bytes of a checkpoint
-        self.step = 0.0  # seconds
+        self.step_seconds = 0.0
 
     def times(self, every: int) -> int:
-        """How often something that is due every so many steps will be done."""
+        """Number of times that something due every `every` steps is still to happen; 0: once, at the end."""
         return -(-self.steps_left // every) if every else 1
 
     def run(self) -> None:
@@ -125,7 +125,7 @@ class Rehearsal:
         t.judge.rehearse()
         t.gallery.rehearse(step=1)  # without the picture of the data
         t.checkpoints.check()
-        began = float(os.environ.get('RUN_BEGAN', time.time()))  # of run.sh
+        began = float(os.environ.get('RUN_BEGAN', time.time()))  # when run.sh began
         self.seconds['to start'] = ranks.on_main(lambda: time.time() - began)
         self.try_steps()
         self.try_saving()
@@ -135,10 +135,11 @@ class Rehearsal:
 
     def try_steps(self) -> None:
         steps = self.trained.batches.steps(0)
-        first, self.step = time_steps(lambda: self.trained.train_step(next(steps)))
-        images = self.config.global_batch_size / self.step
-        print_once(f'train     {self.step:.3g} s a step, {images:.0f} images/s; the first step took {duration(first)}')
-        self.seconds |= {'for the first step': first - self.step, 'training': self.step * self.steps_left}
+        first, self.step_seconds = time_steps(lambda: self.trained.train_step(next(steps)))
+        images = self.config.global_batch_size / self.step_seconds
+        each = self.step_seconds
+        print_once(f'train     {each:.3g} s a step, {images:.0f} images/s; the first step took {duration(first)}')
+        self.seconds |= {'for the first step': first - each, 'training': each * self.steps_left}
 
     def try_saving(self) -> None:
         t = self.trained
@@ -151,8 +152,8 @@ class Rehearsal:
         if any(not value.equal(before[name]) for name, value in t.network.state_dict().items()):
             raise RuntimeError('the checkpoint, loaded again, does not hold the weights that were saved')
         print_once(
-            f'save      {self.size / 1e6:.1f} MB; training waits {stall:.3g} s, then it is written in '
-            f'{stall + write:.3g} s in the background; loaded again in {load:.3g} s'
+            f'save      {self.size / 1e6:.1f} MB; training waits {stall:.3g} s, the file is complete after '
+            f'{stall + write:.3g} s, and loads in {load:.3g} s'
         )
         self.seconds['to start'] += load * (self.begins_at > 0)
         self.seconds['saving'] = stall * self.times(self.config.save_every)
@@ -181,15 +182,15 @@ class Rehearsal:
             return
         inputs, x = t.sample_inputs(NUM_JUDGED), x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
         first, later = (timed(lambda: t.judge.numbers(x, inputs)) for _ in range(2))
-        print_once(f'judge     {duration(first)} the first time, {duration(later)} from then on')
+        print_once(f'judge     {duration(first)} the first time, {duration(later)} after that')
         between = (c.eval_metrics_every > 0) * (self.times(c.eval_metrics_every) - 1)
         verdicts = between + c.final_eval * len(per_image)
         drawing = NUM_JUDGED * (between * per_image[0] + c.final_eval * sum(per_image))
         self.seconds['for numbers'] = drawing + (first + later * (verdicts - 1)) * (verdicts > 0)
 
     def seconds_of(self, sampler: Sampler) -> tuple[float, float, torch.Tensor]:
-        """Seconds for the few samples of a path, seconds per sample of as many as are drawn at once, or fewer if that
-        takes long, and the samples, decoded."""
+        """Seconds for the few samples of a path; seconds per sample of a full batch, or of a smaller one if that takes
+        long; and the samples, decoded."""
         t, few, many, drawn = self.trained, 0.0, 0.0, []
         for n in sorted({8, t.gallery.num_shown, t.batches.images_at_once * ranks.world_size()}):
             inputs = t.sample_inputs(n)
@@ -208,7 +209,7 @@ class Rehearsal:
         disk = self.size * max(0, c.keep_last + 1 + kept - there_already)  # one more while it is being written
         folders = (c.run_dir / 'last.pt').absolute().parents
         free = shutil.disk_usage(next(path for path in folders if path.is_dir())).free
-        lost = f'{duration(c.save_every * self.step)} at most' if c.save_every else 'all since step_N.pt'
+        lost = f'{duration(c.save_every * self.step_seconds)} at most' if c.save_every else 'all since step_N.pt'
         print_once(
             f'\nthe run   {duration(total)} for {self.steps_left} steps: {parts}\n'
             f'a kill    loses {lost} (save_every={c.save_every})\n'

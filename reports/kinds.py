@@ -1,4 +1,4 @@
-"""Drawers of data of each kind: the table KINDS, heat maps, curves, and points in the plane."""
+"""Pictures of each kind of data: the table KINDS, heat maps, curves, and points in the plane."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ MARKERS = 'os^Dvp*'  # a class takes the next marker when all colours have been 
 
 
 def draw_fields(panel: Panel) -> Tensor:
-    """Floats (n, C, H, W) as heat maps, the channels below each other, each with a colour bar of its own range."""
+    """Draw floats (n, C, H, W) as heat maps, channels below each other, each with a colour bar of its own range."""
     from matplotlib import colormaps
 
     colours = torch.from_numpy(colormaps['viridis'](np.arange(256))[:, :3] * 255).round().to(torch.uint8)  # (256, 3)
@@ -36,9 +36,9 @@ def draw_fields(panel: Panel) -> Tensor:
 
 
 def draw_signals(panel: Panel) -> Tensor:
-    """Floats (n, C, L) as curves on one scale, a colour for each channel."""
+    """Draw floats (n, C, L) as curves on one scale, a colour for each channel."""
     low, high = range_of(panel.x)
-    wide, tall, fine = max(96, panel.side()), 64, 3  # drawn three times as large
+    wide, tall, fine = max(96, panel.side()), 64, 3  # drawn at three times the size, then scaled down, for smooth lines
     y = (1 - (panel.x.double().cpu().nan_to_num(low) - low) / (high - low)) * (tall - 4) + 2
     x = np.linspace(2, wide - 2, y.shape[2])
     cells = []
@@ -55,8 +55,8 @@ def draw_signals(panel: Panel) -> Tensor:
 
 
 def draw_points(panel: Panel) -> Tensor:
-    """Points (n, 2) in a plot of equal axes, a colour for each class: data in grey, or contours of the density, behind
-    the samples; or paths, each a line from a black dot to a coloured one."""
+    """Draw points (n, 2) with equal axes, a colour for each class: samples in front of the data in grey, or of contours
+    of the density; or paths, each a line from a black dot to a coloured one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -74,14 +74,14 @@ def draw_points(panel: Panel) -> Tensor:
     classes = list(dict.fromkeys(names))
     for i, name in enumerate(classes or ['']):
         chosen = torch.tensor([not names or other == name for other in names or shown])
-        text = name.replace('$', r'\$')  # no mathematics
+        text = name.replace('$', r'\$')  # $ does not begin a formula
         marker, colour = MARKERS[i // len(COLOURS) % len(MARKERS)], COLOURS[i % len(COLOURS)]
         ax.scatter(*shown[chosen].T.numpy(), s=6, c=colour, marker=marker, label=text, alpha=0.7, linewidths=0)
     if panel.density is not None:
         ax.apply_aspect()
         x, y = (np.linspace(*limits, 200) for limits in (ax.get_xlim(), ax.get_ylim()))
         density = panel.density(torch.from_numpy(np.stack(np.meshgrid(x, y), -1)).reshape(-1, 2)).view(200, 200).numpy()
-        if (peak := density.max()) > np.finfo(float).tiny:  # not 0 all over, as around points that are far away
+        if (peak := density.max()) > np.finfo(float).tiny:  # it is 0 everywhere around points that are far away
             ax.contour(x, y, density, peak * np.array([0.05, 0.5]), colors='grey', linewidths=0.8, zorder=0)
     if 1 < len(classes) <= 10:
         figure.legend(loc='outside lower center', ncols=5, fontsize=7, markerscale=2, frameon=False)
@@ -91,7 +91,7 @@ def draw_points(panel: Panel) -> Tensor:
     return titled(torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1), title)
 
 
-# kind -> (does it fit decoded samples x?, f(panel): a picture (3, H, W) uint8). The last one that fits is taken.
+# kind -> (whether decoded samples x are of this kind, f(panel): a picture (3, H, W) uint8). The last that fits is used.
 KINDS: dict[str, tuple[Callable[[Tensor], bool], Callable[[Panel], Tensor]]] = {
     'signals': (lambda x: x.ndim == 3, draw_signals),
     'points': (lambda x: x.ndim == 2 and x.shape[1] == 2, draw_points),
@@ -101,6 +101,6 @@ KINDS: dict[str, tuple[Callable[[Tensor], bool], Callable[[Panel], Tensor]]] = {
 
 
 def kind(x: Tensor, are_images: bool = True) -> str | None:
-    """The key of KINDS for decoded samples x (n, ...), or None. Not `are_images`: x does not keep within [0, 1]."""
+    """The key of KINDS for decoded samples x (n, ...), or None. `are_images` is False if x may leave [0, 1]."""
     fit = [name for name, (fits, _) in KINDS.items() if fits(x) and (are_images or name != 'images')]
     return fit[-1] if fit else None

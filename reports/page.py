@@ -1,4 +1,4 @@
-"""The folder of a run as one page that needs no server and no network: pictures, numbers, curves, settings.
+"""report.html: one page with the pictures, numbers, curves and settings of a run, without a server or a network.
 
 A run rewrites its own report.html whenever it draws samples. `compare.py` puts several runs on one page.
 """
@@ -21,7 +21,7 @@ from runtime.alive import duration
 from settings.same_run import migrated
 from utils import caption
 
-COLUMNS = (  # of a table of evaluations
+COLUMNS = (  # names in a table of evaluations, in this order
     'weights solver time_grid nfe guidance_scale num seed detector label_agreement real_label_agreement frechet '
     'real_frechet real_frechet_std wasserstein real_wasserstein real_wasserstein_std kid precision recall density '
     'coverage nearest_neighbour_ratio eval/reference bits_per_dim bits_per_dim_error'
@@ -29,29 +29,29 @@ COLUMNS = (  # of a table of evaluations
 STARTED = ('time', 'step', 'training', 'host', 'device', 'processes', 'trainer', 'commit', 'command')
 CARD = '<div>{}<br><b>{}</b><p>{}</p><p class="faint">Good: {}</p></div>'
 EARLIER = 3  # pictures of earlier steps, at most
-# Settings that say where a run and its record are, not what it does.
+# Settings for where a run and its record are stored; they do not change what it does.
 PLACES = ('experiment_name', 'ckpt_dir', 'wandb', 'wandb_project', 'wandb_entity')
 GAUSSIAN = 'eval/reference_gaussian'
-# The numbers on top: name in the record -> title, meaning, what is good (by the level {} | if that is unknown), level
+# The numbers on top: name in the record -> title, meaning, what is good (by a level {} | if it is unknown), its name
 MEANINGS = {
     'eval/reference': (
-        'Reference loss', 'Square error of the velocity on held-out data, the same measure for all runs of a data set.',
-        'well below {}, the loss of a model that knows only mean and variance | the lower the better', GAUSSIAN,
+        'Reference loss', 'Squared error of the velocity on held-out data, comparable between all runs of a data set.',
+        'well below {}, the loss of a model that knows only the mean and variance | the lower the better', GAUSSIAN,
     ),
     'label_agreement': (
-        'Label agreement', 'Share of samples in which a classifier of real images sees the requested class.',
+        'Label agreement', 'Share of samples that a classifier of real images assigns to the requested class.',
         '{}, its share on held-out images | near 1', 'real_label_agreement',
     ),
     'frechet': (
-        'Frechet distance', 'How far the samples as a whole are from the training data.',
-        'near {}, the distance of as many real items | near that of as many real items', 'real_frechet',
+        'Frechet distance', 'Distance of the samples as a whole from the training data.',
+        'near {}, the distance of equally many real items | near the distance of real items', 'real_frechet',
     ),
     'wasserstein': (
-        'Wasserstein distance', 'How far the samples must be moved to lie as the training points do.',
-        'near {}, the distance of as many real points | near that of as many real points', 'real_wasserstein',
+        'Wasserstein distance', 'How far the samples must be moved to match the training points.',
+        'near {}, the distance of equally many real points | near the distance of real points', 'real_wasserstein',
     ),
     'nearest_neighbour_ratio': (
-        'Nearest-neighbour ratio', 'Distance of samples to the nearest training item, over that of held-out items.',
+        'Nearest-neighbour ratio', 'Distance from a sample to the nearest training item, relative to a held-out item.',
         'about 1; well below 1: training items were memorised; well above: samples lie off the data', '',
     ),
     'eval/loss': ('Held-out loss', 'The loss of the raw weights on held-out data.', 'near the training loss', ''),
@@ -64,9 +64,9 @@ class Run:
 
     folder: Path
     config: dict[str, Any]
-    lines: list[dict[str, Any]]  # of metrics.jsonl
-    starts: list[dict[str, Any]] = field(default_factory=list)  # of run.json
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # of evaluation.jsonl
+    lines: list[dict[str, Any]]  # metrics.jsonl
+    starts: list[dict[str, Any]] = field(default_factory=list)  # run.json
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # evaluation.jsonl
 
     @property
     def step(self) -> int:
@@ -78,42 +78,42 @@ class Run:
         return [step for step, _ in points], [value for _, value in points]
 
     def names(self, patterns: Sequence[str]) -> list[str]:
-        """Names in the record that match `patterns`, in which a * stands for anything but times."""
+        """Names in the record that match `patterns`; a * matches anything but times."""
         found = list(dict.fromkeys(name for line in self.lines for name in line))
         alike = [(pattern, name) for pattern in patterns for name in found if ('_t_' in pattern) == ('_t_' in name)]
         return [name for pattern, name in alike if fnmatch.fnmatchcase(name, pattern)]
 
     def bounds(self, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
-        """(curve -> floor, the reference loss of a model that has learned nothing), see evaluation/reference.py."""
+        """(curve -> floor, reference loss of a model that knows only mean and variance): evaluation/reference.py."""
         level_of = {name: name.replace('loss', 'floor').replace('reference', 'reference_floor') for name in names}
         found = {level: self.curve(level)[1][-1:] for level in (*level_of.values(), GAUSSIAN)}  # [value] or []
         floors = {name: found[level][0] for name, level in level_of.items() if level != name and found[level]}
         return floors, next(iter(found[GAUSSIAN]), None) if list(names) == ['eval/reference'] else None
 
     def final(self) -> dict[str, float]:
-        """The last value of each name of the record that tells how good the run is."""
+        """The last value of each number in the record that says how good the run is."""
         last = {name: value for line in self.lines for name, value in line.items() if '_t_' not in name}
         hidden = (GAUSSIAN, 'eval/reference_floor')
         return {k: v for k, v in last.items() if k.startswith(('eval/', 'final/')) and k not in hidden}
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from the preset's."""
+        """The settings that differ from the preset."""
         default = as_json(vars(Config()) | PRESETS.get(self.config['preset'], {}))
         return {k: v for k, v in self.config.items() if k not in PLACES and (k not in default or default[k] != v)}
 
     @property
     def sampler(self) -> str:
-        """Name of the first sampler: of the first final numbers, else the solver of the settings."""
+        """Name of the first sampler in the final numbers; before there are any, the solver of the settings."""
         found = (name.split('/')[1] for line in self.lines for name in line if name.startswith('final/'))
         return next(found, str(self.config.get('solver')))
 
     def chosen(self) -> dict[str, tuple[Any, str, str]]:
-        """title -> (value, meaning, what is good) of at most four numbers, of MEANINGS or of the experiment. Numbers of
-        samples are those of the first sampler, final ones if there are any."""
+        """title -> (value, meaning, what is good) of at most four numbers, from MEANINGS or the experiment. Numbers for
+        samples are from the first sampler, and final if there are any."""
         last = {name: value for line in self.lines for name, value in line.items()}
         for before in (f'eval/{self.sampler}/', f'final/{self.sampler}/'):
             last |= {name.removeprefix(before): value for name, value in last.items() if name.startswith(before)}
-        own = [name for name in last if '/' not in name and name not in COLUMNS]  # numbers of the experiment
+        own = [name for name in last if '/' not in name and name not in COLUMNS]  # the experiment's numbers
         own = [name for name in own if not re.search(r'_(std|p\d\d)$', name)]  # without spreads and percentiles
         found = {}
         for name in [name for name in [*list(MEANINGS)[:-1], *own, *list(MEANINGS)[-1:]] if name in last][:4]:
@@ -124,8 +124,8 @@ class Run:
         return found
 
     def pictures(self) -> list[list[Path]]:
-        """The sample pictures of each step, the oldest step first. Within a step the weights by which the run is judged
-        come first, and among these the first sampler."""
+        """The sample pictures of each step, the oldest step first. Within a step, pictures of the weights by which the
+        run is judged come first, beginning with the first sampler."""
         judged = next((f'_ema_{decay:g}' for decay in self.config.get('ema_decays', ())), '_raw')
 
         def order(path: Path) -> tuple:
@@ -136,12 +136,12 @@ class Run:
         return [list(group) for _, group in itertools.groupby(paths, lambda path: order(path)[0])]
 
     def same_noise(self) -> list[Path]:
-        """The pictures of all steps by the first sampler and weights of the newest, the oldest first."""
+        """The pictures of all steps with the sampler and weights of the newest one, the oldest first."""
         groups, of = self.pictures(), lambda path: path.stem.split('_')[2:]
         return [path for group in groups for path in group if of(path) == of(groups[-1][0])]
 
     def own_pictures(self) -> list[Path]:
-        """The pictures that an experiment gave names of its own, the newest of those that differ only in step_N."""
+        """The pictures that the experiment named itself; of names that differ only in step_N, the newest."""
         padded = lambda path: re.sub(r'\d+', lambda number: number[0].zfill(12), path.name)  # noqa: E731
         paths = sorted((self.folder / 'samples').glob('*.png'), key=padded)
         newest = {re.sub(r'step_\d+', '', path.stem): path for path in paths if not path.stem.startswith('step_')}
@@ -154,12 +154,12 @@ def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines_in(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file, without a last one that a kill has cut; none if there is no file."""
+    """The lines of a .jsonl file, without a last line that a kill has cut; none if there is no file."""
     return [json.loads(line) for line in path.read_text().split('\n')[:-1] if line] if path.exists() else []
 
 
 def read(folder: str | Path) -> Run:
-    """Raises SettingError if the folder is not that of a run."""
+    """Read the folder of a run. Raises SettingError if it is not one."""
     folder = Path(folder)
     try:
         config = migrated(json.loads((folder / 'config.json').read_text()))
@@ -177,13 +177,13 @@ def report(run: Run) -> str:
     newest, same = [[], *run.pictures()][-1], run.same_noise()[:-1]
     earlier = same[:: max(1, -(-len(same) // EARLIER))]
     strip = {
-        'Data': images({run.folder / 'samples/data_and_augmented.png': 'as read, and as training sees them'}),
+        'Data': images({run.folder / 'samples/data_and_augmented.png': 'as read, and as prepared for training'}),
         'Newest samples': images({path: caption(path.stem) for path in newest[:1]}),
         'The same noise at earlier steps': images({path: caption(path.stem).partition(', ')[0] for path in earlier}),
     }
     numbers = [CARD.format(*map(escaped, (title, *about))) for title, about in run.chosen().items()]
     curves = {title: figure(run, title) for title in CURVES}
-    head, *rows = list(zip(*evaluations(run.evaluations), strict=True)) or [()]  # a column for each
+    head, *rows = list(zip(*evaluations(run.evaluations), strict=True)) or [()]  # a column per evaluation
     each = lambda paths: row([images({path: caption(path.stem)}) for path in paths])  # noqa: E731
     return page(
         f'{run.folder.name}: step {run.step} of {run.config.get("num_training_steps", 0)}',
@@ -195,7 +195,7 @@ def report(run: Run) -> str:
         {
             'Other curves': row(list(curves.values())),
             'Evaluations': table(rows, head) + row(sweep_plots(run.evaluations)) if rows else '',
-            'Newest samples on their way': images({run.folder / 'path.png': 'from what they started from to samples'}),
+            'Paths of the newest samples': images({run.folder / 'path.png': 'from the start of sampling to its end'}),
             'Other samplers and weights': each(newest[1:]),
             'Other pictures, the newest of each name': each(run.own_pictures()),
             'All numbers': table(sorted(run.final().items())),
@@ -206,23 +206,23 @@ def report(run: Run) -> str:
 
 
 def figure(run: Run, title: str) -> str:
-    """The curves of a title of CURVES, with their note; '' without any."""
+    """The plot of a title of CURVES, with its note; '' if the record has no curve for it."""
     names = run.names(CURVES[title])
     svg = plot({name: run.curve(name) for name in names}, title, *run.bounds(names))
     return f'<figure>{svg}<figcaption>{NOTES.get(title, "")}</figcaption></figure>' if svg else ''
 
 
 def state(run: Run) -> str:
-    """A paragraph that says when the final numbers come; '' if they are there, or if there will be none."""
+    """A paragraph about when the final numbers will come; '' if they are there, or if there will be none."""
     total = run.config.get('num_training_steps', 0)
     if not run.config.get('final_eval') or any(name.startswith('final/') for name in run.final()):
         return ''
-    after = 'follow after the last step' if run.step < total else 'are being computed, if these data have any'
+    after = 'follow after the last step' if run.step < total else 'are being computed, if there are any for these data'
     return f'<p class="faint">Step {run.step:,} of {total:,}: the final numbers {after}.</p>'
 
 
 def started(run: Run, i: int) -> list[Any]:
-    """The cells below STARTED of the i-th start; the time in training follows from the speed in the record."""
+    """The cells of the i-th start, in the order of STARTED; the training time is computed from the recorded speed."""
     begin, end = ([start.get('step', 0) for start in run.starts] + [run.step])[i : i + 2]
     seconds, trainer = 0.0, run.starts[i].get('trainer') or {}
     for line in run.lines:
@@ -235,7 +235,7 @@ def started(run: Run, i: int) -> list[Any]:
 
 
 def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Rows of a table of lines of evaluation.jsonl; the first row has the names of COLUMNS that occur. A line with
+    """The lines of evaluation.jsonl as rows of a table; the first row has the names of COLUMNS that occur. A line with
     num_sample_steps has `N steps` as its nfe."""
     columns = [name for name in COLUMNS if any(line.get(name) is not None for line in lines)]
     with_steps = [dict(line, nfe=line.get('nfe') or f'{line.get("num_sample_steps")} steps') for line in lines]
@@ -243,8 +243,8 @@ def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 def update(folder: Path) -> None:
-    """Write report.html of a run. A failure is printed, and the run continues."""
+    """Write report.html of a run. On failure, print a warning and let the run continue."""
     try:
         files.write_text(folder / 'report.html', report(read(folder)))
-    except Exception as error:  # a page is not worth a run
+    except Exception as error:  # a broken page must not end the run
         print(f'warning: {folder}/report.html could not be written ({type(error).__name__}: {error})', flush=True)

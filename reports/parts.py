@@ -1,4 +1,4 @@
-"""Parts of a page: pictures, tables, sections; they fit a phone, light and dark, and print. And tables as text."""
+"""Parts of a page: pictures, tables, sections, for phones, light and dark mode, and print; and tables as text."""
 
 import base64
 import html
@@ -36,8 +36,8 @@ class Markup(str):
 
 
 def images(captions: Mapping[Path, str]) -> str:
-    """Pictures with captions, inside the page; those that do not exist are left out. Small ones are enlarged by a whole
-    factor, if a phone has room for them."""
+    """Pictures with captions, embedded in the page; missing files are left out. Small pictures are enlarged by a whole
+    factor, up to the width of a phone."""
 
     def figure(path: Path, text: str) -> str:
         source = f'data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}'
@@ -54,7 +54,7 @@ def escaped(value: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """Rows of cells, escaped, in a box that scrolls."""
+    """Rows of cells, escaped, in a scrolling box."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         texts = (cell if isinstance(cell, Markup) else escaped(cell) for cell in cells)
@@ -78,8 +78,8 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def blocks(columns: Sequence[Sequence[Any]], width: int = 120) -> str:
-    """Columns as text, each with its head: tables below each other, none wider than `width` if it can be; each begins
-    with the first column."""
+    """Columns as text, each with its head: tables below each other, no wider than `width` where possible. Each table
+    begins with the first column."""
     first, *rest = columns
     parts, text = [[first]], lambda part: aligned(list(zip(*part, strict=True)))
     for column in rest:
@@ -94,7 +94,7 @@ def row(parts: Sequence[str], kind: str = 'row') -> str:
 
 
 def page(title: str, sections: Mapping[str, str], folded: Mapping[str, str] | None = None) -> str:
-    """The whole document: sections, then those that are folded; what is empty is left out."""
+    """The whole document: sections, then folded sections; empty ones are left out."""
     heads = {name: f'<h2>{html.escape(name)}</h2>' if name else '' for name in sections}
     body = ''.join(heads[name] + text for name, text in sections.items() if text)
     for name, text in (folded or {}).items():

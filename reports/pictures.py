@@ -30,15 +30,15 @@ class Gallery:
     def __init__(self, experiment: Experiment, batches: Batches, record: Record, drawing: Drawing):
         self.experiment, self.config, self.data = experiment, experiment.config, experiment.data
         self.batches, self.record, self.drawing = batches, record, drawing
-        self.step = 0  # of the last sampling
+        self.step = 0  # at which samples were last drawn
         self.titles: dict[str, str] = {}  # name of the newest picture -> its title
 
     @cached_property
     def kind(self) -> str | None:
-        """The `kind` of the samples."""
+        """The kind of the samples, a key of KINDS or None."""
         return self.kind_of(self.experiment.decode(self.batches.like.x0[:1]))
 
-    def kind_of(self, x: Tensor) -> str | None:  # of decoded samples
+    def kind_of(self, x: Tensor) -> str | None:  # x: decoded samples
         from reports.kinds import kind
 
         return kind(x, kind(x) != 'images' or self.are_images)
@@ -46,24 +46,25 @@ class Gallery:
     @cached_property
     @in_eval_mode
     def are_images(self) -> bool:
-        """Whether samples are images in [0, 1], which PNGs can hold: the data are images, or `decode` keeps everything
-        within [0, 1]. A little more is clipped."""
+        """Whether samples are images in [0, 1] that a PNG can hold: the data are images, or `decode` keeps everything
+        within [0, 1]. Values slightly outside are clipped."""
         from reports.kinds import IN_FILES, kind
 
         if facts := self.batches.train_loader.facts:
             return facts['are_images']
+        # x0 this far from all data stays within [0, 1] only if `decode` clips
         far = 1 if self.data.scale == 'image' else 1000
         with torch.no_grad():
             x = self.experiment.decode(far * self.batches.example.x0[:8])
         return kind(x) == 'images' and x.shape[1] in IN_FILES and utils.is_nearly_unit(x)
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint holds of the data and of samples: see Batches.about."""
+        """Facts about the data and the samples for a checkpoint: see Batches.about."""
         return self.batches.about(self.are_images)
 
     @property
     def num_shown(self) -> int:
-        """How many samples a picture has: about 60, fewer of many channels, of up to 100 classes; 1000 points."""
+        """Number of samples in a picture: about 60, fewer with many channels; up to 100 classes; 1000 points."""
         columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
@@ -74,7 +75,7 @@ class Gallery:
     def rehearse(self, step: int) -> None:
         """Draw 2 samples in 2 steps with every sampler, so that a broken one fails now. At step 0, show the data."""
         inputs = self.drawing.inputs(2)
-        weights, module = list(self.experiment.weights().items())[-1]  # the raw ones
+        weights, module = list(self.experiment.weights().items())[-1]  # raw: the last of them
         model_fn, c, samplers = self.experiment.get_model_fn(module), self.config, self.experiment.samplers()
         steps, rows = list[int](), list[int]()
 
@@ -92,7 +93,8 @@ class Gallery:
                         f'sampler {name!r} gives values that are not finite, with the {weights} weights that the run '
                         'starts from. Use another --solver or --time_grid.'
                     )
-                ranks.on_main_alone(lambda x=x: self.picture_of(x, inputs) is None)  # pixels are for nobody
+                # a bool, so that no pixels are sent to the other ranks
+                ranks.on_main_alone(lambda x=x: self.picture_of(x, inputs) is None)
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
         ways = len(samplers) * len(self.drawing.weights_shown())
@@ -103,7 +105,7 @@ class Gallery:
 
     @in_eval_mode
     def draw(self, step: int) -> dict[str, float]:
-        """Pictures of samples of all samplers and weights, and of some paths; returns what the experiment logs."""
+        """Draw pictures of samples with all samplers and weights, and of paths; return what the experiment logs."""
         self.step = step
         with self.record.apart() as logged:
             self.sample_grids()
@@ -123,7 +125,7 @@ class Gallery:
             ranks.on_main_alone(partial(self.show_one, name, x, inputs))
 
     def title(self, sampler: str, weights: str) -> str:
-        """How the last samples were drawn."""
+        """Title of a picture: how its samples were drawn."""
         nfe = f'{self.drawing.nfe:.3g} evaluations, ' if self.drawing.nfe else ''
         return f'{sampler}, {nfe}{weights.replace("_", " ")}, guidance {self.drawing.guidance:g}, step {self.step}'
 
@@ -132,8 +134,8 @@ class Gallery:
         self.experiment.after_sampling(name, x, inputs)
 
     def sample_paths(self) -> None:
-        """The picture of the paths of some samples by the first sampler and the judged weights. Every process draws
-        them all."""
+        """Draw the paths of some samples, with the first sampler and the judged weights. Every process draws all of
+        them."""
         first = next(self.drawing.samplers_and_weights(), None)
         if self.kind is None or first is None:
             return
@@ -149,13 +151,13 @@ class Gallery:
             print_once(no_memory(self.step, sampler_name, 'the picture of the path is'))
             return
         if states and self.kind_of(states[0].x) is not None:
-            what = 'from the black dots' if self.kind == 'points' else 'states, and below each the predicted x0'
+            what = 'paths from the black dots' if self.kind == 'points' else 'states, with the predicted x0 below each'
             title = f'{self.title(sampler_name, weights)}: {what}'
             ranks.on_main(lambda: self.record.picture('path', self.path_of(states, few.label, title), self.step, '.'))
 
     def path_of(self, states: Sequence[State], label: Tensor | None, title: str = '', at_most: int = 10) -> Tensor:
-        """States of samples (n, ...) from left to right, with about as much change between each two, and below each the
-        x0 that the network predicted there; of points all states as lines."""
+        """The picture of a path: states of samples (n, ...) from left to right, in about equal changes, with the x0
+        that the network predicted below each. Paths of points are lines through all states."""
         name = self.kind_of(states[0].x)
         if name != 'points':
             ways = [(a.x - b.x).double().square().mean().sqrt() for a, b in itertools.pairwise(states)]
@@ -170,7 +172,7 @@ class Gallery:
         return self.drawn(x, left, title=title, times=times)
 
     def drawn(self, x: Tensor, names: Sequence[str], **settings: Any) -> Tensor:
-        """The picture of items that can be shown; `settings` of a `Panel`."""
+        """The picture of items of a known kind; `settings` of a `Panel`."""
         from reports.kinds import KINDS
         from reports.plots import Panel
 
@@ -182,15 +184,15 @@ class Gallery:
         return titles_of(self.data, label, self.config.label_dropout)
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
-        """Write the picture of decoded samples (n, ...), if they can be shown."""
+        """Write the picture of decoded samples (n, ...), if their kind is known."""
         picture = self.picture_of(x, inputs, self.titles.get(name, name))
         if picture is not None:
             self.record.picture(name, picture, self.step)
 
     @torch.no_grad()
     def picture_of(self, x: Tensor, inputs: SampleInputs, title: str = '') -> Tensor | None:
-        """Samples x below real data, each class in its own column; or, if they were made from data, what they were made
-        from, the truth if known, and x, each with a title. A picture (3, H, W) uint8, or None."""
+        """A picture (3, H, W) uint8 of samples x below real data, each class in its own column; None without a kind.
+        Samples made from data are shown to the right of their inputs and, if known, the truth, each with a title."""
         from data_loading.toy2d import TOY2D
         from reports.plots import joined, titled
 
@@ -215,14 +217,14 @@ class Gallery:
         return titled(joined(panels), title)
 
     def training_data(self, n: int) -> tuple[Tensor, ...]:
-        """A batch of n training items as read, the classes in turn as far as they are known."""
+        """A batch of n training items as read, the classes in turn if they are known."""
         loader, n = self.batches.train_loader, min(n, self.batches.train_loader.size)
         order = self.batches.train_sampler.permutation(0)[:n].tolist()
         return loader.take(order if loader.labels is None else held_out_order(loader, n, in_turn=True))
 
     @cached_property
     def real_data(self) -> tuple[Tensor, list[str]]:
-        """Some training data as samples of them would look, and the names of their classes."""
+        """Some training data, encoded and decoded like samples, and the names of their classes."""
         n = POINTS_SHOWN if self.kind == 'points' else max(20, min(100, len(self.data.trained_classes)))
         batch = self.training_data(n)
         utils.seed_everything(self.config.seed, 'show_data')
@@ -233,7 +235,7 @@ class Gallery:
 
     @torch.no_grad()
     def show_data(self) -> None:
-        """A picture of some training items, as read and as trained on; a plot of the learning rate. On rank 0."""
+        """Draw some training items, as read and as trained on, and plot the learning rate. On rank 0."""
         from reports.plots import joined
 
         most, classes = POINTS_SHOWN if self.kind == 'points' else 50, len(self.data.trained_classes)
@@ -252,7 +254,7 @@ class Gallery:
         self.record.curve('lr_schedule', curve, 'step', 'lr')
 
     def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:
-        """Write report.html of the run as it is now; before that what the record's `line` of this step has so far."""
+        """Write report.html of the run as it is now, after writing the values so far of this step's `line`."""
         from reports import page
 
         self.record.write(step, line or {})

@@ -1,4 +1,4 @@
-"""Pictures (3, H, W) uint8: panels of cells with words around them. kinds.py draws what is not an image."""
+"""Pictures (3, H, W) uint8: panels of cells with text around them. kinds.py draws data other than images."""
 
 import functools
 import importlib.util
@@ -20,8 +20,8 @@ from runtime.ranks import print_once
 
 GAP, APART, BETWEEN = 2, 8, 16  # pixels between cells, between groups of rows, between panels
 LINE_HEIGHT = 13  # pixels of a line of text
-GREY = 160  # of gaps and empty cells: white cells and black ones have an edge
-WIDEST = 1200  # pixels of a row of images, if it has more than two
+GREY = 160  # colour of gaps and empty cells: both white and black cells have a visible edge
+WIDEST = 1200  # pixels of a row of more than two images
 Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
 
 
@@ -29,9 +29,9 @@ class Block(NamedTuple):
     """A grid: rows of indices of items, -1 for an empty cell."""
 
     rows: list[list[int]]
-    top: Sequence[str] = ()  # words above the columns
-    left: Sequence[str] = ()  # words left of the rows
-    starts: Collection[int] = ()  # rows above which there is more room
+    top: Sequence[str] = ()  # text above the columns
+    left: Sequence[str] = ()  # text left of the rows
+    starts: Collection[int] = ()  # rows with extra space above
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Panel:
     """Items of one kind to show together: data and samples, or paths."""
 
     x: Tensor  # (n, ...) as decode returns it, data first
-    names: Sequence[str] = ()  # the class of each, if there are classes; of paths the words left of each row
+    names: Sequence[str] = ()  # the class of each, if there are classes; for paths, the text left of each row
     real: int = 0  # how many of x are data
     title: str = ''
-    across: int = 10  # cells in a row at most
-    times: Sequence[str] = ()  # of paths: x is a path of this many states, the x0 predicted at them, the next path, ...
-    density: Density | None = None  # which points should have
+    across: int = 10  # most cells in a row
+    times: Sequence[str] = ()  # for paths: x is a path of this many states, their predicted x0, the next path, ...
+    density: Density | None = None  # the true density of points
 
     def blocks(self) -> list[Block]:
         """Grids to put below each other. Each class has a column, or several, with data on top."""
@@ -69,7 +69,7 @@ class Panel:
         return blocks
 
     def side(self) -> int:
-        """Pixels that the shorter side of a cell should have, so that the grid and the names are wide enough."""
+        """Least pixels for the shorter side of a cell, so that the grid is large enough and names fit."""
         if self.times:
             return 48
         (row, *_), top = self.blocks()[0][:2]
@@ -77,7 +77,7 @@ class Panel:
         return max(48, (400 if self.across > 5 else 200) // len(row), min(longest, 80))
 
     def picture(self, cells: Tensor, note: str = '', legend: Tensor | None = None) -> Tensor:
-        """The picture, with cells (n, 3, h, w) uint8 for x, a note after the title, and a legend on the right."""
+        """The picture of cells (n, 3, h, w) uint8, one for each x, a note after the title, and a legend at right."""
         cells = torch.cat([cells.cpu(), torch.full_like(cells[:1], GREY, device='cpu')])  # the last one is empty
         grids = [grid(cells[torch.tensor(b.rows)], b.top, b.left, b.starts) for b in self.blocks()]
         if legend is not None:
@@ -87,13 +87,13 @@ class Panel:
 
 
 def filled(indices: list[int], n: int) -> list[int]:
-    """The first n, with -1 in place of those that are missing."""
+    """The first n indices, filled up with -1."""
     return [*indices[:n], *[-1] * (n - len(indices))]
 
 
 def grid(cells: Tensor, top: Sequence[str], left: Sequence[str], starts: Collection[int]) -> Tensor:
-    """Cells (rows, columns, 3, h, w) uint8 on grey, with the words of a Block. A word stands once over the columns in a
-    row that have it."""
+    """Cells (rows, columns, 3, h, w) uint8 on grey, with the text of a Block. Adjacent columns with the same text share
+    one label."""
     rows, columns, _, h, w = cells.shape
     margin, above = max(map(text_width, left), default=-4) + 4, LINE_HEIGHT * any(top) + GAP
     ys = [above + y * (h + GAP) + APART * sum(0 < start <= y for start in starts) for y in range(rows)]
@@ -132,13 +132,13 @@ def titled(picture: Tensor, title: str) -> Tensor:  # below its title, if it has
 
 
 def image_grid(images: Tensor, columns: int, names: Sequence[str] = (), title: str = '') -> Tensor:
-    """Images (n, C, H, W) in [0, 1], row by row; with `names`, one for each, those of one name below each other."""
+    """Images (n, C, H, W) in [0, 1], row by row; if each has a name, images of one name are below each other."""
     return draw_images(Panel(images, names, title=title, across=columns))
 
 
 def draw_images(panel: Panel) -> Tensor:
-    """Images as they are; if some leave [0, 1], the title says which values are black and white. Three channels are a
-    picture in colour, four that and one in grey below it, any other number as many in grey."""
+    """Draw images unchanged, or scaled if values leave [0, 1]: the title then gives the values of black and white.
+    Three channels are a colour image, a fourth is a grey image below it; other numbers of channels are grey images."""
     x, (low, high) = panel.x.float().cpu(), range_of(panel.x)
     scaled = bool(((x < 0) | (x > 1)).any())
     unit = ((x - low) / (high - low) if scaled else x).nan_to_num(0).clamp(0, 1)
@@ -150,7 +150,7 @@ def draw_images(panel: Panel) -> Tensor:
 
 
 def range_of(x: Tensor) -> tuple[float, float]:
-    """The lowest and the highest finite value, which differ."""
+    """The lowest and the highest finite value, widened if they are equal."""
     finite = x[x.isfinite()].double()
     low, high = map(float, finite.aminmax()) if finite.numel() else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, low + 0.5)
@@ -165,31 +165,31 @@ def enlarged(cells: Tensor, factor: int) -> Tensor:
 
 
 def titles_of(data: DataSpec, label: Tensor | None, label_dropout: float) -> list[str]:
-    """The class name of each sample (n,), or its number where no font has the letters of the name; empty if the network
-    has learned no classes."""
+    """The class name of each sample (n,), or its number if no font has the letters of the name; empty if the network
+    was trained without classes."""
     names = data.class_names(label, label_dropout)
     missing = sorted({name for name in names if font_of(name) is None})
     if missing:
         words = ', '.join(missing[:3])
-        say_missing(f'no font here has the letters of {words}: pictures show the numbers of such classes')
+        warn_missing(f'no font here has the letters of {words}: pictures show the numbers of such classes')
     numbers = [] if label is None else label.tolist()
     return [str(numbers[i]) if name in missing else name for i, name in enumerate(names)]
 
 
-say_missing = functools.cache(print_once)  # says the same once
+warn_missing = functools.cache(print_once)  # prints each text once
 
 
 @functools.cache
 def font_of(text: str) -> Any:
-    """The first font that has all letters of the text, DejaVu, which comes with matplotlib, or Pillow's; else None."""
-    matplotlib = importlib.util.find_spec('matplotlib')  # found, not imported: that takes a while
+    """The first font with all letters of the text: DejaVu, which comes with matplotlib, or Pillow's; else None."""
+    matplotlib = importlib.util.find_spec('matplotlib')  # only located: importing it is slow
     assert matplotlib is not None and matplotlib.origin is not None
     dejavu = Path(matplotlib.origin).with_name('mpl-data') / 'fonts/ttf/DejaVuSans.ttf'
     if any(unicodedata.bidirectional(c) in ('R', 'AL') for c in text) and not features.check('raqm'):
-        return None  # from right to left, or joined: only this library can
+        return None  # right-to-left and joined letters need this library
     for font in (ImageFont.truetype(str(dejavu), 10), ImageFont.load_default(10)):
         drawn = lambda c, font=font: np.asarray(font.getmask(c)).tobytes()  # noqa: E731
-        if not any(drawn(c) == drawn('\uffff') for c in text if not c.isspace()):  # a box: the font lacks this letter
+        if not any(drawn(c) == drawn('\uffff') for c in text if not c.isspace()):  # the box for a missing letter
             return font
     return None
 
@@ -199,7 +199,7 @@ def text_width(text: str) -> int:  # pixels
 
 
 def rendered_text(text: str, width: int) -> Tensor:
-    """One line of text in black on white, (3, LINE_HEIGHT, width), cut off where it does not fit."""
+    """One line of text in black on white, (3, LINE_HEIGHT, width), cut if it does not fit."""
     image, font = Image.new('RGB', (width, LINE_HEIGHT), 'white'), font_of(text) or ImageFont.load_default(10)
     if text_width(text) > width:
         while text and text_width(text + '\u2026') > width:

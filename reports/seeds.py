@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed: their means, standard deviations, and which differences are more than these."""
+"""Runs that differ only in their seed: means, standard deviations, and which differences exceed these."""
 
 import json
 import math
@@ -16,7 +16,7 @@ Group = Sequence[Run]  # runs that differ only in their seed
 
 
 def grouped(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs, those together that differ only in their seed. Two runs of the same seed are never together."""
+    """Group runs that differ only in their seed. Two runs with the same seed are never in one group."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = {
@@ -38,20 +38,21 @@ def seed_of(run: Run) -> Any:
 
 
 def cells(rows: Sequence[Sequence[Any]], sizes: Sequence[int]) -> list[list[Any]]:
-    """Rows of [name, values of the seeds of each group] for a table: the mean and standard deviation of several.
-    `sizes`: the number of runs in each group."""
+    """Rows for a table, from rows of [name, values of each group's seeds]: several seeds become a mean and standard
+    deviation. `sizes`: the number of runs in each group."""
     counts = [['seeds', *sizes]] if max(sizes, default=1) > 1 else []
     return counts + [[name, *map(cell, groups, sizes)] for name, *groups in rows]
 
 
 def cell(values: Sequence[Any], size: int) -> Any:
-    """`mean_and_spread`, and how many of the `size` runs have this number, if not all have it."""
+    """`mean_and_spread`, and how many of the `size` runs have this number if some do not."""
     text = mean_and_spread(values)
     return f'{text} ({len(values)} of {size})' if 0 < len(values) < size else text
 
 
 def mean_and_spread(values: Sequence[Any]) -> Any:
-    """As a cell: the value itself if all are equal. A record holds what is not finite as text."""
+    """Mean and standard deviation as a cell; the value itself if all are equal. Values may be text: a record stores nan
+    and inf as strings."""
     finite = [float(value) for value in values if math.isfinite(float(value))]
     if len(finite) < len(values):
         return f'{values[0]}' if len(values) == 1 else f'not finite in {len(values) - len(finite)} of {len(values)}'
@@ -61,8 +62,8 @@ def mean_and_spread(values: Sequence[Any]) -> Any:
 
 
 def change(first: Sequence[Any], values: Sequence[Any]) -> str | None:
-    """How far the mean lies above that of `first`; 'none' if by no more than the standard deviations over the seeds of
-    both together. None where one has a single seed, or a value that is not finite."""
+    """The mean of `values` minus the mean of `first`; 'none' if it does not exceed the combined standard deviation over
+    seeds. None if one of them has a single seed, or a value that is not finite."""
     if min(len(first), len(values)) < 2 or not all(math.isfinite(float(value)) for value in [*first, *values]):
         return None
     difference = statistics.fmean(values) - statistics.fmean(first)
@@ -71,18 +72,19 @@ def change(first: Sequence[Any], values: Sequence[Any]) -> str | None:
 
 
 def compares(name: str) -> bool:
-    """Whether this number says how good a run is. Its step, floors and standard deviations do not."""
+    """Whether this number says how good a run is, unlike its step, floors and standard deviations."""
     return name != 'step' and not name.endswith('_std') and '/real_' not in name
 
 
 def changes_of(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Rows of [name, `change` of each group but the first], of names for which there is one."""
+    """Rows of [name, `change` of each group but the first], for names that have a change."""
     found = [[name, *[change(first, values) for values in others]] for name, first, *others in rows if compares(name)]
     return [row for row in found if any(cell is not None for cell in row[1:])]
 
 
 def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str:
-    """The table of `changes_of`, or what single seeds cannot show; and which seeds have not trained as long."""
+    """The table of `changes_of`, or a note that single seeds cannot show differences. Warns if seeds of a run are at
+    different steps."""
     for groups in [row[1:] for row in rows if row[0] == 'step']:
         for label, steps in zip(labels, groups, strict=True):
             if len(set(steps)) > 1:

@@ -1,4 +1,4 @@
-"""The parts of `--check` that its own run (test_faults.py) does not show."""
+"""Parts of `--check` that the whole run of it in test_faults.py does not show."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from reports import dry_run
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock(seconds)` passes time, and all that `timed` measures is what passed meanwhile."""
+    """`clock(seconds)` lets time pass; `timed` measures only this time."""
     now = [0.0]
 
     def timed(do):
@@ -16,26 +16,26 @@ def clock(monkeypatch):
         do()
         return now[0] - began
 
-    def passes(seconds):
+    def advance(seconds):
         now[0] += seconds
 
     monkeypatch.setattr(dry_run, 'timed', timed)
-    return passes
+    return advance
 
 
-@pytest.mark.parametrize('usual', [0.0005, 0.1, 3.0])
-def test_the_first_step_is_told_apart_and_a_slow_one_now_and_then_counts_for_little(clock, usual):
-    """The first compiles; every hundredth step waits for something."""
+@pytest.mark.parametrize('seconds', [0.0005, 0.1, 3.0])
+def test_the_first_step_is_timed_separately_and_rare_slow_steps_hardly_count(clock, seconds):
+    """The first step compiles; every hundredth is slow."""
     steps = iter(range(10**6))
 
     def step():
         i = next(steps)
-        clock(90.0 if i == 0 else 20 * usual if i % 100 == 50 else usual)
+        clock(90.0 if i == 0 else 20 * seconds if i % 100 == 50 else seconds)
 
     first, median = dry_run.time_steps(step)
     taken = next(steps)
-    assert first == 90.0 and 0.99 * usual < median < 1.2 * usual
-    assert taken >= 5 and taken * usual < 40  # enough, and no more than a minute of them
+    assert first == 90.0 and 0.99 * seconds < median < 1.2 * seconds
+    assert taken >= 5 and taken * seconds < 40  # enough steps, in less than a minute
 
 
 def test_what_is_new_in_the_cache_is_not_kept(tmp_path):
@@ -48,18 +48,18 @@ def test_what_is_new_in_the_cache_is_not_kept(tmp_path):
     assert (stand_in / 'images.npz').read_text() == 'images' and (stand_in / 'cache' / 'known').read_text() == 'known'
     (stand_in / 'cache' / 'new').write_text('new')
     assert {path.name for path in (data / 'cache').iterdir()} == {'known'}
-    dry_run.link_data(Config(data_dir=str(tmp_path / 'none')), tmp_path / 'empty')  # where there are no data yet
+    dry_run.link_data(Config(data_dir=str(tmp_path / 'none')), tmp_path / 'empty')  # no data there yet
     assert not list((tmp_path / 'empty' / 'cache').iterdir())
 
 
-def test_several_machines_are_sent_to_one(monkeypatch):
+def test_several_machines_are_refused(monkeypatch):
     monkeypatch.setenv('GROUP_WORLD_SIZE', '2')  # torchrun's number of machines
     with pytest.raises(SettingError, match=r'check=True.*without NNODES and TORCHRUN_ARGS'):
         dry_run.dry_run(Config(), lambda config: None)
 
 
 @pytest.mark.parametrize('setting', ['ckpt_dir', 'data_dir'])
-def test_a_link_whose_target_is_gone_is_refused_as_in_the_run(tmp_path, setting):
+def test_a_dangling_link_is_refused_as_in_the_run(tmp_path, setting):
     (tmp_path / 'link').symlink_to(tmp_path / 'purged')
     folders = dict(ckpt_dir=str(tmp_path / 'ckpts'), data_dir=str(tmp_path / 'data')) | {
         setting: str(tmp_path / 'link')

@@ -1,4 +1,4 @@
-"""Drawers of the table KINDS: heat maps with their bars, curves, points with contours, and a kind of the user's."""
+"""The entries of KINDS: heat maps with colour bars, curves, points with contours, and a kind that a user adds."""
 
 import warnings
 
@@ -13,7 +13,7 @@ from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width
 
 
 @pytest.mark.parametrize(
-    ('shape', 'expected', 'of_floats'),
+    ('shape', 'expected', 'if_not_images'),
     [
         ((5, 1, 8, 8), 'images', 'fields'),
         ((5, 3, 8, 8), 'images', 'fields'),
@@ -24,11 +24,11 @@ from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width
         ((5,), None, None),
     ],
 )
-def test_kind_is_read_off_the_shape(shape, expected, of_floats):
-    assert kind(torch.zeros(shape)) == expected and kind(torch.zeros(shape), are_images=False) == of_floats
+def test_kind_is_read_off_the_shape(shape, expected, if_not_images):
+    assert kind(torch.zeros(shape)) == expected and kind(torch.zeros(shape), are_images=False) == if_not_images
 
 
-def test_each_channel_of_a_field_has_its_own_colours_and_a_bar_that_says_them():
+def test_each_channel_of_a_field_has_its_own_scale_and_colour_bar():
     x = torch.stack([torch.full((2, 4, 4), -3.0), torch.full((2, 4, 4), 5.0)])  # two fields of two channels
     x[:, 1] = torch.tensor([100.0, 300.0])[:, None, None]
     picture = draw_fields(Panel(x))
@@ -47,13 +47,13 @@ def test_each_channel_of_a_field_has_its_own_colours_and_a_bar_that_says_them():
     assert (picture[:, GAP + side, GAP : GAP + side] == 255).all()  # between channels
 
 
-def test_bars_stand_next_to_their_fields_below_names_and_every_value_has_a_colour():
+def test_names_are_above_fields_and_every_value_has_a_colour():
     x = torch.rand(2, 2, 4, 4)
     x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     plain, named = draw_fields(Panel(x)), draw_fields(Panel(x, ['a', 'b']))
     assert torch.equal(named[:, LINE_HEIGHT:], plain)
     low, high = (torch.tensor(colormaps['viridis'](k)[:3]).mul(255).round().byte() for k in (0, 255))
-    side = (plain.shape[1] - 2 * GAP - 1) // 8  # of a value
+    side = (plain.shape[1] - 2 * GAP - 1) // 8  # pixels per value
     for i, colour in enumerate((low, high, low)):
         assert torch.equal(plain[:, GAP + side // 2, GAP + i * side + side // 2], colour)
 
@@ -71,7 +71,7 @@ def test_signals_are_curves_on_one_scale_with_a_colour_for_each_channel(monkeypa
         across = np.corrcoef(near[:, 0], near[:, 1])[0, 1]
         assert len(near) > 50 and (across < -0.99 if i == 0 else across > 0.99)
     ink = (second.sum(0) < 600).nonzero()
-    assert ink[:, 0].min() > 0.9 * 64 and ink[:, 1].max() - ink[:, 1].min() > 80  # along the floor
+    assert ink[:, 0].min() > 0.9 * 64 and ink[:, 1].max() - ink[:, 1].min() > 80  # a flat line at the bottom
 
 
 def pixels_of(picture, colour, near=170):
@@ -98,7 +98,7 @@ def test_points_have_equal_axes_and_a_colour_and_a_name_for_each_class():
     assert len(pixels_of(draw_points(Panel(x)), COLOURS[1])) == 0  # without classes
 
 
-def test_points_have_the_colours_of_their_own_classes_behind_data():
+def test_points_keep_the_colours_of_their_classes_with_data_behind_them():
     x = torch.tensor([[0.0, 0.0]] * 20 + [[-1.0, 0.0]] * 5 + [[1.0, 0.0]] * 15)
     x[:, 1] = torch.linspace(-1, 1, 40)
     picture = draw_points(Panel(x, ['right'] * 15 + ['left'] * 5 + ['left'] * 5 + ['right'] * 15, real=20))
@@ -108,7 +108,7 @@ def test_points_have_the_colours_of_their_own_classes_behind_data():
 
 def test_more_classes_than_colours_have_other_marks():
     x = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1]]).repeat(2, 1)
-    names = [rf'{i} $\no$' for i in range(8)]  # no mathematics
+    names = [rf'{i} $\no$' for i in range(8)]  # text, not a formula
     few, many = (draw_points(Panel(x[:n], names[:n])) for n in (7, 8))
     assert not few.equal(many) and len(COLOURS) == 7
 
@@ -118,17 +118,17 @@ def test_contours_of_the_density_and_grey_data_are_behind_the_points():
     x = torch.from_numpy(TOY2D['eight_gaussians'].draw(rng, 8)[0])
     plain, lined = (draw_points(Panel(x, density=density)) for density in (None, TOY2D['eight_gaussians'].density))
     grey = lambda p: int(((p.int().amax(0) - p.int().amin(0) < 10) & (p[0] > 100) & (p[0] < 200))[20:380, 40:].sum())  # noqa: E731
-    assert plain.shape == (3, 400, 400) and lined.shape == (3, 413, 400)  # with a line that says what is grey
+    assert plain.shape == (3, 400, 400) and lined.shape == (3, 413, 400)  # with a title that explains the grey lines
     assert grey(lined) > grey(plain) + 300
     with_data = draw_points(Panel(torch.cat([torch.rand(300, 2) - 0.5, x]).double(), real=300))
     assert len(pixels_of(with_data, '#c0c0c0', 30)) > len(pixels_of(plain, '#c0c0c0', 30)) + 300
     assert len(pixels_of(with_data, COLOURS[0])) > 8
     right = draw_points(Panel(x, density=lambda p: (-((p - torch.tensor([1.0, 0.0])) ** 2).sum(1) / x.std()).exp()))
     places = ((right[:, 13:].int() - plain.int()).abs().sum(0) > 100).nonzero().float().mean(0)
-    assert places[1] > 230 and abs(places[0] - 190) < 20  # the first number is x here too
+    assert places[1] > 230 and abs(places[0] - 190) < 20  # the first coordinate is x here too
 
 
-def test_points_that_are_not_finite_leave_the_others_to_be_seen():
+def test_points_that_are_not_finite_do_not_hide_the_others():
     x = torch.cat([torch.randn(50, 2), torch.full((1, 2), torch.nan), torch.full((1, 2), torch.inf)])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -145,7 +145,7 @@ def test_points_far_from_the_density_do_not_end_the_run(far):
 
 
 def test_paths_of_points_are_lines_from_start_to_end():
-    """All from the left to the right: ink in every column between; what was predicted is not drawn."""
+    """All go from left to right, so every column between has ink; predictions of x0 are not drawn."""
     start = torch.stack([torch.full((20,), -1.0), torch.linspace(-1, 1, 20)], 1)
     states = torch.stack([start + torch.tensor([step, 0.0]) for step in (0.0, 1.0, 2.0)], 1)  # (n, states, 2)
     x = torch.stack([states, torch.full_like(states, 50)], 1).flatten(0, 2)
@@ -156,14 +156,14 @@ def test_paths_of_points_are_lines_from_start_to_end():
     assert all(len(columns) > 20 and columns.mean() > 300 for columns in ends)
 
 
-def test_the_x_axis_of_points_is_the_first_number():
+def test_the_x_axis_of_points_is_the_first_coordinate():
     points = torch.stack([torch.linspace(-1, 1, 50), torch.linspace(-0.1, 0.1, 50)], 1)
     places = pixels_of(draw_points(Panel(points)), COLOURS[0])
     height, width = (places.amax(0) - places.amin(0)).tolist()
     assert width > 200 and height < 60
 
 
-def test_a_kind_of_the_users_goes_before_those_of_the_table(monkeypatch):
+def test_a_kind_that_a_user_adds_comes_before_the_built_in_ones(monkeypatch):
     monkeypatch.setitem(KINDS, 'wide', (lambda x: x.ndim == 4 and x.shape[3] == 9, lambda panel: panel.x[0].byte()))
     x = torch.full((5, 3, 4, 9), 7.0)
     assert kind(x) == kind(x, are_images=False) == 'wide' and kind(x[..., :8]) == 'images'

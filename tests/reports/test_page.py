@@ -24,7 +24,7 @@ from trainer import ExampleDiffusionTrainer
 
 
 class Page(html.parser.HTMLParser):
-    """The texts, tags and addresses of a page; that every tag is closed."""
+    """The texts, images and outside addresses of a page; asserts that every tag is closed."""
 
     VOID = {'meta', 'img', 'br'}
 
@@ -68,7 +68,7 @@ def trained(tiny_config, build_trainer):
     return make
 
 
-def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
+def test_a_run_writes_a_page_with_everything(trained, monkeypatch):
     written = []
     update = page.update
     monkeypatch.setattr(page, 'update', lambda folder: written.append(folder.name) or update(folder))
@@ -83,7 +83,7 @@ def test_a_run_writes_a_page_that_holds_all(trained, monkeypatch):
     for title in page.CURVES:
         assert title in drawn or title in ('share of time waiting for data', 'Frechet distance of samples'), title
     shown = numbers_in((folder / 'report.html').read_text().split('<details>')[0])
-    assert {'loss', 'reference loss', 'training loss by time'} <= shown and 'gradient norm' not in shown  # it is folded
+    assert {'loss', 'reference loss', 'training loss by time'} <= shown and 'gradient norm' not in shown  # folded
     last = record_of(folder)[-1]
     assert f'{last["eval/reference"]:.4g}' in seen.text and f'{last["eval/loss"]:.4g}' in seen.text
     assert seen.text.count('<svg') == 0 and (folder / 'report.html').read_text().count('<svg') >= 6
@@ -105,7 +105,7 @@ def test_pictures_of_an_experiment_are_on_the_page_the_newest_of_each_name(train
     newest = ['ink', *(f'ink_step_0000012_{way}' for way in ways)]
     pictures = {path.stem: path.read_bytes() for path in (folder / 'samples').glob('ink*.png')}
     assert pictures.keys() == {*newest, *(f'ink_step_0000006_{way}' for way in ways)}
-    assert [inside.count(pictures[name]) for name in newest] == [1, 4, 4, 4, 4]  # the four are alike
+    assert [inside.count(pictures[name]) for name in newest] == [1, 4, 4, 4, 4]  # the four have the same pixels
     assert pictures[f'ink_step_0000006_{ways[0]}'] not in inside
 
 
@@ -121,7 +121,7 @@ def test_the_curves_of_a_page_are_found_by_their_names():
     assert run.names(('eval/loss_t_*',)) == ['eval/loss_t_0.0_0.1']
 
 
-def test_levels_belong_to_their_curves():
+def test_floors_and_ceilings_belong_to_their_curves():
     first = {
         'train/floor': 0.5,
         'train/floor_t_0.0_0.1': 0.1,
@@ -137,7 +137,7 @@ def test_levels_belong_to_their_curves():
     assert run.final() == {'eval/reference': 0.4, 'eval/floor_of_mine': 3.0}
 
 
-def test_numbers_on_top_are_those_of_the_first_sampler_also_if_it_is_no_solver():
+def test_numbers_on_top_are_from_the_first_sampler_even_if_it_is_not_a_solver():
     run = run_of([{'train/step': 1, 'final/mine/frechet': 2.0, 'final/heun/frechet': 3.0}], solver='heun')
     assert run.sampler == 'mine' and run.chosen()['Frechet distance'][0] == 2
     assert run_of([], solver='heun').sampler == 'heun'
@@ -156,14 +156,14 @@ def test_a_sweep_of_evaluations_is_plotted_along_what_was_varied(monkeypatch):
     (plot,) = page.sweep_plots(lines)
     assert {'Frechet distance (pixels) by nfe', 'weights ema', 'weights raw'} <= numbers_in(plot)
     assert {'Frechet distance', 'network evaluations'} <= numbers_in(plot)  # the axes
-    assert page.sweep_plots([line(4), line(8, step=4)]) == []  # of another step: not to be compared
+    assert page.sweep_plots([line(4), line(8, step=4)]) == []  # another step: not comparable
     both = page.sweep_plots([line(n, guidance=g) for n in (4, 8) for g in (1.0, 2.0)])
     assert len(both) == 2 and {'guidance_scale 1', 'guidance_scale 2'} <= numbers_in(both[0])
     assert {'nfe 4', 'nfe 8'} <= numbers_in(both[1])
     seen = []
     monkeypatch.setattr('reports.curves.plot', lambda curves, title, x: seen.append(curves) or '')
     page.sweep_plots([line(2, step=4), line(3, step=4), line(16), line(4), line(5, frechet=None), line(8)])
-    assert seen == [{'frechet': ([4, 8, 16], [1 / 4, 1 / 8, 1 / 16])}]  # in order, of the step of the last
+    assert seen == [{'frechet': ([4, 8, 16], [1 / 4, 1 / 8, 1 / 16])}]  # sorted, and only lines of the last step
     assert page.evaluations([dict(nfe=0, num_sample_steps=7), dict(nfe=3)]) == [['nfe'], ['7 steps'], [3]]
 
 
@@ -173,7 +173,7 @@ def test_numbers_on_axes_are_plain():
     assert ticks and all(re.fullmatch(r'1[.]\d+', text) for text in ticks)
 
 
-def test_compared_runs_are_called_by_what_differs():
+def test_compared_runs_are_named_by_what_differs():
     runs = [run_of([], base_lr=lr, log_every=i) for i, lr in enumerate((0.1, 0.2))]
     assert labels_of(runs, ['a' * 50, 'b' * 50]) == ['base_lr=0.1', 'base_lr=0.2']
     alike = [run_of([], log_every=i) for i in range(2)]
@@ -215,11 +215,11 @@ def test_runs_are_compared_by_what_differs(trained, tmp_path, capsys):
     finals = [f'{record_of(folder)[-1]["eval/reference"]:.4g}' for folder in (a, b)]
     assert columns['eval/reference'] == finals
     seen = Page(tmp_path / 'x.html')
-    assert not seen.outside and len(seen.images) == 4  # of two ways to sample
+    assert not seen.outside and len(seen.images) == 4  # two samplers
     assert {'loss: train/loss', 'channels=16, base_lr=0.001'} <= numbers_in((tmp_path / 'x.html').read_text())
 
 
-def test_runs_of_one_name_are_told_apart(trained, tmp_path, capsys):
+def test_runs_of_one_name_are_distinguished(trained, tmp_path, capsys):
     a = trained('a')
     shutil.copytree(a, tmp_path / 'other/a')
     compare(Compare((str(a), str(tmp_path / 'other/a')), str(tmp_path / 'x.html')))
@@ -227,7 +227,7 @@ def test_runs_of_one_name_are_told_apart(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('folders', [('.',), ('nowhere', 'nowhere else')])
-def test_what_is_no_run_is_named(folders, tmp_path):
+def test_a_folder_that_is_not_a_run_is_named(folders, tmp_path):
     with pytest.raises(SettingError, match=r'two or more folders|is not the folder of a run'):
         compare(Compare(folders, str(tmp_path / 'x.html')))
     assert not (tmp_path / 'x.html').exists()
@@ -235,7 +235,7 @@ def test_what_is_no_run_is_named(folders, tmp_path):
 
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='chromium is not installed')
 def test_a_browser_shows_it(trained, tmp_path):
-    """In light and dark, without an error: the picture is neither empty nor of one colour."""
+    """In light and dark mode, without an error: the screenshot is neither empty nor of one colour."""
     folder = trained('a')
     for scheme in (1, 0):
         shot = tmp_path / f'{scheme}.png'
@@ -271,7 +271,7 @@ def a_long_run(tmp_path, name='a'):
     last = {f'final/heun/{name}': value for name, value in numbers.items()} | {
         f'final/adams/{name}': 2 * value for name, value in numbers.items()
     }
-    lines[9] |= {'eval/heun/frechet': 7.0}  # by fewer samples than at the end
+    lines[9] |= {'eval/heun/frechet': 7.0}  # from fewer samples than at the end
     lines += [{'train/step': 20, 'eval/reference': 0.4, 'eval/reference_gaussian': 0.9, 'eval/loss': 0.3} | last]
     folder = made(tmp_path / name, lines, ['data_and_augmented', *pictures], width=2264, experiment_name=name * 60)
     line = dict(weights='ema_0.98', solver='heun', nfe=8, detector='pixels', detector_digest='x', num=9) | numbers
@@ -282,7 +282,7 @@ def a_long_run(tmp_path, name='a'):
     return folder
 
 
-def test_pictures_are_in_the_order_of_their_steps_however_long_these_are(tmp_path):
+def test_pictures_are_sorted_by_step_however_many_digits_it_has(tmp_path):
     names = [f'step_{step:07d}_{end}' for step in (9_999_999, 10_000_000) for end in ('heun_ema_0.98', 'mine')]
     run = page.read(made(tmp_path / 'a', pictures=[*names, 'ink_step_9999999', 'ink_step_10000000']))
     assert [[path.stem for path in group] for group in run.pictures()] == [names[:2], names[2:]]
@@ -296,22 +296,22 @@ def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folde
     assert heads[:6] == [*pictures, 'Numbers', 'Curves', 'Other curves'] and text.count('<details>') == len(heads) - 5
     shown, folded = text.split('<details>', 1)
     assert re.findall('alt="(.*?)"', shown) == [
-        'as read, and as training sees them', 'step 20, heun, averaged weights (EMA 0.98)', 'step 4', 'step 12',
+        'as read, and as prepared for training', 'step 20, heun, averaged weights (EMA 0.98)', 'step 4', 'step 12',
     ]  # fmt: skip
     assert re.findall('<div>(.*?)<br><b>(.*?)</b>', shown) == [
         ('Reference loss', '0.4'), ('Label agreement', '0.9512'), ('Frechet distance', '0.5'),
         ('Nearest-neighbour ratio', '1.1'),
     ]  # fmt: skip
-    assert 'Good: near 0.25, the distance of as many real items' in shown and 'well below 0.9, the loss' in shown
+    assert 'Good: near 0.25, the distance of equally many real items' in shown and 'well below 0.9, the loss' in shown
     assert 'step 20, heun, raw weights' in folded and 'step 20, adams, averaged' in folded and 'EMA 0.9)' in folded
     assert all(f'<td>{cell}</td>' in folded for cell in ('mine.py:Mine', '2026-01-02 03:04', '&lt;b&gt;'))
     assert 'viewport' in text and 'final numbers' not in text
     assert '<figcaption>step 20, heun, averaged weights (EMA 0.98)</figcaption>' in shown
-    assert 'mean, variance' in numbers_in(shown) and 'the loss of a model that knows only mean' in shown
+    assert 'mean, variance' in numbers_in(shown) and 'the loss of a model that knows only the mean' in shown
     assert 'Frechet distance (pixels) by nfe' in numbers_in(folded)
 
 
-def test_the_time_in_training_of_each_start_follows_from_the_speed():
+def test_the_training_time_of_each_start_follows_from_the_speed():
     lines = [{'train/step': step, 'train/images_per_second': 8.0} for step in (10, 20, 30)]
     starts = [dict(time='2026-01-02T03:04:05', step=0, host='a'), dict(step=20, trainer=dict(name='Mine'))]
     run = page.Run(Path('a'), dict(global_batch_size=32), lines, starts)
@@ -329,14 +329,14 @@ def test_small_pictures_are_enlarged_by_a_whole_factor(tmp_path, width, shown):
     assert text.count('<figure>') == 1
 
 
-def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path):
+def test_a_line_cut_by_a_kill_is_left_out(tmp_path):
     folder = made(tmp_path / 'a', [{'train/step': 5, 'train/loss': 1.0}])
     with open(folder / 'metrics.jsonl', 'a') as file:
         file.write('{"train/step": 6, "tra')
     assert page.read(folder).step == 5
 
 
-def test_a_run_under_way_says_that_numbers_follow(tmp_path):
+def test_the_page_of_an_unfinished_run_announces_the_final_numbers(tmp_path):
     text = page.report(page.read(made(tmp_path / 'a', [{'train/step': 5, 'train/loss': 1.0}])))
     assert 'Step 5 of 20: the final numbers follow after the last step.' in text
     text = page.report(page.read(made(tmp_path / 'b', [{'train/step': 5, 'train/loss': 1.0}], final_eval=False)))
@@ -354,22 +354,22 @@ def test_axes_are_named_and_lines_have_their_names_at_their_ends():
     assert {'step', 'loss', 'training', 'held-out, EMA 0.98', 'floor'} <= numbers_in(svg)
     assert 'held-out, raw' not in svg and 'legend' not in svg
     heights = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>(?:training|floor|held-out, EMA)', svg)]
-    assert len(heights) == 3 and all(b - a > 9 for a, b in itertools.pairwise(sorted(heights)))  # none on another
-    assert max(heights) < 196  # nor below the plot
+    assert len(heights) == 3 and all(b - a > 9 for a, b in itertools.pairwise(sorted(heights)))  # none overlaps
+    assert max(heights) < 196  # none is below the plot
     svg = page.plot({name: ([1, 2], y) for name, y in dict(low=[1, 1], high=[1.2, 2], middle=[3, 1.5]).items()}, 'loss')
     found = re.findall(r'fill: (#\w+)[^>]* y="([\d.]+)"[^>]*>(\w+)<', svg)
     ends = sorted((float(y), name, colour) for colour, y, name in found)  # from the top, in the colours of the curves
     assert [end[1:] for end in ends] == [('high', '#d8720c'), ('middle', '#0a9a74'), ('low', '#2b7bd1')]
 
 
-def test_values_of_several_sizes_have_a_logarithmic_axis_and_times_are_from_low_to_high():
+def test_a_wide_range_has_a_logarithmic_axis_and_times_are_labelled_with_their_range():
     assert {'1', '10', '100'} <= numbers_in(page.plot({'a': ([1, 2, 3], [1.0, 10.0, 100.0])}, 'loss'))
     curves = {f'train/loss_t_{t}': ([1, 2], [1.0, 2.0]) for t in ('0.0_0.1', '0.1_0.2')}
     assert {'t 0.0 to 0.1', 't 0.1 to 0.2'} <= numbers_in(page.plot(curves, 'training loss by time'))
 
 
 def test_a_curve_keeps_its_colour_where_others_have_no_points():
-    """So that a run has one in all plots of compare.html."""
+    """So a run has one colour in all plots of compare.html."""
     curves = {'a': ([], []), 'b': ([1, 2], [1.0, 2.0])}
     assert '#d8720c' in page.plot(curves, 'loss') and '#2b7bd1' not in page.plot(curves, 'loss')
 
@@ -388,7 +388,7 @@ def test_a_wide_table_is_printed_in_parts_that_begin_with_the_runs():
     text = parts.blocks(columns, 60)
     assert max(map(len, text.splitlines())) <= 60 and text.count('run') == text.count('\n\n') + 1 > 5
     assert text.split('\n\n')[0] == parts.aligned([list(line) for line in zip(*columns[:6], strict=True)])
-    assert parts.blocks([['run', 'a'], ['x' * 90, 1]], 60).startswith('run  xxx')  # a part has a column at least
+    assert parts.blocks([['run', 'a'], ['x' * 90, 1]], 60).startswith('run  xxx')  # each part has at least one column
 
 
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='chromium is not installed')
@@ -400,7 +400,7 @@ def test_no_page_is_wider_than_the_window(width, tmp_path):
     for name in ('one', 'several'):
         text = (tmp_path / f'{name}.html').read_text().replace('<details', '<details open')
         (tmp_path / f'{name}_open.html').write_text(text)
-        # headless windows are at least 500 pixels wide; a frame may be narrower
+        # an iframe, because headless windows are at least 500 pixels wide
         frame = f'<iframe src="{name}_open.html" style="border: 0; width: {width}px; height: 900px"></iframe>'
         script = 'f = document.querySelector("iframe"); f.onload = () => document.title = "wide " + '
         script += '[(e = f.contentDocument.documentElement).scrollWidth - e.clientWidth, f.clientWidth]'
@@ -412,7 +412,7 @@ def test_no_page_is_wider_than_the_window(width, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path, capsys):
+def test_a_comparison_shows_the_newest_samples_and_all_differing_settings(trained, tmp_path, capsys):
     folders = [trained(name, grad_clip_norm=norm) for name, norm in (('a', 1.0), ('b', 1.0), ('c', 2.0))]
     settings = json.loads((folders[0] / 'config.json').read_text())
     del settings['seed']
@@ -429,19 +429,19 @@ def test_a_comparison_shows_the_newest_and_what_differs_in_any(trained, tmp_path
 
 
 def test_losses_below_zero_have_a_plot(tmp_path):
-    """As those of a run whose loss has a negative part."""
+    """Some losses have a negative part."""
     below = page.plot({'a': ([1, 2], [0.5, -0.1]), 'b': ([1, 2], [0.4, 0.3])}, 'loss')
     assert below.startswith('<svg') and 'floor' not in below
 
 
 @pytest.mark.parametrize('name', ['mine/$x^{$', 'cost_$', 'a$b$c'])
 def test_a_metric_may_be_called_anything(name):
-    """matplotlib takes what is between two $ for mathematics; a wrong formula ended the page for good."""
+    """matplotlib reads text between two $ as a formula; an invalid one broke the page."""
     curves = {name: ([1, 2], [1.0, 2.0]), 'other': ([1, 2], [2.0, 1.0])}
     assert page.plot(curves, f'loss: {name}').count('<svg') == 1
 
 
-def test_the_line_and_the_page_are_there_before_the_numbers(tiny_config, build_trainer, monkeypatch):
+def test_the_line_and_the_page_are_written_before_the_numbers(tiny_config, build_trainer, monkeypatch):
     config, seen = tiny_config(final_eval=True, num_training_steps=3, eval_every=0), []
 
     class Mine(ExampleDiffusionTrainer):

@@ -1,4 +1,4 @@
-"""Pictures of a run: samples and what they were made from, names of classes, paths, and hooks of an experiment."""
+"""Pictures of a run: samples and their inputs, class names, paths, and hooks of an experiment."""
 
 import itertools
 from pathlib import Path
@@ -23,7 +23,7 @@ from training.experiment import SampleInputs
 
 
 def panels_of(gallery):
-    """The panels that it draws from now on."""
+    """A list that collects the panels that the gallery draws."""
     panels, drawn = [], gallery.drawn
     gallery.drawn = lambda *args, **settings: panels.append(Panel(*args, **settings)) or drawn(*args, **settings)
     return panels
@@ -35,15 +35,15 @@ def draw(panel):
 
 @pytest.fixture
 def gallery(tiny_config, build_trainer):
-    """The gallery of an experiment of 10 classes whose data are encoded as they are, and what it draws, in `panels`."""
+    """The gallery of an experiment with 10 classes and an identity `decode`; `panels` collects what it draws."""
     trainer = build_trainer(tiny_config())
     trainer.decode = lambda x0: x0
     trainer.gallery.panels = panels_of(trainer.gallery)
     return trainer.gallery
 
 
-def test_samples_stand_below_data_of_their_class_and_nothing_else(gallery):
-    """Not next to the noise that they were made from."""
+def test_samples_are_below_data_of_their_class_and_nothing_else(gallery):
+    """The noise that they were made from is not shown."""
     x, label = torch.rand(30, 1, 8, 8), torch.arange(30) % 10
     picture = gallery.picture_of(x, SampleInputs(torch.randn(30, 1, 8, 8), label), 'mine')
     (panel,) = gallery.panels
@@ -52,12 +52,12 @@ def test_samples_stand_below_data_of_their_class_and_nothing_else(gallery):
     assert panel.names == [*names, *map(str, label.tolist())] and set(names) == set(panel.names)
     train, labels = gallery.batches.train_loader.everything()
     found = (data[:10, None] == gallery.experiment.encode(train)[None]).flatten(2).all(2).int().argmax(1)
-    assert labels[found].tolist() == list(map(int, names[:10]))  # each is of the class that it stands for
+    assert labels[found].tolist() == list(map(int, names[:10]))  # each belongs to the class that it is shown for
     assert picture.shape[2] < 600
 
 
-def test_samples_made_from_data_are_on_the_right_of_these_and_of_the_truth(gallery, monkeypatch):
-    """Each with its title; what cannot be drawn is left out."""
+def test_samples_made_from_data_are_to_the_right_of_their_inputs_and_the_truth(gallery, monkeypatch):
+    """Each panel has a title; data that cannot be drawn are left out."""
     calls, joined = [], plots.joined
     monkeypatch.setattr(plots, 'joined', lambda parts, *gap: calls.append(parts) or joined(parts, *gap))
     x, given, truth, odd = torch.rand(6, 1, 8, 8), torch.rand(6, 3, 8, 8), torch.rand(6, 1, 8, 8), torch.rand(6, 5)
@@ -76,7 +76,7 @@ def test_samples_made_from_data_are_on_the_right_of_these_and_of_the_truth(galle
     [(0, 8, 56), (2, 10, 60), (3, 9, 54), (10, 10, 60), (17, 17, 51), (20, 20, 60), (37, 10, 37), (1000, 10, 100)],
 )
 def test_all_classes_are_shown(tiny_config, build_trainer, monkeypatch, classes, columns, shown):
-    """Each as often as the others, and one a column where they are few."""
+    """Each class equally often; a few classes have a column each."""
 
     def load(config):
         parts = DATASETS['digits'].load(config)
@@ -93,13 +93,13 @@ def test_all_classes_are_shown(tiny_config, build_trainer, monkeypatch, classes,
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Name -> picture, of all that go into the record."""
+    """name -> picture, for all pictures in the record."""
     found = {}
     monkeypatch.setattr('logging_utils.Record.picture', lambda self, name, picture, *_: found.update({name: picture}))
     return found
 
 
-def test_the_picture_of_a_run_has_a_title_names_and_data(tiny_config, build_trainer, monkeypatch, seen):
+def test_the_picture_of_a_run_has_a_title_class_names_and_data(tiny_config, build_trainer, monkeypatch, seen):
     spec = DATASETS['digits']
     names = ('zero', 'один', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
     monkeypatch.setitem(DATASETS, 'digits', DataSpec(spec.load, (1, 8, 8), 10, 16, classes=names))
@@ -113,12 +113,12 @@ def test_the_picture_of_a_run_has_a_title_names_and_data(tiny_config, build_trai
     for i, name in enumerate(names):
         place = grid[:, LINE_HEIGHT : 2 * LINE_HEIGHT, margin + GAP + (48 + GAP) * i :][:, :, :48]
         assert torch.equal(place, rendered_text(name, 48))
-    rows = 2 * LINE_HEIGHT + GAP + 7 * (48 + GAP) + plots.APART  # one of data, six of samples
+    rows = 2 * LINE_HEIGHT + GAP + 7 * (48 + GAP) + plots.APART  # one row of data, six of samples
     assert grid.shape == (3, rows, margin + GAP + 10 * (48 + GAP))
     assert not any('raw' in name for name in seen)
 
 
-def test_a_title_has_the_guidance_of_a_draw_of_the_users(tiny_config, build_trainer):
+def test_a_title_has_the_guidance_that_draw_was_called_with(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(label_dropout=0.1, guidance_scale=2.0))
     for settings, expected in (dict(guidance_scale=3.5), 'guidance 3.5, step 0'), ({}, 'guidance 2, step 0'):
         trainer.draw(trainer.get_model_fn(trainer.network), trainer.sample_inputs(2), 'euler', num_steps=1, **settings)
@@ -137,12 +137,12 @@ def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_t
     assert read.names == trained.names == [str(i % 10) for i in range(30)]
     train = trainer.decode(trainer.encode(trainer.batches.train_loader.everything()[0])).flatten(1)
     near = [torch.cdist(panel.x.flatten(1), train).amin(1) < 1e-3 for panel in (read, trained)]
-    assert near[0].all() and not near[1].all()  # as read: items of the data
+    assert near[0].all() and not near[1].all()  # only the panel `as read` has items of the data
     assert torch.equal(seen['data_and_augmented'], plots.joined([*map(draw, (read, trained))]))
     assert curves['lr_schedule'] == [(k, get_lr(trainer.config, k)) for k in range(3)]
 
 
-def test_a_path_has_times_classes_and_what_was_predicted(tiny_config, build_trainer, seen):
+def test_a_path_has_times_classes_and_predictions(tiny_config, build_trainer, seen):
     trainer = build_trainer(tiny_config(num_sample_steps=5))
     panels = panels_of(trainer.gallery)
     trainer.gallery.sample_paths()
@@ -150,17 +150,17 @@ def test_a_path_has_times_classes_and_what_was_predicted(tiny_config, build_trai
     inputs, fn = trainer.drawing.inputs(4), trainer.get_model_fn(trainer.weights()['ema_0.999'])
     states = trainer.drawing.path(lambda fn, given: trainer.draw(fn, given, 'adams'), fn, inputs)
     assert len(states) == 6 and panel.names == ['0', 'x0', '1', 'x0', '2', 'x0', '3', 'x0']
-    assert [*panel.times] == [f't={state.t:.3g}' for state in states]  # noise and five steps, all of them shown
+    assert [*panel.times] == [f't={state.t:.3g}' for state in states]  # noise and five steps, all shown
     x = panel.x.view(4, 2, 6, 1, 8, 8)
     for i, state in enumerate(states):
         torch.testing.assert_close(x[:, 0, i], state.x)
         torch.testing.assert_close(x[:, 1, i], state.x0)
     assert torch.equal(seen['path'], draw(panel)) and panel.title.startswith('adams') and 'step 0' in panel.title
-    assert panel.title.endswith(': states, and below each the predicted x0')
+    assert panel.title.endswith(': states, with the predicted x0 below each')
 
 
-def test_columns_of_a_path_stand_where_samples_change(gallery):
-    """Of 40 states, most of them alike, at most ten: the first, the last, and some of those between."""
+def test_columns_of_a_path_are_where_samples_change(gallery):
+    """At most ten of 40 states, most of them equal: the first, the last, and some between."""
     places = torch.cat([torch.zeros(20), torch.arange(5), torch.full((15,), 4.0)])
     states = [
         State(1 - k / 39, torch.full((2, 1, 8, 8), float(x)), torch.zeros(2, 1, 8, 8)) for k, x in enumerate(places)
@@ -169,7 +169,7 @@ def test_columns_of_a_path_stand_where_samples_change(gallery):
     (panel,) = gallery.panels
     shown = panel.x.view(2, 2, -1, 64)[0, 0, :, 0].tolist()
     assert shown[0] == 0 and shown[-1] == 4 and set(shown) == {0, 1, 2, 3, 4} and len(shown) <= 10
-    gallery.path_of(states[:1], None)  # the last stage of a sampler may have one step
+    gallery.path_of(states[:1], None)  # the last stage of a sampler may have only one state
     assert gallery.panels[-1].times == ['t=1']
 
 
@@ -183,13 +183,13 @@ def test_a_run_on_points_shows_their_paths(tiny_config, build_trainer, monkeypat
     path = panels[-1]
     assert path.times and path.x.shape == (4 * 2 * (1 + config.num_sample_steps), 2)
     assert path.names[::2] == ['0', '1', '0', '1'] and (config.run_dir / 'path.png').exists()
-    assert path.title.endswith(': from the black dots')
+    assert path.title.endswith(': paths from the black dots')
     samples = [panel for panel in panels if panel.title.startswith('adams') and not panel.times]
     assert len(samples) == 1 and len(samples[0].x) == 50 and samples[0].density == TOY2D['moons'].density
 
 
 @pytest.mark.parametrize('shape', [(2, 8, 8), (5, 8, 8), (2, 20)])
-def test_a_run_on_floats_shows_them_and_the_kinds_of_a_users_file(tiny_config, build_trainer, monkeypatch, shape):
+def test_a_run_on_floats_shows_them_and_kinds_that_a_user_adds(tiny_config, build_trainer, monkeypatch, shape):
     load = lambda config: tuple((torch.randn(40, *shape), torch.zeros(40)) for _ in range(2))  # noqa: E731
     monkeypatch.setitem(DATASETS, 'floats', DataSpec(load, scale='float'))
     own = []
@@ -208,7 +208,7 @@ def test_a_run_on_floats_shows_them_and_the_kinds_of_a_users_file(tiny_config, b
 def test_paths_have_the_same_noise_whatever_was_drawn_before(tiny_config, build_trainer, seen):
     trainer, pictures = build_trainer(tiny_config(solver='sde_dpmpp_2m')), []
     inputs = trainer.sample_inputs(4)
-    trainer.sample_inputs = lambda n: inputs  # of an experiment that draws nothing
+    trainer.sample_inputs = lambda n: inputs  # inputs that draw no random numbers
     for seed in range(2):
         torch.manual_seed(seed)
         trainer.gallery.sample_paths()
@@ -229,7 +229,7 @@ class Mine(ExampleDiffusionTrainer):
     def samplers(self):
         return {'mine': lambda model_fn, inputs: self.draw(model_fn, inputs, 'adams')}
 
-    def prepare_batch_fn(self, batch, is_train):  # held-out images are not as many on each process
+    def prepare_batch_fn(self, batch, is_train):  # processes have different numbers of held-out images
         made = super().prepare_batch_fn(batch, is_train)
         if self.step >= 6:
             x0 = self.draw(self.get_model_fn(self.network), SampleInputs(made.x1, made.label), 'adams', num_steps=2)
@@ -264,7 +264,7 @@ if __name__ == '__main__':
 
 
 @pytest.mark.slow
-def test_hooks_that_draw_give_the_same_on_two_processes_as_on_one(run_sh, tmp_path):
+def test_hooks_that_draw_give_equal_results_on_one_and_two_processes(run_sh, tmp_path):
     script = tmp_path / 'mine.py'
     script.write_text(HOOKS)
     records, images = [], []
@@ -285,12 +285,12 @@ def test_hooks_that_draw_give_the_same_on_two_processes_as_on_one(run_sh, tmp_pa
         assert one[int(name[5:12])][f'after/{name[13:]}'] == 60 and 'after/mean' in one[12]
     assert set(images[0]) == {f'{name}{end}.png' for name in names for end in ('', '_after')} == set(images[1])
     for step in (6, 12):
-        assert two[step] == pytest.approx(one[step], rel=1e-3)  # sums in another order
+        assert two[step] == pytest.approx(one[step], rel=1e-3)  # sums are in another order
     for name, image in images[0].items():
         assert image.shape == images[1][name].shape and np.abs(image - images[1][name]).max() <= 3, name
 
 
-def test_after_sampling_follows_each_picture_and_what_it_records_arrives(tiny_config, build_trainer, monkeypatch):
+def test_after_sampling_follows_each_picture_and_its_values_are_recorded(tiny_config, build_trainer, monkeypatch):
     calls, histograms = [], {}
     monkeypatch.setattr(
         'logging_utils.Record.histogram', lambda self, name, values, step: histograms.update({(name, step): values})
@@ -333,7 +333,7 @@ def test_an_experiment_may_have_no_samplers(tiny_config, build_trainer):
 # ---------------------------------------------------------------- paths
 
 
-def test_a_path_ends_with_the_samples_scaled_to_the_width_of_noise(tiny_config, build_trainer):
+def test_a_path_ends_with_the_samples_scaled_to_the_variance_of_noise(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     inputs, fn, drawn = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network), []
     states = trainer.drawing.path(lambda fn, given: drawn.append(trainer.draw(fn, given, 'adams')), fn, inputs)
@@ -363,10 +363,10 @@ def test_a_path_has_the_x0_that_the_guided_network_predicts_at_each_state(tiny_c
             plain, null = (fn(xt, t.float(), label) for label in (inputs.label, torch.full_like(inputs.label, 10)))
         velocity = null + 3 * (plain - null)
         torch.testing.assert_close(state.x0, xt - state.t * velocity, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(states[-1].x0, states[-2].x0)  # at the last time the network is not asked
+    torch.testing.assert_close(states[-1].x0, states[-2].x0)  # the network is not evaluated at the last time
 
 
-def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, build_trainer):
+def test_the_path_of_a_sampler_with_two_stages_is_from_the_last_stage(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     inputs, fn = trainer.sample_inputs(3), trainer.get_model_fn(trainer.network)
 
@@ -380,7 +380,7 @@ def test_the_path_of_a_sampler_of_two_stages_is_that_of_the_last(tiny_config, bu
 
 
 @pytest.mark.parametrize(('channels', 'shown'), [(1, 56), (2, 24), (5, 8), (40, 8)])
-def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, monkeypatch, channels, shown):
+def test_pictures_have_fewer_samples_with_many_channels(tiny_config, build_trainer, monkeypatch, channels, shown):
     load = lambda config: tuple((torch.rand(40, channels, 8, 8), torch.zeros(40)) for _ in range(2))  # noqa: E731
     monkeypatch.setitem(DATASETS, 'layers', DataSpec(load, scale='float'))
     trainer = build_trainer(tiny_config(dataset='layers', num_training_steps=2, warmup_steps=1))
@@ -389,7 +389,7 @@ def test_fewer_samples_of_many_channels_are_shown(tiny_config, build_trainer, mo
     assert gallery.num_shown == shown and gallery.kind == 'fields'
 
 
-def test_the_end_of_a_run_names_files_in_full_where_the_user_stands_elsewhere(tmp_path, monkeypatch, capsys):
+def test_the_end_of_a_run_prints_full_paths_if_the_user_is_in_another_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('RUN_CALLER', str(tmp_path / 'elsewhere'))
@@ -397,7 +397,7 @@ def test_the_end_of_a_run_names_files_in_full_where_the_user_stands_elsewhere(tm
     assert f'checkpoint  {tmp_path}/ckpts/' in capsys.readouterr().out
 
 
-def test_the_end_of_a_run_names_only_what_is_there(tiny_config, capsys):
+def test_the_end_of_a_run_names_only_files_that_exist(tiny_config, capsys):
     main.train(tiny_config(experiment_name='run', final_pictures=False), None)
     named = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith('  ')]
     assert named and all(Path(path).exists() for path in named)

@@ -1,4 +1,4 @@
-"""Tensors as pictures: where cells, words, data and samples stand, enlarged pixels, exact grey levels, names."""
+"""Tensors as pictures: positions of cells, text, data and samples; enlarged pixels, exact grey levels, names."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from reports.plots import (
 
 
 def flat(*levels, side=48):
-    """One image for each level of grey, from 0 to 1."""
+    """One image for each grey level, from 0 to 1."""
     return torch.tensor(levels, dtype=torch.float32)[:, None, None, None].expand(-1, 1, side, side)
 
 
@@ -46,7 +46,7 @@ def test_pictures_are_joined_with_white_between_and_around():
     assert torch.equal(below[:, 20:, :10], right) and (below[:, 20:, 10:] == 255).all()
 
 
-def test_a_title_stands_above_and_makes_room_for_itself():
+def test_a_title_is_above_the_picture_and_widens_it_if_needed():
     picture = titled(torch.zeros(3, 4, 5, dtype=torch.uint8), 'a long title')
     width = text_width('a long title') + 4
     assert picture.shape == (3, LINE_HEIGHT + 4, width)
@@ -55,7 +55,7 @@ def test_a_title_stands_above_and_makes_room_for_itself():
     assert titled(picture, '') is picture
 
 
-def test_only_images_that_leave_the_unit_interval_are_scaled_and_their_title_says_so(monkeypatch):
+def test_only_images_outside_the_unit_interval_are_scaled_and_their_title_gives_the_range(monkeypatch):
     titles = []
     monkeypatch.setattr('reports.plots.titled', lambda picture, title: titles.append(title) or picture)
     for levels, expected in [
@@ -72,10 +72,10 @@ def test_only_images_that_leave_the_unit_interval_are_scaled_and_their_title_say
 
 
 def test_image_grid_layout():
-    """Five grey images of 8x8, enlarged to 48x48, in rows of 3, with grey around and in the missing cell."""
+    """Five grey images of 8x8, enlarged, in rows of 3, with grey between them and in the empty cell."""
     images = (torch.arange(1, 6) / 10)[:, None, None, None].expand(5, 1, 8, 8)
     picture = draw_images(Panel(images, across=3))
-    side = 72  # 200 / 3, in whole pixels of an image
+    side = 72  # 200 / 3, rounded up to whole image pixels
     expected = np.full((3, GAP + 2 * (side + GAP), GAP + 3 * (side + GAP)), GREY)
     for i in range(5):
         y, x = GAP + (side + GAP) * (i // 3), GAP + (side + GAP) * (i % 3)
@@ -93,7 +93,7 @@ def test_white_images_have_an_edge():
     ).all()
 
 
-def test_images_of_a_class_stand_below_its_name():
+def test_images_of_a_class_are_below_its_name():
     x = flat(0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     picture = image_grid(x, 10, names=['cat', 'dog', 'eel'] * 2)
     side = (picture.shape[2] - GAP) // 6 - GAP
@@ -111,7 +111,7 @@ def test_cells_are_wide_enough_for_the_names_of_classes():
     assert 48 < width < 80 and picture.shape[2] == GAP + 10 * (-(-width // 8) * 8 + GAP)
 
 
-def test_at_most_ten_classes_stand_in_a_row():
+def test_a_row_has_at_most_ten_classes():
     names = [f'c{i}' for i in range(17)]
     first, second = Panel(torch.zeros(51, 1, 8, 8), names * 3).blocks()
     assert first.top == names[:9] and second.top == names[9:]
@@ -121,11 +121,11 @@ def test_at_most_ten_classes_stand_in_a_row():
         10
     ] * 10
     widths = [len(Panel(torch.zeros(60, 3, side, side)).blocks()[0].rows[0]) for side in (32, 256, 1024)]
-    assert widths == [10, 4, 2]  # large images: not more than the page has room for
+    assert widths == [10, 4, 2]  # large images: only as many as fit on the page
 
 
-def test_data_stand_above_the_samples_of_their_class_and_apart():
-    """Data of two classes in any order, one of them not sampled; a class without data has an empty cell."""
+def test_data_are_above_the_samples_of_their_class_with_a_gap():
+    """Data in any order, one of their classes not sampled; a class without data has an empty cell."""
     x, names = flat(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), ['dog', 'gnu', 'cat', 'cat', 'dog', 'eel']
     panel = Panel(x, names, real=3)
     rows = [[2, 0, -1], [3, 4, 5]]
@@ -146,12 +146,12 @@ def test_data_without_classes_fill_the_first_row():
     assert block.rows == [[*range(8)], [*range(20, 28)], [*range(28, 33), -1, -1, -1]] and block.top == []
 
 
-def test_no_sample_is_left_out_where_classes_have_unequal_numbers():
+def test_no_sample_is_left_out_if_classes_differ_in_size():
     (block,) = Panel(torch.zeros(4, 1, 8, 8), ['a', 'b', 'b', 'b'], across=2).blocks()
     assert block.rows == [[0, 1], [-1, 2], [-1, 3]] and block.top == ['a', 'b']
 
 
-def test_a_path_has_times_above_and_a_pair_of_rows_for_each_sample():
+def test_a_path_has_times_on_top_and_two_rows_for_each_sample():
     x = flat(*(torch.arange(12) / 12).tolist())
     panel = Panel(x, ['cat', 'x0', 'dog', 'x0'], times=['t 1', 't 0.5', 't 0'])
     assert panel.blocks() == [
@@ -188,7 +188,7 @@ def test_all_channels_are_drawn_below_each_other(channels, drawn):
     images = torch.rand(10, channels, 48, 48)
     picture = image_grid(images, 10)[:, GAP:-GAP]
     for i, part in enumerate(drawn.split()):
-        of_part = image_grid(images[:, [int(i) for i in part]], 10)[:, GAP:-GAP]  # these channels and no others
+        of_part = image_grid(images[:, [int(i) for i in part]], 10)[:, GAP:-GAP]  # only these channels
         assert torch.equal(picture[:, 48 * i : 48 * (i + 1)], of_part)
     assert picture.shape[1] == 48 * len(drawn.split())
 
@@ -204,7 +204,7 @@ def test_a_name_that_does_not_fit_is_cut():
 
 @pytest.mark.parametrize('name', ['вино и сыр', 'καλός', 'crème', 'Łódź'])
 def test_names_in_other_alphabets_are_drawn(name):
-    """Each letter in its own way, none as the box that stands for a letter that the font lacks."""
+    """All letters look different, and none is the box for a missing letter."""
     letters = [c for c in name if c != ' ']
     drawn = {c: rendered_text(c, 16) for c in letters}
     box = rendered_text('\uffff', 16)
@@ -212,7 +212,7 @@ def test_names_in_other_alphabets_are_drawn(name):
     assert not any(torch.equal(picture, box) for picture in drawn.values())
 
 
-def test_a_name_that_no_font_has_is_shown_as_its_number(capsys):
+def test_a_name_that_no_font_can_draw_is_shown_as_its_number(capsys):
     spec = DataSpec(lambda config: (), num_classes=3, classes=('dog', '\u732b', '\u72ac'))
     for _ in range(2):
         assert titles_of(spec, torch.tensor([2, 0, 1, 3]), 0.1) == ['2', 'dog', '1', 'none']
