@@ -1,9 +1,9 @@
-"""A Schroedinger bridge between two sets, by iterated Markovian fitting (Shi et al. 2023; De Bortoli et al. 2024).
+"""A Schroedinger bridge between two data sets, by iterated Markovian fitting (Shi et al. 2023; De Bortoli et al. 2024).
 
-Pairs (x0, x1) are joined by Brownian bridges, xt = (1 - t) x0 + t x1 + S sqrt(t (1 - t)) z. The network learns the way
-that is left, over the root of the time left: down to x0 for class 0, up to x1 for class 1. After random pairs, half of
-them are a true x1 and the x0 that the moving average draws from it, half the reverse. Of all ways with this noise, the
-fixed point is nearest to Brownian motion. `least` is the least E |x1 - x0|^2.    sh run.sh examples/bridge.py
+Pairs (x0, x1) are joined by Brownian bridges, xt = (1 - t) x0 + t x1 + S sqrt(t (1 - t)) z. The network predicts the
+displacement that remains over the root of the time that remains: down to x0 for class 0, up to x1 for class 1. After
+random pairs, half of the pairs are a true x1 and an x0 that the moving average draws from it, half the reverse. The
+fixed point is the process nearest to Brownian motion. `least` is the least E |x1 - x0|^2.  sh run.sh examples/bridge.py
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class WithNoise(ProcessedBatch):
 
 
 class Plain(ExampleDiffusionTrainer):
-    has_reference, first = False, 1.0  # first: share of the steps that have random pairs
+    has_reference, first = False, 1.0  # first: share of the steps with random pairs
 
     def prepare_batch_fn(self, batch, is_train):
         (x0, _, x1), way = batch, torch.arange(len(batch[0]), device=self.device) % 2
@@ -48,7 +48,7 @@ class Plain(ExampleDiffusionTrainer):
         left = torch.where(batch.label == 1, 1 - batch.t, batch.t)[:, None]
         return (model_fn(xt, batch.t, batch.label) - (end - xt) / left.sqrt()).square().mean(1)
 
-    def travel(self, model_fn, x, way):  # (n,) 0 down, 1 up: towards the end that the network sees
+    def travel(self, model_fn, x, way):  # way (n,): 0 down, 1 up; the network gets it as the class
         for left, next_left in pairwise((torch.linspace(1, 0, STEPS + 1) ** 2).tolist()):
             t = torch.where(way == 1, 1 - left, left).clamp(self.config.t_min, self.config.t_max)
             share, std = (left - next_left) / left, S * ((left - next_left) * next_left / left) ** 0.5
@@ -63,7 +63,7 @@ class Plain(ExampleDiffusionTrainer):
         return {'down': partial(self.draw, solver='', way=0), 'up': partial(self.draw, solver='', way=1)}
 
     def sample_metrics(self, x, inputs):
-        down, up = (float((x - start).square().sum(1).mean()) for start in (inputs.x1, inputs.truth))  # one counts
+        down, up = (float((x - start).square().sum(1).mean()) for start in (inputs.x1, inputs.truth))  # one applies
         costs = {'cost_down': down, 'cost_up': up, 'least': wasserstein(inputs.x1.cpu(), inputs.truth.cpu()) ** 2}
         return costs | distance_from_set(x, 'moons', '_x0') | distance_from_set(x, 'eight_gaussians', '_x1')
 

@@ -1,9 +1,9 @@
-"""Tell the network how much ink a digit has and how far it leans, and ask for both, with guidance.
+"""Condition a digit on how much ink it has and how far it leans, and request both, with guidance.
 
 A condition is a named tensor besides the class: here a vector of two measured numbers, in standard deviations of the
-data. It is dropped together with the label in one picture of ten, so that guidance makes both count more (Ho and
-Salimans 2022). `error` is the root mean square difference of requested and measured numbers of 1000 samples, each with
-the numbers of a held-out digit. `plain` gets only the class.
+data. It is dropped together with the label for one picture in ten, so that guidance strengthens both (Ho and Salimans
+2022). `ink_error` and `slant_error` are root mean square differences between requested and measured numbers of 1000
+samples, each with the numbers of a held-out digit. `plain` gets only the class.
 
     sh run.sh examples/condition.py                       digits
 """
@@ -18,7 +18,7 @@ from trainer import ExampleDiffusionTrainer
 
 
 def measured(x):
-    """Ink and slant of pictures (B, 1, 8, 8) in [0, 1], (B, 2), with about mean 0 and standard deviation 1."""
+    """Ink and slant (B, 2) of pictures (B, 1, 8, 8) in [0, 1], scaled to about mean 0 and standard deviation 1."""
     ink = x.mean((1, 2, 3))
     weight = x[:, 0] / x.sum((1, 2, 3), keepdim=True)[:, 0].clamp(min=1e-6)  # (B, 8, 8), sums to 1
     place = torch.linspace(-1, 1, x.shape[2], device=x.device)
@@ -28,7 +28,7 @@ def measured(x):
     return torch.stack([(ink - 0.306) / 0.034, (slant + 0.04) / 0.121], 1)
 
 
-class Told(ExampleDiffusionTrainer):
+class Conditioned(ExampleDiffusionTrainer):
     null_cond = {'measured': 0.0}
 
     def prepare_batch_fn(self, batch, is_train):
@@ -43,8 +43,8 @@ class Told(ExampleDiffusionTrainer):
         return super().sample_metrics(x, inputs) | {'ink_error': float(error[0]), 'slant_error': float(error[1])}
 
 
-class Plain(Told):
-    """The same conditions, which the network does not see."""
+class Plain(Conditioned):
+    """Has the same conditions, but the network does not see them."""
 
     def get_model_fn(self, module, train=False):
         model_fn = super().get_model_fn(module, train)
@@ -53,7 +53,7 @@ class Plain(Told):
 
 if __name__ == '__main__':
     side_by_side(
-        {'plain': dict(trainer_class=Plain), 'told': dict(trainer_class=Told)},
+        {'plain': dict(trainer_class=Plain), 'told': dict(trainer_class=Conditioned)},
         numbers=('final/*_error', 'final/*/label_agreement', 'final/*/frechet'),
         usual='--preset digits_long --num_training_steps 800 --label_dropout 0.1',
     )

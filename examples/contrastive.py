@@ -1,9 +1,9 @@
-"""Contrastive flow matching: away from the velocities of other pictures, too (Stoica et al. 2025).
+"""Contrastive flow matching: also move away from the velocities of other pictures (Stoica et al. 2025).
 
     |v(xt, t) - u|^2 - lambda |v(xt, t) - u of another picture|^2,    lambda = 0.05
 
-Of other outputs and targets (`--model_type`, `--target_type`) it is the same rule with these in place of velocities.
-The other picture is a neighbour in the batch of one process, so it depends on the number of processes.
+With other outputs and targets (`--model_type`, `--target_type`), these take the place of the velocities. The other
+picture is a neighbour in the batch of one process, so results depend on the number of processes.
 
     sh run.sh examples/contrastive.py                     digits, after few steps
 """

@@ -1,8 +1,8 @@
-"""Dispersive loss: the features of different pictures should lie far apart (Wang and He 2025).
+"""Dispersive loss: push the features of different pictures apart (Wang and He 2025).
 
     loss + 0.5 log mean exp(-|z_i - z_j|^2 / (dim tau)),    z: dim features in the middle of the network, tau = 0.5
 
-The mean is over the pairs of pictures that one process has in its batch, so it depends on the number of processes.
+The mean is over pairs of pictures in the batch of one process, so it depends on the number of processes.
 
     sh run.sh examples/dispersive.py                      digits, after few steps
 """
@@ -18,7 +18,7 @@ class Dispersive(ExampleDiffusionTrainer):
         net = self.network.net
         middle = net.middle[0] if hasattr(net, 'middle') else net.blocks[len(net.blocks) // 2]
         middle.register_forward_hook(lambda module, inputs, out: setattr(self, 'features', out))
-        super().setup_networks()  # averages are copies: they have the hook, too
+        super().setup_networks()  # moving averages are copies, with this hook
 
     def loss_fn(self, batch, model_fn):
         loss = super().loss_fn(batch, model_fn)

@@ -1,11 +1,11 @@
-"""A student that draws in one step, taught by the scores of two flows (Yin et al. 2024, algorithm 1).
+"""A student that samples in one step, taught by the scores of two flows (Yin et al. 2024, algorithm 1).
 
 `teacher` is a plain run. In the second run, `network` is the student: its prediction of x0 from pure noise is a sample.
-A second network, `fake`, is a flow of the student's samples, trained all the while. At a noisy xt of a sample, the two
-flows predict x0 where data and where samples are likely, and the student moves its sample by the difference. Both start
-as copies of the teacher. The two optimizers step together: each term of the loss moves only one network. The paper's
-third term is left out, a regression on pairs of noise and picture that the teacher draws, so that
-fewer parts of the data are lost.                     sh run.sh examples/distill.py
+A second network, `fake`, is a flow of the student's samples and trains along with it. At a noisy xt of a sample, the
+teacher predicts an x0 likely under the data, `fake` one likely under the samples, and the student moves its sample by
+the difference. Student and `fake` start as copies of the teacher. The two optimizers step together: each loss term
+trains only one network. The paper's regression term, on pairs of noise and picture from the teacher, is left out; it
+keeps more parts of the data.                         sh run.sh examples/distill.py
 """
 
 import copy
@@ -24,7 +24,7 @@ from trainer import ExampleDiffusionTrainer
 
 @dataclass(frozen=True)
 class Settings(Config):
-    teacher: str = ''  # folder of the run that teaches
+    teacher: str = ''  # folder of the teacher's run
 
 
 class Flow(ExampleDiffusionTrainer):
@@ -33,7 +33,7 @@ class Flow(ExampleDiffusionTrainer):
 
 
 class Student(ExampleDiffusionTrainer):
-    has_reference = False  # a denoiser at t = 1 only
+    has_reference = False  # the student denoises only at t = 1
 
     def setup_networks(self):
         super().setup_networks()
@@ -49,7 +49,7 @@ class Student(ExampleDiffusionTrainer):
     def loss_fn(self, batch, model_fn):
         coefs = self.process(batch.t)
         x = self.sample(model_fn, batch.x1, batch.label)
-        xt = self.process.compute_xt(x.detach(), batch.x1.roll(1, 0), coefs)  # noise of another in this process
+        xt = self.process.compute_xt(x.detach(), batch.x1.roll(1, 0), coefs)  # noise of another sample in this process
 
         def x0(name):
             out = self.get_model_fn(self.modules[name], train=torch.is_grad_enabled())(xt, batch.t, batch.label)

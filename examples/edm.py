@@ -1,9 +1,9 @@
-"""The EDM recipe by settings (Karras et al. 2022, table 1): noise up to 80, preconditioning, weights, times and solver.
+"""The EDM recipe as settings (Karras et al. 2022, table 1): noise up to 80, preconditioning, weights, times and solver.
 
 xt = x0 + 80 t x1. The network outputs F, and the loss compares F, which is EDM's loss: `difference_from_table_1` is the
-largest difference of the two in a batch of held-out images, relative to the loss. Samples are drawn by 18 steps of
-Heun's method in sigma on EDM's grid down to 0.002 (36 evaluations; algorithm 1 without its last step to 0), and with as
-many of the default solver; for the default settings (`plain`), too.
+largest difference between the two in a batch of held-out images, relative to the loss. Samples are drawn by 18 steps of
+Heun's method in sigma on EDM's grid down to 0.002 (36 evaluations; algorithm 1 without its last step to 0), and by 36
+evaluations of the default solver. `plain` has the default settings and the same samplers.
 
     sh run.sh examples/edm.py                             digits
 """
@@ -29,7 +29,7 @@ class LinearSigma(GaussianProcess):
 
 PROCESSES['edm'] = lambda config: LinearSigma()
 EDM = dict(process_name='edm', t_min=0.002 / 80, t_max=1.0, model_type='F', target_type='F', time_input='log_snr')
-EDM |= dict(time_sampler='log_normal', time_mean=-1.2, time_std=1.2)  # of sigma
+EDM |= dict(time_sampler='log_normal', time_mean=-1.2, time_std=1.2)  # log-normal sigma
 
 
 class Plain(ExampleDiffusionTrainer):
@@ -43,13 +43,13 @@ class Plain(ExampleDiffusionTrainer):
 class Edm(Plain):
     def loss_fn(self, batch, model_fn):
         loss = super().loss_fn(batch, model_fn)
-        if not torch.is_grad_enabled():  # held-out images: into the record as eval/difference_from_table_1
+        if not torch.is_grad_enabled():  # held-out images: recorded as eval/difference_from_table_1
             difference = (loss - self.table_1(batch, model_fn)).abs().max() / loss.mean()
             self.log('difference_from_table_1', difference)
         return loss
 
     def table_1(self, batch, model_fn):
-        """lambda(sigma) |D(x0 + sigma x1; sigma) - x0|^2, (B,). c_in and c_noise are inside of the network."""
+        """lambda(sigma) |D(x0 + sigma x1; sigma) - x0|^2, (B,). c_in and c_noise are inside the network."""
         only(self.config, process_name='edm', model_type='F')
         sigma, std = utils.bcast_right(self.process.sigma(batch.t), batch.x0.ndim), self.config.sigma_data
         x = batch.x0 + sigma * batch.x1

@@ -1,13 +1,13 @@
 """Samples in one, two or four steps: a flow map that teaches itself (Boffi et al. 2025).
 
 The network gives the average velocity u(x, t, s) from t to s, so that X(x, t, s) = x + (s - t) u(x, t, s) follows the
-flow in one step. Where s = t it is trained as ever, on x1 - x0; elsewhere on one of these, the right side held fixed:
+flow in one step. Where s = t, it trains on x1 - x0; elsewhere on one of these rules, with the right side held fixed:
 
     lagrangian   dX/ds = u(X, s, s)                                    the velocity where it arrives
     eulerian     u = v + (s - t) du/dt,  along v = x1 - x0             mean flow (Geng et al. 2025, eq. 6 to 11)
     semigroup    X(x, t, s) = X(X(x, t, r), r, s),  r = (t + s) / 2    shortcut models (Frans et al. 2025)
-Training costs three or four times as much as the plain flow's, which has as many steps. The network is told 30 t (and
-1000 s): of 1000 t a sinusoid turns so fast that du/dt drowns eulerian.             sh run.sh examples/flow_map.py
+A step costs three or four times as much as a step of the plain flow. The network gets 30 t as its time (and 1000 s):
+with 1000 t, sinusoids turn so fast that du/dt is noise in `eulerian`.               sh run.sh examples/flow_map.py
 """
 
 import dataclasses
@@ -45,10 +45,10 @@ class FlowMap(Plain):
         return dataclasses.replace(prepared, cond={'s': torch.where(same, t, t * torch.rand_like(t))})
 
     def sample_inputs(self, n):
-        return dataclasses.replace(super().sample_inputs(n), cond={})  # the solver says where its step goes
+        return dataclasses.replace(super().sample_inputs(n), cond={})  # the solver passes s
 
     def get_model_fn(self, module, train=False):
-        fn = super().get_model_fn(module, train)  # a solver that does not say is given the velocity, s = t
+        fn = super().get_model_fn(module, train)  # other solvers get the velocity, s = t
         return lambda xt, t, label=None, s=None: fn(xt, t, label, s=t if s is None else s)
 
     def loss_fn(self, batch, model_fn):

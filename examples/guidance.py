@@ -1,14 +1,14 @@
-"""Guidance in four ways: classifier-free, in an interval of times, by a worse model, and learned.
+"""Four kinds of guidance: classifier-free, in an interval of times, by a worse model, and learned.
 
     cfg              v + (w - 1) (v - v without label)                    Ho and Salimans 2022, eq. 6
     interval         the same, only for t between 0.3 and 0.8            Kynkaanniemi et al. 2024
     autoguidance     v + (w - 1) (v - v of the weights after a quarter of the training)      Karras et al. 2024
-    model guidance   trained on targets that are guided already, and drawn without           Tang et al. 2025
+    model guidance   trained on guided targets, sampled without guidance                     Tang et al. 2025
 
-All ways draw with about 20 evaluations of a network: those that compare two at each step take 10 steps, the interval
-15. Training costs model guidance three evaluations where the plain run has one.
+All samplers use about 20 network evaluations: those that compare two predictions at each step take 10 steps, the
+interval 15. In training, model guidance costs three evaluations where the plain run costs one.
 
-    sh run.sh examples/guidance.py                        digits, after few steps: there is something left to improve
+    sh run.sh examples/guidance.py                        digits, after few steps, to leave room for improvement
 """
 
 import copy
@@ -20,7 +20,7 @@ import utils
 from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
-W = 2.0  # the guidance scale, of all
+W = 2.0  # the guidance scale, for all kinds
 
 
 class Plain(ExampleDiffusionTrainer):
@@ -55,7 +55,7 @@ class ModelGuidance(ExampleDiffusionTrainer):
 
         with torch.no_grad():
             none = torch.full_like(batch.label, self.data.num_classes)
-            target = target + (1 - 1 / W) * (predicted(batch.label) - predicted(none))  # whose fixed point is cfg's
+            target = target + (1 - 1 / W) * (predicted(batch.label) - predicted(none))  # fixed point: cfg
         return self.loss_weight(coefs) * utils.image_square_error(predicted(batch.label), target)
 
     def samplers(self):

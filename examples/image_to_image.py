@@ -1,8 +1,8 @@
 """Restore degraded digits by a flow that starts at the degraded picture, not at noise (Albergo et al. 2024).
 
-The coupling depends on the data: x1 is the degraded picture with some noise, x0 the picture it was made of. In both
-runs the network sees the degraded picture as a condition besides xt, and no class. `rmse` is the error of the
-restored held-out digits, in units of the grey scale [0, 1], after 1, 2, 5 and 20 evaluations of the network.
+The coupling depends on the data: x0 is a picture, x1 its degraded copy with some noise. In both runs the network gets
+the degraded picture as a condition besides xt, and no class. `rmse` is the error of restored held-out digits, in units
+of the grey scale [0, 1], after 1, 2, 5 and 20 evaluations of the network.
 
     sh run.sh examples/image_to_image.py                              lower halves are missing
     sh run.sh examples/image_to_image.py --degradation blurred        or small
@@ -19,7 +19,7 @@ from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 
-def small(x):  # a quarter of the sides, and large again
+def small(x):  # a quarter of the side length, then enlarged again
     return F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
 
 
@@ -33,13 +33,13 @@ DEGRADATIONS = {
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
     degradation: str = 'masked'
-    """What is done to the pictures, a key of DEGRADATIONS."""
+    """How pictures are degraded: a key of DEGRADATIONS."""
     noise: float = 0.3
-    """Standard deviation of the noise on the degraded picture: room for several answers."""
+    """Standard deviation of the noise on the degraded picture, which makes several answers possible."""
 
 
 class FromNoise(ExampleDiffusionTrainer):
-    independent = False  # samples start from held-out pictures, and the truth is shown with them
+    independent = False  # sampling inputs come from held-out pictures, which are shown as the truth
 
     def prepare_batch_fn(self, batch, is_train):
         prepared = super().prepare_batch_fn(batch, is_train)

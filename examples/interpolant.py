@@ -1,12 +1,12 @@
-"""A stochastic interpolant between two data sets, noisy on the way (Albergo, Boffi and Vanden-Eijnden 2023, sec. 2).
+"""A stochastic interpolant between two data sets, with noise between (Albergo, Boffi and Vanden-Eijnden 2023, sec. 2).
 
     xt = (1 - t) x0 + t x1 + gamma(t) z,    gamma = 2 t (1 - t),    z ~ N(0, I);    x0 moons, x1 eight Gaussians
 
 The network gives v = E[x1 - x0 | xt] and eta = E[z | xt]. With these, the velocity is v + gamma' eta and the score
--eta / gamma, and for every noise level e >= 0 this SDE has the distribution of xt at all times, down and up:
+-eta / gamma. For every noise level e >= 0, this SDE has the distribution of xt at all times, down and up:
 
     dx = v dt + eta dgamma - e eta |dt| + sqrt(2 e gamma) dw
-`plain` is only the flow, without z. All take 100 steps; `real` are new points.    sh run.sh examples/interpolant.py
+`plain` is the flow without z. All take 100 steps; `real` is for fresh points.    sh run.sh examples/interpolant.py
 """
 
 import itertools
@@ -52,7 +52,7 @@ class Interpolant(ExampleDiffusionTrainer):
     def draw(self, model_fn, inputs, solver, start=1, noise=0.0):
         x, steps = inputs.x1 if start else inputs.truth, self.config.sample_nfe or 100
         for t, s in itertools.pairwise(torch.linspace(start, 1 - start, steps + 1).tolist()):
-            middle, dt = (t + s) / 2, abs(s - t)  # the middle of a step, where nothing is singular
+            middle, dt = (t + s) / 2, abs(s - t)  # the middle of a step: the score is singular at 0 and 1
             v, eta = model_fn(torch.stack([x, x], 1), x.new_full((len(x),), middle)).unbind(1)
             x = x + (s - t) * v + (self.gamma(s) - self.gamma(t)) * eta - noise * dt * eta
             x = x + (2 * noise * self.gamma(middle) * dt) ** 0.5 * torch.randn_like(x)

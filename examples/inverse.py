@@ -1,15 +1,15 @@
-"""What was measured guides an unconditional model while it samples (Song et al. 2023, PiGDM; Rozet et al. 2024, MMPS).
+"""Guide an unconditional model by a measurement while it samples (Song et al. 2023, PiGDM; Rozet et al. 2024, MMPS).
 
-Of points of eight Gaussians we measure the first coordinate, y = x_1 + noise, and draw points that agree with it. The
-network knows nothing of y. With g the gradient of its x0_1 by xt, and r = sigma^2 / alpha, the score of y moves its x0:
+The data are points of eight Gaussians. We measure the first coordinate, y = x_1 + noise, and draw points that agree
+with y, which the network does not know. With g = d x0_1 / d xt and r = sigma^2 / alpha, its prediction x0 becomes
 
     x0 + r g (y - x0_1) / (noise^2 + V)
 
-V is the variance of x_1 given xt. `pigdm` takes that of a Gaussian as wide as the data; `mmps` takes r g_1, the
-exact one (Rozet et al. 2024). `none` ignores y. All take 100 steps of an SDE, with one evaluation and one gradient.
-`wasserstein` is the distance from the exact posterior, a mixture of Gaussians; `real_wasserstein` that of other draws.
+V is the variance of x_1 given xt. `pigdm` uses the variance for a Gaussian as wide as the data; `mmps` uses r g_1, the
+exact one (Rozet et al. 2024). `none` ignores y. All take 100 SDE steps, each with one evaluation and one gradient.
+`wasserstein` is the distance from the exact posterior, a mixture of Gaussians; `real_wasserstein` is for other draws.
 
-    sh run.sh examples/inverse.py                         one run, three ways to draw
+    sh run.sh examples/inverse.py                         one run, three samplers
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ Y, NOISE = 0.6, 0.1  # right of the two Gaussians at 0.495, left of the one at 0
 
 
 def posterior(n, seed):
-    """n points (n, 2) of the eight Gaussians, given that the first coordinate was measured."""
+    """n points (n, 2) of the eight Gaussians, given that the measurement of the first coordinate is Y."""
     draw = torch.Generator().manual_seed(seed)
     angle = torch.arange(8) * torch.pi / 4
     means, var = 0.7 * torch.stack([angle.cos(), angle.sin()], 1), 0.05**2
@@ -36,14 +36,14 @@ def posterior(n, seed):
     return x + torch.tensor([var * (1 - gain), var]).sqrt() * torch.randn(n, 2, generator=draw)
 
 
-VARIANCES = {  # of x_1 given xt: (coefs, sigma^2 / alpha, g_1), each (B,)
+VARIANCES = {  # sampler -> variance of x_1 given xt: f(coefs, sigma^2 / alpha, g_1), each (B,)
     'pigdm': lambda c, r, g: (c.sigma * c.sigma_data * c.c_in) ** 2,
     'mmps': lambda c, r, g: r * g.clamp(min=0),
 }
 
 
 class Inverse(ExampleDiffusionTrainer):
-    def told(self, model_fn, inputs, way):
+    def guided(self, model_fn, inputs, method):
         def moved_fn(xt, t, label=None):
             coefs = self.process(t)
             with torch.enable_grad():
@@ -51,7 +51,7 @@ class Inverse(ExampleDiffusionTrainer):
                 x0 = self.model_convert_fn(model_fn(xt, t, label), t, xt, coefs).x0
                 g = torch.autograd.grad(x0[:, 0].sum(), xt)[0]
             r = coefs.sigma**2 / coefs.alpha
-            gain = r * (Y - x0.detach()[:, 0]) / (NOISE**2 + VARIANCES[way](coefs, r, g[:, 0]))
+            gain = r * (Y - x0.detach()[:, 0]) / (NOISE**2 + VARIANCES[method](coefs, r, g[:, 0]))
             moved = Prediction(xt.detach(), coefs, x0=x0.detach() + gain[:, None] * g)
             return getattr(moved, self.config.model_type)
 
@@ -59,7 +59,7 @@ class Inverse(ExampleDiffusionTrainer):
 
     def samplers(self):
         none = partial(self.draw, solver='sde_dpmpp_2m', nfe=100)
-        return {'none': none} | {way: partial(self.told, way=way) for way in VARIANCES}
+        return {'none': none} | {method: partial(self.guided, method=method) for method in VARIANCES}
 
     def sample_metrics(self, x, inputs):
         exact = posterior(len(x), seed=1)

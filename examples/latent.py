@@ -1,8 +1,8 @@
-"""Diffusion of latents: pictures become small tensors, which are cached, and samples are decoded (Rombach et al. 2022).
+"""Latent diffusion: pictures are encoded as small tensors and cached; samples are decoded (Rombach et al. 2022).
 
-`encode` and `decode` may be any two functions; here they are an autoencoder that is trained on the spot. `load` encodes
-all pictures once, into a file, and scales each channel to mean 0 and standard deviation 0.5. To the trainer they are
-floats, and `decode` is all that an experiment adds. Both runs are judged in pixels.       sh run.sh examples/latent.py
+`encode` and `decode` may be any two functions; here they are an autoencoder, trained on the spot. `stored` encodes all
+pictures once, into a file, and scales each channel to mean 0 and standard deviation 0.5. To the trainer they are
+floats, and the experiment adds only `decode`. Both runs are judged in pixels.       sh run.sh examples/latent.py
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
 
-def pictures(config):  # x (N, 1, H, W) in [0, 1] and labels (N,), to train and held out
+def pictures(config):  # training and held-out part: x (N, 1, H, W) in [0, 1], labels (N,)
     return [(x / 255, labels) for x, labels in DATASETS['fashion_mnist'].load(config)[:2]]
 
 
@@ -27,7 +27,7 @@ def autoencoder(k=4, width=64):  # (N, 1, H, W) <-> (N, k, H / k, W / k)
     down = Conv2d(1, width, k, k), SiLU(), Conv2d(width, width, 3, padding=1), SiLU(), Conv2d(width, k, 1)
     up = Conv2d(k, width, 3, padding=1), SiLU(), ConvTranspose2d(width, width, k, k), SiLU()
     net = ModuleDict(dict(encode=Sequential(*down), decode=Sequential(*up, Conv2d(width, 1, 3, padding=1))))
-    net.mean, net.std = Buffer(torch.ones(1, k, 1, 1)), Buffer(torch.ones(1, k, 1, 1))  # of latents, by channel
+    net.mean, net.std = Buffer(torch.ones(1, k, 1, 1)), Buffer(torch.ones(1, k, 1, 1))  # per latent channel
     return net
 
 

@@ -1,11 +1,11 @@
 """Masked diffusion of grey levels: pixels are symbols, hidden one by one (Shi et al. 2024; Sahoo et al. 2024).
 
-A pixel is one of 17 grey levels, or hidden. At time t each is hidden with probability t. The network sees which, and
-gives a distribution of the level of each pixel. The loss bounds the bits that a picture needs (Shi et al. 2024,
-for alpha = 1 - t):   mean over t of 1/t times the cross-entropy of the hidden pixels, summed.
+A pixel is one of 17 grey levels, or hidden. At time t, each is hidden with probability t. The network sees which ones
+are hidden, and predicts the distribution of each pixel's level. The loss is an upper bound on the bits of a picture
+(Shi et al. 2024, for alpha = 1 - t): the mean over t of 1/t times the summed cross-entropy of the hidden pixels.
 
-To sample, all are hidden at t = 1; from t to s a hidden pixel is shown with probability (t - s) / t. 'plain' is a flow
-of the same network with as many evaluations. `bits` are of held-out digits, per pixel.
+Sampling starts at t = 1 with all pixels hidden; from t to s a hidden pixel is revealed with probability (t - s) / t.
+`plain` is a flow of the same network with as many evaluations. `bits` is per pixel, on held-out digits.
 
     sh run.sh examples/masked.py                          digits
 """
@@ -32,7 +32,7 @@ class Masked(Plain):
     independent = False
     has_reference = False  # the network is not a denoiser of Gaussian noise
 
-    def encode(self, x):  # (B, 1, H, W) in [0, 1] to (B, 18, H, W), one symbol a pixel
+    def encode(self, x):  # (B, 1, H, W) in [0, 1] to (B, 18, H, W), one-hot symbols
         return F.one_hot((x[:, 0] * (LEVELS - 1)).round().long(), LEVELS + 1).permute(0, 3, 1, 2).float()
 
     def decode(self, x0):
@@ -49,7 +49,7 @@ class Masked(Plain):
     def loss_fn(self, batch, model_fn):
         logits = model_fn(batch.x1, batch.t, batch.label)[:, :LEVELS]
         bits = F.cross_entropy(logits, batch.x0[:, :LEVELS], reduction='none') / torch.log(torch.tensor(2.0))
-        loss = (bits * batch.x1[:, LEVELS]).mean((1, 2)) / batch.t  # of the hidden pixels
+        loss = (bits * batch.x1[:, LEVELS]).mean((1, 2)) / batch.t  # only hidden pixels count
         self.log('train/bits', loss.detach())
         return loss
 
@@ -61,7 +61,7 @@ class Masked(Plain):
         x = inputs.x1
         for t, s in itertools.pairwise(torch.linspace(1, 0, (nfe or self.config.sample_nfe or 32) + 1).tolist()):
             logits = model_fn(x, x.new_full((len(x),), min(t, self.config.t_max)), inputs.label)[:, :LEVELS]
-            level = (logits - (-torch.rand_like(logits).log()).log()).argmax(1)  # a draw: Gumbel noise
+            level = (logits - (-torch.rand_like(logits).log()).log()).argmax(1)  # a sample, by Gumbel noise
             drawn = F.one_hot(level, LEVELS + 1).permute(0, 3, 1, 2).to(x)
             shown = (x[:, LEVELS:] == 1) & (torch.rand_like(x[:, :1]) < (t - s) / t)
             x = torch.where(shown, drawn, x)

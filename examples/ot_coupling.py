@@ -1,9 +1,9 @@
-"""Which noise goes with which point: paired by chance, by optimal transport, or the nearest of a few.
+"""Pair noise and points by chance, by optimal transport, or each point with the nearest of a few noises.
 
 A flow learns straight paths if nearby points are paired, and straight paths need few steps (Tong et al. 2024,
-algorithm 3). The pairs of a batch are the plan of least squared distance, found exactly, within each class: over
-classes, the noise would tell something about the class. `immiscible` is cheaper and needs no plan: of four noises it
-takes the one that is nearest to the point (Li et al. 2025, Improved Immiscible Diffusion).
+algorithm 3). `ot` pairs a batch exactly, with the least sum of squared distances, and within each class: across
+classes, the noise would depend on the class. `immiscible` is cheaper and needs no assignment: of four noises it takes
+the nearest to the point (Li et al. 2025, Improved Immiscible Diffusion).
 
     sh run.sh examples/ot_coupling.py                     on moons
     sh run.sh examples/ot_coupling.py --preset digits_long

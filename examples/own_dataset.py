@@ -18,7 +18,7 @@ from main import main
 def load(config):
     """Returns two pairs, the pictures to train on and those held out: ((images, labels), (images, labels)).
 
-    images: uint8 (N, C, H, W), numpy or torch.          labels: whole numbers (N,) from 0 to num_classes - 1.
+    images: uint8 (N, C, H, W), numpy or torch.          labels: integers (N,) from 0 to num_classes - 1.
     It must return the same every time, so that a run can be resumed: all randomness comes from config.seed.
     """
     rng = np.random.default_rng(config.seed)
@@ -32,12 +32,12 @@ def load(config):
     return (images[200:], label[200:]), (images[:200], label[:200])
 
 
-# The name of the data set, for --dataset. `classes` stand at the samples; leave out both if there are no classes.
+# The key is the name for --dataset. Pictures show the names in `classes`. Without classes, leave out both settings.
 DATASETS['discs_and_rings'] = DataSpec(load, num_classes=2, classes=('disc', 'ring'))
 
 
 @dataclass(frozen=True)
-class Settings(Config):  # what else differs from the defaults; a flag on the command line wins
+class Settings(Config):  # other defaults for this file; flags on the command line win
     dataset: str = 'discs_and_rings'
     num_training_steps: int = 600
     attention_resolutions: tuple[int, ...] = (8,)  # must be a side in the UNet: 16, 8

@@ -2,8 +2,8 @@
 
     sh run.sh examples/own_network.py
 
-It is any module with `forward(xt, time, label)` that returns what has the shape of xt: the velocity, or what else
---model_type says. Its input has about unit variance, whatever the process.
+It is any module with `forward(xt, time, label)` that returns a tensor of the shape of xt: the velocity, or the type
+that --model_type names. Its input has about unit variance, whatever the process.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from unet import sinusoid, zero_init
 
 
 class Mixer(nn.Module):
-    """Rows and columns of the picture are mixed in turn, each by an MLP (after Tolstikhin et al. 2021)."""
+    """MLPs that mix pixels and channels in turn (after Tolstikhin et al. 2021)."""
 
     def __init__(self, shape, num_classes, width, depth):
         super().__init__()
-        channels, height, side = shape  # of one picture; the data decide
+        channels, height, side = shape  # shape of one picture of the data
         self.embed = nn.Linear(channels, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(num_classes + 1, width)  # the last one means 'no label'
@@ -35,7 +35,7 @@ class Mixer(nn.Module):
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, xt, time, label=None):
-        """xt (B, C, H, W); time (B,), some hundreds wide, as a sinusoid needs; label (B,) int64."""
+        """xt (B, C, H, W); time (B,), from 0 to several hundred; label (B,) int64."""
         if label is None:
             label = torch.full((len(xt),), self.label.num_embeddings - 1, device=xt.device)
         embedding = self.time(sinusoid(time, self.label.embedding_dim)) + self.label(label)  # (B, width)
@@ -56,7 +56,7 @@ class Settings(Config):
 
 
 def build(config, shape, num_classes):
-    """The shape of one x0 and the number of classes are those of the data. Conditions: docs/experiments.md."""
+    """`shape` of one x0 and `num_classes` come from the data. Conditions: docs/experiments.md."""
     return Mixer(shape, num_classes, config.mixer_width, config.mixer_depth)
 
 

@@ -20,7 +20,7 @@ class Trigonometric(GaussianProcess):
     """xt = cos(t^a pi / 2) x0 + sin(t^a pi / 2) x1.
 
     `alpha` and `sigma` take times (B,) in [0, 1] and return (B,). alpha(0) must be 1, and alpha / sigma must
-    fall with t. They are differentiated by torch, so write them with torch's functions.
+    decrease with t. torch differentiates them, so write them with torch functions.
     """
 
     def __init__(self, power):
@@ -37,10 +37,10 @@ class Trigonometric(GaussianProcess):
 class Settings(Config):
     process_name: str = 'trigonometric'
     power: float = 1.5
-    """trigonometric: power of t; above 1 it stays longer near the data."""
+    """trigonometric: power of t; above 1, xt stays near the data for longer."""
 
 
-PROCESSES['trigonometric'] = lambda config: Trigonometric(config.power)  # name -> how it is made of the settings
+PROCESSES['trigonometric'] = lambda config: Trigonometric(config.power)  # name -> constructor
 
 if __name__ == '__main__':
     main(config_class=Settings)

@@ -14,11 +14,11 @@ from solvers import SOLVERS, Solver
 
 
 def two_step(x, t, s, predict, noise):
-    """One step from time t to s < t: x (B, ...) at t becomes what is returned, at s.
+    """One step from time t to s < t: takes x (B, ...) at t, returns x at s.
 
-    `predict(x, t)` asks the network, with guidance if there is any, and gives every prediction type: .x0 .x1 .score
-    .velocity .v .F. `predict.past` holds (time, prediction) of the calls before this one, the newest first: this is a
-    method of two steps (Bashforth and Adams 1883, for steps of any length), which begins with a step of Euler's.
+    `predict(x, t)` evaluates the network, with guidance if any, and gives every prediction type: .x0 .x1 .score
+    .velocity .v .F. `predict.past` holds (time, prediction) of earlier calls, the newest first. This is a two-step
+    method (Bashforth and Adams 1883, for steps of any length); its first step is Euler's.
     `noise` is for SDE solvers: see euler_maruyama in solvers/one_step.py.
     """
     past = list(predict.past)
@@ -29,7 +29,7 @@ def two_step(x, t, s, predict, noise):
     return x + h * now + h**2 / (2 * (t - before)) * (now - last.velocity)
 
 
-# nfe: evaluations of the network a step; order: of convergence; memory: how many predictions predict.past holds.
+# nfe: network evaluations per step; order: order of convergence; memory: number of predictions in predict.past.
 SOLVERS['two_step'] = Solver(two_step, nfe=1, order=2, memory=1)
 
 

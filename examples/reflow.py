@@ -1,9 +1,9 @@
-"""The second round of a rectified flow: train on the pairs that the first one makes (Liu et al. 2023, algorithm 1).
+"""The second round of a rectified flow: train on pairs made by the first round (Liu et al. 2023, algorithm 1).
 
-In the second run, x0 is what the first one draws from the noise x1 of each batch, with 20 evaluations. Noise and point
-belong together then, so paths hardly cross: they are nearly straight, and one step nearly follows them.
+In the second run, x0 is what the first run draws from the noise x1 of each batch, with 20 evaluations. Noise and point
+then belong together, so paths hardly cross: they are nearly straight, and one step follows them closely.
 `straightness` is E |(x1 - x0) - v(xt, t)|^2 along paths of 50 steps, 0 for straight lines. `longer` is
-the first run with as many steps as both rounds have together; drawing the pairs costs more than that.
+the first run with as many steps as both rounds together; drawing the pairs costs more than that.
 
     sh run.sh examples/reflow.py                          on moons
 """
@@ -25,12 +25,12 @@ from trainer import ExampleDiffusionTrainer
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
     first: str = ''
-    """Folder of the run of the first round."""
+    """Folder of the first run."""
 
 
 class Flow(ExampleDiffusionTrainer):
     def samplers(self):
-        only(self.config, process_name='rf')  # of others the paths are curved
+        only(self.config, process_name='rf')  # paths of other processes are curved
         return {f'euler_{n}': partial(self.draw, solver='euler', nfe=n, time_grid='uniform') for n in (1, 2, 4)}
 
     def sample_metrics(self, x, inputs):

@@ -1,8 +1,8 @@
-"""Let the network output the picture: nine cells of output x loss, on a transformer of large patches (Li and He 2025).
+"""Let the network output the picture: nine output-loss pairs, on a transformer with large patches (Li and He 2025).
 
 The whole digit, 8 x 8 pixels, is one token of 64 numbers, and the transformer is 32 wide. Pictures lie near a surface
-of few dimensions, so that x0 fits through; noise and velocity fill all 64 dimensions, and cannot. What is compared
-matters less than what the network outputs. Nine runs from one loop, of the same network, steps and seeds.
+of few dimensions, so x0 fits through; noise and velocity fill all 64 dimensions and do not. The type that the loss
+compares matters less than the type of the output. One loop makes nine runs with the same network, steps and seeds.
 
     sh run.sh examples/x_prediction.py                                digits, half a minute each
     sh run.sh examples/x_prediction.py --dit_patch 2 --dit_width 128  where all outputs fit through

@@ -1,4 +1,4 @@
-"""The examples: each is a page, trains, draws and resumes; and its formulas hold where the answer is known."""
+"""The examples: each is short, trains, samples and resumes; and its formulas hold where the answer is known."""
 
 import functools
 import importlib.util
@@ -36,7 +36,7 @@ EXAMPLES = {  # file -> class, settings
     'guidance': ('Plain', dict(label_dropout=0.2)),
     'edm': ('Edm', None),
     'x_prediction': ('Mine', DIT | dict(model_type='x0')),
-    'condition': ('Told', dict(label_dropout=0.2)),
+    'condition': ('Conditioned', dict(label_dropout=0.2)),
     'masked': ('Masked', {}),
     'bridge': ('Bridge', POINTS | dict(dataset='moons_and_gaussians')),
     'contrastive': ('Contrastive', {}),
@@ -47,12 +47,12 @@ EXAMPLES = {  # file -> class, settings
     'own_network': (None, dict(mixer_width=16, mixer_depth=1)),
     'own_solver': (None, {}),
 }
-OTHERS = {'reflow', 'distill', 'latent'}  # they need a finished run, or data that must be there
+OTHERS = {'reflow', 'distill', 'latent'}  # these need a finished run or downloaded data
 
 
 @pytest.fixture
 def load(monkeypatch):
-    """`load(name)`: the module of an example; what it registers is taken back."""
+    """`load(name)`: the module of an example; the tables are restored afterwards."""
     tables = [(table, dict(table)) for table in (DATASETS, NETWORKS, PROCESSES, SOLVERS, TIME_INPUTS)]
 
     def module_of(name):
@@ -104,7 +104,7 @@ def test_all_examples_are_tested():
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
-def test_it_is_a_page_that_says_how_to_run_it_and_is_in_the_table(path):
+def test_it_is_short_says_how_to_run_it_and_is_in_the_table(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 80
     docstring = text.split('"""')[1]
@@ -134,7 +134,7 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
             assert mine.equal(theirs)
 
 
-DIFFERENTIATE = {'flow_map', 'edm', 'own_process', 'inverse'}  # which the pretended tensors cannot
+DIFFERENTIATE = {'flow_map', 'edm', 'own_process', 'inverse'}  # valued_cuda tensors cannot be differentiated
 QUICK = {'bridge', 'ot_coupling', 'condition'}
 
 
@@ -147,12 +147,12 @@ QUICK = {'bridge', 'ot_coupling', 'condition'}
     ],
 )
 def test_its_hooks_run_on_a_gpu(build, name, request, monkeypatch):
-    """All that needs no backward pass, on tensors that say they are on a GPU: mixed devices are errors."""
+    """Everything without a backward pass, on tensors that claim to be on a GPU: mixed devices are errors."""
     request.getfixturevalue('valued_cuda')
     monkeypatch.setattr(reference, 'MOST_DRAWS', 1024)
     trainer, _ = build(name, precision='float32', compile='off')
     assert trainer.device == CUDA
-    trainer.step = 12  # a bridge draws its pairs by now
+    trainer.step = 12  # late enough that a bridge draws its pairs
     with torch.no_grad():
         batch = next(next(trainer.batches.steps(3)))
         losses = trainer.loss_fn(batch, trainer.get_model_fn(trainer.network, train=True))
@@ -168,10 +168,10 @@ def test_its_hooks_run_on_a_gpu(build, name, request, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['reflow', 'distill', 'bridge'])
 def test_as_a_command_on_two_processes(tmp_path, name):
-    """All its runs, one after the other, and their table; the same again finds them finished."""
+    """Trains all runs of the file and prints their table; the same command again finds them finished."""
     own = {'reflow': POINTS, 'distill': POINTS}.get(name) or EXAMPLES[name][1]
     settings = TINY | dict(ckpt_dir=str(tmp_path), experiment_name='it', global_batch_size=64, final_eval=True) | own
-    if name == 'bridge':  # whose runs have a data set of their own
+    if name == 'bridge':  # its runs set their own data set
         settings |= dict(preset='toy2d', dataset='moons')
     command = ['sh', 'run.sh', f'examples/{name}.py', *as_flags(settings)]
     for _ in range(2 if name == 'bridge' else 1):
@@ -188,7 +188,7 @@ def test_as_a_command_on_two_processes(tmp_path, name):
 
 
 def test_interpolant_has_both_distributions_at_any_noise(load):
-    """Gaussians at both ends, whose v and eta are known: the spread that arrives is that of the other end."""
+    """Between Gaussians, v and eta are known: samples have the standard deviation of the other end."""
     module, (a, b) = load('interpolant'), (0.3, 0.8)
     this = object.__new__(module.Interpolant)
     this.config = Config()
@@ -213,12 +213,12 @@ def test_couplings(build):
     x0, x1, label = torch.randn(60, 2), torch.randn(60, 2), torch.arange(60) % 2
     paired = trainer.couple(x0, x1, label)
     for value in (0, 1):
-        mine = label == value
-        assert {tuple(row) for row in paired[mine].tolist()} == {tuple(row) for row in x1[mine].tolist()}
-        cost = torch.cdist(x0[mine], x1[mine]).square()
+        same = label == value
+        assert {tuple(row) for row in paired[same].tolist()} == {tuple(row) for row in x1[same].tolist()}
+        cost = torch.cdist(x0[same], x1[same]).square()
         chance = cost.diagonal().sum()
-        assert (x0 - paired)[mine].square().sum() < 0.5 * chance
-    # swapping two partners makes no plan better
+        assert (x0 - paired)[same].square().sum() < 0.5 * chance
+    # swapping two partners never improves the plan
     for i, j in ((0, 2), (4, 10), (1, 7)):
         swapped = (x0[i] - paired[j]).square().sum() + (x0[j] - paired[i]).square().sum()
         assert swapped >= (x0[i] - paired[i]).square().sum() + (x0[j] - paired[j]).square().sum()
@@ -228,7 +228,7 @@ def test_couplings(build):
 
 @pytest.mark.parametrize('rule', ['lagrangian', 'eulerian', 'semigroup'])
 def test_the_exact_flow_map_has_no_loss(build, rule):
-    """Of Gaussian data of standard deviation 0.5: X(x, t, s) = x std(s) / std(t)."""
+    """For Gaussian data of standard deviation 0.5: X(x, t, s) = x std(s) / std(t)."""
     trainer, module = build('flow_map', rule=rule)
     torch.manual_seed(0)
     t, x = torch.rand(64) * 0.9 + 0.1, torch.randn(64, 2)
@@ -262,7 +262,7 @@ def test_the_exact_flow_map_has_no_loss(build, rule):
     ],
 )
 def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
-    """By hand, of u(x, t, s) = w t and s = t / 2."""
+    """By hand, for u(x, t, s) = w t and s = t / 2."""
     trainer, module = build('flow_map', rule=rule)
     batch, w = batch_of(trainer), torch.tensor(0.7, requires_grad=True)
     batch = module.dataclasses.replace(batch, cond={'s': batch.t / 2})
@@ -273,8 +273,8 @@ def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
     torch.testing.assert_close(slope, (2 * error(w, t, v).expand_as(v) * t).mean())
 
 
-def test_model_guidance_settles_at_what_guidance_draws(build):
-    """v without label + W (v - v without label) has no loss, if v is the target."""
+def test_model_guidance_converges_to_guided_predictions(build):
+    """v without label + W (v - v without label) has zero loss if v is the target."""
     trainer, module = build('guidance', 'ModelGuidance')
     batch = batch_of(trainer)
     without = 0.3 * torch.ones_like(batch.x0)
@@ -287,10 +287,10 @@ def test_model_guidance_settles_at_what_guidance_draws(build):
     dropped = module.utils.rows(batch, slice(None))
     dropped.label = torch.full_like(batch.label, 10)
     expected = (without - target).square().flatten(1).mean(1)
-    torch.testing.assert_close(trainer.loss_fn(dropped, model_fn), expected)  # without label: the usual loss
+    torch.testing.assert_close(trainer.loss_fn(dropped, model_fn), expected)  # without label: the plain loss
 
 
-def test_early_weights_are_those_of_a_quarter(build):
+def test_early_weights_are_from_a_quarter_of_the_training(build):
     trainer, _ = build('guidance', keep_every=3)
     trainer.train_loop()
     stored = torch.load(trainer.config.run_dir / 'step_0000003.pt', weights_only=True)['network']
@@ -325,7 +325,7 @@ def test_masked_diffusion_counts_bits_and_shows_every_pixel(build):
     trainer, _ = build('masked')
     assert trainer.decode(trainer.encode(batch_of(trainer).x_original)).equal(batch_of(trainer).x_original)
     bits = torch.cat([trainer.loss_fn(batch_of(trainer), lambda x, t, label: torch.zeros_like(x)) for _ in range(40)])
-    assert bits.mean() == pytest.approx(math.log2(17), rel=0.03)  # of a network that knows nothing
+    assert bits.mean() == pytest.approx(math.log2(17), rel=0.03)  # for a network that knows nothing
     inputs = trainer.sample_inputs(4)
     assert (inputs.x1[:, 17] == 1).all() and inputs.x1.sum() == 4 * 64
     seen = []
@@ -349,7 +349,7 @@ def test_a_bridge_arrives_where_the_network_points(build):
     for way in (0, 1):
         x = trainer.travel(pointing(end), torch.randn(50, 2), torch.full((50,), way))
         torch.testing.assert_close(x, end)
-    seen = []  # on the way from 0 to 0 the variance is that of the Brownian bridge, S^2 t (1 - t)
+    seen = []  # from 0 to 0, the variance is S^2 t (1 - t), as in a Brownian bridge
     start = torch.zeros(20_000, 2)
     noted = pointing(start)
     trainer.travel(lambda x, t, way: (seen.append((float(t[0]), x)), noted(x, t, way))[1], start, torch.ones(20_000))
@@ -357,7 +357,7 @@ def test_a_bridge_arrives_where_the_network_points(build):
         assert x.var() == pytest.approx(module.S**2 * t * (1 - t), rel=0.05)
 
 
-def test_a_bridge_costs_the_way_from_where_it_starts(build):
+def test_the_cost_of_a_bridge_is_measured_from_its_start(build):
     trainer, _ = build('bridge')
     inputs = trainer.sample_inputs(20)
     way = (inputs.x1 - inputs.truth).square().sum(1).mean().item()
@@ -379,18 +379,18 @@ def test_the_loss_of_a_bridge_by_hand(build):
     torch.testing.assert_close(found, torch.full((64,), 0.25), rtol=1e-3, atol=1e-4)
 
 
-def test_a_bridge_pairs_a_true_end_with_a_drawn_one(build):
+def test_a_bridge_pairs_a_true_end_with_a_sampled_end(build):
     trainer, _ = build('bridge')
     data = trainer.train_loader.take(range(64))
     trainer.step = 12
-    trainer.network.register_forward_pre_hook(lambda *_: pytest.fail('not by the moving average'))
+    trainer.network.register_forward_pre_hook(lambda *_: pytest.fail('pairs must come from the moving average'))
     batch = trainer.prepare_batch_fn(data, is_train=True)
     up = batch.label == 1
     true_x1 = {tuple(row) for row in data[2].tolist()}
     assert all(tuple(row) in true_x1 for row in batch.x1[up].tolist()) and batch.x0[~up].equal(data[0][~up])
     assert not any(tuple(row) in true_x1 for row in batch.x1[~up].tolist())
     held_out = trainer.prepare_batch_fn(data, is_train=False)
-    assert held_out.x0.equal(data[0]) and held_out.x1.equal(data[2])  # the ends of the data, in their order
+    assert held_out.x0.equal(data[0]) and held_out.x1.equal(data[2])  # the pairs of the data, in order
 
 
 def test_contrastive_and_dispersive_losses_by_hand(build):
@@ -434,15 +434,15 @@ def test_mmps_is_exact_for_one_gaussian(build):
         return (x - x0) / t
 
     given |= dict(x=torch.randn(5, 2), t=torch.full((5,), 0.4))
-    velocity = trainer.told(model_fn, None, 'mmps')
+    velocity = trainer.guided(model_fn, None, 'mmps')
     x0 = given['x'] - 0.4 * velocity
-    precision = 1 / std**2 + 0.6**2 / 0.4**2  # of x0 given xt; y adds 1 / NOISE^2
+    precision = 1 / std**2 + 0.6**2 / 0.4**2  # precision of x0 given xt; y adds 1 / NOISE^2
     expected = (0.6 / 0.4**2 * given['x'][:, 0] + module.Y / module.NOISE**2) / (precision + 1 / module.NOISE**2)
     torch.testing.assert_close(x0[:, 0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x0[:, 1], 0.6 / 0.4**2 * given['x'][:, 1] / precision)
 
 
-def test_own_solver_is_of_second_order(load):
+def test_own_solver_has_order_2(load):
     load('own_solver')
     process = get_process(Config())
 
@@ -477,8 +477,8 @@ def test_own_process_is_a_process(load):
 
 
 @pytest.mark.parametrize('name', ['guidance', 'bridge'])
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(build, tmp_path, name):
-    """Bridge draws its batches by the moving average, guidance keeps weights of the fourth step."""
+def test_a_resumed_run_equals_an_uninterrupted_one(build, tmp_path, name):
+    """Bridge draws its batches from the moving average; guidance stores the weights of the fourth step."""
     settings = dict(num_training_steps=16, keep_every=8, sample_every=0, final_pictures=False)
     whole, _ = build(name, **settings)
     whole.train_loop()
@@ -493,16 +493,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(build, tmp_path, name):
 
 
 def test_errors_that_examples_report(build):
-    """Of samples that are the truth, the error is 0; of others what it is by hand."""
+    """If the samples are the truth, the error is 0; otherwise it equals the error by hand."""
     trainer, _ = build('image_to_image')
     inputs = trainer.sample_inputs(30)
     truth = trainer.decode(inputs.truth)
     assert trainer.sample_metrics(truth, inputs)['rmse'] == 0
     assert trainer.sample_metrics(truth - 0.25, inputs)['rmse'] == pytest.approx(0.25)
-    told, module = build('condition', experiment_name='told')
-    inputs = told.sample_inputs(30)
+    conditioned, module = build('condition', experiment_name='conditioned')
+    inputs = conditioned.sample_inputs(30)
     x = torch.rand(30, 1, 8, 8)
-    numbers = told.sample_metrics(x, inputs)
+    numbers = conditioned.sample_metrics(x, inputs)
     by_hand = (module.measured(x)[:, 0] - inputs.cond['measured'][:, 0]).square().mean().sqrt()
     assert numbers['ink_error'] == pytest.approx(by_hand.item())
     bridge, _ = build('bridge', experiment_name='bridge')
@@ -512,7 +512,7 @@ def test_errors_that_examples_report(build):
     assert numbers['wasserstein_x0'] < numbers['wasserstein_x1']
 
 
-def test_three_of_four_steps_of_a_flow_map_are_the_velocity(build):
+def test_three_of_four_items_of_a_flow_map_train_the_velocity(build):
     trainer, _ = build('flow_map')
     torch.manual_seed(0)
     batch = batch_of(trainer, 1000)
@@ -520,8 +520,8 @@ def test_three_of_four_steps_of_a_flow_map_are_the_velocity(build):
     assert (s <= t).all() and 0.7 < (s == t).float().mean() < 0.8
 
 
-def test_the_network_of_a_flow_map_is_told_where_a_step_goes(build):
-    """By its own solver; any other one follows the velocity, s = t."""
+def test_the_network_of_a_flow_map_gets_the_end_of_a_step(build):
+    """With its own solver; other solvers follow the velocity, s = t."""
     trainer, _ = build('flow_map')
     inputs, seen = trainer.sample_inputs(3), []
     assert inputs.cond == {}
@@ -539,7 +539,7 @@ def test_the_network_of_a_flow_map_is_told_where_a_step_goes(build):
         other.loss_fn(batch_of(trainer), model_fn)
 
 
-def test_ways_to_guide_cost_about_as_much(build):
+def test_all_kinds_of_guidance_cost_about_the_same(build):
     trainer, _ = build('guidance')
     inputs, calls = trainer.sample_inputs(4), []
     for module in (trainer.network, trainer.modules['early']):
@@ -553,7 +553,7 @@ def test_ways_to_guide_cost_about_as_much(build):
 
 
 def test_a_student_moves_towards_the_teacher(build, monkeypatch):
-    """Where both flows agree it stands still; and only the fake flow learns from its own error."""
+    """If both flows agree, the student gets no gradient, and only the fake flow learns from its own error."""
     teacher, _ = build('distill', 'Flow', experiment_name='teacher')
     teacher.train_loop()
     monkeypatch.setattr(main, 'load_run', lambda folder: teacher)
@@ -588,10 +588,10 @@ def test_the_losses_of_a_student_by_hand(build, monkeypatch):
     expected = direction.square().mean(1) + (fake - x).square().mean(1) / batch.t.clamp(min=0.1) ** 2
     torch.testing.assert_close(loss, expected)
     (slope,) = torch.autograd.grad(loss.sum(), shift)
-    torch.testing.assert_close(slope, (t_max * direction).detach())  # of one term alone, towards the teacher
+    torch.testing.assert_close(slope, (t_max * direction).detach())  # from one term only, towards the teacher
 
 
-def test_reflow_trains_on_what_the_first_run_draws(build, monkeypatch):
+def test_reflow_trains_on_samples_of_the_first_run(build, monkeypatch):
     first, _ = build('reflow', 'Flow', experiment_name='first', model_type='v')
     first.train_loop()
     monkeypatch.setattr(main, 'load_run', lambda folder: first)
@@ -615,25 +615,25 @@ def test_reflow_finds_straight_lines_straight(load):
     assert this.straightness(inputs, 200) == pytest.approx(1 / 12, rel=0.01)
     this.get_model_fn = lambda module: lambda x, t, label: t[:, None].square().expand_as(x)
     assert this.straightness(inputs, 2) == pytest.approx((0.75**2 - 0.25**2) ** 2 / 4)  # in the middle of each step
-    this.model_convert_fn = get_model_convert_fn('v')  # an output of another type says the same
-    this.get_model_fn = lambda module: lambda x, t, label: of_velocity(x, t, torch.ones_like(x), 'v')
+    this.model_convert_fn = get_model_convert_fn('v')  # an output of another type gives the same
+    this.get_model_fn = lambda module: lambda x, t, label: as_output(x, t, torch.ones_like(x), 'v')
     assert this.straightness(inputs, 20) == pytest.approx(0, abs=1e-9)
 
 
-def of_velocity(xt, t, velocity, model_type):
-    """The output of a network of this type that knows the velocity."""
+def as_output(xt, t, velocity, model_type):
+    """The output of a network of type `model_type` that predicts this velocity."""
     return getattr(Prediction(xt, get_process(Config())(t), velocity=velocity), model_type)
 
 
 def losses_of(build, name, class_name, model_type, target_type='velocity', known=lambda xt, t: 0.3 * xt):
-    """The losses of a network that outputs `known` as a velocity, by way of another type."""
+    """The losses of a network that predicts the velocity `known`, as an output of type `model_type`."""
     trainer, _ = build(name, class_name, model_type=model_type, target_type=target_type, label_dropout=0.1)
     torch.manual_seed(0)
     batch = batch_of(trainer)
 
     def model_fn(xt, t, label=None, **cond):
         shift = 0 if label is None else 0.01 * label.view(-1, 1, 1, 1)
-        return of_velocity(xt, t, known(xt, t) + shift, model_type)
+        return as_output(xt, t, known(xt, t) + shift, model_type)
 
     return trainer.loss_fn(batch, model_fn)
 
@@ -641,7 +641,7 @@ def losses_of(build, name, class_name, model_type, target_type='velocity', known
 @pytest.mark.parametrize(('name', 'class_name'), [('contrastive', 'Contrastive'), ('guidance', 'ModelGuidance')])
 @pytest.mark.parametrize('model_type', ['x0', 'v', 'F'])
 def test_every_output_has_the_same_loss(build, name, class_name, model_type):
-    """They took any output for the velocity: agreement fell from 0.8 to 0.09, as if the idea were bad."""
+    """Once, any output was taken for a velocity, and agreement fell from 0.8 to 0.09."""
     expected = losses_of(build, name, class_name, 'velocity')
     torch.testing.assert_close(losses_of(build, name, class_name, model_type), expected, rtol=1e-3, atol=1e-3)
 
@@ -694,7 +694,7 @@ def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer, monkeyp
     assert z.shape == (300, 4, 3, 3) and z.mean((0, 2, 3)).abs().max() < 1e-4
     torch.testing.assert_close(z.std((0, 2, 3)), torch.full((4,), 0.5), rtol=1e-3, atol=0)
     before = (tmp_path / 'latents_of_fashion_mnist_seed_0.pt').stat().st_mtime_ns
-    assert module.stored(config)['net']['mean'].equal(stored['net']['mean'])  # read, not computed again
+    assert module.stored(config)['net']['mean'].equal(stored['net']['mean'])  # loaded, not computed again
     assert (tmp_path / 'latents_of_fashion_mnist_seed_0.pt').stat().st_mtime_ns == before
     x, _ = module.pictures(config)[0]
     assert x.max() == 1 and x.shape == (300, 1, 12, 12)

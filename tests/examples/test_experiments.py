@@ -1,4 +1,4 @@
-"""Experiments that use the contracts of trainer.py, each a page (tests/experiments), on one process and on two."""
+"""The experiments in tests/experiments, which use all hooks of trainer.py, on one process and on two."""
 
 import importlib
 
@@ -30,12 +30,12 @@ EXPERIMENTS = {  # file -> class, settings
     'own_network': ('Own', dict(network='own', process_name='quadratic', depth=1)),
     'score_matching': ('Sliced', {}),
 }
-MADE_OF_BOTH = ['ot', 'mean_flow', 'gan', 'conditions', 'restore_images']  # also run by two processes
+ON_TWO_PROCESSES = ['ot', 'mean_flow', 'gan', 'conditions', 'restore_images']  # also run on two processes
 
 
 @pytest.fixture
 def experiment(tmp_path, build_trainer, monkeypatch):
-    """`experiment(name, **settings) -> trainer`, built in this process; what its file registers is taken back."""
+    """`experiment(name, **settings) -> trainer`, built in this process; the tables are restored afterwards."""
     tables = [(table, dict(table)) for table in (DATASETS, NETWORKS, PROCESSES, SOLVERS)]
     monkeypatch.syspath_prepend('tests')
 
@@ -68,7 +68,7 @@ def test_it_trains_evaluates_draws_and_resumes(experiment, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MADE_OF_BOTH)
+@pytest.mark.parametrize('name', ON_TWO_PROCESSES)
 def test_two_processes_learn_what_one_does(experiment, run_sh, tmp_path, name):
     """Derivatives through the network, a second network, conditions, data as x1 and a coupling of the whole batch."""
     one = experiment(name)
@@ -87,16 +87,16 @@ def test_two_processes_learn_what_one_does(experiment, run_sh, tmp_path, name):
 
 def test_a_coupling_sees_the_whole_global_batch_and_only_reorders(experiment):
     trainer = experiment('ot')
-    alone = experiment('ot', experiment_name='alone')
-    alone.couple = None
-    coupled, plain = (next(next(each.batches.steps(0))) for each in (trainer, alone))
+    uncoupled = experiment('ot', experiment_name='uncoupled')
+    uncoupled.couple = None
+    coupled, plain = (next(next(each.batches.steps(0))) for each in (trainer, uncoupled))
     assert coupled.x0.equal(plain.x0) and coupled.t.equal(plain.t) and not coupled.x1.equal(plain.x1)
     rows = {tuple(row) for row in plain.x1.flatten(1).tolist()}
     assert {tuple(row) for row in coupled.x1.flatten(1).tolist()} == rows
     assert (coupled.x0 - coupled.x1).square().sum() < 0.97 * (plain.x0 - plain.x1).square().sum()
 
 
-def test_what_is_not_independent_has_no_sde(experiment):
+def test_sde_solvers_are_refused_if_x1_is_not_independent(experiment):
     for name in ('ot', 'restore_images', 'reflow'):
         trainer = experiment(name, experiment_name=name)
         assert not trainer.independent and 'sde_dpmpp_2m' not in trainer.samplers()
@@ -120,7 +120,7 @@ def test_samples_start_from_held_out_data_where_x1_is_data(experiment):
     assert (trainer.decode(inputs.cond['degraded'])[:, :, :4] == whole[:, :, :4]).all()
 
 
-def test_shape_is_that_of_encode_and_decode_is_what_is_shown_and_judged(experiment):
+def test_encode_sets_the_shape_and_decoded_samples_are_shown_and_judged(experiment):
     trainer = experiment('latent')
     assert trainer.shape == (4, 4, 4) and trainer.sample_inputs(3).x1.shape == (3, 4, 4, 4)
     sampler = trainer.samplers()['adams']
@@ -134,7 +134,7 @@ def test_shape_is_that_of_encode_and_decode_is_what_is_shown_and_judged(experime
     assert set(checkpoint['modules']) == {'autoencoder'}
 
 
-def test_floats_are_x0_as_they_are_and_said_to_be_far_from_usual(experiment, capsys):
+def test_floats_are_x0_unchanged_with_a_warning_about_their_scale(experiment, capsys):
     trainer = experiment('floats')
     assert trainer.example.x_original.max() == 740 and -1.01 < trainer.example.x0.min() < -0.99
     trainer.encode = lambda x: x
@@ -143,7 +143,7 @@ def test_floats_are_x0_as_they_are_and_said_to_be_far_from_usual(experiment, cap
     assert 'x0 of the first 64 images lies in [100, 740]' in capsys.readouterr().out
 
 
-def test_conditions_are_dropped_together_in_training_alone(experiment):
+def test_conditions_are_dropped_together_and_only_in_training(experiment):
     trainer = experiment('conditions', label_dropout=0.5)
     steps = trainer.batches.steps(trainer.step)
     batch = next(next(steps))
@@ -155,8 +155,8 @@ def test_conditions_are_dropped_together_in_training_alone(experiment):
     assert (held_out.label < 10).all() and (held_out.cond['ink'] != 0).all()
 
 
-def test_the_critic_and_the_network_move_by_their_own_terms(experiment):
-    """The critic's gradient is that of its own term alone; the network's has nothing of it."""
+def test_the_critic_and_the_network_are_trained_by_their_own_terms(experiment):
+    """The critic's gradient comes from its own term only."""
     trainer = experiment('gan')
     critic, batch = trainer.modules['critic'], next(next(trainer.batches.steps(0)))
     trainer.losses(batch).mean().backward()
@@ -171,7 +171,7 @@ def test_the_critic_and_the_network_move_by_their_own_terms(experiment):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_module_that_nobody_moves_is_refused(tiny_config, build_trainer):
+def test_a_module_without_an_optimizer_that_is_not_frozen_is_refused(tiny_config, build_trainer):
     from trainer import ExampleDiffusionTrainer
 
     class Forgotten(ExampleDiffusionTrainer):
