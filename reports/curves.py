@@ -154,7 +154,7 @@ def label_ends(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     at = [(to_axes.transform((x, y)), label, color) for x, y, label, color in ends]
     placed = sorted((float(y), float(x), label, color) for (x, y), label, color in at)
     heights, top = list[float](), 1.03
-    for y, *_ in placed:
+    for y, *_ in placed:  # up, from the lowest; then down again from the top of the plot
         heights.append(max([y, *(height + gap for height in heights[-1:])]))
     for i in reversed(range(len(heights))):
         heights[i] = top = min(heights[i], top)

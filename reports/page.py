@@ -118,8 +118,8 @@ class Run:
         found = {}
         for name in [name for name in [*list(MEANINGS)[:-1], *own, *list(MEANINGS)[-1:]] if name in last][:4]:
             title, meaning, good, level = MEANINGS.get(name, (name, 'Computed by this experiment.', '', ''))
-            of_level, _, otherwise = good.partition(' | ')
-            good = of_level.format(text_of(last[level])) if level in last else otherwise or good
+            with_level, _, without = good.partition(' | ')
+            good = with_level.format(text_of(last[level])) if level in last else without or good
             found[title] = last[name], meaning, good
         return found
 
@@ -137,8 +137,8 @@ class Run:
 
     def same_noise(self) -> list[Path]:
         """The pictures of all steps with the sampler and weights of the newest one, the oldest first."""
-        groups, of = self.pictures(), lambda path: path.stem.split('_')[2:]
-        return [path for group in groups for path in group if of(path) == of(groups[-1][0])]
+        groups, drawn_by = self.pictures(), lambda path: path.stem.split('_')[2:]
+        return [path for group in groups for path in group if drawn_by(path) == drawn_by(groups[-1][0])]
 
     def own_pictures(self) -> list[Path]:
         """The pictures that the experiment named itself; of names that differ only in step_N, the newest."""

@@ -97,8 +97,8 @@ class Gallery:
                 ranks.on_main_alone(lambda x=x: self.picture_of(x, inputs) is None)
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
-        ways = len(samplers) * len(self.drawing.weights_shown())
-        self.drawing.at_end['gallery'] = self.config.final_pictures * ways * self.num_shown
+        pictures = len(samplers) * len(self.drawing.weights_shown())
+        self.drawing.at_end['gallery'] = self.config.final_pictures * pictures * self.num_shown
         if step == 0:
             with self.record.apart():
                 ranks.on_main_alone(self.show_data)
@@ -160,8 +160,8 @@ class Gallery:
         that the network predicted below each. Paths of points are lines through all states."""
         name = self.kind_of(states[0].x)
         if name != 'points':
-            ways = [(a.x - b.x).double().square().mean().sqrt() for a, b in itertools.pairwise(states)]
-            moved = torch.tensor([0.0, *ways], dtype=torch.float64).nan_to_num(1).cumsum(0)
+            moves = [(a.x - b.x).double().square().mean().sqrt() for a, b in itertools.pairwise(states)]
+            moved = torch.tensor([0.0, *moves], dtype=torch.float64).nan_to_num(1).cumsum(0)
             wanted = torch.linspace(0, moved[-1].item(), at_most, dtype=torch.float64)
             states = [states[i] for i in (moved[:, None] - wanted).abs().argmin(0).unique()]
         x = torch.stack([part for state in states for part in (state.x, state.x0)], 1)  # (n, 2 states, ...)

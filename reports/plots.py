@@ -53,16 +53,18 @@ class Panel:
             return [Block(rows, self.times, self.names, range(2, len(rows), 2))]
         names = [*self.names] or [''] * len(self.x)
         classes = list(dict.fromkeys(names[self.real :]))
-        of = {name: ([], []) for name in dict.fromkeys(names)}  # class -> its data, its samples
+        items = {name: ([], []) for name in dict.fromkeys(names)}  # class -> its data, its samples
         for i, name in enumerate(names):
-            of[name][i >= self.real].append(i)
+            items[name][i >= self.real].append(i)
         across = max(2, min(self.across, WIDEST // max(48, self.x.shape[-1]))) if self.x.ndim == 4 else self.across
-        wide = max(1, min(across // len(classes), max(len(samples) for _, samples in of.values())))
-        at_once = -(-len(classes) // -(-len(classes) // across))
+        wide = max(1, min(across // len(classes), max(len(samples) for _, samples in items.values())))
+        at_once = -(-len(classes) // -(-len(classes) // across))  # classes in a block: blocks of about equal width
         blocks = []
         for part in (classes[k : k + at_once] for k in range(0, len(classes), at_once)):
-            depth = max(-(-len(of[name][1]) // wide) for name in part)
-            columns = [filled(of[name][0], wide * bool(self.real)) + filled(of[name][1], wide * depth) for name in part]
+            depth = max(-(-len(items[name][1]) // wide) for name in part)
+            columns = [
+                filled(items[name][0], wide * bool(self.real)) + filled(items[name][1], wide * depth) for name in part
+            ]
             rows = np.array(columns).reshape(len(part), -1, wide).swapaxes(0, 1).reshape(-1, len(part) * wide).tolist()
             top = [name for name in part for _ in range(wide)] if self.names else []
             blocks.append(Block(rows, top, ['data', *[''] * depth], [1]) if self.real else Block(rows, top))
