@@ -30,7 +30,7 @@ class Gallery:
     def __init__(self, experiment: Experiment, batches: Batches, record: Record, drawing: Drawing):
         self.experiment, self.config, self.data = experiment, experiment.config, experiment.data
         self.batches, self.record, self.drawing = batches, record, drawing
-        self.step = 0  # at which samples were last drawn
+        self.step = 0  # step of the newest samples
         self.titles: dict[str, str] = {}  # name of the newest picture -> its title
 
     @cached_property

@@ -78,7 +78,7 @@ def test_a_band_is_drawn_around_the_mean():
 def test_with_one_seed_each_a_hint_replaces_the_differences(folders, capsys, tmp_path):
     compare.compare(compare.Compare((folders[0], folders[3]), str(tmp_path / 'x.html')))
     text = capsys.readouterr().out
-    assert 'as base_lr=0.001 or every other run has only one seed. Train with --seed 1' in text
+    assert 'chance: base_lr=0.001 or every other run has only one seed. Train with --seed 1' in text
     assert 'seeds' not in re.findall(r'^\w+', text, re.M) and 'warning' not in text
     compare.compare(compare.Compare((folders[0], made(tmp_path, 'other', [1.0], 1.0, dataset='mnist'))))
     assert 'warning: these runs are of different data sets' in capsys.readouterr().out
