@@ -1,16 +1,16 @@
 # The Python environment that run.sh and tests/run.sh use. Sourced, from the project's root:
 #
-#   find_python [quick]     $python is the active virtual or conda environment if that has what pyproject.toml asks
-#                           for, else .venv, made from $REQUIREMENTS; 'quick': without trying the imports
+#   find_python [quick]     set $python to the active virtual or conda environment if that has the dependencies of
+#                           pyproject.toml, else to .venv, made from $REQUIREMENTS; 'quick': do not try the imports
 #   run_child COMMAND...    run it, and pass stop signals on to it
-#   fail TEXT               say it and end
+#   fail TEXT               print it and exit
 
 root=$(pwd -P)
 REQUIREMENTS=${REQUIREMENTS:-requirements.txt}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # scripts in other folders find the modules here
-# Files are UTF-8 whatever the locale, and a name that is not can be printed too.
+# Files are UTF-8 whatever the locale; a file name that is not UTF-8 can still be printed.
 export PYTHONUTF8=1 PYTHONIOENCODING=:backslashreplace
-# A closed output: the next file that is opened would take its place.
+# If an output is closed, the next file that is opened would take its number.
 (: 3>&1) 2>/dev/null || exec >/dev/null
 (: 3>&2) || exec 2>/dev/null
 (: 3<&0) 2>/dev/null || exec </dev/null
@@ -21,10 +21,10 @@ case $(uname -s) in
     MINGW* | MSYS* | CYGWIN*) fail "Windows is not supported: use Linux, macOS or WSL (Windows Subsystem for Linux)." ;;
 esac
 
-# A shell would die at once of a signal and leave its command running.
+# Without traps a signal would end the shell at once and leave its command running.
 stopping=
 run_child() {
-    exec 3<&0 # else it would read /dev/null, being in the background: breakpoint() needs the terminal
+    exec 3<&0 # a command in the background would read /dev/null: breakpoint() needs the terminal
     "$@" <&3 3<&- &
     child=$!
     trap 'stopping=1; trap "" TERM INT HUP USR1; echo "run.sh: stopping" >&2 || :; kill -TERM "$child" 2>/dev/null || :' TERM INT HUP USR1
@@ -36,11 +36,11 @@ run_child() {
     done
     trap 'exit 75' TERM INT HUP USR1
     case $status in
-        129 | 130 | 138 | 143) status=75 ;; # a stop signal, before there was anything to save
+        129 | 130 | 138 | 143) status=75 ;; # ended by a stop signal before there was anything to save
         0 | 1 | 2 | 3 | 75) ;;
         137)
             echo "run.sh: its launcher was killed (SIGKILL); is there enough memory?" \
-                "The same command goes on from the last checkpoint." >&2
+                "The same command resumes from the last checkpoint." >&2
             status=1
             ;;
         *) [ "$status" -lt 128 ] || status=1 ;;
@@ -48,7 +48,7 @@ run_child() {
     return "$status"
 }
 
-# lacks PYTHON [quick]: what it lacks of pyproject.toml's dependencies (and the tests'), in words, or nothing.
+# lacks PYTHON [quick]: print the dependencies of pyproject.toml (and of the tests) that it lacks, or nothing.
 lacks() {
     {
         "$1" - "${2:-}" ${REQUIREMENTS#requirements.txt} <<'PYTHON' 2>/dev/null || echo 'a working python'
@@ -72,13 +72,13 @@ for name, least in needed:
         lacking.append(name)
 if not lacking and not sys.argv[1]:
     try:
-        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', '.')  # torch makes this folder when it is imported
+        os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', '.')  # importing torch creates this folder
         import torchvision
     except Exception as error:
         lacking.append('a torch and torchvision that fit each other (%s)' % str(error).split('\n')[0])
 print(', '.join(lacking))
 PYTHON
-    } | tail -n 1 # a site's own start-up code may print something first
+    } | tail -n 1 # a site's start-up code may print something first
 }
 
 find_python() {
@@ -88,7 +88,7 @@ find_python() {
         missing=$(lacks "$python" "${1:-}")
         [ -n "$missing" ] || return 0
         echo "run.sh: the active environment $active lacks: $missing." \
-            "It is left as it is, and .venv is used instead." >&2
+            "It is not changed; .venv is used instead." >&2
     fi
     python=$root/.venv/bin/python
     if is_complete; then return; fi
@@ -100,11 +100,11 @@ find_python() {
     fi
     check_base_python
     lock
-    is_complete || make_venv # else another first start has made it meanwhile
+    is_complete || make_venv # it is complete if another first start made it meanwhile
     unlock
 }
 
-# Whether .venv was made to its end: a stamp beside each install says so. $stale: the files that are not installed.
+# Whether .venv is complete: each finished install leaves a stamp. $stale: the files that are not installed.
 is_complete() {
     stale=
     for file in $REQUIREMENTS; do
@@ -124,27 +124,27 @@ check_base_python() {
             "Install one of these and name it: PYTHON=python3.12 sh run.sh"
     "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module." \
         "Install it (Debian, Ubuntu: apt install python3-venv)," \
-        "or activate an environment of yours that has requirements.txt installed."
+        "or activate your own environment with requirements.txt installed."
 }
 
-# One first start at a time: others of this folder, on any node, wait for it.
+# One first start at a time: other first starts in this folder, on any node, wait.
 lock() {
-    me="process $$ on $(uname -n)" waits=0 said=
+    me="process $$ on $(uname -n)" waits=0 announced=
     trap 'exit 75' TERM INT HUP USR1
     until mkdir .venv.lock 2>/dev/null; do
-        if [ ! -d .venv.lock ]; then # released just now, or this folder takes nothing
+        if [ ! -d .venv.lock ]; then # released just now, or nothing can be written here
             waits=$((waits + 1))
-            [ "$waits" -lt 3 ] || fail "$root cannot be written. Copy the project to a folder of yours."
+            [ "$waits" -lt 3 ] || fail "$root cannot be written. Copy the project to a folder that you own."
             continue
         fi
         owner=$(cat .venv.lock/owner 2>/dev/null || echo 'another process')
-        if is_stale "$owner" && mkdir ".venv.lock/taken from $owner" 2>/dev/null; then # one alone can make this folder
+        if is_stale "$owner" && mkdir ".venv.lock/taken from $owner" 2>/dev/null; then # only one process succeeds
             echo "run.sh: taking over .venv.lock, which $owner left behind"
             break
         fi
-        [ "$said" = "$owner" ] || echo "run.sh: waiting for $owner, which is making .venv;" \
+        [ "$announced" = "$owner" ] || echo "run.sh: waiting for $owner, which is making .venv;" \
             "if there is no such process, remove $root/.venv.lock"
-        said=$owner
+        announced=$owner
         sleep 1
     done
     trap unlock EXIT
@@ -159,7 +159,7 @@ unlock() {
     trap - EXIT
 }
 
-# Whether the lock's owner, 'process PID on HOST', is dead. On another host it is if the lock was not touched lately.
+# Whether the lock's owner, 'process PID on HOST', is dead. On another host: whether the lock was not touched lately.
 is_stale() {
     pid=${1#process } pid=${pid%% *}
     case $1 in
@@ -172,7 +172,7 @@ is_stale() {
 make_venv() {
     if [ -f .venv/.installing ] || [ ! -x "$python" ]; then
         echo "run.sh: making a Python environment in .venv (nothing else on this machine is changed)"
-        new=.venv.lock/new # .venv comes and goes as a whole: nobody sees it without what marks it as ours
+        new=.venv.lock/new # moved as a whole, so .venv never exists without the file that marks it as ours
         { mkdir -p $new && touch $new/.made-by-run-sh $new/.installing; } || fail "$root is full or cannot be written."
         [ ! -d .venv ] || mv .venv .venv.lock/old
         mv $new .venv
@@ -185,7 +185,7 @@ make_venv() {
         logged "$python" -m pip install --disable-pip-version-check -r "$file" || fail "pip could not install $file" \
             "($(grep -m 1 '^ERROR' .venv/install.log || tail -n 1 .venv/install.log))." \
             "Is there a network, and room on the disk?" \
-            "Run it again to go on; all that pip said is in .venv/install.log."
+            "Run it again to continue; pip's full output is in .venv/install.log."
         cp "$file" "$(stamp "$file")"
     done
     rm .venv/.installing

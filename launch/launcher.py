@@ -1,6 +1,6 @@
 """The launcher: torchrun with one process per GPU, or one on a CPU machine, and the cause when workers fail.
 
-NPROC: processes on this machine. TORCHRUN_ARGS: flags of torchrun, in place of those that this file would give it.
+NPROC: processes on this machine. TORCHRUN_ARGS: flags of torchrun, in place of the flags that this file would pass.
 NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_WAIT: several machines (launch/machines.py, launch/rows.py).
 """
 
@@ -27,15 +27,15 @@ from launch.machines import Place, say, whole_number
 from launch.rows import PATIENCE, End, Incomplete, Meeting, verdict
 from runtime import errors, stopping
 
-EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # the worker has said why
-STORE_WAIT = 120  # seconds in which torchrun's store on machine 0 must be reached; the launchers have met by then
-DEAF = 10  # seconds for Python to obey a stop signal. Where torch waits in C++ it obeys none
+EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # a worker printed the cause
+STORE_WAIT = 120  # seconds to reach torchrun's store on machine 0; the launchers have met by then
+SIGNAL_WAIT = 10  # seconds for Python to handle a stop signal; it cannot while torch waits in C++
 
 
 def launch(argv: list[str], module: str | None = None) -> int:
-    """torchrun `argv` (a script and its flags), started as `module` if that is given; returns an exit code."""
+    """Run torchrun on `argv` (a script and its flags), as `module` if that is given; returns an exit code."""
     if os.getpgrp() != os.getpid():
-        os.setsid()  # Ctrl-C reaches run.sh alone, which forwards it once
+        os.setsid()  # so that Ctrl-C reaches only run.sh, which forwards it once
     stopping.end_with_parent()
     try:
         machines.check_loopback()
@@ -51,18 +51,18 @@ def launch(argv: list[str], module: str | None = None) -> int:
         return errors.EXIT_BAD_SETTING
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, cores // nproc)))  # torchrun would set 1
-    # waiting threads spin so long otherwise that two programs on the same cores stall each other
+    # otherwise waiting threads spin so long that two programs on the same cores stall each other
     os.environ.setdefault('GOMP_SPINCOUNT', '1000')
     os.environ['RUN_PARENT'] = str(os.getpid())
-    if 'MASTER_PORT' in os.environ:  # torchrun gives the workers another
+    if 'MASTER_PORT' in os.environ:  # torchrun sets another one for the workers
         os.environ['RUN_PORT'] = os.environ['MASTER_PORT']
-    logging.disable(logging.CRITICAL)  # torchrun would report each worker's end once more; what matters is said below
+    logging.disable(logging.CRITICAL)  # torchrun would report each worker's end again; the cause is printed below
     with tempfile.TemporaryDirectory(prefix='reports') as folder:
         os.environ['RUN_REPORTS'] = folder
         if '--check' in argv:
             os.environ['TMPDIR'] = folder  # torch and others leave caches there
         arguments = [f'--nproc-per-node={nproc}', f'--log-dir={folder}', *(['--module'] if module else [])]
-        # after --: torchrun would take a flag of ours for one of its own that begins alike
+        # after --: torchrun would take our flag for one of its own with the same beginning
         arguments += ['--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1', '--', module or argv[0], *argv[1:]]
         obey_once(Path(folder))
         code = 1
@@ -79,7 +79,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
                 nothing_ran = False
             except Incomplete as error:
                 code, text, nothing_ran = 1, str(error), not restart
-            if text:  # the cause, without what `say` puts in front
+            if text:  # the cause, without the prefix of `say`
                 print(text, file=sys.stderr, flush=True)
             if code in (0, *EXPLAINED_CODES) or nothing_ran:
                 break
@@ -87,15 +87,15 @@ def launch(argv: list[str], module: str | None = None) -> int:
 
 
 def together(here: Place, wait: int, arguments: list[str], reports: Path) -> tuple[int, str]:
-    """torchrun with these arguments at the same time on all machines: the exit code that they agree on, and the cause,
-    if there is one to tell. Raises Incomplete."""
+    """Run torchrun with these arguments on all machines at the same time. Returns the exit code that they agree on, and
+    the cause, if there is one to print. Raises Incomplete."""
     meeting, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
     try:
         on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
         meeting = Meeting(here, reports, wait)
         meetings[:] = [meeting]
         if not was_stopped and meeting.gather():
-            say(f'machine {here.rank}: all {here.machines} machines are here; machine 0 prints what the run says')
+            say(f"machine {here.rank}: all {here.machines} machines are here; machine 0 prints the run's output")
             first = meeting.mine.first or meeting.rows[1].first
             machines.use_interface(meeting.my_address or first)
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}', f'--master-addr={first}']
@@ -114,7 +114,7 @@ def together(here: Place, wait: int, arguments: list[str], reports: Path) -> tup
         with suppress(SignalException):
             on_stop(api._terminate_process_handler)
             meeting.settle(end, PATIENCE if was_stopped else 0)
-        on_stop(note_stop)  # it is decided: srun may end all tasks once the first has left with this code
+        on_stop(note_stop)  # the code is decided: srun may end all tasks once the first has exited with it
         code, cause, text = verdict(meeting.judged())
         meeting.close()
     if code == end.code == errors.EXIT_STOPPED:
@@ -122,12 +122,12 @@ def together(here: Place, wait: int, arguments: list[str], reports: Path) -> tup
     return code, end.text if code == 0 or cause == here.rank else text
 
 
-stops: list[int] = []  # the stop signals that came
-meetings: list[Meeting] = []  # with the other machines, while there is one
+stops: list[int] = []  # stop signals received so far
+meetings: list[Meeting] = []  # the current meeting with the other machines, if there is one
 
 
 def note_stop(signum: int, frame: Any) -> None:
-    """Where there are no workers: between two starts, or after the last."""
+    """The signal handler while there are no workers: between two starts, or after the last."""
     stops.append(signum)
 
 
@@ -137,24 +137,24 @@ def on_stop(handler: Any) -> None:
 
 
 def obey_once(reports: Path) -> None:
-    """Let torchrun obey the first stop signal only: at a second one it would leave workers behind that still save. And
-    end this process where Python does not get to obey it, because torch waits in C++: for a store, say."""
+    """Let torchrun handle only the first stop signal: at a second one it would leave workers behind that still save.
+    Also end this process if Python cannot handle the signal because torch waits in C++, for a store for example."""
     if not hasattr(api, '_terminate_process_handler'):
         raise RuntimeError(f'torch {torch.__version__} has no _terminate_process_handler: update launch/launcher.py')
     (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))
-    came, (signals, wakeup) = stops, socket.socketpair()
+    received, (signals, wakeup) = stops, socket.socketpair()
 
     def stop_once(signum: int, frame: Any) -> None:
         on_stop(signal.SIG_IGN)
-        came.append(signum)  # no Event: its lock would wait for itself if a second signal comes while it is set
+        received.append(signum)  # not an Event: a second signal while it is being set would deadlock on its lock
         raise SignalException(f'got signal {signum}', signal.Signals(signum))
 
     def watch() -> None:
         signals.recv(1)
-        time.sleep(DEAF)
-        if not came:
+        time.sleep(SIGNAL_WAIT)
+        if not received:
             code = int((reports / 'outcome').read_text())
-            for meeting in meetings:  # the others hear of it
+            for meeting in meetings:  # so that the other machines learn the code
                 meeting.mine = replace(meeting.mine, code=code)
                 time.sleep(1)
             os._exit(code)
@@ -166,12 +166,12 @@ def obey_once(reports: Path) -> None:
 
 
 def run_workers(arguments: list[str], reports: Path) -> End:
-    """torchrun with these arguments, to the end of its workers, also to that which a signal asks for."""
+    """Run torchrun with these arguments until its workers have ended, also after a stop signal."""
     from torch.distributed.run import main as torchrun
 
     for old in (*reports.glob('failed_*'), reports / 'give_up'):
         old.unlink(missing_ok=True)
-    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to lose
+    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to save
     try:
         try:
             on_stop(api._terminate_process_handler)  # torchrun does it once it has workers
@@ -185,32 +185,32 @@ def run_workers(arguments: list[str], reports: Path) -> End:
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         order, text = min(stopping.causes(codes, reports))
-        said = [code for code in codes.values() if code in EXPLAINED_CODES]
-        if said:
-            told = any(reports.glob('failed_*'))  # else rank 0 has printed it
-            return End(said[0], text.partition(' failed first: ')[2] if told else '', order)
+        explained = [code for code in codes.values() if code in EXPLAINED_CODES]
+        if explained:
+            is_reported = any(reports.glob('failed_*'))  # else rank 0 has printed it
+            return End(explained[0], text.partition(' failed first: ')[2] if is_reported else '', order)
         outcome = (reports / 'outcome').read_text()
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(errors.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
             return End(errors.EXIT_STOPPED)
-        return End(1, text, (9, 0.0) if (reports / 'give_up').exists() else order)  # as another machine has ended
-    except Exception as error:  # of torchrun itself, which did not reach its store on machine 0, say
+        return End(1, text, (9, 0.0) if (reports / 'give_up').exists() else order)  # another machine is the cause
+    except Exception as error:  # torchrun itself failed, for example to reach its store on machine 0
         if isinstance(error.__context__, SignalException):  # an error of torchrun's own while it obeyed a stop signal
             return outcome_of_stop(reports)
         return End(1, f'torchrun failed: {type(error).__name__}: {error}')
-    if (reports / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # as it was before: no worker told of an end
+    if (reports / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # unchanged: no worker wrote an outcome
         script = next((word for word in arguments if word.endswith('.py')), 'the script')
         return End(0, f'{script} ended without a run: it has to call main(), see the first example of README.md')
     return End(0)
 
 
 def outcome_of_stop(reports: Path) -> End:
-    """How the workers ended after they were asked to stop; says what kept them from saving."""
+    """The End of workers that were asked to stop; its text explains why they could not save."""
     outcome = int((reports / 'outcome').read_text())
     if outcome == 1 and any(reports.glob('failed_*')):
         order, text = min(stopping.causes({}, reports))
         return End(1, text, order)
     if outcome == 1:
         text = 'it did not stop in the time that torchrun gives, and was cut off'
-        return End(errors.EXIT_STOPPED, text + ': the same command goes on from the last save')
+        return End(errors.EXIT_STOPPED, text + ': the same command resumes from the last save')
     return End(outcome)

@@ -1,9 +1,9 @@
-"""On which machines a run takes place, and which of them this one is.
+"""The machines of a run, and which of them this one is.
 
     NNODES=2 NODE_RANK=1 MASTER_ADDR=host [MASTER_PORT=29500] sh run.sh       on each of two machines
     srun sh run.sh                                                            in a step of any number of nodes
 
-Otherwise it is this machine alone.
+Otherwise the run is on this machine only.
 """
 
 import fcntl
@@ -22,12 +22,12 @@ SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 @dataclass(frozen=True)
 class Place:
-    """This machine among those of the run."""
+    """This machine's place among the machines of the run."""
 
     machines: int = 1
-    rank: int = 0  # of this machine
+    rank: int = 0  # this machine's number
     first: str = ''  # name or address of machine 0
-    port: int = 29500  # of machine 0, where the launchers meet
+    port: int = 29500  # port of machine 0 where the launchers meet
 
 
 def whole_number(
@@ -42,12 +42,12 @@ def whole_number(
 
 
 def several(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment variables mean several machines. It does not judge them: `place` does."""
+    """Whether the environment variables mean several machines. `place` checks them, this does not."""
     return (env.get('NNODES') or env.get('SLURM_STEP_NUM_NODES', '1')) != '1'
 
 
-def warn_if_alone(env: Mapping[str, str] = os.environ) -> None:
-    """Say that this machine is the only one of the run where a cluster may have meant several."""
+def warn_if_single(env: Mapping[str, str] = os.environ) -> None:
+    """Print that the run uses only this machine if the cluster's variables suggest several."""
     if not {'NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'} & env.keys():
         for name, how in (('SLURM_NNODES', '`srun sh run.sh` takes all'), ('WORLD_SIZE', 'set NNODES for several')):
             if env.get(name, '1') != '1':
@@ -55,7 +55,7 @@ def warn_if_alone(env: Mapping[str, str] = os.environ) -> None:
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
-    """Where the environment variables put this process. Raises SettingError for what they cannot mean."""
+    """The Place that the environment variables give this process. Raises SettingError for invalid ones."""
     if not env.get('NNODES') and {'SLURM_STEP_ID', 'SLURM_STEP_NODELIST'} <= env.keys():
         if set(re.sub(r'\(x\d+\)', '', env['SLURM_STEP_TASKS_PER_NODE']).split(',')) != {'1'}:  # as 2(x3),1
             text = 'srun started run.sh several times on one node'
@@ -81,7 +81,7 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def address_of(host: str) -> str:
-    """The address of machine 0, seen from another one. Raises SettingError if it has none, or this machine's own."""
+    """The address of machine 0, seen from another one. Raises SettingError if it is unknown or means this machine."""
     remedy = 'Pass the IP address of machine 0: `ip addr` there shows it.'
     try:
         address = socket.gethostbyname(host)  # IPv4
@@ -95,7 +95,7 @@ def address_of(host: str) -> str:
 
 
 def use_interface(address: str) -> None:
-    """Have gloo and NCCL use the interface with this IPv4 address of ours, unless the user chose one. On Linux."""
+    """Have gloo and NCCL use our interface with this IPv4 address, unless the user chose one. Linux only."""
     if not sys.platform.startswith('linux'):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
@@ -110,7 +110,7 @@ def use_interface(address: str) -> None:
 
 
 def check_loopback() -> None:
-    """torchrun's processes talk to each other at 127.0.0.1, and would wait for minutes. Raises SettingError."""
+    """Raise SettingError if this machine cannot reach itself: torchrun's processes would wait for minutes."""
     try:
         with socket.create_server(('127.0.0.1', 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
@@ -120,11 +120,11 @@ def check_loopback() -> None:
 
 
 def explain(error: OSError) -> str:
-    """What a failed connection most likely means."""
+    """The most likely cause of a failed connection."""
     if isinstance(error, ConnectionRefusedError):
-        return 'nothing listens there: it is not started yet, or has another MASTER_PORT, or is not machine 0'
+        return 'nothing listens there: it is not started yet, has another MASTER_PORT, or is not machine 0'
     if isinstance(error, TimeoutError):
-        return 'no answer: the machine is off, or a firewall keeps the port closed'
+        return 'no answer: the machine is off, or a firewall blocks the port'
     return str(error)
 
 

@@ -1,7 +1,7 @@
-"""What a run survives, with real processes: run.sh, torchrun, two gloo ranks, real signals.
+"""Crashes and faults that a run survives, with real processes: run.sh, torchrun, two gloo ranks, real signals.
 
-README.md's reliability table names these tests. Every wait has a limit: a hang is a failure. A run that was harmed and
-started again must equal `whole`, which nothing happened to, bit for bit.
+docs/reliability.md names these tests. Every wait has a limit: a hang is a failure. A run that was damaged and started
+again must equal `whole`, an undisturbed run, bit for bit.
 """
 
 import ast
@@ -56,7 +56,7 @@ FOLDER = 'experiment'
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """`whole(nproc, **settings)`: the folder of a run that nothing happened to."""
+    """`whole(nproc, **settings)`: the folder of an undisturbed run."""
     made = {}
 
     def run(nproc=2, **settings):
@@ -77,7 +77,7 @@ def whole(tmp_path_factory):
 
 
 class Job:
-    """One run's folder, and the command that starts it or goes on with it."""
+    """One run's folder, and the command that starts or resumes it."""
 
     def __init__(self, tmp_path, nproc=2, env=None, **settings):
         self.root, self.nproc, self.env = tmp_path, nproc, env
@@ -90,7 +90,7 @@ class Job:
         )
 
     def run(self, seconds=100, **kwargs):
-        """Start it and wait for its end: (exit code, stdout, stderr). No process may be left."""
+        """Start it and wait for its end: (exit code, stdout, stderr). Fails if a process is left over."""
         process = self.start(**kwargs)
         try:
             out, err = process.communicate(timeout=seconds)
@@ -108,7 +108,7 @@ class Job:
 
 
 def report(name, **figures):
-    """Figures for benchmarks/RESULTS.md, into the file that FAULT_FIGURES names."""
+    """Append figures for benchmarks/RESULTS.md to the file that FAULT_FIGURES names."""
     if 'FAULT_FIGURES' in os.environ:
         with open(os.environ['FAULT_FIGURES'], 'a') as file:
             file.write(json.dumps(dict(test=name, **figures)) + '\n')
@@ -119,7 +119,7 @@ def report(name, **figures):
 
 @pytest.mark.parametrize('nproc, kills', [(1, 13), (2, 12)])
 def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
-    """SIGKILL of all processes, at start-up or while it trains and saves; each time the same command goes on."""
+    """SIGKILL of all processes, at start-up or while it trains and saves; the same command resumes each time."""
     settings = dict(num_training_steps=200, save_every=3, eval_every=50, sample_every=0, keep_every=0)
     job, rng, lost = Job(tmp_path, nproc=nproc, **settings), random.Random(nproc), []
     for kill in range(kills):
@@ -148,7 +148,7 @@ def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
     code, _, err = job.run()
     assert code == 0, err
     assert_same_runs(whole(nproc, **settings), job.folder)
-    assert max(lost) <= 3 * 3, lost  # save_every, one that was being written, and the steps that went on behind it
+    assert max(lost) <= 3 * 3, lost  # save_every, a save that was being written, and the steps during that write
     report('killed at 25 random moments', nproc=nproc, lost_steps=lost)
 
 
@@ -177,7 +177,7 @@ def test_killed_rank_1(tmp_path, whole):
 
 @pytest.mark.parametrize('target', ['launcher', 'run.sh'])
 def test_killed_launcher_or_run_sh_leaves_no_orphans(tmp_path, whole, target):
-    """They would hold the lock, and write checkpoints behind the next run."""
+    """Orphans would hold the lock, and write checkpoints while the next run trains."""
     job = Job(tmp_path, fault=f'training:SIGKILL:{target}', num_training_steps=4000)
     process = job.start()
     process.communicate(timeout=60)
@@ -199,7 +199,7 @@ def test_restarts_by_itself(tmp_path, whole):
 
 
 def test_restarts_end(tmp_path):
-    """What fails every time ends after MAX_RESTARTS, a wrong setting at once."""
+    """A run that fails every time ends after MAX_RESTARTS, a wrong setting at once."""
     job = Job(tmp_path, fault='always', env=dict(MAX_RESTARTS='1'))
     code, _, err = job.run()
     assert code == 1 and err.count('starting again') == 1 and 'broken on purpose' in err.splitlines()[-1]
@@ -230,7 +230,7 @@ def test_restarts_end(tmp_path):
     ],
 )
 def test_stop_signal(tmp_path, whole, fault):
-    """In each phase, to each process, also twice: saved and out within 20 s with code 75; the same command goes on."""
+    """In each phase, to each process, also twice: it saves and ends within 20 s with code 75, and can be resumed."""
     phase, name, target = fault.split(':')
     settings = dict(final_eval=True) if phase == 'final' else {}
     job = Job(tmp_path, fault=fault, fault_rank=1 if target == 'worker' and phase == 'training' else 0, **settings)
@@ -243,7 +243,7 @@ def test_stop_signal(tmp_path, whole, fault):
         step = saving.load(job.folder / 'last.pt')['step']
         assert step >= 12 and f'stopped at step {step}' in out
         if phase == 'training':
-            assert step in (13, 14)  # the flag of a step is read after the next: nothing was lost
+            assert step in (13, 14)  # the stop flag of a step is read after the next step: nothing is lost
     code, _, err = job.run()
     assert code == 0, err
     assert_same_runs(whole(**settings), job.folder)
@@ -257,7 +257,7 @@ def test_stop_signal(tmp_path, whole, fault):
     [('exception', 1), ('exception in evaluation', 0), ('exception in evaluation', 1), ('exception in sampling', 1)],
 )
 def test_exception_on_one_rank(tmp_path, whole, fault, rank):
-    """In evaluation and sampling while a line of the record is due, which the ranks write together."""
+    """In evaluation and sampling, a line of the record is due, for which the ranks exchange data."""
     job = Job(tmp_path, fault=fault, fault_rank=rank, fault_step=14)
     code, _, err = job.run()
     assert code == 1 and err.splitlines()[-1] == f"rank {rank} failed first: KeyError: 'broken on purpose'"
@@ -270,7 +270,7 @@ def test_exception_on_one_rank(tmp_path, whole, fault, rank):
 def test_nan_batch_on_one_rank_skips_the_step_on_all(tmp_path, whole):
     job = Job(tmp_path, fault='nan', fault_rank=1)
     code, out, err = job.run()
-    assert code == 0 and 'skipped 1 of the last steps, the latest of them step 12' in out, err
+    assert code == 0 and 'skipped 1 of the last steps, most recently step 12' in out, err
     state = saving.load(job.folder / 'last.pt')
     assert (
         state['bad_steps'].tolist() == [0, 1, 12]
@@ -314,7 +314,7 @@ def test_loader_worker_killed(tmp_path):
 
 
 def test_a_stop_of_all_processes_spares_the_loaders(tmp_path):
-    """Until the trainers have saved: SIGTERM to the launcher, both trainers and their loader processes."""
+    """Until the trainers have saved, after SIGTERM to the launcher, both trainers and their loader processes."""
     job = Job(tmp_path, nproc=2, fault='stop of all', **image_files(tmp_path))
     code, out, err = job.run()
     assert code == 75 and 'state saved' in out and 'DataLoader' not in err, err
@@ -334,7 +334,7 @@ def test_data_file_vanishes(tmp_path):
 
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_a_stop_is_obeyed_where_data_do_not_come(tmp_path, nproc):
-    """One process saves; of several only this one waits for data, and the others for it."""
+    """A single process saves. If there are two, one waits for data and the other for it, so neither can save."""
     job = Job(tmp_path, nproc=nproc, fault='silent data', fault_rank=nproc - 1, **image_files(tmp_path))
     process = job.start()
     try:
@@ -368,13 +368,13 @@ def test_a_bad_image_ends_the_run_and_is_named(tmp_path, kind, nproc, num_worker
         path.write_text('not an image' if kind == 'text' else '')
     code, _, err = Job(tmp_path, nproc=nproc, **settings).run(seconds=60)
     assert code == 1
-    said = r'rank \d failed first: ' + re.escape(str(path)) + ' cannot be read as an image .*'
-    assert re.fullmatch(said, err.splitlines()[-1])
-    assert 'Original Traceback' not in err  # of the loader process
+    cause = r'rank \d failed first: ' + re.escape(str(path)) + ' cannot be read as an image .*'
+    assert re.fullmatch(cause, err.splitlines()[-1])
+    assert 'Original Traceback' not in err  # the loader process's traceback
 
 
-def test_output_that_nobody_takes(tmp_path, whole):
-    """`sh run.sh 2>&1 | head -n 1`, and output into a file on a full disk: it trains and saves all the same."""
+def test_output_that_cannot_be_written(tmp_path, whole):
+    """`sh run.sh 2>&1 | head -n 1`, and output into a file on a full disk: it still trains and saves."""
     job = Job(tmp_path / 'head')
     process = job.start()
     assert process.stdout.readline()
@@ -392,9 +392,9 @@ def test_output_that_nobody_takes(tmp_path, whole):
 
 
 def test_full_disk(tmp_path, whole):
-    """A small tmpfs that another file fills up: the run ends and says why, and the last checkpoint is whole.
+    """On a small tmpfs that another file fills up, the run ends with the cause, and the last checkpoint is whole.
 
-    With room again the run goes on.
+    Once there is room again, the run resumes.
     """
     disk = tmp_path / 'disk'
     disk.mkdir()
@@ -429,7 +429,7 @@ def test_full_disk(tmp_path, whole):
 
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_save_over_the_limit_of_file_size(tmp_path, whole, nproc):
-    """RLIMIT_FSIZE: the first save fails, the setting and the cause are named last, by all means within a minute."""
+    """RLIMIT_FSIZE: the first save fails; the last line, within a minute, names the setting and the cause."""
     job = Job(tmp_path, nproc=nproc)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -449,7 +449,7 @@ def test_save_over_the_limit_of_file_size(tmp_path, whole, nproc):
 
 
 def test_a_full_disk_that_gets_room_again_heals(tmp_path, whole):
-    """A save that fails is tried again behind the training: the disk has room for two checkpoints, and no third."""
+    """A save that fails is tried again while training continues. The disk has room for two checkpoints, not three."""
     room = int(2.5 * (whole() / 'last.pt').stat().st_size)
     disk = tmp_path / 'disk'
     disk.mkdir()
@@ -490,7 +490,7 @@ def test_read_only_ckpts(tmp_path):
 
 @pytest.mark.parametrize('damage', ['one bit', 'cut', 'empty', 'garbage'])
 def test_damaged_checkpoint(tmp_path, whole, damage):
-    """It is reported, the save before it is taken, and the end is the same."""
+    """It is reported, the previous save is taken, and the result is the same."""
     job = Job(tmp_path, fault='training:SIGTERM:worker', fault_step=26)
     assert job.run()[0] == 75
     last = job.folder / 'last.pt'
@@ -514,7 +514,7 @@ def test_damaged_checkpoint(tmp_path, whole, damage):
     [('config', 'base_lr: 0.001 -> 0.5'), ('architecture', 'another network'), ('version', 'format version 99')],
 )
 def test_a_checkpoint_that_does_not_fit(tmp_path, other, words):
-    """It is refused before anything is done, and stays as it is."""
+    """It is refused before anything is done, and is not changed."""
     job = Job(tmp_path, num_training_steps=4)
     assert job.run()[0] == 0
     last = job.folder / 'last.pt'
@@ -548,7 +548,7 @@ def test_all_checkpoints_damaged(tmp_path):
 
 @pytest.mark.parametrize('how', ['SIGKILL', 'SIGSTOP'])
 def test_wandb_fails_in_mid_run(tmp_path, how):
-    """Its process is killed, or hangs: training goes on, and the local record is whole."""
+    """Its process is killed or hangs: training continues, and the local record is whole."""
     marker = f'TEST_OF_WANDB={tmp_path}'
     job = Job(
         tmp_path,
@@ -575,7 +575,7 @@ def test_wandb_fails_in_mid_run(tmp_path, how):
         process.wait(timeout=100)
     finally:
         for pid in killed if how == 'SIGSTOP' else []:
-            os.kill(pid, signal.SIGKILL)  # it holds the ends of the pipes
+            os.kill(pid, signal.SIGKILL)  # it still holds the pipes open
     out, err = process.communicate(timeout=20)
     assert killed and process.returncode == 0, err
     assert 'wandb failed' in out or (how == 'SIGSTOP' and 'wandb did not accept the rest of the record' in out)
@@ -584,7 +584,7 @@ def test_wandb_fails_in_mid_run(tmp_path, how):
 
 @pytest.mark.parametrize('mode, code', [('auto', 0), ('online', 2)])
 def test_wandb_unreachable(tmp_path, mode, code):
-    """auto goes on offline, with the whole record on disk; online insists, and says what to do, before any step."""
+    """'auto' continues offline with the whole record on disk; 'online' ends before any step, with the remedy."""
     env = dict(WANDB_BASE_URL='http://127.0.0.1:9', WANDB_API_KEY='0' * 40)
     job = Job(tmp_path, wandb=mode, env=env)
     ended, out, err = job.run()
@@ -626,7 +626,7 @@ def test_two_runs_in_one_folder(tmp_path, whole):
 
 
 def test_1_2_and_4_processes_see_and_compute_the_same(tmp_path):
-    """Also with accumulation: loss curves agree within 1e-4 over 50 steps.
+    """Also with accumulation: loss curves agree within 1e-5 over 50 steps.
 
     Each process prepares and computes only its share.
     """
@@ -683,7 +683,7 @@ def test_a_finished_run_ends_at_once(tmp_path, whole):
 
 @pytest.mark.parametrize('nproc', [1, 2])
 def test_check(tmp_path, nproc):
-    """Everything once, in under a minute, and nothing is left anywhere."""
+    """It does everything once, in under a minute, and leaves no file behind."""
     temporary = tmp_path / 'tmp'
     temporary.mkdir()
     places = [ROOT, tmp_path]

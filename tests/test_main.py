@@ -197,7 +197,7 @@ def test_a_step_is_replayed(made, read):
 
 def test_a_run_that_is_read_cannot_be_trained_on(read):
     for refused in (read['train_loop'], read['save']):
-        assert 'was opened to read (load_run). To train it on, call `main` or run.sh' in refused
+        assert 'was opened to read (load_run). To continue training, call `main` or run.sh' in refused
 
 
 def test_without_its_script_a_checkpoint_names_it(made, read):

@@ -7,9 +7,9 @@ bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
 independence.py  what the first images show of x1: is it the process's base, drawn independently of x0?
 advice.py        warnings about settings that learn badly, and about what the first images show
-unused.py        warnings of code of an experiment that nothing calls
+unused.py        warnings about code in an experiment that is never called
 checkpoints.py   what a checkpoint holds, how it is written in a thread, and how it is put back
-posthoc.py       averaged weights of a length that is chosen after training
+posthoc.py       averaged weights, whose averaging length is chosen after training
 run_folder.py    the folder of a run: name, lock, newest whole checkpoint, which run it holds
 run_record.py    what identifies a run, and run.json: code, command and versions of each start
 

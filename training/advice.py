@@ -1,8 +1,8 @@
-"""Advice: warnings about settings that make a network learn badly, and the flags that help; and what the first images
-show: whether x0 has the expected scale, and whether decode is the inverse of encode.
+"""Advice: warnings about settings that make a network learn badly, with the flags that help; and checks on the first
+images: whether x0 has the expected scale, and whether decode is the inverse of encode.
 
-A loss weighs an error of the output by the loss weight, times the factor between output and target (prediction.py).
-`effective_weight` is the product; `pair_warning` warns if it leaves most times out.
+A loss multiplies an error of the output by the loss weight and by the factor between output and target (prediction.py).
+`effective_weight` is the product; `pair_warning` warns if it is almost zero at most times.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from prediction import LOSS_WEIGHTS, ROWS, determinant, error_factor, get_loss_w
 from processes import Coefs, GaussianProcess
 from time_samplers import TIME_SAMPLERS, get_time_sampler
 
-# beyond these, pair_warning warns
+# pair_warning warns below the first and above the second
 LEAST_NOISY_SHARE = 0.05
 LARGEST_ERROR_AT_NOISE = 2.0
 
@@ -37,8 +37,8 @@ def drawn_times(config: Config, n: int = 20_000) -> Tensor:
 
 
 def drawn_weights(config: Config, process: GaussianProcess) -> Tensor:
-    """The share of each of many times, as the time sampler draws them, in the loss of a new network, which outputs 0;
-    largest first. That is the effective weight times the mean square of what the network should output."""
+    """The weight of each drawn time in the loss of a new network, which outputs 0; largest first. That is the effective
+    weight times the mean square of the right output."""
     t = drawn_times(config)
     return (effective_weight(config, process, t) * mean_square_of_output(config, process(t))).sort(descending=True)[0]
 
@@ -56,8 +56,8 @@ def is_uneven(weights: Tensor) -> bool:
 
 def noisy_share(config: Config, process: GaussianProcess) -> float:
     """The share of noisy times, sigma > 3 alpha, in the loss of a network whose error of x1 - x0, the velocity of the
-    straight line, is the same at all times. A loss of x1 has the factor alpha / (alpha + sigma) on it, and is nearly
-    blind at these times, when it is decided what an image shows."""
+    straight line, is the same at all times. A loss on x1 has the factor alpha / (alpha + sigma), so it nearly ignores
+    these times, which decide what an image shows."""
     coefs = process(drawn_times(config))
     factor = determinant(config.target_type, coefs) / (coefs.alpha + coefs.sigma)
     weight = choose('loss_weight', config.loss_weight, LOSS_WEIGHTS)(coefs) * factor.square()
@@ -65,19 +65,20 @@ def noisy_share(config: Config, process: GaussianProcess) -> float:
 
 
 def error_at_noise(config: Config, process: GaussianProcess, ratio: float = 10.0) -> float:
-    """The error of x1 - x0 at sigma = `ratio` alpha that is made by an output wrong by its own size (its root mean
-    square over the drawn times): 1 / alpha on the straight line for an x1, and about one half for F."""
+    """The error of x1 - x0 at sigma = `ratio` alpha if the output is wrong by its own size (its root mean square over
+    the drawn times): 1 / alpha on the straight line if the output is x1, and about one half if it is F."""
     size = mean_square_of_output(config, process(drawn_times(config))).mean().sqrt()
     noisy = process(process.time_of_log_snr(torch.tensor([-2 * math.log(ratio)], dtype=torch.float64)))
     return (size * ((noisy.alpha + noisy.sigma) / determinant(config.model_type, noisy)).abs()).item()
 
 
 def pair_warning(config: Config, process: GaussianProcess) -> str | None:
-    """None, or why a network of this output learns badly from this target's loss, and the flags that help.
+    """None, or why a network with this output learns badly from this target's loss, and the flags that help.
 
-    A few times near an end may hold nearly all weight: where the network predicts x1 and the loss compares velocities,
-    an error of the output is multiplied by 1 / alpha. The noisy times may have so little weight that a short run never
-    learns them. Or small errors of the output are large errors of what an image shows. docs/pairs.md has measurements.
+    A few times near an end may have nearly all the weight: where the network predicts x1 and the loss compares
+    velocities, an error of the output is multiplied by 1 / alpha. The noisy times may have so little weight that a
+    short run never learns them. Or small errors of the output change what an image shows. docs/pairs.md has
+    measurements.
     """
     reasons, weights = list[str](), drawn_weights(config, process)
     share, error = noisy_share(config, process), error_at_noise(config, process)
@@ -88,12 +89,12 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
         reasons.append(
             f"may learn badly or not at all: the loss weighs a squared error of the network's output by {at[0]:.3g} at "
             f't={times[0]:g}, {at[1]:.3g} at t={times[1]:g}, {at[2]:.3g} at t={times[2]:g}. '
-            f'{shares[len(shares) // 100 - 1]:.0%} of all weight falls on 1% of the times that are drawn, '
+            f'{shares[len(shares) // 100 - 1]:.0%} of the weight falls on 1% of the drawn times, '
             f'{1 - shares[len(shares) // 2 - 1]:.1g} of it on half of them.'
         )
     elif share < LEAST_NOISY_SHARE:
         reasons.append(
-            'learns slowly what an image shows: that is decided at noisy times (sigma > 3 alpha), which have '
+            'learns slowly what an image shows: that is decided at noisy times (sigma > 3 alpha), which have only '
             f'{share:.1%} of the weight in this loss.'
         )
     if error > LARGEST_ERROR_AT_NOISE:
@@ -109,14 +110,14 @@ def pair_warning(config: Config, process: GaussianProcess) -> str | None:
     if best is None:
         remedy = 'Let more noise in: raise --t_max, or the --sigma_max or --beta_max of the process.'
     elif kept and 'model_type' in best:
-        remedy = f'Use {as_flags(best)}, or, if the output has to stay, many more steps and {as_flags(kept)}.'
+        remedy = f'Use {as_flags(best)}, or, to keep the output, many more steps and {as_flags(kept)}.'
     else:
         remedy = f'Use {as_flags(best)}.'
     return f'{given} {" ".join(reasons)} {remedy}'
 
 
 def find_remedy(config: Config, process: GaussianProcess) -> dict[str, Any] | None:
-    """The settings to change so that nothing is warned of; None if there are none, in a range without noise."""
+    """The settings to change so that no warning is left; None if nothing helps, as in a time range without noise."""
     if error_at_noise(config, process) <= LARGEST_ERROR_AT_NOISE:
         return well_spread(config, process)
     change = well_spread(dataclasses.replace(config, model_type='F'), process)
@@ -124,8 +125,8 @@ def find_remedy(config: Config, process: GaussianProcess) -> dict[str, Any] | No
 
 
 def well_spread(config: Config, process: GaussianProcess) -> dict[str, Any] | None:
-    """The fewest changes with which the weight is well spread over the times: other times, the output's own loss,
-    another loss or weight, or two of these. {} if it is so already, None if nothing helps."""
+    """The fewest changes that spread the weight well over the times: other times, the output's own loss, another loss
+    or weight, or two of these. {} if it is well spread already, None if nothing helps."""
     times = [{}, *(dict(time_sampler=name) for name in TIME_SAMPLERS), dict(time_sampler='logit_normal', time_mean=1.0)]
     losses = [{}, *(dict(target_type=name) for name in (config.model_type, *ROWS))]
     losses += [dict(loss_weight=name) for name in LOSS_WEIGHTS]
@@ -155,7 +156,7 @@ def lr_warning(config: Config) -> str | None:
 
 
 def data_warning(config: Config, num_classes: int, size: int) -> str | None:
-    """None, or a warning that a setting does not suit data of so many classes and training items, with the remedy."""
+    """None, or a warning that a setting does not suit this number of classes or of training items, with the remedy."""
     dropout, n = config.label_dropout, config.global_batch_size
     if num_classes == 0 and dropout not in (1, config.baseline()['label_dropout']):
         return f'label_dropout={dropout:g}: the data have no classes, so only conditions are dropped, if there are any.'
@@ -164,7 +165,7 @@ def data_warning(config: Config, num_classes: int, size: int) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- what the first images show
+# ---------------------------------------------------------------- checks on the first images
 
 
 def round_trip_warning(x: Tensor, back: Tensor) -> str | None:
@@ -176,7 +177,7 @@ def round_trip_warning(x: Tensor, back: Tensor) -> str | None:
         return None
     return (
         f'decode(encode(x)) differs from the first data x by {error:.3g} (root mean square; their standard deviation '
-        f'is {std:.3g}), so samples are shown and written in another unit. Override decode as the inverse of encode.'
+        f'is {std:.3g}), so samples are shown and written on another scale. Override decode as the inverse of encode.'
     )
 
 

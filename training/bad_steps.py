@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped, counted, and the end of a run when they come in a row."""
+"""Steps whose loss or gradient is not finite are skipped and counted; too many in a row end the run."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ class BadSteps:
 
     @staticmethod
     def poison(losses: Tensor) -> Tensor:
-        """The mean of losses (B,); NaN if one of them is not finite, so that every gradient is NaN on every rank."""
+        """The mean of losses (B,), or NaN if one is not finite: then every gradient is NaN, on every rank."""
         return losses.mean() * torch.where(losses.detach().isfinite().all(), 1.0, torch.nan)
 
     def check(self, grad_norm: Tensor, step: int) -> Tensor:
@@ -38,17 +38,17 @@ class BadSteps:
         if in_a_row >= self.config.max_bad_steps:
             raise NonFiniteLoss(
                 f'the loss or its gradient was not finite in max_bad_steps={self.config.max_bad_steps} steps in a row, '
-                f'from step {last - in_a_row + 1} on. They were skipped: the weights are finite, and those of the last '
-                f'checkpoint are in {self.config.run_dir}. docs/reliability.md says how to replay a step. '
+                f'from step {last - in_a_row + 1} on. They were skipped, so the weights are finite; the last '
+                f'checkpoint is in {self.config.run_dir}. docs/reliability.md explains how to replay a step. '
                 'Try a lower --base_lr, or --precision float32.'
             )
 
     def report(self, alert: Callable[[str, str], None] = lambda kind, text: None) -> int:
-        """How many steps were skipped in total; prints it, and calls `alert`, for new ones. Raises NonFiniteLoss."""
+        """The total number of skipped steps. Prints new ones and passes them to `alert`. Raises NonFiniteLoss."""
         self.raise_if_too_many()
         _, total, last = self.counts.tolist()  # CPU-GPU sync
         if total > self.reported:
-            new = f'skipped {total - self.reported} of the last steps, the latest of them step {last}'
+            new = f'skipped {total - self.reported} of the last steps, most recently step {last}'
             print_once(f'{new}: loss or gradient not finite')
             alert('steps were skipped', f'{new}: loss or gradient not finite')
         self.reported = total

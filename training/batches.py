@@ -32,7 +32,7 @@ class Batches:
     def __init__(self, experiment: Experiment, train_loader: Loader, train_sampler: StreamSampler, test_loader: Loader):
         self.experiment, self.config = experiment, experiment.config
         self.train_loader, self.train_sampler, self.test_loader = train_loader, train_sampler, test_loader
-        self.shard_position = (0, 1)  # which shard of how many is being prepared
+        self.shard_position = (0, 1)  # (index, number of shards) of the shard that is being prepared
         self.classes_as_in_data = False  # see `as_in_data`
 
     def __enter__(self) -> None:
@@ -46,7 +46,7 @@ class Batches:
     # ---------------------------------------------------------------- training
 
     def steps(self, first: int) -> Iterator[Iterator[ProcessedBatch]]:
-        """For every training step from `first` on, this process's micro-batches. Take all of a step before the next.
+        """This process's micro-batches for every training step from `first` on. Take all of a step before the next one.
 
         If the experiment has `couple`, every process prepares all shards of a step, couples them and keeps its own.
         """
@@ -66,17 +66,17 @@ class Batches:
             yield utils.concat(list(itertools.islice(shards, self.shards_per_micro_step)))
 
     @property
-    def shards_per_micro_step(self) -> int:  # of this process, through the network together
+    def shards_per_micro_step(self) -> int:  # shards of this process in one forward pass
         return len(self.train_sampler.my_shards) // self.config.accumulation_steps
 
     @property
-    def images_at_once(self) -> int:  # of this process, through the network
+    def images_at_once(self) -> int:  # images of this process in one forward pass
         return self.shards_per_micro_step * self.config.global_batch_size // self.config.batch_shards
 
     def draw_shard(
         self, batch: tuple[Tensor, ...], shard: int, step: int | str, is_train: bool = True
     ) -> ProcessedBatch:
-        """Shard `shard` of the global batch of a step, before it is coupled; `step` is a part of the seed."""
+        """Shard `shard` of the global batch of a step, before coupling; `step` is part of the seed."""
         self.shard_position = (shard % self.config.batch_shards, self.config.batch_shards)
         utils.seed_everything(self.config.seed, 'batch', step, shard)
         prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
@@ -85,7 +85,7 @@ class Batches:
     def couple_shards(
         self, drawn: list[ProcessedBatch], mine: Sequence[int], step: int | str, is_train: bool = True
     ) -> list[ProcessedBatch]:
-        """The shards of one global batch, coupled; those at the positions `mine` are returned."""
+        """Couple the shards of one global batch; returns the ones at the positions `mine`."""
         sizes = [len(shard.t) for shard in drawn]
         together = utils.concat(drawn)
         utils.seed_everything(self.config.seed, 'couple', step)
@@ -97,8 +97,8 @@ class Batches:
         return [utils.rows(together, slice(int(ends[i]), int(ends[i + 1]))) for i in mine]
 
     def drop_conditions(self, batch: ProcessedBatch, is_train: bool) -> ProcessedBatch:
-        """In training, with probability label_dropout for each image, the null class in place of the label and the null
-        value of every condition that has one (Ho and Salimans 2022, algorithm 1). With label_dropout 1, always."""
+        """In training, replace label and conditions of each image by the null class and the null values, if they have
+        one, with probability label_dropout (Ho and Salimans 2022, algorithm 1). With label_dropout 1, always."""
         probability, null_cond = self.config.label_dropout, self.experiment.null_cond
         if probability == 0 or (not is_train and probability < 1):
             return batch
@@ -113,7 +113,7 @@ class Batches:
 
     def uniforms(self, n: int) -> Tensor:
         """(n,) numbers in [0, 1] for the time sampler. If `stratified`, one in each of n x shards equal intervals: a
-        shard takes every `shards`-th interval, in random order. If `antithetic`, in pairs u, 1 - u."""
+        shard takes every `shards`-th interval, in random order. If `antithetic`, pairs u, 1 - u."""
         device = self.experiment.device
         u = torch.rand(n, device=device)
         if self.config.antithetic:
@@ -126,16 +126,16 @@ class Batches:
     # ---------------------------------------------------------------- the example, held-out data
 
     @cached_property
-    def example(self) -> ProcessedBatch:  # from which the shapes of x0 and of the conditions are read
+    def example(self) -> ProcessedBatch:  # the shapes of x0 and of the conditions are read off it
         return self.draw_example('first')
 
     def few(self) -> ProcessedBatch:
-        """As much of `example` as goes through the network at once in training."""
+        """As many rows of `example` as one forward pass of training takes."""
         return utils.rows(self.example, slice(self.images_at_once))
 
     @cached_property
     def like(self) -> ProcessedBatch:
-        """A batch of the shapes of `example`: of zeros in a run that is opened to read, whose data may not be there."""
+        """A batch with the shapes of `example`; zeros in a run that is opened to read, whose data may be missing."""
         facts = self.train_loader.facts
         if not facts:
             return self.example
@@ -145,21 +145,21 @@ class Batches:
         return ProcessedBatch(x, x0, x0, t, t.long(), cond=cond)
 
     def draw_example(self, draw: str) -> ProcessedBatch:
-        """A prepared batch of the first images; another `draw` gives them other noise, times and conditions."""
+        """A prepared batch of the first images; another `draw` gives other noise, times and conditions."""
         n, self.shard_position = min(64, self.config.global_batch_size, self.train_loader.size), (0, 1)
         utils.seed_everything(self.config.seed, 'example', draw)
         return self.prepared(self.train_loader.take(range(n)))
 
     @in_eval_mode
     def prepared(self, batch: tuple[Tensor, ...]) -> ProcessedBatch:
-        """A batch as it is prepared outside of training: with null conditions only if label_dropout is 1. Raises
-        SettingError if its parts do not fit together."""
+        """Prepare a batch as outside of training: with null conditions only if label_dropout is 1. Raises SettingError
+        if its parts do not fit together."""
         prepared = self.experiment.prepare_batch_fn(batch, is_train=False)
         check_shapes(prepared, f'{type(self.experiment).__name__}.prepare_batch_fn')
         return self.drop_conditions(prepared, is_train=False)
 
     def about(self, are_images: bool) -> dict[str, Any]:
-        """The data and shapes that a network was built for, and what its samples are, as checkpoints hold them."""
+        """The data and shapes that the network was built for, and facts about its samples, for checkpoints."""
         spec, example = self.train_loader.spec, self.example
         return dict(
             shape=tuple(example.x0.shape[1:]),
@@ -171,8 +171,8 @@ class Batches:
         )
 
     def held_out(self, rounds: int | None = None) -> Iterator[tuple[ProcessedBatch, Tensor]]:
-        """(prepared batch, indices (B,) of its images in the held-out part), of all images or the first `rounds`. The
-        processes share the work; as many images at once as in training. Raises Stopped."""
+        """(prepared batch, indices (B,) of its images in the held-out part), for all images or the first `rounds`. The
+        processes share the work, with as many images at once as in training. Raises Stopped."""
         pieces, loaded, at_once = self.test_loader.batch_sampler, iter(self.test_loader), self.shards_per_micro_step
         assert isinstance(pieces, HeldOutSampler)
         couples = pieces.all_shards = self.experiment.couple is not None
@@ -197,7 +197,7 @@ class Batches:
     @contextlib.contextmanager
     def as_in_data(self) -> Iterator[None]:
         """Within the block `sample_inputs` gives classes as often as the training data have them, and held-out data in
-        their own order: for numbers, which compare samples with all data. Else the classes in turn: for pictures."""
+        their own order: for metrics, which compare samples with all data. Outside it, classes in turn: for pictures."""
         before, self.classes_as_in_data = self.classes_as_in_data, True
         try:
             yield
@@ -207,8 +207,8 @@ class Batches:
     def sample_inputs(self, n: int, indices: Sequence[int] | None = None) -> SampleInputs:
         """Inputs of n samples, the same every time; `indices`: which samples of the run these are, default the first n.
 
-        Noise, and the trained classes in turn, or as `as_in_data` says. Other conditions are of held-out data; where x1
-        is data (`independent` is False) x1 is held out too, and is given.
+        x1 is noise, and labels are the trained classes in turn, or as within `as_in_data`. Other conditions come from
+        held-out data. Where x1 is data (`independent` is False), it is held-out data too, and also in `given`.
         """
         experiment, seed, data = self.experiment, self.config.seed, self.experiment.data
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
@@ -232,7 +232,7 @@ class Batches:
 
 
 def check_shapes(batch: ProcessedBatch, made_by: str) -> None:
-    """Raise SettingError if a part of the batch does not have one row for each x0, x1 not its shape, or t not (B,)."""
+    """Raise SettingError unless each part of the batch has one row per x0, x1 the shape of x0, and t the shape (B,)."""
     rows, shape = len(batch.x0), tuple(batch.x0.shape)
     parts: dict[str, Any] = {f'cond[{name!r}]': value for name, value in batch.cond.items()}
     for name, value in {'t': batch.t, 'x1': batch.x1, 'label': batch.label, **parts}.items():

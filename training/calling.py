@@ -3,8 +3,8 @@
 One compiled function serves all networks of a run. torch looks at a module's structure and at the shapes and types of
 its tensors, not at its identity, so a network and all of its moving averages share their code, and no weight is copied.
 
-DistributedDataParallel is around the loss. Inside it the networks are plain modules, so that forward-mode derivatives,
-several calls and a second network work on any number of processes as on one.
+DistributedDataParallel wraps the loss. Inside it the networks are plain modules, so forward-mode derivatives, several
+calls and a second network work on any number of processes as they do on one.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ R = TypeVar('R')
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Tensor]], Any]
 
 MODES = {'on': 'default', 'graphs': 'reduce-overhead'}  # choice of --compile -> mode of torch.compile
-# Training steps, or samples, from which on compiling takes less time, some minutes, than it saves. An estimate.
+# Training steps, or samples, above which compiling, which takes some minutes, pays off. An estimate.
 WORTH_COMPILING = 5000
 # Versions of one function that torch keeps: training, evaluation, raw and averaged weights, with and without a
-# condition, an odd batch, for each network of an experiment. Others run uncompiled.
+# condition, an odd batch, for each network of an experiment. Further versions run uncompiled.
 MOST_VERSIONS = 32
 
 
@@ -41,8 +41,8 @@ def plainly(
 
 
 class Caller:
-    """`caller(module)`: a network as a function of (xt, t, label, **cond), which hides train/eval mode, autocast and
-    compiling, at the moment it is called."""
+    """`caller(module)` is the network as a function of (xt, t, label, **cond). Each call takes care of train or eval
+    mode, autocast and compiling."""
 
     def __init__(self, config: Config, device: torch.device):
         self.device, self.dtype = device, autocast_dtype(config.precision, device)
@@ -69,8 +69,8 @@ class Caller:
 
 @contextlib.contextmanager
 def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the block all modules are in eval mode, so that no batch norm learns and no dropout acts. After it, those
-    that were in train mode are so again."""
+    """Within the block all modules are in eval mode, so that no batch norm learns and no dropout acts. After it, the
+    previous modes are back."""
     training = [part for module in modules.values() for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -82,8 +82,8 @@ def evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def in_eval_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """For a method of a part that has `experiment`: it runs with all modules of the experiment in eval mode, also those
-    that a hook calls itself."""
+    """Decorator for methods of an object that has `experiment`: they run with all modules of the experiment in eval
+    mode, also the modules that a hook calls directly."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -94,15 +94,16 @@ def in_eval_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatena
 
 
 def settings_for(samples: int) -> dict[str, str]:
-    """Settings of a run that is opened to draw so many samples: compile only for many."""
+    """Settings for opening a run to draw this many samples: compile only for many."""
     return {} if samples >= WORTH_COMPILING else {'compile': 'off'}
 
 
 class Compiled:
-    """`plainly`, compiled: in training for the shapes that come, in evaluation for any size of the batch.
+    """`plainly`, compiled: in training for the exact shapes, in evaluation for any batch size.
 
-    A network that is being differentiated itself is called uncompiled: compiled code has neither forward mode nor
-    second derivatives. If torch cannot compile, `optional` warns and stays uncompiled; else that is a SettingError.
+    A network that is itself being differentiated is called uncompiled: compiled code has neither forward mode nor
+    second derivatives. If torch cannot compile and this is `optional`, warns and stays uncompiled; else raises
+    SettingError.
     """
 
     def __init__(self, chosen: str, optional: bool):
@@ -120,24 +121,24 @@ class Compiled:
         if not self.called:
             self.called, flags = True, f'(compile={self.chosen!r}; --compile off does without)'
             print_once(f'compiling the network, which may take minutes {flags}')
-        xt = xt.contiguous()  # in a sampler it may have the order of what it is computed from: one more version
+        xt = xt.contiguous()  # a sampler may pass another memory layout, for which torch would compile one more version
         if not module.training:
             for x in (xt, *inputs[1:]):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
-        from torch._dynamo.exc import TorchDynamoException  # takes a second, and is there by now
+        from torch._dynamo.exc import TorchDynamoException  # here, because it takes a second if nothing is compiled
 
         try:
             out = self.call(module, xt, t, label, cond)
         except TorchDynamoException as error:
-            about = str(error).strip().split('\n\n')[0]
-            reason = f'{type(error).__name__}: {" ".join(about.split())}'
+            summary = str(error).strip().split('\n\n')[0]
+            reason = f'{type(error).__name__}: {" ".join(summary.split())}'
             if not self.optional:
                 text = f'compile={self.chosen!r}: torch.compile failed with {reason}. Pass --compile off.'
                 raise SettingError(text) from error
             print_once(f'warning: the network runs uncompiled, because torch.compile failed with {reason}')
             self.call = plainly
             return plainly(module, xt, t, label, cond)
-        if self.chosen == 'graphs':  # whose next replay writes into the same memory
+        if self.chosen == 'graphs':  # the next replay of the CUDA graph writes into the same memory
             out = tree_map_only(Tensor, torch.clone, out)
         return out
 
@@ -151,13 +152,13 @@ def is_differentiated(inputs: Iterable[Tensor]) -> bool:
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """On the device, in channels-last order, which GPUs' convolutions want; it exists for 2-D convolutions only."""
+    """Move to the device, in channels-last order, which suits GPU convolutions and exists only for 2-D ones."""
     order = torch.preserve_format if any(p.ndim > 4 for p in network.parameters()) else torch.channels_last
     return network.to(device, memory_format=order)  # pyright: ignore[reportCallIssue]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type that the network computes in; None: float32. auto: bfloat16 on a GPU that has it in hardware."""
+    """The type that the network computes in; None: float32. 'auto' is bfloat16 on a GPU that has it in hardware."""
     has_it = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if precision == 'bfloat16' or (precision == 'auto' and has_it) else None
 
@@ -166,7 +167,7 @@ def set_precision(precision: str) -> None:
     """Set how GPUs multiply float32: by IEEE everywhere, by TensorFloat-32 everywhere, or by torch's default. cuDNN may
     search for the fastest convolutions, because shapes stay the same."""
     torch.backends.cudnn.benchmark = True
-    if precision in ('float32', 'tf32'):  # by old flags: torch.compile in 2.11 cannot read them once the new are used
+    if precision in ('float32', 'tf32'):  # the old flags: torch.compile in 2.11 fails once the new ones have been used
         torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
         torch.backends.cudnn.allow_tf32 = precision == 'tf32'
 
@@ -193,11 +194,11 @@ class Loss(nn.Module):
 class ParallelLoss:
     """`losses(batch)` is the loss of each image, (B,), whose backward pass averages gradients over the processes.
 
-    `modules`: all that `loss_fn` uses. `example`: a batch like those of training, or a function that gives one, which
-    is called when the loss is first used.
+    `modules`: all modules that `loss_fn` uses. `example`: a batch like a training batch, or a function that returns
+    one, which is called when the loss is first used.
     """
 
-    later: Callable[[], None] | None = None  # what is still to be done before the loss is used
+    later: Callable[[], None] | None = None  # calls `share` when the loss is first used
 
     def __init__(self, modules: dict[str, nn.Module], loss_fn: Callable[[Any], Tensor], example: Any):
         self.losses: Loss | DistributedDataParallel = Loss(modules, loss_fn)
@@ -207,7 +208,7 @@ class ParallelLoss:
             self.share(modules, loss_fn, example)
 
     def share(self, modules: dict[str, nn.Module], loss_fn: Callable[[Any], Tensor], example: Any) -> None:
-        """Have the processes, if there are several, average their gradients."""
+        """If there are several processes, have them average their gradients."""
         self.later = None
         if ranks.world_size() > 1:
             device = example.x0.device
@@ -216,7 +217,7 @@ class ParallelLoss:
             before = [buffer.clone() for buffer in buffers]
             with evaluating(modules):
                 unused = len(modules) > 1 or has_unused(modules, loss_fn(example))
-            for buffer, value in zip(buffers, before, strict=True):  # such as what a batch norm has learned meanwhile
+            for buffer, value in zip(buffers, before, strict=True):  # a batch norm may have learned from `example`
                 buffer.copy_(value)
             self.losses = DistributedDataParallel(
                 self.losses,
@@ -228,21 +229,21 @@ class ParallelLoss:
 
     @staticmethod
     def before_begin(batch: Any, average: bool = True) -> Tensor:
-        """Stands in for the loss until the networks are there."""
+        """Stands in for the loss until the networks exist."""
         raise RuntimeError('this trainer has no networks yet: call begin(), as main.build does')
 
     def __call__(self, batch: Any, average: bool = True) -> Tensor:
         """(B,). `average`: whether the backward pass averages the gradients, or leaves that to a later one."""
         if self.later is not None:
             devices = [torch.cuda.current_device()] if torch.cuda.device_count() else []
-            with torch.random.fork_rng(devices):  # dropout has been seeded
+            with torch.random.fork_rng(devices):  # dropout has already been seeded for this step
                 self.later()
         with contextlib.nullcontext() if average or isinstance(self.losses, Loss) else self.losses.no_sync():
             return self.losses(batch)
 
 
 def has_unused(modules: dict[str, nn.Module], losses: Tensor) -> bool:
-    """Whether losses (B,) leave out parameters that are to be trained, such as those of a second output of the network:
+    """Whether losses (B,) do not depend on some trained parameters, such as the ones of a second output of the network:
     DistributedDataParallel would wait for their gradients."""
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     return any(g is None for g in torch.autograd.grad(losses.mean(), parameters, allow_unused=True))

@@ -1,7 +1,7 @@
 """Checkpoints of a run: what is saved, how it is written, and how it is restored.
 
-save      the state of everything that is held -> one dict of plain objects -> `Writer` writes it in a thread
-restore   run_folder.py finds the newest whole file and refuses another experiment's -> its states are put back
+save      the states of all held objects -> one dict of plain objects -> `Writer` writes it in a thread
+restore   run_folder.py finds the newest whole file and refuses another experiment's -> the states are loaded
 
 saving.py lists the names in a file, and reads files without a run.
 """
@@ -30,13 +30,13 @@ from settings.same_run import differences
 from training import run_folder
 from training.run_folder import Identity, last_path
 
-# dicts of held objects; in the file, the state of each one's 'network' has a name of its own
+# dict of held objects -> name in the file for the state of its 'network'
 GROUPS = {'modules': 'network', 'emas': 'ema', 'optimizers': 'optimizer'}
-RETRY_AFTER = (1, 3, 6)  # seconds after which a write that failed is tried again: a full disk may have room by then
+RETRY_AFTER = (1, 3, 6)  # seconds between attempts of a write that failed: a full disk may have room by then
 
 
 class Checkpoints:
-    """Saves and restores what it holds. As a context it waits, at the end, for the file that is being written."""
+    """Saves and restores the objects it holds. As a context manager, it waits at the end for the last write."""
 
     def __init__(self, config: Config, identity: Identity, held: Mapping[str, Any]):
         """`held`:
@@ -71,16 +71,17 @@ class Checkpoints:
 
     def objects(self, step: int, finished: bool) -> dict[str, Any]:
         """The content of a checkpoint without version and config. All ranks must call this together."""
-        held, found = self.held, dict(self.held['about'](), step=step, finished=finished)
-        found |= dict(bad_steps=held['bad_steps'].state_dict(), record=held['record'].state_dict())
+        held, objects = self.held, dict(self.held['about'](), step=step, finished=finished)
+        objects |= dict(bad_steps=held['bad_steps'].state_dict(), record=held['record'].state_dict())
         for group, name in GROUPS.items():
-            found[group] = {key: thing.state_dict() for key, thing in held[group].items()}
-            found[name] = found[group].pop('network')
-        found |= dict(state=held['experiment'].state(), wandb_id=held['record'].wandb_id)
-        return found | vars(self.identity)
+            objects[group] = {key: thing.state_dict() for key, thing in held[group].items()}
+            objects[name] = objects[group].pop('network')
+        objects |= dict(state=held['experiment'].state(), wandb_id=held['record'].wandb_id)
+        return objects | vars(self.identity)
 
     def check(self) -> None:
-        """Raise SettingError if what an experiment adds could be written but not loaded again. All ranks together."""
+        """Raise SettingError if something that an experiment adds could be written but not loaded again. All ranks must
+        call this together."""
         objects = self.objects(0, False)
         for name in ('state', 'optimizers'):
             file = io.BytesIO()
@@ -92,14 +93,14 @@ class Checkpoints:
                 reason = str(error).split('WeightsUnpickler error: ')[-1].splitlines()[0]
                 raise SettingError(
                     f'{self.name}: a checkpoint cannot hold what `{name}` gives ({reason}). It holds tensors, '
-                    'numbers, strings, lists and dicts of them: write float(x) for a number of numpy.'
+                    'numbers, strings, lists and dicts of them: write float(x) for a numpy number.'
                 ) from None
 
     def refuse_if_read_only(self) -> None:
         """Raise SettingError if the run was opened to read."""
         if self.read_from is not None:
             raise SettingError(
-                'this run was opened to read (load_run). To train it on, call `main` or run.sh with its flags.'
+                'this run was opened to read (load_run). To continue training, call `main` or run.sh with its flags.'
             )
 
     def wait(self) -> None:
@@ -115,11 +116,11 @@ class Checkpoints:
     # ---------------------------------------------------------------- restore
 
     def restore(self, read_from: str | Path | None = None) -> int:
-        """Put back the state of the run's last whole checkpoint; the step to continue at. All ranks must call this.
+        """Restore the run's last whole checkpoint; returns the step to continue at. All ranks must call this.
 
-        A new run starts at step 0, with the averaged weights of init_from if that is set. With `read_from` that
-        checkpoint is loaded, and from then on nothing is locked or written. Raises SettingError if a checkpoint is from
-        another experiment, and like run_folder.open_folder.
+        A new run starts at step 0, with the averaged weights of init_from if that is set. `read_from`: load this
+        checkpoint instead, and neither lock nor write anything. Raises SettingError if a checkpoint is from another
+        experiment, and like run_folder.open_folder.
         """
         c = self.config
         if read_from is None:
@@ -128,7 +129,7 @@ class Checkpoints:
             path = self.read_from = Path(read_from)
             checkpoint = saving.load_checkpoint(path)
             if checkpoint.get('data', self.identity.data) != self.identity.data:
-                print_once(f'warning: {path} was trained on other data than these: look at data_dir and data_path')
+                print_once(f'warning: {path} was trained on other data: check data_dir and data_path')
         if checkpoint is None:
             if c.init_from:
                 self.start_from_weights()
@@ -182,10 +183,10 @@ class Writer:
         self.config, self.pool = config, ThreadPoolExecutor(1)
         self.copy: Any = None  # the last state; its memory is reused, which is faster than new memory
         self.writing: Future[None] | None = None  # the last write, with its error
-        self.step: int | None = None  # the step of the last.pt that this writer has written
+        self.step: int | None = None  # step of the last.pt that this writer wrote
 
     def write(self, objects: dict[str, Any], keep: bool) -> None:
-        """Begin `write_checkpoint` of the objects as they are now. Raises SaveError if an earlier write failed."""
+        """Start writing a checkpoint of the objects as they are now. Raises SaveError if an earlier write failed."""
         self.wait()
         self.copy = to_host(objects, self.copy)
         if torch.cuda.is_available():
@@ -212,14 +213,14 @@ class Writer:
                     last = last_path(self.config)
                     kept = f'{last.parent} has no earlier one. Make room there, and run the same command again.'
                     if last.exists():
-                        kept = f'Make room there, and the same command resumes from {last}, which is untouched.'
+                        kept = f'Make room there: the same command resumes from {last}, which is untouched.'
                     raise SaveError(f'ckpt_dir={self.config.ckpt_dir!r}: {why}. {kept}') from error
                 print_once(f'{why}; trying again in {seconds} s')
                 time.sleep(seconds)
 
 
 def to_host(value: Any, reuse: Any = None) -> Any:
-    """A copy in main memory of tensors in dicts, lists and tuples; into the tensors of `reuse`, an earlier copy."""
+    """Copy the tensors in dicts, lists and tuples to main memory, into the tensors of `reuse`, an earlier copy."""
     if isinstance(value, Tensor):
         layout = value.shape, value.stride(), value.dtype
         if not isinstance(reuse, Tensor) or (reuse.shape, reuse.stride(), reuse.dtype) != layout:
@@ -237,8 +238,8 @@ def to_host(value: Any, reuse: Any = None) -> Any:
 def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False, again: bool = False) -> None:
     """Write the run's last.pt: these plain objects, its config and the version of the format. `keep`: also step_N.pt.
 
-    The checkpoints before it become last-1.pt (the previous one), last-2.pt, ...: keep_last in all. A kill at any
-    moment leaves them whole. `again`: last.pt is already of the same step, so the previous ones keep their names.
+    Earlier checkpoints become last-1.pt (the previous one), last-2.pt, ...: keep_last in all. A kill at any moment
+    leaves them whole. `again`: last.pt is already of this step, so the previous ones keep their names.
     """
     last = last_path(config)
     names = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
@@ -249,6 +250,6 @@ def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False
                 link_as(newer, older)
     if keep:
         link_as(last, config.run_dir / f'step_{objects["step"]:07d}.pt')
-    for path in set(config.run_dir.glob('last-*.pt')) - set(names):  # keep_last was higher
+    for path in set(config.run_dir.glob('last-*.pt')) - set(names):  # from when keep_last was higher
         path.unlink()
     sync(config.run_dir)

@@ -1,4 +1,4 @@
-"""Drawing samples on all processes together."""
+"""Draws samples of an experiment on all processes together: for pictures, metrics and files."""
 
 import contextlib
 import time
@@ -24,22 +24,22 @@ from training.independence import base_is_normal
 
 
 class State(NamedTuple):
-    """Samples on their way, as `decode` returns them, (n, ...)."""
+    """Samples at a time t between noise and data, as `decode` returns them, (n, ...)."""
 
     t: float
     x: Tensor  # x(t) / sqrt(alpha^2 + sigma^2)
-    x0: Tensor  # what the network predicted at t
+    x0: Tensor  # the network's prediction at t
 
 
 class Drawing:
-    """Draws samples of an experiment with the settings of its config, and measures the rate."""
+    """Draws samples of an experiment with the settings of its config, and measures how long it takes."""
 
     def __init__(self, experiment: Experiment, batches: Batches):
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
-        self.at_end: dict[str, int] = {}  # part -> how many samples it will draw after the last step
-        self.evaluations = 0.0  # of the network, for a sample
-        self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # of the samples drawn last, for titles
+        self.at_end: dict[str, int] = {}  # part of the trainer -> number of samples it will draw after the last step
+        self.evaluations = 0.0  # expected NFE of a sample
+        self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # the last samples' values, for titles
         self.watching: tuple[Callback, ...] = ()  # see `within`
         self.replaced: dict[str, Any] = {}
 
@@ -50,7 +50,7 @@ class Drawing:
         return get_sample_fn(experiment.config, experiment.process, num_classes, experiment.null_cond)
 
     def inputs(self, n: int) -> SampleInputs:
-        """What n samples start from: the same on every rank and every time, also if the experiment's own hook draws."""
+        """The inputs of n samples: the same on every rank and every time, even if the experiment's hook is random."""
         utils.seed_everything(self.experiment.config.seed, 'sample_inputs')
         return self.experiment.sample_inputs(n)
 
@@ -61,8 +61,8 @@ class Drawing:
 
     @in_eval_mode
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: Any) -> Tensor:
-        """x0 (n, ...) by this solver; `settings` replace those of the config. Between two steps a stop request of any
-        process ends it on all. Raises SettingError, Stopped."""
+        """x0 (n, ...) by this solver; `settings` replace settings of the config. Between two steps, a stop request on
+        any process ends the drawing on all. Raises SettingError, Stopped."""
         self.refuse_sde_solver(solver)
         given = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
         settings = given | self.replaced | settings
@@ -78,8 +78,8 @@ class Drawing:
 
     @contextlib.contextmanager
     def within(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:
-        """In every `draw` within the block these settings of `sample` replace those of the config, and `watching` is
-        called after each step. A setting that a caller of `draw` passes wins."""
+        """In every `draw` within the block, these arguments of `sample` replace the config's, and `watching` is called
+        after each step. A setting that is passed to `draw` itself wins."""
         before = self.watching, self.replaced
         self.watching = self.watching if watching is None else (*self.watching, watching)
         self.replaced = self.replaced | replaced
@@ -103,8 +103,8 @@ class Drawing:
         return self.experiment.couple is not None or self.batches.train_loader.has_pairs
 
     def default_solvers(self) -> list[str]:
-        """The config's solver and, where the network knows the score, one of the other kind: ODE and SDE; the config's
-        alone if both give the same samples."""
+        """The config's solver and, where the network knows the score, one of the other kind (ODE or SDE); only the
+        config's if both give the same samples."""
         own, other = self.own_and_other
         return [own, other] if self.has_score and not self.ignores_solver else [own]
 
@@ -116,8 +116,8 @@ class Drawing:
     @cached_property
     @in_eval_mode
     def ignores_solver(self) -> bool:
-        """Whether a `draw` of the experiment's own gives the same samples with every solver. All ranks find this out
-        together, before training, and agree."""
+        """Whether the experiment overrides `draw` by one that gives the same samples with every solver. All ranks find
+        this out together, before training, and agree."""
         if not self.experiment.overrides('draw'):
             return False
         drawn, model_fn = list[Tensor](), self.experiment.get_model_fn(self.experiment.weights()['raw'])
@@ -149,7 +149,7 @@ class Drawing:
     def samples(self, sampler: Sampler, module: nn.Module, inputs: SampleInputs) -> Tensor:
         """Decoded samples (n, ...) on every rank, from inputs that every rank has; the processes share the work.
 
-        Raises Stopped and, on every rank, RankFailed if one of them ran out of memory.
+        Raises Stopped and, on every rank, RankFailed if one rank ran out of memory.
         """
         n, model_fn, began = len(inputs.x1), self.experiment.get_model_fn(module), time.monotonic()
         calls: list[int] = []
@@ -175,33 +175,33 @@ class Drawing:
         return samples
 
     def seconds_at_end(self, images_per_second: float) -> float:
-        """Seconds that drawing after the last step will take: by the rate of samples if some were drawn, else by that
-        of training, where a third of the time is the forward pass."""
+        """Estimated seconds of drawing after the last step: from the rate of samples if some were drawn, else from the
+        rate of training, where a third of the time is the forward pass."""
         return sum(self.at_end.values()) * (self.seconds_per_sample or self.evaluations / (3 * images_per_second))
 
     @torch.no_grad()
     @in_eval_mode
     def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[State]:
-        """The states of samples, x1 and then each after a step of the solver, on this process; empty for a sampler that
-        does not use `draw`. If a sampler has several stages, the path of the last one."""
+        """The states of samples on this process: x1, then the state after each step of the solver. Empty for a sampler
+        that does not use `draw`. If a sampler has several stages, the path of the last one."""
         steps: list[tuple[float, Tensor]] = []
         seen: list[tuple[float, Tensor]] = []
         predicted = lambda t, prediction: seen.append((t, prediction.x0))  # noqa: E731
         with self.within(watching=lambda i, t, x: steps.append((t, x.clone())), on_prediction=predicted):
             sampler(model_fn, inputs)
-        x0, self.nfe = dict(seen), float(len(seen))  # x0 of the last evaluation at each time, which is at the state
+        x0, self.nfe = dict(seen), float(len(seen))  # the last evaluation at each time is the one at the state itself
         coefs = [self.experiment.process(torch.tensor([t], dtype=torch.float64)) for t, _ in steps]
         path = [(t, x / float(torch.hypot(c.alpha, c.sigma))) for (t, x), c in zip(steps, coefs, strict=True)]
         known, states = inputs.x1, list[State]()
         for t, x in [(max(x0), inputs.x1), *path] if x0 and path else path:
-            known = x0.get(t, known)  # at the last time there is none
+            known = x0.get(t, known)  # nothing is predicted at the last time
             states.append(State(t, *(self.experiment.decode(part).cpu() for part in (x, known))))
             if states[-1].x.shape != states[0].x.shape:
                 del states[:-1]
         return states
 
     def weights_shown(self) -> dict[str, nn.Module]:
-        """The networks of which there are pictures: the raw one only if there is no other, or by raw_pictures."""
+        """The networks to draw pictures with: the averages; the raw one only with raw_pictures or without averages."""
         weights = self.experiment.weights()
         averages = {name: module for name, module in weights.items() if name != 'raw'}
         return weights if self.experiment.config.raw_pictures else averages or weights
@@ -214,7 +214,7 @@ class Drawing:
 
 
 def not_finite(x: Tensor) -> int:
-    """How many of the samples (n, ...) have values that are not finite."""
+    """The number of samples (n, ...) that have values that are not finite."""
     return len(x) - int(x.isfinite()[:, None].flatten(1).all(1).sum())  # x may be (n,)
 
 
@@ -230,7 +230,7 @@ def out_of_memory_on_any_rank() -> Iterator[None]:
             torch.cuda.empty_cache()
         print(f'rank {ranks.rank()}: {error}', flush=True)
         stopping.raise_if_stopped(failed=True)
-        raise RankFailed('this process ran out of memory') from error  # a process by itself has nobody to tell
+        raise RankFailed('this process ran out of memory') from error
 
 
 def no_memory(step: int, sampler: str, what: str) -> str:

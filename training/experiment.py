@@ -23,12 +23,12 @@ class ProcessedBatch:
     """A prepared batch: all randomness of a training step, except dropout, has been drawn. May be subclassed."""
 
     x_original: Tensor  # (B, ...) as loaded; images are in [0, 1]
-    x0: Tensor  # (B, ...) encoded: what is noised
+    x0: Tensor  # (B, ...) encoded; noise is added to it
     x1: Tensor  # (B, ...) base sample
     t: Tensor  # (B,)
     label: Tensor | None  # (B,) int64 class; num_classes means 'no label'
     augmentation_label: Tensor | None = None  # (B,) bool: was anything done to this image?
-    cond: dict[str, Tensor] = field(default_factory=dict)  # named inputs besides the class, each (B, ...)
+    cond: dict[str, Tensor] = field(default_factory=dict)  # named conditions besides the class, each (B, ...)
 
 
 NO_BESIDE = (
@@ -39,14 +39,14 @@ NO_BESIDE = (
 
 @dataclass
 class SampleInputs:
-    """What sampling starts from. May be subclassed."""
+    """The inputs of samples: x1, labels, conditions. May be subclassed."""
 
     x1: Tensor  # (n, ...)
     label: Tensor | None = None  # (n,) int64
     cond: dict[str, Tensor] = field(default_factory=dict)  # as in training, each (n, ...)
     _: KW_ONLY
     truth: Tensor | None = None  # (n, ...) the held-out x0 that belongs to these inputs, where x1 is data
-    given: list[Tensor] = field(default_factory=list)  # what samples were made from, as decode returns it
+    given: list[Tensor] = field(default_factory=list)  # sources of the samples, to show next to them; decoded
 
     def __new__(cls, *args: Any, **kwargs: Any) -> 'SampleInputs':
         if 'beside' in kwargs or (cls is SampleInputs and len(args) > 3):
@@ -62,7 +62,7 @@ Sampler = Callable[[ModelFn, SampleInputs], Tensor]  # -> x0 (n, ...)
 
 
 class Experiment(Protocol):
-    """What the parts of a trainer know of it."""
+    """The attributes and hooks of an experiment that the parts of a trainer use."""
 
     config: Config
     device: torch.device
@@ -105,18 +105,18 @@ class Moved:
 
 
 class Renamed(Moved):
-    """So does setting it: an experiment that sets it expects that somebody reads it."""
+    """Setting it raises too: an experiment that sets it expects it to be read."""
 
     def __set__(self, thing: object, value: Any) -> None:
         self.__get__(thing, type(thing))
 
 
 class OldNames:
-    """What trainers had before: each raises an error that gives the new name."""
+    """Names that trainers had in older versions: each raises an error that gives the new name."""
 
     sample_fn = Renamed('draw(model_fn, inputs, solver, **settings)')
     logger = Renamed('the methods picture(name, image), log(name, value) and histogram(name, values)')
-    shards = Renamed('batches.steps(step): for each step from there on, its micro-batches')
+    shards = Renamed('batches.steps(step), which gives the micro-batches of each step from there on')
     save = Moved('checkpoints.save(step)')
     finished = Moved('checkpoints.finished')
     draw_shard = Moved('batches.draw_shard(batch, shard, step)')

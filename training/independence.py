@@ -1,5 +1,5 @@
-"""What the first images show of x1: whether it is the process's base, drawn independently of x0. On this depends what
-samples start from, and whether the network knows the score, which SDE solvers and eval/reference need."""
+"""Tests, on the first images, whether x1 is the process's base, drawn independently of x0. This decides what samples
+start from, and whether the network knows the score, which SDE solvers and eval/reference need."""
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ from runtime.ranks import print_once
 from training.batches import Batches
 from training.experiment import Experiment
 
-ENOUGH_VALUES, MOST_DRAWS = 2**16, 16  # of x1, that are looked at; each draw is of up to 64 images
-MOST_VALUES = 2**17  # of x1, that a summary is made of
-BASES = 32  # draws of the base, which show how much its summaries differ by chance
-FAR = 8.0  # a difference of more standard deviations than this is not by chance
+ENOUGH_VALUES, MOST_DRAWS = 2**16, 16  # values of x1 to test; the most draws for them, each of up to 64 images
+MOST_VALUES = 2**17  # values of x1 in a summary, at most
+BASES = 32  # draws of the base, which show how much its summaries vary by chance
+FAR = 8.0  # a difference of more standard deviations is not chance
 
 
 def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool:
-    """Whether x1 is the process's base, drawn independently of x0: as the experiment says, or as its first images show.
-    Prints what it finds if the run `is_new`. Raises SettingError if the experiment says so and its images
-    show that it is not."""
-    if facts := batches.train_loader.facts:  # of a run that is read: its data may not be there
+    """Whether x1 is the process's base, drawn independently of x0: as the experiment declares, or as its first images
+    show. Prints the finding if the run `is_new`. Raises SettingError if the experiment declares it and its images
+    contradict."""
+    if facts := batches.train_loader.facts:  # a run that is opened to read, whose data may be missing
         return facts['independent']
     name, claimed = type(experiment).__name__, experiment.independent
     if claimed is not None and not claimed:
@@ -36,13 +36,13 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
             'and SDE solvers would follow a wrong score. Set independent = False, or leave it out; or draw this base '
             'in the sample_base of a process.'
         )
-    if seen and claimed:  # samples start from where sample_inputs says
-        say(f'warning: {name}.independent is True, but {seen}. There are no SDE samples and no eval/reference.')
+    if seen and claimed:  # the experiment's own sample_inputs decides what samples start from
+        say(f'warning: {name}.independent is True, but {seen}. SDE samples and eval/reference are left out.')
         return False
     if seen:
         say(
-            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and there are no '
-            'SDE samples and no eval/reference. Set `independent` in the class to decide this yourself.'
+            f'{name}.independent is False, because {seen}: samples start from x1 of held-out data, and SDE samples and '
+            'eval/reference are left out. Set `independent` in the class to decide this yourself.'
         )
         return False
     paired = experiment.couple is not None or batches.train_loader.has_pairs
@@ -79,16 +79,16 @@ def base_is_normal(process: GaussianProcess, x0: Tensor) -> bool:
         return True
     like, n = torch.zeros_like(x0[:1], dtype=torch.float32), max(16, min(512, ENOUGH_VALUES // x0[0].numel()))
     devices = [torch.cuda.current_device()] if torch.cuda.device_count() else []
-    with torch.random.fork_rng(devices):  # whoever asks goes on with numbers of its own
+    with torch.random.fork_rng(devices):  # the caller's random numbers do not change
         utils.seed_everything(0, 'base')
-        # one by one: those of a batch may be opposites
+        # one by one: a base may draw antithetic pairs within a batch
         drawn = torch.cat([process.sample_base(like) for _ in range(n)])
         return unlike_base(drawn, GaussianProcess(), 'N(0, I)') is None
 
 
 def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
-    """Why x1 (n, ...) are not draws from the base of the process, called `name`: a number of `summary` that is farther
-    from those of draws of the base than chance explains. None if there is none."""
+    """Why x1 (n, ...) cannot be draws from the base of the process, called `name`: the first number of `summary` that
+    differs from the base's by more than chance. None if they all agree."""
     x1 = x1[: max(4, MOST_VALUES // x1[0].numel())]
     found, drawn = summary(x1), [summary(process.sample_base(x1)) for _ in range(BASES)]
     for key, value in found.items():
@@ -100,16 +100,16 @@ def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
 
 
 def summary(x1: Tensor) -> dict[str, float]:
-    """What tells distributions of rows x1 (n, ...) apart: moments and quantiles of all values, and of the lengths of
-    rows; correlations of rows, of neighbours in a row, and of the entries of rows."""
+    """Numbers that tell distributions of rows x1 (n, ...) apart: moments and quantiles of all values, and of the
+    lengths of rows; correlations of rows, of neighbours in a row, and of the entries of rows."""
     x = x1.detach().flatten(1).cpu().double()[:, :MOST_VALUES]
     n, size = x.shape
     mean, std = float(x.mean()), float(x.std())
     unit = (x - mean) / max(std, 1e-12)
     lengths, rows = unit.square().mean(1), unit[:256]
-    products = (rows @ rows.T / size**0.5).fill_diagonal_(0)  # of pairs of rows
+    products = (rows @ rows.T / size**0.5).fill_diagonal_(0)  # one for each pair of rows
     columns = unit[:, :64]
-    together = (columns.T @ columns / n**0.5).fill_diagonal_(0)  # of pairs of entries
+    together = (columns.T @ columns / n**0.5).fill_diagonal_(0)  # one for each pair of entries
     found = {'the mean': mean, 'the standard deviation': std, 'the kurtosis': float(unit.pow(4).mean())}
     found |= {'the skewness': float(unit.pow(3).mean())}
     found |= {'the mean size, in standard deviations,': float(unit.abs().mean())}

@@ -1,4 +1,4 @@
-"""Averaged weights of a length that is chosen after training, mixed from the averages in a run's checkpoints.
+"""Averaged weights whose averaging length is chosen after training, mixed from the averages in a run's checkpoints.
 
 Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2, with ordinary
 moving averages (ema.EMA) in place of power-function ones.
@@ -17,15 +17,15 @@ from config import SettingError
 from runtime.ranks import print_once
 from saving import load_checkpoint
 
-POSTHOC = 'posthoc_'  # posthoc_0.1: the weights of this relative width
-MOST_STEPS = 20_000  # the largest number of steps that a mixture tells apart
+POSTHOC = 'posthoc_'  # posthoc_0.1: averaged weights with this relative width
+MOST_STEPS = 20_000  # the profiles of longer trainings are computed for blocks of steps
 
 
 def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str, Any]:
-    """Weights of `network` by their `name`, posthoc_WIDTH: WIDTH is the standard deviation of the averaged steps in
-    units of the training so far, such as 0.1.
+    """Weights of `network` by their `name`, posthoc_WIDTH: WIDTH is the standard deviation of the averaged steps as a
+    fraction of the training so far, such as 0.1.
 
-    They are mixed from all averages in the run's checkpoints up to this one, and the error of the mixture is printed.
+    They are mixed from all averages in the run's checkpoints up to this one; the error of the mixture is printed.
     Buffers are the checkpoint's. Raises SettingError for another name, or if there are too few averages for this width.
     """
     width = float(name.removeprefix(POSTHOC)) if re.fullmatch(r'posthoc_0?[.]\d+', name) else 0.0
@@ -41,11 +41,11 @@ def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str
             saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks'])}
     keys = list(saved)
     factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
-    print_once(f'{name}: {len(keys)} averages of {checkpoint.parent} come within {error:.1%} of this profile')
+    print_once(f'{name}: mixed from {len(keys)} averages in {checkpoint.parent}, within {error:.1%} of this profile')
     if error > 0.3:
         raise SettingError(
             f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
-            'Choose another width, or save more in training: a lower --keep_every, or --ema_decays as long as that.'
+            'Choose another width, or save more averages in training: lower --keep_every, or add to --ema_decays.'
         )
     mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
     total = {key: doubled(value) * 0 if key in mixed else value for key, value in last['network'].items()}
@@ -65,8 +65,8 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def weights_of_steps(decay: float, n: int) -> np.ndarray:
-    """(n,): by how much the weights after update 1, ..., n count in the average at update n. The initial weights have
-    the rest."""
+    """(n,): the shares of the weights after update 1, ..., n in the average at update n. The rest is the share of the
+    initial weights."""
     update = np.arange(1, n + 1)
     decays = np.minimum(decay, (1 + update) / (10 + update))
     later = np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # product of the decays after each update
@@ -74,8 +74,8 @@ def weights_of_steps(decay: float, n: int) -> np.ndarray:
 
 
 def power_profile(relative_width: float, n: int) -> np.ndarray:
-    """(n,): the same for an average whose length grows with the training: update k counts as k^gamma. Its standard
-    deviation is `relative_width` times n (Karras et al. 2024, eq. 2 and algorithm 2)."""
+    """(n,): the same for an average whose length grows with the training: update k has a share proportional to k^gamma.
+    Its standard deviation is `relative_width` times n (Karras et al. 2024, eq. 2 and algorithm 2)."""
     inverse = relative_width**-2
     gamma = np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()
     counts = (np.arange(1, n + 1) / n) ** gamma
@@ -86,9 +86,9 @@ def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n
     """(factors, error) of the mixture of saved averages that is nearest to the power profile at update n.
 
     An average is (decay, number of updates), with decay 0 for raw weights. The factors sum to 1. `error` is the norm of
-    the difference in units of the profile's norm.
+    the difference divided by the profile's norm.
     """
-    blocks = np.arange(0, n, -(-n // MOST_STEPS))  # steps of a long training are taken together
+    blocks = np.arange(0, n, -(-n // MOST_STEPS))  # the first step of each block
     profiles = np.zeros((len(saved), len(blocks)))
     for row, (decay, updates) in zip(profiles, saved, strict=True):
         row[:] = np.add.reduceat(np.pad(weights_of_steps(decay, updates), (0, n - updates)), blocks)

@@ -1,7 +1,7 @@
 """The folder of a run: its name, its lock, and the checkpoint that the run resumes from.
 
-It holds last.pt, the checkpoints before it (last-1.pt, ...), step_N.pt, config.json and a lock, as well as the record
-(logging_utils.py, run_record.py). checkpoints.py writes the checkpoints.
+It contains last.pt, the checkpoints before it (last-1.pt, ...), step_N.pt, config.json and a lock, as well as the
+record (logging_utils.py, run_record.py). checkpoints.py writes the checkpoints.
 """
 
 import dataclasses
@@ -34,9 +34,9 @@ def last_path(config: Config) -> Path:
 def settle_name(config: Config, trainer_class: type | None = None) -> Config:
     """`config` with the name of its run. All ranks must call this together, once, after ranks.setup.
 
-    A name that was given stays. A default name gets the trainer class's name, so that another trainer is another run,
-    and, as long as the folder of that name holds another experiment's config, the settings that differ from it. A run
-    that is there under the name that older versions gave it keeps that.
+    A name that the user gave stays. A default name gets the trainer class's name appended, so that another trainer is
+    another run, and, as long as the folder of that name holds another experiment's config, the settings that differ
+    from it. An existing run keeps the name that an older version gave it.
     """
     if config.experiment_name != config.default_name():
         return config
@@ -45,7 +45,7 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
         """Setting -> (saved, now) where the run in this folder differs; None if there is none that can be compared."""
         try:
             return changes(json.loads(Path(config.ckpt_dir, name, 'config.json').read_text()), config)
-        except (OSError, ValueError):  # no run, or one that `claim` compares by its checkpoints
+        except (OSError, ValueError):  # no run, or one whose checkpoints `claim` compares
             return None
 
     def free_name() -> str:
@@ -68,12 +68,12 @@ def settle_name(config: Config, trainer_class: type | None = None) -> Config:
 
 # ---------------------------------------------------------------- its lock and its checkpoints
 
-_locks: dict[Path, IO[str]] = {}  # open, so locked, until this process ends, in whatever way
+_locks: dict[Path, IO[str]] = {}  # kept open: the kernel releases the locks when this process ends, however it ends
 
 
 def lock_run(folder: Path) -> None:
-    """Keep other processes out of a run's folder as long as this one lives. Raises SettingError, which names the one
-    that has the lock."""
+    """Keep other processes out of a run's folder as long as this one lives. Raises SettingError, which names the
+    process that has the lock."""
     path = folder.resolve() / 'lock'
     file = _locks.get(path) or open(path, 'a+')  # noqa: SIM115
     has_lock = try_lock(file)
@@ -83,7 +83,7 @@ def lock_run(folder: Path) -> None:
         file.close()
         raise SettingError(f'{folder} is in use by {holder}. Wait for it or end it, or pass another --experiment_name.')
     if has_lock is None:
-        print_once(f'warning: {folder} cannot be locked (its file system has no locks): start no second run in it')
+        print_once(f'warning: {folder} cannot be locked (its file system has no locks): start only one run in it')
     _locks[path] = file
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
@@ -93,7 +93,7 @@ def lock_run(folder: Path) -> None:
 def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run resumes from: last.pt, else the newest that is whole; None if there never was one.
 
-    Raises SettingError if there are checkpoints but none is whole: a run never starts again over its remains.
+    Raises SettingError if there are checkpoints but none is whole: a run never starts over on top of damaged files.
     """
     last = last_path(config)
     damaged: list[str] = []
@@ -124,7 +124,7 @@ def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is besides its config. run_record.identity_of makes it, and every checkpoint holds it."""
+    """The identity of a run besides its config. run_record.identity_of makes it, and every checkpoint holds it."""
 
     trainer: str  # file and class, 'mine.py:MyTrainer'
     code: dict[str, str]  # name -> source text of what defines the experiment
@@ -133,14 +133,14 @@ class Identity:
 
 def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity | None = None) -> None:
     """Raise SettingError if a checkpoint is from another experiment than `config` and `identity`: another config,
-    trainer class, data set, or, without same_code, other code. What an older checkpoint lacks is not compared."""
+    trainer class, data set, or, without same_code, other code. Entries that an older checkpoint lacks are skipped."""
 
     folder, saved = config.run_dir, checkpoint['config']
 
     def refuse(what: str, how: str, remedy: str) -> None:
         raise SettingError(
             f'{what} (saved -> now): {how}. To resume it, use {remedy}. For a new run pass another --experiment_name, '
-            f'with --init_from {last_path(config)} if it shall start from these weights.'
+            f'with --init_from {last_path(config)} to start it from these weights.'
         )
 
     if changed := changes(saved, config):
@@ -154,7 +154,7 @@ def refuse_other(config: Config, checkpoint: dict[str, Any], identity: Identity 
     trainer, data = checkpoint.get('trainer', identity.trainer), checkpoint.get('data', identity.data)
     if trainer != identity.trainer:
         how = f'{trainer} -> {identity.trainer}'
-        refuse(f'{folder} holds a run of another trainer', how, 'the script of the saved one')
+        refuse(f'{folder} holds a run of another trainer', how, "the saved trainer's script")
     if data != identity.data:
         place = 'data_path' if config.data_path or saved.get('data_path') else 'data_dir'
         what = f'{place}={getattr(config, place)!r}: the data are not those that the run in {folder} was trained on'
@@ -182,14 +182,14 @@ def code_diff(saved: dict[str, str], now: dict[str, str]) -> list[str]:
 
 # ---------------------------------------------------------------- where a run starts
 
-_made: set[Path] = set()  # folders that this process made
+_made: set[Path] = set()  # folders that this process created
 
 
 def open_folder(config: Config, identity: Identity | None = None) -> dict[str, Any] | None:
     """The run's newest checkpoint that is whole, None if it has none yet; the same outcome on every rank.
 
     Locks the folder and writes config.json. Raises SettingError if the folder cannot be written, is in use, holds
-    another run (see refuse_other), or damaged checkpoints only.
+    another run (see refuse_other), or has only damaged checkpoints.
     """
     last = last_path(config)
 
@@ -204,7 +204,7 @@ def open_folder(config: Config, identity: Identity | None = None) -> dict[str, A
     def refuse_elsewhere() -> None:
         if last.exists():
             raise SettingError(
-                f'{last} is on {socket.gethostname()}, and not on the machine of rank 0, where a run begins. Copy the '
+                f'{last} is on {socket.gethostname()}, but not on the machine of rank 0, where a run starts. Copy the '
                 'folder there, put ckpt_dir on a disk that all machines share, or pass another --experiment_name.'
             )
 
@@ -245,23 +245,23 @@ def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
 
 
 def load_on_all(path: Path, load: Callable[[], T], load_first: Callable[[], T] | None = None) -> T:
-    """The checkpoint, or None, that `load_first()` (default: `load`) gives on rank 0, on every rank; what it raises
-    there is raised on all. The others `load` it if every machine has the same file, else rank 0 sends it.
+    """On every rank, the checkpoint or None that `load_first()` (default: `load`) returns on rank 0; an error there is
+    raised on all ranks. The other ranks `load` it if every machine has the same file, else rank 0 sends it.
     """
     if ranks.world_size() == 1:
         return (load_first or load)()
-    mine: list[T] = []
+    loaded: list[T] = []
 
     def first() -> tuple[int, int] | None:
-        mine.append((load_first or load)())
-        return None if mine[0] is None else mark_of(path)
+        loaded.append((load_first or load)())
+        return None if loaded[0] is None else mark_of(path)
 
     mark = ranks.on_main(first)
     if mark is not None:
         if not ranks.any_rank(not path.exists() or mark_of(path) != mark):
-            return ranks.on_each(lambda: mine[0] if mine else load())
-        print_once(f'not all machines have the {path} of {socket.gethostname()}, which sends it to them')
-    return ranks.on_main(lambda: mine[0])
+            return ranks.on_each(lambda: loaded[0] if loaded else load())
+        print_once(f'not all machines have the {path} of {socket.gethostname()}, so it is sent to them')
+    return ranks.on_main(lambda: loaded[0])
 
 
 def mark_of(path: Path) -> tuple[int, int]:
@@ -273,7 +273,7 @@ def mark_of(path: Path) -> tuple[int, int]:
 
 
 def discard_new(config: Config) -> None:
-    """Remove the run's folder if this process made it and nothing was trained in it: a refused run leaves nothing."""
+    """Remove the run's folder if this process created it and trained nothing: a refused run leaves nothing behind."""
     folder = config.run_dir
     if folder in _made and {path.name for path in folder.iterdir()} <= {'config.json', 'run.json', 'lock'}:
         _locks.pop(folder.resolve() / 'lock').close()

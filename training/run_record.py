@@ -51,7 +51,7 @@ def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Iden
     """The Identity of a run of this trainer on the data set with this fingerprint.
 
     Its code is the user's script and, from other files, every class from `trainer_class` up to `base_class`, which is
-    not in it. A class without source, as in some notebooks, is left out.
+    excluded. A class without source, as in some notebooks, is left out.
     """
     script = users_script()
     code = {} if script is None else {script.name: script.read_text()}
@@ -70,12 +70,12 @@ def name_of(cls: type) -> str:
 
 
 def where(cls: type) -> dict[str, str | None]:
-    """Arguments with which import_class finds a class again: its file, as by from_root, and its name."""
+    """Arguments with which import_class finds a class again: its file, in the form of from_root, and its name."""
     return dict(file=from_root(file_of(cls)), name=cls.__qualname__)
 
 
 def from_root(file: Path | None) -> str | None:
-    """A path as run.json has it: relative to the project if it is inside."""
+    """A path in the form that run.json has: relative to the project if it is inside."""
     return file and str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)
 
 
@@ -83,7 +83,7 @@ def from_root(file: Path | None) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """The output of a command; None if it is not there or fails."""
+    """The output of a command; None if it is not installed or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -93,8 +93,8 @@ def output_of(*command: str) -> str | None:
 
 def git_state() -> dict[str, str | None]:
     """Commit of the project's repository and the diff to it, cut to LONGEST_DIFF; None without a repository."""
-    git = ('git', '-c', f'safe.directory={ROOT}', '--no-pager')  # it may be another user's, as in a container
-    if output_of(*git, 'ls-files', '--error-unmatch', 'config.py') is None:  # none, or another one around the project
+    git = ('git', '-c', f'safe.directory={ROOT}', '--no-pager')  # another user may own it, as in a container
+    if output_of(*git, 'ls-files', '--error-unmatch', 'config.py') is None:  # none, or only one around the project
         return dict(commit=None, diff=None)
     diff = output_of(*git, 'diff', '--no-ext-diff', '--no-color', 'HEAD', '--', '.')
     if diff is not None and len(diff) > LONGEST_DIFF:
@@ -103,7 +103,7 @@ def git_state() -> dict[str, str | None]:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python, packages, CUDA and driver; None for what is not there."""
+    """Versions of Python, packages, CUDA and driver; None for anything missing."""
     packages = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'numpy')}
     query = ('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader')
     drivers = (output_of(*query) if torch.cuda.is_available() else None) or ''  # a line for each GPU
@@ -128,7 +128,7 @@ def checksum(path: Path) -> str:
 def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
     """Name -> value of everything that must be the same in all processes; `files` are relative to ROOT."""
     code = {file: ROOT / file for file in files}
-    if (script := users_script()) is not None:  # anywhere
+    if (script := users_script()) is not None:  # possibly outside of ROOT
         code[Path(script.name)] = script
     return {
         **{f'the code in {name}': checksum(path) for name, path in code.items()},
@@ -141,8 +141,8 @@ def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
 def refuse_unlike(config: Config) -> None:
     """Raise SettingError, on every rank, if ranks have other settings, code or versions than rank 0.
 
-    They do if machines have clones or environments of their own and one of them was forgotten in a change. The code is
-    the files of the project that rank 0 has imported; other files of it may differ, and so may the place of the data.
+    That happens if machines have their own clones or environments and one was not updated. The code is all files of the
+    project that rank 0 has imported; its other files may differ, and so may the location of the data.
     """
     if ranks.world_size() == 1:
         return
@@ -166,10 +166,10 @@ def refuse_unlike(config: Config) -> None:
 
 
 def command_line(config_class: type[Config] = Config) -> str:
-    """What to type to start this again: the run.sh command, if that started it, from the project's folder."""
+    """The command that starts this again from the project's folder; a run.sh command if run.sh started it."""
     from settings.flags import read
 
-    if 'RUN_REPORTS' not in os.environ:  # of the launcher
+    if 'RUN_REPORTS' not in os.environ:  # the launcher sets it
         return shlex.join(['python', *sys.argv])
     machines = ('NNODES', 'NODE_RANK', 'MASTER_ADDR') if 'NNODES' in os.environ else ()  # torchrun sets MASTER_ADDR too
     given = {name: os.environ[name] for name in ('NPROC', *machines, 'TORCHRUN_ARGS') if name in os.environ}

@@ -1,16 +1,16 @@
-"""Code of an experiment that nothing calls: a trainer class that `main` is not given, a hook whose name has a typo."""
+"""Warnings about code that is never called: a trainer class not passed to `main`, a hook whose name has a typo."""
 
 import difflib
 import inspect
 import sys
 
-SIMILAR = 0.72  # as `loss` and `loss_fn` are
+SIMILAR = 0.72  # `loss` and `loss_fn` are just similar enough
 
 
 def unused(given: type | None, default: type) -> list[str]:
-    """Warnings of a script that calls `main(trainer_class=given)`; without a class, `default` is trained.
+    """Warnings for a script that calls `main(trainer_class=given)`; without a class, `default` is trained.
 
-    A method is warned of if `default` has none of its name, but one of nearly that name, and if no method calls it.
+    A method gets a warning if `default` has a method of a similar name but not of this name, and no method calls it.
     """
     kinds = [*vars(sys.modules['__main__']).values()] if given is None else given.__mro__
     own = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, default.__mro__[1])]

@@ -1,7 +1,7 @@
-"""A trainer that something happens to, for test_faults.py: `sh run.sh tests/experiments/faulty.py --fault NAME`.
+"""A trainer with an injected fault, for test_faults.py: `sh run.sh tests/experiments/faulty.py --fault NAME`.
 
-It happens once, on rank `fault_rank` at step `fault_step`. FILE then holds the time of it, and the same command runs on
-undisturbed.
+The fault happens once, on rank `fault_rank` at step `fault_step`. The file `once` then has its time, and the same
+command runs undisturbed.
 """
 
 import multiprocessing
@@ -26,13 +26,13 @@ from training.batches import Batches
 @dataclass(frozen=True)
 class FaultyConfig(Config):
     fault: str = ''
-    """What happens: PHASE:SIGNAL:TARGET, or a key of FAULTS."""
+    """The fault: PHASE:SIGNAL:TARGET, a key of PATCHES, or a name that a method of FaultyTrainer knows."""
     fault_step: int = 12
-    """When."""
+    """First step at which it may happen."""
     fault_rank: int = 0
-    """Where."""
+    """Rank on which it happens."""
     once: str = ''
-    """File that tells that it has happened."""
+    """File that is written when it happens, so that it happens only once."""
 
 
 def parent_of(pid: int) -> int:
@@ -58,7 +58,7 @@ class FaultyTrainer(ExampleDiffusionTrainer):
             PATCHES[self.config.fault](self)
 
     def happens(self, fault: str) -> bool:
-        """Whether this is the time and the place."""
+        """Whether this fault happens now, on this rank; notes its time."""
         c = self.config
         here = int(os.environ['RANK']) == c.fault_rank and self.step >= c.fault_step
         if c.fault != fault or not here or Path(c.once).exists():
@@ -67,7 +67,7 @@ class FaultyTrainer(ExampleDiffusionTrainer):
         return True
 
     def at(self, phase: str) -> None:
-        """Raise or send the signal, if it is for this phase."""
+        """Raise the exception or send the signal that is due in this phase, if any."""
         if self.happens(f'exception in {phase}'):
             raise KeyError('broken on purpose')
         if self.config.fault.startswith(phase + ':') and (phase != 'start-up' or self.step == 0):
@@ -85,13 +85,13 @@ class FaultyTrainer(ExampleDiffusionTrainer):
             batch = (batch[0] * torch.nan, batch[1])
         if is_train and self.happens('loader worker'):
             os.kill(self.train_loader.workers._iterator._workers[0].pid, signal.SIGKILL)
-        if is_train and self.happens('stop of all'):  # as a scheduler does, which is no process's parent
+        if is_train and self.happens('stop of all'):  # like a scheduler, which is not the parent of any of them
             pids = [os.getppid(), os.getpid(), *(process.pid for process in multiprocessing.active_children())]
             subprocess.run(['kill', '-TERM', *map(str, pids)], start_new_session=True)
         gone, silent = (is_train and self.happens(fault) for fault in ('data file', 'silent data'))
         for path in Path(self.config.data_dir).rglob('*.png') if gone or silent else ():
             path.unlink()
-            if silent:  # whoever opens it waits for ever
+            if silent:  # opening it waits forever
                 os.mkfifo(path)
         return super().prepare_batch_fn(batch, is_train)
 
@@ -115,7 +115,7 @@ def die(trainer: FaultyTrainer, name: str) -> None:
 
 
 def before(owner: object, name: str, do: Callable[[], None], on: str = '') -> None:
-    """Replace owner.name by a function that does something first, if its last argument ends with `on`."""
+    """Replace owner.name by a function that first calls `do`, if its last argument ends with `on`."""
     original = getattr(owner, name)
 
     def changed(*args, **kwargs):
@@ -139,7 +139,7 @@ def half_written(trainer: FaultyTrainer) -> None:
     torch.save = half
 
 
-# what must be set up before it can happen
+# fault -> function that sets it up
 PATCHES = {
     'half written': half_written,
     'before fsync': lambda trainer: before(os, 'fsync', lambda: die(trainer, 'before fsync')),
@@ -151,7 +151,7 @@ PATCHES = {
 
 if __name__ == '__main__':
     counted: dict[int, int] = {}
-    if 'COUNT_IMAGES' in os.environ:  # that this process computes on, by step
+    if 'COUNT_IMAGES' in os.environ:  # write the number of images of this process, by step
 
         def draw_shard(self, batch, shard, step, is_train=True, original=Batches.draw_shard):
             if is_train:

@@ -1,4 +1,4 @@
-"""Float fields of any range as data, scaled by encode and decode alone."""
+"""Float fields of any range as data, scaled only by encode and decode."""
 
 from data_utils import DATASETS, DataSpec, load_digits
 from main import main
@@ -21,7 +21,7 @@ class Fields(ExampleDiffusionTrainer):
 
 
 class Raw(ExampleDiffusionTrainer):
-    """Without encode: the first batch is warned of."""
+    """Without encode: the first batch gives a warning."""
 
 
 if __name__ == '__main__':

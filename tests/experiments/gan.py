@@ -1,4 +1,4 @@
-"""A second network with an optimizer of its own: a discriminator of the predicted x0, which adds a term to the loss."""
+"""A second network with its own optimizer: a discriminator of the predicted x0, which adds a term to the loss."""
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ class Adversarial(ExampleDiffusionTrainer):
         coefs = self.process(batch.t)
         xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
         fake = self.model_convert_fn(model_fn(xt, batch.t, batch.label), batch.t, xt, coefs).x0
-        real_or_fake = F.softplus(critic(fake.detach())) + F.softplus(-critic(batch.x0))  # moves the critic alone
-        fool = F.softplus(-utils.frozen(critic)(fake))  # moves the network alone
+        real_or_fake = F.softplus(critic(fake.detach())) + F.softplus(-critic(batch.x0))  # trains only the critic
+        fool = F.softplus(-utils.frozen(critic)(fake))  # trains only the network
         self.log('train/critic', real_or_fake)
         return utils.image_square_error(fake, batch.x0) + 0.01 * fool[:, 0] + real_or_fake[:, 0]
 

@@ -1,4 +1,4 @@
-"""Latents of a small autoencoder, trained on the spot and kept in the checkpoint: 8x8 pixels become (4, 4, 4)."""
+"""Latents of a small autoencoder, trained at the start and kept in the checkpoint: 8x8 pixels become (4, 4, 4)."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A transformer of one's own in a table line, settings of one's own, and a process of one's own."""
+"""A user's own transformer and process, each added by one table entry, and own settings."""
 
 from dataclasses import dataclass
 

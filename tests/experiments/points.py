@@ -1,4 +1,4 @@
-"""Points in the plane, a network of the user's own file, and a data set of floats."""
+"""Points in the plane: a data set of floats that the user's own file adds."""
 
 import torch
 from sklearn.datasets import make_moons

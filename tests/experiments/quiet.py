@@ -1,4 +1,4 @@
-"""What the processes send each other in steps of training; QUIET names the file for it (see test_calling.py)."""
+"""Lists the collectives of training steps in the file that QUIET names (see test_calling.py)."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from main import main
 from runtime import ranks
 from trainer import ExampleDiffusionTrainer
 
-WATCHED = (7, 9)  # nothing is due after step 7; after step 9, the tenth, a line of the record is
+WATCHED = (7, 9)  # nothing is due after step 7; a line of the record is due after step 9, the tenth
 
 
 class Quiet(ExampleDiffusionTrainer):
-    """Lists the calls of collectives, DDP's own too, from the begin of a watched step to the begin of the next."""
+    """Lists the calls of collectives, DDP's too, from the start of a watched step to the start of the next."""
 
     def train_step(self, micro_batches):
         if self.step - 1 in WATCHED:

@@ -1,4 +1,4 @@
-"""Pairs (x0, x1) as a data set: each digit with a fixed noise of its own, as a first round of reflow leaves them."""
+"""Pairs (x0, x1) as a data set: each digit with its own fixed noise, like pairs from a first round of reflow."""
 
 import torch
 

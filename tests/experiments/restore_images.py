@@ -1,4 +1,4 @@
-"""x1 is data: digits whose lower half is missing, with a little noise, become whole; x1 is a condition too."""
+"""x1 is data: digits without their lower half, plus a little noise, become whole. They are a condition too."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A frozen teacher and a moving average as targets, and a learned weight of the loss with its own optimizer."""
+"""A frozen teacher and a moving average as targets, and a learned loss weight with its own optimizer."""
 
 import copy
 
@@ -14,7 +14,7 @@ class Taught(ExampleDiffusionTrainer):
     def setup_networks(self):
         super().setup_networks()
         self.modules['teacher'] = copy.deepcopy(self.network).requires_grad_(False)
-        self.modules['log_variance'] = nn.Linear(1, 1).to(self.device)  # of the loss, by time (Karras et al. 2024)
+        self.modules['log_variance'] = nn.Linear(1, 1).to(self.device)  # the loss's, at each time (Karras et al. 2024)
         self.optimizers['log_variance'] = torch.optim.SGD(self.modules['log_variance'].parameters(), 1e-2)
 
     def loss_fn(self, batch, model_fn):

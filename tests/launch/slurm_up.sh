@@ -1,10 +1,10 @@
 #!/bin/sh
-# A real Slurm of two nodes on one machine, without systemd: its controller and each node have a network namespace with a
-# name and an address of their own, and all share the machine's disk. Root on Debian, with slurm-wlm, munge and iproute2.
+# A real Slurm of two nodes on one machine, without systemd: the controller and each node have a network namespace with
+# its own name and address, and all share the machine's disk. Needs root on Debian, with slurm-wlm, munge and iproute2.
 #
-#   sh tests/launch/slurm_up.sh up                        start munge (if it is not there), slurmctld, and slurmd on each node
+#   sh tests/launch/slurm_up.sh up                        start munge (if it is not running), slurmctld, and slurmd on each node
 #   sh tests/launch/slurm_up.sh on head sbatch launch/slurm.sh   run a command on head, node1 or node2
-#   sh tests/launch/slurm_up.sh down                      stop all that `up` started, and jobs that are left
+#   sh tests/launch/slurm_up.sh down                      stop everything that `up` started, and remaining jobs
 #
 # CLUSTER: a folder for its files, whose name sets this cluster apart from others.
 # GPUS: graphics cards that each node pretends to have (0). Nothing computes on them.
@@ -22,7 +22,7 @@ on() {
         sh -c 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"' "$CLUSTER/hosts" "$host" "$@"
 }
 
-background() { # background NAME HOST COMMAND...: a daemon; what it says is in $CLUSTER/NAME.log
+background() { # background NAME HOST COMMAND...: start a daemon with its output in $CLUSTER/NAME.log
     log=$1 && shift
     (on "$@") >"$CLUSTER/$log.log" 2>&1 </dev/null &
 }
@@ -52,7 +52,7 @@ configuration() {
         for i in $(seq 0 $((GPUS - 1))); do mknod "$CLUSTER/gpu$i" c 1 3; done # /dev/null under other names
         echo "Name=gpu File=$CLUSTER/gpu[0-$((GPUS - 1))]" >"$CLUSTER/gres.conf"
     fi
-    echo 'CgroupPlugin=cgroup/v1' >"$CLUSTER/cgroup.conf" # none is used, but slurmd ends where it looks for v2 in vain
+    echo 'CgroupPlugin=cgroup/v1' >"$CLUSTER/cgroup.conf" # cgroups are not used, but slurmd ends if it finds no v2
     cat >"$CLUSTER/slurm.conf" <<CONF
 ClusterName=$name
 SlurmctldHost=head(10.77.0.254)

@@ -1,4 +1,4 @@
-"""Two hosts with a cable between them, and a real Slurm of two nodes (two_hosts.sh and slurm_up.sh in this folder).
+"""Runs on two hosts with a cable between them, and on a real Slurm with two nodes (two_hosts.sh, slurm_up.sh).
 
 They need root on Linux, and Debian's iproute2, slurm-wlm and munge. docs/reliability.md names these tests.
 """
@@ -22,7 +22,7 @@ RUN = TINY | dict(channels=4, log_every=1, save_every=5, eval_every=0, experimen
 
 
 def needs(*programs):
-    """Skips where the programs or the right to use them are absent."""
+    """Skip the test if programs, or the right to use them, are absent."""
     absent = [name for name in programs if not shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/sbin')]
     if absent or os.getuid() != 0:
         pytest.skip(f'not here: {", ".join(absent) or "root"}')
@@ -38,7 +38,7 @@ def steps(folder):
 
 
 class Hosts:
-    """Two hosts, and one run on both."""
+    """Two hosts and one run on both."""
 
     def __init__(self, tmp_path, names):
         self.root = tmp_path
@@ -57,7 +57,7 @@ class Hosts:
         assert done.returncode == 0, done.stderr
 
     def start(self, host, own_disk=False, env=None, **settings):
-        """The run's part on h1 or h2: with this host's own folder in place of ckpts/ if `own_disk`."""
+        """Start the run's part on h1 or h2. `own_disk`: with the host's own folder in place of ckpts/."""
         flags = as_flags(RUN | dict(ckpt_dir=str(self.root / 'ckpts')) | settings)
         command = ['sh', 'run.sh', *flags]
         if own_disk:
@@ -84,7 +84,7 @@ class Hosts:
     def log(self, host):
         return self.root / f'{host}.log'
 
-    def said(self, host, text, times=1):
+    def printed(self, host, text, times=1):
         return self.log(host).read_text().count(text) >= times
 
     def last(self, host):
@@ -125,17 +125,17 @@ def hosts(request, tmp_path):
 
 @pytest.mark.parametrize('hosts', ['debian'], indirect=True)
 def test_two_hosts_learn_what_one_process_does_and_wait_for_the_second(hosts, run_sh):
-    """Where a host's own name means 127.0.1.1, and the second host is late. A port that is closed is one that waits."""
+    """A host's own name means 127.0.1.1 here, and machine 0 comes late: until then its port is closed."""
     folder = hosts.root / 'ckpts/run'
     hosts.start('h2')
-    assert wait_until(lambda: hosts.said('h2', 'waiting for machine 0 at h1:29500 = 10.78.0.1 (nothing listens'), 40)
+    assert wait_until(lambda: hosts.printed('h2', 'waiting for machine 0 at h1:29500 = 10.78.0.1 (nothing listens'), 40)
     hosts.start('h1')
     assert hosts.ends() == [0, 0], hosts.last('h1')
-    assert run_sh(**RUN | dict(experiment_name='alone')).returncode == 0
-    assert losses(folder) == pytest.approx(losses(folder.parent / 'alone'), rel=1e-5) and steps(folder) == 12
+    assert run_sh(**RUN | dict(experiment_name='single')).returncode == 0
+    assert losses(folder) == pytest.approx(losses(folder.parent / 'single'), rel=1e-5) and steps(folder) == 12
 
 
-def test_two_hosts_stop_together_and_go_on_from_the_checkpoint_of_the_first(hosts):
+def test_two_hosts_stop_together_and_resume_from_the_checkpoint_of_the_first(hosts):
     """SIGTERM to one host; then the other host's disk has no checkpoint; then its launcher is killed."""
     folder = hosts.root / 'h1/run'
     hosts.both(own_disk=True, num_training_steps=5000)
@@ -147,26 +147,26 @@ def test_two_hosts_stop_together_and_go_on_from_the_checkpoint_of_the_first(host
     done = steps(folder)
     hosts.both(own_disk=True, num_training_steps=5000)
     assert wait_until(lambda: steps(folder) > done, 60), hosts.last('h1')
-    said = hosts.log('h1').read_text()
-    assert 'not all machines have the' in said and f'resuming {hosts.root}/ckpts/run at step {done}' in said
+    log = hosts.log('h1').read_text()
+    assert 'not all machines have the' in log and f'resuming {hosts.root}/ckpts/run at step {done}' in log
     hosts.signal('h2', signal.SIGKILL, 'launch.start')
     assert hosts.ends(30) == [1, 1] and re.match(r'machine 1 \(h2\) ', hosts.last('h1')), hosts.last('h1')
 
 
 def test_two_hosts_a_cable_is_cut_and_put_back(hosts):
-    """Both ends miss each other within a minute, say so last, and go on from the last save once there is a cable."""
+    """Both hosts miss each other within a minute, print that last, and resume from the last save with a cable again."""
     folder = hosts.root / 'ckpts/run'
     hosts.both(env=dict(MAX_RESTARTS='1'), num_training_steps=5000)
     assert wait_until(lambda: steps(folder) > 5, 60), hosts.last('h1')
     hosts.script('cut')
     cut = time.monotonic()
-    assert wait_until(lambda: all(hosts.said(host, 'starting again') for host in ('h1', 'h2')), 60)
+    assert wait_until(lambda: all(hosts.printed(host, 'starting again') for host in ('h1', 'h2')), 60)
     assert 30 < time.monotonic() - cut < 60
     for host, other in (('h1', 'machine 1 (h2)'), ('h2', 'machine 0 (h1)')):
-        assert re.search(rf'{re.escape(other)} has not been heard for 4\d s', hosts.log(host).read_text())
+        assert re.search(rf'{re.escape(other)} has not been heard from for 4\d s', hosts.log(host).read_text())
     hosts.script('heal')
     done = steps(folder)
-    assert wait_until(lambda: hosts.said('h1', 'resuming') and steps(folder) > done, 60), hosts.last('h1')
+    assert wait_until(lambda: hosts.printed('h1', 'resuming') and steps(folder) > done, 60), hosts.last('h1')
     hosts.signal('h1', signal.SIGTERM)
     assert hosts.ends(20) == [75, 75]
 
@@ -180,19 +180,19 @@ def test_two_hosts_that_cannot_run_together_say_why(hosts):
     hosts.start('h2', env=by_address, base_lr=0.5)
     assert hosts.ends(30) == [2, 2]
     for host in ('h1', 'h2'):
-        assert hosts.said(host, 'base_lr: 0.001 on h1, 0.5 on h2'), hosts.last(host)
+        assert hosts.printed(host, 'base_lr: 0.001 on h1, 0.5 on h2'), hosts.last(host)
     hosts.script('cut')
     hosts.start('h1', env=by_address | dict(NODE_WAIT='8'))
     hosts.start('h2', env=by_address | dict(NODE_WAIT='8'))
     assert hosts.ends(40) == [1, 1]
-    assert 'machine 1 of 2 to come to port 29500 of machine 0 did not come in 8 s' in hosts.last('h1')
-    assert re.search('machine 0 at 10.78.0.1:29500 did not come in 8 s: .*(no answer|No route)', hosts.last('h2'))
+    assert 'gave up waiting for machine 1 of 2 to come to port 29500 of machine 0 after 8 s' in hosts.last('h1')
+    assert re.search('waiting for machine 0 at 10.78.0.1:29500 after 8 s: .*(no answer|No route)', hosts.last('h2'))
     hosts.script('heal')
     hosts.both(env=by_address | dict(MASTER_PORT='29600'))
-    # torchrun's `python -u main.py`: they have met, and workers begin, so that there is nothing to save
+    # torchrun's `python -u main.py`: the launchers have met and workers begin, but there is nothing to save yet
     assert wait_until(lambda: hosts.processes('h2', '-u'), 60)
     hosts.signal('h2', signal.SIGTERM)
-    assert hosts.ends(40) == [75, 75] and not hosts.said('h2', 'Traceback')
+    assert hosts.ends(40) == [75, 75] and not hosts.printed('h2', 'Traceback')
 
 
 # ---------------------------------------------------------------- Slurm
@@ -229,13 +229,13 @@ class Slurm:
     def submit(self, *options, script=(), **settings):
         """The number of a job that runs slurm.sh with these options of sbatch."""
         command = ['sbatch', '--parsable', f'--output={self.root}/%x-%a.out', *options, 'launch/slurm.sh', *script]
-        code, said = self.on(*command, *([] if '--' in script else self.flags(**settings)))
-        assert code == 0, said
-        return said.strip()
+        code, out = self.on(*command, *([] if '--' in script else self.flags(**settings)))
+        assert code == 0, out
+        return out.strip()
 
     def job(self, number, field):
-        code, said = self.on('scontrol', 'show', 'job', number)
-        return re.findall(rf'\b{field}=(\S+)', said) if code == 0 else []
+        code, out = self.on('scontrol', 'show', 'job', number)
+        return re.findall(rf'\b{field}=(\S+)', out) if code == 0 else []
 
     def end_of(self, number, seconds=90):
         ended = ('COMPLETED', 'FAILED', 'CANCELLED', 'NODE_FAIL')
@@ -253,7 +253,7 @@ def slurm(tmp_path_factory):
         cluster.script('down')
 
 
-def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
+def test_slurm_stops_a_job_on_two_nodes_and_it_resumes(slurm):
     folder, log = slurm.root / 'ckpts/stopped', slurm.root / 'stopped-4294967294.out'
     options = ('--nodes=2', '--time=10', '--job-name=stopped')
     job = slurm.submit(*options, experiment_name='stopped', num_training_steps=5000)
@@ -262,15 +262,15 @@ def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
     assert wait_until(lambda: slurm.job(job, 'JobState') == ['PENDING'], 30), log.read_text()
     assert 'state saved' in log.read_text()
     done = steps(folder)
-    time.sleep(6)  # Slurm fails a job that is started again before its first end is known everywhere
+    time.sleep(6)  # Slurm fails a job that starts again before all nodes know of its first end
 
-    def goes_on():
-        if slurm.job(job, 'JobState') == ['PENDING']:  # else Slurm lets two minutes pass, from the job's last end on
+    def resumes():
+        if slurm.job(job, 'JobState') == ['PENDING']:  # else Slurm waits until two minutes after the job's last end
             slurm.on('scontrol', 'update', f'JobId={job}', 'StartTime=now')
-        time.sleep(1)  # calls without a pause keep Slurm from starting it, on two busy cores
+        time.sleep(1)  # on two busy cores, calls without a pause keep Slurm from starting it
         return steps(folder) > done
 
-    assert wait_until(goes_on, 150), log.read_text()
+    assert wait_until(resumes, 150), log.read_text()
     assert f'at step {done}' in log.read_text() and 'on 2 x cpu' in log.read_text()
     slurm.on('scancel', job)
     assert slurm.end_of(job)[0][0] == 'CANCELLED'
@@ -278,8 +278,8 @@ def test_slurm_stops_a_job_on_two_nodes_and_it_goes_on(slurm):
 
 
 def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
-    """A wrong flag is FAILED 2:0 and not queued again; a grid in an array; several tasks on a node are refused."""
-    kill = '--export=ALL,SLURM_KILL_BAD_EXIT=1'  # srun ends the other node when one has ended: not with 75
+    """A wrong flag is FAILED 2:0 and not requeued; an array runs a grid; several tasks on a node are refused."""
+    kill = '--export=ALL,SLURM_KILL_BAD_EXIT=1'  # srun then ends the other node when one has ended, with another code
     wrong = slurm.submit('--nodes=2', '--job-name=wrong', kill, solver='hein')
     short = slurm.submit('--time=1', '--job-name=short')
     assert slurm.end_of(wrong) == slurm.end_of(short) == [('FAILED', '2:0')]
@@ -290,7 +290,7 @@ def test_slurm_keeps_exit_codes_and_runs_arrays_and_tasks(slurm):
     del flags[where : where + 2]
     grid = ('sweep.py', '--base_lr', '1e-3', '2e-3', '--', *flags)
     array = slurm.submit('--array=0-1', '--job-name=grid', script=grid)
-    code, said = slurm.on('srun', '-N2', '--ntasks-per-node=2', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
-    assert code == 2 and 'srun started run.sh several times on one node. Use --ntasks-per-node=1' in said, said
+    code, out = slurm.on('srun', '-N2', '--ntasks-per-node=2', 'sh', 'run.sh', *slurm.flags(experiment_name='tasks'))
+    assert code == 2 and 'srun started run.sh several times on one node. Use --ntasks-per-node=1' in out, out
     assert slurm.end_of(array) == [('COMPLETED', '0:0')]
     assert [steps(folder) for folder in sorted(slurm.root.glob('ckpts/*base_lr=0p002*'))] == [12]

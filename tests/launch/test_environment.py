@@ -1,4 +1,4 @@
-"""The environment that run.sh makes and the script it runs: launch/environment.sh, with tiny packages, no network."""
+"""The environment that run.sh makes: launch/environment.sh, with tiny packages and without a network."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_environment_is_made_once_finished_if_cut_off_and_updated(fresh):
     assert second.stdout == f'uses {fresh.folder}/.venv/bin/python\n'
     (fresh.folder / 'requirements.txt').write_text('./alpha-1.0-py3-none-any.whl\n./beta-1.0-py3-none-any.whl\n')
     assert fresh('"$python" -c "import beta"').returncode == 0
-    # cut off while pip was writing: a package that pip takes for installed, but is not whole
+    # cut off while pip was writing: pip takes the package for installed, but it is not whole
     (next(fresh.folder.glob('.venv/lib/python*/site-packages/alpha.py'))).unlink()
     (fresh.folder / '.venv/.installing').touch()
     again = fresh('"$python" -c "import alpha, beta"')
@@ -68,7 +68,7 @@ def test_no_network_is_one_clear_line(fresh):
     result = fresh()
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert 'pip could not install' in result.stderr and 'network' in result.stderr
-    assert (fresh.folder / '.venv/.installing').exists()  # so nothing half-made is trusted
+    assert (fresh.folder / '.venv/.installing').exists()  # so the next start does not trust a partial install
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_unusable_python_is_one_clear_line(fresh, python, words):
     assert not (fresh.folder / '.venv').exists()
 
 
-def test_an_environment_of_the_user_is_named_and_left_alone(fresh):
+def test_an_environment_of_the_user_is_named_and_not_changed(fresh):
     mine = fresh.folder / 'mine'
     subprocess.run([sys._base_executable, '-m', 'venv', '--without-pip', mine], check=True)
     before = sorted(path.name for path in mine.rglob('*'))
@@ -110,7 +110,7 @@ def test_an_environment_of_the_user_is_named_and_left_alone(fresh):
 
 
 def test_a_fitting_environment_of_the_user_is_used(fresh, tmp_path):
-    """Also where a start-up file prints something into what its python says."""
+    """Also if a start-up file prints something into the output of its python."""
     (tmp_path / 'sitecustomize.py').write_text('print("welcome to the cluster")')
     result = fresh(VIRTUAL_ENV=sys.prefix, PYTHONPATH=str(tmp_path))
     assert result.stdout == f'uses {sys.prefix}/bin/python\n' and not result.stderr
@@ -127,7 +127,7 @@ def test_a_venv_of_the_user_in_the_folder_is_never_replaced(fresh):
 
 
 def test_two_first_starts_at_once_make_one_environment(fresh):
-    """The second waits, says for whom, and finds all done; neither leaves the lock behind."""
+    """The second waits, prints for which process, and finds all done; neither leaves the lock behind."""
     starts = [fresh.start('"$python" -c "import alpha"; echo "uses $python"') for _ in range(2)]
     ends = [start.communicate(timeout=100) for start in starts]
     assert [start.returncode for start in starts] == [0, 0], ends
@@ -148,7 +148,7 @@ def test_a_stopped_or_failed_first_start_gives_the_lock_back(fresh):
     lock = fresh.folder / '.venv.lock'
     assert (lock / 'owner').read_text() == f'process {start.pid} on {os.uname().nodename}\n'
     os.utime(lock, (0, 0))
-    assert wait_until(lambda: time.time() - lock.stat().st_mtime < 60, 20)  # a sign of life for other hosts
+    assert wait_until(lambda: time.time() - lock.stat().st_mtime < 60, 20)  # a heartbeat for other hosts
     start.send_signal(signal.SIGTERM)
     start.communicate(timeout=20)
     assert start.returncode == 75 and not (fresh.folder / '.venv.lock').exists()
@@ -158,7 +158,7 @@ def test_a_stopped_or_failed_first_start_gives_the_lock_back(fresh):
 
 @pytest.mark.parametrize('minutes, host, taken', [(0, 'here', True), (3, 'node7', False), (7, 'node7', True)])
 def test_a_lock_left_behind_is_taken_over(fresh, minutes, host, taken):
-    """At once if its process is dead on this host; on another host an owner that lives touches its lock."""
+    """At once if its process is dead on this host; on another host an owner that is alive touches its lock."""
     dead = subprocess.Popen(['true'])
     dead.wait()
     owner = f'process {dead.pid} on {os.uname().nodename if host == "here" else host}'
@@ -176,8 +176,8 @@ def test_a_lock_left_behind_is_taken_over(fresh, minutes, host, taken):
     assert (start.returncode == 0) == taken, err
 
 
-def test_a_copy_of_run_sh_alone_says_so(tmp_path):
-    """As `sbatch run.sh` makes one, in a folder of Slurm's."""
+def test_a_copy_of_run_sh_without_the_project_is_an_error(tmp_path):
+    """`sbatch run.sh` makes such a copy, in a folder of Slurm's."""
     (tmp_path / 'run.sh').write_text((ROOT / 'run.sh').read_text())
     result = subprocess.run(['sh', tmp_path / 'run.sh'], capture_output=True, text=True, timeout=20)
     assert result.returncode == 1 and result.stderr.count('\n') == 1

@@ -12,7 +12,7 @@ from tests.helpers import ROOT, TINY, as_flags, launch_env, losses, processes_wi
 
 
 def test_two_processes_give_the_loss_curve_of_one(run_sh, tmp_path):
-    """The same images, noise, times and augmentation; what is left is the order of summation."""
+    """The images, noise, times and augmentation are the same; only the order of summation differs."""
     settings = dict(log_every=1, translate_prob=0.5, num_training_steps=20, save_every=0)
     for name, nproc in (('one', 1), ('two', 2)):
         result = run_sh(nproc=nproc, experiment_name=name, **settings)
@@ -59,7 +59,7 @@ def test_another_config_in_the_same_folder_is_refused(run_sh):
 
 
 def test_stop_reaches_the_trainer_past_its_loaders(run_sh, tmp_path):
-    """SIGTERM goes to all processes, also those that load images: the run saves all the same."""
+    """SIGTERM reaches all processes, also the loader processes: the run still saves."""
     from PIL import Image
 
     folder = tmp_path / 'data/image_folder/all'
@@ -119,7 +119,7 @@ if __name__ == '__main__':
 
 @pytest.fixture
 def script(tmp_path):
-    """An experiment in a folder of its own."""
+    """An experiment in its own folder."""
     path = tmp_path / 'experiments' / 'mine.py'
     path.parent.mkdir()
     path.write_text(SCRIPT)
@@ -145,7 +145,7 @@ def test_too_many_nans_on_one_rank_end_all_and_keep_the_last_checkpoint(run_sh, 
 
 
 @pytest.mark.slow
-def test_a_stop_that_could_not_save_does_not_say_that_it_did(run_sh, script):
+def test_a_stop_that_could_not_save_does_not_print_that_it_did(run_sh, script):
     result = run_sh(script, fail_in='save', num_training_steps=100000, save_every=0)
     assert result.returncode == 1 and 'No space left' in result.stderr and 'state saved' not in result.stdout
 
@@ -166,7 +166,7 @@ def test_help_needs_no_launcher(run_sh):
 
 @pytest.mark.slow
 def test_debug_shows_the_batch_it_overfits(run_sh, tmp_path):
-    """--debug as it stands: samples come out close to the images of the one batch, and far from other digits."""
+    """With all settings of --debug: samples are close to the images of the one batch, and far from other digits."""
     flags = dict(ckpt_dir=str(tmp_path / 'ckpts'), experiment_name='debug', wandb='disabled', sample_every=0)
     run = subprocess.run(
         ['sh', 'run.sh', '--debug', *as_flags(flags)],

@@ -1,4 +1,4 @@
-"""Who is who of several machines, by environment variables; tests of what they tell each other are in test_rows.py."""
+"""Which of several machines this one is, from environment variables. test_rows.py tests how machines meet."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ STEP = dict(
 )
 
 
-# ---------------------------------------------------------------- who is who
+# ---------------------------------------------------------------- which machine this is
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,12 @@ STEP = dict(
     [
         ({}, Place()),
         ({'NNODES': '1', 'NODE_RANK': '7'}, Place()),
-        ({'NODE_RANK': '1', 'MASTER_ADDR': 'h1'}, Place()),  # left by other programs
+        ({'NODE_RANK': '1', 'MASTER_ADDR': 'h1'}, Place()),  # left over from other programs
         ({'NNODES': '2', 'NODE_RANK': '1', 'MASTER_ADDR': 'h1'}, Place(2, 1, 'h1', 29500)),
         ({'NNODES': '3', 'NODE_RANK': '0', 'MASTER_ADDR': 'h1', 'MASTER_PORT': '81'} | STEP, Place(3, 0, 'h1', 81)),
         (STEP, Place(5, 4, 'a003', 20000 + 41 * 7)),
         (STEP | {'MASTER_PORT': '5000', 'SLURM_NODEID': '2'}, Place(5, 2, 'a003', 5000)),
-        (dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='h1', MASTER_PORT=''), Place(2, 1, 'h1', 29500)),  # set to nothing
+        (dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='h1', MASTER_PORT=''), Place(2, 1, 'h1', 29500)),  # set but empty
         ({'SLURM_JOB_ID': '41', 'SLURM_NNODES': '1', 'SLURM_NODEID': '0'}, Place()),  # a batch script, without srun
     ],
 )
@@ -67,7 +67,7 @@ def test_two_steps_that_share_a_node_meet_at_two_ports():
 
     ports = {port(job, step) for job in range(1000, 1100) for step in range(7)}
     assert len(ports) == 700 and min(ports) >= 20000 and max(ports) < 30000
-    assert not {port(1000, step) for step in range(50)} & {port(1001, step) for step in range(50)}  # of two jobs
+    assert not {port(1000, step) for step in range(50)} & {port(1001, step) for step in range(50)}  # two jobs differ
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_several_tasks_of_a_node_are_refused(counts):
 
 
 @pytest.mark.parametrize(
-    ('env', 'said'),
+    ('env', 'warning'),
     [
         (
             {'SLURM_JOB_ID': '1', 'SLURM_NNODES': '2'},
@@ -109,10 +109,10 @@ def test_several_tasks_of_a_node_are_refused(counts):
         (STEP | {'SLURM_NNODES': '8'}, ''),
     ],
 )
-def test_a_run_of_one_machine_says_so_where_several_may_have_been_meant(env, said, capsys):
-    machines.warn_if_alone(env)
-    printed = capsys.readouterr().err
-    assert said in printed and bool(printed) == bool(said)
+def test_a_run_of_one_machine_warns_if_several_may_be_meant(env, warning, capsys):
+    machines.warn_if_single(env)
+    err = capsys.readouterr().err
+    assert warning in err and bool(err) == bool(warning)
 
 
 @pytest.mark.parametrize(
@@ -135,22 +135,22 @@ def test_a_name_that_is_unknown_or_this_machine_itself_is_an_error(monkeypatch):
     monkeypatch.setattr(socket, 'gethostbyname', lambda host: '127.0.1.1')
     with pytest.raises(SettingError, match=r"MASTER_ADDR='h1'.*means the machine itself \(127\.0\.1\.1"):
         machines.address_of('h1')
-    assert machines.address_of('127.0.1.1') == '127.0.1.1'  # what was asked for
+    assert machines.address_of('127.0.1.1') == '127.0.1.1'  # the user wrote this address
 
 
-def test_localhost_is_what_was_asked_for_and_a_name_of_it_is_not(monkeypatch):
+def test_localhost_is_accepted_and_a_name_for_it_is_not(monkeypatch):
     monkeypatch.setattr(socket, 'gethostbyname', lambda host: '127.0.0.1')
     assert machines.address_of('localhost') == '127.0.0.1'
     with pytest.raises(SettingError, match='means the machine itself'):
         machines.address_of('h1')
 
 
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='by an ioctl of Linux')
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='uses an ioctl of Linux')
 def test_the_interface_of_an_address_is_used_unless_the_user_chose_one(monkeypatch):
     monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'ib0')
     monkeypatch.delenv('NCCL_SOCKET_IFNAME', raising=False)
     real = socket.if_nameindex()
-    monkeypatch.setattr(socket, 'if_nameindex', lambda: [(99, 'nosuch0'), *real])  # as one that has no address
+    monkeypatch.setattr(socket, 'if_nameindex', lambda: [(99, 'nosuch0'), *real])  # like an interface without address
     machines.use_interface('203.0.113.7')
     assert 'NCCL_SOCKET_IFNAME' not in os.environ
     machines.use_interface('127.0.0.1')
@@ -158,7 +158,7 @@ def test_the_interface_of_an_address_is_used_unless_the_user_chose_one(monkeypat
 
 
 def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch):
-    """torchrun would wait for eleven minutes without a word."""
+    """torchrun would wait for eleven minutes without a message."""
     machines.check_loopback()
 
     def refused(*_, **__):
@@ -169,7 +169,7 @@ def test_a_machine_that_cannot_reach_itself_is_refused(monkeypatch):
         machines.check_loopback()
 
 
-def test_a_connection_that_gets_no_answer_is_told_from_one_that_is_refused():
+def test_no_answer_and_a_refused_connection_are_explained_differently():
     assert machines.explain(TimeoutError()).startswith('no answer: ')
     assert machines.explain(ConnectionRefusedError()).startswith('nothing listens there: ')
 
@@ -185,12 +185,12 @@ def test_restarts_and_torchrun_args_of_several_machines_exclude_each_other(monke
     monkeypatch.setenv('TORCHRUN_ARGS', '--nnodes 2 --rdzv-backend c10d --rdzv-endpoint h1:29500')
     monkeypatch.setenv('MAX_RESTARTS', '2')
     assert launcher.launch(['main.py']) == errors.EXIT_BAD_SETTING
-    said = capsys.readouterr().err
-    assert 'MAX_RESTARTS=2' in said and 'NNODES' in said and '--max-restarts' in said
+    err = capsys.readouterr().err
+    assert 'MAX_RESTARTS=2' in err and 'NNODES' in err and '--max-restarts' in err
 
 
-def test_a_machine_whose_flags_alone_are_wrong_says_which(tmp_path):
-    """Its code is older, say. Machine 0 has nothing to say of it, so its launcher must hear why."""
+def test_a_machine_on_which_only_the_flags_are_wrong_is_named(tmp_path):
+    """Its code may be older. Machine 0 prints no error then, so the launcher there must learn the cause."""
     env = os.environ | dict(RANK='2', LOCAL_RANK='0', RUN_REPORTS=str(tmp_path))
     command = [sys.executable, 'main.py', '--no_such_flag', '3']
     assert subprocess.run(command, env=env, cwd=ROOT, capture_output=True).returncode == 2

@@ -1,4 +1,4 @@
-"""Launchers of several machines that meet on this one: rows in a real store of torch, and what follows from them."""
+"""Launchers of several machines, all on this one: they meet in a real store of torch, and end together."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from runtime import errors, stopping
 from runtime.errors import SettingError
 from tests.helpers import ROOT, wait_until
 
-# ---------------------------------------------------------------- how it ends is one rule
+# ---------------------------------------------------------------- one rule for the end
 
 
 def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
@@ -34,23 +34,24 @@ def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
         ([row(1, 'b', (1, 5.0)), row(1, 'a', (1, 4.0))], (1, 1, 'machine 1 (h): a')),  # the first error
         ([row(1, 'lost it', (2, 3.0)), row(1, 'killed', (0, 0.0))], (1, 1, 'machine 1 (h): killed')),
         ([row(1, 'lost it', (2, 3.0)), row(gone='left')], (1, 1, 'machine 1 (h) left')),
-        ([row(1, 'KeyError', (1, 3.0)), row(gone='left')], (1, 0, 'machine 0 (h): KeyError')),  # not why it left
+        ([row(1, 'KeyError', (1, 3.0)), row(gone='left')], (1, 0, 'machine 0 (h): KeyError')),  # not that it left
         ([row(1, 'lost it', (2, 3.0)), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
-        ([row(2), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),  # the one that says why
+        ([row(2), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),  # the row with a reason
         ([row(75), row(gone='left')], (75, 0, 'machine 0 (h): it was asked to stop')),
         ([row(3), row(75)], (3, 0, 'machine 0 (h): the loss is not finite')),
         ([row(3), row(2, 'base_lr')], (2, 1, 'machine 1 (h): base_lr')),
     ],
 )
-def test_what_all_agree_on(found, end):
+def test_all_machines_agree_on_the_verdict(found, end):
     assert verdict(found) == end
 
 
 @pytest.mark.parametrize('text', ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] closed', 'X: ncclRemoteError'])
-def test_a_lost_connection_is_no_cause(tmp_path, text):
-    """Clocks of two machines differ: what follows from another failure is told by its text, not by its time."""
-    for rank, said in enumerate([text, 'KeyError: broken']):
-        (tmp_path / f'failed_{rank}').write_text(json.dumps(dict(time=1.0 + rank, rank=rank, text=said, follows=False)))
+def test_a_lost_connection_is_not_the_cause(tmp_path, text):
+    """Clocks of two machines differ: a failure that follows from another is recognised by its text, not its time."""
+    for rank, words in enumerate([text, 'KeyError: broken']):
+        report = dict(time=1.0 + rank, rank=rank, text=words, follows=False)
+        (tmp_path / f'failed_{rank}').write_text(json.dumps(report))
     assert min(stopping.causes({0: 1}, tmp_path))[1] == 'rank 1 failed first: KeyError: broken'
     assert [order for order, _ in sorted(stopping.causes({0: 1}, tmp_path))] == [(1, 2.0), (2, 1.0), (3, 0.0)]
 
@@ -72,7 +73,7 @@ def meet(tmp_path, monkeypatch):
     start.port = port
     yield start
     for each in reversed(made):
-        each.lost = each.lost or 'the test is over'  # it waits for nobody
+        each.lost = each.lost or 'the test is over'  # so that it does not wait
         each.close()
 
 
@@ -98,8 +99,8 @@ def begun(*machines):
 
 
 def leave_at_once(machine):
-    """Its port is free then."""
-    machine.lost = 'it waits for nobody'
+    """Close it without waiting for the others, which frees its port."""
+    machine.lost = 'it does not wait'
     machine.close()
 
 
@@ -107,7 +108,7 @@ def is_here(first, rank):
     return wait_until(lambda: first.rows[rank].launcher, 10)
 
 
-def test_three_meet_in_any_order_and_end_alike(meet):
+def test_three_meet_in_any_order_and_end_with_one_cause(meet):
     late, second = meet(2, 3), meet(1, 3)
     assert wait_until(lambda: 'nothing listens there' in late.trouble, 5)
     first = meet(0, 3)
@@ -135,25 +136,25 @@ def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
 
 
 @pytest.mark.slow
-def test_who_is_missing_is_said_until_the_time_is_over(meet, capsys):
+def test_missing_machines_are_named_until_the_time_is_over(meet, capsys):
     first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
     assert all(isinstance(result, Incomplete) for result in together(first.gather, second.gather))
-    said = capsys.readouterr().err
-    assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word of it; ' in said
-    assert said.count('waiting for') == 2  # once on each: it says so again after SAY_EVERY
-    with pytest.raises(Incomplete, match=r'machine 0 at 127\.0\.0\.1:\d+ did not come in 1 s: nothing listens there'):
+    err = capsys.readouterr().err
+    assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word from it; ' in err
+    assert err.count('waiting for') == 2  # once on each machine: the next line would come after SAY_EVERY
+    with pytest.raises(Incomplete, match=r'waiting for machine 0 at 127\.0\.0\.1:\d+ after 1 s: nothing listens there'):
         meet(1, wait=1, port=free_port()).gather()
 
 
-def test_all_who_are_missing_are_named(meet):
+def test_all_missing_machines_are_named(meet):
     first = meet(0, 3)
-    assert is_here(first, 0) and first.whom() == f'machine 1, 2 of 3 to come to port {meet.port} of machine 0'
+    assert is_here(first, 0) and first.missing() == f'machine 1, 2 of 3 to come to port {meet.port} of machine 0'
 
 
 def test_one_that_never_saw_machine_0_leaves_at_once(meet):
-    alone, began = meet(1), time.monotonic()
-    alone.settle(End(75))
-    alone.close()
+    single, began = meet(1), time.monotonic()
+    single.settle(End(75))
+    single.close()
     assert time.monotonic() - began < 2
 
 
@@ -166,13 +167,13 @@ def test_machines_that_were_not_started_alike_are_refused_on_all(meet, monkeypat
 
 
 def test_another_number_of_machines_is_refused_on_all(meet):
-    """Also by a machine that machine 0 has no row for."""
+    """Also if machine 0 has no row for the other machine."""
     refused = together(meet(0).gather, meet(4, 5).gather)
     assert all('NNODES=2 MAX_RESTARTS=0 on' in str(error) and 'NNODES=5' in str(error) for error in refused)
 
 
 def test_machines_that_were_refused_never_begin(meet):
-    """Not even if the right one comes in place of the wrong one before all have heard of it."""
+    """Not even if a correct machine replaces the wrong one before all have learned of it."""
     first = meet(0)
     first.server.set('refused', 'not alike')
     second = meet(1)
@@ -193,16 +194,16 @@ def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_start_in_mid_run_is_refused_and_the_run_goes_on(meet):
-    """A second run on the same hosts that was left the default MASTER_PORT."""
+def test_another_start_in_mid_run_is_refused_and_the_run_continues(meet):
+    """A second run on the same hosts, also with the default MASTER_PORT."""
     first, second = begun(meet(0), meet(1))
-    first.server.set('refused', 'other settings')  # as one of yet another run was told: it is over for nobody else
+    first.server.set('refused', 'other settings')  # a refusal of yet another run does not end this one
     third = meet(1)
-    with pytest.raises(SettingError, match=r'If a run has begun there, give another one another MASTER_PORT'):
+    with pytest.raises(SettingError, match=r'For a second run on the same machines pass another MASTER_PORT'):
         third.gather()
     asked = time.monotonic()
     third.settle(End(2))
-    assert time.monotonic() - asked < 1  # it waits for nobody
+    assert time.monotonic() - asked < 1  # it does not wait
     together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
@@ -219,7 +220,7 @@ def test_a_machine_may_vanish_and_come_again_before_the_start(meet, monkeypatch)
 
 @pytest.mark.slow
 def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_first_run(meet, monkeypatch):
-    """As when it was switched off, and came back before it was missed. Its old row stands in the store."""
+    """As when it was switched off and came back before it was missed. Its old row is still in the store."""
     monkeypatch.setattr(rows, 'SILENCE', 4)
     monkeypatch.setattr(rows, 'SOON', 4)
     first, second = begun(meet(0), meet(1))
@@ -237,7 +238,7 @@ def test_machine_0_may_vanish_before_the_start_and_is_waited_for(meet):
     first, second = meet(0, 3), meet(1, 3)
     assert is_here(second, 0)
     leave_at_once(first)
-    assert wait_until(lambda: second.whom().startswith('machine 0 at '), 5)
+    assert wait_until(lambda: second.missing().startswith('machine 0 at '), 5)
 
 
 def test_machine_0_that_is_started_again_in_mid_run_is_lost_to_the_others(meet):
@@ -251,7 +252,7 @@ def test_machine_0_that_has_not_written_its_row_yet_is_waited_for(meet):
     store = rows.TCPStore('127.0.0.1', meet.port, None, True, wait_for_workers=False)
     [store.set(f'row{rank}', '{}') for rank in range(2)]
     second = meet(1)
-    assert wait_until(lambda: second.trouble == 'it is just beginning', 5) and not second.refused
+    assert wait_until(lambda: second.trouble == 'it is just starting', 5) and not second.refused
 
 
 def test_strangers_at_the_port_disturb_nobody(meet):
@@ -268,23 +269,23 @@ def test_strangers_at_the_port_disturb_nobody(meet):
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
-def test_a_stranger_in_the_place_of_machine_0_is_told_apart(meet, capsys):
-    """torch would wait for its answer for ever."""
+def test_another_program_in_the_place_of_machine_0_is_recognised(meet, capsys):
+    """torch would wait forever for its answer."""
     with socket.create_server(('127.0.0.1', meet.port)):
         late = meet(1, wait=3)
-        with pytest.raises(Incomplete, match=r'did not come in 3 s: what answers there is no run of this program'):
+        with pytest.raises(Incomplete, match=r'after 3 s: another program answers there'):
             late.gather()
-    assert 'no run of this program); gives up after 3 s' in capsys.readouterr().err
+    assert 'another program answers there); gives up after 3 s' in capsys.readouterr().err
 
 
-def test_a_store_of_another_program_in_the_place_of_machine_0_is_asked_again_and_again(meet, monkeypatch):
-    """It has no rows, for which torch would wait for five minutes."""
+def test_a_store_of_another_program_in_the_place_of_machine_0_is_tried_again_and_again(meet, monkeypatch):
+    """It has no rows, and torch would wait five minutes for them."""
     monkeypatch.setattr(rows, 'STUCK', 1)
     _stranger = rows.TCPStore('127.0.0.1', meet.port, None, True, wait_for_workers=False)
     second = meet(1)
     called = second.called
     assert wait_until(lambda: second.called > called + 1, 5)
-    assert second.trouble == 'what answers there is no run of this program'
+    assert second.trouble == 'another program answers there'
 
 
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
@@ -306,7 +307,7 @@ def test_one_that_stops_on_a_cut_network_before_the_start_does_not_wait_long(mee
     monkeypatch.setattr(rows, 'SOON', 1)
     _, second = meet(0, 3), meet(1, 3)
     assert is_here(second, 0)
-    second.over, began = True, time.monotonic()  # its rows stay as they are, as if a call of the store was stuck
+    second.over, began = True, time.monotonic()  # its rows no longer change, as if a call of the store was stuck
     second.settle(End(75))
     assert time.monotonic() - began < 3
 
@@ -322,12 +323,12 @@ def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_worke
     assert wait_until((other.reports / 'give_up').exists, 6)
     other.settle(End(1, 'gave up', (2, 1.0)))
     code, cause, text = verdict(other.judged())
-    assert (code, cause) == (1, silent) and re.search(r'has not been heard for \d+ s', text)
+    assert (code, cause) == (1, silent) and re.search(r'has not been heard from for \d+ s', text)
 
 
 @pytest.mark.slow
 def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monkeypatch):
-    """As when its launcher was killed, and its workers with it."""
+    """As after its launcher was killed together with its workers."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'SOON', 2)
     second.over, began = True, time.monotonic()
@@ -335,11 +336,11 @@ def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monke
     assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
     began = time.monotonic()
     first.close()
-    assert time.monotonic() - began < 2  # its last word is for nobody
+    assert time.monotonic() - began < 2  # no machine is left to read its last row
 
 
 def test_a_silent_machine_is_missed_sooner_only_where_workers_have_failed(meet):
-    """Those that were asked to stop save, which may keep a machine busy."""
+    """Workers that were asked to stop save, which may keep a machine busy."""
     first, second = begun(meet(0), meet(1))
     for each in (first, second):
         each.over = True
@@ -390,12 +391,12 @@ def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet
     first.close()
     assert wait_until(lambda: second.lost, 5)
     second.settle(End(75))
-    assert verdict(second.judged())[:2] == (75, 1)  # one's own end counts
+    assert verdict(second.judged())[:2] == (75, 1)  # its own end counts
 
 
 @pytest.mark.slow
-def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, monkeypatch):
-    """As after a cut: packets of the old connection come again only after a time as long as the cut."""
+def test_a_stuck_call_is_given_up_and_another_connection_tried(meet, monkeypatch):
+    """As after a cut: packets of the old connection arrive again only after a time as long as the cut."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'STUCK', 1)
     stuck, exchange, seen, healed = second.thread, Meeting.exchange, first.rows[1].beat, threading.Event()
@@ -408,12 +409,12 @@ def test_a_call_that_is_stuck_is_left_alone_and_another_connection_tried(meet, m
     assert wait_until(lambda: first.rows[1].beat > seen, 5) and not first.judged()[1].gone
     healed.set()
     stuck.join(3)
-    assert not stuck.is_alive()  # only one goes on
+    assert not stuck.is_alive()  # only one thread continues
 
 
 @pytest.mark.slow
 def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
-    """After a failure elsewhere they are ended in PATIENCE seconds, and in SOON more this process, come what may."""
+    """After a failure elsewhere they are ended after PATIENCE seconds, and this process SOON seconds later anyway."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 1.5)
     monkeypatch.setattr(rows, 'SOON', 2.0)
@@ -429,8 +430,8 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(('code', 'end'), [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
-def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch, code, end):
-    """Asked to stop, so that they save, where another machine was; given up where one failed; else left alone."""
+def test_workers_here_end_in_the_same_way_as_elsewhere(meet, monkeypatch, code, end):
+    """Asked to stop, so that they save, if another machine was; given up if one failed; else not ended."""
     first, second = begun(meet(0), meet(1))
     asked = []
     monkeypatch.setattr(rows, 'PATIENCE', 0.3)
@@ -443,7 +444,7 @@ def test_workers_here_are_ended_in_the_way_of_those_elsewhere(meet, monkeypatch,
 
 @pytest.mark.slow
 def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch):
-    """Also if there was a failure besides. They have longer than those that are given up."""
+    """Also if another machine failed. They get more time than workers that are given up."""
     first, second, third = begun(meet(0, 3), meet(1, 3), meet(2, 3))
     asked, ended = [], []
     monkeypatch.setattr(rows, 'PATIENCE', 1)
@@ -460,7 +461,7 @@ def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch)
 
 
 def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
-    """The launcher is there until all have heard the last word."""
+    """The launcher stays until all have read its last row."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 0)
     together(lambda: first.settle(End(0)), lambda: second.settle(End(1)))
@@ -472,9 +473,9 @@ def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
 
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
-    """`torchrun(do)` puts `do(arguments)` in place of torchrun; then `torchrun.launch(meet, seconds)` is `together` on
-    machine 0, beside machine 1, which comes `late` and whose workers end after `seconds`: its code, and the verdict of
-    machine 1."""
+    """`torchrun(do)` puts `do(arguments)` in place of torchrun. Then `torchrun.launch(meet, seconds)` calls `together`
+    on machine 0, and machine 1 comes `late` seconds later and its workers end after `seconds`. It returns the code of
+    machine 0 and the verdict of machine 1."""
     from torch.distributed import run
 
     def instead(do):
@@ -492,11 +493,11 @@ def torchrun(monkeypatch, tmp_path):
             ends.append(verdict(there.judged()))
             there.close()
 
-        beside = threading.Thread(target=second)
-        beside.start()
+        other = threading.Thread(target=second)
+        other.start()
         code, text = launcher.together(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
         print(text, file=sys.stderr)
-        beside.join(20)
+        other.join(20)
         return code, *ends
 
     before = {name: signal.getsignal(name) for name in stopping.STOP_SIGNALS}
@@ -529,27 +530,27 @@ def launch(torchrun, monkeypatch):
     logging.disable(logging.NOTSET)
 
 
-def test_what_workers_find_in_their_environment(launch):
+def test_the_environment_of_workers(launch):
     found = {}
     note = lambda _: found.update(os.environ, logged=not logging.root.manager.disable)  # noqa: E731
     assert launch(note, NPROC='2', MASTER_PORT='29999') == 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     assert found['OMP_NUM_THREADS'] == str(max(1, cores // 2)) and found['GOMP_SPINCOUNT'] == '1000'
-    assert found['RUN_PORT'] == '29999' and not found['logged']  # torchrun would report each end once more
+    assert found['RUN_PORT'] == '29999' and not found['logged']  # torchrun would report each end again
 
 
 def test_flags_of_torchrun_from_the_user_take_the_place_of_ours(launch):
     began = []
     assert launch(began.append, TORCHRUN_ARGS='--nnodes 2 --rdzv-endpoint h1:29500') == 0
     assert began[0][:4] == ['--nnodes', '2', '--rdzv-endpoint', 'h1:29500'] and '--standalone' not in began[0]
-    assert began[0][-2:] == ['--', 'main.py']  # or torchrun would take our flags for its own
+    assert began[0][-2:] == ['--', 'main.py']  # else torchrun would take our flags for its own
 
 
 def test_machines_that_never_met_do_not_start_again(launch, meet, capsys):
     place = dict(NNODES='2', NODE_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(meet.port))
     assert launch(None, **place, NODE_WAIT='1', MAX_RESTARTS='1') == 1
-    said = capsys.readouterr().err
-    assert said.count('did not come in 1 s') == 1 and 'starting again' not in said
+    err = capsys.readouterr().err
+    assert err.count('to come to port') == 1 and 'after 1 s' in err and 'starting again' not in err
 
 
 def test_a_machine_that_is_late_at_a_restart_is_waited_for_in_the_next(launch, monkeypatch):
@@ -566,7 +567,7 @@ def test_a_machine_that_is_late_at_a_restart_is_waited_for_in_the_next(launch, m
 
 
 def test_a_start_finds_nothing_of_an_earlier_one(torchrun, tmp_path):
-    """Nor the handlers of its workers: a stop between two starts is noted."""
+    """Nor are the signal handlers left: a stop between two starts is noted."""
     for name in ('failed_0', 'give_up', 'outcome'):
         (tmp_path / name).write_text('1')
     found = {}
@@ -578,7 +579,7 @@ def test_a_start_finds_nothing_of_an_earlier_one(torchrun, tmp_path):
 
 
 def failing(torchrun, folder, codes, give_up=False):
-    """Workers that end with these codes, of which rank 0 says why."""
+    """Workers that end with these codes; rank 0 reports a reason."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     def fails(_):
@@ -623,12 +624,12 @@ def test_workers_that_did_not_stop_in_time_were_cut_off(tmp_path):
 
 def test_others_hear_of_a_launcher_that_ends_where_torch_waits_outside_of_python(meet, torchrun, monkeypatch):
     ended = []
-    monkeypatch.setattr(launcher, 'DEAF', 0.1)
+    monkeypatch.setattr(launcher, 'SIGNAL_WAIT', 0.1)
     monkeypatch.setattr(launcher.os, '_exit', ended.append)
     first, second = meet(0), meet(1)
     assert is_here(second, 0)
     launcher.meetings.append(first)
-    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # one that Python's handlers do not know
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)  # wakes up `watch`, but `stop_once` does not handle it
     os.kill(os.getpid(), signal.SIGUSR2)
     assert wait_until(lambda: second.rows[0].code == 75, 3) and wait_until(lambda: ended == [75], 3)
     signal.signal(signal.SIGUSR2, before)
@@ -648,7 +649,7 @@ def test_a_stop_once_the_end_is_agreed_on_changes_nothing(meet, torchrun, monkey
 
 
 def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun, capsys):
-    """Its store that cannot be reached, say; a ValueError is not taken for a wrong setting."""
+    """For example if its store cannot be reached; a ValueError is not taken for a wrong setting."""
     from torch.distributed.run import config_from_args, parse_args
 
     def fails(arguments):
@@ -657,13 +658,13 @@ def test_an_error_of_torchrun_itself_is_the_cause_on_all_machines(meet, torchrun
         raise ValueError('no such store')
 
     torchrun(fails)
-    said = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
-    assert torchrun.launch(meet) == (1, (1, 0, said))
-    assert capsys.readouterr().err.splitlines()[-1] == 'torchrun failed: ValueError: no such store'  # its own
+    cause = f'machine 0 ({socket.gethostname()}): torchrun failed: ValueError: no such store'
+    assert torchrun.launch(meet) == (1, (1, 0, cause))
+    assert capsys.readouterr().err.splitlines()[-1] == 'torchrun failed: ValueError: no such store'  # on machine 0
     assert torchrun.interfaces == ['127.0.0.1']
 
 
-def test_a_script_that_runs_nothing_says_so_on_several_machines(meet, torchrun, capsys):
+def test_a_script_that_runs_nothing_is_reported_on_several_machines(meet, torchrun, capsys):
     torchrun(lambda arguments: None)
     assert torchrun.launch(meet) == (0, (0, 0, ''))
     assert 'main.py ended without a run: it has to call main()' in capsys.readouterr().err
@@ -677,14 +678,14 @@ def test_a_stop_while_it_waits_is_obeyed_at_once(meet, torchrun, tmp_path):
 
 
 def test_a_machine_that_waited_in_vain_leaves_its_port_to_the_next_start(meet, torchrun, tmp_path):
-    with pytest.raises(Incomplete, match='did not come in 1 s'):
+    with pytest.raises(Incomplete, match=r'gave up waiting for .* after 1 s'):
         launcher.together(Place(2, 0, '127.0.0.1', meet.port), 1, ['main.py'], tmp_path)
     meet(0)
 
 
 @pytest.mark.slow
 def test_a_failure_stays_one_when_a_stop_comes_while_it_waits_for_the_others(meet, torchrun):
-    """So that Slurm does not queue again what fails each time."""
+    """So that Slurm does not requeue a job that fails each time."""
 
     def fails(arguments):
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -702,10 +703,10 @@ def test_a_stop_between_two_starts_is_obeyed_and_the_other_machines_hear_of_it(m
     launcher.stops.append(signal.SIGTERM)
     assert launcher.run_workers(['main.py'], tmp_path).code == errors.EXIT_STOPPED
     heard = (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
-    assert torchrun.launch(meet, late=1.5) == (75, heard) and not began  # it waits for those that come just now
+    assert torchrun.launch(meet, late=1.5) == (75, heard) and not began  # it waits for machines that are just coming
 
 
-def test_the_last_word_is_heard_also_if_a_stop_comes_while_it_is_said(meet):
+def test_the_last_row_arrives_even_if_a_stop_comes_while_it_is_written(meet):
     first, second = begun(meet(0), meet(1))
     second.mine = rows.replace(second.mine, code=75)  # as settle does, before SignalException ends it
     second.close()
@@ -716,11 +717,11 @@ def test_a_machine_that_stops_as_the_last_one_comes_starts_no_workers(meet):
     first = meet(0)
     first.over = True
     first.thread.join()
-    first.rows = [rows.replace(first.mine, port=1), row(75)]  # both are here, and one has stopped
+    first.rows = [rows.replace(first.mine, port=1), row(75)]  # both are here, but one has stopped
     assert first.begun and not first.gather() and not first.running
 
 
-def test_another_version_of_a_row_is_said(meet):
+def test_a_row_of_another_version_is_reported(meet):
     first = meet(0)
     assert is_here(first, 0)
     first.server.set('row1', '{"colour": "red"}')
@@ -729,13 +730,13 @@ def test_another_version_of_a_row_is_said(meet):
 
 @pytest.mark.slow
 def test_a_stop_is_obeyed_where_torch_waits_outside_of_python(tmp_path):
-    """In C++, for a store that nobody opens, Python's handlers do not run."""
+    """While torch waits in C++, here for a store that does not exist, Python's handlers do not run."""
     program = """
 import pathlib, socket, sys, time
 from launch import launcher
 from torch.distributed import TCPStore
 folder = pathlib.Path(sys.argv[1])
-launcher.DEAF = 2
+launcher.SIGNAL_WAIT = 2
 launcher.obey_once(folder)
 launcher.on_stop(launcher.api._terminate_process_handler)
 port = launcher.machines.free_port()
@@ -759,8 +760,8 @@ def test_only_the_first_stop_signal_is_obeyed(torchrun):
 
 
 def test_a_handler_that_a_second_signal_interrupts_does_not_wait_for_itself(tmp_path, monkeypatch, torchrun):
-    """run.sh and Slurm send theirs at once, so the second may come in any line of the first one's handler."""
-    monkeypatch.setattr(launcher, 'on_stop', lambda handler: None)  # these are for the main thread
+    """run.sh and Slurm send signals at the same time, so the second may come in any line of the first one's handler."""
+    monkeypatch.setattr(launcher, 'on_stop', lambda handler: None)  # signal.signal works only in the main thread
     handler, ended = launcher.api._terminate_process_handler, []
 
     def interrupted(line: int) -> None:
@@ -788,7 +789,7 @@ def test_a_handler_that_a_second_signal_interrupts_does_not_wait_for_itself(tmp_
     assert ended == [*range(1, 30)]
 
 
-def test_a_worker_ends_when_its_launcher_says_so(tmp_path):
+def test_a_worker_ends_when_its_launcher_gives_up(tmp_path):
     program = (
         'import time; from runtime import stopping; stopping.end_with_parent(); print(1, flush=True); time.sleep(60)'
     )

@@ -1,4 +1,4 @@
-"""Which script run.sh starts, by which path and with which modules in reach; what its launcher refuses and reports."""
+"""The script that run.sh starts: its path, and the modules that it can import; errors and reports of the launcher."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from launch import launcher, start
 from runtime import command, errors, stopping
 from tests.helpers import ROOT, launch_env, wait_until
 
-# Prints where it is and its flags, and which `evaluate` and `training` it finds.
+# prints its path, its flags, and which `evaluate` and `training` it imports
 SCRIPT = """
 import os, sys
 import evaluate, training
@@ -24,7 +24,7 @@ print(*files, *sys.argv[1:], os.environ.get('RANK', 'direct'), flush=True)
 
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
-    """A repo of scripts that all print where they are, a folder elsewhere, and an installed `evaluate`."""
+    """A repo of scripts that all print their path, a folder elsewhere, and an installed `evaluate`."""
     base = tmp_path_factory.mktemp('base')
     for folder in ('launch', 'runtime', 'settings'):
         shutil.copytree(ROOT / folder, base / 'repo' / folder)
@@ -58,7 +58,7 @@ def run(base, cwd, *words, **env):
         ('generate.py', 'repo', 'repo/scripts/generate.py'),
         ('generate.py', 'elsewhere', 'repo/scripts/generate.py'),
         ('generate.py', 'repo/scripts', 'repo/scripts/generate.py'),
-        ('generate.py', 'elsewhere/sub', 'elsewhere/sub/generate.py'),  # one of the user
+        ('generate.py', 'elsewhere/sub', 'elsewhere/sub/generate.py'),  # the user's own
         ('scripts/generate.py', 'repo', 'repo/scripts/generate.py'),
         ('./scripts/generate.py', 'repo', 'repo/scripts/generate.py'),
         ('scripts/generate.py', 'elsewhere', 'repo/scripts/generate.py'),
@@ -69,7 +69,7 @@ def run(base, cwd, *words, **env):
     ],
 )
 def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo_and_its_scripts(base, given, cwd, runs):
-    """And it finds an installed `evaluate` and the repo's `training`, whatever is next to it in scripts/ and tests/."""
+    """It imports an installed `evaluate` and the repo's `training`, whatever is next to it in scripts/ and tests/."""
     result = run(base, cwd, given.format(base=base), '--flag', '--help')
     if runs:
         found = 'installed/evaluate/__init__.py repo/training/__init__.py'
@@ -89,7 +89,7 @@ def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo_and_its_scr
     ],
 )
 def test_the_same_modules_are_in_reach_under_torchrun(base, given, rank):
-    """A script of scripts/ that always is one process runs without it, by whatever path it is called."""
+    """A program of scripts/ that is always one process runs without it, by whatever path it is called."""
     result = run(base, 'repo', given, '--flag')
     path = given if given[0] in 'tm' else f'scripts/{given}'
     found = f'repo/{path} installed/evaluate/__init__.py repo/training/__init__.py --flag {rank}\n'
@@ -128,7 +128,7 @@ def test_scripts_of_folders_that_would_hide_packages_are_modules():
 
 @pytest.mark.parametrize(('nnodes', 'left'), [('1', {}), ('2', dict(RANK='3', WORLD_SIZE='4', MASTER_PORT='29999'))])
 def test_a_program_of_one_process_waits_for_no_others(monkeypatch, nnodes, left):
-    """A cluster, or an earlier program, may have set what torch would take for a group of processes."""
+    """A cluster or an earlier program may have set variables that torch would take for a group of processes."""
     found = {}
 
     def execv(*_):
@@ -143,7 +143,7 @@ def test_a_program_of_one_process_waits_for_no_others(monkeypatch, nnodes, left)
     assert found == left
 
 
-def test_what_is_next_to_a_script_that_runs_as_a_module_excuses_no_old_import(monkeypatch, capsys):
+def test_neighbours_of_a_script_that_runs_as_a_module_excuse_no_old_import(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(start, 'old_imports', lambda path, has_neighbours: asked.append(has_neighbours) or ['old'])
     assert [start.start(path) for path in ('scripts/generate.py', 'examples/edm.py')] == [errors.EXIT_BAD_SETTING] * 2
@@ -151,8 +151,8 @@ def test_what_is_next_to_a_script_that_runs_as_a_module_excuses_no_old_import(mo
 
 
 @pytest.mark.parametrize(('user', 'levels'), [('', ['FATAL', 'ERROR']), ('INFO', ['INFO', 'INFO'])])
-def test_what_the_launcher_is_told_before_it_begins(monkeypatch, capsys, user, levels):
-    """How much torch prints, when it is imported and in workers; and whether the machine may be alone by mistake."""
+def test_the_start_sets_the_log_level_and_warns_about_a_single_machine(monkeypatch, capsys, user, levels):
+    """The log level of torch at its import and in workers; and the warning if a cluster may have meant several."""
     streams, seen, note = [], [], lambda: seen.append(os.environ['TORCH_CPP_LOG_LEVEL'])
 
     class Launcher:
@@ -206,7 +206,7 @@ def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch, tmp_pa
 
 
 def test_a_script_reads_the_input_of_run_sh(base):
-    """Such as breakpoint(): what a shell starts in the background would read /dev/null."""
+    """For breakpoint(), for instance: a command in the background of a shell would read /dev/null."""
     (base / 'elsewhere/asks.py').write_text('print("got", input(), flush=True)')
     command = ['sh', base / 'repo/run.sh', 'asks.py']
     kept = dict(cwd=base / 'elsewhere', env=launch_env(1), text=True, timeout=100)

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Two hosts on one machine, joined by a cable: h1 (10.78.0.1) and h2 (10.78.0.2). A host is a network namespace; what is
-# started on it has its host name and its /etc/hosts. The disk is the machine's. For root on Linux, with iproute2.
+# Two hosts on one machine, joined by a cable: h1 (10.78.0.1) and h2 (10.78.0.2). A host is a network namespace with its
+# own host name and /etc/hosts; the disk is the machine's. Needs root on Linux, with iproute2.
 #
 #   sh tests/launch/two_hosts.sh up [good|debian|nameless]   good: both know both names; debian: a host's own name is 127.0.1.1
 #                                                     on itself, as Debian's installer leaves it; nameless: addresses only
 #   sh tests/launch/two_hosts.sh on h1 COMMAND...            run a command there
-#   sh tests/launch/two_hosts.sh cut|heal                    take the cable away: packets vanish, nobody is told; put it back
-#   sh tests/launch/two_hosts.sh down                        kill what runs on them, and remove them
+#   sh tests/launch/two_hosts.sh cut|heal                    take the cable away (packets vanish without an error); put it back
+#   sh tests/launch/two_hosts.sh down                        kill all their processes, and remove them
 #
 # HOSTS: a folder for its files, whose name sets this pair of hosts apart from others.
 set -eu

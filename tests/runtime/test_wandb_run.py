@@ -258,7 +258,7 @@ def test_an_alert_of_each_kind_is_sent_once_an_hour(tmp_path, no_account):
         ('steps were skipped', 'WARN'),
         ('another', 'WARN'),
     ]
-    assert 'skipped 1 of the last steps, the latest of them step 0' in alerts[0]['text']
+    assert 'skipped 1 of the last steps, most recently step 0' in alerts[0]['text']
     assert {alert['wait_duration'] for alert in alerts} == {'3600000'}
 
 

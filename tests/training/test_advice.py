@@ -1,4 +1,4 @@
-"""Warnings of pairs of output and target, and of learning rates; every remedy works."""
+"""Warnings about pairs of output and target, learning rates and data; every remedy works."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from training.advice import (
     scale_warning,
 )
 
-# closed forms and what was recorded are of uniform times
+# the closed forms and recorded numbers are for uniform times
 Config = partial(settings_of_runs.Config, time_sampler='uniform')
 
 T = torch.tensor([0.02, 0.2, 0.5, 0.8, 0.98], dtype=torch.float64)
@@ -41,14 +41,14 @@ def process_named(name, **settings):
     return get_process(Config(process_name=name, **settings))
 
 
-# ---------------------------------------------------------------- what an error of the output weighs
+# ---------------------------------------------------------------- the weight of an error of the output
 
 
 @each_process
 @each_weight
 @pytest.mark.parametrize('model_type', ROWS)
-def test_effective_weight_is_what_the_loss_makes_of_an_error_of_the_output(process_name, name, model_type):
-    """The loss of an output that is wrong by 0.1 everywhere, over the square of that."""
+def test_effective_weight_is_the_loss_of_an_error_over_its_square(process_name, name, model_type):
+    """For an output that is wrong by 0.1 everywhere."""
     g = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(2, 5, 1, 4, 4, generator=g, dtype=torch.float64)
     process = process_named(process_name)
@@ -70,10 +70,8 @@ def warning_of(**settings):
 
 
 def remedies_in(text):
-    """The flags at the end of a warning, as settings; two sets of them if the second keeps the output."""
-    for words in (
-        text.removesuffix('.').split('Use --')[1].split(', or, if the output has to stay, many more steps and --')
-    ):
+    """The flags at the end of a warning, as settings; two sets if the second keeps the output."""
+    for words in text.removesuffix('.').split('Use --')[1].split(', or, to keep the output, many more steps and --'):
         flags = dict(flag.split() for flag in words.split(' --'))
         yield {name: float(value) if name == 'time_mean' else value for name, value in flags.items()}
 
@@ -83,17 +81,15 @@ EDM = dict(process_name='ve', sigma_min=0.002, sigma_max=80.0, t_min=0.0, t_max=
            time_sampler='log_normal', time_mean=-1.2, time_std=1.2)  # fmt: skip
 
 
-def test_the_pair_that_did_not_learn_is_warned_of():
-    """Recorded: after 100 steps on digits 8.9% of samples had the asked label, with logit-normal times 73.6%.
+def test_the_pair_that_did_not_learn_gives_a_warning():
+    """Recorded: after 100 steps on digits 8.9% of samples had the requested label, with logit-normal times 73.6%.
 
-    The weight is 1 / (1 - t)^2, of which 1% of the times, from 0.98902 on, have (1000 - 91.08) / (1000 - 1.001).
+    The weight is 1 / (1 - t)^2. The last 1% of the times, from 0.98902 on, have (1000 - 91.08) / (1000 - 1.001) of it.
     """
     text = warning_of(**X1_VELOCITY)
     assert all(f'{k}={v!r}' in text for k, v in dict(X1_VELOCITY, loss_weight='none', time_sampler='uniform').items())
-    assert '1 at t=0.001, 4 at t=0.5, 1e+06 at t=0.999' in text and '91% of all weight' in text
-    assert text.endswith(
-        'Use --model_type F, or, if the output has to stay, many more steps and --time_sampler logit_normal.'
-    )
+    assert '1 at t=0.001, 4 at t=0.5, 1e+06 at t=0.999' in text and '91% of the weight' in text
+    assert text.endswith('Use --model_type F, or, to keep the output, many more steps and --time_sampler logit_normal.')
     text = warning_of(**X1_VELOCITY, time_sampler='logit_normal')
     assert 'may learn badly' not in text and text.endswith('wrong by 11%. Use --model_type F.')
 
@@ -101,9 +97,10 @@ def test_the_pair_that_did_not_learn_is_warned_of():
 @pytest.mark.parametrize('process_name', ['rf', 'cosine', 'linear_vp'])
 @pytest.mark.parametrize('model_type', ROWS)
 def test_an_output_compared_with_its_own_type(process_name, model_type):
-    """A score's size changes with t by decades, and so does linear_vp's velocity; x1 is nearly blind at noisy times.
+    """A score and linear_vp's velocity change in size by decades over t; a loss on x1 nearly ignores noisy times.
 
-    Recorded on rf after 300 steps: score as score 10.4% of the asked digit; x1 as x1 62.4%, with other times 89.2%.
+    Recorded on rf after 300 steps: samples of the requested digit are 10.4% for score as score, 62.4% for x1 as x1,
+    and 89.2% for x1 as x1 with other times.
     """
     text = warning_of(process_name=process_name, model_type=model_type, target_type=model_type)
     expected = {'score': 'may learn badly', 'x1': 'learns slowly'}.get(model_type)
@@ -121,13 +118,13 @@ def test_an_output_compared_with_its_own_type(process_name, model_type):
         dict(model_type='F', target_type='x0', loss_weight='edm'),
     ],
 )
-def test_no_warning_of_edm(settings):
+def test_no_warning_for_edm(settings):
     assert warning_of(**EDM, **settings) is None
     assert 'Use --loss_weight none' in warning_of(**EDM, model_type='x0', target_type='x0', loss_weight='edm')
 
 
 @pytest.mark.parametrize('name', PRESETS)
-def test_no_warning_of_the_presets(name):
+def test_no_warning_for_the_presets(name):
     assert warning_of(**PRESETS[name]) is None
 
 
@@ -147,7 +144,7 @@ def test_every_warning_has_a_remedy_that_works(process_name, model_type, target_
 
 
 def test_the_remedy_for_a_weight_that_does_not_fit_is_none():
-    """min_snr is made for target x0 (Hang et al. 2023); on velocities it leaves the noisy times out."""
+    """min_snr is made for target x0 (Hang et al. 2023); on velocities it almost ignores the noisy times."""
     assert warning_of(loss_weight='min_snr').endswith('Use --loss_weight none.')
 
 
@@ -164,17 +161,17 @@ def test_there_is_always_a_remedy(process_name, model_type, target_type, name):
 @pytest.mark.parametrize(
     'settings', [dict(t_max=0.7), dict(process_name='ve', sigma_max=2.0), dict(process_name='linear_vp', beta_max=0.5)]
 )
-def test_a_range_without_noise_is_said_to_have_none(settings):
+def test_the_remedy_for_a_range_without_noise_is_more_noise(settings):
     assert warning_of(**settings).endswith(
         'Let more noise in: raise --t_max, or the --sigma_max or --beta_max of the process.'
     )
 
 
 def test_weights_are_drawn_as_the_sampler_draws_times():
-    """Against the integral over the density of logit-normal times of 1 / alpha^2 = (1 + e^z)^2, z ~ N(0, 1)."""
+    """Compared with the mean of 1 / alpha^2 = (1 + e^z)^2 over logit-normal times, z ~ N(0, 1)."""
     config = Config(**X1_VELOCITY, time_sampler='logit_normal')
     weights = drawn_weights(config, get_process(config))
-    assert weights.mean().item() == pytest.approx(1 + 2 * math.exp(0.5) + math.exp(2), rel=0.01)  # and x1^2 is 1
+    assert weights.mean().item() == pytest.approx(1 + 2 * math.exp(0.5) + math.exp(2), rel=0.01)  # E[x1^2] = 1
     assert weights.median().item() == pytest.approx(4, rel=1e-3)
     assert (weights.diff() <= 0).all()
 
@@ -182,7 +179,7 @@ def test_weights_are_drawn_as_the_sampler_draws_times():
 @pytest.mark.parametrize(
     ('settings', 'share'),
     [
-        (dict(target_type='velocity'), 0.25 - 1 / 4000),  # all alike
+        (dict(target_type='velocity'), 0.25 - 1 / 4000),  # constant
         (dict(target_type='x0'), 1 - 0.75**3),  # t^2
         (dict(target_type='x1'), 0.25**3),  # (1 - t)^2
         (dict(target_type='x0', loss_weight='min_snr'), 0.25**3 / (5 * (r := 1 / (1 + 5**0.5)) ** 3 + (1 - r) ** 3)),
@@ -191,14 +188,14 @@ def test_weights_are_drawn_as_the_sampler_draws_times():
     ],
 )
 def test_share_of_noisy_times_on_the_straight_line(settings, share):
-    """There sigma > 3 alpha means t > 3/4: integrals of the weight on an error of the velocity."""
+    """There sigma > 3 alpha means t > 3/4. Compared with integrals of the weight of a velocity error."""
     assert noisy_share(Config(**settings), process_named('rf')) == pytest.approx(share, rel=0.01)
 
 
 @each_process
 @pytest.mark.parametrize('target_type', ROWS)
-def test_share_of_noisy_times_is_that_of_real_losses(process_name, target_type):
-    """Against the losses of predictions whose velocity of the straight line, x1 - x0, is wrong by 1."""
+def test_share_of_noisy_times_agrees_with_real_losses(process_name, target_type):
+    """Compared with the losses of predictions whose straight-line velocity, x1 - x0, is wrong by 1."""
     process, u = process_named(process_name), (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     config = Config(process_name=process_name, target_type=target_type)
     t = get_time_sampler(config)(u)
@@ -215,8 +212,8 @@ def test_share_of_noisy_times_is_that_of_real_losses(process_name, target_type):
 
 @each_process
 @pytest.mark.parametrize('model_type', ROWS)
-def test_error_at_noise_is_that_of_a_wrong_output(process_name, model_type):
-    """x1 - x0 of an output that is off by its size, at sigma = 10 alpha; the size of a unit x1 and an x0 of 0.5."""
+def test_error_at_noise_agrees_with_a_wrong_output(process_name, model_type):
+    """An output that is wrong by its own size, at sigma = 10 alpha; x1 has standard deviation 1 and x0 0.5."""
     process, config = process_named(process_name), Config(process_name=process_name, model_type=model_type)
     t = process.time_of_log_snr(torch.tensor([-2 * math.log(10)], dtype=torch.float64))
     c, zero = process(t), torch.zeros(1, 1, dtype=torch.float64)
@@ -248,12 +245,12 @@ def test_uneven_means_that_half_have_less_than_an_eighth():
         (dict(label_dropout=0.1), 0, 'label_dropout=0.1: the data have no classes'),
         (dict(label_dropout=0.1), 2, None),
         (dict(label_dropout=1.0), 0, None),
-        (dict(preset='small_images', **PRESETS['small_images']), 0, None),  # nobody asked for it
+        (dict(preset='small_images', **PRESETS['small_images']), 0, None),  # the preset's value, not the user's
         (dict(global_batch_size=6400), 2, 'global_batch_size=6400: each step reads the 100 training items 64 times'),
         (dict(global_batch_size=192), 2, None),
     ],
 )
-def test_settings_that_do_not_suit_the_data_are_warned_of(settings, num_classes, warning):
+def test_settings_that_do_not_suit_the_data_give_a_warning(settings, num_classes, warning):
     found = data_warning(settings_of_runs.Config(**settings), num_classes, 100)
     assert (found or '').startswith(warning or '') and (found is None) == (warning is None)
 
@@ -262,7 +259,7 @@ def test_settings_that_do_not_suit_the_data_are_warned_of(settings, num_classes,
 
 
 @pytest.mark.parametrize('preset', PRESETS)
-def test_no_preset_is_warned_of_its_learning_rate(preset):
+def test_no_preset_gives_a_learning_rate_warning(preset):
     assert lr_warning(settings_of_runs.Config(**PRESETS[preset])) is None
 
 
@@ -280,15 +277,15 @@ def test_the_learning_rate_of_muon_is_too_high_for_adamw():
         (torch.linspace(-1, 1, 64), 0.5, None),
         (torch.arange(64), 0.5, None),  # symbols have no scale
         (torch.linspace(-1, -0.87, 64), 0.5, r'standard deviation 0\.03.*whole range of values.*--sigma_data 0\.03'),
-        (torch.linspace(-0.1, 0.1, 64), 0.06, None),  # as sigma_data says
+        (torch.linspace(-0.1, 0.1, 64), 0.06, None),  # agrees with sigma_data
         (torch.linspace(0, 255, 64), 0.5, r'lies in \[0, 255\].*--sigma_data 75'),
-        (torch.linspace(-3, 3, 64), 1.75, None),  # as sigma_data says
+        (torch.linspace(-3, 3, 64), 1.75, None),  # agrees with sigma_data
         (torch.full((64,), 0.3), 0.5, r'is 0\.3 everywhere'),
         (torch.tensor([0.0, float('nan'), 1.0, float('inf')]), 0.5, '2 of its 4 values are not finite'),
         (torch.full((4,), float('nan')), 0.5, '4 of its 4 values are not finite'),
     ],
 )
-def test_the_scale_of_x0_is_warned_of(x0, sigma_data, words):
+def test_an_unexpected_scale_of_x0_gives_a_warning(x0, sigma_data, words):
     warning = scale_warning(x0[:, None], sigma_data)
     assert warning is None if words is None else re.search(words, warning)
 

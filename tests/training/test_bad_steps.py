@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: nothing moves, they are counted, and too many in a row end the run."""
+"""Steps whose loss or gradient is not finite: they change no weight, are counted, and end the run if many in a row."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ from training.bad_steps import BadSteps
 
 
 def test_one_loss_that_is_not_finite_makes_the_whole_mean_nan():
-    """Whatever the gradient of the other losses is: infinity times a factor could be a finite gradient."""
+    """Necessary because an infinite loss can have a finite gradient."""
     for bad in (float('nan'), float('inf'), -float('inf')):
         assert BadSteps.poison(torch.tensor([1.0, bad, 2.0])).isnan()
     assert BadSteps.poison(torch.tensor([1.0, 3.0])) == 2
 
 
 def bad_in(steps, where='loss'):
-    """A trainer whose loss, or gradient alone, is not finite in these steps."""
+    """A trainer whose loss, or only its gradient, is not finite in these steps."""
 
     class Trainer(ExampleDiffusionTrainer):
         def loss_fn(self, batch, model_fn):
@@ -45,7 +45,7 @@ def state_of(trainer):
 
 @pytest.mark.parametrize('where', ['loss', 'gradient'])
 @pytest.mark.parametrize('accumulation_steps', [1, 2])
-def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trainer, where, accumulation_steps):
+def test_a_bad_step_changes_nothing_and_training_continues(tiny_config, build_trainer, where, accumulation_steps):
     trainer = build_trainer(tiny_config(accumulation_steps=accumulation_steps), bad_in({2, 3}, where))
     steps = trainer.batches.steps(trainer.step)
     states = []
@@ -53,7 +53,7 @@ def test_a_bad_step_changes_nothing_and_training_goes_on(tiny_config, build_trai
         trainer.train_step(next(steps))
         states.append(state_of(trainer))
     lr = [group.pop('lr') for state in states for group in state['optimizer']['param_groups']]
-    assert len(set(lr)) > 1  # the schedule goes on
+    assert len(set(lr)) > 1  # the schedule continues
     assert_same(states[1], states[2])
     assert_same(states[1], states[3])
     assert all(
@@ -77,7 +77,7 @@ def test_a_bad_step_is_in_the_record(tiny_config, build_trainer, capsys):
 
 @pytest.mark.parametrize('log_every', [1, 50])
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_finite_weights(tiny_config, build_trainer, log_every):
-    """Also when it is noticed later: nothing moves after max_bad_steps, though later steps are good."""
+    """Even if that is noticed later: no weight changes after max_bad_steps, though later steps are good."""
     config = tiny_config(max_bad_steps=3, log_every=log_every, save_every=0 if log_every == 50 else 5, keep_every=0)
     trainer = build_trainer(config, bad_in({2, 3, 6, 7, 8}))
     with pytest.raises(NonFiniteLoss, match=r'max_bad_steps=3 steps in a row, from step 6 on'):

@@ -11,7 +11,7 @@ from trainer import ExampleDiffusionTrainer
 
 
 def test_augmentation_of_pairs_is_refused(tiny_config, build_trainer, monkeypatch):
-    """Only x0 would be turned, and half of the pairs would be of two images."""
+    """Only x0 would be flipped, and half of the pairs would no longer match."""
 
     def load(config):
         x = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
@@ -40,8 +40,8 @@ def test_labels_without_classes_are_not_looked_up(tiny_config, build_trainer, mo
         assert batch.label.max() > 0 and trainer.loss_fn(batch, trainer.get_model_fn(trainer.network)).isfinite().all()
 
 
-def test_a_condition_is_dropped_to_the_value_that_guidance_gives(tiny_config, build_trainer):
-    """Whole numbers whose null value is a half, and a wrong shape, as in sampling."""
+def test_a_condition_is_dropped_to_the_null_value_of_guidance(tiny_config, build_trainer):
+    """For integers whose null value is a half. A wrong shape is refused, as in sampling."""
 
     class Sized(ExampleDiffusionTrainer):
         null_cond = {'size': 0.5}
@@ -91,7 +91,7 @@ class Turned(ExampleDiffusionTrainer):
 
 
 def test_nothing_is_coupled_unless_there_is_a_method(tiny_config, build_trainer):
-    """The method is given the whole global batch; also of the held-out images."""
+    """The method gets the whole global batch, of training and of held-out images."""
     assert ExampleDiffusionTrainer.couple is None
     config = tiny_config(label_dropout=0.5)
     plain, turned = (build_trainer(config, kind) for kind in (None, Turned))
@@ -102,7 +102,7 @@ def test_nothing_is_coupled_unless_there_is_a_method(tiny_config, build_trainer)
     for one, other in ((before, after), (held_out, coupled)):
         assert one.x0.equal(other.x0) and one.t.equal(other.t) and other.x1.equal(one.x1.roll(1, 0))
     assert plain.independent and not turned.independent
-    assert 0 < (after.label == 10).sum() < len(after.label)  # dropped when they are coupled
+    assert 0 < (after.label == 10).sum() < len(after.label)  # labels are dropped after coupling
 
 
 def test_a_coupling_of_another_shape_is_refused(tiny_config, build_trainer):
@@ -116,7 +116,7 @@ def test_a_coupling_of_another_shape_is_refused(tiny_config, build_trainer):
 
 
 def test_sample_inputs_are_the_same_at_every_moment(tiny_config, build_trainer):
-    """Also conditions that depend on the time, whichever shard was prepared last."""
+    """So are conditions that depend on the time, whichever shard was prepared last."""
 
     class Timed(ExampleDiffusionTrainer):
         def prepare_batch_fn(self, batch, is_train):
@@ -131,8 +131,8 @@ def test_sample_inputs_are_the_same_at_every_moment(tiny_config, build_trainer):
     assert before.x1.equal(after.x1) and before.cond['moment'].equal(after.cond['moment'])
 
 
-def test_times_of_held_out_images_are_spread_over_all_in_every_round(tiny_config, build_trainer):
-    """Also of the pieces after the first `batch_shards`: one time in each of as many equal intervals as images."""
+def test_times_of_held_out_images_are_stratified_in_every_round(tiny_config, build_trainer):
+    """Also for the pieces after the first `batch_shards`: 32 images have one time in each of 32 equal intervals."""
     trainer = build_trainer(tiny_config(batch_shards=2))
     for piece in range(4):
         batch = trainer.train_loader.take(range(16))

@@ -1,5 +1,5 @@
-"""Compiled networks, on the CPU: torch traces and differentiates them as for a GPU, and a backend that counts stands in
-for the code generator.
+"""Compiled networks on the CPU: torch traces and differentiates them as for a GPU, and a counting backend stands in for
+the code generator.
 """
 
 import contextlib
@@ -35,8 +35,7 @@ NETWORKS = dict(
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The kinds of all graphs that torch.compile makes from now on: a network with a break in it would give several, or
-    fail, for nothing may be left to Python."""
+    """The kinds of all graphs that torch.compile makes from now on. A graph break fails, because of `fullgraph`."""
     made = []
 
     def counted(kind):
@@ -48,7 +47,7 @@ def graphs(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda fn, mode: compile(fn, backend=backend, fullgraph=True))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # which is raised
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # Compiled raises it
         yield made
     torch._dynamo.reset()
 
@@ -59,7 +58,7 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
     config = Config(**settings)
     net = table.get_network(config, (3, 8, 8), 10)
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.1)  # the last layer begins at zero
+        torch.nn.init.normal_(p, std=0.1)  # the last layer is initialised to zero
     averages = [copy.deepcopy(net).eval().requires_grad_(False) for _ in range(3)]
     compiled, plain = (calling.Caller(dataclasses.replace(config, compile=on), CPU) for on in ('on', 'off'))
 
@@ -67,7 +66,7 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
         torch.manual_seed(size)
         xt, t, label = torch.randn(size, 3, 8, 8), torch.rand(size), torch.randint(0, 11, (size,))
         if size == 17:
-            xt = xt.contiguous(memory_format=torch.channels_last)  # as a sampler's may be
+            xt = xt.contiguous(memory_format=torch.channels_last)  # as a sampler may pass it
         return caller(module, train)(xt, t, label)
 
     for _ in range(3):
@@ -77,7 +76,7 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
     with torch.no_grad():
         for i, average in enumerate(averages):
             for p in average.parameters():
-                p.mul_(1 + 0.1 * i)  # as many others
+                p.mul_(1 + 0.1 * i)  # so that the averages differ
             for size in (32, 17, 64):
                 torch.testing.assert_close(out(average, size, False, compiled), out(average, size, False, plain))
     assert graphs == ['inference']
@@ -87,9 +86,9 @@ def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all
 
 @pytest.mark.parametrize('accumulation_steps', [1, 2])
 def test_a_run_compiles_each_kind_of_call_once(graphs, tiny_config, build_trainer, accumulation_steps):
-    """Training; held-out losses, whose last batch is smaller; pictures of all samplers and weights, of which the first
-    are of 2 samples, with guidance, which doubles the batch. Evaluation has two versions: raw weights want gradients,
-    and averaged ones do not."""
+    """Training; held-out losses, whose last batch is smaller; pictures of all samplers and weights (first with 2
+    samples), with guidance, which doubles the batch. Evaluation has two versions: raw weights require gradients, and
+    averaged ones do not."""
     settings = dict(compile='on', network='mlp', ema_decays=(0.9, 0.99), sample_every=6, label_dropout=0.1)
     settings |= dict(guidance_scale=2.0, accumulation_steps=accumulation_steps)
     trainer = build_trainer(tiny_config(**settings))
@@ -99,7 +98,7 @@ def test_a_run_compiles_each_kind_of_call_once(graphs, tiny_config, build_traine
 
 
 def test_a_compiled_run_learns_the_same(graphs, tiny_config, build_trainer):
-    """And its checkpoint is that of a plain one, with which either goes on."""
+    """Its checkpoint has the names of a plain run's, so that either can resume from the other's."""
     settings = dict(eval_every=0, network='mlp')
     runs = [tiny_config(experiment_name=f'compile{on}', compile=on, **settings) for on in ('off', 'on')]
     for config in runs:
@@ -145,7 +144,7 @@ class Differentiates(ExampleDiffusionTrainer):
 
 
 def test_a_loss_that_differentiates_the_network_works_compiled(graphs, tiny_config, build_trainer):
-    """What is differentiated runs as it is, the last call is compiled; the losses are those of a plain run."""
+    """Calls that are differentiated run uncompiled, the last call is compiled; the losses agree with a plain run's."""
     settings = dict(eval_every=0, network='mlp')
     runs = [tiny_config(experiment_name=f'compile{on}', compile=on, **settings) for on in ('off', 'on')]
     for config in runs:
@@ -155,7 +154,7 @@ def test_a_loss_that_differentiates_the_network_works_compiled(graphs, tiny_conf
     assert all(map(math.isfinite, plain)) and plain == pytest.approx(compiled, rel=1e-4)
 
 
-def test_where_torch_cannot_compile_auto_goes_on_and_on_is_refused(monkeypatch, capsys):
+def test_where_torch_cannot_compile_auto_warns_and_on_is_refused(monkeypatch, capsys):
     def failing(graph, inputs):
         raise RuntimeError('Failed to find C compiler')
 
@@ -168,14 +167,14 @@ def test_where_torch_cannot_compile_auto_goes_on_and_on_is_refused(monkeypatch, 
     auto.call = calling.Compiled('on', optional=True)
     for _ in range(2):
         assert auto(net)(xt, t).equal(net(xt, t))
-    said = capsys.readouterr().out
-    assert said.count('warning: the network runs uncompiled') == 1 and 'Failed to find C compiler' in said
+    out = capsys.readouterr().out
+    assert out.count('warning: the network runs uncompiled') == 1 and 'Failed to find C compiler' in out
     with pytest.raises(SettingError, match=r"compile='on': torch.compile failed.*Pass --compile off"):
         on(net)(xt, t)
 
 
 def test_the_output_of_cuda_graphs_is_not_overwritten_by_the_next_call(monkeypatch):
-    """A replay writes into the memory of the one before: a call that does so here leaves earlier results alone."""
+    """A replay writes into the previous one's memory. Here a fake replay does, and earlier results do not change."""
     memory = torch.zeros(3, 2)
     monkeypatch.setattr(torch, 'compile', lambda fn, mode: lambda module, xt, *others: memory.copy_(xt))
     call = calling.Compiled('graphs', optional=False)
@@ -191,14 +190,14 @@ def test_checkpoints_in_which_compile_was_on_or_off_are_read(tmp_path, old, new)
 
 @pytest.mark.parametrize('precision, tf32', [('float32', False), ('tf32', True)])
 def test_precision_of_products_is_the_same_in_matrices_and_convolutions(monkeypatch, precision, tf32):
-    """By both sets of torch's flags: what reads the older one, as torch.compile does, finds the same and no error."""
+    """Both sets of torch's flags agree, and reading the older one, as torch.compile does, raises no error."""
     backends = torch.backends
     before = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
     try:
         for other in ('tf32', 'float32', precision):
             calling.set_precision(other)
         for name in ('bfloat16', 'auto'):
-            calling.set_precision(name)  # which leave them alone
+            calling.set_precision(name)  # changes none of these flags
         assert backends.cuda.matmul.allow_tf32 is backends.cudnn.allow_tf32 is tf32 and backends.cudnn.benchmark
         assert torch.get_float32_matmul_precision() == ('high' if tf32 else 'highest')
         newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
@@ -208,7 +207,7 @@ def test_precision_of_products_is_the_same_in_matrices_and_convolutions(monkeypa
 
 
 def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, build_trainer):
-    """Two processes would wait for their gradients for ever, or end with an error, if this were not known."""
+    """Otherwise two processes would wait for their gradients forever, or end with an error."""
     trainer = build_trainer(tiny_config())
     losses = lambda: trainer.loss_fn(trainer.example, trainer.get_model_fn(trainer.network))  # noqa: E731
     assert not has_unused(trainer.modules, losses())
@@ -220,7 +219,7 @@ def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, buil
 
 
 def test_processes_send_gradients_and_the_stop_flag_only(run_sh, tmp_path):
-    """One bucket of gradients, averaged in the last of two backward passes, and the flag; unless something is due."""
+    """Unless something is due: one bucket of gradients, averaged in the last of two backward passes, and the flag."""
     env = dict(QUIET=str(tmp_path / 'sent'))
     settings = dict(num_training_steps=12, log_every=5, save_every=0, eval_every=0, accumulation_steps=2)
     done = run_sh('tests/experiments/quiet.py', nproc=2, env=env, final_pictures=False, **settings)
@@ -231,7 +230,7 @@ def test_processes_send_gradients_and_the_stop_flag_only(run_sh, tmp_path):
 
 
 def test_a_network_that_was_evaluated_is_trained_in_train_mode_again():
-    """Such as one that a hook calls before loss_fn trains it."""
+    """For instance a network that a hook calls before loss_fn trains it."""
     net, x = table.get_network(Config(network='mlp', channels=8, dropout=0.5), (2,), 0), torch.randn(64, 2)
     caller, t = calling.Caller(Config(compile='off'), CPU), torch.rand(64)
     for train in (False, True, False, True):
@@ -239,7 +238,7 @@ def test_a_network_that_was_evaluated_is_trained_in_train_mode_again():
         assert all(part.training == train for part in net.modules())
 
 
-def test_gradients_are_averaged_in_the_last_backward_pass_alone():
+def test_gradients_are_averaged_only_in_the_last_backward_pass():
     class Parallel:
         averages = True
 
@@ -267,7 +266,7 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize('out', [{'sample': torch.ones(2)}, None, (torch.ones(2), None)])
-def test_what_a_network_returns_in_place_of_a_tensor_is_named(out):
+def test_a_network_that_returns_no_tensor_is_an_error_with_the_type(out):
     model_fn = calling.Caller(Config(), CPU)(Returns(out))
     with pytest.raises(TypeError, match=rf'^Returns\.forward returned {type(out).__name__}: return a tensor'):
         model_fn(torch.ones(2), torch.ones(2))

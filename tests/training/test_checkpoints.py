@@ -1,4 +1,4 @@
-"""What is saved, how, and back: small parts in place of a trainer's, and real files."""
+"""Saving and restoring checkpoints, with real files and with small parts in place of a trainer's."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ from training.run_folder import Identity, last_path, open_folder
 
 SHAPE, CLASSES = (1, 8, 8), 10
 MINE = Identity('mine.py:Mine', {'mine.py': 'a = 1\n'}, '1500 images, f00d')
-IN_A_FILE = (  # as the previous versions wrote it, and `facts`
+IN_A_FILE = (  # the entries that previous versions wrote, and `facts`
     'version config trainer code data shape num_classes cond classes about_data facts step finished wandb_id '
     'bad_steps record network ema optimizer modules emas optimizers state'
 )
@@ -102,7 +102,7 @@ def test_everything_is_restored_in_place(tiny_config):
     assert second.held['record'].wandb_id == 'id1' and second.held['experiment'].scale == 1.0
 
 
-def test_the_names_in_a_file_are_those_of_every_version(tiny_config):
+def test_the_names_in_a_file_are_the_same_as_in_earlier_versions(tiny_config):
     config = tiny_config(experiment_name='run')
     held = saved(config).held
     state = saving.load_checkpoint(config.run_dir / 'last.pt')
@@ -138,7 +138,7 @@ def test_reading_writes_nothing_and_training_is_refused(tiny_config, capsys):
     assert reader.held['experiment'].scale == 1.0
     for refused in (reader.refuse_if_read_only, lambda: reader.save(5)):
         with pytest.raises(
-            SettingError, match=r'opened to read \(load_run\). To train it on, call `main` or run.sh with'
+            SettingError, match=r'opened to read \(load_run\). To continue training, call `main` or run.sh with'
         ):
             refused()
     assert files_of(Path(config.ckpt_dir)) == before
@@ -270,7 +270,7 @@ def test_the_last_k_and_every_mth_are_kept(tiny_config, keep_last):
 
 
 def test_a_copy_in_main_memory_stays_as_it_was():
-    """Also its strides, and again into the same memory."""
+    """It keeps the strides, and a second copy reuses the memory."""
     weight = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     value = dict(a=[weight, (torch.tensor(3), 'text', None)], b=torch.nn.Parameter(torch.ones(3)))
     host = to_host(value)
@@ -289,7 +289,7 @@ def test_a_copy_in_main_memory_stays_as_it_was():
 
 
 def test_a_background_write_holds_the_state_of_its_moment(tiny_config, monkeypatch):
-    """The state changes while it is written, and two are never written at once."""
+    """Even if the state changes while it is written. Two writes never overlap."""
     config = tiny_config(num_training_steps=50)
     open_folder(config)
     writer, network, busy = Writer(config), nn.Linear(100, 100), []

@@ -1,4 +1,4 @@
-"""Machines with disks and clones of their own: two ranks in two folders."""
+"""Machines with their own disks and clones: two ranks in two folders."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ import saving
 from config import Config
 from tests.helpers import run_ranks
 
-# Two ranks in folders of their own, as on two machines that share no disk. What each does with a run's folder.
+# The script of two ranks in separate folders, as on two machines that share no disk: it opens runs, records outcomes.
 DISKS = """
 import dataclasses, json, os, sys
 from pathlib import Path
@@ -41,7 +41,7 @@ seen['elsewhere'] = refused(lambda: run_record.refuse_unlike(elsewhere))
 class Mine(Config):
     host: str = 'a field of that name'
 seen['host'] = refused(lambda: run_record.refuse_unlike(Mine()))
-run_record.ROOT = Path.cwd()  # which has a clone: another scratch.py and another trainer.py on each
+run_record.ROOT = Path.cwd()  # a clone: scratch.py and trainer.py differ between the two
 seen['scratch'] = refused(lambda: run_record.refuse_unlike(same))
 sys.path.insert(0, os.getcwd())
 import trainer
@@ -66,7 +66,7 @@ with open(root / f'{rank}.json', 'w') as file:
 
 @pytest.fixture(scope='module')
 def disks(tmp_path_factory):
-    """What rank 0 and rank 1 of DISKS saw."""
+    """The outcomes that rank 0 and rank 1 of DISKS recorded."""
     folder = tmp_path_factory.mktemp('disks')
 
     def put(rank, name, step):
@@ -89,21 +89,21 @@ def disks(tmp_path_factory):
 def test_disks_ranks_that_were_not_started_alike_are_refused_on_all(disks):
     for seen in disks:
         assert seen['alike'] == ''
-        assert seen['elsewhere'] == seen['host'] == seen['scratch'] == ''  # data may differ; a file that is not used
+        assert seen['elsewhere'] == seen['host'] == seen['scratch'] == ''  # data and unused files may differ
         assert 'base_lr: 0.25 on ' in seen['settings'] and '0.5 on ' in seen['settings']
         assert seen['settings'].count('\n') == 2  # it shows what differs, and only that
         assert 'the code in trainer.py: checksum' in seen['code'] and seen['code'].count('\n') == 2
         assert 'on all machines' in seen['code']
 
 
-def test_disks_every_rank_goes_on_from_the_checkpoint_of_rank_0(disks):
+def test_disks_every_rank_resumes_from_the_checkpoint_of_rank_0(disks):
     """Whether its own disk has the same one, an older one, or none."""
     for seen in disks:
         assert seen['none'] is None and seen['begun from'] == 7
         assert [seen[name] for name in ('same', 'only_on_0', 'older_on_1')] == [[n, [n] * 3] for n in (5, 7, 9)]
 
 
-def test_disks_a_run_does_not_begin_anew_where_another_machine_has_it(disks):
+def test_disks_a_run_does_not_start_over_where_another_machine_has_it(disks):
     for seen in disks:
         assert re.match(
             r'ckpts/only_on_1/last.pt is on .*not on the machine of rank 0.*--experiment_name', seen['only_on_1']

@@ -1,4 +1,4 @@
-"""Sampling within a run: when it is broken, when it is not wanted, and when memory does not suffice for it."""
+"""Sampling during a run: broken, switched off, watched, or short of memory."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ def test_sampling_that_is_broken_ends_the_run_before_its_first_step(
     assert trainer.step == 0 and not record_of(config.run_dir)
 
 
-def test_nothing_is_drawn_at_the_end_of_a_run_that_is_told_so(tiny_config, build_trainer):
+def test_nothing_is_drawn_at_the_end_of_a_run_if_that_is_switched_off(tiny_config, build_trainer):
     steps = []
 
     class Mine(ExampleDiffusionTrainer):
@@ -61,7 +61,7 @@ def test_nothing_is_drawn_at_the_end_of_a_run_that_is_told_so(tiny_config, build
 
 
 def test_a_caller_may_watch_the_steps(tiny_config, build_trainer):
-    """With `callback`, and with other settings of sampling; a stop request is seen between two steps all the same."""
+    """With `callback`, and with other settings of sampling; a stop request is still obeyed between two steps."""
     trainer = build_trainer(tiny_config(num_sample_steps=5))
     model_fn, inputs, seen = trainer.get_model_fn(trainer.network), trainer.sample_inputs(3), []
     x0 = trainer.draw(model_fn, inputs, 'euler', callback=lambda i, t, x: seen.append((i, t, x.clone())))
@@ -83,8 +83,8 @@ def test_a_caller_may_watch_the_steps(tiny_config, build_trainer):
     assert seen == [1]
 
 
-def test_settings_within_a_block_replace_those_of_the_config(tiny_config, build_trainer):
-    """And those that a caller of `draw` passes replace both; a watcher is called besides the caller's `callback`."""
+def test_settings_within_a_block_replace_settings_of_the_config(tiny_config, build_trainer):
+    """Settings that are passed to `draw` replace both; `watching` is called in addition to the caller's `callback`."""
     trainer, calls = build_trainer(tiny_config(num_sample_steps=9)), []
     inputs, drawing = trainer.sample_inputs(2), trainer.drawing
 
@@ -124,8 +124,8 @@ def test_default_solvers_are_of_both_kinds_where_an_sde_is_right(tiny_config, bu
     assert trainer.drawing.default_solvers() == [solver]
 
 
-def test_a_draw_of_the_users_is_given_three_arguments_only(tiny_config, build_trainer):
-    """By everything that draws in a run: the first trial, pictures, paths, and the numbers at the end."""
+def test_a_users_draw_gets_only_three_arguments(tiny_config, build_trainer):
+    """From everything that draws in a run: the first trial, pictures, paths, and the metrics at the end."""
     given = []
 
     class Mine(ExampleDiffusionTrainer):
@@ -164,8 +164,8 @@ if __name__ == '__main__':
 
 @pytest.mark.slow
 @pytest.mark.parametrize('nproc', [1, 2])
-def test_too_little_memory_to_draw_costs_the_drawing_alone(tiny_config, build_trainer, run_sh, tmp_path, nproc):
-    """On the last rank alone: all the others give up that drawing too, also that of the final metrics."""
+def test_too_little_memory_to_draw_costs_only_the_drawing(tiny_config, build_trainer, run_sh, tmp_path, nproc):
+    """The last rank runs out of memory: the others give up that drawing too, also for the final metrics."""
     script = tmp_path / 'mine.py'
     script.write_text(SHORT_OF_MEMORY)
     done = run_sh(str(script), nproc=nproc, sample_every=3, final_eval=True)
@@ -183,14 +183,14 @@ def test_too_little_memory_to_draw_costs_the_drawing_alone(tiny_config, build_tr
         assert line['train/loss'] == pytest.approx(expected['train/loss'], rel=1e-5)
 
 
-def test_samples_that_are_not_finite_are_counted_also_where_each_is_one_number():
+def test_samples_that_are_not_finite_are_counted_even_if_each_is_one_number():
     nan = float('nan')
     assert not_finite(torch.tensor([1.0, nan, 2.0])) == 1
     assert not_finite(torch.tensor([[1.0, nan], [nan, nan], [0.0, 1.0]])) == 2
 
 
 class Ignoring(ExampleDiffusionTrainer):
-    """One step, whatever the solver, with noise of its own."""
+    """One step, whatever the solver, with its own noise."""
 
     def draw(self, model_fn, inputs, solver):
         t = torch.ones(len(inputs.x1))
@@ -204,7 +204,7 @@ class Obeying(Ignoring):
 
 
 def test_one_way_of_sampling_is_drawn_and_judged_once(tiny_config, build_trainer, capsys, monkeypatch):
-    """Its samples were judged twice, as adams and as sde_dpmpp_2m, and seemed to confirm each other."""
+    """Its samples would be judged twice, as adams and as sde_dpmpp_2m, and seem to confirm each other."""
     monkeypatch.setattr(judge, 'NUM_JUDGED', 32)
     config = tiny_config(experiment_name='ignoring', final_eval=True, sample_every=12)
     trainer = build_trainer(config, Ignoring)
@@ -212,13 +212,13 @@ def test_one_way_of_sampling_is_drawn_and_judged_once(tiny_config, build_trainer
     assert 'draw of Ignoring ignores the solver: its samples are drawn once' in capsys.readouterr().out
     last = record_of(config.run_dir)[-1]
     assert {name.split('/')[1] for name in last if name.startswith('final/')} == {'adams'}
-    assert not any('drawn' in name for line in record_of(config.run_dir)[:-1] for name in line)  # the trial is no step
+    assert not any('drawn' in name for line in record_of(config.run_dir)[:-1] for name in line)  # not from the trial
     assert list(build_trainer(tiny_config(experiment_name='obeying'), Obeying).samplers()) == ['adams', 'sde_dpmpp_2m']
     assert list(build_trainer(tiny_config(experiment_name='plain')).samplers()) == ['adams', 'sde_dpmpp_2m']
 
 
-def test_whether_a_draw_obeys_is_found_out_on_one_process_alone(tiny_config, build_trainer, monkeypatch):
-    """A hook of rank 0 may be the first to ask for the samplers: nobody else would answer."""
+def test_whether_a_draw_obeys_is_found_out_on_one_process(tiny_config, build_trainer, monkeypatch):
+    """A hook of rank 0 may be the first to ask for the samplers: no other rank would answer."""
     trainer = build_trainer(tiny_config(), Obeying)
     monkeypatch.setattr(ranks.dist, 'all_reduce', lambda *_, **__: pytest.fail('it talks to the other ranks'))
     monkeypatch.setattr(ranks.dist, 'is_initialized', lambda: True)
@@ -229,7 +229,7 @@ def test_whether_a_draw_obeys_is_found_out_on_one_process_alone(tiny_config, bui
 
 
 class Own(ExampleDiffusionTrainer):
-    """Inputs of its own, drawn at random; and a draw that treats one solver in its own way."""
+    """Random inputs from its own hook, and a draw that treats one solver differently."""
 
     couple = None
 
@@ -241,7 +241,7 @@ class Own(ExampleDiffusionTrainer):
 
 
 def test_inputs_of_an_experiment_are_the_same_every_time_whatever_was_drawn_before(tiny_config, build_trainer):
-    """Rank 0 showed and judged the samples of other ranks beside inputs of its own."""
+    """Otherwise rank 0 would show and judge the samples of other ranks next to its own inputs."""
     drawing, seen = build_trainer(tiny_config(), Own).drawing, []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -249,7 +249,7 @@ def test_inputs_of_an_experiment_are_the_same_every_time_whatever_was_drawn_befo
     assert seen[0].equal(seen[1])
 
 
-def test_solvers_are_compared_with_the_one_of_the_config(tiny_config, build_trainer):
+def test_solvers_are_compared_with_the_configs(tiny_config, build_trainer):
     assert not build_trainer(tiny_config(solver='heun'), Own).drawing.ignores_solver
     assert build_trainer(tiny_config(experiment_name='other'), Own).drawing.ignores_solver
 
@@ -264,7 +264,7 @@ def test_pairs_are_named_where_an_sde_is_refused(tiny_config, build_trainer, cap
     assert 'Coupled.independent is False: x0 and x1 are paired, so samples start from x1' in capsys.readouterr().out
 
 
-def test_every_process_and_every_batch_draws_with_noise_of_its_own(tiny_config, build_trainer, monkeypatch):
+def test_every_process_and_every_batch_draws_with_its_own_noise(tiny_config, build_trainer, monkeypatch):
     trainer, drawn = build_trainer(tiny_config(batch_shards=4, accumulation_steps=4)), []
     assert trainer.batches.images_at_once == 8
     for rank in range(2):

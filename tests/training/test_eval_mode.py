@@ -1,4 +1,4 @@
-"""Evaluation, restarts and stops change nothing of what is trained, also not in modules that a hook calls itself."""
+"""Evaluation, restarts and stops do not change what is trained, not even modules that a hook calls directly."""
 
 import contextlib
 
@@ -89,7 +89,7 @@ def test_a_run_without_evaluation_and_a_stopped_one_train_the_same(tiny_config, 
     assert 'eval/loss' in record_of(watched.config.run_dir)[0]
 
 
-def test_modules_return_to_the_mode_that_each_had():
+def test_each_module_returns_to_its_mode():
     trained, teacher = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)), nn.Sequential(nn.BatchNorm1d(2)).eval()
     with contextlib.suppress(ZeroDivisionError), evaluating({'a': trained, 'b': teacher}):
         assert not any(part.training for part in [*trained.modules(), *teacher.modules()])
@@ -97,8 +97,8 @@ def test_modules_return_to_the_mode_that_each_had():
     assert all(part.training for part in trained.modules()) and not any(part.training for part in teacher.modules())
 
 
-def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, build_trainer, monkeypatch):
-    """On several processes the loss is tried once at each start: a batch norm would learn from it."""
+def test_the_search_for_unused_parameters_leaves_buffers_as_they_are(tiny_config, build_trainer, monkeypatch):
+    """On several processes the loss is computed once at each start: a batch norm would learn from it."""
     trainer = build_trainer(tiny_config())
     trainer.modules['network'] = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)).train()
     before = {key: value.clone() for key, value in trainer.modules['network'].state_dict().items()}
@@ -112,7 +112,7 @@ def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, bu
 
     made = calling.ParallelLoss(trainer.modules, loss_fn, trainer.example)
     assert made.losses['find_unused_parameters'] is False
-    trainer.modules['critic'] = critic = nn.Linear(64, 1)  # of two, one need not take part in every step
+    trainer.modules['critic'] = critic = nn.Linear(64, 1)  # with two modules, one need not take part in every step
     made = calling.ParallelLoss(trainer.modules, lambda b: loss_fn(b) + critic(b.x0.flatten(1))[:, 0], trainer.example)
     assert made.losses['find_unused_parameters'] is True
     after = trainer.modules['network'].state_dict()
@@ -120,10 +120,10 @@ def test_what_finds_unused_parameters_leaves_buffers_as_they_are(tiny_config, bu
     assert trainer.modules['network'].training
 
 
-def test_unused_parameters_are_looked_for_with_as_many_images_as_training_takes_at_once(
+def test_the_search_for_unused_parameters_takes_as_many_images_as_one_forward_pass(
     tiny_config, build_trainer, monkeypatch
 ):
-    """More would need more memory than training does, at the start of a run on several processes."""
+    """With more, a run on several processes would need more memory at its start than in training."""
     sizes = []
     monkeypatch.setattr(calling.ParallelLoss, 'share', lambda self, *given: sizes.append(len(given[-1].t)))
     build_trainer(tiny_config(accumulation_steps=8))
@@ -131,7 +131,7 @@ def test_unused_parameters_are_looked_for_with_as_many_images_as_training_takes_
 
 
 def test_the_data_that_samples_are_compared_with_are_encoded_in_eval_mode(tiny_config, build_trainer):
-    """By evaluate.py, which calls this one part."""
+    """As evaluate.py does, which calls only this part."""
     trainer, modes = build_trainer(tiny_config()), set()
     looked = Looked(get_detector(trainer.judge.data, 'pixels'))
     looked.add(trainer.decode(trainer.example.x0), None)

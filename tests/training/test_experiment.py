@@ -1,4 +1,4 @@
-"""The contract of an experiment: names that are gone raise an error with the new one."""
+"""The contract of an experiment: old names raise an error that gives the new one."""
 
 from dataclasses import dataclass, field
 
@@ -29,7 +29,7 @@ def test_beside_is_now_given_and_truth(use):
         use()
 
 
-def test_inputs_of_a_subclass_may_have_a_list_of_their_own():
+def test_inputs_of_a_subclass_may_have_their_own_list():
     @dataclass
     class Mine(SampleInputs):
         names: list = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Whether x1 is the process's base, drawn independently of x0, as the first images show."""
+"""The test, on the first images, of whether x1 is the process's base, drawn independently of x0."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def with_base(make):
 
 
 def corner(x0):
-    """The lower right of an image and noise: it correlates with x0 by 0.2, and knows it all the same."""
+    """The lower right of an image, plus noise: it depends on x0, though the two correlate only by 0.2."""
     x1 = 0.1 * torch.randn_like(x0)
     x1[:, :, 5:, 5:] += x0[:, :, 5:, 5:]
     return x1
@@ -55,13 +55,13 @@ def test_a_base_that_is_not_independent_noise_is_seen(tiny_config, build_trainer
 
 @pytest.mark.parametrize('seed', range(20))
 def test_noise_is_never_taken_for_data(tiny_config, build_trainer, seed):
-    blurred = with_base(lambda x0: nn.functional.avg_pool2d(torch.randn_like(x0), 3, 1, 1) * 3)  # pixels go together
+    blurred = with_base(lambda x0: nn.functional.avg_pool2d(torch.randn_like(x0), 3, 1, 1) * 3)  # correlated pixels
     assert build_trainer(tiny_config(seed=seed, experiment_name='noise')).independent
     trainer = build_trainer(tiny_config(seed=seed, experiment_name='blurred'), blurred)
     assert 'depends' not in (signs_of_dependence(trainer, trainer.batches) or '')
 
 
-def test_independence_that_an_instance_states_counts(tiny_config, build_trainer):
+def test_independence_that_an_instance_sets_counts(tiny_config, build_trainer):
     class Stated(ExampleDiffusionTrainer):
         def __init__(self, *args):
             super().__init__(*args)
@@ -81,7 +81,7 @@ def test_independence_that_a_class_claims_wrongly_is_refused(tiny_config, build_
         build_trainer(tiny_config(), Claimed)
 
 
-def test_a_claim_is_warned_of_where_the_experiment_gives_its_own_inputs(tiny_config, build_trainer, capsys):
+def test_a_wrong_claim_only_warns_if_the_experiment_gives_its_own_inputs(tiny_config, build_trainer, capsys):
     class Own(Claimed):
         def sample_inputs(self, n):
             return SampleInputs(torch.zeros(n, 1, 8, 8))
@@ -134,14 +134,14 @@ def test_noise_is_never_taken_for_another_distribution(seed, shape):
 
 
 def test_points_of_noise_are_never_taken_for_another_distribution():
-    """It was so for one run in forty: mean squares of two numbers have long tails."""
+    """Mean squares of two numbers have long tails: without square roots, one run in forty was."""
     for seed in range(200):
         torch.manual_seed(seed)
         assert unlike_base(torch.randn(1024, 2), GaussianProcess(), 'rf') is None, seed
 
 
 @pytest.mark.parametrize('shape', [(1, 8, 8), (3, 32, 32), (3, 64, 64)], ids=str)
-def test_noise_with_a_little_of_its_own_for_each_channel_is_seen(shape):
+def test_noise_with_a_small_offset_for_each_channel_is_seen(shape):
     """Offset noise of 0.1, which many networks are trained on."""
     n = max(64, min(1024, 2**16 // math.prod(shape)))
     for seed in range(10):
@@ -151,7 +151,7 @@ def test_noise_with_a_little_of_its_own_for_each_channel_is_seen(shape):
 
 
 class Shared(GaussianProcess):
-    """A base of its own: whole images that are darker or lighter."""
+    """Another base: whole images are darker or lighter."""
 
     def sample_base(self, x0_like):
         return 0.8 * torch.randn_like(x0_like) + 0.6 * torch.randn(len(x0_like), *(1,) * (x0_like.ndim - 1))
@@ -165,7 +165,7 @@ def test_a_base_of_the_process_is_compared_with_itself(seed):
 
 
 def test_the_four_corners_start_from_their_own_base(tiny_config, build_trainer, capsys):
-    """Independent of x0, mean 0 and standard deviation 1: trained on one base, sampled from another, without a word."""
+    """Independent of x0, with mean 0 and standard deviation 1. Training and sampling must use the same base."""
     points = tiny_config(dataset='moons', network='mlp', attention_resolutions=(), experiment_name='corners')
     trainer = build_trainer(points, with_base(lambda x0: corners(torch.randn_like(x0))))
     assert not trainer.independent and 'samples start from x1 of held-out data' in capsys.readouterr().out
@@ -173,10 +173,10 @@ def test_the_four_corners_start_from_their_own_base(tiny_config, build_trainer, 
     assert list(trainer.samplers()) == ['adams'] and not trainer.judge.has_reference
 
 
-def test_a_decision_for_noise_is_printed_where_the_experiment_prepares_its_own(tiny_config, build_trainer, capsys):
+def test_a_decision_for_noise_is_printed_if_the_experiment_prepares_batches(tiny_config, build_trainer, capsys):
     assert build_trainer(tiny_config(), with_base(torch.randn_like)).independent
     assert "Based.independent is True: x1 of the first images looks like the process's base" in capsys.readouterr().out
-    assert build_trainer(tiny_config(experiment_name='usual')).independent
+    assert build_trainer(tiny_config(experiment_name='default')).independent
     assert 'independent' not in capsys.readouterr().out
 
 
@@ -205,20 +205,20 @@ def test_another_way_to_draw_normal_noise_keeps_the_score(tiny_config, build_tra
 
 
 class Template(GaussianProcess):
-    """A base of its own: noise around one image."""
+    """Another base: noise around one image."""
 
     def sample_base(self, x0_like):
         return torch.randn_like(x0_like) + torch.linspace(-2, 2, x0_like[0].numel()).view(x0_like[0].shape)
 
 
-def test_what_all_draws_of_a_base_share_is_no_sign_of_data(tiny_config, build_trainer, monkeypatch):
+def test_an_image_that_all_draws_of_a_base_share_is_not_taken_for_data(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setattr(Template, 'alpha', RectifiedFlow.alpha)
     monkeypatch.setattr(Template, 'sigma', RectifiedFlow.sigma)
     monkeypatch.setitem(PROCESSES, 'template', lambda config: Template())
     assert build_trainer(tiny_config(process_name='template')).independent
 
 
-def test_whether_a_base_is_normal_does_not_depend_on_what_was_drawn_before():
+def test_whether_a_base_is_normal_does_not_depend_on_the_random_state():
     """So that all processes decide the same."""
     drawn = []
 

@@ -1,4 +1,4 @@
-"""Averages of a length that is chosen after training."""
+"""Averages whose length is chosen after training."""
 
 import re
 
@@ -24,7 +24,7 @@ class Two(nn.Module):
 
 
 def run_of(folder, n=40, every=5, decays=(0.9, 0.98)):
-    """A run whose weights after step k are the k-th unit vector, so that an average is the weights of its steps."""
+    """A run whose weights after step k are the k-th unit vector, so that an average shows the weight of each step."""
     network = Two(n).requires_grad_(False)
     network.layer.weight.zero_()
     ema = EMA(network, decays)
@@ -39,13 +39,13 @@ def run_of(folder, n=40, every=5, decays=(0.9, 0.98)):
     return network
 
 
-def test_weights_of_a_chosen_length_are_mixed_from_those_in_the_checkpoints(tmp_path, capsys):
+def test_weights_of_a_chosen_length_are_mixed_from_the_checkpoints(tmp_path, capsys):
     network = run_of(tmp_path)
     for checkpoint, n in (('last.pt', 40), ('step_0000020.pt', 20)):
         found = posthoc_weights(tmp_path / checkpoint, 'posthoc_0.15', network)
-        said = capsys.readouterr().out
-        assert f'{n // 5 * 3} averages' in said  # two moving averages and the raw weights
-        printed = float(re.search(r'within ([\d.]+)%', said)[1]) / 100
+        out = capsys.readouterr().out
+        assert f'{n // 5 * 3} averages' in out  # two moving averages and the raw weights
+        printed = float(re.search(r'within ([\d.]+)%', out)[1]) / 100
         target = np.pad(power_profile(0.15, n), (0, 40 - n))
         off = np.linalg.norm(found['layer.weight'][0].numpy() - target) / np.linalg.norm(target)
         assert off == pytest.approx(printed, abs=6e-4) and off < 0.12
@@ -65,8 +65,8 @@ def test_too_few_averages_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.5, 0.99])
-def test_the_weights_of_steps_are_those_of_the_average(decay):
-    """An average of a network whose only weight is a unit vector in turn."""
+def test_the_weights_of_steps_agree_with_the_average(decay):
+    """An average of a network whose weights are one unit vector after the other."""
     network, n = nn.Linear(30, 1, bias=False).requires_grad_(False), 30
     network.weight.zero_()
     ema = EMA(network, (decay,))
@@ -78,7 +78,7 @@ def test_the_weights_of_steps_are_those_of_the_average(decay):
 
 @pytest.mark.parametrize(('width', 'gamma'), [(0.05, 16.97), (0.10, 6.94)])
 def test_the_power_profile_has_the_width_and_the_exponent_of_the_paper(width, gamma):
-    """Karras et al. 2024 name gamma 16.97 and 6.94 for these two."""
+    """Karras et al. 2024 give gamma 16.97 and 6.94 for these two."""
     n = 20_000
     profile, at = power_profile(width, n), np.arange(1, n + 1) / n
     assert profile.sum() == pytest.approx(1)
@@ -94,7 +94,7 @@ def test_the_mixture_comes_near_the_profile():
     by_hand = sum(f * np.pad(weights_of_steps(d, n), (0, 2000 - n)) for f, (d, n) in zip(factors, saved, strict=True))
     target = power_profile(0.1, 2000)
     assert np.linalg.norm(by_hand - target) / np.linalg.norm(target) == pytest.approx(error)
-    assert posthoc_mixture(saved[-3:], 0.1, 2000)[1] > error  # fewer do worse
+    assert posthoc_mixture(saved[-3:], 0.1, 2000)[1] > error  # fewer averages approximate it worse
 
 
 def test_the_power_profile_of_a_short_training():
@@ -102,7 +102,7 @@ def test_the_power_profile_of_a_short_training():
     assert profile[49] / profile[24] == pytest.approx(2**6.937, rel=0.005)
 
 
-def test_the_mixture_of_a_long_training_takes_steps_together():
+def test_the_mixture_of_a_long_training_groups_steps():
     saved = [(decay, n) for n in range(5000, 50_001, 5000) for decay in (0.0, 0.998, 0.9998)]
     factors, error = posthoc_mixture(saved, 0.1, 50_000)
     assert factors.sum() == pytest.approx(1) and error < 0.06
@@ -113,7 +113,7 @@ def test_the_mixture_of_a_long_training_takes_steps_together():
 
 
 @pytest.mark.slow
-def test_weights_of_another_length_are_mixed_from_those_that_were_saved(tiny_config, build_trainer, capsys):
+def test_weights_of_another_length_are_mixed_from_the_saves_of_a_run(tiny_config, build_trainer, capsys):
     """Each weight is the same linear function of the weights after each step."""
     seen = []
 
@@ -129,9 +129,9 @@ def test_weights_of_another_length_are_mixed_from_those_that_were_saved(tiny_con
     found = posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.15', trainer.network)
     assert int(re.search(r'(\d+) averages', capsys.readouterr().out)[1]) >= 24  # 8 saves, two averages, raw weights
     target = sum(w * x for w, x in zip(power_profile(0.15, 40), seen, strict=True))
-    mine = found['net.stem.weight'].double()
+    mixed = found['net.stem.weight'].double()
     raw = saving_error(seen[-1], target)
-    assert saving_error(mine, target) < 0.1 * raw
+    assert saving_error(mixed, target) < 0.1 * raw
     early = posthoc_weights(config.run_dir / 'step_0000020.pt', 'posthoc_0.15', trainer.network)[
         'net.stem.weight'
     ].double()
@@ -151,7 +151,7 @@ def saving_error(a, b):
 
 
 @pytest.mark.slow
-def test_what_counts_as_near_the_profile(tiny_config, build_trainer, monkeypatch, capsys):
+def test_an_error_up_to_30_percent_of_the_profile_is_accepted(tiny_config, build_trainer, monkeypatch, capsys):
     config = tiny_config(keep_every=0, save_every=4, keep_last=3, ema_decays=(0.5, 0.9))
     trainer = build_trainer(config)
     trainer.train_loop()
@@ -162,7 +162,7 @@ def test_what_counts_as_near_the_profile(tiny_config, build_trainer, monkeypatch
 
     monkeypatch.setattr('training.posthoc.posthoc_mixture', mixture)
     posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.1', trainer.network)
-    assert '9 averages' in capsys.readouterr().out  # of three saves
+    assert '9 averages' in capsys.readouterr().out  # three saves, each with two averages and raw weights
     error = 0.31
     with pytest.raises(SettingError, match='an error of 31%'):
         posthoc_weights(config.run_dir / 'last.pt', 'posthoc_0.1', trainer.network)

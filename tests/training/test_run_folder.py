@@ -1,4 +1,4 @@
-"""The folder of a run: its name, the checkpoint that it resumes from, and who may be in it."""
+"""The folder of a run: its name, its lock, the checkpoint that it resumes from, and which runs may resume in it."""
 
 import dataclasses
 import itertools
@@ -40,15 +40,15 @@ def test_another_config_in_the_folder_is_refused_with_the_differences(tiny_confi
     assert (config.run_dir / 'config.json').read_text() == before
 
 
-def test_a_run_that_shall_be_longer_is_refused_with_the_schedules_that_can(tiny_config):
+def test_training_longer_is_refused_with_the_schedules_that_allow_it(tiny_config):
     config = tiny_config(experiment_name='run')
     held(config)
     with pytest.raises(SettingError, match=r'12 -> 20\. .*longer: cosine ends .*inverse_sqrt do not.*init_from'):
         run_folder.open_folder(dataclasses.replace(config, num_training_steps=20), MINE)
 
 
-def test_data_that_are_others_are_named_by_the_setting_that_tells_where_they_are(tiny_config):
-    """data_dir has its default, and what changed is data_path."""
+def test_other_data_are_named_by_the_setting_of_their_location(tiny_config):
+    """Here data_path changed, and data_dir has its default."""
     config = tiny_config(experiment_name='run', data_path='a')
     held(config)
     other = dataclasses.replace(config, data_path='b')
@@ -65,13 +65,13 @@ def test_free_settings_may_change(tiny_config):
     assert json.loads((config.run_dir / 'config.json').read_text())['log_every'] == 9
 
 
-# ---------------------------------------------------------------- whose run it is
+# ---------------------------------------------------------------- which run it is
 
 MINE = Identity('mine.py:Mine', {'mine.py': 'a = 1\nb = 2\n', 'base.py:Base': 'class Base: ...\n'}, '1500 images, f00d')
 
 
 def held(config, identity=MINE, **objects):
-    """The folder of a run after a save, and what is in it."""
+    """Save a run; returns the files in its folder."""
     run_folder.open_folder(config, identity)
     write_checkpoint(config, dict(step=4, **vars(identity) | objects))
     return files(config)
@@ -115,7 +115,7 @@ def test_same_code_resumes_with_changed_code_and_prints_it(tiny_config, capsys):
     changed = dataclasses.replace(MINE, code={'mine.py': 'a = 5\n'})
     assert run_folder.open_folder(dataclasses.replace(config, same_code=True), changed)['step'] == 4
     assert 'the code has changed since step 4' in capsys.readouterr().out
-    for other in (dict(trainer='x'), dict(data='x')):  # these it does not allow
+    for other in (dict(trainer='x'), dict(data='x')):  # same_code does not allow these
         with pytest.raises(SettingError):
             run_folder.open_folder(dataclasses.replace(config, same_code=True), dataclasses.replace(MINE, **other))
     assert run_folder.open_folder(dataclasses.replace(config, same_code=True), MINE)['step'] == 4
@@ -153,7 +153,7 @@ def test_a_new_folder_of_a_run_that_is_refused_is_removed_unless_it_was_trained(
     assert (config.run_dir / 'lock').exists()
 
 
-def test_a_folder_that_was_there_is_never_removed(tiny_config):
+def test_a_folder_that_existed_before_is_never_removed(tiny_config):
     config = tiny_config(experiment_name='run')
     config.run_dir.mkdir(parents=True)
     run_folder.open_folder(config)
@@ -165,7 +165,7 @@ def test_a_folder_that_was_there_is_never_removed(tiny_config):
 
 
 def start(config, trainer_class=None):
-    """The name under which a run starts, its folder then being in use."""
+    """Start a run, which takes its folder; returns its name."""
     settled = run_folder.settle_name(config, trainer_class)
     assert dataclasses.replace(settled, experiment_name=config.experiment_name) == config
     run_folder.open_folder(settled)
@@ -173,12 +173,12 @@ def start(config, trainer_class=None):
 
 
 def edited(**defaults):
-    """Config as if its defaults had been edited."""
+    """Config with these defaults, as if a user had edited them."""
     fields = [(name, type(value), value) for name, value in defaults.items()]
     return dataclasses.make_dataclass('Config', fields, bases=(Config,), frozen=True)
 
 
-def test_edited_defaults_are_another_run_with_a_name_that_says_what_differs(tmp_path, capsys):
+def test_edited_defaults_are_another_run_whose_name_shows_the_difference(tmp_path, capsys):
     folder = dict(ckpt_dir=str(tmp_path))
     assert start(Config(**folder)) == 'digits' == start(Config(**folder))
     assert capsys.readouterr().out == ''
@@ -186,7 +186,7 @@ def test_edited_defaults_are_another_run_with_a_name_that_says_what_differs(tmp_
     (line,) = capsys.readouterr().out.splitlines()
     assert f'{tmp_path}/digits' in line and 'base_lr: 0.004 -> 0.25' in line and 'called digits_base_lr=0p25' in line
     assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25'  # the same command resumes
-    assert start(edited(log_every=7)(**folder)) == 'digits'  # no other experiment
+    assert start(edited(log_every=7)(**folder)) == 'digits'  # the same experiment
 
 
 def test_a_name_that_is_taken_too_is_made_longer(tmp_path):
@@ -197,7 +197,7 @@ def test_a_name_that_is_taken_too_is_made_longer(tmp_path):
     assert start(edited(base_lr=0.25)(**folder)) == 'digits_base_lr=0p25_seed=0'
 
 
-def test_many_edits_each_find_a_name_of_their_own(tmp_path):
+def test_each_of_many_edits_finds_its_own_name(tmp_path):
     names = set()
     for lr, seed, channels in itertools.product((0.001, 0.25), (0, 1), (32, 64)):
         config = edited(base_lr=lr, seed=seed, channels=channels)(ckpt_dir=str(tmp_path))
@@ -207,7 +207,7 @@ def test_many_edits_each_find_a_name_of_their_own(tmp_path):
 
 
 def test_a_run_under_the_longer_name_of_older_versions_keeps_it(tmp_path):
-    """Another run does not take it: neither one of other settings, nor one whose name is not too long."""
+    """Another run does not take that name: neither one with other settings, nor one whose name is short enough."""
     settings = dict(channels=8, channel_mults=(1, 2, 2), global_batch_size=32, num_training_steps=60, base_lr=0.002)
     config = Config(ckpt_dir=str(tmp_path), **settings)
     older = config.older_name()
@@ -276,8 +276,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(tiny_confi
     last.write_bytes(damaged)
     assert run_folder.open_folder(config)['step'] == 20
     assert str(last) in (out := capsys.readouterr().out) and 'resuming from last-1.pt, step 20' in out
-    assert last.with_name('last.pt.damaged').read_bytes() == damaged  # nothing is lost
-    assert saving.load(last)['step'] == 20  # and the next save pushes a good one back
+    assert last.with_name('last.pt.damaged').read_bytes() == damaged  # kept for inspection
+    assert saving.load(last)['step'] == 20  # so the next save makes a whole one the previous
     write_checkpoint(config, dict(step=26, finished=False))
     assert [saving.load(config.run_dir / name)['step'] for name in ('last.pt', 'last-1.pt')] == [26, 20]
 
@@ -290,7 +290,7 @@ def test_kept_checkpoints_are_the_last_resort_newest_first(tiny_config):
     assert run_folder.open_folder(config)['step'] == 20
 
 
-def test_a_run_never_starts_again_over_remains(tiny_config):
+def test_a_run_never_starts_over_on_top_of_damaged_checkpoints(tiny_config):
     config = tiny_config(num_training_steps=50)
     run_of(config, [10, 25])
     for path in config.run_dir.glob('*.pt'):
@@ -349,17 +349,17 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
         )
         return process, process.stdout.readline().strip()
 
-    first, said = start()
+    first, line = start()
     try:
-        assert said == 'in'
-        second, said = start()
+        assert line == 'in'
+        second, line = start()
         second.kill()
-        assert f'process {first.pid} on {socket.gethostname()}' in said and '--experiment_name' in said
+        assert f'process {first.pid} on {socket.gethostname()}' in line and '--experiment_name' in line
         first.kill()
         first.wait()
-        third, said = start()  # its file is still there
+        third, line = start()  # the lock file of the first is still there
         third.kill()
-        assert said == 'in'
+        assert line == 'in'
     finally:
         first.kill()
 
@@ -373,7 +373,7 @@ def test_a_ckpt_dir_that_is_not_a_folder_is_named(tiny_config, tmp_path, below):
     assert folder in str(caught.value)
 
 
-def test_a_finished_run_keeps_its_config_until_it_is_prolonged(tiny_config):
+def test_a_finished_run_keeps_its_config_until_it_is_trained_longer(tiny_config):
     settings = dict(experiment_name='run', lr_schedule_type='constant')
     held(tiny_config(num_training_steps=4, **settings), finished=True)
     for steps, expected in ((4, (4, 3)), (8, (8, 9))):

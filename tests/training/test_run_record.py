@@ -44,7 +44,7 @@ if __name__ == '__main__':
 
 @pytest.fixture
 def experiment(tmp_path):
-    """A script of a user, which imports another file from its folder."""
+    """A user's script, which imports another file from its folder."""
     (tmp_path / 'other.py').write_text('def helped(): ...\n\n\nclass Mixin:\n    factor = 2\n')
     path = tmp_path / 'mine.py'
     path.write_text(EXPERIMENT)
@@ -65,7 +65,7 @@ def test_code_is_the_users_script_and_the_classes_of_other_files(experiment):
 
 
 def test_without_a_script_code_is_the_classes_below_the_base():
-    """Here pytest is the script, which is not an experiment."""
+    """Here the script is pytest, which is not an experiment."""
     import trainer
 
     class Mine(trainer.ExampleDiffusionTrainer):
@@ -152,7 +152,7 @@ def test_the_command_is_what_was_typed(monkeypatch, env, argv, command):
     assert run_record.command_line() == command
 
 
-def test_git_tells_the_commit_and_what_was_changed_since(tmp_path, monkeypatch):
+def test_git_gives_the_commit_and_the_diff_to_it(tmp_path, monkeypatch):
     def git(*arguments):
         who = ('-c', 'user.name=a', '-c', 'user.email=a@b')
         return subprocess.run(
@@ -167,12 +167,12 @@ def test_git_tells_the_commit_and_what_was_changed_since(tmp_path, monkeypatch):
     git('add', '.')
     git('commit', '-qm', 'other')
     (tmp_path / 'config.py').write_text('a = 1\n')
-    assert run_record.git_state() == nothing  # one that does not hold the project
+    assert run_record.git_state() == nothing  # a repository that does not contain the project
     git('add', '.')
     git('commit', '-qm', 'first')
     assert run_record.git_state() == (state := dict(commit=git('rev-parse', 'HEAD').strip(), diff=''))
     with monkeypatch.context() as patch:
-        patch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')  # as in a container, whose user is another
+        patch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')  # as in a container with another user
         assert run_record.git_state() == state
         assert run_record.output_of('git', 'rev-parse', 'HEAD') is None
     (tmp_path / 'config.py').write_text('a = 2\n')

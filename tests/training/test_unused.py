@@ -1,4 +1,4 @@
-"""Warnings of code of an experiment that nothing calls."""
+"""Warnings about code in an experiment that is never called."""
 
 import sys
 
@@ -15,7 +15,7 @@ class Mine(ExampleDiffusionTrainer):
     def loss(self, batch, model_fn):  # loss_fn is meant
         return self.sample(4)
 
-    def sample(self, n):  # nearly samplers, but called
+    def sample(self, n):  # similar to samplers, but called
         return n
 
     def encode(self, x):
@@ -29,7 +29,7 @@ class More(Mine):
     def setup_network(self): ...
 
 
-def test_a_hook_with_a_typo_is_warned_of():
+def test_a_hook_with_a_typo_gives_a_warning():
     assert unused(Mine, ExampleDiffusionTrainer) == [
         'Mine.prepare_batch is not called. Is it meant to be prepare_batch_fn?',
         'Mine.loss is not called. Is it meant to be loss_fn?',
@@ -41,7 +41,7 @@ def test_a_hook_with_a_typo_is_warned_of():
 
 
 @pytest.mark.parametrize('given', [None, Mine])
-def test_a_trainer_of_the_script_that_main_is_not_given_is_warned_of(monkeypatch, given):
+def test_a_trainer_class_that_main_does_not_get_gives_a_warning(monkeypatch, given):
     monkeypatch.setattr(sys.modules['__main__'], 'More', More, raising=False)
     warning = 'More is not trained. Write main(trainer_class=More).'
     assert (warning in unused(given, ExampleDiffusionTrainer)) == (given is None)
