@@ -161,13 +161,13 @@ class Meeting:
         for rank, row in enumerate(rows):
             silence = int(now - self.heard[rank])
             if row.launcher and row.code is None and rank != self.place.rank and silence >= limit:
-                rows[rank] = replace(row, gone=f'has not been heard from for {silence} s: are it and its network up?')
+                rows[rank] = replace(row, gone=f'has been silent for {silence} s: is it on, and is its network up?')
         if self.lost and rows[0].code is None:
             rows[0] = replace(rows[0], gone=self.lost)
         return rows
 
     def close(self) -> None:
-        """Leave once the others have this machine's last row. Machine 0, which has the store, leaves last."""
+        """Leave once this machine's last row is written. Machine 0, which has the store, leaves last."""
         self.mine, late = replace(self.mine, knows=True), time.monotonic() + 5
         while not self.lost and time.monotonic() < late:
             rest = [] if self.place.rank else self.judged()

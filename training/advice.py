@@ -51,7 +51,7 @@ def mean_square_of_output(config: Config, coefs: Coefs) -> Tensor:
 
 def is_uneven(weights: Tensor) -> bool:
     """Whether at least half of the times have less than an eighth of the mean weight."""
-    return not 8 * weights.median() >= weights.mean()
+    return not 8 * weights.median() >= weights.mean()  # infinite and NaN weights count as uneven
 
 
 def noisy_share(config: Config, process: GaussianProcess) -> float:

@@ -36,7 +36,7 @@ class Batches:
         self.classes_as_in_data = False  # see `as_in_data`
 
     def __enter__(self) -> None:
-        # Later, while a thread writes a checkpoint, a fork could copy a lock that nobody will release.
+        # Fork now: later, while a thread writes a checkpoint, a fork could copy a lock that is never released.
         self.test_loader.start_workers()
 
     def __exit__(self, *error: object) -> None:

@@ -190,7 +190,7 @@ class Writer:
         self.wait()
         self.copy = to_host(objects, self.copy)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the copies do not block
         self.writing = self.pool.submit(self._write, self.copy, keep)
 
     def wait(self) -> None:
@@ -245,7 +245,7 @@ def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False
     names = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
     with whole(last) as temporary:
         saving.write(temporary, version=saving.VERSION, config=dataclasses.asdict(config), **objects)
-        for newer, older in reversed(list(itertools.pairwise(names))):
+        for newer, older in reversed(list(itertools.pairwise(names))):  # oldest first, so that none is overwritten
             if newer.exists() and not again:
                 link_as(newer, older)
     if keep:

@@ -49,7 +49,7 @@ class SampleInputs:
     given: list[Tensor] = field(default_factory=list)  # sources of the samples, to show next to them; decoded
 
     def __new__(cls, *args: Any, **kwargs: Any) -> 'SampleInputs':
-        if 'beside' in kwargs or (cls is SampleInputs and len(args) > 3):
+        if 'beside' in kwargs or (cls is SampleInputs and len(args) > 3):  # `beside` was the fourth
             raise TypeError(NO_BESIDE)
         return super().__new__(cls)
 

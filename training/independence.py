@@ -32,7 +32,7 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
     say = print_once if is_new else lambda text: None
     if seen and claimed and not experiment.overrides('sample_inputs'):
         raise SettingError(
-            f'{name}.independent is True, but {seen}. Samples would start from another distribution than was trained, '
+            f'{name}.independent is True, but {seen}. Samples would start from another distribution than in training, '
             'and SDE solvers would follow a wrong score. Set independent = False, or leave it out; or draw this base '
             'in the sample_base of a process.'
         )
@@ -56,7 +56,7 @@ def independence(experiment: Experiment, batches: Batches, is_new: bool) -> bool
 def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
     """The reason why x1 of the first images cannot be an independent draw from the process's base, or None.
 
-    Two preparations of the same images are compared: where x1 is made of x0, it is alike in both.
+    Compares two preparations of the same images: if x1 is made from x0, it is similar in both.
     """
     x1, second_x1 = batches.example.x1, batches.draw_example('again').x1
     if not x1.is_floating_point() or len(x1) < 8 or x1.shape != second_x1.shape:

@@ -323,7 +323,7 @@ def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_worke
     assert wait_until((other.reports / 'give_up').exists, 6)
     other.settle(End(1, 'gave up', (2, 1.0)))
     code, cause, text = verdict(other.judged())
-    assert (code, cause) == (1, silent) and re.search(r'has not been heard from for \d+ s', text)
+    assert (code, cause) == (1, silent) and re.search(r'has been silent for \d+ s', text)
 
 
 @pytest.mark.slow
