@@ -39,7 +39,7 @@ run_child() {
         129 | 130 | 138 | 143) status=75 ;; # ended by a stop signal before there was anything to save
         0 | 1 | 2 | 3 | 75) ;;
         137)
-            echo "run.sh: its launcher was killed (SIGKILL); is there enough memory?" \
+            echo "run.sh: the launcher was killed (SIGKILL). Is there enough memory?" \
                 "The same command resumes from the last checkpoint." >&2
             status=1
             ;;

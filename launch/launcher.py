@@ -44,7 +44,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
         wait, restarts = whole_number('NODE_WAIT', 600, 1), whole_number('MAX_RESTARTS', 0)
         given = shlex.split(os.environ.get('TORCHRUN_ARGS', ''))
         if restarts and any('nnodes' in flag for flag in given):
-            why = 'launchers that meet by TORCHRUN_ARGS cannot agree when to start again'
+            why = 'launchers that meet by TORCHRUN_ARGS cannot agree when to restart'
             raise errors.SettingError(f'MAX_RESTARTS={restarts}: {why}. Use NNODES, or --max-restarts in it.')
     except errors.SettingError as error:
         print(error, file=sys.stderr)
@@ -72,7 +72,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
                 say(f'starting again from the last checkpoint ({restart} of {restarts} restarts)')
             try:
                 if here.machines > 1 and not given:
-                    code, text = together(here, wait, arguments, Path(folder))
+                    code, text = launch_on_all(here, wait, arguments, Path(folder))
                 else:
                     end = run_workers([*(given or standalone), *arguments], Path(folder))
                     code, text = end.code or 0, end.text
@@ -86,7 +86,7 @@ def launch(argv: list[str], module: str | None = None) -> int:
         return code
 
 
-def together(here: Place, wait: int, arguments: list[str], reports: Path) -> tuple[int, str]:
+def launch_on_all(here: Place, wait: int, arguments: list[str], reports: Path) -> tuple[int, str]:
     """Run torchrun with these arguments on all machines at the same time. Returns the exit code that they agree on, and
     the cause, if there is one to print. Raises Incomplete."""
     meeting, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
@@ -200,7 +200,7 @@ def run_workers(arguments: list[str], reports: Path) -> End:
         return End(1, f'torchrun failed: {type(error).__name__}: {error}')
     if (reports / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # unchanged: no worker wrote an outcome
         script = next((word for word in arguments if word.endswith('.py')), 'the script')
-        return End(0, f'{script} ended without a run: it has to call main(), see the first example of README.md')
+        return End(0, f'{script} ended without a run: it has to call main(), see the first example in README.md')
     return End(0)
 
 

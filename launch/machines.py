@@ -115,7 +115,7 @@ def check_loopback() -> None:
         with socket.create_server(('127.0.0.1', 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        text = f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}): ip link set lo up'
+        text = f'this machine cannot reach itself at 127.0.0.1 ({error.strerror}). Run: ip link set lo up'
         raise SettingError(text) from None
 
 

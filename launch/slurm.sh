@@ -32,7 +32,7 @@ fi
 limit=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*TimeLimit=\([^ ]*\).*/\1/p')
 case $limit in
     00:0[0-3]:*)
-        echo "slurm.sh: --time=$limit is too short: two minutes before its end the run saves. Ask for 4 minutes or more." >&2
+        echo "slurm.sh: --time=$limit is too short: the run saves two minutes before that limit. Ask for 4 minutes or more." >&2
         exit 2
         ;;
 esac

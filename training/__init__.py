@@ -5,8 +5,8 @@ batches.py       prepared batches for training, held-out losses and sampling; wh
 calling.py       networks as functions: train or eval mode, precision, torch.compile; the loss on several processes
 bad_steps.py     steps whose loss or gradient is not finite
 drawing.py       samples, drawn by all processes together
-independence.py  what the first images show of x1: is it the process's base, drawn independently of x0?
-advice.py        warnings about settings that learn badly, and about what the first images show
+independence.py  a test, on the first images, of whether x1 is the process's base, drawn independently of x0
+advice.py        warnings about settings that learn badly, and about the scale of the first images
 unused.py        warnings about code in an experiment that is never called
 checkpoints.py   what a checkpoint holds, how it is written in a thread, and how it is put back
 posthoc.py       averaged weights, whose averaging length is chosen after training

@@ -83,9 +83,9 @@ class Batches:
         return prepared if self.experiment.couple is not None else self.drop_conditions(prepared, is_train)
 
     def couple_shards(
-        self, drawn: list[ProcessedBatch], mine: Sequence[int], step: int | str, is_train: bool = True
+        self, drawn: list[ProcessedBatch], own: Sequence[int], step: int | str, is_train: bool = True
     ) -> list[ProcessedBatch]:
-        """Couple the shards of one global batch; returns the ones at the positions `mine`."""
+        """Couple the shards of one global batch; returns this process's own, which are at the positions `own`."""
         sizes = [len(shard.t) for shard in drawn]
         together = utils.concat(drawn)
         utils.seed_everything(self.config.seed, 'couple', step)
@@ -94,7 +94,7 @@ class Batches:
             raise ValueError(f'couple must return x1 of shape {tuple(together.x1.shape)}, not {tuple(x1.shape)}')
         together = self.drop_conditions(dataclasses.replace(together, x1=x1), is_train)
         ends = np.cumsum([0, *sizes])
-        return [utils.rows(together, slice(int(ends[i]), int(ends[i + 1]))) for i in mine]
+        return [utils.rows(together, slice(int(ends[i]), int(ends[i + 1]))) for i in own]
 
     def drop_conditions(self, batch: ProcessedBatch, is_train: bool) -> ProcessedBatch:
         """In training, replace label and conditions of each image by the null class and the null values, if they have
@@ -183,10 +183,10 @@ class Batches:
             with ranks.alone():  # hooks may draw samples, and some processes have fewer images than others
                 drawn = [self.draw_shard(batch, piece, 'evaluate', is_train=False) for batch, piece in read]
             if couples:
-                own = self.train_sampler.my_shards
-                mine = [i for i, piece in enumerate(numbers) if piece % self.config.batch_shards in own]
-                drawn = self.couple_shards(drawn, mine, f'evaluate {number}', is_train=False)
-                numbers = [numbers[i] for i in mine]
+                shards = self.train_sampler.my_shards
+                own = [i for i, piece in enumerate(numbers) if piece % self.config.batch_shards in shards]
+                drawn = self.couple_shards(drawn, own, f'evaluate {number}', is_train=False)
+                numbers = [numbers[i] for i in own]
             for i in range(0, len(drawn), at_once):  # in the last round some processes have none
                 together = list(zip(numbers[i : i + at_once], drawn[i : i + at_once], strict=True))
                 index = [torch.arange(len(part.t)) + pieces.first_index(piece) for piece, part in together]

@@ -34,7 +34,7 @@ WORTH_COMPILING = 5000
 MOST_VERSIONS = 32
 
 
-def plainly(
+def uncompiled(
     module: nn.Module, xt: Tensor, t: Tensor, label: Tensor | None, cond: dict[str, Tensor]
 ) -> Tensor | tuple[Tensor, ...]:
     return module(xt, t, label, **cond)
@@ -50,7 +50,7 @@ class Caller:
         if chosen == 'auto':  # long runs on a GPU
             worth_it = device.type == 'cuda' and config.num_training_steps >= WORTH_COMPILING
             chosen = 'on' if worth_it else 'off'
-        self.call: Call = plainly if chosen == 'off' else Compiled(chosen, optional=config.compile == 'auto')
+        self.call: Call = uncompiled if chosen == 'off' else Compiled(chosen, optional=config.compile == 'auto')
 
     def __call__(self, module: nn.Module, train: bool = False) -> ModelFn:
         def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None, **cond: Tensor) -> Any:
@@ -99,7 +99,7 @@ def settings_for(samples: int) -> dict[str, str]:
 
 
 class Compiled:
-    """`plainly`, compiled: in training for the exact shapes, in evaluation for any batch size.
+    """A network's forward pass, compiled: in training for the exact shapes, in evaluation for any batch size.
 
     A network that is itself being differentiated is called uncompiled: compiled code has neither forward mode nor
     second derivatives. If torch cannot compile and this is `optional`, warns and stays uncompiled; else raises
@@ -108,7 +108,7 @@ class Compiled:
 
     def __init__(self, chosen: str, optional: bool):
         self.chosen, self.optional, self.called = chosen, optional, False
-        self.call: Call = torch.compile(plainly, mode=MODES[chosen])
+        self.call: Call = torch.compile(uncompiled, mode=MODES[chosen])
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_VERSIONS)
 
@@ -116,8 +116,8 @@ class Compiled:
         self, module: nn.Module, xt: Tensor, t: Tensor, label: Tensor | None, cond: dict[str, Tensor]
     ) -> Tensor | tuple[Tensor, ...]:
         inputs = [x for x in (xt, t, label, *cond.values()) if x is not None]
-        if self.call is plainly or is_differentiated(inputs):
-            return plainly(module, xt, t, label, cond)
+        if self.call is uncompiled or is_differentiated(inputs):
+            return uncompiled(module, xt, t, label, cond)
         if not self.called:
             self.called, flags = True, f'(compile={self.chosen!r}; --compile off does without)'
             print_once(f'compiling the network, which may take minutes {flags}')
@@ -136,8 +136,8 @@ class Compiled:
                 text = f'compile={self.chosen!r}: torch.compile failed with {reason}. Pass --compile off.'
                 raise SettingError(text) from error
             print_once(f'warning: the network runs uncompiled, because torch.compile failed with {reason}')
-            self.call = plainly
-            return plainly(module, xt, t, label, cond)
+            self.call = uncompiled
+            return uncompiled(module, xt, t, label, cond)
         if self.chosen == 'graphs':  # the next replay of the CUDA graph writes into the same memory
             out = tree_map_only(Tensor, torch.clone, out)
         return out

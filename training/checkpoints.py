@@ -50,7 +50,7 @@ class Checkpoints:
         self.writer = Writer(config)
         self.name = type(held['experiment']).__name__  # for messages
         self.read_from: Path | None = None  # the checkpoint of a run that was opened to read
-        self.finished = False  # is there nothing left to train?
+        self.finished = False  # whether nothing is left to train
 
     # ---------------------------------------------------------------- save
 

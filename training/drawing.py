@@ -158,13 +158,13 @@ class Drawing:
             calls.append(1)
             return model_fn(xt, *given, **cond)
 
-        mine = torch.tensor(ranks.my_items(n), device=self.experiment.device)
+        own = torch.tensor(ranks.my_items(n), device=self.experiment.device)
         drawn: list[Tensor] = []
-        parts = mine.split(self.batches.images_at_once)
+        parts = own.split(self.batches.images_at_once)
         with out_of_memory_on_any_rank(), alive.still(f'drawing {n} samples') as doing:
             for i, part in enumerate(parts):
                 doing.share = i / len(parts)
-                utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # for the SDE
+                utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # SDE noise
                 drawn.append(self.experiment.decode(sampler(counted, utils.rows(inputs, part))))
                 stopping.raise_if_stopped()
         samples = ranks.gather_items(torch.cat(drawn), n)

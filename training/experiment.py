@@ -27,7 +27,7 @@ class ProcessedBatch:
     x1: Tensor  # (B, ...) base sample
     t: Tensor  # (B,)
     label: Tensor | None  # (B,) int64 class; num_classes means 'no label'
-    augmentation_label: Tensor | None = None  # (B,) bool: was anything done to this image?
+    augmentation_label: Tensor | None = None  # (B,) bool: whether this image was augmented
     cond: dict[str, Tensor] = field(default_factory=dict)  # named conditions besides the class, each (B, ...)
 
 
@@ -69,7 +69,7 @@ class Experiment(Protocol):
     data: DataSpec
     modules: dict[str, nn.Module]
     process: GaussianProcess
-    independent: Any  # bool once the trainer has begun: are x0 and x1 independent?
+    independent: Any  # whether x0 and x1 are independent; a bool once the trainer has begun
     has_reference: bool  # False: eval/reference is left out
     null_cond: Mapping[str, Tensor | float]
     couple: Any  # None, or a function (x0, x1, label) -> x1

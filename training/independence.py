@@ -95,7 +95,7 @@ def unlike_base(x1: Tensor, process: GaussianProcess, name: str) -> str | None:
         of_base = torch.tensor([base[key] for base in drawn], dtype=torch.float64)
         mean, spread = float(of_base.mean()), float(of_base.std())
         if not abs(value - mean) <= FAR * spread + 0.01 * max(1, abs(mean)):
-            return f'{key} of x1 is {value:.2f}, and {mean:.2f} of the base of {name}'
+            return f'{key} of x1 is {value:.2f}, but {mean:.2f} for the base of {name}'
     return None
 
 

@@ -77,7 +77,7 @@ def meet(tmp_path, monkeypatch):
         each.close()
 
 
-def together(*calls):
+def all_at_once(*calls):
     """The results of functions that are called at the same time, or what they raise."""
     results = [None] * len(calls)
 
@@ -94,7 +94,7 @@ def together(*calls):
 
 
 def begun(*machines):
-    assert together(*(each.gather for each in machines)) == [True] * len(machines)
+    assert all_at_once(*(each.gather for each in machines)) == [True] * len(machines)
     return machines
 
 
@@ -117,7 +117,7 @@ def test_three_meet_in_any_order_and_end_with_one_cause(meet):
     assert time.monotonic() - began < 5
     assert first.rows[0].port == second.rows[0].port == late.rows[0].port > 0
     assert (first.rows[1].first, second.my_address) == ('127.0.0.1', '127.0.0.1')
-    together(
+    all_at_once(
         lambda: first.settle(End(1, 'lost it', (2, 1.0))),
         lambda: second.settle(End(1, 'KeyError', (1, 2.0))),
         lambda: late.settle(End(0)),
@@ -138,7 +138,7 @@ def test_a_machine_that_comes_late_is_taken(meet, monkeypatch):
 @pytest.mark.slow
 def test_missing_machines_are_named_until_the_time_is_over(meet, capsys):
     first, second = meet(0, 3, wait=3), meet(1, 3, wait=3)
-    assert all(isinstance(result, Incomplete) for result in together(first.gather, second.gather))
+    assert all(isinstance(result, Incomplete) for result in all_at_once(first.gather, second.gather))
     err = capsys.readouterr().err
     assert f'waiting for machine 2 of 3 to come to port {meet.port} of machine 0 (no word from it; ' in err
     assert err.count('waiting for') == 2  # once on each machine: the next line would come after SAY_EVERY
@@ -161,14 +161,14 @@ def test_one_that_never_saw_machine_0_leaves_at_once(meet):
 def test_machines_that_were_not_started_alike_are_refused_on_all(meet, monkeypatch):
     first = meet(0)
     monkeypatch.setenv('MAX_RESTARTS', '3')
-    refused = together(first.gather, meet(1).gather)
+    refused = all_at_once(first.gather, meet(1).gather)
     assert [type(error) for error in refused] == [SettingError, SettingError] and str(refused[0]) == str(refused[1])
     assert re.search(r'NNODES=2 MAX_RESTARTS=0 on .*, NNODES=2 MAX_RESTARTS=3 on', str(refused[0]))
 
 
 def test_another_number_of_machines_is_refused_on_all(meet):
     """Also if machine 0 has no row for the other machine."""
-    refused = together(meet(0).gather, meet(4, 5).gather)
+    refused = all_at_once(meet(0).gather, meet(4, 5).gather)
     assert all('NNODES=2 MAX_RESTARTS=0 on' in str(error) and 'NNODES=5' in str(error) for error in refused)
 
 
@@ -178,7 +178,7 @@ def test_machines_that_were_refused_never_begin(meet):
     first.server.set('refused', 'not alike')
     second = meet(1)
     assert is_here(first, 1) and not wait_until(lambda: first.port, 0.7)
-    assert [str(error) for error in together(first.gather, second.gather)] == ['not alike', 'not alike']
+    assert [str(error) for error in all_at_once(first.gather, second.gather)] == ['not alike', 'not alike']
 
 
 def test_a_number_given_twice_and_a_port_in_use_are_refused(meet, monkeypatch):
@@ -204,7 +204,7 @@ def test_another_start_in_mid_run_is_refused_and_the_run_continues(meet):
     asked = time.monotonic()
     third.settle(End(2))
     assert time.monotonic() - asked < 1  # it does not wait
-    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
+    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
@@ -265,7 +265,7 @@ def test_strangers_at_the_port_disturb_nobody(meet):
     second = meet(1)
     begun(first, second)
     [stranger.close() for stranger in strangers]
-    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
+    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
 
 
@@ -291,7 +291,7 @@ def test_a_store_of_another_program_in_the_place_of_machine_0_is_tried_again_and
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
     first, second = meet(0, 3), meet(1, 3)
     assert is_here(first, 1) and is_here(second, 0)
-    stop, gathered = together(lambda: second.settle(End(75)), lambda: (first.gather(), first.settle(End(75)))[0])
+    stop, gathered = all_at_once(lambda: second.settle(End(75)), lambda: (first.gather(), first.settle(End(75)))[0])
     assert stop is None and gathered is False
     assert verdict(first.judged()) == (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
 
@@ -366,7 +366,7 @@ def test_machine_0_that_left_after_its_workers_had_ended_is_not_lost(meet):
 @pytest.mark.slow
 def test_machine_0_which_has_the_store_leaves_last(meet):
     first, second = begun(meet(0), meet(1))
-    together(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
+    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
     leaving = threading.Thread(target=first.close)
     leaving.start()
     assert not wait_until(lambda: first.over, 1)
@@ -464,7 +464,7 @@ def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
     """The launcher stays until all have read its last row."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 0)
-    together(lambda: first.settle(End(0)), lambda: second.settle(End(1)))
+    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(1)))
     assert not wait_until((first.reports / 'give_up').exists, 1)
 
 
@@ -473,9 +473,9 @@ def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
 
 @pytest.fixture
 def torchrun(monkeypatch, tmp_path):
-    """`torchrun(do)` puts `do(arguments)` in place of torchrun. Then `torchrun.launch(meet, seconds)` calls `together`
-    on machine 0, and machine 1 comes `late` seconds later and its workers end after `seconds`. It returns the code of
-    machine 0 and the verdict of machine 1."""
+    """`torchrun(do)` puts `do(arguments)` in place of torchrun. Then `torchrun.launch(meet, seconds)` calls
+    `launch_on_all` on machine 0, and machine 1 comes `late` seconds later and its workers end after `seconds`. It
+    returns the code of machine 0 and the verdict of machine 1."""
     from torch.distributed import run
 
     def instead(do):
@@ -495,7 +495,7 @@ def torchrun(monkeypatch, tmp_path):
 
         other = threading.Thread(target=second)
         other.start()
-        code, text = launcher.together(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
+        code, text = launcher.launch_on_all(Place(2, 0, '127.0.0.1', meet.port), 20, ['main.py'], tmp_path)
         print(text, file=sys.stderr)
         other.join(20)
         return code, *ends
@@ -562,7 +562,7 @@ def test_a_machine_that_is_late_at_a_restart_is_waited_for_in_the_next(launch, m
             raise end
         return end
 
-    monkeypatch.setattr(launcher, 'together', met)
+    monkeypatch.setattr(launcher, 'launch_on_all', met)
     assert launch(None, NNODES='2', NODE_RANK='0', MASTER_ADDR='h1', MAX_RESTARTS='2') == 0 and not ends
 
 
@@ -673,13 +673,13 @@ def test_a_script_that_runs_nothing_is_reported_on_several_machines(meet, torchr
 def test_a_stop_while_it_waits_is_obeyed_at_once(meet, torchrun, tmp_path):
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
-    assert launcher.together(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == (errors.EXIT_STOPPED, '')
+    assert launcher.launch_on_all(Place(2, 0, '', meet.port), 20, ['main.py'], tmp_path) == (errors.EXIT_STOPPED, '')
     assert time.monotonic() - began < 4
 
 
 def test_a_machine_that_waited_in_vain_leaves_its_port_to_the_next_start(meet, torchrun, tmp_path):
     with pytest.raises(Incomplete, match=r'gave up waiting for .* after 1 s'):
-        launcher.together(Place(2, 0, '127.0.0.1', meet.port), 1, ['main.py'], tmp_path)
+        launcher.launch_on_all(Place(2, 0, '127.0.0.1', meet.port), 1, ['main.py'], tmp_path)
     meet(0)
 
 

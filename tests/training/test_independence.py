@@ -38,7 +38,7 @@ def corner(x0):
         (corner, 'x1 depends on x0'),
         (torch.abs, 'x1 depends on x0'),
         (lambda x0: 0.7 * x0 + 0.7 * torch.randn_like(x0), 'x1 depends on x0'),
-        (lambda x0: 3 * torch.randn_like(x0), 'and 1.00 of the base of process'),
+        (lambda x0: 3 * torch.randn_like(x0), 'but 1.00 for the base of process'),
         (torch.rand_like, 'the mean of x1 is 0.'),
     ],
     ids=['corner', 'size', 'mixed', 'wide', 'uniform'],
