@@ -1,4 +1,4 @@
-"""Arrays in files as a data set: .npy, .npz, and the .pt files of prepare.py."""
+"""Data sets from files of arrays: .npy, .npz, and the .pt files of prepare.py."""
 
 import zipfile
 from pathlib import Path
@@ -20,18 +20,18 @@ from runtime.ranks import print_once
 
 NAMES_OF_X = ('images', 'x', 'data', 'samples', 'arr_0')
 NAMES_OF_CLASSES = ('class_names', 'label_names', 'names', 'classes')
-LARGEST_SHUFFLED = 4e9  # bytes of an array that is shuffled in memory
+LARGEST_SHUFFLED = 4e9  # bytes; a larger array is not shuffled in memory
 AXES = {2: 'C x L', 3: 'C x H x W', 4: 'C x D x H x W'}
 LAYOUTS = {  # array_layout -> x with the channels first
     'channels_first': lambda x: x,
     'channels_last': lambda x: np.moveaxis(x, -1, 1),
     'no_channels': lambda x: x[:, None],
 }
-IMAGE_RANGES = (0, 1), (-1, 1), (0, 255)  # of floats that are images
+IMAGE_RANGES = (0, 1), (-1, 1), (0, 255)  # common ranges of images stored as floats
 
 
 class Named(NamedTuple):
-    """A part of the data in a file, and what x is called there."""
+    """One part of the data in a file, with the name of its x."""
 
     name: str
     x: np.ndarray
@@ -39,15 +39,15 @@ class Named(NamedTuple):
 
 
 def load_arrays(config: Config) -> Loaded:
-    """(training part, held-out part, facts) of the file `data_path`. Raises SettingError.
+    """(training part, held-out part, facts) from the file `data_path`. Raises SettingError.
 
     .npy     one array, without labels
     .npz     x under one of NAMES_OF_X, labels under one of NAMES_OF_LABEL. Names such as x_train and test_labels make
              two parts
     .pt      a file of prepare.py
 
-    How axes and values are read is in docs/data.md. Where the file has one part, a tenth is held out, of each class its
-    share, the same in every run; a prepared file stores its own split.
+    docs/data.md says how axes and values are read. If the file has one part, a tenth of each class is held out, the
+    same in every run; a prepared file stores its own split.
     """
     path = Path(config.data_path).expanduser()
     where = f"dataset='arrays', data_path={config.data_path!r}"
@@ -64,15 +64,15 @@ def load_arrays(config: Config) -> Loaded:
     if classes.get('classes') == tuple(map(str, range(classes.get('num_classes', 0)))):
         del classes['classes']
     x = parts[0].x
-    facts |= dict(classes, skipped=skipped, shape=x.shape[1:], reading=in_words(x.shape[1:], layout))
+    facts |= dict(classes, skipped=skipped, shape=x.shape[1:], reading=axes_text(x.shape[1:], layout))
     if facts.get('scale') == 'float' and x.ndim == 4 and x.shape[1] in (1, 3, 4):
         flag, fits = image_flag(x[:: max(1, len(x) // 1000)])
         if fits:
-            print_once(f'arrays: {flag} makes images of these floats. Without it they are taken as they are')
+            print_once(f'arrays: to treat these floats as images, pass {flag}. Without it they are used as they are')
     split = np.split(random_order(labels[0]), [held_out]) if held_out else []
     if held_out and x.nbytes > LARGEST_SHUFFLED:
         print_once(
-            f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. Faster is one prepared file: '
+            f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. A prepared file is faster: '
             f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
         )
         test, train = (ShuffledRows(x, labels[0], rows, low) for rows in split)
@@ -87,22 +87,22 @@ def load_arrays(config: Config) -> Loaded:
 
 
 def checked(x: np.ndarray, spec: DataSpec, where: str) -> Tensor:
-    """`check_values` of arrays in the order of the file, so that errors name its rows. Raises SettingError."""
+    """`check_values` of arrays in the order of the file, so that errors name rows of the file. Raises SettingError."""
     try:
-        return check_values(torch.from_numpy(x if x.flags.writeable else x.copy()), spec, where)  # torch warns of a map
+        return check_values(torch.from_numpy(x if x.flags.writeable else x.copy()), spec, where)  # read-only: torch warns
     except DataError as error:
         raise SettingError(str(error)) from None
 
 
 def stored(x: np.ndarray, low: int | None) -> np.ndarray:
-    """Whole numbers as uint8 from 0, which `low` becomes, or as floats if `low` is None; floats as they are."""
+    """Whole numbers as uint8, shifted so that `low` becomes 0, or as floats if `low` is None; floats as they are."""
     if x.dtype.kind == 'f' or (x.dtype == np.uint8 and low == 0):
         return x
     return x.astype(np.float32) if low is None else (x.astype(np.int64) - low).astype(np.uint8)
 
 
 class ShuffledRows(Dataset):
-    """Rows of a file that is too large to be shuffled in memory, in this order; `low` as in `stored`."""
+    """Rows of a file that is too large to shuffle in memory, in the order given; `low` as in `stored`."""
 
     def __init__(self, x: np.ndarray, labels: np.ndarray, order: np.ndarray, low: int | None = 0):
         self.x, self.labels, self.file_rows, self.low = x, labels[order].tolist(), order, low
@@ -123,7 +123,7 @@ class ShuffledRows(Dataset):
 
 
 def check_path(path: Path, config: Config, where: str) -> None:
-    """Raises SettingError if `path` is not a file of arrays, or brings its own layout and range and some are given."""
+    """Raise SettingError if `path` is not a file of arrays, or if it stores a layout and a range that are set, too."""
     why = ''
     if not config.data_path:
         why = 'no file is given'
@@ -132,11 +132,11 @@ def check_path(path: Path, config: Config, where: str) -> None:
     elif not path.is_file():
         why = 'there is no such file'
     elif path.suffix not in ('.npy', '.npz', '.pt'):
-        why = 'its ending is none of .npy, .npz and .pt'
+        why = 'its ending is not .npy, .npz or .pt'
     if why:
         raise SettingError(f'{where}: {why}. Pass X.npy, an .npz with images and labels, or a file of prepare.py.')
     if path.suffix == '.pt' and (config.array_layout or config.value_range):
-        raise SettingError(f'{where}: the file has its own. Leave out --array_layout and --value_range.')
+        raise SettingError(f'{where}: a .pt file stores both. Leave out --array_layout and --value_range.')
 
 
 def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
@@ -145,19 +145,19 @@ def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
         with path.open('rb') as file:
             begins = file.read(6)
         if not begins.startswith((b'\x93NUMPY', b'PK')):
-            raise ValueError(f'it is not a file of numpy, and begins with {begins}')
-        found = np.load(path, mmap_mode='c', allow_pickle=False)  # 'r' is a shared map, which some disks lack
-        there = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-        return {name: x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('=')) for name, x in there.items()}
+            raise ValueError(f'it is not a numpy file: it begins with {begins}')
+        found = np.load(path, mmap_mode='c', allow_pickle=False)  # 'r' maps the file shared, which some disks refuse
+        arrays = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        return {name: x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('=')) for name, x in arrays.items()}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         remedy = 'Copy it again.' if 'file size' in str(error) else 'Write plain numbers by np.save or np.savez.'
-        remedy += ' Of Python objects, np.stack(images) and labels.astype(str) make some.' * ('bject' in str(error))
+        remedy += ' np.stack(images) and labels.astype(str) convert Python objects.' * ('bject' in str(error))
         raise SettingError(f'{where} cannot be read ({error}). {remedy}') from None
 
 
 def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], list[str], str]:
-    """([all data], or [the training part, the held-out part]; class names, if the file has them; what is not used, as
-    text). Raises SettingError."""
+    """([all data], or [the training part, the held-out part]; class names, if the file has them; a text that lists
+    unused arrays). Raises SettingError."""
     there: dict[tuple[str, str], str] = {}  # (split, name without it), in lower case -> name in the file
     for name in arrays:
         words = name.lower().split('_')
@@ -184,16 +184,16 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
     for name, x, label in parts:
         if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
             raise SettingError(
-                f'{where}: {name}: the data are {describe(x)}. They must be whole numbers or floats, with the items '
-                'along the first of two or more axes; a training and a held-out part of the same type.'
+                f'{where}: {name}: the data are {describe(x)}. They must be whole numbers or floats, with two or more '
+                'axes, the first over items; the training and the held-out part must have the same type.'
             )
         if (label is None) != (parts[0].label is None) or (len(parts) == 2 and len(x) == 0):
-            raise SettingError(f'{where}: {name}: it has no labels, or no items, and another part has. Add them.')
+            raise SettingError(f'{where}: {name}: both parts need items, and labels if one of them has labels.')
     unused = {name: array for name, array in arrays.items() if name not in used}
     maybe = [name for name, array in unused.items() if array.shape[:1] == (n,) and array.dtype.kind in 'biuUS']
     text = f'not used: {", ".join(f"{name} {describe(array)}" for name, array in unused.items())}' if unused else ''
     if maybe and parts[0].label is None:
-        text += f'. If {maybe[0]} holds the classes, name it labels'
+        text += f'. If {maybe[0]} holds the classes, rename it to labels'
     if text:
         print_once(f'arrays: {text}')
     return parts, [str(name) for key in texts for name in arrays[key]], text
@@ -203,8 +203,8 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
 
 
 def layout_of(x: np.ndarray, config: Config, where: str) -> str:
-    """Where the channels of items (N, ...) are: a key of LAYOUTS, or '' for points, and for the MLP for all that the
-    rule does not decide. Raises SettingError."""
+    """Where the channels of items (N, ...) are: a key of LAYOUTS. '' for points, and for the MLP wherever the rule
+    leaves it open. Raises SettingError."""
     if config.array_layout:
         return config.array_layout
     shape, is_float = x.shape[1:], x.dtype.kind == 'f'
@@ -220,29 +220,29 @@ def layout_of(x: np.ndarray, config: Config, where: str) -> str:
         return ''
     if axes == 1:
         raise SettingError(
-            f'{where}: {x.dtype} data of shape {x.shape} are not images. Give flat images their sides, '
+            f'{where}: {x.dtype} data of shape {x.shape} are not images. Reshape flattened images, '
             'x.reshape(-1, H, W); convert points to floats.'
         )
-    ways = ', '.join(f'{name} ({in_words(way(x[:0]).shape[1:], name)})' for name, way in LAYOUTS.items())
-    image, single = '', ' A single image? np.stack makes one array of several.' * (axes == 2 and last <= 4)
+    layouts = ', '.join(f'{name} ({axes_text(move(x[:0]).shape[1:], name)})' for name, move in LAYOUTS.items())
+    image, single = '', ' Is it a single image? np.stack joins several into one array.' * (axes == 2 and last <= 4)
     if is_float and axes == 3 and last <= 4 < first and not config.value_range:
         image = f'{image_flag(x)[0]} if they are images, else '
     raise SettingError(
-        f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass {image}--array_layout {ways}; "
-        f'--network mlp needs none.{single}'
+        f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass {image}--array_layout {layouts}; "
+        f'--network mlp needs no layout.{single}'
     )
 
 
-def in_words(shape: tuple[int, ...], layout: str) -> str:
-    """How items of `shape`, with the channels first, are read: 'C x H x W: 3 channels of 32x32'."""
+def axes_text(shape: tuple[int, ...], layout: str) -> str:
+    """The axes of items of `shape`, channels first, as text: 'C x H x W: 3 channels of 32x32'."""
     if not layout or len(shape) == 1:
         return 'as they are' if len(shape) > 1 else ''
     return f'{AXES.get(len(shape), "C x ...")}: {counted(shape[0], "channel")} of {"x".join(map(str, shape[1:]))}'
 
 
 def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | None, dict[str, Any]]:
-    """(`low` for `stored`, facts: what is black and white in whole numbers, and in floats with a value_range). Raises
-    SettingError."""
+    """(`low` for `stored`; facts: the values of black and white, for whole numbers, and for floats with a value_range).
+    Raises SettingError."""
     xs, given = [part.x for part in parts], config.value_range
     dtype = xs[0].dtype
     if dtype.kind == 'f' and not given:
@@ -262,14 +262,14 @@ def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | Non
         if least < low or high == 0 or (dtype == np.uint8 and not given):
             full = ', or --value_range 0 255, as in uint8 images' if dtype == np.uint8 else ', or another LOW HIGH'
             flag = f'--value_range {min(least, 0)} {max(largest, 1)}'
-            raise SettingError(f'{span}. What is black, what is white? Pass {flag}{full}.')
+            raise SettingError(f'{span}. Which values are black and white? Pass {flag}{full}.')
     if high - low <= 255 and float(low).is_integer() and float(high).is_integer():
         return int(low), facts | dict(max_value=int(high - low))
     return None, facts | dict(value_range=(float(low), float(high)))
 
 
 def image_flag(x: np.ndarray) -> tuple[str, bool]:
-    """(the flag that makes images of these floats, whether it gives one of IMAGE_RANGES and not their own range)."""
+    """(the flag that treats these floats as images, whether its range is one of IMAGE_RANGES and not just theirs)."""
     least, largest = float(np.float32(x.min())), float(np.float32(x.max()))
     fitting = (wide for wide in IMAGE_RANGES if wide[0] <= least and wide[1] / 2 < largest <= wide[1])
     found = next(fitting, (least, largest))

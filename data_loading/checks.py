@@ -1,5 +1,5 @@
-"""Checks of what the `load` of a DataSpec returns: once before training, and again in every batch that loader processes
-read."""
+"""Checks the data that the `load` of a DataSpec returns: once before training, then every batch from a loader process.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +20,9 @@ EMPTY = 'it is empty. Put at least one item into it.'
 
 
 def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
-    """(`spec` with the shape of the data and the facts that came with them, training part, held-out part), of what
-    `spec.load` returned. Of a Dataset the first item is checked. Raises SettingError, which names the data `where`."""
+    """(`spec` with the shape of the data and the facts that came with them, training part, held-out part), from what
+    `spec.load` returned. Checks only the first item of a Dataset. Raises SettingError, which calls the data `where`.
+    """
     if isinstance(loaded, tuple) and len(loaded) == 3 and isinstance(loaded[2], dict):
         spec, loaded = replace(spec, **loaded[2]), loaded[:2]
     if spec.scale not in ('image', 'float'):
@@ -56,14 +57,14 @@ def may_be_part(part: Any) -> bool:
 
 
 def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
-    """A batch from items of a Dataset, which errors call by their `numbers`, checked. Raises DataError."""
+    """A checked batch of items of a Dataset; errors name items by their `numbers`. Raises DataError."""
     return Sent(check_arrays(joined(items, where, numbers), spec, where, numbers))
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
     """Tensors from tensors or numpy arrays: x and x1 as `check_values` makes them, class labels int64.
 
-    Raises DataError, which says what was found, what is expected and how to fix it.
+    Raises DataError with the value found, the value expected and a remedy.
     """
     is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
     if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
@@ -88,17 +89,17 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int]
 
 def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Tensor:
     """`x` as uint8 up to max_value for images, as finite float32 for floats, and within a value_range if there is one.
-    Errors call an item by its number in `numbers`, else by its place."""
+    Errors name an item by its number in `numbers`, else by its index."""
     if spec.scale == 'image' and not spec.value_range:
         if x.dtype != torch.uint8:
             raise DataError(
                 f'{where} is {describe(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images must be '
                 'uint8: convert them (in torchvision, transforms.PILToTensor()), or pass value_range=(BLACK, WHITE) to '
-                "the DataSpec, or scale='float' if the values are meant as they are."
+                "the DataSpec, or scale='float' to use the values as they are."
             )
         if spec.max_value < 255 and x.max() > spec.max_value:
             remedy = f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur'
-            raise DataError(f'{where} goes up to {x.max()}, but max_value={spec.max_value} is white. {remedy}.')
+            raise DataError(f'{where} goes up to {x.max()}, above max_value={spec.max_value} (white). {remedy}.')
         return x
     if not x.is_floating_point() and not spec.value_range:
         remedy = "Convert it to float32, or pass scale='image' to the DataSpec for uint8 images"
@@ -108,7 +109,7 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
     if spec.value_range and not wrong.any():
         low, high = spec.value_range
         wrong, what = (x < low) | (x > high), f'values outside value_range=({low:g}, {high:g})'
-        remedy = f'All go from {x.min():g} to {x.max():g}: widen the range, or fix the items'
+        remedy = f'The values go from {x.min():g} to {x.max():g}: widen the range, or fix the items'
     if wrong.any():
         bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
         first = numbers[bad[0]] if len(numbers) else bad[0]
@@ -117,7 +118,7 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
 
 
 def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
-    """That an item has the spec's shape, or, where this is None, a shape that images can have."""
+    """Raise DataError unless an item has the spec's shape, or, if that is None, a shape that images can have."""
     wanted = spec.shape
     if wanted is None and spec.scale == 'image':
         if len(found) < 3:
@@ -131,14 +132,14 @@ def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:
         remedy = 'If the channel is missing, add it: images[:, None]'
     elif found[-1:] + found[:-1] == tuple(wanted):
         remedy = 'If the channels come last, put them first: images.permute(0, 3, 1, 2)'
-    shapes = f'items of shape {found}, expected is ({", ".join(map(str, wanted))})'
-    raise DataError(f'{where} has {shapes}. {remedy}. If it is meant, pass shape={found} to the DataSpec.')
+    shapes = f'items of shape {found}, expected ({", ".join(map(str, wanted))})'
+    raise DataError(f'{where} has {shapes}. {remedy}. If the shape is right, pass shape={found} to the DataSpec.')
 
 
 def check_labels(label: Tensor, n: int, where: str) -> Tensor:
-    """`label` as int64, one class from 0 to n - 1 for each item."""
+    """`label` as int64, one class from 0 to n - 1 for each item. Raises DataError."""
     if label.ndim != 1 or label.is_floating_point() or label.is_complex():
-        wanted = f'one whole number for each item, shape ({len(label)},). With num_classes=0 it may be anything'
+        wanted = f'one whole number for each item, shape ({len(label)},). With num_classes=0 labels may be anything'
         raise DataError(f'{where} is {describe(label)}, but num_classes={n} needs {wanted}.')
     label = label.long()
     low, high = int(label.min()), int(label.max())

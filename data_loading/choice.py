@@ -1,4 +1,4 @@
-"""Which classes and held-out items samples are made of: in turn for pictures, as often as in the data for numbers."""
+"""Chooses the classes and held-out items for samples: in turn for pictures, as often as in the data for numbers."""
 
 import functools
 
@@ -15,24 +15,25 @@ def in_turn(data: DataSpec, n: int) -> np.ndarray:
 
 
 def in_proportion(data: DataSpec, n: int) -> np.ndarray:
-    """(n,): the trained classes, each as often as in the training data, in any number of first ones; in turn if their
-    counts are not known. Each place goes to the class that is most behind."""
-    return dealt(data.counts, 1 << n.bit_length())[:n] if data.counts else in_turn(data, n)
+    """(n,): the trained classes, each as often as in the training data, also in the first k for any k; in turn if their
+    counts are not known. Each place goes to the class that is furthest behind its share."""
+    # a power of 2, so that the cache also serves other n
+    return proportional(data.counts, 1 << n.bit_length())[:n] if data.counts else in_turn(data, n)
 
 
 @functools.lru_cache(maxsize=4)
-def dealt(counts: tuple[int, ...], n: int) -> np.ndarray:
-    """(n,): what `in_proportion` gives."""
-    share, given, classes = np.array(counts) / sum(counts), np.zeros(len(counts)), np.zeros(n, int)
+def proportional(counts: tuple[int, ...], n: int) -> np.ndarray:
+    """(n,): the classes of `in_proportion`."""
+    share, used, classes = np.array(counts) / sum(counts), np.zeros(len(counts)), np.zeros(n, int)
     for i in range(n):
-        classes[i] = np.argmax(share * (i + 1) - given)
-        given[classes[i]] += 1
+        classes[i] = np.argmax(share * (i + 1) - used)
+        used[classes[i]] += 1
     return classes
 
 
 def held_out_order(loader: Loader, n: int, in_turn: bool) -> list[int]:
-    """Indices of n items of `loader` of trained classes: at random, the same every time; or `in_turn`, one class after
-    another, as far as they are known. From the first again when all are taken."""
+    """Indices of n items of `loader`, from trained classes only: at random, the same every time; or `in_turn`, one
+    class after another, if classes are known. When all items are used, the order starts again."""
     order = np.arange(loader.size) if in_turn else np.random.default_rng(0).permutation(loader.size)
     if loader.labels is not None:
         labels = loader.labels.numpy()

@@ -1,4 +1,4 @@
-"""The images of a folder: which files, which classes, which part is held out. images.py decodes them."""
+"""Finds the images of a folder, their classes, and the part that is held out. images.py decodes them."""
 
 import csv
 import json
@@ -19,20 +19,20 @@ from runtime.ranks import print_once
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
 IMAGE_ENDINGS += ('.avif',) if '.avif' in Image.registered_extensions() else ()
 TO_CONVERT = ('.heic', '.heif', '.avif', '.svg', '.jxl', '.dng', '.psd')  # images that Pillow does not read
-LISTS = ('labels.csv', 'dataset.json', 'generate.json')  # of classes, and of generate.py
+LISTS = ('labels.csv', 'dataset.json', 'generate.json')  # lists of classes, and the settings of generate.py
 ARRAYS, ARCHIVES = {'.npy', '.npz', '.pt'}, {'.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'}
 NO_ENDING = 'no ending'
 SYSTEM = set('@eadir @tmp __macosx #recycle #snapshot $recycle.bin lost+found'.split()) | {'system volume information'}
-OTHERS, CONVERT = 'files that are not images', 'images that must be converted first'  # kinds of what is skipped
+OTHERS, CONVERT = 'files that are not images', 'images that must be converted first'  # kinds of skipped files
 
-Class = tuple[int, int, str]  # classes are sorted by these: numbers as numbers, before other names
-Classes = dict[str, Class]  # by file; empty: no classes
-Groups = dict[str, list[str]]  # files by folder; '': those that lie in the folder itself
+Class = tuple[int, int, str]  # sort key of a class: numbers by value, before other names
+Classes = dict[str, Class]  # file -> class; empty: no classes
+Groups = dict[str, list[str]]  # folder -> files; '': files in the folder itself
 
 
 def find(root: Path, where: str) -> tuple[list[str], list[int], int, dict[str, Any]]:
-    """(paths below `root` of all images, the held-out part first, and of any part any first ones of all classes; their
-    labels; how many are a held-out part of the folder's own; facts). Prints what is skipped. Raises SettingError, which
+    """(paths of all images below `root`, the held-out part first, each part in the order of `in_order`; their labels;
+    number of images in the folder's own held-out part; facts). Prints what is skipped. Raises SettingError, which
     begins with `where`."""
     check_is_folder(root, where)
     files, notes = walk(root, where)
@@ -64,7 +64,7 @@ def find(root: Path, where: str) -> tuple[list[str], list[int], int, dict[str, A
 
 
 def in_order(files: list[str], labels: dict[str, int]) -> list[str]:
-    """The files in an order whose first n, for any n, hold each class as often as the whole does, rounded.
+    """The files in an order whose first n, for any n, hold each class as often as all files do, rounded.
 
     Within a class the order is by the hash of the name, so it is the same in every run, for every seed, and mostly also
     when images are added.
@@ -74,14 +74,14 @@ def in_order(files: list[str], labels: dict[str, int]) -> list[str]:
 
 
 def split(root: Path, base: str, groups: Groups, where: str) -> tuple[list[str], list[str], Classes, str] | None:
-    """(training files, held-out files, their classes, a line on it) if the folders `groups` are train/ and val/, test/
-    and so on; else None. No files are held out if the classes of those folders are not known. Raises SettingError."""
+    """(training files, held-out files, their classes, a line to print) if the folders `groups` are train/ and val/,
+    test/ and so on; else None. No files are held out if none has a class of train/. Raises SettingError."""
     parts = {name.lower(): name for name in groups}
     train = next((parts[name] for name in TRAIN if name in parts), None)
     own = [parts[name] for name in HELD_OUT if name in parts]
     if own and len(own) == len(groups) > 1:
         names, path = ', '.join(f'{name}/' for name in own), printable(str(root / base / own[0]))
-        raise SettingError(f'{where}: it holds {names} and no train/. Pass the part to train on: --data_path {path}.')
+        raise SettingError(f'{where}: it holds {names} but no train/. Pass the part to train on: --data_path {path}.')
     if not own or not train:
         return None
     classes, held_out, held = classes_of(root, groups[train], where), [], ''
@@ -93,7 +93,7 @@ def split(root: Path, base: str, groups: Groups, where: str) -> tuple[list[str],
             held = name
             classes = classes and classes | {file: theirs[file] for file in held_out}
             break
-    notes = [f'{train}/ is trained on, {f"{held}/" if held else "a part of it"} is held out']
+    notes = [f'{train}/ is the training part, {f"{held}/" if held else "a part of it"} is held out']
     missing = known - {classes[file] for file in held_out if classes}
     if held and missing:
         notes.append(f'{held}/ has no {few([name for *_, name in sorted(missing)])}')
@@ -107,28 +107,28 @@ def split(root: Path, base: str, groups: Groups, where: str) -> tuple[list[str],
 
 
 def check_is_folder(root: Path, where: str) -> None:
-    """Raises SettingError, which says what to do, if `root` is not a folder."""
+    """Raise SettingError with a remedy if `root` is not a folder."""
     ending = root.suffix.lower()
     if root.is_dir():
         return
     if not root.exists():
-        why = 'there is no such folder. Pass a folder of images, or of one folder for each class, as --data_path'
+        why = 'there is no such folder. Pass a folder of images, or with one folder for each class, as --data_path'
     elif ending in ARCHIVES:
-        why = f'a {ending[1:]}: unpack it, and pass the folder as --data_path'
+        why = f'this is a {ending[1:]} archive: unpack it, and pass the folder as --data_path'
     elif ending in IMAGE_ENDINGS + TO_CONVERT:
-        why = f'a single image. Pass a folder of images, such as --data_path {root.parent}'
+        why = f'this is a single image. Pass a folder of images, such as --data_path {root.parent}'
     else:
-        why = 'a file. Pass a folder of images; --dataset arrays reads .npy, .npz and .pt'
+        why = 'this is a file. Pass a folder of images; --dataset arrays reads .npy, .npz and .pt'
     raise SettingError(f'{where}: {why}.')
 
 
 def printable(name: str) -> str:
-    """`name` with the bytes that are not UTF-8 as text."""
+    """`name` with bytes that are not UTF-8 escaped."""
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
 
 
 def few(names: list[str]) -> str:
-    """'cat, dog, owl', of many only the first."""
+    """'cat, dog, owl', cut off after eight names."""
     return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
 
@@ -136,10 +136,10 @@ def few(names: list[str]) -> str:
 
 
 def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
-    """(paths below root of all images, lines on what was skipped). Raises SettingError if there are none."""
+    """(paths of all images below root, lines on skipped files). Raises SettingError if there are no images."""
     files: list[str] = []
     skipped: dict[str, Counter[str]] = defaultdict(Counter)  # kind -> ending or name -> how many
-    seen: set[tuple[int, int]] = set()  # folders that were entered: ends a circle of links
+    seen: set[tuple[int, int]] = set()  # folders already entered: ends a circle of links
 
     def refuse(error: OSError) -> None:
         raise SettingError(f'{where}: {printable(str(error))}. Make it readable, or move it elsewhere.') from None
@@ -160,7 +160,7 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
                 continue
             if ending not in IMAGE_ENDINGS:
                 skipped[CONVERT if ending in TO_CONVERT else OTHERS][ending or name] += 1
-            elif 'generate.json' in names:  # of generate.py, whose samples lie in folders below
+            elif 'generate.json' in names:  # generate.py puts samples into folders below, and only overviews here
                 skipped['pictures next to generate.json'][name] += 1
             else:
                 files.append(os.path.relpath(os.path.join(folder, name), root))
@@ -168,13 +168,13 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
     if len(bare := [name for name in others if name[0] != '.']) > 3:
         others[NO_ENDING] = sum(others.pop(name) for name in bare)
     if not files:
-        there = skipped[OTHERS] + skipped[CONVERT]
-        remedy = 'Pass a folder of images, or of one folder for each class, as --data_path.'
+        present = skipped[OTHERS] + skipped[CONVERT]
+        remedy = 'Pass a folder of images, or with one folder for each class, as --data_path.'
         remedy = 'Convert them to PNG or JPEG.' if skipped[CONVERT] else remedy
-        remedy = '--dataset arrays reads a file of them; np.stack joins several.' if there.keys() & ARRAYS else remedy
-        remedy = 'Give the files their ending, such as .png.' if there[NO_ENDING] else remedy
-        remedy = 'Unpack the archive.' if there.keys() & ARCHIVES else remedy
-        only = f', only {listing(there)}' if there else ''
+        remedy = '--dataset arrays reads one such file; np.stack joins several.' if present.keys() & ARRAYS else remedy
+        remedy = 'Give the files an ending, such as .png.' if present[NO_ENDING] else remedy
+        remedy = 'Unpack the archive.' if present.keys() & ARCHIVES else remedy
+        only = f', only {listing(present)}' if present else ''
         raise SettingError(f'{where}: it holds no image ({", ".join(IMAGE_ENDINGS)}){only}. {remedy}')
     return files, [f'skipped {kind}: {listing(counts)}' for kind, counts in skipped.items() if counts]
 
@@ -188,8 +188,8 @@ def listing(counts: Counter[str]) -> str:
 
 
 def settled(root: Path, files: list[str], where: str) -> tuple[str, Groups, Classes | None]:
-    """(base, files by folder below it, `listed` classes): base is the first folder on the path, below root, that holds
-    images, several folders or a list of classes."""
+    """(base, files by folder below it, `listed` classes): base is root, or the first folder below it that holds images,
+    several folders or a list of classes, where each above holds only one folder."""
     base, above = '', ''
     while True:
         groups = defaultdict(list)
@@ -204,12 +204,12 @@ def settled(root: Path, files: list[str], where: str) -> tuple[str, Groups, Clas
 
 
 def classes_of(root: Path, files: list[str], where: str) -> Classes:
-    """The class of each of these files: as a list in their folder says, or else the first folder below those that all
-    share. Empty without classes. Raises SettingError."""
+    """The class of each file: from a list in their folder, or else the first folder below their common ones. Empty
+    without classes. Raises SettingError."""
     base, groups, classes = settled(root, files, where)
     if classes is None and '' in groups and len(groups) > 1:
         folders, images = sorted(filter(None, groups)), counted(len(groups['']), 'image')
-        text = f'{images}{base and f" in {base}"} next to folders ({", ".join(folders[:3])}): no class is known. Move '
+        text = f'{images}{base and f" in {base}"} next to folders ({", ".join(folders[:3])}) without a class. Move '
         text += f'them into a folder, or pass one that holds only images, as --data_path {root / base / folders[0]}.'
         raise SettingError(f'{where}: {printable(text)}')
     if classes is None:
@@ -229,8 +229,8 @@ def key(name: str) -> Class:
 
 
 def listed(root: Path, base: str, where: str) -> Classes | None:
-    """The classes in dataset.json (of EDM's dataset_tool) or labels.csv (file,class,name), if the folder `base` has
-    such a list; empty if its folders are only parts of a large set; else None. Raises SettingError."""
+    """The classes in dataset.json (written by EDM's dataset_tool) or labels.csv (file,class,name), if the folder `base`
+    has such a list; empty if its folders only split up a large set; else None. Raises SettingError."""
     path = root / base / 'dataset.json'
     try:
         found = json.loads(path.read_text('utf-8')) if path.is_file() else None
@@ -250,7 +250,7 @@ def listed(root: Path, base: str, where: str) -> Classes | None:
 
 
 def warn_of_classes(names: tuple[str, ...], groups: Groups, base: Path) -> None:
-    """Print a warning where classes look like one that is called by two names, or like something else."""
+    """Warn of classes that look like two names of one class, or that look like no classes."""
     alike = defaultdict(list)
     for name in names:
         alike[unicodedata.normalize('NFC', name).casefold().strip()].append(name)

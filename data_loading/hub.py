@@ -1,4 +1,4 @@
-"""A data set of Hugging Face `datasets` with a column of images."""
+"""Loads images from a data set of Hugging Face `datasets`, or from parquet files."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,13 +21,13 @@ from runtime.ranks import print_once
 
 @dataclass(frozen=True, eq=False)
 class HubImages(Dataset):
-    """The rows of one split in this order: (uint8 (channels, H, W), class). Raises DataError for a broken image."""
+    """The rows of one split in `order`: (uint8 (channels, H, W), class). Raises DataError for a broken image."""
 
     rows: Any  # datasets.Dataset, whose images are not decoded
-    place: str  # where they are, for errors: '', or ' of split ...'
-    image: str  # the column
-    classes: np.ndarray  # (N,) of the rows
-    order: np.ndarray  # (N,)
+    place: str  # name of the split in errors: '', or ' of split ...'
+    image: str  # name of the image column
+    classes: np.ndarray  # (N,), class of each row
+    order: np.ndarray  # (N,), rows in the order of the items
     made: dict[str, Any]  # arguments of pixels_of
 
     def __len__(self) -> int:
@@ -40,20 +40,20 @@ class HubImages(Dataset):
 
 
 def file_of(image: dict[str, Any] | None) -> Path | BytesIO:
-    """The bytes of an image that was not decoded, or its file; no bytes if the image is missing."""
+    """The encoded bytes of an image, or its file; no bytes if the image is missing."""
     if image is None:
         return BytesIO()
     return BytesIO(image['bytes']) if image.get('bytes') else Path(image['path'])
 
 
 def load_hub(config: Config) -> Loaded:
-    """(training part, held-out part, facts) of a data set of Hugging Face `datasets`, or of parquet files. Without a
-    held-out split a tenth is held out, of each class its share. Raises SettingError."""
+    """(training part, held-out part, facts) from a data set of Hugging Face `datasets`, or from parquet files. Without
+    a held-out split, a tenth of each class is held out. Raises SettingError."""
     where = f"dataset='hub', data_path={config.data_path!r}"
     try:
         import datasets
     except ImportError:
-        raise SettingError(f'{where}: this needs the package datasets: pip install datasets.') from None
+        raise SettingError(f'{where}: this needs the datasets package: pip install datasets.') from None
     found = splits_of(config, where)
     train = next(name for name in (*TRAIN, *found) if name in found)
     names = [*[name for name in HELD_OUT if name in found and name != train][:1], train]
@@ -73,21 +73,21 @@ def load_hub(config: Config) -> Loaded:
 
 
 def splits_of(config: Config, where: str) -> Any:
-    """Split -> its rows, as `datasets` finds them. Raises SettingError."""
+    """The rows of each split, by its name in `datasets`. Raises SettingError."""
     import datasets
 
     if not config.data_path:
         raise SettingError("dataset='hub' needs the name of a data set, or a folder: --data_path NAME_OR_FOLDER.")
     path, cache = Path(config.data_path).expanduser(), str(Path(config.data_dir, 'hub'))
     if path.is_file() and path.suffix != '.parquet':
-        raise SettingError(f'{where}: of files, only .parquet is read. Pass one, a folder of them, or a name.')
+        raise SettingError(f'{where}: this file is not .parquet. Pass a parquet file, a folder of them, or a name.')
     try:
         if path.is_file():
             return datasets.load_dataset('parquet', data_files=str(path), cache_dir=cache)
         return datasets.load_dataset(config.data_path, cache_dir=cache)
     except Exception as error:  # many kinds: no network, no such data set, no data in a folder
         text = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
-        remedy = 'Check the name, and that there is a network; or pass a folder of parquet files.'
+        remedy = 'Check the name and the network connection, or pass a folder of parquet files.'
         raise SettingError(f'{where} cannot be loaded ({text}). {remedy}') from None
 
 
@@ -97,7 +97,7 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     import datasets
 
     kinds = {name: str(getattr(kind, 'dtype', type(kind).__name__)) for name, kind in rows.features.items()}
-    choice = f'Name them by --columns IMAGE [CLASS]; there are {", ".join(kinds)}.'
+    choice = f'Pass --columns IMAGE [CLASS]; columns: {", ".join(kinds)}.'
 
     def of_kind(kind: type) -> list[str]:
         return [name for name, feature in rows.features.items() if isinstance(feature, kind)]
@@ -105,8 +105,8 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     images = of_kind(datasets.Image) or [name for name, dtype in kinds.items() if dtype in ('binary', 'large_binary')]
     if not images:
         columns = ', '.join(f'{name} ({dtype})' for name, dtype in kinds.items())
-        remedy = 'Write the bytes of a dict as a column of their own.' if 'dict' in kinds.values() else ''
-        raise SettingError(f'{where}: no column holds images, as files or their bytes; there are {columns}. {remedy}')
+        remedy = 'Store the bytes inside the dict as a separate column.' if 'dict' in kinds.values() else ''
+        raise SettingError(f'{where}: no column holds images, as files or as bytes; columns: {columns}. {remedy}')
     if not named and len(images) > 1:
         raise SettingError(f'{where}: cannot tell which column holds the images; image columns: {images}. {choice}')
     image = named[0] if named else images[0]
@@ -128,7 +128,7 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
 
 
 def labels_of(splits: list[Any], label: str | None, where: str) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """(the classes (N,) of each split, facts about them) by the column `label`. Raises SettingError."""
+    """(the classes (N,) of each split, facts about them), from the column `label`. Raises SettingError."""
     if label is None:
         return [np.zeros(len(split), np.int64) for split in splits], dict(num_classes=0)
     given = [np.array(split[label][:]) for split in splits]

@@ -1,4 +1,4 @@
-"""A folder of images of any kind and size as a data set: decodes, crops and resizes what folders.py finds."""
+"""Loads a folder of images of any format and size: decodes, crops and resizes the files that folders.py finds."""
 
 import contextlib
 import re
@@ -30,8 +30,8 @@ ORIENTATION = 0x112  # EXIF's
 TURNS = dict(  # its value -> the method of Image.transpose
     enumerate('FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split(), 2)
 )
-LETTERS = 'letter|symbol|text|digit|number|sign|alphabet|character|font|^[0-9a-z]$'  # classes that may show letters
-HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1')  # bytes 8 to 12 of such a file
+LETTERS = 'letter|symbol|text|digit|number|sign|alphabet|character|font|^[0-9a-z]$'  # class names that hint at letters
+HEIC = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'mif1', b'msf1')  # bytes 8 to 12 of a HEIC file
 LOOKED_AT = 1000  # images whose sizes are read at the start
 
 
@@ -40,24 +40,24 @@ LOOKED_AT = 1000  # images whose sizes are read at the start
 
 @contextlib.contextmanager
 def readable(image: Path | str) -> Iterator[None]:
-    """Raises a DataError that names the image, a file or a row, for whatever goes wrong inside."""
+    """Raise a DataError that names the image, a file or a row, for any error inside the block."""
     try:
         yield
     except Exception as error:  # what PIL raises depends on the format
         if is_out_of_memory(error):
             raise
         text = f'{shown(image)} cannot be read as an image ({type(error).__name__}: {printable(str(error))}). Replace '
-        text += 'it by a whole one, remove it from the data, or leave such images out with --skip_unreadable.'
+        text += 'it by an intact one, remove it from the data, or leave such images out with --skip_unreadable.'
         raise DataError(text) from None
 
 
 def shown(image: Path | str) -> str:
-    """The path of an image in the user's folder, also where --check has linked to it, or the name of a row."""
+    """The path of an image in the user's folder, even if --check uses a link to it; or the name of a row."""
     return printable(str(image.parent.resolve() / image.name if isinstance(image, Path) else image))
 
 
 def opened(file: Path | BytesIO) -> Image.Image:
-    """The image in a file. Raises what Pillow does, or ValueError for HEIC and the like, whatever the file's name."""
+    """The image in a file. Raises Pillow's errors, or ValueError for HEIC and the like, whatever the file's name."""
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -71,10 +71,10 @@ def opened(file: Path | BytesIO) -> Image.Image:
 def pixels_of(
     path: Path | BytesIO, size: tuple[int, int], channels: int, background: Colour, fit: str = 'crop', white: int = 0
 ) -> Tensor:
-    """An image file as uint8 (channels, H, W): turned as its EXIF data say, transparent parts laid on `background`, and
-    brought to `size` as `fit` says. An animation gives its first frame. `white`: of 16-bit images, see `eight_bits`."""
+    """An image file as uint8 (channels, H, W): turned by its EXIF orientation, transparent parts laid on `background`,
+    and resized to `size` as in `fitted`. An animation gives its first frame. `white`: see `eight_bits`."""
     with opened(path) as image:
-        image.load()  # a TIFF is turned by this
+        image.load()  # also turns a TIFF
         if turn := TURNS.get(image.getexif().get(ORIENTATION, 1)):
             image = image.transpose(Image.Transpose[turn])
         if image.mode.startswith(('I', 'F')):
@@ -87,10 +87,10 @@ def pixels_of(
 
 
 def fitted(image: Any, size: tuple[int, int], fit: str, background: Colour) -> Any:
-    """`image` in `size` (height, width), resized with antialiasing: its middle in these proportions ('crop'), all of it
-    on `background` ('pad'), or all of it in other proportions ('stretch')."""
+    """`image` resized to `size` (height, width) with antialiasing: its middle ('crop'), all of it on `background`
+    ('pad'), or all of it distorted ('stretch')."""
     height, width = size
-    scales = image.width / width, image.height / height  # pixels of the file for each pixel of ours
+    scales = image.width / width, image.height / height  # pixels of the file per pixel of the result
     if fit == 'crop':
         kept = max(1, round(width * min(scales))), max(1, round(height * min(scales)))
         left, top = (image.width - kept[0]) // 2, (image.height - kept[1]) // 2
@@ -105,8 +105,8 @@ def fitted(image: Any, size: tuple[int, int], fit: str, background: Colour) -> A
 
 
 def eight_bits(image: Any, white: int) -> Any:
-    """A grey image of more than 8 bits with 8 bits per pixel: `white`, 255 or 65535, becomes 255; 0: the former if no
-    value is above it. Raises ValueError if the values need more."""
+    """A grey image with more than 8 bits per pixel, converted to 8 bits: `white`, 255 or 65535, becomes 255. white=0
+    means 255 if no value is above it, else 65535. Raises ValueError for values that need more than 16 bits."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     white = white or (255 if high <= 255 else 65535)
@@ -116,28 +116,28 @@ def eight_bits(image: Any, white: int) -> Any:
             'images in an .npy file for --dataset arrays --value_range LOW HIGH'
         )
     if high > white:
-        raise ValueError(f'grey levels to {high}, where others end at {white}: bring all to one range')
+        raise ValueError(f'its grey levels go up to {high}, those of other images to {white}: rescale all to one range')
     return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8))
 
 
 @dataclass(frozen=True)
 class Head:
-    """The facts about an image file that need no pixels."""
+    """Facts about an image file that are read before it is decoded."""
 
     name: Path | str
-    width: int  # as it is shown
+    width: int  # as displayed, after the EXIF rotation
     height: int
     is_grey: bool
-    is_deep: bool  # grey of more than 8 bits
-    largest: int  # value of a grey image whose pixels were read, else 0
+    is_deep: bool  # grey with more than 8 bits
+    largest: int  # largest value of a grey image whose pixels were read, else 0
 
 
 def head(file: Path | BytesIO, nth: int = 0) -> Head | None:
-    """The size and colours of the nth image file; None if it cannot be read, which `readable` reports later. Of the
-    first grey images, the pixels are read too."""
+    """The size and colours of the nth image file; None if it cannot be read, which `readable` reports later. Also reads
+    the pixels of the first grey images."""
     try:
         with Image.open(file) as image:
-            has_exif = image.format in ('JPEG', 'MPO', 'WEBP')  # a TIFF has its size turned; a PNG would be decoded
+            has_exif = image.format in ('JPEG', 'MPO', 'WEBP')  # Pillow turns a TIFF's size; getexif decodes a PNG
             turned = has_exif and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
             width, height = image.size[::-1] if turned else image.size
             is_deep = image.mode.startswith(('I', 'F'))
@@ -149,8 +149,8 @@ def head(file: Path | BytesIO, nth: int = 0) -> Head | None:
 
 
 def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
-    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Warns of sizes and grey
-    levels that do not suit. Raises SettingError."""
+    """The arguments of `pixels_of` for these images: one channel if all of them are grey. Warns of unsuitable sizes and
+    grey levels. Raises SettingError."""
     try:
         background = ImageColor.getrgb(config.background)[:3]
     except ValueError:
@@ -159,7 +159,7 @@ def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
         ) from None
     size = (config.image_size[0], config.image_size[-1])
     heads, grey = [], True
-    for file in files:  # ends after the first in colour
+    for file in files:  # all of them, unless one is in colour: then LOOKED_AT are enough
         if not grey and len(heads) == LOOKED_AT:
             break
         found = head(file, len(heads))
@@ -173,7 +173,7 @@ def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
     if 0 < largest < (16384 if deep > 255 else 17):
         print_once(
             f'warning: {config.dataset}: grey levels end at {largest}, but {white} is white, so images are almost '
-            f'black. Stack them in an .npy file, and pass --dataset arrays --value_range 0 {largest}, or scale them.'
+            f'black. Stack them in an .npy file and pass --dataset arrays --value_range 0 {largest}, or rescale them.'
         )
     elif 0 < deep <= 255:
         print_once(f'warning: {config.dataset}: grey levels of 16-bit images end at {deep}, so 255 is taken as white.')
@@ -181,14 +181,14 @@ def how_made(config: Config, files: Iterable[Path | BytesIO]) -> dict[str, Any]:
 
 
 def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> None:
-    """Print how much cropping cuts, and a warning of images that are far too small or long."""
+    """Print how much cropping cuts off, and warn of images that are far too small or too long."""
     height, width = size
     scales = [(found.width / width, found.height / height) for found in heads]
     cut = np.array([1 - min(scale) / max(scale) for scale in scales] or [0])
     if config.fit == 'crop' and cut.max() >= 0.01:
         most = f' ({shown(name)})' if (name := heads[cut.argmax()].name) else ''
         text = f'cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most{most}'
-        print_once(f'{config.dataset}: {text}; --fit pad keeps all')
+        print_once(f'{config.dataset}: {text}; --fit pad keeps all of them')
     smaller = max if config.fit == 'pad' else min
     odd = [
         found for found, scale, lost in zip(heads, scales, cut, strict=False) if smaller(scale) < 1 / 4 or lost > 0.9
@@ -209,12 +209,12 @@ class ImageFiles(Dataset):
     """The images of a folder: (uint8 (channels, H, W), class). Raises DataError for a broken file."""
 
     root: Path
-    where: str  # its name in errors
+    where: str  # name of the data set in errors
     files: list[str]  # paths below root
     labels: list[int]
     made: dict[str, Any]  # arguments of pixels_of
-    facts: dict[str, Any]  # classes, and which files were skipped
-    held_out: int  # the first images: a held-out part of the folder's own; 0: it has none
+    facts: dict[str, Any]  # the classes, and a text on skipped files
+    held_out: int  # size of the folder's own held-out part, which comes first; 0: it has none
 
     def __len__(self) -> int:
         return len(self.files)
@@ -225,24 +225,24 @@ class ImageFiles(Dataset):
             return pixels_of(path, **self.made), self.labels[i]
 
     def fingerprint(self) -> str:
-        """The names, sizes and classes of all files and how they are decoded, wherever the folder is."""
+        """The names, sizes and classes of all files, and how they are decoded; the same if the folder moves."""
         files = sorted(zip(self.files, [self.stat(name).st_size for name in self.files], self.labels, strict=True))
         return repr((files, self.facts['classes'], tuple(self.made.values())))
 
     def state(self) -> str:
-        """`fingerprint` with the times of change: the cache of these pixels is valid while this is the same."""
+        """`fingerprint` with modification times: the cache of these pixels is valid while this is the same."""
         return repr([self.fingerprint(), self.files, [self.stat(name).st_mtime_ns for name in self.files]])
 
     def stat(self, name: str) -> stat_result:
         try:
             return (self.root / name).stat()
-        except OSError:  # a link to nowhere, which decoding will name
+        except OSError:  # a broken link: decoding will name it
             return stat_result((0,) * 10)
 
 
 def list_images(config: Config) -> ImageFiles:
-    """All images below the folder `config.data_path`, or else data_dir/image_folder, as folders.py finds them; the
-    held-out part is at the beginning. Raises SettingError."""
+    """All images that folders.py finds below `config.data_path`, or else data_dir/image_folder; the held-out part comes
+    first. Raises SettingError."""
     root = Path(config.data_path or Path(config.data_dir, 'image_folder')).expanduser()
     where = f"dataset='image_folder', {'data_path' if config.data_path else 'data_dir'}={str(root)!r}"
     if not config.data_path and not root.exists():
@@ -251,7 +251,7 @@ def list_images(config: Config) -> ImageFiles:
     if flips := ' '.join(f'--{name} 0' for name in ('flip_prob', 'rotate_prob') if getattr(config, name)):
         letters = [f' ({name!r})' for name in facts['classes'] if re.search(LETTERS, name, re.IGNORECASE)][:1]
         print_once(
-            f'{"warning: " if letters else ""}image_folder: images are mirrored or turned: add {flips} if there are '
+            f'{"warning: " if letters else ""}image_folder: images are mirrored or turned: add {flips} if they show '
             f'letters{"".join(letters)}, or if left and right differ'
         )
     made = how_made(config, (root / name for name in files))
@@ -259,8 +259,8 @@ def list_images(config: Config) -> ImageFiles:
 
 
 def load_image_folder(config: Config) -> Loaded:
-    """(training part, held-out part, facts) of a folder of images, of which a tenth is held out by default. Each class
-    keeps an image to train on. Raises SettingError."""
+    """(training part, held-out part, facts) from a folder of images; by default a tenth is held out. Each class keeps
+    an image to train on. Raises SettingError."""
     images = list_images(config)
     classes = max(1, images.facts['num_classes'])
     n = images.held_out or held_out_rows(config.held_out, len(images), images.where, keep=classes)

@@ -1,4 +1,4 @@
-"""The order in which data are read, which process reads what, and the batches on the device.
+"""Orders the data, deals them to the processes, and yields batches on the device.
 
 The order of the training data is an endless stream of permutations, each a function of (seed, epoch); step s reads
 positions [s B, (s + 1) B). A step's global batch is cut into `batch_shards` shards, and each process reads its share of
@@ -30,7 +30,7 @@ from runtime.stopping import ignore_signals_except_from_parent
 
 
 class ShardSampler(Sampler):
-    """Deals the `batch_shards` equal shards of a global batch: each process has a block of consecutive ones."""
+    """Deals the `batch_shards` equal shards of a global batch: each process gets a block of consecutive shards."""
 
     def __init__(self, num_images: int, config: Config):
         self.num_images, self.config = num_images, config
@@ -49,12 +49,12 @@ class ShardSampler(Sampler):
 
 
 class StreamSampler(ShardSampler):
-    """Endless lists of image indices, one for each shard that this process reads of each step, from `set_step` on."""
+    """Endless lists of image indices, one list per shard that this process reads, from the step of `set_step` on."""
 
     step = 0
 
     def set_step(self, step: int) -> None:
-        """Make the next iteration begin with this step."""
+        """Start the next iteration at this step."""
         self.step = step
 
     def permutation(self, epoch: int) -> np.ndarray:
@@ -66,16 +66,14 @@ class StreamSampler(ShardSampler):
         for step in itertools.count(self.step):
             first = 0 if self.config.overfit else step * batch
             epochs, places = np.divmod(np.arange(first, first + batch), self.num_images)
-            # a batch may reach into the next epoch, or over several of a small data set
+            # a batch may reach into the next epoch, or over several epochs of a small data set
             parts = [permutation(epoch)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
             yield from np.concatenate(parts).reshape(-1, self.shard_size)[list(self.shards_read)].tolist()
 
 
 class HeldOutSampler(ShardSampler):
-    """The held-out images in pieces of a shard's size, `batch_shards` pieces a round, dealt like the shards of a step.
-
-    In the last round some processes may have fewer pieces, or none.
-    """
+    """The indices of held-out images, in pieces the size of a shard; `batch_shards` pieces make a round, dealt like the
+    shards of a step. In the last round some processes may have fewer pieces, or none."""
 
     @property
     def rounds(self) -> int:
@@ -95,15 +93,15 @@ class HeldOutSampler(ShardSampler):
 
 
 def fits(arrays: Arrays, device: torch.device) -> bool:
-    """Whether data may live on the device: on a GPU they may take a quarter of the free memory. On the CPU they stay
-    where they are; the system keeps as much of a memory-mapped file in memory as it can."""
+    """Whether data may live on the device: on a GPU, if they take less than a quarter of the free memory. On the CPU
+    they stay where they are; the system keeps as much of a memory-mapped file in memory as it can."""
     if device.type != 'cuda' or not torch.cuda.is_available():
         return True
     return sum(array.nbytes for array in arrays) < torch.cuda.mem_get_info(device)[0] / 4
 
 
 class Numbered(Dataset):
-    """A Dataset as lists of items with their numbers, in its file if it knows them, for errors."""
+    """Adds the numbers of items to a Dataset, for errors: rows of its file if it knows them, else indices."""
 
     def __init__(self, items: Any):
         self.items = items
@@ -119,7 +117,7 @@ class Numbered(Dataset):
         try:
             return self.items[i]
         except Exception as error:
-            if not isinstance(error, (DataError, Stopped)):  # which say it all
+            if not isinstance(error, (DataError, Stopped)):  # these name the item themselves
                 print(f'item {number} of the data: {type(error).__name__}: {error}', file=sys.stderr, flush=True)
             raise
 
@@ -131,13 +129,13 @@ def collate_numbered(numbered: Any, spec: DataSpec, where: str) -> Arrays:
 class Loader:
     """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
 
-    Iterating yields what `batch_sampler` says: the training data without end, the held-out data once. `take` reads any
-    items, of which there are `size`. A part made of arrays lives on the device if it fits. A part that is a Dataset, or
-    does not fit, is read ahead by `num_workers` loader processes, at most one for each core, into pinned memory. The
-    classes, if there are any and the part knows them, are in `labels`, on the CPU.
+    Iterating follows `batch_sampler`: the training data without end, the held-out data once. `take` reads any of the
+    `size` items. A part made of arrays lives on the device if it fits. A part that is a Dataset, or does not fit, is
+    read ahead by `num_workers` loader processes, at most one per core, into pinned memory. `labels` has the classes, on
+    the CPU, if the data have classes and the part knows them.
     """
 
-    facts: Mapping[str, Any] = {}  # of a LazyLoader: what the checkpoint says of the data
+    facts: Mapping[str, Any] = {}  # LazyLoader only: facts about the data, from the checkpoint
 
     def __init__(
         self, part: Part, batch_sampler: Iterable[list[int]], spec: DataSpec, device: torch.device, num_workers: int
@@ -147,16 +145,16 @@ class Loader:
         self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data
         self.size, self.has_pairs = len(part), part.has_pairs  # has_pairs: batches are (x, label, x1)
-        self.rounds = getattr(batch_sampler, 'rounds', 0)  # in which the held-out part is read, of batch_shards pieces
+        self.rounds = getattr(batch_sampler, 'rounds', 0)  # of the held-out part, see HeldOutSampler
         self.labels = part.classes(spec)  # (N,) int64, or None
-        # `load` is left out: where processes are spawned, a lambda could not be sent to them
+        # `load` is left out: it may be a lambda, which cannot be sent to spawned processes
         self.collate = functools.partial(collate_numbered, spec=replace(spec, load=None), where=part.name)
         self.part, self.resident, self.workers = part, None, None
         if part.arrays is not None and fits(part.arrays, device):
             self.resident = tuple(array.to(device) for array in part.arrays)
-            self.part = Part(self.resident, part.name)  # lets go of the arrays on the CPU
+            self.part = Part(self.resident, part.name)  # frees the arrays on the CPU
         else:
-            number = min(num_workers, cores_per_process())  # torch warns of more
+            number = min(num_workers, cores_per_process())  # torch warns above this
             self.workers = DataLoader(
                 Numbered(part.items),
                 batch_sampler=batch_sampler,
@@ -191,7 +189,7 @@ class Loader:
         return self._scaled(*(array.to(self.device) for array in items))
 
     def everything(self) -> Arrays:
-        """All items as `take` gives them, but on the CPU; only of a part made of arrays."""
+        """All items as a batch, like `take` but on the CPU; only for a part made of arrays."""
         assert self.resident is not None, 'a Dataset may not fit into memory'
         return self._scaled(*(array.cpu() for array in self.resident))
 
@@ -204,29 +202,29 @@ class Loader:
         """End the loader processes, if there are any."""
         running: Any = getattr(self.workers, '_iterator', None)
         if self.workers is not None and running is not None:
-            self.workers._iterator = None  # what iterates next starts new ones
-            for process in getattr(running, '_workers', ()):  # it may be stuck in the user's Dataset
+            self.workers._iterator = None  # the next iteration starts new processes
+            for process in getattr(running, '_workers', ()):  # they may be stuck in the user's Dataset
                 process.terminate()
             running._shutdown_workers()
 
-    def __del__(self) -> None:  # torch waits 5 s for each process of a loader that nobody closed
+    def __del__(self) -> None:  # torch waits 5 s for each process of a loader that was not closed
         if 'workers' in vars(self) and not sys.is_finalizing():
             self.close()
 
     def open(self) -> None:
-        """Load the data now, if they are not there yet: see LazyLoader."""
+        """Load the data now, if they are not loaded yet: see LazyLoader."""
 
     def _scaled(self, x: Tensor, label: Tensor, *x1: Tensor) -> Arrays:
         x, *others = map(self.spec.scaled, (x, *x1))
         return x, label, *others
 
     def _to_device(self, indices: Tensor) -> Tensor:
-        if self.device.type == 'cuda' and not indices.is_cuda:  # only from pinned memory is a copy no CPU-GPU sync
+        if self.device.type == 'cuda' and not indices.is_cuda:  # a copy from unpinned memory is a CPU-GPU sync
             return indices.pin_memory().to(self.device, non_blocking=True)
         return indices.to(self.device)
 
     def _from_resident(self) -> Iterator[Arrays]:
-        """A step's shards are gathered and scaled together: the cost is the same for one shard as for all."""
+        """Gathers and scales all shards of a step at once, which costs no more than one shard."""
         assert self.resident is not None
         shards = iter(self.batch_sampler)
         at_once = len(getattr(self.batch_sampler, 'shards_read', [0]))
@@ -237,17 +235,17 @@ class Loader:
 
 
 def facts_of(loader: Loader, **more: bool) -> dict[str, Any]:
-    """The facts that a LazyLoader needs, plain enough for a checkpoint; none of a subclass of DataSpec."""
+    """The facts that a LazyLoader needs, as plain types for a checkpoint; {} if the spec is a subclass of DataSpec."""
     if type(loader.spec) is not DataSpec:
         return {}
     spec = {name: value for name, value in vars(loader.spec).items() if name != 'load'}
-    plain = json.dumps(spec, default=lambda value: value.tolist())  # numbers of numpy
+    plain = json.dumps(spec, default=lambda value: value.tolist())  # numpy numbers
     return dict(spec=json.loads(plain), has_pairs=loader.has_pairs, **more)
 
 
 class LazyLoader(Loader):
-    """A Loader of a run that is opened to read. It has what the checkpoint says of the data: `facts`, the spec, the
-    fingerprint. The data themselves are loaded by `load()` when anything else is read."""
+    """A Loader for a run that is opened without training. `facts`, the spec and the fingerprint come from the
+    checkpoint. Reading any other attribute loads the data themselves, by `load()`."""
 
     def __init__(self, checkpoint: Mapping[str, Any], load: Callable[[], Loader]):
         self.facts = dict(checkpoint['facts'], shape=checkpoint['shape'], cond=checkpoint['cond'])
@@ -257,24 +255,24 @@ class LazyLoader(Loader):
         self.has_pairs, self.fingerprint = self.facts['has_pairs'], checkpoint['data']
 
     def __getattr__(self, name: str) -> Any:
-        if 'size' in vars(self) or name.startswith('__'):  # the data are there, or no attribute is meant
+        if 'size' in vars(self) or name.startswith('__'):  # the data are loaded, or Python looks for a special method
             raise AttributeError(name)
         self.open()
         return getattr(self, name)
 
     def open(self) -> None:
-        """Load the data now. Raises SettingError if they are not there, or of another shape or number of classes."""
+        """Load the data now. Raises SettingError if they are missing, or have another shape or number of classes."""
         if 'size' in vars(self):
             return
         try:
             loader = self.load()
         except SettingError as error:
-            text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads them)'
+            text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads data)'
             raise SettingError(f'{text}: {error}') from None
         was, now = ((f'{spec.shape}, {spec.num_classes} classes') for spec in (self.spec, loader.spec))
         if was != now:
-            raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its own as --data_path.')
+            raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its data as --data_path.')
         if loader.fingerprint != self.fingerprint:
-            other = f'other data ({self.fingerprint}) than are here now ({loader.fingerprint})'
-            ranks.print_once(f'warning: the run was trained on {other}: look at dataset, data_path and data_dir')
+            other = f'other data ({self.fingerprint}) than those found now ({loader.fingerprint})'
+            ranks.print_once(f'warning: the run was trained on {other}: check dataset, data_path and data_dir')
         vars(self).update(vars(loader))

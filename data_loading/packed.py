@@ -1,7 +1,7 @@
-"""A decoded data set as one file that training reads in place: `prepare.py` writes it, and the cache of images is one.
+"""Packed files: a decoded data set in one file, read in place. `prepare.py` writes such files, and so does the cache.
 
-The file is torch's own: `torch.load(path, mmap=True)` is a dict with x (N, ...), label (N,) and facts, among them a
-digest of everything. The first `held_out` rows are the held-out part.
+`torch.load(path, mmap=True)` reads one: a dict with x (N, ...), label (N,) and facts, among them a digest of
+everything. The first `held_out` rows are the held-out part.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from runtime.ranks import cores_per_process, print_once
 from runtime.stopping import ignore_signals_except_from_parent
 
 FORMAT = 1
-# The zip entries in which torch stores the first two tensors of a file. x comes first in the file, behind a zip header
-# of 30 bytes, this name of 14 and the zip64 sizes of 20, so that it is aligned as torch aligns it.
+# The zip entries in which torch stores the first two tensors of a file. x comes first: after 30 bytes of zip header, 14
+# of this name and 20 of zip64 sizes, that is at byte 64, where torch would align it, too.
 X, LABEL, X_BEGINS = 'archive/data/0', 'archive/data/1', 64
 
 
@@ -43,12 +43,12 @@ class NoRoomError(SettingError):
 
 
 def decoded_once(config: Config, items: Any, held_out: int, facts: dict[str, Any], state: str, title: str) -> Loaded:
-    """(training part, held-out part, facts) of images, of which the first `held_out` ones are held out. They are
-    decoded into data_dir/cache, in parallel, and read from there while `state` is the same. Without `cache`, or without
-    room, the parts are Datasets."""
+    """(training part, held-out part, facts) from images `items`; the first `held_out` are held out. Decodes them into
+    data_dir/cache, in parallel, and reads them from there while `state` is the same. Without `cache`, or if the disk is
+    full, the parts are Datasets."""
     mark = files.digest(repr((state, held_out, config.held_out, config.skip_unreadable)))
     path = Path(config.data_dir, 'cache', f'{title.split()[-1]}-{mark}.pt')
-    stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # what was skipped is not in the data
+    stored = {name: fact for name, fact in facts.items() if name != 'skipped'}  # skipped files are not in the data
     make = partial(build, items, path, held_out, config.skip_unreadable, title, **stored)
     found = read_or_build(path, make) if config.cache else None
     if found is None:
@@ -62,13 +62,14 @@ def decoded_once(config: Config, items: Any, held_out: int, facts: dict[str, Any
 def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | None:
     """The contents of the packed file `path`, which `build` writes if there is none; None if there is no room for it.
 
-    Only one process of this machine builds, if the file system has locks; else each does, and the last file stays.
+    Only one process per machine builds, if the file system has locks; else each does, and the last file stays.
     """
-    waiting = f'waiting for another process of this machine, which builds {path}'
+    waiting = f'waiting for another process on this machine, which builds {path}'
     with files.locked(path.with_name(f'.{path.name}.lock'), lambda: print(waiting, flush=True)) as has_lock:
-        with contextlib.suppress(SettingError):  # it is not there or, as a cache may be, damaged
+        with contextlib.suppress(SettingError):  # missing, or a damaged cache
             return read(path)
-        # A killed build leaves its file. A lock may hold on one machine only, so another machine may still be building.
+        # A killed build leaves its temporary file. A lock may hold on one machine only, so a file that is not an hour
+        # old may be one that another machine is still building.
         for remains in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp') if has_lock else ():
             with contextlib.suppress(OSError):
                 if time.time() - remains.stat().st_mtime > 3600:
@@ -82,7 +83,7 @@ def read_or_build(path: Path, build: Callable[[], None]) -> dict[str, Any] | Non
 
 
 def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
-    """These items; in place of one that cannot be read, the text of its DataError."""
+    """These items, with the text of the DataError in place of an item that cannot be read."""
     found = []
     for i in indices:
         try:
@@ -93,10 +94,10 @@ def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
 
 
 def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts: Any) -> None:
-    """Read all items (x, label), x of one shape and type, in parallel and with a bar, and write them to `path`.
+    """Read all items (x, label), x of one shape and type, in parallel, with a progress bar, and write them to `path`.
 
-    Items that cannot be read are an error after the last has been tried, which names them; with `skip` they are left
-    out, counted and named. What is left of the first `held_out` items is the held-out part. Raises SettingError.
+    After all items have been tried, raises SettingError that names unreadable ones; with `skip` they are left out,
+    counted and named. The held-out part is what remains of the first `held_out` items.
     """
     loader = DataLoader(
         cast(Any, range(len(items))),
@@ -120,7 +121,7 @@ def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts
             raise SettingError(f'{title}: {len(unread)} of {len(items)} cannot be read. {named}')
         facts['left_out'] = len(unread)
         if unread:
-            causes = [text.split(' Replace it')[0] for text in unread[:3]]  # without the remedy, which was taken
+            causes = [text.split(' Replace it')[0] for text in unread[:3]]  # without the remedy, which `skip` has taken
             print_once(f'{title}: left out {len(unread)} that cannot be read. {" ".join(causes)}')
 
     write_rows(path, readable(), len(items), title, facts)
@@ -130,18 +131,18 @@ def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts
 
 
 def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title: str, facts: dict[str, Any]) -> None:
-    """Write up to `most` items (x, label) to `path`, with a bar; the file appears whole or not at all.
+    """Write up to `most` items (x, label) to `path`, with a progress bar; the file appears whole or not at all.
 
-    It may be larger than memory. `facts` may be completed while the last row is read. Raises SettingError if there are
-    no items, if their shapes or types differ, or if there is no room.
+    It may be larger than memory. `facts` is read after the last row, so `rows` may add to it. Raises SettingError if
+    there are no items, if their shapes or types differ, or if the disk is full.
     """
     first = next(rows, None)
     if first is None:
-        raise SettingError(f'{title}: there is nothing that can be read.')
+        raise SettingError(f'{title}: no item can be read.')
     x, size, free = first[0], most * first[0].nbytes, space_for(path)
     if free < size:
         room = f'this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there'
-        raise NoRoomError(f'{path}: {room}. Make room, or take another place.')
+        raise NoRoomError(f'{path}: {room}. Make room, or choose another place.')
     labels: list[int] = []
     with files.whole(path) as temporary:
         with zipfile.ZipFile(temporary, 'w') as archive, archive.open(X, 'w', force_zip64=True) as file:
@@ -152,21 +153,21 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
                     raise SettingError(f'{title}: {found}. All must have the same shape and type.')
                 file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
                 labels.append(int(label))
-        written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: what torch can wrap
+        written = np.memmap(temporary, np.uint8, 'c', X_BEGINS, len(labels) * x.nbytes)  # c: torch needs writable
         add_contents(temporary, torch.from_numpy(written).view(x.dtype).view(-1, *x.shape), torch.tensor(labels), facts)
 
 
 def contents(x: Tensor, label: Tensor, facts: dict[str, Any]) -> dict[str, Any]:
-    """The dict in a file: `digest` is a hash of all bytes and facts."""
+    """The dict that a packed file holds; `digest` is a hash of all bytes and facts."""
     digest = files.digest(repr((x.dtype, tuple(x.shape), sorted(facts.items()))), x, label)
     return dict(format=FORMAT, x=x, label=label, digest=digest, **facts)
 
 
 def add_contents(path: Path, x: Tensor, label: Tensor, facts: dict[str, Any]) -> None:
-    """Make the zip file `path`, which holds the entry X, a file of torch: add the labels, and the dict of it all."""
+    """Turn the zip file `path`, which holds only the entry X, into a file for torch.load: add all its other entries."""
     with tempfile.TemporaryDirectory() as folder:
         frame = Path(folder, 'archive')
-        with torch.serialization.skip_data():  # tensors are holes in this file, which take no room
+        with torch.serialization.skip_data():  # tensors are holes in this file, which take no space on the disk
             torch.save(contents(x, label, facts), frame)
         with zipfile.ZipFile(frame) as source, zipfile.ZipFile(path, 'a') as archive:
             for name in source.namelist():
@@ -181,7 +182,7 @@ def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's dict, its tensors memory-mapped. Raises SettingError if it is not a packed file."""
+    """The dict in a packed file, its tensors memory-mapped. Raises SettingError if it is not a packed file."""
     try:
         found = torch.load(path, mmap=True, weights_only=True)
     except files.LOAD_ERRORS as error:
@@ -192,12 +193,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def space_for(path: Path) -> int:
-    """Free bytes where `path` is to be."""
+    """Free bytes on the disk of `path`, whose folder need not exist yet."""
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
 
 
 def parts_of(found: dict[str, Any]) -> Loaded:
-    """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if one is empty."""
+    """(training part, held-out part, facts) of a packed file, memory-mapped. Raises SettingError if a part is empty."""
     x, label, held_out = found['x'], found['label'], found['held_out']
     if not 0 < held_out < len(x):
         raise SettingError(f'{held_out} of {len(x)} items are held out. It must be at least one, and not all.')

@@ -1,6 +1,6 @@
-"""A data set as the rest of the code sees it: `DataSpec` says what it is, `Part` is its training or held-out part.
+"""The interface of a data set: `DataSpec` describes it, `Part` is its training or held-out part.
 
-checks.py says what `load` may return.
+checks.py checks what `load` returns.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Loaded = tuple[Any, Any, dict[str, Any]]  # training part, held-out part, facts
 
 @dataclass(frozen=True)
 class DataSpec:
-    """How to load a data set and what it is.
+    """The description of a data set, and the function that loads it.
 
     `load(config)` returns the training and the held-out part. Each is a tuple of tensors or numpy arrays, which live on
     the device, or a torch Dataset, which loader processes read. The entries of the tuple, or of an item of the Dataset:
@@ -30,41 +30,41 @@ class DataSpec:
     label      (N,) whole numbers from 0 to num_classes - 1; if num_classes is 0, anything with N rows
     x1         optional, like x: the data are pairs, and a loader yields (x, label, x1)
 
-    A third entry next to the two parts, a dict, holds facts found while loading, which replace fields of this.
-    A Dataset must give the same item each time: augmentation belongs in the trainer. `load` runs first on one process
+    `load` may return a third entry, a dict of facts found while loading, which replace fields of this DataSpec.
+    A Dataset must return the same item each time: augmentation belongs in the trainer. `load` runs first on one process
     of each machine, which may download.
     """
 
     load: Callable[[Config], tuple[Any, ...]]
-    shape: tuple[int, ...] | None = None  # of one x, (C, H, W) for images; None: read from the data
+    shape: tuple[int, ...] | None = None  # shape of one x, (C, H, W) for images; None: read from the data
     num_classes: int = 0  # 0: the data have no classes
-    max_value: int = 255  # of a pixel: images are divided by it
-    value_range: tuple[float, ...] = ()  # of images that are not uint8: the value of black and the value of white
+    max_value: int = 255  # largest value of a pixel: images are divided by it
+    value_range: tuple[float, ...] = ()  # values of black and of white in images that are not uint8
     scale: str = 'image'  # uint8, yielded in [0, 1]; 'float': floats of any range and rank, yielded as they are
     flip_keeps_label: bool = True
     rotation_keeps_label: bool = True
     translation_keeps_label: bool = True
     classes: tuple[str, ...] = ()  # class names, in order; empty: numbers
-    mean: tuple[float, ...] = ()  # of each channel of latents that prepare.py has stored
-    std: tuple[float, ...] = ()
+    mean: tuple[float, ...] = ()  # mean of each channel of latents, stored by prepare.py
+    std: tuple[float, ...] = ()  # their standard deviation
     skipped: str = ''  # files that were ignored, for the report
-    reading: str = ''  # how the axes of arrays in a file were read, for the line that is printed
-    values: str = ''  # what is black and white in them if not 0 and 255, for this line and the fingerprint
+    reading: str = ''  # how the axes of arrays in a file were read, for the printed line
+    values: str = ''  # their values of black and white if not 0 and 255, for this line and the fingerprint
     digest: str = ''  # a hash of all data, if `load` knows it already
-    counts: tuple[int, ...] = ()  # training items of each class, if they are known; found when data are loaded
+    counts: tuple[int, ...] = ()  # number of training items of each class, if known; set when data are loaded
 
     @property
     def trained_classes(self) -> tuple[int, ...]:
-        """The classes of which there are training items, which are sampled and judged; all if that is not known."""
+        """The classes that have training items: only these are sampled and judged. All, if counts are unknown."""
         return tuple(i for i in range(self.num_classes) if not self.counts or self.counts[i])
 
     def scaled(self, x: Tensor) -> Tensor:
-        """x as a trainer gets it: images in [0, 1], floats as they are."""
+        """x as the trainer receives it: images in [0, 1], floats as they are."""
         low, high = self.value_range or (0, self.max_value if self.scale == 'image' else 1)
         return ((x.float() - low) / (high - low)).clamp(0, 1) if self.value_range else x.float() / high
 
     def columns(self) -> int:
-        """Columns of a grid of samples: one for each class if there are 2 to 20, repeated if there are few."""
+        """Columns of a grid of samples: one for each class if there are 2 to 20 classes, repeated if there are few."""
         n = len(self.trained_classes)
         return n * max(1, 10 // n) if 2 <= n <= 20 else 10 if n > 20 else 8
 
@@ -98,8 +98,8 @@ class Rows(Subset):
 class Part:
     """One part of a data set: arrays in memory, or a torch Dataset that is read item by item.
 
-    `arrays` are (x, label) or (x, label, x1), or None for a Dataset; `items` is a Dataset in both cases. `name` is what
-    errors call the data set.
+    `arrays` are (x, label) or (x, label, x1), or None for a Dataset; `items` is a Dataset in both cases. `name` is the
+    data set's name in errors.
     """
 
     def __init__(self, source: Arrays | Any, name: str = 'data'):
@@ -111,8 +111,8 @@ class Part:
         return len(self.items)
 
     def classes(self, spec: DataSpec) -> Tensor | None:
-        """All labels, (N,) int64 on the CPU; None without classes, or if only reading every item would tell."""
-        try:  # `labels` of a Dataset of the user's may be anything
+        """All labels, (N,) int64 on the CPU; None without classes, or if one would have to read every item."""
+        try:  # `labels` of a user's Dataset may be anything
             labels = torch.as_tensor(getattr(self.items, 'labels', None) if self.arrays is None else self.arrays[1])
         except (TypeError, ValueError, RuntimeError):
             return None
@@ -136,14 +136,14 @@ class Part:
         own = getattr(self.items, 'fingerprint', None)
         if own is not None:
             return [own()]
-        with torch.random.fork_rng(devices=[]):  # so that items that are drawn at random are the same every time
+        with torch.random.fork_rng(devices=[]):  # so that a random item is the same every time
             torch.manual_seed(0)
             batches = [self.arrays] if self.arrays else [default_collate([self.items[i]]) for i in (0, len(self) - 1)]
         return [thing for batch in batches for array in batch for thing in (describe(array), array)]
 
 
 def describe(value: Any) -> str:
-    """`value` in a few words: the types and shapes of arrays, the length of long tuples."""
+    """A short text on `value`: types and shapes of arrays, lengths of long tuples."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
     if not isinstance(value, (tuple, list)):

@@ -1,6 +1,6 @@
-"""Points in the plane, drawn from the seed: distributions that are quick to learn and easy to look at.
+"""Toy distributions of points in the plane: quick to learn, easy to look at, and with a known density.
 
-Each is centred, has a standard deviation of about 0.5, as the settings assume, and a known density.
+Points are drawn from the seed. Each set is centred and has a standard deviation of about 0.5, as the settings assume.
 """
 
 import math
@@ -18,20 +18,20 @@ SIZES = 20_000, 2_000  # points to train on, held out
 
 @dataclass(frozen=True)
 class Curves:
-    """Points on one curve for each class, with Gaussian noise: `curve(label, u)` is (..., 2), u in [0, 1]."""
+    """Points on curves, one per class, plus Gaussian noise: `curve(label, u)` is (..., 2), u in [0, 1]."""
 
     curve: Callable[[np.ndarray, np.ndarray], np.ndarray]
     noise: float
     num_classes: int
 
     def draw(self, rng: np.random.Generator, n: int, label: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Points (n, 2) and their classes (n,), drawn too unless given."""
+        """Points (n, 2) and their classes (n,), which are drawn, too, unless given."""
         label = rng.integers(self.num_classes, size=n) if label is None else label
         u = rng.uniform(0, 1, n)
         return self.curve(label, u) + rng.normal(0, self.noise, (n, 2)), label
 
     def density(self, x: Tensor) -> Tensor:
-        """(N,) float64, at points (N, 2): the mean of Gaussians along the curves, from 500 points on each curve."""
+        """The density (N,) float64 at points (N, 2): the mean of Gaussians at 500 points along each curve."""
         label, u = np.meshgrid(np.arange(self.num_classes), (np.arange(500) + 0.5) / 500)
         centres, counts = torch.from_numpy(self.curve(label, u)).reshape(-1, 2).unique(dim=0, return_counts=True)
         distances = (torch.cdist(part, centres) / self.noise for part in x.double().split(4096))
@@ -40,7 +40,7 @@ class Curves:
 
 
 class Checkerboard:
-    """The eight dark squares of a four by four board that fills [-0.9, 0.9]^2; no classes."""
+    """The eight dark squares of a 4 x 4 board that fills [-0.9, 0.9]^2; no classes."""
 
     num_classes = 0
 
@@ -56,13 +56,13 @@ class Checkerboard:
 
 
 def moons(label: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Two half circles that reach into each other."""
+    """Two interleaved half circles."""
     upper = np.stack([np.cos(math.pi * u) - 0.5, np.sin(math.pi * u) - 0.25], -1)
     return 0.65 * np.where(label[..., None] == 0, upper, -upper)
 
 
 def spirals(label: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Two arms of a spiral, of one and a half turns."""
+    """Two spiral arms of one and a half turns each."""
     along = np.sqrt(0.02 + 0.98 * u)
     angle = 3 * math.pi * along + math.pi * label
     return along[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
@@ -82,13 +82,13 @@ TOY2D: dict[str, Curves | Checkerboard] = {
 
 
 def load_points(name: str, config: Config) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The training and the held-out part, each points (N, 2) and classes (N,): a function of the seed."""
+    """The training and the held-out part, each of points (N, 2) and classes (N,), drawn from config.seed."""
     rng = np.random.default_rng([config.seed, list(TOY2D).index(name)])
     parts = (TOY2D[name].draw(rng, n) for n in SIZES)
     return tuple((torch.from_numpy(x).float(), torch.from_numpy(label).long()) for x, label in parts)
 
 
 def load_pairs(first: str, second: str, config: Config) -> tuple[tuple[Tensor, ...], ...]:
-    """Like load_points, but pairs (x0, class of x0, x1): independent draws of two sets."""
+    """Like load_points, but pairs (x0, class of x0, x1) of independent draws from two sets."""
     ends = zip(load_points(first, config), load_points(second, config), strict=True)
     return tuple((x0, label, x1) for (x0, label), (x1, _) in ends)

@@ -1,7 +1,7 @@
-"""Numbers for a run. Read in this order:
+"""Evaluates a run. Read in this order:
 
 judge.py       calls the rest for a run: held-out losses, and numbers for samples
-reference.py   the loss that all runs of a data set share where x1 is noise, and its two baselines
+reference.py   the reference loss, comparable between runs whose x1 is noise, and its two baselines
 detectors.py   feature extractors: Inception, DINOv2, a small classifier, raw pixels; DETECTORS is their table
 distances.py   distances between features of samples and of data
 likelihood.py  log p(x0) by the probability-flow ODE

@@ -1,6 +1,6 @@
 """Feature extractors for comparing samples with data: Inception, DINOv2, a small classifier, raw pixels.
 
-`JudgedData` are the data that samples are compared with. distances.py compares the features.
+`JudgedData` holds the data that samples are compared with. distances.py compares the features.
 """
 
 import itertools
@@ -22,21 +22,21 @@ from data_loading.loader import Loader
 from data_loading.spec import DataSpec
 from runtime import alive, files, ranks
 
-MOST_PIXELS = 1024  # features of which a covariance is quickly computed
+MOST_PIXELS = 1024  # the covariance of more features is slow to compute
 CLASSIFIER_STEPS = 800  # a minute on two CPU cores for images of 28 x 28
-MOST_SUPPORTING = 5000  # images that a support-vector machine learns from
+MOST_SUPPORTING = 5000  # training images of a support-vector machine
 Features = Callable[[Tensor], Tensor]  # decoded images (B, C, H, W) in [0, 1] -> (B, D) float32
 
 
 @dataclass(frozen=True)
 class JudgedData:
-    """The data that samples are compared with, as `decode(encode(x))` gives them."""
+    """The data that samples are compared with, after `decode(encode(x))`."""
 
     train: Loader
     held_out: Loader
     as_decoded: Callable[[Tensor], Tensor]
-    dataset: str  # name, for messages
-    cache: Path  # a folder
+    dataset: str  # name of the data set in messages
+    cache: Path  # folder for features and classifiers
     device: torch.device
 
     @property
@@ -51,7 +51,7 @@ class JudgedData:
 
     @property
     def are_images_with_classes(self) -> bool:
-        """Whether decoded data are images like those that were loaded, of two or more classes."""
+        """Whether decoded data are images of the shape loaded, with two or more classes."""
         alike = self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
         return alike and self.spec.num_classes > 1
 
@@ -61,15 +61,15 @@ class Detector:
     """A feature extractor."""
 
     features: Features
-    digest: str  # hash of the weights: numbers of other weights are not comparable
-    about: str
+    digest: str  # hash of the weights: numbers are comparable only for equal weights
+    about: str  # a line for the reader
     predict: Callable[[Tensor], Tensor] | None = None  # images -> classes (B,), if it knows the classes of the data
-    is_slow: bool = True  # features of data are kept in a file
+    is_slow: bool = True  # then features of data are cached in a file
     name: str = ''  # key of DETECTORS
 
 
 def pixels(data: JudgedData, weights: str) -> Detector:
-    """Pixels in [-1, 1], of larger images than MOST_PIXELS averaged to 16 x 16; of other data the values as they are.
+    """Pixels in [-1, 1], averaged to 16 x 16 if there are more than MOST_PIXELS; for other data the values as they are.
     Small grey images with classes also have a support-vector machine as a classifier."""
     x = data.example
     if x.ndim != 4 or x.shape[1] not in (1, 3, 4) or x.min() < 0 or x.max() > 1:
@@ -87,13 +87,13 @@ def pixels(data: JudgedData, weights: str) -> Detector:
 
 
 def is_grey_with_classes(data: JudgedData) -> bool:
-    """Whether the data are images of one channel, few pixels, and two or more classes."""
+    """Whether the data are images with one channel, few pixels, and two or more classes."""
     return data.are_images_with_classes and data.example.shape[1] == 1 and data.example[0].numel() <= MOST_PIXELS
 
 
 def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A support-vector machine of pixels: images (N, C, H, W) in [0, 1] -> classes (N,). It learns, from two classes or
-    more, when it is first called."""
+    """A support-vector machine on pixels: images (N, C, H, W) in [0, 1] -> classes (N,). `labels` must hold two or more
+    classes. It is fitted at the first call."""
 
     def flat(x: Tensor) -> np.ndarray:
         return (2 * x.detach().cpu().float().flatten(1) - 1).numpy()
@@ -108,10 +108,10 @@ def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor
 
 
 def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData, weights: str) -> Detector:
-    """A feature extractor of torch-fidelity (Obukhov et al. 2020), from the file `weights` or its own download.
+    """A feature extractor of torch-fidelity (Obukhov et al. 2020), with weights from the file `weights` or downloaded.
 
     Grey images become three equal channels. Raises SettingError for data that are not images in [0, 1], and if the
-    weights cannot be had.
+    weights cannot be loaded.
     """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -122,13 +122,13 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
     kind = FEATURE_EXTRACTORS_REGISTRY[full_name]
     path = str(Path(weights).expanduser()) if weights else None
     if path is not None and not Path(path).is_file():
-        raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to have it downloaded.')
+        raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to download weights.')
     try:
         network: Any = ranks.in_turns(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
-    except Exception as error:  # no file, another network's, no network to download from
+    except Exception as error:  # many kinds: a damaged file, weights of another model, no internet connection
         text = ' '.join(str(error).split())[:300]
         remedy = 'Pass their file as --detector_weights PATH, or use --detector classifier or pixels, which need none'
-        what = f'detector={name!r}: its weights cannot be had ({type(error).__name__}: {text})'
+        what = f'detector={name!r}: its weights cannot be loaded ({type(error).__name__}: {text})'
         raise SettingError(f'{what}. {remedy}.') from None
     network = network.to(data.device)
 
@@ -140,14 +140,14 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
 
 
 def classifier(data: JudgedData, weights: str) -> Detector:
-    """A small network that has learned the classes of the data themselves: 64 features before its last layer.
+    """A small network trained on the classes of the data themselves: 64 features before its last layer.
 
-    It is trained once for a data set, in a minute or two, and kept with its accuracy in data_dir/cache. Raises
+    It is trained once per data set, in a minute or two, and cached with its accuracy in data_dir/cache. Raises
     SettingError if the data have no classes.
     """
     spec = data.spec
     if spec.num_classes < 2 or not spec.shape or len(spec.shape) != 3:
-        raise SettingError("detector='classifier' needs images of two or more classes. Use --detector pixels.")
+        raise SettingError("detector='classifier' needs images with two or more classes. Use --detector pixels.")
     path = data.cache / f'classifier-{files.digest(data.train.fingerprint)}.pt'
 
     def make() -> dict[str, Any]:
@@ -160,12 +160,12 @@ def classifier(data: JudgedData, weights: str) -> Detector:
     found = ranks.on_main_patiently(make)
     network = Classifier(spec.shape[0], spec.num_classes).to(data.device).eval()
     network.load_state_dict(found['network'])
-    about = f'classifier of the data, {found["accuracy"]:.1%} of held-out images right'
+    about = f'classifier trained on the data, {found["accuracy"]:.1%} accuracy on held-out images'
     return Detector(network.features, digest_of(network), about, lambda x: network(x).argmax(1))
 
 
 class Classifier(nn.Module):
-    """Four convolutions, each of half the size of the one before, and a linear layer on their mean."""
+    """Four convolutions, each followed by 2 x 2 pooling down to 4 x 4, and a linear layer on their spatial mean."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
@@ -189,12 +189,12 @@ class Classifier(nn.Module):
 
 
 def train_classifier(data: JudgedData) -> dict[str, Any]:
-    """Weights, and accuracy on the held-out images."""
+    """Train a Classifier: its weights, and its accuracy on the held-out images."""
     spec, loader, device = data.spec, data.train, data.device
     utils.seed_everything(0, 'classifier')
     network = Classifier(spec.shape[0] if spec.shape else 1, spec.num_classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
-    ranks.print_once(f'training a classifier of {data.dataset} to judge samples, once for this data set: a few minutes')
+    ranks.print_once(f'training a classifier on {data.dataset} to judge samples, once for this data set: a few minutes')
     began = time.monotonic()
     for step in alive.each(range(CLASSIFIER_STEPS), 'training the classifier', CLASSIFIER_STEPS, 'step'):
         for group in optimizer.param_groups:
@@ -209,12 +209,12 @@ def train_classifier(data: JudgedData) -> dict[str, Any]:
     batches = map(data.held_out.take, torch.arange(n).split(256))
     with torch.no_grad():
         accuracy = sum(int((network(x).argmax(1) == label).sum()) for x, label, *_ in batches) / n
-    ranks.print_once(f'  {accuracy:.1%} of {n} held-out images right after {time.monotonic() - began:.0f} s')
+    ranks.print_once(f'  {accuracy:.1%} accuracy on {n} held-out images after {time.monotonic() - began:.0f} s')
     return dict(network=network.cpu().state_dict(), accuracy=accuracy)
 
 
 def read_cache(path: Path) -> dict[str, Any] | None:
-    """What `write_cache` wrote, its tensors memory-mapped; None if it is not there, or damaged."""
+    """The content that `write_cache` wrote, its tensors memory-mapped; None if the file is missing or damaged."""
     try:
         return torch.load(path, mmap=True, weights_only=True)
     except files.LOAD_ERRORS:
@@ -222,12 +222,12 @@ def read_cache(path: Path) -> dict[str, Any] | None:
 
 
 def write_cache(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or not there; on failure print why and go without a cache."""
+    """Write a file atomically; on failure print why and go without a cache."""
     try:
         with files.whole(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
-        print(f'{path} cannot be kept for the next time: {error}', flush=True)
+        print(f'cannot write the cache {path}: {error}. The next run computes it again', flush=True)
 
 
 def digest_of(network: nn.Module) -> str:
@@ -236,15 +236,16 @@ def digest_of(network: nn.Module) -> str:
 
 
 def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detector:
-    """The entry of DETECTORS of this name; '': classifier for images with classes, except small grey ones, else pixels.
-    `weights`: a file, '' for its own download. Raises SettingError."""
+    """The detector `name` of DETECTORS; '': classifier for images with classes, except small grey ones, else pixels.
+    `weights`: a file, or '' to download them. Raises SettingError."""
     if not name:
         name = 'classifier' if data.are_images_with_classes and not is_grey_with_classes(data) else 'pixels'
     return replace(choose('detector', name, DETECTORS)(data, weights), name=name)
 
 
 def agreement(recognised: Tensor | None, detector: Detector, data: JudgedData) -> dict[str, float]:
-    """Shares of samples `recognised` (n,) and of 1000 held-out items whose class the detector sees; {} without any."""
+    """Shares of the samples, given whether each is `recognised` (n,), and of 1000 held-out items that the detector
+    assigns to the right class; {} if it has no classes."""
     if recognised is None or detector.predict is None:
         return {}
     x, label, *_ = data.held_out.take(range(min(1000, data.held_out.size)))
@@ -255,7 +256,7 @@ def agreement(recognised: Tensor | None, detector: Detector, data: JudgedData) -
 
 
 def rows_of(loader: Loader, most: int | None) -> Tensor:
-    """Indices of all items, or of `most` drawn at random."""
+    """Indices of all items, or of `most` random ones, the same every time."""
     rows = torch.arange(loader.size)
     if most is None or len(rows) <= most:
         return rows
@@ -263,14 +264,14 @@ def rows_of(loader: Loader, most: int | None) -> Tensor:
 
 
 def features_of_data(detector: Detector, data: JudgedData, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features (N, D) of the training images of `rows_of`, and of as many of the held-out ones, on every rank; the
-    processes share the work. Features of a slow detector are kept in data_dir/cache."""
+    """(features (N, D) of training images, features (K, D) of held-out ones), each of at most `most`, on every rank.
+    The processes share the work. Features of a slow detector are cached in data_dir/cache."""
 
     def compute(loader: Loader, rows: Tensor) -> Tensor:
-        mine = rows[ranks.my_items(len(rows))].split(256)
-        looked_at = alive.each(mine, 'looking at the data', len(mine), 'batch')
+        my_batches = rows[ranks.my_items(len(rows))].split(256)
+        batches = alive.each(my_batches, 'computing features of the data', len(my_batches), 'batch')
         with torch.no_grad():
-            parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in looked_at]
+            parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in batches]
         return ranks.gather_items(torch.cat(parts), len(rows))
 
     def cached(loader: Loader, part: str) -> Tensor:
@@ -279,7 +280,7 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
             return compute(loader, rows)
         with torch.no_grad():
             first = data.as_decoded(loader.take(range(min(8, loader.size)))[0])
-        values = (first.double().cpu() * 1000).round().flatten().tolist()  # another encoder gives others
+        values = (first.double().cpu() * 1000).round().flatten().tolist()  # they differ if the encoder does
         key = files.digest(f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}')
         path = data.cache / f'features-{key}.pt'
         known = read_cache(path) or {}

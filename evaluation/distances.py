@@ -17,23 +17,23 @@ from runtime import alive
 if TYPE_CHECKING:
     from evaluation.detectors import Detector
 
-MOST_ROWS = 50_000  # training images of which distances between pairs are computed
-CHUNK = 2048  # rows of a table of distances at once
-DRAWS = 20  # of real data, over which a floor is averaged
+MOST_ROWS = 50_000  # training images in distances between pairs
+CHUNK = 2048  # rows of a matrix of distances at once
+DRAWS = 20  # draws of real data that a floor averages
 
 
 @dataclass
 class Looked:
-    """Features of samples, and whether their classes were recognised, as they come; this process's share of them."""
+    """Collects features of samples, and whether their classes were recognised, for this process's share of samples."""
 
     detector: 'Detector'
     features: list[Tensor] = field(default_factory=list)
-    classes: list[Tensor] = field(default_factory=list)  # one of each batch whose classes are known
-    recognised: list[Tensor] = field(default_factory=list)  # one of each, if the detector knows classes, too
+    classes: list[Tensor] = field(default_factory=list)  # one entry for each batch whose classes are known
+    recognised: list[Tensor] = field(default_factory=list)  # the same, if the detector predicts classes
 
     @torch.no_grad()
     def add(self, x: Tensor, classes: Tensor | None) -> None:
-        """Decoded samples (n, ...) and the classes that were requested of them (n,), None if there are none."""
+        """Add decoded samples (n, ...) and their requested classes (n,), or None."""
         self.features.append(self.detector.features(x).cpu())
         self.classes += [] if classes is None else [classes.cpu()]
         if self.detector.predict is not None and classes is not None:
@@ -41,7 +41,7 @@ class Looked:
 
 
 class Moments:
-    """Mean and covariance of rows that come in parts, in float64."""
+    """Mean and covariance of features in float64, converted part by part."""
 
     def __init__(self, features: Tensor):
         """`features` (N, D), N at least 2."""
@@ -75,10 +75,10 @@ def radii(x: Tensor, k: int) -> Tensor:
 
 
 def density_coverage(samples: Tensor, data: Tensor, k: int = 5) -> tuple[float, float]:
-    """(density, coverage) of samples (N, D) by data (M, D) (Naeem et al. 2020, eq. 4 and 5).
+    """(density, coverage) of samples (N, D) against data (M, D) (Naeem et al. 2020, eq. 4 and 5).
 
-    Density is the mean number, over k, of balls around data points, as far as their k-th neighbour, that a sample lies
-    in; coverage is the share of the balls that hold a sample.
+    Each data point has a ball that reaches to its k-th neighbour. Density is the mean number of balls that a sample
+    lies in, divided by k; coverage is the share of balls that contain a sample.
     """
     reach = radii(data, k)
     inside, nearest = 0, torch.full((len(data),), torch.inf)
@@ -95,8 +95,8 @@ def nearest(x: Tensor, data: Tensor) -> float:
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """The Wasserstein-2 distance of two sets of as many points (N, D): the root mean square distance of the pairs of
-    the exact transport plan, which takes seconds from N = 2000 on."""
+    """The Wasserstein-2 distance of two sets of N points each (N, D): the root mean square distance of the pairs in the
+    exact transport plan, which takes seconds for N = 2000 or more."""
     from scipy.optimize import linear_sum_assignment
 
     cost = torch.cdist(a.double(), b.double()).square().numpy()
@@ -104,22 +104,22 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def real_draws(n: int, size: int, of_data: Tensor | None, wanted: Tensor | None) -> Iterator[Tensor]:
-    """Indices (n,) of training items, DRAWS times at random with replacement; with the classes `wanted` (n,), each as
-    often, if those `of_data` (size,) are known too. A class that no training item has stands for all of them."""
+    """DRAWS draws of indices (n,) of training items, at random with replacement. If the classes of the data `of_data`
+    (size,) are known, items have the classes `wanted` (n,); where a class has no training items, any item is drawn."""
     of_classes = []
     if of_data is not None and wanted is not None:
         of_classes = [(wanted == i, (of_data == i).nonzero().flatten()) for i in wanted.unique()]
     for seed in range(DRAWS):
         draw = torch.Generator().manual_seed(seed)
         rows = torch.randint(size, (n,), generator=draw)
-        for here, those in of_classes:
-            if len(those):
-                rows[here] = those[torch.randint(len(those), (int(here.sum()),), generator=draw)]
+        for places, items in of_classes:
+            if len(items):
+                rows[places] = items[torch.randint(len(items), (int(places.sum()),), generator=draw)]
         yield rows
 
 
 def floor(name: str, values: Sequence[float]) -> dict[str, float]:
-    """real_<name>, what a perfect sampler would get: the mean over draws of real data; and their standard deviation."""
+    """real_<name>, the value for a perfect sampler: the mean over draws of real data; and their standard deviation."""
     return {f'real_{name}': float(np.mean(values)), f'real_{name}_std': float(np.std(values, ddof=1))}
 
 
@@ -130,20 +130,23 @@ def compare(
 ) -> dict[str, float]:  # fmt: skip
     """All distances of samples from the training data, by features (N, D), (M, D), (K, D).
 
-    frechet and nearest_neighbour_ratio, with all training images, the rest with at most `most` (None: MOST_ROWS);
-    real_frechet and its real_frechet_std, of DRAWS times as many training images as samples: what a perfect sampler
-    would get, see `real_draws` (`classes` (M,) of the training images, `wanted` (N,) of the samples, if they have any);
-    kid, the mean over subsets, and kid_std (Binkowski et al. 2018); precision and recall with 3 neighbours
-    (Kynkaanniemi et al. 2019); density and coverage with 5; nearest_neighbour_ratio, the mean distance to the nearest
-    training image over that of held-out images, below 1 where training images were memorised. In the plane also
-    wasserstein, of at most 1000 samples and as many of the data, and real_wasserstein, as for frechet. kid, precision
-    and recall are computed by torch-fidelity; kid, whose kernel has a unit, of features in units of their standard
-    deviation unless `is_standard`.
-    Raises SettingError for fewer than 10 rows of a kind, and for samples that are not finite.
+    frechet                  Frechet distance to all training images
+    real_frechet             its floor, the value for a perfect sampler, from `real_draws` of N training images;
+                             `classes` (M,) of the training images and `wanted` (N,) of the samples, if they have any
+    nearest_neighbour_ratio  mean distance of samples to the nearest of all training images, divided by the same for
+                             held-out images; below 1 where training images were memorised
+    kid, kid_std             mean and standard deviation over subsets (Binkowski et al. 2018), by torch-fidelity; its
+                             kernel has a unit, so features are divided by their standard deviation unless `is_standard`
+    precision, recall        with 3 neighbours (Kynkaanniemi et al. 2019), by torch-fidelity
+    density, coverage        with 5 neighbours
+    wasserstein              in the plane only, of at most 1000 samples and as many data; with its floor
+
+    kid to coverage use at most `most` training images (None: MOST_ROWS). Floors come with their standard deviation,
+    such as real_frechet_std. Raises SettingError for fewer than 10 rows, and for samples that are not finite.
     """
     if min(len(samples), len(train), len(held_out)) < 10:
-        there = f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images'
-        raise SettingError(f'{there}: at least 10 of each are needed to compare. Draw more by --num.')
+        counts = f'{len(samples)} samples, {len(train)} training and {len(held_out)} held-out images'
+        raise SettingError(f'{counts}: a comparison needs at least 10 of each. Draw more samples with --num.')
     if bad := int((~samples.isfinite().all(1)).sum()):
         remedy = 'Try another --solver or --time_grid, or look at the training loss'
         raise SettingError(f'{bad} of {len(samples)} samples have values that are not finite. {remedy}.')
@@ -161,7 +164,7 @@ def compare(
 def in_the_plane(
     samples: Tensor, train: Tensor, classes: Tensor | None, wanted: Tensor | None, most: int = 1000
 ) -> dict[str, float]:
-    """wasserstein and its floor, of points: `most` of the data stand for all, and the floor is of the others."""
+    """wasserstein of points from at most `most` of the data, and its floor, drawn from the rest of the data."""
     n = min(most, len(samples), len(train) // 4)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     some, rest = train[order[:n]], order[n:]
@@ -171,7 +174,7 @@ def in_the_plane(
 
 
 def neighbourhoods(samples: Tensor, train: Tensor, is_standard: bool = True) -> dict[str, float]:
-    """The numbers of `compare` that look at pairs of rows."""
+    """The numbers of `compare` that need distances between pairs of rows."""
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -190,9 +193,9 @@ def neighbourhoods(samples: Tensor, train: Tensor, is_standard: bool = True) -> 
 
 
 def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None = None) -> dict[str, float]:
-    """wasserstein, the distance of points (n, 2) from as many new points of a set of data_loading/toy2d.py, and
-    real_wasserstein, the mean of that of DRAWS other draws of the set, with its standard deviation. `label` (n,): the
-    classes of the points, which all these draws share. `end` is added to the names."""
+    """wasserstein, the distance of points (n, 2) from n new points of the set `name` of data_loading/toy2d.py, and its
+    floor real_wasserstein, from DRAWS other draws of the set. `label` (n,): the classes of the points, which all these
+    draws share. `end` is appended to the names."""
     given = label is not None and len(label) and int(label.max()) < TOY2D[name].num_classes
     classes = label.cpu().numpy() if label is not None and given else None
     draws = (TOY2D[name].draw(np.random.default_rng(seed), len(x), classes)[0] for seed in range(1, DRAWS + 2))
@@ -204,22 +207,22 @@ def distance_from_set(x: Tensor, name: str, end: str = '', label: Tensor | None 
 
 # name of a number -> the line that a run prints
 SENTENCES = {
-    'label_agreement': 'a classifier of real images sees the requested label in {:.1%}',
-    'real_label_agreement': 'the same classifier sees the true label of held-out images in {:.1%}',
+    'label_agreement': 'samples in which a classifier of real images sees the requested label: {:.1%}',
+    'real_label_agreement': 'held-out images in which it sees the true label: {:.1%}',
     'frechet': 'Frechet distance to the training images: {:.4g}',
-    'real_frechet': 'the same distance of as many real images: {:.4g}',
+    'real_frechet': 'the same distance for as many real images: {:.4g}',
     'wasserstein': 'Wasserstein-2 distance to the training points: {:.4g}',
-    'real_wasserstein': 'the same distance of as many real points: {:.4g}',
+    'real_wasserstein': 'the same distance for as many real points: {:.4g}',
     'precision': 'samples that look like data (precision): {:.1%}',
     'recall': 'data that look like samples (recall): {:.1%}',
-    'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would be memorising)',
+    'nearest_neighbour_ratio': 'nearest-neighbour ratio: {:.3f} (well below 1 would mean memorising)',
 }
-NOT_PRINTED = ('kid', 'kid_std', 'density', 'coverage')  # they are in the record
+NOT_PRINTED = ('kid', 'kid_std', 'density', 'coverage')  # only in the record
 
 
 def describe(values: dict[str, float]) -> str:
-    """Numbers for samples, one a line: a sentence for each of this file, the name for those of an experiment; and a
-    caution where one misleads."""
+    """Numbers for samples, one per line: the sentence of a number of this file, the name of an experiment's own number;
+    then a caution for each misleading number."""
     lines = []
     for name, text in SENTENCES.items():
         spread = values.get(f'{name}_std')
@@ -231,7 +234,7 @@ def describe(values: dict[str, float]) -> str:
 
 
 def cautions(values: dict[str, float]) -> list[str]:
-    """Why numbers for samples mislead, one sentence each."""
+    """Reasons why numbers for samples are misleading, one sentence each."""
     precision, recall = values.get('precision', 0.0), values.get('recall', 0.0)
     if not values.get('frechet', 0) > 10 * values.get('real_frechet', torch.inf):
         return []
@@ -245,12 +248,12 @@ def cautions(values: dict[str, float]) -> list[str]:
 
 
 def frequencies_caution(wanted: Tensor | None, labels: Tensor | None, num_classes: int) -> list[str]:
-    """A caution if the classes of samples (N,) are not as frequent as those of the training items (M,); else []."""
+    """A caution if samples (N,) and training items (M,) differ in the frequencies of their classes; else []."""
     if wanted is None or labels is None or wanted.max() >= num_classes:
         return []
-    asked, there = (torch.bincount(x, minlength=num_classes).double() / len(x) for x in (wanted, labels))
-    differing = float((asked - there).abs().sum()) / 2
-    if differing <= 0.1 + (num_classes / (2 * math.pi * len(wanted))) ** 0.5:  # what random classes may differ by
+    sampled, trained = (torch.bincount(x, minlength=num_classes).double() / len(x) for x in (wanted, labels))
+    differing = float((sampled - trained).abs().sum()) / 2
+    if differing <= 0.1 + (num_classes / (2 * math.pi * len(wanted))) ** 0.5:  # random classes differ by this much
         return []
     text = f'{differing:.0%} of them would need another class. The distances count this as an error of the network'
-    return [f'the classes of the samples are not as frequent as in the training data: {text}']
+    return [f'the classes of the samples have other frequencies than in the training data: {text}']

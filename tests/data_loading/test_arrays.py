@@ -82,7 +82,7 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(photos=np.zeros((8, 4))), 'holds photos. Name the data one of images, x'),
         (
             dict(x=np.zeros((8, 4)), y=np.zeros(7, int)),
-            r'labels are int64 \(7,\).* for each of 8 items',
+            r'labels are int64 \(7,\).* Each of 8 items needs one',
         ),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8)), r'labels are float64 \(8,\).*labels\.astype\(int\)'),
         (
@@ -99,9 +99,9 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         ),
         (dict(x=np.zeros((8, 4)), y=np.array([0, np.nan] * 4)), '4 of them are NaN: leave those items out'),
         (dict(x=np.zeros((8, 4)), y=np.zeros(8, 'M8[s]')), r'labels\.astype\(str\)'),
-        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: it has no labels'),
-        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: it has no labels, or no items'),
-        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4), int)), 'x_test: the data are int64.*of the same type'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: both parts need items, and labels'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: both parts need items, and labels'),
+        (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4), int)), 'x_test: the data are int64.*have the same type'),
         (dict(x_test=np.zeros((8, 4))), 'holds x_test. Name the data one of images.*or x_train and x_test'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
         (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'of 0 items at most 0 can be held out'),
@@ -161,13 +161,13 @@ def test_axes_are_read_by_the_rule_or_as_the_setting_says(load, tmp_path, dtype,
             (16, 16, 3),
             r'--value_range 99 99 .*from 99 to 99\).*channels_last \(C x H x W: 3 channels of 16x16',
         ),
-        ('f4', (16, 16), r'no_channels \(C x H x W: 1 channel of 16x16\); --network mlp needs none'),
+        ('f4', (16, 16), r'no_channels \(C x H x W: 1 channel of 16x16\); --network mlp needs no layout'),
         ('f4', (6, 6, 6, 2), 'array_layout'),
         ('f4', (4, 4), 'array_layout'),
         ('u1', (32, 32, 5), r'channels_first \(C x H x W: 32 channels of 32x5\), channels_last .*5 channels of 32x32'),
         ('u1', (2, 2, 3), 'array_layout'),
         ('u1', (1, 1, 3), 'array_layout'),
-        ('u1', (32, 3), r'A single image\? np\.stack'),
+        ('u1', (32, 3), r'a single image\? np\.stack'),
         ('u1', (2, 6, 6, 6), 'array_layout'),
         ('u1', (30,), r'uint8 data of shape \(40, 30\) are not images.*x\.reshape\(-1, H, W\)'),
     ],
@@ -231,7 +231,7 @@ def test_whole_numbers_and_floats_with_a_range_are_images(
 @pytest.mark.parametrize(
     ('x', 'settings', 'words'),
     [
-        (np.uint8([16]), {}, r'from 0 to 16\. What is black.*--value_range 0 16'),
+        (np.uint8([16]), {}, r'from 0 to 16\. Which values are black.*--value_range 0 16'),
         (np.int64([-3]), {}, r'from -3 to 0\. .*--value_range -3 1'),
         (np.uint16([0]), {}, r'--value_range 0 1'),
         (np.int64([-3]), dict(value_range=(0.0, 255.0)), 'value_range=.*goes from -3 to 0, and row 7 is outside'),
@@ -265,15 +265,15 @@ def test_rows_that_are_read_one_by_one_are_named_as_in_the_file(load, tmp_path, 
     ('low', 'high', 'wanted'),
     [(0, 1, '0 1'), (-1, 1, '-1 1'), (0, 255, '0 255'), (0, 9, ''), (-3, 3, ''), (0, 0.1, '')],
 )
-def test_floats_that_look_like_images_are_told_the_flag(load, tmp_path, capsys, low, high, wanted):
+def test_prints_the_flag_for_floats_that_look_like_images(load, tmp_path, capsys, low, high, wanted):
     x = np.random.default_rng(0).uniform(low, high, (40, 3, 6, 5)).astype(np.float32)
     x[0].flat[0] = high
     np.save(tmp_path / 'x.npy', x)
     loaded = load(tmp_path / 'x.npy')
     assert loaded[0].spec.scale == 'float' and both(loaded)[0].min() == x.min()
     out = capsys.readouterr().out
-    assert out.partition('arrays: --value_range ')[2].partition(' (')[0] == wanted
-    assert not wanted or f'go from {x.min():.4g} to {x.max():.4g}) makes images' in out
+    assert out.partition('as images, pass --value_range ')[2].partition(' (')[0] == wanted
+    assert not wanted or f'go from {x.min():.4g} to {x.max():.4g}). Without it' in out
 
 
 @pytest.mark.parametrize('name', NAMES_OF_LABEL[:-1])
@@ -333,7 +333,7 @@ def test_parts_in_the_file_are_the_split(load, tmp_path, capsys, names):
 def test_what_may_be_labels_under_another_name_is_named(load, tmp_path, capsys):
     np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), kind=np.arange(40) % 3)
     assert load(tmp_path / 'x.npz')[0].spec.num_classes == 0
-    assert 'arrays: not used: kind int64 (40,). If kind holds the classes, name it labels' in capsys.readouterr().out
+    assert 'arrays: not used: kind int64 (40,). If kind holds the classes, rename it to labels' in capsys.readouterr().out
 
 
 def test_a_tenth_of_each_class_is_held_out_and_never_the_only_image(load, tmp_path, capsys):
@@ -364,7 +364,7 @@ def test_other_data_sets_do_not_read_layout_and_range(tiny_config, load, tmp_pat
         with pytest.raises(SettingError, match="dataset='digits' does not read these"):
             setup_data_train_and_test(tiny_config(**settings), CPU)
         packed.write(tmp_path / 'x.pt', torch.zeros(4, 1, 2, 2), torch.zeros(4), held_out=1)
-        with pytest.raises(SettingError, match='the file has its own'):
+        with pytest.raises(SettingError, match='a .pt file stores both'):
             load(tmp_path / 'x.pt', **settings)
 
 
@@ -372,8 +372,8 @@ def test_files_that_cannot_be_used_are_named(load, tmp_path):
     for name, content, words in (
         ('gone.npy', None, 'there is no such file'),
         ('', None, 'this is a folder; --preset small_images reads a folder of images'),
-        ('x.txt', b'1 2 3', 'its ending is none of .npy, .npz and .pt'),
-        ('x.npy', b'1 2 3', r"cannot be read \(it is not a file of numpy, and begins with b'1 2 3'\)"),
+        ('x.txt', b'1 2 3', 'its ending is not .npy, .npz or .pt'),
+        ('x.npy', b'1 2 3', r"cannot be read \(it is not a numpy file: it begins with b'1 2 3'\)"),
         ('x.npz', b'', 'cannot be read'),
         ('x.pt', b'1 2 3', 'cannot be read.*Make it again'),
     ):

@@ -1,4 +1,4 @@
-"""The images of a folder: which are taken, of which classes, and which part is held out."""
+"""Finding the images of a folder: files, classes, and the held-out part."""
 
 import json
 import os
@@ -34,7 +34,8 @@ def test_train_and_val_are_the_split_and_not_classes(folder, config_of, capsys):
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     assert train.spec.classes == ('cat', 'dog') and (train.size, test.size) == (10, 10)
     assert (
-        'image_folder: Train/ is trained on, val/ is held out; left unused: extra/, test/\n' in capsys.readouterr().out
+        'image_folder: Train/ is the training part, val/ is held out; left unused: extra/, test/\n'
+        in capsys.readouterr().out
     )
     assert {file.split('/')[0] for file in list_images(config_of()).files[:10]} == {'val'}
     assert setup_data_train_and_test(config_of(held_out=4), CPU)[2].labels.bincount().tolist() == [2, 2]
@@ -42,7 +43,7 @@ def test_train_and_val_are_the_split_and_not_classes(folder, config_of, capsys):
 
 @pytest.mark.parametrize('below', ['', 'data/set/'])
 def test_a_split_without_classes(folder, config_of, capsys, below):
-    """Also of the layout of detectors, train/images and train/labels, and below single folders."""
+    """Also the layout of object detection, train/images and train/labels, and below single folders."""
     write_images(folder, {f'{below}train/images': NINE * 6, f'{below}valid/images': NINE * 3})
     train, _, test = setup_data_train_and_test(config_of(), CPU)
     assert train.spec.num_classes == 0 and (train.size, test.size) == (6, 3)
@@ -66,14 +67,14 @@ def test_classes_that_train_lacks_are_left_out_of_the_held_out_part(folder, conf
     assert 'test/ is held out; test/ has no cat; left unused: 3 images of classes that train/ lacks\n' in out
 
 
-def test_of_several_held_out_folders_the_first_with_the_classes_of_train_is_held_out(folder, config_of, capsys):
+def test_the_first_held_out_folder_with_classes_of_train_is_held_out(folder, config_of, capsys):
     both = {f'{part}/{kind}': NINE * 3 for part in ('train', 'test') for kind in ('cat', 'dog')}
     write_images(folder, both | {'val': NINE * 4})
     assert {file.split('/')[0] for file in list_images(config_of()).files[:6]} == {'test'}
-    assert 'train/ is trained on, test/ is held out; left unused: val/\n' in capsys.readouterr().out
+    assert 'train/ is the training part, test/ is held out; left unused: val/\n' in capsys.readouterr().out
 
 
-def test_parts_without_one_to_train_on_are_refused_and_a_class_called_train_is_one(folder, config_of, capsys):
+def test_parts_without_train_are_refused_and_a_class_may_be_called_train(folder, config_of, capsys):
     write_images(folder, {'bus': NINE * 5, 'train': NINE * 5})
     assert list_images(config_of()).facts['classes'] == ('bus', 'train')
     assert (
@@ -83,7 +84,7 @@ def test_parts_without_one_to_train_on_are_refused_and_a_class_called_train_is_o
     shutil.rmtree(folder / 'bus')
     (folder / 'train').rename(folder / 'val')
     write_images(folder, {'test': NINE * 5})
-    with pytest.raises(SettingError, match=rf'it holds val/, test/ and no train/.* --data_path {folder}/val'):
+    with pytest.raises(SettingError, match=rf'it holds val/, test/ but no train/.* --data_path {folder}/val'):
         list_images(config_of())
 
 
@@ -99,7 +100,7 @@ def test_classes_below_single_folders_are_found(folder, config_of, capsys):
         list_images(config_of())
 
 
-def test_folders_that_hold_the_same_folders_are_warned_of(folder, config_of, capsys):
+def test_warns_of_folders_that_hold_the_same_folders(folder, config_of, capsys):
     write_images(folder, {f'{fold}/{kind}': NINE for fold in ('fold1', 'fold2') for kind in ('cat', 'dog')})
     assert list_images(config_of()).facts['classes'] == ('fold1', 'fold2')
     assert (
@@ -109,7 +110,7 @@ def test_folders_that_hold_the_same_folders_are_warned_of(folder, config_of, cap
 
 
 @pytest.mark.parametrize('below', ['', 'only', 'train/x'])
-def test_without_classes_the_two_ways_to_have_some_are_printed(folder, config_of, capsys, below):
+def test_without_classes_prints_the_two_ways_to_give_them(folder, config_of, capsys, below):
     write_images(folder, {below: NINE * 4})
     for name in 'abc':
         (folder / below / '0.png').with_name(f'cat_{name}.png').write_bytes((folder / below / '0.png').read_bytes())
@@ -121,11 +122,11 @@ def test_without_classes_the_two_ways_to_have_some_are_printed(folder, config_of
     shutil.rmtree(folder / 'x', ignore_errors=True)
     for path in (folder / below).glob('*.png'):
         path.rename(path.parent / 'dog' / path.name)
-    assert list_images(config_of()).facts['classes'] == ('cat, tame', 'dog')  # as on the disk
+    assert list_images(config_of()).facts['classes'] == ('cat, tame', 'dog')  # a comma in a name is kept
     assert 'no classes' not in capsys.readouterr().out
 
 
-def test_of_many_names_the_rest_is_counted():
+def test_few_counts_the_names_after_the_eighth():
     assert few(list('abcdefgh')) == 'a, b, c, d, e, f, g, h'
     assert few(list('abcdefghij')) == 'a, b, c, d, e, f, g, h and 2 more'
 
@@ -136,7 +137,7 @@ def test_numbers_are_sorted_as_numbers(folder, config_of):
 
 
 @pytest.mark.parametrize('labels', ['null', 'vectors', 'numbers', 'none'])
-def test_shards_of_dataset_tool_are_no_classes(folder, config_of, capsys, labels):
+def test_shards_of_dataset_tool_are_not_classes(folder, config_of, capsys, labels):
     names = [f'0000{i // 3}/img{i:08d}.png' for i in range(6)]
     write_images(folder, {'00000': [], '00001': []})
     for name in names:
@@ -177,7 +178,7 @@ def test_shards_of_dataset_tool_are_no_classes(folder, config_of, capsys, labels
 
 
 @pytest.mark.parametrize('with_classes', [False, True])
-def test_what_generate_wrote_is_read(folder, config_of, capsys, with_classes):
+def test_reads_samples_of_generate(folder, config_of, capsys, with_classes):
     write_images(folder, {'000': NINE * 4, '001': NINE * 2, '': NINE})
     (folder / '0.png').rename(folder / 'grid.png')
     (folder / 'generate.json').write_text('{}')
@@ -193,7 +194,7 @@ def test_what_generate_wrote_is_read(folder, config_of, capsys, with_classes):
     assert not with_classes or classes_of(found)['001/1.png'] == 'kind 2'
 
 
-def test_labels_csv_of_another_kind_is_refused(folder, config_of):
+def test_labels_csv_with_other_columns_is_refused(folder, config_of):
     write_images(folder, {'': NINE * 4})
     (folder / 'labels.csv').write_text('id,breed\n0.png,cat\n')
     with pytest.raises(
@@ -204,8 +205,8 @@ def test_labels_csv_of_another_kind_is_refused(folder, config_of):
     assert classes_of(list_images(config_of())) == {'0.png': 'cat', '1.png': 'dog', '2.png': 'cat', '3.png': 'cat'}
 
 
-def test_labels_csv_may_be_of_a_spreadsheet_and_have_no_classes(folder, config_of):
-    """A byte order mark, and -1 as generate.py has it for a sample without a class."""
+def test_labels_csv_may_come_from_a_spreadsheet_and_have_no_classes(folder, config_of):
+    """With a byte order mark, and with -1, which generate.py writes for a sample without a class."""
     write_images(folder, {'': NINE * 2})
     for kinds, wanted in ((('cat', 'dog'), ('cat', 'dog')), (('-1', '-1'), ())):
         text = '\ufefffile,class\n' + ''.join(f'{i}.png,{kind}\n' for i, kind in enumerate(kinds))
@@ -222,7 +223,7 @@ def test_other_names_of_classes_are_other_data(folder, config_of):
     assert len(marks) == 2
 
 
-def test_two_names_of_one_folder_are_said(folder, config_of, capsys):
+def test_two_names_of_one_folder_are_printed(folder, config_of, capsys):
     write_images(folder, {'cat': NINE * 3, 'Cat': NINE * 3, 'dog': NINE * 2})
     (folder / 'aaa').symlink_to(folder / 'dog')
     found = list_images(config_of())
@@ -232,7 +233,7 @@ def test_two_names_of_one_folder_are_said(folder, config_of, capsys):
     assert 'skipped folders that are read under another name: aaa 1\n' in out
 
 
-def test_system_folders_are_no_classes(folder, config_of, capsys):
+def test_system_folders_are_not_classes(folder, config_of, capsys):
     write_images(
         folder, {'cat': NINE * 3, 'dog': NINE * 3, '@eaDir/1.jpg': NINE, '__MACOSX/cat': NINE, '#recycle': NINE}
     )
@@ -254,13 +255,13 @@ def test_names_that_are_not_unicode_are_printed(folder, config_of, capsys):
     assert str(caught.value).encode() and capsys.readouterr().out.encode()
 
 
-# ---------------------------------------------------------------- what is no folder of images
+# ---------------------------------------------------------------- paths that are not a folder of images
 
 
 @pytest.mark.parametrize(
     ('name', 'words'),
     [
-        ('x.zip', r'x\.zip.: a zip: unpack it, and pass the folder'),
+        ('x.zip', r'x\.zip.: this is a zip archive: unpack it, and pass the folder'),
         ('x.png', r'a single image\. Pass a folder of images, such as --data_path .*images'),
         ('x.HEIC', 'a single image'),
         ('x.npy', r'a file\. Pass a folder of images; --dataset arrays reads .npy'),
@@ -277,8 +278,8 @@ def test_a_file_is_refused_with_what_to_do(folder, config_of, name, words):
     [
         ('x.heic', r'only .heic 1\. Convert them'),
         ('x.zip', 'Unpack the archive'),
-        ('a b c d', r'only no ending 4\. Give the files their ending, such as \.png'),
-        ('a.npy b.npy', r'only .npy 2\. --dataset arrays reads a file of them; np\.stack joins several'),
+        ('a b c d', r'only no ending 4\. Give the files an ending, such as \.png'),
+        ('a.npy b.npy', r'only .npy 2\. --dataset arrays reads one such file; np\.stack joins several'),
         ('README', r'only README 1\. Pass a folder of images'),
     ],
 )
@@ -289,7 +290,7 @@ def test_a_folder_without_an_image_says_what_to_do(folder, config_of, names, rem
         list_images(config_of())
 
 
-# ---------------------------------------------------------------- which are held out
+# ---------------------------------------------------------------- the held-out part
 
 
 @pytest.mark.parametrize('n', [1, 5, 14, 40, 86])
@@ -299,7 +300,7 @@ def test_the_first_files_are_of_all_classes(n):
     order = in_order(list(labels), labels)
     assert sorted(order) == sorted(labels) and order == in_order(list(reversed(labels)), labels)
     held = Counter(name[0] for name in order[:n])
-    assert all(held[name] < size for name, size in sizes.items())  # until no class could give another
+    assert all(held[name] < size for name, size in sizes.items())  # each class keeps one to train on
     assert n > 40 or all(abs(held[name] - size * n / 94) < 1.1 for name, size in sizes.items())
     added = labels | {f'b{i}': ord('b') for i in range(25, 28)}
     assert len(set(order[:n]) & set(in_order(list(added), added)[:n])) >= n - 1 - n // 10

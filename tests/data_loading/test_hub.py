@@ -1,4 +1,4 @@
-"""Tables of Hugging Face `datasets`: which columns are the images and the classes, and what is held out."""
+"""Tables of Hugging Face `datasets`: the columns of images and classes, and the held-out part."""
 
 import io
 from pathlib import Path
@@ -43,7 +43,7 @@ def load(tiny_config, tmp_path):
     ],
 )
 def test_the_only_column_called_label_holds_the_classes(load, name, values, classes, wanted):
-    """Images may be bytes. The held-out part is of all classes, and of other items than the training part."""
+    """Images may be bytes. The held-out part has all classes, and no items of the training part."""
     train, _, test = load({name: values, 'size': [9] * 40})
     (x, label), (held_out_x, held_out_label) = train.everything(), test.everything()
     assert train.spec.classes == classes and held_out_label.bincount().min() >= 1
@@ -53,12 +53,12 @@ def test_the_only_column_called_label_holds_the_classes(load, name, values, clas
     assert items[len(x) :].tolist() != [0, 1, 2, 3]  # files are often sorted
 
 
-def test_the_held_out_part_of_a_sorted_table_is_of_all_classes(load):
+def test_the_held_out_part_of_a_sorted_table_has_all_classes(load):
     held_out = load(dict(label=[0] * 20 + [1] * 20))[2]
     assert held_out.labels.tolist().count(1) == 2
 
 
-def test_no_classes_are_said_with_the_flag(load, capsys):
+def test_without_classes_prints_the_flag_that_names_them(load, capsys):
     two = dict(label=[0, 1] * 20, target=[1, 0] * 20)
     assert load(two)[0].spec.num_classes == 0
     text = "hub: no classes: cannot tell which of ['label', 'target'] holds them. If label or target holds them, pass"
@@ -73,7 +73,7 @@ def test_no_classes_are_said_with_the_flag(load, capsys):
 def test_one_file_is_read(load):
     train, _, test = load(dict(label=[0, 1] * 20), path='hub/train.parquet')
     assert (train.size, test.size, train.spec.num_classes) == (36, 4, 2)
-    with pytest.raises(SettingError, match=r'of files, only \.parquet is read'):
+    with pytest.raises(SettingError, match=r'this file is not \.parquet'):
         load({}, name='train.csv', path='hub/train.csv')
 
 
@@ -96,10 +96,10 @@ def test_columns_that_cannot_be_used_are_named(load, table, settings, words):
         load(table, **settings)
 
 
-def test_without_a_column_of_images_all_are_named(tiny_config, tmp_path):
+def test_without_a_column_of_images_lists_all_columns(tiny_config, tmp_path):
     datasets.Dataset.from_dict(dict(a=[1, 2], b=['x', 'y'])).to_parquet(str(tmp_path / 'x.parquet'))
     config = tiny_config(dataset='hub', data_path=str(tmp_path / 'x.parquet'))
-    with pytest.raises(SettingError, match=r'no column holds images.*there are a \(int64\), b \(string\)\.'):
+    with pytest.raises(SettingError, match=r'no column holds images.*columns: a \(int64\), b \(string\)\.'):
         setup_data_train_and_test(config, torch.device('cpu'))
 
 

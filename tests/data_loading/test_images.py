@@ -89,7 +89,7 @@ def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys
     assert 'grey levels of 16-bit images end at 220, so 255 is taken as white' in capsys.readouterr().out
     assert pixels(folder / '11.png', channels=1).unique().tolist() == [220]
     Image.fromarray(np.full((8, 8), 300, np.uint16)).save(folder / 'x.png')
-    with pytest.raises(ValueError, match='to 300, where others end at 255'):
+    with pytest.raises(ValueError, match='to 300, those of other images to 255'):
         pixels_of(folder / 'x.png', (8, 8), 1, WHITE, white=255)
     setup_data_train_and_test(config_of(), CPU)
     assert 'grey levels end at 300, but 65535 is white' in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_label_images_are_warned_of_with_the_flag(folder, config_of, capsys, mod
             Image.fromarray(np.full((8, 8), value, np.uint8 if mode == 'L' else np.uint16)).save(folder / f'{i}.png')
     list_images(config_of())
     out = capsys.readouterr().out
-    assert (f'pass --dataset arrays --value_range 0 {largest}, or scale them' in out) == warned, out
+    assert (f'pass --dataset arrays --value_range 0 {largest}, or rescale them' in out) == warned, out
 
 
 @pytest.mark.parametrize('brand', ['heic', 'mif1', 'abcd'])
@@ -229,13 +229,13 @@ def test_a_preset_that_flips_warns_of_letters(folder, config_of, capsys):
     assert 'mirrored' not in capsys.readouterr().out
     list_images(config_of(flip_prob=0.5))
     assert (
-        "warning: image_folder: images are mirrored or turned: add --flip_prob 0 if there are letters ('symbols')"
+        "warning: image_folder: images are mirrored or turned: add --flip_prob 0 if they show letters ('symbols')"
         in (capsys.readouterr().out)
     )
     shutil.rmtree(folder / 'symbols')
     list_images(config_of(flip_prob=0.5, rotate_prob=1))
     out = capsys.readouterr().out
-    assert 'add --flip_prob 0 --rotate_prob 0 if there are letters, or' in out and 'warning' not in out
+    assert 'add --flip_prob 0 --rotate_prob 0 if they show letters, or' in out and 'warning' not in out
 
 
 def test_reducing_averages_and_does_not_skip(folder):
@@ -268,7 +268,7 @@ def test_images_in_one_folder_have_no_class(folder, config_of, capsys, below):
 
 def test_images_next_to_folders_of_classes_are_refused(folder, config_of):
     write_images(folder, {'': [(9, 9)] * 3, 'cat': [(9, 9)] * 2})
-    with pytest.raises(SettingError, match=r'3 images next to folders \(cat\): no class is known'):
+    with pytest.raises(SettingError, match=r'3 images next to folders \(cat\) without a class'):
         list_images(config_of())
 
 
@@ -637,7 +637,7 @@ def test_columns_are_found_or_named(load, tmp_path):
     assert load(columns=('picture', 'name'))[0].spec.classes == tuple(sorted(map(str, range(20))))
     for columns, words in (
         (('age',), "column 'age' does not hold images"),
-        (('picture', 'gone'), "'gone' does not hold classes.*there are picture, kind, other, age, name"),
+        (('picture', 'gone'), "'gone' does not hold classes.*columns: picture, kind, other, age, name"),
     ):
         with pytest.raises(SettingError, match=words):
             load(columns=columns)
@@ -645,7 +645,7 @@ def test_columns_are_found_or_named(load, tmp_path):
 
 def test_two_columns_of_classes_are_refused(load, tmp_path):
     write_splits(tmp_path / 'hub', {'train': 20}, fine=(datasets.ClassLabel(names=['a', 'b']), lambda i: i % 2))
-    with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds the classes\. Name them by"):
+    with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds the classes\. Pass --columns"):
         load()
     by_kind, by_fine = (load(columns=('picture', name))[0] for name in ('kind', 'fine'))  # each has a cache of its own
     assert by_kind.spec.classes == ('cat', 'dog', 'owl') and by_fine.spec.classes == ('a', 'b')
@@ -696,7 +696,7 @@ def png(i: int) -> bytes:
 @pytest.mark.parametrize(
     ('path', 'words'),
     [
-        ('nobody/nothing', r"data_path='nobody/nothing' cannot be loaded .*that there is a network"),
+        ('nobody/nothing', r"data_path='nobody/nothing' cannot be loaded .*the network connection"),
         ('', 'needs the name of a data set, or a folder'),
         ('empty', 'cannot be loaded'),
     ],

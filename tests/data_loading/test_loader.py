@@ -442,7 +442,7 @@ def test_a_dataset_of_float_images_is_scaled_by_its_range(tiny_config, monkeypat
         train, *_ = setup_data_train_and_test(tiny_config(dataset='mine', num_workers=0), CPU)
         assert torch.allclose(train.take(range(20))[0], (x + 1) / 2)
     with pytest.raises(
-        SettingError, match=r'outside value_range=\(0, 1\), the first is number 0\. All go from -1 to 1'
+        SettingError, match=r'outside value_range=\(0, 1\), the first is number 0\. The values go from -1 to 1'
     ):
         monkeypatch.setitem(DATASETS, 'mine', replace(spec, value_range=(0.0, 1.0)))
         setup_data_train_and_test(tiny_config(dataset='mine'), CPU)

@@ -74,7 +74,7 @@ def test_rows_that_differ_or_are_missing_are_refused_and_leave_nothing(tmp_path)
     with pytest.raises(SettingError, match=r'item 2 is float32 .*the same shape and type'):
         rows = [(X[0].byte(), 0), (X[1].byte(), 1), (X[2].float(), 1)]
         packed.write_rows(tmp_path / 'x.pt', iter(rows), 3, 'title', {})
-    with pytest.raises(SettingError, match='nothing that can be read'):
+    with pytest.raises(SettingError, match='no item can be read'):
         packed.write_rows(tmp_path / 'x.pt', iter([]), 3, 'title', {})
     assert not list(tmp_path.iterdir())
 

@@ -49,7 +49,7 @@ def test_no_batch_of_a_dataset_takes_shared_memory():
 
 def test_what_is_wrong_with_a_batch_is_named_and_nothing_else():
     for items in ([(X[0], 1), (X[0, 0], 1)], [(X[0], 1), (X[0], 1, 2)], [(X[0], object())]):
-        with pytest.raises(DataError, match=r'here: no batch can be made of \(uint8 \(1, 2, 3\), \w+\)'):
+        with pytest.raises(DataError, match=r'here: cannot make a batch of \(uint8 \(1, 2, 3\), \w+\)'):
             workers.joined(items, 'here')
     large = torch.zeros(1, dtype=torch.uint8).expand(2**46)  # 64 TiB of one byte
     with pytest.raises(RuntimeError, match="can't allocate memory") as error:

@@ -165,7 +165,7 @@ def test_the_classifier_knows_the_digits_and_is_trained_once(short_run, capsys):
     assert 'training' not in capsys.readouterr().out and again.digest == judged.digest
     x, label, *_ = trainer.test_loader.everything()
     right = (judged.predict(x) == label).float().mean().item()
-    assert right > 0.95 and f'{right:.1%} of held-out images right' in judged.about
+    assert right > 0.95 and f'{right:.1%} accuracy on held-out images' in judged.about
     assert judged.features(x).shape == (297, 64)
 
 

@@ -45,7 +45,7 @@ def test_a_run_on_colour_images_ends_with_numbers(tiny_config, build_trainer, co
         assert last[f'final/{name}/frechet'] > 2 * last[f'final/{name}/real_frechet'] > 0  # after three steps: noise
         assert last[f'final/{name}/label_agreement'] < 0.4 and last[f'final/{name}/nearest_neighbour_ratio'] > 1
     printed = capsys.readouterr().out
-    assert 'judged by classifier of the data' in printed and 'Frechet distance to the training images' in printed
+    assert 'judged by classifier trained on the data' in printed and 'Frechet distance to the training images' in printed
 
 
 def test_the_data_themselves_are_judged_as_good(tiny_config, build_trainer, colour):
@@ -102,7 +102,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run(tiny_config, build_tr
     (Path(config.data_dir) / 'cache').write_text('a file')
     build_trainer(config).train_loop()
     assert 'final/sde_dpmpp_2m/frechet' in record_of(config.run_dir)[-1]
-    assert 'cannot be kept for the next time' in capsys.readouterr().out
+    assert 'cannot write the cache' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- what is found out about an experiment

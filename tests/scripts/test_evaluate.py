@@ -128,7 +128,7 @@ def test_fewer_samples_than_features_give_a_warning(judge, run, capsys):
 
 
 def test_weights_of_another_network_are_refused(judge, run):
-    with pytest.raises(SettingError, match=r'its weights cannot be had .*--detector_weights PATH'):
+    with pytest.raises(SettingError, match=r'its weights cannot be loaded .*--detector_weights PATH'):
         judge(detector='inception', detector_weights=str(run / 'last.pt'))
 
 

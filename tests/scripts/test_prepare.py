@@ -150,7 +150,7 @@ def test_an_existing_file_is_kept(tmp_path):
 
 def test_a_lack_of_space_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, 'space_for', lambda path: 1000)
-    with pytest.raises(SettingError, match='Make room, or take another place'):
+    with pytest.raises(SettingError, match='Make room, or choose another place'):
         prepare(PrepareConfig(dataset='digits', out=str(tmp_path / 'x.pt')))
     assert not list(tmp_path.iterdir())
 
