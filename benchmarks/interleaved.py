@@ -1,4 +1,4 @@
-"""Times of several ways of doing the same, taken in turn, so that a busy machine slows all of them alike."""
+"""Times several functions in turn, so that a busy machine slows all of them alike."""
 
 import json
 import platform
@@ -22,24 +22,24 @@ def seconds_of(do: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Name -> seconds of each call, `rounds` of them. Every second round goes through the ways backwards (A B B A)."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def in_turn(functions: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Name -> seconds of each of `rounds` calls. Every second round calls the functions in reverse order (A B B A)."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(-warm_up, rounds):
-        for name in list(ways)[:: 1 if i % 2 else -1]:
-            seconds = seconds_of(ways[name])
+        for name in list(functions)[:: 1 if i % 2 else -1]:
+            seconds = seconds_of(functions[name])
             if i >= 0:
                 times[name].append(seconds)
     return times
 
 
 def ratio(times: Mapping[str, list[float]], of: str, to: str) -> float:
-    """How often as fast `of` is as `to`: the median of the ratios of neighbours in time."""
+    """The speed of `of` divided by the speed of `to`: the median over rounds, so that each ratio is of close times."""
     return median(b / a for a, b in zip(times[of], times[to], strict=True))
 
 
 def write(name: str, rows: Any) -> None:
-    """benchmarks/`name`.json: the rows, and what they were measured with."""
+    """Write benchmarks/`name`.json: the rows, and the commit, torch and device they were measured with."""
     describe = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=HERE).stdout
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU'

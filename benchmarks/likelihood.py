@@ -1,11 +1,10 @@
-"""Cost and error of log_likelihood by its solvers, each against a converged run with the same probes.
+"""Measures cost and error of log_likelihood for its solvers, each against a converged run with the same probes.
 
-    python benchmarks/likelihood.py --checkpoint ckpts/NAME/last.pt      of a run of digits with --dequantize
+    python benchmarks/likelihood.py --checkpoint ckpts/NAME/last.pt      a run of digits with --dequantize
 
-The converged run is dopri5 of 1e-7. All solvers see the same 8 held-out images, dequantized, and one fixed
-probe, so their differences are the solvers' own errors; the standard error of a single probe is estimated from 8
-probes. Prints a table in markdown, with the speed relative to dopri5 of 1e-5.
-Writes likelihood.json beside.
+The converged run is dopri5 with tolerance 1e-7. All solvers use the same 8 held-out images, dequantized, and one fixed
+probe, so differences between them are their own errors. The standard error of a single probe is estimated from 8
+probes. Prints a table in markdown, with the speed relative to dopri5 with tolerance 1e-5, and writes likelihood.json.
 """
 
 import argparse
@@ -38,7 +37,7 @@ RUNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--checkpoint', required=True, help='a trained class-conditional run of digits')
-    parser.add_argument('--rounds', type=int, default=3, help='how often each is timed')
+    parser.add_argument('--rounds', type=int, default=3, help='times that each solver is timed')
     arguments = parser.parse_args()
     network, process, config = load_for_sampling(arguments.checkpoint)
     torch.manual_seed(0)
@@ -52,12 +51,12 @@ def main() -> None:
         return log_likelihood(network, process, x0, label, model_type=config.model_type, **settings)
 
     noise = run(num_probes=8).standard_error.mean().item() * 8**0.5
-    ways = {name: partial(run, **settings) for name, settings in RUNS.items()}
-    times, results = in_turn(ways, arguments.rounds, warm_up=1), {name: way() for name, way in ways.items()}
+    runs = {name: partial(run, **settings) for name, settings in RUNS.items()}
+    times, results = in_turn(runs, arguments.rounds, warm_up=1), {name: once() for name, once in runs.items()}
     converged = run(tolerance=1e-7).log_prob
     lines = []
-    print(f'standard error of one probe: {noise / dim:.3g} nats a dimension\n')
-    print('| solver | evaluations | mean error (nats a dimension) | largest | times as fast |\n|---|---|---|---|---|')
+    print(f'standard error of one probe: {noise / dim:.3g} nats per dimension\n')
+    print('| solver | evaluations | mean error (nats per dimension) | largest | times as fast |\n|---|---|---|---|---|')
     for name, result in results.items():
         error, faster = (result.log_prob - converged).abs() / dim, ratio(times, of=name, to='dopri5, 1e-5')
         found = dict(nfe=result.nfe, mean=error.mean().item(), largest=error.max().item(), faster=faster)

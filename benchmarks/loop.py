@@ -1,9 +1,9 @@
-"""What the training loop costs on top of the network: images/s of `train_step` over those of a bare loop.
+"""Measures the cost of the training loop on top of the network: images/s of `train_step` over images/s of a bare loop.
 
     python benchmarks/loop.py
 
-The bare loop has the same network, precision, compiling and optimizer, its data as tensors in memory, and does what
-nobody can leave out: noise, times, forward, squared error, backward, clipping, a step, and moving averages by one
+The bare loop has the same network, precision, compiling and optimizer, and its data as tensors in memory. It does only
+what every training needs: noise, times, forward, squared error, backward, clipping, a step, and moving averages by one
 foreach call. Both train in turn, some steps each, in one process.
 """
 
@@ -27,7 +27,7 @@ from optimizers import get_optimizer
 from training.calling import Caller
 
 ROUNDS = 15
-# name -> (settings, steps between the changes)
+# name -> (settings, steps before the other loop's turn)
 CASES: dict[str, tuple[dict, int]] = {
     'digits, UNet': (PRESETS['digits'], 4),
     'digits_long, UNet by AdamW': (PRESETS['digits_long'], 4),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict, int]] = {
 
 
 def bare_step(c: Config, caller: Caller, network: nn.Module, data: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One step of the bare loop, on a copy of the network. data: x0 of all images (N, ...), on its device."""
+    """A step of the bare loop, on a copy of the network. `data` is x0 of all images (N, ...), on its device."""
     network, average = copy.deepcopy(network), copy.deepcopy(network)
     parameters, averaged = list(network.parameters()), list(average.requires_grad_(False).parameters())
     optimizer, model_fn = get_optimizer(c, network), caller(network, train=True)
@@ -68,20 +68,20 @@ def repeat(step: Callable[[], object], times: int) -> Callable[[], None]:
 
 def main() -> None:
     rows = []
-    print('| case | bare loop, ms a step | ours, ms a step | images/s over those of the bare loop |\n|---|---|---|---|')
+    print('| case | bare loop, ms/step | ours, ms/step | images/s, ours / bare |\n|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, (settings, steps)) in enumerate(CASES.items()):
             try:
                 trainer = build(Config(**settings, ckpt_dir=folder, wandb='disabled', experiment_name=f'loop{i}'))
-            except SettingError as error:  # data that are not there
+            except SettingError as error:  # the data are missing
                 print(f'| {name} | left out: {str(error).splitlines()[0]} |', flush=True)
                 continue
             images, labels = (part.to(trainer.device) for part in trainer.train_loader.everything()[:2])
             bare = bare_step(trainer.config, trainer.caller, trainer.network, trainer.encode(images), labels)
             micro_batches = trainer.batches.steps(0)
-            ways = {'bare': bare, 'ours': lambda t=trainer, m=micro_batches: t.train_step(next(m))}
-            times = in_turn({way: repeat(step, steps) for way, step in ways.items()}, ROUNDS)
-            bare, ours = (1000 * median(times[way]) / steps for way in ('bare', 'ours'))
+            loops = {'bare': bare, 'ours': lambda t=trainer, m=micro_batches: t.train_step(next(m))}
+            times = in_turn({which: repeat(step, steps) for which, step in loops.items()}, ROUNDS)
+            bare, ours = (1000 * median(times[which]) / steps for which in ('bare', 'ours'))
             rows.append(dict(case=name, bare_ms=bare, ours_ms=ours, ratio=ratio(times, of='ours', to='bare')))
             print(f'| {name} | {bare:.2f} | {ours:.2f} | {rows[-1]["ratio"]:.3f} |', flush=True)
     write('loop', rows)

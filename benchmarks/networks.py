@@ -1,10 +1,10 @@
-"""Images/s and memory of a training step of our UNet beside those of other repos, at equal numbers of parameters.
+"""Compares our UNet with networks of other repos: images/s and memory of a training step, at equal parameter counts.
 
     python benchmarks/networks.py
 
-Forward and backward pass of 32 images of 3 x 32 x 32, in float32. Beside each network of another repo stands ours of
-the same channel multipliers and blocks per level, as wide as makes it equally large; the two are timed in turn, in one
-process. Needs the packages of benchmarks/requirements.txt.
+Forward and backward pass of 32 images of 3 x 32 x 32, in float32. Each network of another repo is compared with ours
+with the same channel multipliers and blocks per level, and the width that makes it equally large; the two are timed in
+turn, in one process. Needs the packages of benchmarks/requirements.txt.
 """
 
 import sys
@@ -36,7 +36,7 @@ def torchcfm(width: int, mults: tuple[int, ...], blocks: int) -> nn.Module:
 def lucidrains(width: int, mults: tuple[int, ...], blocks: int) -> nn.Module:
     from denoising_diffusion_pytorch import Unet
 
-    assert blocks == 2  # it has no other number
+    assert blocks == 2  # the only number it has
     return Unet(width, dim_mults=mults, channels=3)
 
 
@@ -66,7 +66,7 @@ def millions(net: nn.Module) -> float:
 
 
 def as_large_as(peer: nn.Module, mults: tuple[int, ...], blocks: int) -> nn.Module:
-    """Our UNet of this shape, of the width at which it is as large as `peer`."""
+    """Our UNet with these multipliers and blocks, and the width that makes it as large as `peer`."""
     side = 32 // 2 ** (len(mults) - 1)
     build = lambda width: UNet(SHAPE, 10, width, mults, blocks, attention_resolutions=(side,))  # noqa: E731
     with torch.device('meta'):
@@ -99,7 +99,7 @@ def main() -> None:
         return step
 
     rows = []
-    print('| its / ours | parameters, millions | images/s | GB kept for the backward pass | ours over its images/s |')
+    print('| peer / ours | millions of parameters | images/s | GB kept for backward | images/s, ours over peer |')
     print('|---|---|---|---|---|')
     for name, (build, call, width, mults, blocks) in PEERS.items():
         try:

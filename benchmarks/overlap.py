@@ -1,11 +1,11 @@
-"""Does the averaging of gradients hide behind the backward pass? A trace of two processes on the CPU, by gloo.
+"""Measures how much of the averaging of gradients hides behind the backward pass: two traced CPU processes, by gloo.
 
     python benchmarks/overlap.py [--compile] [--trace FILE]
 
-Each process trains a UNet with one thread. In the trace of one step, the averaging is the time in which a bucket of
-gradients is under way, and the backward pass that in which autograd works. The share is of the averaging that happens
-while autograd works. What is left over is waited for: at least the last bucket, whose gradients come last. Buckets of
-25 MB, torch's own and ours, are compared with smaller ones.
+Each process trains a UNet with one thread. In the trace of one step, averaging is the time in which a bucket of
+gradients is under way, and the backward pass is the time in which autograd works. The hidden share is the part of the
+averaging that happens while autograd works. Training waits for the rest: at least for the last bucket, whose gradients
+come last. Buckets of 25 MB, the default of torch and of this repo, are compared with smaller ones.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from training import calling
 
 
 class SmallBuckets(DistributedDataParallel):
-    """With buckets of 3 MB."""
+    """DistributedDataParallel with buckets of 3 MB."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs, bucket_cap_mb=3)
@@ -42,7 +42,7 @@ STEPS, ROUNDS = 3, 9
 
 
 def union(spans: Spans) -> Spans:
-    """The same time in spans that do not overlap, in order."""
+    """The union of the spans, as sorted spans that do not overlap."""
     joined: Spans = []
     for begin, end in sorted(spans):
         if joined and begin <= joined[-1][1]:
@@ -57,7 +57,7 @@ def length(spans: Spans) -> float:
 
 
 def common(a: Spans, b: Spans) -> float:
-    """How much time is in both."""
+    """The time that is in both."""
     return length(a) + length(b) - length([*a, *b])
 
 
@@ -68,9 +68,9 @@ def spans_of(trace: dict, words: str) -> Spans:
 
 
 def worker(compiled: bool, folder: str) -> None:
-    """Traced steps of this process, of which rank 0 keeps the traces, and seconds of steps, both kinds in turn."""
+    """Time steps with both kinds of buckets in turn, then trace a step of each; rank 0 writes the results."""
     torch.set_num_threads(1)
-    if compiled:  # the code generator takes minutes on a CPU; how the graph is cut for the buckets is decided before it
+    if compiled:  # skip the code generator, which takes minutes on a CPU: the graph is cut into buckets before it
         plain = torch.compile
         torch.compile = lambda fn, mode=None: plain(fn, backend='aot_eager')  # pyright: ignore
     settings = dict(channels=64, num_res_blocks=2, channel_mults=(1, 2, 2), attention_resolutions=())
@@ -80,7 +80,7 @@ def worker(compiled: bool, folder: str) -> None:
         trainer = build(Config(**settings, experiment_name=name))
         batches = trainer.batches.steps(0)
         steps[name] = lambda t=trainer, s=batches: t.train_step(next(s))
-        for _ in range(STEPS):  # DDP arranges its buckets by what it saw in the first
+        for _ in range(STEPS):  # DDP rearranges its buckets after the first
             steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--compile', action='store_true', help='compile the network')
     parser.add_argument('--trace', default='', help='keep the trace here, for chrome://tracing')
-    parser.add_argument('--worker', default='', help='not for you')
+    parser.add_argument('--worker', default='', help='used by this program for its processes')
     options = parser.parse_args()
     if options.worker:
         worker(options.compile, options.worker)
@@ -129,7 +129,7 @@ def main() -> None:
             f'| {hidden:.0%} | {1e3 * median(about["seconds"][name]):.0f} |'
         )
     both = zip(*about['seconds'].values(), strict=True)
-    print(f'step with buckets of 25 MB over one with 3 MB: {median(a / b for a, b in both):.3f}')
+    print(f'time of a step with buckets of 25 MB over 3 MB: {median(a / b for a, b in both):.3f}')
 
 
 if __name__ == '__main__':

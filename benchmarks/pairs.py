@@ -1,11 +1,11 @@
-"""Which outputs learn from which targets: all 36 pairs on the four processes, on digits, as a heat map and a page.
+"""Measures which outputs learn from which targets: all 36 pairs on the four processes, as a heat map and a page.
 
     python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      20 s a run on one core
 
 A cell is the share of 500 samples in which a support-vector classifier of real digits sees the requested digit. A pair
-the program warns of runs as it is and with the remedy that the warning names; one that is refused does not run. Each
-run is one line of benchmarks/pairs.jsonl; runs that are there are not done again. The page is docs/pairs.md, the
-picture docs/pairs.png.
+with a warning runs without changes, and with the remedy that the warning names; a refused pair does not run. Each run
+is one line of benchmarks/pairs.jsonl; runs with a line are not repeated. The page is docs/pairs.md, the picture
+docs/pairs.png.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def config_of(cell: Cell, **more) -> Config:
 
 
 def verdict(cell: Cell) -> str:
-    """What the program says of a pair before it trains: 'refused', 'warned' or 'fine'."""
+    """The program's verdict on a pair before it trains: 'refused', 'warned' or 'fine'."""
     config = config_of(cell)
     try:
         check_time_range(config, get_process(config))
@@ -53,9 +53,9 @@ def verdict(cell: Cell) -> str:
 
 
 def run_of(cell: Cell, remedied: bool) -> tuple[Cell, dict]:
-    """What is trained for a cell, as it is or with the settings that its warning names: a cell, and further settings.
+    """The run for a cell, without changes or with the settings that its warning names: (cell, further settings).
 
-    A remedy may be another output or target: that is another cell, and its runs serve both.
+    A remedy may be another output or target: then it is another cell, and its runs count for both.
     """
     config = config_of(cell)
     change = (find_remedy(config, get_process(config)) if remedied else None) or {}
@@ -85,7 +85,7 @@ def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
 
 
 def means_of(runs: list[dict], cells: list[Cell], remedied: bool) -> dict[Cell, float]:
-    """Mean label agreement of each cell over its seeds, as it is or with its remedy; without those that did not run."""
+    """Mean label agreement of each cell over its seeds, without changes or with its remedy, if it has runs."""
     means = {}
     for cell in cells:
         wanted = run_of(cell, remedied)
@@ -95,7 +95,7 @@ def means_of(runs: list[dict], cells: list[Cell], remedied: bool) -> dict[Cell, 
 
 
 def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
-    """A heat map for each process; a cell that is warned of is in brackets, one that is refused is empty."""
+    """A heat map for each process; cells with a warning are in brackets, refused cells are empty."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.9), dpi=100, layout='constrained')
@@ -115,7 +115,7 @@ def draw_picture(cells: dict[Cell, float], verdicts: dict[Cell, str]) -> None:
 
 
 def kept_outputs(runs: list[dict]) -> Iterator[str]:
-    """A sentence for each output that enlarges errors, of the runs that keep it and take other times."""
+    """A sentence for each output that enlarges errors, on the runs that keep it and change the times."""
     for output in ('x1', 'score'):
         kept = [100 * run['agreement'] for run in runs if run['cell'][:2] == ['rf', output] and run['more']]
         if kept:
@@ -124,14 +124,14 @@ def kept_outputs(runs: list[dict]) -> Iterator[str]:
 
 
 def no_better(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts) -> Iterator[str]:
-    """A sentence about the pairs that are warned of, and get no better by the flags."""
+    """A sentence on the pairs whose warning names flags that do not help."""
     worse = [
         f'`{cell[0]}` {cell[1]} to {cell[2]} ({100 * cells[cell]:.0f}, then {100 * remedied[cell]:.0f})'
         for cell in cells
         if verdicts[cell] == 'warned' and cell in remedied and remedied[cell] < cells[cell]
     ]
     if worse:
-        yield f'Pairs that are warned of and get no better by the flags: {", ".join(worse)}.'
+        yield f'Pairs with a warning that the flags do not improve: {", ".join(worse)}.'
 
 
 def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> None:
@@ -154,18 +154,18 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         f'{args.seeds} seeds. Guessing gives 10.',
         '',
         '- A plain number is a pair without a warning.',
-        '- In brackets is a pair that the program warns of before it trains: first as it is, then with the flags that',
-        '  the warning names first: other times, a loss weight, another target, or output F, as for x1 and score,',
-        '  whose second number is then one of F.',
+        '- Brackets mark a pair that the program warns of before it trains. The first number is without changes, the',
+        '  second with the flags that the warning names first: other times, a loss weight, another target, or',
+        '  output F. Outputs x1 and score are changed to F, so their second number is for F.',
         '- An empty cell was not run, or is refused.',
         '',
         *kept_outputs(runs),
         *no_better(cells, remedied, verdicts),
-        'The classifier sees which digit it is, and not whether its shades are right: look at pictures, too.',
+        'The classifier sees the digit, but not whether its shades are right: look at pictures, too.',
         '',
         '![label agreement of every pair](pairs.png)',
         '',
-        'Made by `python benchmarks/pairs.py`. The network is small, so that all of this takes two hours:',
+        'Made by `python benchmarks/pairs.py`. The network is small, so that the whole table takes two hours:',
         f'`{settings} --ema_decays 0.97`.',
         'On `ve`, samples are drawn with `--solver dpmpp_2m --time_grid log_snr`.',
     ]
@@ -177,10 +177,10 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=3, help='of every cell, and of every remedy')
+    parser.add_argument('--seeds', type=int, default=3, help='seeds of every cell and of every remedy')
     parser.add_argument('--steps', type=int, default=300)
-    parser.add_argument('--only', choices=('fine', 'warned', 'remedied', 'none'), help='run these; none: draw the page')
-    parser.add_argument('--process', choices=PROCESSES, help='run those of this process')
+    parser.add_argument('--only', choices=('fine', 'warned', 'remedied', 'none'), help='run these; none: only the page')
+    parser.add_argument('--process', choices=PROCESSES, help='run only cells of this process')
     args = parser.parse_args()
     cells = list(itertools.product(PROCESSES, ROWS, ROWS))
     verdicts = {cell: verdict(cell) for cell in cells}

@@ -1,17 +1,17 @@
-"""Networks of several repos after equal CPU time: their losses and samples on Fashion-MNIST or on your 32 x 32 images.
+"""Compares networks of several repos after equal CPU time, by loss and samples, on Fashion-MNIST or your own images.
 
     python benchmarks/quality.py                           # hours, two runs at once; called again, it continues
     python benchmarks/quality.py --only ours torchcfm --seeds 0 --seconds 300
-    QUALITY_DATA=DIR python benchmarks/quality.py --seeds 0     # a folder of images, augmented as in `small_images`
+    QUALITY_DATA=DIR python benchmarks/quality.py --seeds 0     # 32 x 32 images of DIR, augmented as in `small_images`
 
 One loop for all: rectified flow with velocity output, uniform times, batches of 64, AdamW at 1e-3 (or our Muon at its
-default of 4e-3) with 30 steps of warm-up, a moving average of 0.99, one thread. The clock is the CPU time of training
-steps. At each mark the average is judged by the loss on 1000 held-out images (the same noise and times for all), and
-by the Frechet distance of 256 samples (2000 at the last mark) in pixels and in the features of a classifier, with 10
-and 50 evaluations of the network. The solver is the one that is best for the network at the first mark of seed 0.
-`nearest` is the distance of samples to the nearest training image over that of held-out images: memorising is below 1.
+default of 4e-3) with 30 steps of warm-up, a moving average of 0.99, one thread. Time is the CPU time of training steps.
+At each mark the average is judged by the loss on 1000 held-out images (the same noise and times for all), and by the
+Frechet distance of 256 samples (2000 at the last mark) in pixels and in the features of a classifier, with 10 and 50
+evaluations of the network. Each network uses the solver that was best for it at the first mark of seed 0. `nearest` is
+the distance of samples to the nearest training image, divided by the same for held-out images: below 1 is memorising.
 Needs the packages of requirements.txt in this folder, and Fashion-MNIST. Writes quality.jsonl, and its curves and table
-into docs/results.md; `--seconds 0` does only that.
+into docs/results.md; `--seconds 0` only writes the curves and the table.
 """
 
 import argparse
@@ -57,7 +57,8 @@ DRAWN = {'loss': 'held-out loss', 'pixels_10': 'Frechet distance in pixels', 'fe
 
 
 class Data(NamedTuple):
-    """Images are in [-1, 1]. `spaces`: name -> (features of images in [0, 1], their moments for 10,000 of `train`)."""
+    """Data and judges. Images are in [-1, 1]. `spaces`: name -> (features of images in [0, 1], their moments for 10,000
+    training images)."""
 
     train: tuple[Tensor, Tensor]  # images, labels
     held_out: tuple[Tensor, Tensor]
@@ -75,20 +76,20 @@ def data() -> Data:
     parts = [loader.everything() for loader in (trainer.train_loader, trainer.test_loader)]
     train, held_out = ((2 * x - 1, label) for x, label, *_ in parts)
     judge = {name: get_detector(trainer.judge.data, name) for name in ('pixels', 'classifier')}
-    ways = dict(pixels=judge['pixels'].features, features=judge['classifier'].features)
-    spaces = {name: (of, Moments(batches(of, (train[0][:10_000] + 1) / 2))) for name, of in ways.items()}
+    extractors = dict(pixels=judge['pixels'].features, features=judge['classifier'].features)
+    spaces = {name: (fn, Moments(batches(fn, (train[0][:10_000] + 1) / 2))) for name, fn in extractors.items()}
     classify: Any = judge['classifier'].predict
     return Data(train, held_out, trainer.augmenter, spaces, classify)
 
 
 def batches(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """fn of 250 rows at a time."""
+    """fn(*tensors), computed for 250 rows at a time."""
     with torch.no_grad():
         return torch.cat([fn(*part).cpu() for part in zip(*(x.split(250) for x in tensors), strict=True)])
 
 
 class Run:
-    """The training of one entry by one seed. Its state is kept in a file, from which it continues."""
+    """The training of one entry with one seed. It resumes from its state in a file."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed, self.entry = name, seed, ENTRIES[name]
@@ -98,7 +99,7 @@ class Run:
         config = Config(optimizer=self.entry.optimizer, base_lr=self.entry.lr, weight_decay=0.01, wandb='disabled')
         self.optimizer = get_optimizer(config, self.network)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.rng = torch.Generator().manual_seed(seed + 1)  # of batches, noise and times
+        self.rng = torch.Generator().manual_seed(seed + 1)  # for batches, noise and times
         self.steps, self.seconds = 0, 0.0
         if self.path.exists():
             kept = torch.load(self.path, weights_only=True)
@@ -156,12 +157,12 @@ class Run:
         return (batches(draw, x1, label).clamp(-1, 1) + 1) / 2, label
 
     def solver(self, evaluations: int) -> str:
-        """The best for this entry by its Frechet distance in pixels; seed 0 finds it, the others read it."""
+        """The best solver for this entry by the Frechet distance in pixels; seed 0 finds it, other seeds read it."""
         for row in rows():
             if row['name'] == self.name:
                 return row[f'solver_{evaluations}']
-        of, real = data().spaces['pixels']
-        distances = {name: frechet(Moments(of(self.samples(256, name, evaluations)[0])), real) for name in SOLVERS}
+        pixels, real = data().spaces['pixels']
+        distances = {name: frechet(Moments(pixels(self.samples(256, name, evaluations)[0])), real) for name in SOLVERS}
         return min(distances, key=distances.__getitem__)
 
     def judge(self, mark: float, is_last: bool) -> dict[str, Any]:
@@ -180,8 +181,8 @@ class Run:
             x, wanted = self.samples(2000 if is_last else 256, solver, n)
             train, held_out = ((images.flatten(1) + 1) / 2 for images, _ in (data().train, data().held_out))
             row[f'nearest_{n}'] = nearest(x.flatten(1), train[:10_000]) / nearest(held_out, train[:10_000])
-            for space, (of, real) in data().spaces.items():
-                row[f'{space}_{n}'] = frechet(Moments(batches(of, x)), real)
+            for space, (features, real) in data().spaces.items():
+                row[f'{space}_{n}'] = frechet(Moments(batches(features, x)), real)
             if self.entry.classes:
                 row[f'agreement_{n}'] = (batches(data().classify, x) == wanted).double().mean().item()
         return row
@@ -192,7 +193,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def work(job: tuple[str, int, int]) -> None:
-    """Train and judge one run up to `seconds`; marks that are in the results are not judged again."""
+    """Train and judge one run up to `seconds`; marks with results are not judged again."""
     name, seed, seconds = job
     torch.set_num_threads(1)
     done = {row['mark'] for row in rows() if (row['name'], row['seed']) == (name, seed)}
@@ -215,7 +216,7 @@ def work(job: tuple[str, int, int]) -> None:
 
 
 def table() -> Iterator[str]:
-    """Lines of a table: each number as its mean over seeds, and its standard deviation if there are several."""
+    """Lines of a table: the mean of each number over seeds, and its standard deviation if there are several."""
     names = ('loss', *(f'{kind}_{n}' for kind in ('pixels', 'features', 'nearest', 'agreement') for n in EVALUATIONS))
     yield '| network | minutes | seeds | steps | loss | ' + ' | '.join(x.replace('_', ', ') for x in names[1:]) + ' |'
     yield '|---' * (4 + len(names)) + '|'
@@ -230,7 +231,7 @@ def table() -> Iterator[str]:
 
 
 def draw() -> None:
-    """The curves of the entries without classes, in one loop: a line a network, its seeds as a band."""
+    """Draw the curves of the entries without classes: a line for each network, its seeds as a band."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout='constrained')
@@ -238,11 +239,11 @@ def draw() -> None:
     names = [name for name, entry in ENTRIES.items() if not entry.classes and ' as in ' not in name]
     for ax, (key, title) in zip(axes, DRAWN.items(), strict=True):
         for number, name in enumerate(names):
-            of = {mark: [row[key] for row in rows() if (row['name'], row['mark']) == (name, mark)] for mark in MARKS}
-            of = {mark / 60: found for mark, found in of.items() if found}
-            if of:
-                ax.plot(of.keys(), [mean(found) for found in of.values()], f'C{number}', marker='.', label=name)
-                ax.fill_between(of.keys(), *([f(found) for found in of.values()] for f in (min, max)), alpha=0.2)
+            values = {m: [row[key] for row in rows() if (row['name'], row['mark']) == (name, m)] for m in MARKS}
+            values = {mark / 60: seeds for mark, seeds in values.items() if seeds}
+            if values:
+                ax.plot(values.keys(), [mean(x) for x in values.values()], f'C{number}', marker='.', label=name)
+                ax.fill_between(values.keys(), *([f(x) for x in values.values()] for f in (min, max)), alpha=0.2)
         ax.set(title=title, xlabel='minutes of one core', xscale='log')
         ax.xaxis.set_major_formatter('{x:g}')
         ax.set_xticks([mark / 60 for mark in MARKS])
@@ -257,10 +258,10 @@ def main() -> None:
     parser.add_argument('--only', nargs='*', choices=ENTRIES, default=list(ENTRIES))
     parser.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2])
     parser.add_argument('--seconds', type=int, choices=(0, *MARKS), default=MARKS[-1])
-    parser.add_argument('--at_once', type=int, default=2, help='runs at a time, each of one thread')
+    parser.add_argument('--at_once', type=int, default=2, help='runs at a time, with one thread each')
     args = parser.parse_args()
     os.environ['OMP_NUM_THREADS'] = '1'
-    data()  # the classifier is trained once
+    data()  # trains the classifier once, before the processes need it
     for seed in args.seeds:  # seed 0 chooses the solvers
         with multiprocessing.get_context('spawn').Pool(args.at_once, maxtasksperchild=1) as pool:
             pool.map(work, [(name, seed, args.seconds) for name in args.only], chunksize=1)

@@ -1,4 +1,4 @@
-"""The networks that quality.py compares: ours and those of three repos, how each is called, and its optimizer."""
+"""The networks that quality.py compares: ours and three other repos', with their calls and optimizers."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from networks.transformer import DiT
 from unet import UNet
 
-FOLDER = os.environ.get('QUALITY_DATA', '')  # of images, in place of Fashion-MNIST
+FOLDER = os.environ.get('QUALITY_DATA', '')  # a folder of images; '': Fashion-MNIST
 SHAPE = (3, 32, 32) if FOLDER else (1, 28, 28)
 
 
@@ -51,7 +51,7 @@ def our_dit(num_classes: int) -> nn.Module:
 
 
 class Entry(NamedTuple):
-    """A network, how it is called with xt, time in [0, 1] and label, and its optimizer."""
+    """A network, a function that calls it with xt, time in [0, 1] and label, and its optimizer."""
 
     make: Callable[[int], nn.Module]
     call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]

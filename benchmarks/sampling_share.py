@@ -1,10 +1,9 @@
-"""The share of sampling that is spent outside of the network, and what guidance costs.
+"""Measures the share of sampling that is spent outside of the network, and the cost of guidance.
 
     python benchmarks/sampling_share.py
 
-A fresh UNet of the digits preset, 128 samples by 20 evaluations; all ways in turn. The network is timed by itself
-inside of each call (on a GPU with waits around it, which then count as its own). With guidance each evaluation is one
-call of twice the batch.
+A fresh UNet of the digits preset, 128 samples by 20 evaluations; all samplers in turn. The network is timed inside of
+each call (on a GPU, waits for it count as its time). With guidance each evaluation is one call with twice the batch.
 """
 
 import sys
@@ -25,7 +24,7 @@ from config import Config
 from main import build
 
 SAMPLES, ROUNDS = 128, 9
-WAYS: dict[str, dict[str, Any]] = {
+SAMPLERS: dict[str, dict[str, Any]] = {
     'adams': dict(solver='adams'),
     'heun': dict(solver='heun', num_steps=10),
     'dpmpp_2m': dict(solver='dpmpp_2m', time_grid='log_snr'),
@@ -55,7 +54,7 @@ def main() -> None:
         config = Config(label_dropout=0.1, ckpt_dir=folder, experiment_name='sampling', wandb='disabled')
         trainer = build(config)
     inputs = trainer.sample_inputs(SAMPLES)
-    networks = {name: Timed(trainer.get_model_fn(trainer.network)) for name in WAYS}
+    networks = {name: Timed(trainer.get_model_fn(trainer.network)) for name in SAMPLERS}
 
     def draw(name: str, settings: dict[str, Any]) -> Callable[[], None]:
         def once() -> None:
@@ -64,16 +63,16 @@ def main() -> None:
 
         return once
 
-    ways = {name: draw(name, settings) for name, settings in WAYS.items()}
-    for once in ways.values():
+    draws = {name: draw(name, settings) for name, settings in SAMPLERS.items()}
+    for once in draws.values():
         once()
     calls = {}
     for name, network in networks.items():
         calls[name] = network.calls
         network.seconds, network.calls = 0.0, 0
-    times = in_turn(ways, ROUNDS, warm_up=0)
+    times = in_turn(draws, ROUNDS, warm_up=0)
     rows = []
-    print('| way | calls | ms | share outside of the network | times as long as adams |\n|---|---|---|---|---|')
+    print('| sampler | calls | ms | share outside of the network | times as long as adams |\n|---|---|---|---|---|')
     for name, network in networks.items():
         share = 1 - network.seconds / sum(times[name])
         relative = 1 / ratio(times, of=name, to='adams')

@@ -1,10 +1,10 @@
-"""How long training stands still for a save: one in the background, and one that waits for the disk.
+"""Measures how long a save stalls training: a save in the background, and a save that waits for the disk.
 
     python benchmarks/saves.py
 
 Networks of growing width are saved. Both kinds of saves are timed in turn, in one process, with real checkpoints on the
-disk of the temporary folder (weights, one moving average, two moments of AdamW). The share is of the time between two
-saves, save_every steps of the digits preset with a UNet of that width.
+disk of the temporary folder (weights, one moving average, two moments of AdamW). The share is the stall over the time
+between two saves: save_every steps of the digits preset with a UNet of that width.
 """
 
 import functools
@@ -37,7 +37,7 @@ def measure(channels: int, folder: str) -> None:
     for _ in range(REPEATS if channels < 256 else 3):
         undisturbed.append(seconds_of(lambda: trainer.train_step(next(steps))))
         stall.append(seconds_of(save))
-        # the write goes on behind this step, or behind its beginning
+        # the background write runs during this step, or during its first part
         during_write.append(seconds_of(lambda: trainer.train_step(next(steps))))
         write.append(seconds_of(trainer.checkpoints.wait))
         blocking.append(seconds_of(lambda: save(wait=True)))

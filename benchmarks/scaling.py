@@ -1,11 +1,11 @@
-"""How the cost of training grows, as fitted exponents of log-log lines; and two processes against one of two threads.
+"""Measures how training costs grow, as exponents of log-log lines; and two processes against one with two threads.
 
     python benchmarks/scaling.py              the exponents, benchmarks/scaling.png and scaling.json
-    python benchmarks/scaling.py --processes  images/s of two processes of one thread over one process of two
+    python benchmarks/scaling.py --processes  images/s of two processes with one thread each over one with two threads
 
-Each line varies one thing by factors of two, and times all its sizes in turn. The slope is fitted to all its points,
-and to the last two, where what every step costs counts less: 1 is proportional cost. Images are random; networks are
-small, as two CPU cores want them.
+Each line varies one size by factors of two or four, and times all sizes in turn. The slope is fitted to all points, and
+to the last two, where the fixed cost of a step counts less: 1 means proportional cost. Images are random; networks are
+small enough for two CPU cores.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from main import build
 
 ROOT, ROUNDS = HERE.parent, 5
 SMALL = dict(dataset='arrays', channels=16, global_batch_size=32, optimizer='adamw', wandb='disabled', keep_every=0)
-# what grows -> (its sizes, settings at a size, what is timed: a step, a save or 256 samples)
+# growing quantity -> (sizes, settings at a size, the timed call: a step, a save or a draw of samples)
 LINES: dict[str, tuple[list[int], Callable[[int], dict[str, Any]], str]] = {
     'batch, images': ([16, 32, 64, 128], lambda n: dict(global_batch_size=n), 'step'),
     'width, channels': ([16, 32, 64, 128], lambda n: dict(channels=n, global_batch_size=16), 'step'),
@@ -52,8 +52,10 @@ def data(folder: Path, images: int, side: int) -> Path:
     return path
 
 
-def way(folder: Path, name: str, timed: str, images: int = 1000, side: int = 8, samples: int = 0, **settings: Any):
-    """A trainer of these settings; what is timed of it, as a function without arguments."""
+def timed_call(
+    folder: Path, name: str, timed: str, images: int = 1000, side: int = 8, samples: int = 0, **settings: Any
+):
+    """The call `timed` of a trainer with these settings, as a function without arguments."""
     path = str(data(folder, images, side))
     trainer = build(Config(**SMALL | settings, data_path=path, ckpt_dir=str(folder), experiment_name=name))
     if timed == 'draw':
@@ -71,11 +73,11 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
 
 def exponents() -> None:
     rows: list[dict[str, Any]] = []
-    print('| what grows | sizes | seconds | exponent | of the last two |\n|---|---|---|---|---|')
+    print('| growing | sizes | seconds | exponent | of the last two |\n|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, (sizes, settings, timed)) in enumerate(LINES.items()):
-            ways = {str(n): way(Path(folder), f'line{i}_{n}', timed, **settings(n)) for n in sizes}
-            times = in_turn(ways, ROUNDS)
+            calls = {str(n): timed_call(Path(folder), f'line{i}_{n}', timed, **settings(n)) for n in sizes}
+            times = in_turn(calls, ROUNDS)
             seconds = [median(times[str(n)]) for n in sizes]
             whole, last = slope(sizes, seconds), slope(sizes[-2:], seconds[-2:])
             rows.append(dict(line=name, timed=timed, sizes=sizes, seconds=seconds, exponent=whole, last=last))
@@ -93,13 +95,13 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         label = f'{row["line"]} ({row["timed"]}): {row["exponent"]:.2f}, {row["last"]:.2f}'
         axes.loglog([n / row['sizes'][0] for n in row['sizes']], row['seconds'], 'o-', label=label)
-    axes.set(xlabel='size, over the smallest', ylabel='seconds')
+    axes.set(xlabel='size relative to the smallest', ylabel='seconds')
     axes.legend(title='exponent of all sizes, of the last two', loc='center left', bbox_to_anchor=(1.02, 0.5))
     figure.savefig(HERE / 'scaling.png', dpi=120, bbox_inches='tight')
 
 
 def processes(rounds: int = 3) -> None:
-    """Whole runs of run.sh, in turn; images/s are those of the record, after its first line."""
+    """Time whole runs of run.sh, in turn. images/s is the median in the record, without its first line."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for i in range(rounds):

@@ -1,19 +1,19 @@
-"""How well training would scale to many GPUs, by a formula: no GPU and no network was measured.
+"""Estimates how well training would scale to many GPUs, by a formula: no GPU and no network was measured.
 
     python benchmarks/scaling_on_paper.py [--tflops 200] [--gpu gpu.json] [--inside 300] [--between 45] ...
 
-With N GPUs, each of which has the same batch, a step takes
+With N GPUs and the same batch on each, a step takes
 
     T(N) = C + max(L, R(N) - B)        efficiency = C / T(N)
 
 C   computing: FLOPs of a step, counted by torch, over the rate of a GPU
-B   the backward pass, two thirds of C, behind which gradients are averaged as they come
-R   averaging M bytes, the gradients in float32: of a ring 2 (N - 1)/N M/W + 2 (N - 1) l, of a tree 2 M/W + 2 log2(N) l,
+B   the backward pass, two thirds of C, during which gradients are averaged as they come
+R   averaging M bytes, the gradients in float32: 2 (N - 1)/N M/W + 2 (N - 1) l by a ring, 2 M/W + 2 log2(N) l by a tree,
     whichever is less (Patarasuk and Yuan 2009; Sanders et al. 2009), with bandwidth W and latency l
-L   the same for the last bucket of 25 MB, which comes when the backward pass is over: it never hides
+L   the same for the last bucket of 25 MB, which is complete only after the backward pass: it never hides
 
-W is that of the links inside a machine up to 8 GPUs, and of the network, for each GPU, beyond.
---gpu takes the rate from what benchmarks/gpu.py measured; otherwise it is an assumption, as are W and l.
+W is the bandwidth of the links inside a machine for up to 8 GPUs, and for more the network's bandwidth per GPU. --gpu
+takes the rate from the results of benchmarks/gpu.py; without it the rate is an assumption, like W and l.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NETWORKS = {  # name -> settings, shape of an image
 
 
 def cost_of(name: str) -> tuple[int, float]:
-    """Parameters of a network, and FLOPs of an image in training. On tensors without values: nothing is computed."""
+    """Parameters of a network, and FLOPs per image in training. Uses tensors without values: nothing is computed."""
     settings, shape = NETWORKS[name]
     with torch.device('meta'):
         network = get_network(Config(**settings), shape, 10)
@@ -49,7 +49,7 @@ def cost_of(name: str) -> tuple[int, float]:
 
 
 def reduce_seconds(size: float, n: int, bandwidth: float, latency: float) -> float:
-    """R: the less of ring and tree."""
+    """R: the lesser of ring and tree."""
     if n == 1:
         return 0.0
     ring = 2 * (n - 1) / n * size / bandwidth + 2 * (n - 1) * latency
@@ -58,21 +58,21 @@ def reduce_seconds(size: float, n: int, bandwidth: float, latency: float) -> flo
 
 
 def efficiency(n: int, compute: float, size: float, bandwidth: float, latency: float) -> float:
-    """Of n GPUs; `compute` in seconds, `size` in bytes, `bandwidth` in bytes a second, `latency` in seconds."""
+    """C / T(n). `compute` in seconds, `size` in bytes, `bandwidth` in bytes per second, `latency` in seconds."""
     whole, last = (reduce_seconds(s, n, bandwidth, latency) for s in (size, min(size, BUCKET)))
     return compute / (compute + max(last, whole - 2 / 3 * compute))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tflops', type=float, default=200.0, help='of a GPU in training')
+    parser.add_argument('--tflops', type=float, default=200.0, help='rate of a GPU in training')
     parser.add_argument('--gpu', default='', help='results of benchmarks/gpu.py')
     parser.add_argument('--inside', type=float, default=300.0, help='GB/s between the GPUs of a machine')
     parser.add_argument('--between', type=float, default=45.0, help='GB/s of the network for each GPU')
-    parser.add_argument('--latency', type=float, default=10.0, help='microseconds of a message')
-    parser.add_argument('--batch', type=int, nargs='+', default=[16, 128], help='images of a GPU in a step')
+    parser.add_argument('--latency', type=float, default=10.0, help='microseconds per message')
+    parser.add_argument('--batch', type=int, nargs='+', default=[16, 128], help='images per GPU in a step')
     options = parser.parse_args()
-    print('| network | parameters | GFLOP an image | batch | step, ms | gradients, MB | 8 GPUs | 64 GPUs | 512 GPUs |')
+    print('| network | parameters | GFLOP per image | batch | step, ms | gradients, MB | 8 GPUs | 64 GPUs | 512 GPUs |')
     print('|---|---|---|---|---|---|---|---|---|')
     for name in NETWORKS:
         parameters, flops = cost_of(name)

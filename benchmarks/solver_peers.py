@@ -1,6 +1,6 @@
-"""Other packages' solvers behind one signature, for benchmarks/solvers.py: (velocity, x, times) -> x at the last time.
+"""Solvers of other packages with one signature, for benchmarks/solvers.py: (velocity, x, times) -> x at the last time.
 
-All solve `rf` between T_MAX and T_MIN.
+All solve `rf` from T_MAX to T_MIN.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def diffusers_scheduler(name: str, velocity: Velocity, x: Tensor, times: list[fl
 
 
 def k_diffusion_sampler(name: str, velocity: Velocity, x: Tensor, times: list[float], **settings) -> Tensor:
-    """It works on x / alpha with sigma / alpha for time."""
+    """k-diffusion works on x / alpha, with sigma / alpha as time."""
 
     def denoise(y: Tensor, sigma: Tensor) -> Tensor:
         t = (sigma[0] / (1 + sigma[0])).item()
@@ -46,7 +46,7 @@ def k_diffusion_sampler(name: str, velocity: Velocity, x: Tensor, times: list[fl
 
 
 def k_diffusion():
-    """k_diffusion.sampling alone: the package's __init__ imports twenty others."""
+    """Only k_diffusion.sampling: the package's __init__ imports twenty other packages."""
     if 'k_diffusion' not in sys.modules:
         package = types.ModuleType('k_diffusion')
         package.__path__ = list(importlib.util.find_spec('k_diffusion').submodule_search_locations)
@@ -67,7 +67,7 @@ def classical_rk4(velocity: Velocity, x: Tensor, times: list[float]) -> Tensor:
 
 
 def azula_sampler(name: str, order: int, schedule: str, velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """azula takes equal steps of its schedule's time, between the times of the same log-SNRs."""
+    """azula takes equal steps in its schedule's time, between the times with the log-SNRs of T_MAX and T_MIN."""
     import azula.noise
     import azula.sample
     from azula.denoise import Denoiser, DiracPosterior

@@ -1,14 +1,14 @@
-"""A search for the constants of the default solver and grid.
+"""Searches for the constants of the default solver and grid.
 
     python benchmarks/solver_search.py
 
-It tries the values of CHOICES one constant at a time, the others as they are in the repo, on eight mixtures of
-Gaussians of known solution; benchmarks/solvers.py judges the default on three others. For each choice and each number
-of evaluations it prints the median error over that of the repo's constants, as the geometric mean over the mixtures,
-and likewise the RMSE. Some four minutes on one core. It writes solver_search.json beside itself.
+It tries the values of CHOICES one constant at a time, with the repo's values for the others, on eight mixtures of
+Gaussians with known solutions; benchmarks/solvers.py judges the default on three others. For each choice and each
+number of evaluations it prints the ratio of median errors to the repo's constants, as the geometric mean over the
+mixtures, and the same for the RMSE. It takes about four minutes on one core, and writes solver_search.json.
 
-Mixtures are smoother than trained networks, so they do not choose alone: wider widths and a grid at less noise are
-better on them with few steps, and worse on networks of Fashion-MNIST (RESULTS.md).
+Mixtures are smoother than trained networks, so they are not the only criterion: wider widths and a grid at less noise
+are better on them with few steps, and worse on networks of Fashion-MNIST (RESULTS.md).
 """
 
 import math
@@ -39,7 +39,7 @@ from solvers import (  # noqa: E402
 from tests.oracle import random_mixture, ring  # noqa: E402
 
 NFE = (4, 6, 8, 10, 15, 20, 35)
-# the number of starts is as large as keeps the search short
+# (mixture, number of starts, small enough for a short search)
 MIXTURES = [
     (ring(6, 0.15), 200),
     (ring(12, 0.05), 200),
@@ -50,7 +50,7 @@ MIXTURES = [
     (random_mixture(32, 12, seed=7), 60),
     (random_mixture(48, 16, seed=11, scale=0.4, smallest=0.02, largest=0.5), 60),
 ]
-# constants of paths of few steps begin with 'few'; `steps` is Solver.few_steps
+# names of constants for paths of few steps begin with 'few'; `steps` is Solver.few_steps
 REPO = dict(
     order=4, corrector=5, taper=True, centre=0.6, scale=1.2,
     steps=10, few_order=3, few_corrector=3, few_centre=1.64, narrowest=1 / 20, widest=2.5,
@@ -101,7 +101,7 @@ def main() -> None:
         x1 = torch.randn(n, mixture.dim, dtype=torch.float64)
         exact = sample(model_fn, RectifiedFlow(), x1, solver='rk4', num_steps=250)
         problems.append((model_fn, x1, exact))
-    usual, lines = errors(REPO, problems), []
+    baseline, lines = errors(REPO, problems), []
     print('| constant | median at ' + ' | '.join(map(str, NFE)) + ' | RMSE at ' + ' | '.join(map(str, NFE)) + ' |')
     print('|---' * (2 * len(NFE) + 1) + '|')
     for name, values in CHOICES.items():
@@ -110,7 +110,7 @@ def main() -> None:
             ratios = [
                 [
                     math.exp(
-                        sum(math.log(a[i] / b[i]) for a, b in zip(found[n], usual[n], strict=True)) / len(MIXTURES)
+                        sum(math.log(a[i] / b[i]) for a, b in zip(found[n], baseline[n], strict=True)) / len(MIXTURES)
                     )
                     for n in NFE
                 ]

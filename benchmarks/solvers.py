@@ -1,19 +1,19 @@
-"""Accuracy per network evaluation: this repo's solvers beside those of diffusers, k-diffusion and azula.
+"""Compares accuracy per network evaluation: this repo's solvers and those in diffusers, k-diffusion and azula.
 
-    pip install -r benchmarks/requirements.txt      (k-diffusion and azula with --no-deps: of what they ask for, their
-                                                    solvers need torchsde and einops alone)
+    pip install -r benchmarks/requirements.txt      (k-diffusion and azula with --no-deps: of their dependencies, the
+                                                    solvers need only torchsde and einops)
     python benchmarks/solvers.py ring               a mixture of Gaussians with an exact model, in float64; also
                                                     anisotropic, held_out and sharp; squared_cosine and shifted_cosine
                                                     are sharp on processes other than rf
     python benchmarks/solvers.py digits --checkpoint ckpts/digits_long/last.pt
                                                     a trained network, against its own converged samples
-    python benchmarks/solvers.py ring --nfe 4 6     a part of the work: each of these takes minutes
+    python benchmarks/solvers.py ring --nfe 4 6     only these numbers of evaluations: each takes minutes
 
 All start from the same noise at t = 0.999 and go to t = 0.001 of the process, which for all peers is `rf`; the error of
-a sample is its distance per dimension (RMS) to the exact end point on its process. Every peer of diffusers and
-k-diffusion is run on every grid (with a checkpoint, on three), azula's on its own schedules (two), and the best figure
-is taken, for each number of evaluations and each measure by itself. Each run prints a table in markdown, adds to
-benchmarks/solvers.json, and draws all that is there in benchmarks/solvers.png.
+a sample is its distance per dimension (RMS) to the exact end point on its process. Solvers of diffusers and k-diffusion
+run on every grid (with a checkpoint, on three), azula's on its own schedules (two). The best peer is chosen separately
+for each number of evaluations and each measure. Each run prints a table in markdown, adds its results to
+benchmarks/solvers.json, and draws all results in benchmarks/solvers.png.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def errors(x: Tensor, exact: Tensor) -> Errors:
     return squares.sqrt().median().item(), squares.mean().sqrt().item()
 
 
-# ours, beside the default
+# our solvers, the default first
 OURS = [
     ('adams', 'logistic'),
     ('unipc', 'logistic'),
@@ -73,9 +73,9 @@ class Problem:
     model_fn: Callable
     x1: Tensor
     label: Tensor | None
-    reference_steps: int  # of RK4 on the default grid: what is taken for exact
-    process: GaussianProcess  # of ours
-    model_of_rf: Callable | None = None  # that of the peers, if the process is another
+    reference_steps: int  # steps of RK4 on the default grid for the exact end points
+    process: GaussianProcess  # for our solvers
+    model_of_rf: Callable | None = None  # the model for peers, if the process is not rf
     peer_grids: tuple[str, ...] = tuple(PEER_GRIDS)
     schedules: tuple[str, ...] = SCHEDULES
 
@@ -123,7 +123,7 @@ def best(results: dict[str, Errors], measure: int) -> tuple[float, str]:
 
 
 def summary(mine: dict[str, Errors], theirs: dict[str, Errors]) -> dict[str, Any]:
-    """What is kept of one number of evaluations: ours, and for each measure the three best peers."""
+    """The results to keep for one number of evaluations: ours, and for each measure the three best peers."""
     peers = {}
     for i, name in enumerate(MEASURES):
         left = dict(theirs)
@@ -153,9 +153,9 @@ def report(title: str, found: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def frechet_table(network: Callable, config: Config, n: int = 500) -> None:
-    """Frechet distance in pixels to the training images: what the error of the solver costs in the end.
+    """Print the Frechet distance in pixels to the training images, to see how much the solver's error matters.
 
-    The network's own error is included.
+    The distance includes the network's own error.
     """
     from data_utils import get_dataset
     from evaluation.distances import Moments, frechet
@@ -231,19 +231,19 @@ MIXTURES: dict[str, tuple[str, Callable, int, GaussianProcess]] = {
 
 
 def problem_of(name: str, checkpoint: str, n: int) -> Problem:
-    """The mixture of that name, or the network of the checkpoint. Raises SystemExit for one that cannot be compared."""
+    """The mixture `name`, or the network of the checkpoint. Raises SystemExit for a network that cannot be compared."""
     torch.manual_seed(0)
     if not checkpoint:
-        title, mixture, usual, process = MIXTURES[name]
+        title, mixture, default_n, process = MIXTURES[name]
         mixture, rf = mixture(), RectifiedFlow()
-        x1 = torch.randn(n or usual, mixture.dim, dtype=torch.float64)
+        x1 = torch.randn(n or default_n, mixture.dim, dtype=torch.float64)
         of_rf = None if isinstance(process, RectifiedFlow) else mixture.as_model('velocity', rf)
         return Problem(title, mixture.as_model('velocity', process), x1, None, 250, process, of_rf)
     network, _, config = load_for_sampling(checkpoint)
     if (config.process_name, config.model_type) != ('rf', 'velocity'):
-        sys.exit(f'{checkpoint} is of {config.process_name}, {config.model_type}. Give one of rf and velocity.')
+        sys.exit(f'{checkpoint} has {config.process_name}, {config.model_type}. Give a checkpoint with rf, velocity.')
     if config.dataset not in ('digits', 'fashion_mnist'):
-        sys.exit(f'{checkpoint} was trained on {config.dataset}. Give one of digits or fashion_mnist.')
+        sys.exit(f'{checkpoint} was trained on {config.dataset}. Give one trained on digits or fashion_mnist.')
     side = 8 if config.dataset == 'digits' else 28
     x1, label = torch.randn(n or 50, 1, side, side), torch.arange(n or 50) % 10
     few = ('uniform t', 'shift 1/3', 'log-SNR')
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument('--checkpoint', default='', help='a trained rf network with velocity output')
     parser.add_argument('--nfe', type=int, nargs='+', default=NFE, help='numbers of evaluations')
     parser.add_argument('--samples', type=int, default=0, help='start points; 0: 1000 in 2-D, 100 in 64-D, 50 images')
-    parser.add_argument('--frechet', action='store_true', help='with --checkpoint: Frechet distances to the data alone')
+    parser.add_argument('--frechet', action='store_true', help='with --checkpoint: only Frechet distances to the data')
     arguments = parser.parse_args()
     if not arguments.checkpoint and arguments.problem not in MIXTURES:
         parser.error(f'{arguments.problem!r} is not one of {", ".join(MIXTURES)}. Choose one, or give --checkpoint.')

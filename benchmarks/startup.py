@@ -1,9 +1,9 @@
-"""How long a user waits: for the help, for the message of a wrong flag or setting, for the first training step.
+"""Measures waiting times: for the help, for the message on a wrong flag or setting, for the first training step.
 
     python benchmarks/startup.py [--repeats 5]
 
 Whole programs are started by run.sh, one of each kind in turn. The first step is over when its line is in the record.
-Unlike the other benchmarks this gives seconds, so it wants a machine that does nothing else.
+Unlike most other benchmarks this gives absolute seconds, so it needs a machine that does nothing else.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from interleaved import write
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ['sh', str(ROOT / 'run.sh')]
-# name -> (flags, what the output must hold, seconds that it may take)
+# name -> (flags, text that the output must contain, goal in seconds)
 MESSAGES = {
     '--help': (['--help'], '--base_lr', 0.2),
     'a flag that does not exist': (['--no_such_flag', '1'], 'no_such_flag', 1.0),

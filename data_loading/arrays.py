@@ -89,7 +89,7 @@ def load_arrays(config: Config) -> Loaded:
 def checked(x: np.ndarray, spec: DataSpec, where: str) -> Tensor:
     """`check_values` of arrays in the order of the file, so that errors name rows of the file. Raises SettingError."""
     try:
-        return check_values(torch.from_numpy(x if x.flags.writeable else x.copy()), spec, where)  # read-only: torch warns
+        return check_values(torch.from_numpy(x if x.flags.writeable else x.copy()), spec, where)  # else a warning
     except DataError as error:
         raise SettingError(str(error)) from None
 

@@ -1,5 +1,4 @@
-"""Checks the data that the `load` of a DataSpec returns: once before training, then every batch from a loader process.
-"""
+"""Checks the data that the `load` of a DataSpec returns: once before training, then every batch of a loader process."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -116,7 +116,7 @@ def eight_bits(image: Any, white: int) -> Any:
             'images in an .npy file for --dataset arrays --value_range LOW HIGH'
         )
     if high > white:
-        raise ValueError(f'its grey levels go up to {high}, those of other images to {white}: rescale all to one range')
+        raise ValueError(f'its grey levels go up to {high}, other images end at {white}: rescale all to one range')
     return Image.fromarray(np.round(values / (white / 255)).astype(np.uint8))
 
 

@@ -145,7 +145,7 @@ class Loader:
         self.about = ''  # a line about both parts, for the report
         self.waited = 0.0  # seconds that iteration has waited for data
         self.size, self.has_pairs = len(part), part.has_pairs  # has_pairs: batches are (x, label, x1)
-        self.rounds = getattr(batch_sampler, 'rounds', 0)  # of the held-out part, see HeldOutSampler
+        self.rounds = getattr(batch_sampler, 'rounds', 0)  # see HeldOutSampler
         self.labels = part.classes(spec)  # (N,) int64, or None
         # `load` is left out: it may be a lambda, which cannot be sent to spawned processes
         self.collate = functools.partial(collate_numbered, spec=replace(spec, load=None), where=part.name)

@@ -31,7 +31,7 @@ from runtime.stopping import ignore_signals_except_from_parent
 
 FORMAT = 1
 # The zip entries in which torch stores the first two tensors of a file. x comes first: after 30 bytes of zip header, 14
-# of this name and 20 of zip64 sizes, that is at byte 64, where torch would align it, too.
+# for this name and 20 for zip64 sizes, so at byte 64, where torch would align it, too.
 X, LABEL, X_BEGINS = 'archive/data/0', 'archive/data/1', 64
 
 

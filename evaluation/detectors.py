@@ -125,7 +125,7 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
         raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to download weights.')
     try:
         network: Any = ranks.in_turns(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
-    except Exception as error:  # many kinds: a damaged file, weights of another model, no internet connection
+    except Exception as error:  # a damaged file, weights of another model, no internet connection, ...
         text = ' '.join(str(error).split())[:300]
         remedy = 'Pass their file as --detector_weights PATH, or use --detector classifier or pixels, which need none'
         what = f'detector={name!r}: its weights cannot be loaded ({type(error).__name__}: {text})'
@@ -244,8 +244,7 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
 
 
 def agreement(recognised: Tensor | None, detector: Detector, data: JudgedData) -> dict[str, float]:
-    """Shares of the samples, given whether each is `recognised` (n,), and of 1000 held-out items that the detector
-    assigns to the right class; {} if it has no classes."""
+    """Shares of `recognised` samples (n,), and of 1000 held-out items whose class `detector` recognises; else {}."""
     if recognised is None or detector.predict is None:
         return {}
     x, label, *_ = data.held_out.take(range(min(1000, data.held_out.size)))

@@ -1,6 +1,6 @@
-"""Numbers for a run: held-out losses, the reference loss that all runs of a data set share, and numbers for samples.
+"""Evaluates a run: held-out losses, the reference loss, comparable between runs, and numbers for samples.
 
-Nothing here changes what is trained: a run that is killed here does it again when it is resumed.
+Nothing here changes the training: a run that is killed here repeats the evaluation when it resumes.
 """
 
 import math
@@ -25,20 +25,20 @@ from training.calling import in_eval_mode
 from training.drawing import Drawing, no_memory, not_finite
 from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
-if TYPE_CHECKING:  # imported when used: a start need not wait for them
+if TYPE_CHECKING:  # imported where they are used, so that the program starts sooner
     from evaluation.detectors import Detector, JudgedData
     from evaluation.distances import Looked
     from evaluation.reference import Reference
 
 NUM_JUDGED = 1000  # samples that are compared with the data
-MOST_COMPARED, MOST_NEIGHBOURS = 200_000, 5000  # training items they are compared with, and pairs are made of
-MOST_READ = 20_000  # training items, of those that are not in memory
-AT_ONCE = 256  # samples in a detector
+MOST_COMPARED, MOST_NEIGHBOURS = 200_000, 5000  # training items in comparisons, and in distances between pairs
+MOST_READ = 20_000  # training items in comparisons, if the data are not in memory
+AT_ONCE = 256  # samples in a detector's batch
 Losses = Callable[[ProcessedBatch, Tensor, ModelFn], tuple[Tensor, Tensor]]  # -> losses (B,), times (B,)
 
 
 class Judge:
-    """Judges the networks of an experiment. Owns what it finds out about the loss and the data."""
+    """Judges the networks of an experiment. Remembers facts about the loss and the data."""
 
     def __init__(self, experiment: Experiment, batches: Batches, record: Record, drawing: Drawing):
         self.experiment, self.config = experiment, experiment.config
@@ -46,7 +46,7 @@ class Judge:
 
     @in_eval_mode
     def rehearse(self) -> None:
-        """Before training: print what looks wrong, and try the losses, so that they fail now or never."""
+        """Before training: warn of suspicious settings and data, and try the losses, so that they fail now or never."""
         c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
         with torch.no_grad():
             round_trip = round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
@@ -55,7 +55,7 @@ class Judge:
         for warning in filter(None, (of_data, scale_warning(x0, c.sigma_data), round_trip, pair, lr_warning(c))):
             print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
-        with self.record.apart():  # to tell samplers apart may need samples
+        with self.record.apart():  # samplers() may draw samples, to drop equal samplers
             self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
 
     @cached_property
@@ -67,7 +67,7 @@ class Judge:
     @cached_property
     @in_eval_mode
     def loss_needs_gradients(self) -> bool:
-        """Whether the loss itself differentiates (score matching, Jacobians), so that no_grad would break it."""
+        """Whether the loss itself takes gradients (score matching, Jacobians), so that no_grad would break it."""
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         with self.record.apart():
             try:
@@ -77,7 +77,7 @@ class Judge:
             except RuntimeError as error:
                 if utils.is_out_of_memory(error):
                     raise
-                self.experiment.loss_fn(example, model_fn)  # a loss that is broken raises here too
+                self.experiment.loss_fn(example, model_fn)  # a broken loss raises here, too
                 return True
 
     @cached_property
@@ -87,7 +87,7 @@ class Judge:
         if not self.experiment.has_reference:
             return False
         if not self.drawing.has_score:
-            print_once('eval/reference is left out: it is a loss of denoising, and x1 is not independent N(0, I) noise')
+            print_once('eval/reference is left out: it is a denoising loss, and x1 is not independent N(0, I) noise')
             return False
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         index = torch.arange(len(example.t), device=self.experiment.device)
@@ -95,7 +95,7 @@ class Judge:
             with self.record.apart(), torch.no_grad():
                 ranks.on_each(lambda: self.reference.errors(example, index, model_fn))
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
-            # A network that loss_fn calls in a way of its own may not take what a denoiser takes.
+            # A custom loss_fn may train a network that does not take the arguments of a denoiser.
             if utils.is_out_of_memory(error) or not self.experiment.overrides('loss_fn'):
                 raise
             print_once(f'eval/reference is left out: this network cannot be evaluated as a denoiser ({error})')
@@ -103,14 +103,14 @@ class Judge:
         return True
 
     def judged_weights(self) -> tuple[str, nn.Module]:
-        """Name and network by which the run is judged."""
+        """Name and network of the weights by which the run is judged: the first of `weights()`."""
         return next(iter(self.experiment.weights().items()))
 
     # ---------------------------------------------------------------- held-out losses
 
     def held_out_losses(self, step: int) -> dict[str, float]:
-        """`eval/loss` and what loss_fn logs, of all weights, with the same noise and times every time; `eval/reference`
-        of the judged weights; the first time also the baselines."""
+        """`eval/loss` and the values that loss_fn logs, for all weights, with the same noise and times every time;
+        `eval/reference` for the judged weights; the first time also the baselines."""
         values: dict[str, float] = {}
         for name, module in self.experiment.weights().items():
             suffix = '' if name == 'raw' else f'_{name}'
@@ -123,21 +123,21 @@ class Judge:
         return values | (self.reference.baselines() if is_first and self.has_reference else {})
 
     def held_out_loss(self, module: nn.Module, rounds: int | None = None) -> float:
-        """Mean of `loss_fn` over all held-out images, or those of the first `rounds`, to seven digits."""
+        """Mean of `loss_fn` over all held-out images, or over the first `rounds`, to seven digits."""
         own = lambda batch, _, model_fn: (self.experiment.loss_fn(batch, model_fn), batch.t)  # noqa: E731
         return self.held_out_means(module, own, rounds).means()['loss']
 
     def reference_loss(self, module: nn.Module, rounds: int | None = None) -> dict[str, float]:
         """`eval/reference` (see Reference), and by time."""
-        with self.record.apart():  # what prepare_batch_fn logs is in eval/... already
+        with self.record.apart():  # values that prepare_batch_fn logs are in eval/... already
             means = self.held_out_means(module, self.reference.errors, rounds).means()
         return {name.replace('loss', 'eval/reference', 1): value for name, value in means.items()}
 
     @in_eval_mode
     def held_out_means(self, module: nn.Module, losses_of: Losses, rounds: int | None = None) -> RunningMeans:
-        """Means of losses over held-out images, by time too; the processes share the work."""
+        """Means of losses over held-out images, also by time; the processes share the work."""
         means, model_fn = RunningMeans(self.experiment.device), self.experiment.get_model_fn(module)
-        needs_gradients = self.loss_needs_gradients  # found out before the generators are seeded
+        needs_gradients = self.loss_needs_gradients  # computed before the generators are seeded: it draws numbers
         for batch, index in self.batches.held_out(rounds):
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
             with torch.set_grad_enabled(needs_gradients), ranks.alone():  # loss_fn may draw samples
@@ -147,16 +147,16 @@ class Judge:
         return means
 
     def bits_per_dim(self, module: nn.Module, n: int, at_once: int = 32) -> dict[str, float]:
-        """Bits per dimension of n held-out images, dequantized, and the standard error of this mean; without guidance.
+        """Mean bits per dimension of n dequantized held-out images, and its standard error; without guidance.
 
-        Raises SettingError where no density is defined: floats, x1 that is data.
+        Raises SettingError where no density is defined: for floats, and if x1 is data.
         """
         experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
         if spec.scale != 'image' or spec.value_range or not self.drawing.has_score or experiment.overrides('encode'):
-            raise SettingError('bits: needs images in uint8, the default encode, and independent noise N(0, I) as x1.')
+            raise SettingError('bits: needs uint8 images, the default encode, and independent noise N(0, I) as x1.')
         if not self.config.dequantize:
-            print_once('warning: the run was trained without --dequantize, so its density is one of grey levels and '
-                       'bits per dimension may be any number')  # fmt: skip
+            print_once('warning: the run was trained without --dequantize, so its density concentrates on grey levels '
+                       'and bits per dimension may be any number')  # fmt: skip
         n = min(n, loader.size)
         blocks = torch.arange(n).split(at_once)  # the same on any number of processes
         bits = torch.zeros(n)
@@ -167,7 +167,7 @@ class Judge:
 
     @in_eval_mode
     def bits_of_block(self, module: nn.Module, rows: Tensor, number: int) -> Tensor:
-        """Bits per dimension (n,) of the held-out images with the indices `rows` (n,), which are block `number`."""
+        """Bits per dimension (n,) of the held-out images with indices `rows` (n,): block `number`."""
         from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
 
         c, spec = self.config, self.experiment.data
@@ -178,7 +178,7 @@ class Judge:
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
             x = dequantize((loaded[0] * spec.max_value).round(), levels)
         if given.x0.shape != x.shape or (given.x0 - x).abs().max() > 2.01 / levels:
-            raise SettingError('bits: needs x0 that is the image, and prepare_batch_fn makes something else of it.')
+            raise SettingError('bits: needs the image as x0, but prepare_batch_fn changes it.')
         utils.seed_everything(0, 'probes', number)
         settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
         model_fn = self.experiment.get_model_fn(module)
@@ -188,13 +188,13 @@ class Judge:
     # ---------------------------------------------------------------- numbers for samples
 
     def samples(self, step: int, num_samples: int | None = None) -> dict[str, float]:
-        """Numbers for samples of the judged weights, printed too: final/<sampler>/... of every sampler at the end,
-        eval/<sampler>/... of the first before."""
+        """Numbers for samples of the judged weights, also printed: final/<sampler>/... for every sampler at the end,
+        eval/<sampler>/... for the first sampler before."""
         c, names, values = self.config, list(self.experiment.samplers()), {}
         last = step >= c.num_training_steps
         if not self.can_judge:
             if last:
-                why = 'too few items, or neither images nor short vectors'
+                why = 'it has too few items, or is neither images nor short vectors'
                 print_once(f'no final numbers for {c.dataset}: {why}. Override sample_metrics, or pass --no_final_eval')
             return values
         with self.record.apart() as logged:
@@ -202,13 +202,13 @@ class Judge:
                 found = self.judged(name, num_samples or NUM_JUDGED, step)
                 if last:
                     values |= {f'final/{name}/{key}': value for key, value in found.items()}
-                if name == names[0] and (c.eval_metrics_every or not last):  # a point of their curve
+                if name == names[0] and (c.eval_metrics_every or not last):  # the last point of the curve
                     values |= {f'eval/{name}/{key}': value for key, value in found.items()}
         return values | logged
 
     @in_eval_mode
     def judged(self, name: str, num_samples: int, step: int) -> dict[str, float]:
-        """Numbers for samples of the judged weights by the sampler of this name, on every rank."""
+        """Numbers for samples of the judged weights by the sampler `name`, on every rank."""
         from evaluation.distances import describe
 
         weights, module = self.judged_weights()
@@ -221,7 +221,7 @@ class Judge:
             print_once(no_memory(step, name, 'its metrics are'))
             return {}
         if not_finite(x):
-            print_once('  no numbers are computed for them')
+            print_once('  no numbers are computed for these samples')
             return {}
         numbers = self.numbers(x, inputs)
         print_once(describe(numbers))
@@ -248,8 +248,8 @@ class Judge:
 
     @in_eval_mode
     def compared(self, looked: 'Looked', n: int, most: int | None = None, pairs: int | None = None) -> dict[str, float]:
-        """Distances of the n samples that ranks.my_items dealt from `most` training images, on every rank; at most
-        `pairs` of them in pairs. label_agreement and that of real items, if all labels on all ranks were classes."""
+        """Distances of n samples, dealt out by ranks.my_items, from `most` training images (`pairs` images in distances
+        between pairs), on every rank. Also the label agreements, if all labels on all ranks are classes."""
         from evaluation.detectors import agreement, features_of_data, rows_of
         from evaluation.distances import compare, frequencies_caution
 
@@ -289,7 +289,7 @@ class Judge:
 
     @cached_property
     def can_judge(self) -> bool:
-        """Whether the experiment has its own metrics, or its data are images or short vectors, and enough of them."""
+        """Whether the experiment has its own metrics, or the data are enough images or short vectors."""
         if self.experiment.overrides('sample_metrics'):
             return True
         from evaluation.detectors import MOST_PIXELS

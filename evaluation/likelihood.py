@@ -28,8 +28,8 @@ from utils import bcast_right
 
 
 class LogLikelihood(NamedTuple):
-    log_prob: Tensor  # (B,) nats, of a density with respect to x0 in its own units
-    standard_error: Tensor  # (B,) nats, of log_prob, from the spread over probes; 0 if exact, nan for a single probe
+    log_prob: Tensor  # (B,) nats, for a density with respect to x0 in its own units
+    standard_error: Tensor  # (B,) nats, from the spread of log_prob over probes; 0 if exact, nan for a single probe
     nfe: int  # evaluations of the network, each with one backward pass per probe
 
 
@@ -42,7 +42,7 @@ PROBES = {
     'rademacher': lambda x, n: torch.randint(0, 2, (n, *x.shape), device=x.device).to(x) * 2 - 1,  # Hutchinson 1989
     'gaussian': lambda x, n: torch.randn(n, *x.shape, dtype=x.dtype, device=x.device),
 }
-METHODS = ('adams', 'dopri5', 'euler', 'midpoint', 'rk4')  # of SOLVERS; all but the first by torchdiffeq
+METHODS = ('adams', 'dopri5', 'euler', 'midpoint', 'rk4')  # keys of SOLVERS; torchdiffeq runs all but the first
 
 
 def log_likelihood(
@@ -65,14 +65,15 @@ def log_likelihood(
 ) -> LogLikelihood:
     """log p(x0) of x0 (B, ...), in its precision; given label (B,) and cond (name -> (B, ...)) if there are any.
 
-    `divergence`: exact (one backward pass per dimension and evaluation: small data only), or Hutchinson's estimate with
-    `num_probes` fixed random vectors, rademacher or gaussian. `solver`: adams, which is the default, euler, midpoint
-    and rk4 take `num_steps` steps on `time_grid`; dopri5, the default where a tolerance is given, keeps relative and
-    absolute errors within `tolerance`, or 1e-5. The ODE starts from alpha(t_min) x0, with the density of the data but
-    for smoothing by sigma(t_min); at t_max the density is taken to be N(alpha E[x0 | x], sigma^2), exact up to squares
-    of alpha sigma_data / sigma.
-    Raises SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular
-    end, for conditions that are not (B, ...), and for a tolerance that the solver does not keep.
+    divergence  exact (one backward pass per dimension and evaluation: small data only), or Hutchinson's estimate with
+                `num_probes` fixed random vectors, rademacher or gaussian
+    solver      adams (the default), euler, midpoint and rk4 take `num_steps` steps on `time_grid`; dopri5, the default
+                if a tolerance is given, keeps relative and absolute errors within `tolerance`, or 1e-5
+
+    The ODE starts from alpha(t_min) x0, whose density is the data's, except for smoothing by sigma(t_min). At t_max the
+    density is approximated by N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma. Raises
+    SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular end,
+    for conditions that are not (B, ...), and for a tolerance that the solver ignores.
     """
     cond, solver = cond or {}, solver or ('adams' if tolerance is None else 'dopri5')
     check_method(solver, tolerance, guidance_scale)
@@ -92,7 +93,7 @@ def log_likelihood(
         x, total = integrate(field, bcast_right(start.alpha, x0.ndim) * x0, times, solver, tolerance or 1e-5)
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
     z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
-    log_normal = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()  # of x, (B,)
+    log_normal = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()  # log p(x), (B,)
     log_prob = log_normal + total.mean(0) + z.shape[1] * start.alpha.log()
     spread = total.std(0) if len(total) > 1 else torch.full_like(log_prob, torch.nan)
     error = torch.zeros_like(log_prob) if field.exact else spread / math.sqrt(num_probes)
@@ -100,7 +101,7 @@ def log_likelihood(
 
 
 def check_method(solver: str, tolerance: float | None, guidance_scale: float) -> None:
-    """Raise SettingError unless the samples of this solver have a density, which it can compute."""
+    """Raise SettingError unless this solver's samples have a density that an ODE gives."""
     if solver in SOLVERS and SOLVERS[solver].stochastic:
         raise SettingError(
             f'solver={solver!r} draws noise, so its samples have no density that an ODE can give. '
@@ -116,11 +117,11 @@ def check_method(solver: str, tolerance: float | None, guidance_scale: float) ->
 
 @dataclass(frozen=True)
 class Field:
-    """`field(x, t, name)`: the prediction of that type, like x, and the terms of its divergence, (P, B)."""
+    """`field(x, t, name)`: the prediction `name`, such as v, shaped like x; and the terms of its divergence, (P, B)."""
 
     predict: Predict
     probes: Tensor  # (P, B, ...)
-    exact: bool  # the probes are all unit vectors, and there is one term (1, B), the sum
+    exact: bool  # the probes are all unit vectors, and their terms are summed to (1, B)
 
     def __call__(self, x: Tensor, t: float, name: str) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -132,7 +133,7 @@ class Field:
 
 
 def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor]:
-    """x (B, ...) at the last of the `times`, and the integral of the divergence of the velocity, (P, B)."""
+    """x (B, ...) at the last time, and the integral of the velocity's divergence, (P, B)."""
     from torchdiffeq import odeint
 
     start = x, x.new_zeros(1 if field.exact else len(field.probes), len(x))
@@ -146,11 +147,11 @@ def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: fl
 
 
 def adams(field: Field, x: Tensor, total: Tensor, times: list[float]) -> tuple[Tensor, Tensor]:
-    """As `integrate`, by the solver adams; `total` (P, B) is 0.
+    """The same as `integrate`, by the solver adams; `total` (P, B) is 0.
 
-    With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular), of which the divergence with
-    respect to y is that of v with respect to x; and a volume of x is n^D times that of y. So n times the integral over
-    theta goes through the same steps as x, as if n times the divergence were its v.
+    With n = hypot(alpha, sigma), y = x / n follows dy / dtheta = v / n (solvers.angular). div_y (v / n) = div_x v, and
+    a volume in x is n^D times as large as in y. So n times the integral over theta takes the same steps as x, with n
+    times the divergence in the place of v.
     """
     shape, terms = x.shape, len(total)
 
@@ -170,26 +171,26 @@ def adams(field: Field, x: Tensor, total: Tensor, times: list[float]) -> tuple[T
 
 
 def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:
-    """(P, *x.shape): the gradient of the sum of y e with respect to x for each e of `vectors` (P, *y.shape).
+    """(P, *x.shape): the gradient of sum(y e) with respect to x, for each e of `vectors` (P, *y.shape).
 
-    `at_once` of them share one backward pass, if the network's operations can be batched.
+    `at_once` vectors share one backward pass, if the network's operations can be batched.
     """
     if len(vectors) == 1:
         return torch.autograd.grad(y, x, vectors[0])[0][None]
     try:
         batched = partial(torch.autograd.grad, y, x, retain_graph=True, is_grads_batched=True)
         return torch.cat([batched(part)[0] for part in vectors.split(at_once)])
-    except RuntimeError:  # such as a custom function that torch.vmap does not know
+    except RuntimeError:  # for example a custom autograd function without a vmap rule
         return torch.stack([torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in vectors])
 
 
 def dequantize(images: Tensor, levels: int = 256) -> Tensor:
-    """Integer images (B, C, H, W) of 0 ... levels - 1, with uniform noise of one level, in [-1, 1] (Theis et al. 2016,
-    section 3.1)."""
+    """Integer images (B, C, H, W) in 0 ... levels - 1, plus uniform noise of one level, scaled to [-1, 1] (Theis et al.
+    2016, section 3.1)."""
     return (images + torch.rand(images.shape, device=images.device)) * (2 / levels) - 1
 
 
 def bits_per_dim(log_prob: Tensor, shape: tuple[int, ...], levels: int = 256) -> Tensor:
-    """Bits per pixel and channel of images (C, H, W), from log p of their `dequantize`d versions: an upper bound on the
-    length of a code for the integers (Theis et al. 2016, section 3.1)."""
+    """Bits per pixel and channel of images (C, H, W), from log p after `dequantize`: an upper bound on the code length
+    of the integers (Theis et al. 2016, section 3.1)."""
     return -log_prob / (math.prod(shape) * math.log(2)) + math.log2(levels / 2)

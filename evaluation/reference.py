@@ -1,5 +1,5 @@
-"""The reference loss, comparable between all runs of a data set, and the two baselines to see losses against: the
-optimal denoiser of the training images, and a Gaussian for each pixel."""
+"""The reference loss, comparable between all runs of a data set, and two baselines for it: the optimal denoiser of the
+training images, and a Gaussian for each pixel."""
 
 import math
 from collections.abc import Callable
@@ -23,26 +23,26 @@ from training.experiment import Experiment, ProcessedBatch
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 MOST_DRAWS, LEAST_DRAWS = 8192, 1000  # noisy images over which a baseline is averaged
-MOST_VALUES = 2e8  # of a data set that every draw is compared with
-AT_ONCE, VALUES_AT_ONCE = 256, 2**22  # draws, and numbers in all their images
+MOST_VALUES = 2e8  # numbers in the data set, which every draw is compared with
+AT_ONCE, VALUES_AT_ONCE = 256, 2**22  # draws in a batch, and numbers in all its images
 
 
 class Reference:
     """The mean square error of the velocity x1 - x0 of the straight line xt = (1 - t) x0 + t x1, at uniform times,
-    without a weight, x1 drawn independently.
+    unweighted, with independent x1.
 
     It does not depend on a run's process, output, loss and times: a network of another process is evaluated at the time
-    of equal log-SNR. Runs whose x1 is not independent noise have none.
+    of equal log-SNR. It is not defined for runs whose x1 is not independent noise.
     """
 
     def __init__(self, experiment: Experiment, batches: Batches):
         self.experiment, self.batches = experiment, batches
 
     def errors(self, batch: ProcessedBatch, index: Tensor, model_fn: ModelFn) -> tuple[Tensor, Tensor]:
-        """(errors (B,), times (B,) of the straight line) of the images with numbers `index` (B,).
+        """(errors (B,), times (B,) on the straight line) for the images with numbers `index` (B,).
 
-        An error e of x0 makes one of -alpha / sigma e in x1 = (xt - alpha x0) / sigma, so the velocity's is
-        1 + alpha / sigma times as large.
+        An error e of x0 causes an error -alpha / sigma e of x1 = (xt - alpha x0) / sigma, so the error of the velocity
+        is 1 + alpha / sigma times as large.
         """
         process = self.experiment.process
         t = 0.001 + 0.998 * ((index.double() + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
@@ -50,7 +50,7 @@ class Reference:
         coefs = process(time)
         x1 = noise_of(index, batch.x0)
         xt = process.compute_xt(batch.x0, x1, coefs)
-        cond = batch.cond | ({'s': time} if 's' in batch.cond else {})  # a network of two times: the velocity at one
+        cond = batch.cond | ({'s': time} if 's' in batch.cond else {})  # a flow map: s = t gives the velocity
         out = model_fn(xt, time, batch.label, **cond)
         x0 = get_model_convert_fn(self.experiment.config.model_type)(out, time, xt, coefs).x0
         return utils.image_square_error(x0, batch.x0) * (1 + coefs.alpha / coefs.sigma).square(), t.to(batch.x0.dtype)
@@ -58,7 +58,7 @@ class Reference:
     @in_eval_mode
     def baselines(self) -> dict[str, float]:
         """Baselines for the record, the same on every rank; unknown ones are left out. The processes share the work.
-        Means over up to MOST_DRAWS draws, exact to a percent for digits.
+        They are means over up to MOST_DRAWS draws, exact to a percent for digits.
 
         train/floor              training loss of the optimal denoiser, which has memorised the training images, also by
                                  time: no network has a smaller one
@@ -83,7 +83,7 @@ class Reference:
         return {name: value for name, value in means.means().items() if 'gaussian_t_' not in name}
 
     def number_of_draws(self) -> int:
-        """How many noisy images a baseline averages; 0 where the optimal denoiser is unknown or takes too long."""
+        """Number of noisy images that a baseline averages; 0 if the optimal denoiser is unknown or takes too long."""
         experiment, loader = self.experiment, self.batches.train_loader
         known = experiment.independent and experiment.couple is None and not experiment.overrides('prepare_batch_fn')
         known &= not self.batches.example.cond
@@ -99,8 +99,8 @@ class Reference:
         return n if n >= LEAST_DRAWS else 0
 
     def known_denoisers(self) -> tuple[ModelFn, ModelFn]:
-        """The optimal denoisers of the training images and of a Gaussian with the mean and variance of each pixel, as
-        networks with the output of the config."""
+        """The optimal denoisers of the training images, and of a Gaussian with the mean and variance of each pixel, as
+        networks with the output `model_type`."""
         experiment = self.experiment
         x, label, *_ = self.batches.train_loader.everything()
         x0 = torch.cat([experiment.encode(part.to(experiment.device)) for part in x.split(1024)])
@@ -120,8 +120,8 @@ class Reference:
         return partial(as_network, optimal), partial(as_network, gaussian)
 
     def add_losses(self, means: RunningMeans, n: int, name: str, model_fn: ModelFn) -> None:
-        """Add the losses of this process's shards of n noisy training images: the run's own if `name` is of training,
-        else the reference loss."""
+        """Add losses for this process's shards of n noisy training images: the run's own loss if `name` begins with
+        train/, else the reference loss."""
         loader, sampler = self.batches.train_loader, self.batches.train_sampler
         training = name.startswith('train/')
         at_once = min(AT_ONCE, max(1, VALUES_AT_ONCE // self.batches.example.x0[0].numel()))
@@ -140,7 +140,7 @@ class Reference:
 
 
 def noise_of(index: Tensor, like: Tensor) -> Tensor:
-    """N(0, I) of the shape of `like`, for each image a function of its number only."""
+    """N(0, I) in the shape of `like`; an image's noise depends only on its number."""
     noise = torch.empty(like.shape)
     for i, number in enumerate(index.tolist()):
         noise[i].normal_(generator=torch.Generator().manual_seed(number))

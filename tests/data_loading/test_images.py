@@ -89,7 +89,7 @@ def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys
     assert 'grey levels of 16-bit images end at 220, so 255 is taken as white' in capsys.readouterr().out
     assert pixels(folder / '11.png', channels=1).unique().tolist() == [220]
     Image.fromarray(np.full((8, 8), 300, np.uint16)).save(folder / 'x.png')
-    with pytest.raises(ValueError, match='to 300, those of other images to 255'):
+    with pytest.raises(ValueError, match='to 300, other images end at 255'):
         pixels_of(folder / 'x.png', (8, 8), 1, WHITE, white=255)
     setup_data_train_and_test(config_of(), CPU)
     assert 'grey levels end at 300, but 65535 is white' in capsys.readouterr().out
@@ -645,7 +645,7 @@ def test_columns_are_found_or_named(load, tmp_path):
 
 def test_two_columns_of_classes_are_refused(load, tmp_path):
     write_splits(tmp_path / 'hub', {'train': 20}, fine=(datasets.ClassLabel(names=['a', 'b']), lambda i: i % 2))
-    with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds the classes\. Pass --columns"):
+    with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds .*Pass --columns"):
         load()
     by_kind, by_fine = (load(columns=('picture', name))[0] for name in ('kind', 'fine'))  # each has a cache of its own
     assert by_kind.spec.classes == ('cat', 'dog', 'owl') and by_fine.spec.classes == ('a', 'b')

@@ -1,4 +1,4 @@
-"""Feature extractors, and the numbers for samples of digits against independent computations."""
+"""Feature extractors, and numbers for samples of digits against independent computations."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def digits():
 
 def test_numbers_for_digits_are_those_of_pixels_between_minus_1_and_1(tiny_config, build_trainer):
     """Frechet distance (Dowson and Landau 1982, eq. 16), a support-vector machine, and nearest neighbours, by scipy and
-    sklearn: the unit of all figures that have been reported."""
+    sklearn. All figures in the docs use this unit."""
     trainer = build_trainer(tiny_config())
     train, train_labels = trainer.train_loader.everything()
     held_out, labels = trainer.test_loader.everything()
@@ -92,14 +92,14 @@ def test_small_grey_images_and_points_are_judged_by_their_values(tiny_config, bu
 
 
 def test_large_images_are_judged_by_small_ones(tiny_config, build_trainer, monkeypatch):
-    """A covariance of all pixels of large images would fit no memory."""
+    """The covariance of all pixels of large images would not fit into memory."""
     images = torch.randint(0, 256, (40, 3, 64, 32), dtype=torch.uint8)
     labels = torch.zeros(40, dtype=torch.int64)
     monkeypatch.setitem(DATASETS, 'large', DataSpec(lambda config: ((images, labels), (images, labels)), (3, 64, 32)))
     trainer = build_trainer(tiny_config(dataset='large'))
     detector = detectors.pixels(trainer.judge.data, '')
     x = images.float() / 255
-    first = x[:, 0, :4].mean(1).view(40, 16, 2).mean(2)  # of the first channel, 4 rows and pairs of columns
+    first = x[:, 0, :4].mean(1).view(40, 16, 2).mean(2)  # first channel: means of 4 rows and 2 columns
     assert torch.allclose(detector.features(x)[:, :16], 2 * first - 1, atol=1e-6)
     assert detector.features(x).shape == (40, 768) and '16 x 16' in detector.about
 

@@ -1,4 +1,4 @@
-"""Distances between sets of features, against closed forms, torch-fidelity and counting by hand."""
+"""Distances between sets of features, against closed forms, torch-fidelity and counts by hand."""
 
 import itertools
 import math
@@ -85,7 +85,7 @@ def test_samples_of_the_same_kind_are_good_in_every_respect():
 
 
 def test_copies_are_seen_among_all_training_images():
-    """Also where the other numbers look at a part of them."""
+    """Also if the other numbers use only some of them."""
     data = normal(2000, 8)
     copied = compare(data[1000:1300] + 1e-3, data, normal(300, 8), most=200)
     assert copied['nearest_neighbour_ratio'] < 0.01
@@ -114,7 +114,7 @@ def test_nearest_by_hand():
 def test_what_cannot_be_compared_is_refused():
     for sizes in ((9, 20, 20), (20, 9, 20), (20, 20, 9)):
         samples, train, held_out = (normal(n, 2) for n in sizes)
-        text = f'{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images: at least 10'
+        text = f'{sizes[0]} samples, {sizes[1]} training and {sizes[2]} held-out images: a comparison needs at least 10'
         with pytest.raises(SettingError, match=text):
             compare(samples, train, held_out)
     broken = normal(20, 2)
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_a_shift_is_the_same_in_every_direction():
-    """The distance does not change when both sets are turned."""
+    """The distance does not change when both sets are rotated."""
     turn = torch.linalg.qr(torch.randn(6, 6, generator=GEN)).Q
     a, b = normal(500, 6, torch.linspace(0.1, 3, 6)), normal(500, 6) + 1
     assert frechet(Moments(a @ turn), Moments(b @ turn)) == pytest.approx(frechet(Moments(a), Moments(b)), rel=1e-5)
@@ -132,7 +132,7 @@ def test_a_shift_is_the_same_in_every_direction():
 
 
 def two_clusters(n):
-    """n points about 0, then n about 5 in every dimension."""
+    """n points around 0, then n around 5 in every dimension."""
     return torch.cat([normal(n, 4), normal(n, 4, mean=5.0)])
 
 
@@ -140,7 +140,7 @@ def test_the_real_distance_is_of_images_from_all_of_the_data():
     train = two_clusters(500)
     values = compare(normal(500, 4), train, train)
     assert 0 < values['real_frechet'] < 1
-    assert compare(normal(500, 4, 3.0), train, train)['real_frechet'] == values['real_frechet']  # of no sample
+    assert compare(normal(500, 4, 3.0), train, train)['real_frechet'] == values['real_frechet']  # whatever the samples
 
 
 def test_of_much_data_a_part_of_all_is_compared():
@@ -164,16 +164,16 @@ def test_precision_and_recall_by_counting():
     data, samples = normal(60, 2), normal(60, 2, 0.6)
     values = compare(samples, data, data)
 
-    def share(points, of):
-        reach = torch.cdist(of, of).sort(1).values[:, 3]  # the third neighbour, after the point itself
-        return (torch.cdist(points, of) <= reach).any(1).float().mean().item()
+    def share(points, centres):
+        reach = torch.cdist(centres, centres).sort(1).values[:, 3]  # the third neighbour, after the point itself
+        return (torch.cdist(points, centres) <= reach).any(1).float().mean().item()
 
     assert values['precision'] == pytest.approx(share(samples, data), abs=1e-6)
     assert values['recall'] == pytest.approx(share(data, samples), abs=1e-6)
 
 
 def test_wasserstein_distance_against_what_is_known():
-    """Of moved points it is the move; on a line the sorted pairs are best; the order of the points does not matter."""
+    """It is the length of a shift; on a line the sorted pairs are best; the order of the points does not matter."""
     x = normal(300, 2)
     move = torch.tensor([0.3, -0.4])
     assert wasserstein(x, (x + move)[torch.randperm(300, generator=GEN)]) == pytest.approx(0.5, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Floors and class frequencies: what a perfect sampler would get, of the samples' own classes."""
+"""Floors, the values for a perfect sampler with the samples' own classes, and class frequencies."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from trainer import ExampleDiffusionTrainer
 
 
 def thinned_digits():
-    """Digits, those of 5 to 9 one in ten: (x (N, 64) in [-1, 1], labels (N,))."""
+    """Digits, of 5 to 9 only one in ten: (x (N, 64) in [-1, 1], labels (N,))."""
     (x, label), _ = load_digits(Config())
     keep = (label < 5) | (torch.arange(len(label)) % 10 == 0)
     return x[keep].flatten(1) / 8 - 1, label[keep]
@@ -37,8 +37,8 @@ def draw(x, label, classes, seed=100):
     """Rows of x of these classes, at random."""
     chosen, g = torch.empty(len(classes), dtype=torch.long), torch.Generator().manual_seed(seed)
     for number in classes.unique():
-        those, here = (label == number).nonzero()[:, 0], classes == number
-        chosen[here] = those[torch.randint(len(those), (int(here.sum()),), generator=g)]
+        items, places = (label == number).nonzero()[:, 0], classes == number
+        chosen[places] = items[torch.randint(len(items), (int(places.sum()),), generator=g)]
     return x[chosen]
 
 
@@ -46,9 +46,9 @@ def test_a_floor_is_the_mean_of_twenty_draws_with_their_spread():
     train, held_out, samples = normal(3000, 6), normal(300, 6), normal(200, 6)
     found, moments = compare(samples, train, held_out), Moments(train)
     assert DRAWS == 20
-    of_others = [frechet(Moments(train[torch.randint(3000, (200,))]), moments) for _ in range(200)]
-    assert found['real_frechet'] == pytest.approx(np.mean(of_others), abs=4 * np.std(of_others) / 20**0.5)
-    assert found['real_frechet_std'] == pytest.approx(np.std(of_others), rel=1.0)
+    other_draws = [frechet(Moments(train[torch.randint(3000, (200,))]), moments) for _ in range(200)]
+    assert found['real_frechet'] == pytest.approx(np.mean(other_draws), abs=4 * np.std(other_draws) / 20**0.5)
+    assert found['real_frechet_std'] == pytest.approx(np.std(other_draws), rel=1.0)
     assert abs(found['frechet'] - found['real_frechet']) < 5 * found['real_frechet_std']
 
 
@@ -59,12 +59,12 @@ def test_real_draws_have_the_classes_of_the_samples_and_differ():
     assert len({tuple(rows.tolist()) for rows in draws}) > 10
     free = torch.stack(list(real_draws(5000, 7, None, None)))
     assert (torch.bincount(free.flatten(), minlength=7) / free.numel()).sub(1 / 7).abs().max() < 0.01
-    unknown = next(real_draws(2, 7, of_data, torch.tensor([9, 2])))  # class 9 has no items: any
+    unknown = next(real_draws(2, 7, of_data, torch.tensor([9, 2])))  # class 9 has no items: any item
     assert of_data[unknown][1] == 2
 
 
 def test_the_floor_of_a_perfect_sampler_of_each_class_is_its_own():
-    """In turn or as in the data: a perfect sampler of classes is at its floor."""
+    """With classes in turn or as frequent as in the data, a perfect sampler is at its floor."""
     x, label = thinned_digits()
     for classes in (torch.arange(600) % 10, label[torch.randint(len(label), (600,))]):
         found = compare(draw(x, label, classes), x, x[:50], classes=label, wanted=classes)
@@ -82,7 +82,7 @@ def test_points_have_the_same_floor_by_wasserstein():
     found = compare(new.float(), train.float(), held_out.float(), classes=label, wanted=classes)
     assert abs(found['wasserstein'] - found['real_wasserstein']) < 4 * found['real_wasserstein_std']
     pairs = [[torch.from_numpy(TOY2D['moons'].draw(rng, 500, classes.numpy())[0]) for _ in range(2)] for _ in range(12)]
-    exact = [wasserstein(a, b) for a, b in pairs]  # of two draws of 500 points with these classes
+    exact = [wasserstein(a, b) for a, b in pairs]  # two draws of 500 points with these classes
     assert found['real_wasserstein'] == pytest.approx(np.mean(exact), rel=0.12)
     assert 0 < found['real_wasserstein_std'] < 0.03
     far = compare(new.float() + 1, train.float(), held_out.float())
@@ -91,7 +91,7 @@ def test_points_have_the_same_floor_by_wasserstein():
 
 @pytest.mark.parametrize('name', ['moons', 'eight_gaussians'])
 def test_exact_points_are_at_the_floor_of_a_set(name):
-    """One other draw was printed as a floor: 0.054 for moons, of which exact draws have 0.067 +- 0.012."""
+    """A single draw is not enough for a floor: it was 0.054 for moons, where exact draws have 0.067 +- 0.012."""
     toy = TOY2D[name]
     classes = torch.arange(1000) % toy.num_classes
     exact = [
@@ -103,7 +103,7 @@ def test_exact_points_are_at_the_floor_of_a_set(name):
         torch.from_numpy(toy.draw(np.random.default_rng(73), 1000, classes.numpy())[0]), name, '_x', classes
     )
     assert balanced['real_wasserstein_std_x'] > 0
-    assert balanced['real_wasserstein_x'] < exact[0]['real_wasserstein']  # as many of each class lie nearer
+    assert balanced['real_wasserstein_x'] < exact[0]['real_wasserstein']  # equal counts of each class lie nearer
     none = distance_from_set(torch.zeros(10, 2), name, label=torch.full((10,), toy.num_classes))  # no class
     assert none['wasserstein'] > 0.5
 
@@ -115,10 +115,10 @@ def test_kid_does_not_depend_on_the_unit_of_floats():
         for unit, shift in ((1, 0), (100, 290))
     )
     assert other['kid'] == pytest.approx(one['kid'], rel=1e-3, abs=1e-5) and one['kid'] > 0
-    moved = torch.tensor([0.0, 10.0, -1000.0, 500.0])  # columns of other means: all spreads were one number
+    moved = torch.tensor([0.0, 10.0, -1000.0, 500.0])  # columns with other means: the spread is taken within columns
     far = compare(*(x + moved for x in (samples, train, held_out)), is_standard=False)
     assert far['kid'] == pytest.approx(one['kid'], rel=1e-3, abs=1e-5)
-    assert abs(compare(samples * 100, train * 100, held_out * 100)['kid']) > 1e5  # what it was
+    assert abs(compare(samples * 100, train * 100, held_out * 100)['kid']) > 1e5  # without units
 
 
 # ---------------------------------------------------------------- classes
@@ -135,13 +135,13 @@ def test_classes_are_as_frequent_as_in_the_data_in_every_beginning():
     for n in (1, 7, 100, 333):
         assert in_proportion(data, n).tolist() == found[:n].tolist()
         assert (np.abs(np.bincount(found[:n], minlength=4) - n * np.array([100, 50, 0, 10]) / 160) < 1).all()
-    assert in_proportion(spec(0, 5, 5), 3).tolist() == [1, 2, 1]  # never one that has no items
-    assert in_proportion(spec(5, 5, 5), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # equal ones in turn
-    assert in_proportion(DataSpec(lambda config: (), num_classes=3), 4).tolist() == [0, 1, 2, 0]  # not known
+    assert in_proportion(spec(0, 5, 5), 3).tolist() == [1, 2, 1]  # never a class without items
+    assert in_proportion(spec(5, 5, 5), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # equal counts: in turn
+    assert in_proportion(DataSpec(lambda config: (), num_classes=3), 4).tolist() == [0, 1, 2, 0]  # counts unknown
 
 
 def some_digits(counts):
-    """Digits of which `counts` are of each class, one more than that held out."""
+    """A DataSpec of digits with `counts` training items of each class, and one more held out."""
 
     def load(config):
         (x, label), _ = load_digits(config)
@@ -154,7 +154,7 @@ def some_digits(counts):
 
 
 class Recording(ExampleDiffusionTrainer):
-    """Keeps the labels of what is judged and shown."""
+    """Records the labels of the samples that are judged and shown."""
 
     def setup_networks(self):
         super().setup_networks()
@@ -206,8 +206,8 @@ def test_held_out_inputs_are_of_trained_classes(tiny_config, build_trainer, monk
         own = trainer.sample_inputs(337).label  # as many as there are
     held_out = trainer.test_loader.labels
     counts = torch.bincount(held_out, minlength=10) * torch.isin(torch.arange(10), own)
-    assert torch.bincount(own, minlength=10).tolist() == counts.tolist() and 2 not in own  # all of them, once
-    assert len(own[:60].unique()) == 7  # also where they are sorted by class: they are, here
+    assert torch.bincount(own, minlength=10).tolist() == counts.tolist() and 2 not in own  # each once
+    assert len(own[:60].unique()) == 7  # although the held-out part is sorted by class here
 
 
 # ---------------------------------------------------------------- cautions

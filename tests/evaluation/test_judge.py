@@ -1,4 +1,4 @@
-"""Numbers that a run computes itself: held-out losses, and for samples at the end and in between."""
+"""The numbers that a run computes itself: held-out losses, and numbers for samples at the end and in between."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from training.run_record import write_start
 
 @pytest.fixture
 def colour(monkeypatch):
-    """Digits in three colours; a classifier that is trained for a moment."""
+    """Digits with three channels, and a classifier with short training."""
 
     def load(config):
         return tuple(
@@ -45,7 +45,7 @@ def test_a_run_on_colour_images_ends_with_numbers(tiny_config, build_trainer, co
         assert last[f'final/{name}/frechet'] > 2 * last[f'final/{name}/real_frechet'] > 0  # after three steps: noise
         assert last[f'final/{name}/label_agreement'] < 0.4 and last[f'final/{name}/nearest_neighbour_ratio'] > 1
     printed = capsys.readouterr().out
-    assert 'judged by classifier trained on the data' in printed and 'Frechet distance to the training images' in printed
+    assert 'judged by classifier trained on' in printed and 'Frechet distance to the training images' in printed
 
 
 def test_the_data_themselves_are_judged_as_good(tiny_config, build_trainer, colour):
@@ -71,7 +71,7 @@ def test_images_without_classes_and_points_are_judged_by_their_values(tiny_confi
 
 
 def test_numbers_in_between(tiny_config, build_trainer, colour):
-    """They change nothing of what is learned."""
+    """They do not change the training."""
     config = tiny_config(dataset='colour', eval_metrics_every=4)
     build_trainer(config).train_loop()
     lines = {line['train/step']: line for line in record_of(config.run_dir)}
@@ -105,11 +105,11 @@ def test_a_cache_that_cannot_be_written_does_not_end_a_run(tiny_config, build_tr
     assert 'cannot write the cache' in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- what is found out about an experiment
+# ---------------------------------------------------------------- facts about an experiment
 
 
 class Sliced(ExampleDiffusionTrainer):
-    """A loss that differentiates the network with respect to its input; its error has a text of its own."""
+    """A loss that differentiates the network with respect to its input, and raises an error with its own text."""
 
     def loss_fn(self, batch, model_fn):
         xt = self.process.compute_xt(batch.x0, batch.x1, self.process(batch.t)).requires_grad_()
@@ -148,7 +148,7 @@ def test_a_broken_loss_raises_its_own_error_before_training(tiny_config, build_t
 
 
 class NotADenoiser(torch.nn.Module):
-    """It takes a condition that only its own loss passes."""
+    """A network with a condition that only its own loss passes."""
 
     def __init__(self):
         super().__init__()
@@ -182,15 +182,15 @@ def test_a_network_that_is_not_a_denoiser_leaves_out_the_reference(tiny_config, 
         names = {name for line in lines for name in line}
         assert 'eval/loss' in names and not any('reference' in name or 'floor' in name for name in names)
         left_out = 'eval/reference is left out: this network cannot be evaluated as a denoiser'
-        assert (left_out in capsys.readouterr().out) == (kind is Paired)  # who rules it out knows
+        assert (left_out in capsys.readouterr().out) == (kind is Paired)  # RuledOut needs no explanation
 
 
 # ---------------------------------------------------------------- numbers of an experiment
 
 
 class Blurred(ExampleDiffusionTrainer):
-    """Samples that do not depend on noise: the mean of the held-out images of the requested class, and a number of its
-    own, which draws."""
+    """Samples without noise, the mean held-out image of the requested class; and its own sample_metrics, which call
+    `draw`."""
 
     def draw(self, model_fn, inputs, solver, **settings):
         x, label = self.test_loader.everything()
@@ -204,7 +204,7 @@ class Blurred(ExampleDiffusionTrainer):
 
 
 def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_trainer, monkeypatch):
-    """Of the same samples, by the same code: also those of `sample_metrics`."""
+    """For the same samples, by the same code, including `sample_metrics`."""
     monkeypatch.setattr(judge, 'NUM_JUDGED', 80)
     config = tiny_config(final_eval=True, num_training_steps=3, warmup_steps=1)
     trainer = build_trainer(config, Blurred)
@@ -222,12 +222,12 @@ def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_train
     assert line['eval/reference'] == pytest.approx(last['eval/reference'], rel=1e-6)
     monkeypatch.setattr(detectors, 'CLASSIFIER_STEPS', 30)
     (other,) = evaluate(Evaluate(run=str(config.run_dir), num=80, detector='classifier'))
-    assert other['gap'] == 0 and other['frechet'] < 0.5 * final['frechet']  # of the detector that the line names
+    assert other['gap'] == 0 and other['frechet'] < 0.5 * final['frechet']  # by the detector named in the line
     lines = evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(3, 7)))
     assert [line['budget'] for line in lines] == [3, 7]  # hooks read the settings of their line
     record = config.run_dir / 'evaluation.jsonl'
     texts = record.read_text().splitlines()
-    record.write_text('\n'.join([*texts[:-1], texts[-1][:30]]))  # a kill
+    record.write_text('\n'.join([*texts[:-1], texts[-1][:30]]))  # as after a kill
     assert evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(3,))) == lines[:1]
     evaluate(Evaluate(run=str(config.run_dir), num=80, nfe=(7,)))
     assert [json.loads(text)['nfe'] for text in record.read_text().splitlines()] == [0, 0, 3, 7]
@@ -239,7 +239,7 @@ def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_train
 def test_the_time_left_counts_the_samples_at_the_end(tiny_config, build_trainer):
     settings = dict(sample_every=6, num_sample_steps=4)
     trainer = build_trainer(tiny_config(final_eval=True, **settings))
-    assert trainer.drawing.seconds_at_end(1.0) == 0  # it is not known yet that any will be drawn
+    assert trainer.drawing.seconds_at_end(1.0) == 0  # not known yet that samples will be drawn
     trainer.judge.rehearse()
     trainer.gallery.rehearse(step=1)
     samples = 1000 * 2 + 60 * 2
@@ -291,7 +291,7 @@ def test_without_classes_in_the_network_none_agree(tiny_config, build_trainer, c
     assert 'label_agreement' not in distances(trainer, x, label)
 
 
-# ---------------------------------------------------------------- what all ranks must agree on
+# ---------------------------------------------------------------- decisions that all ranks must share
 
 
 ON_TWO_RANKS = """
@@ -352,7 +352,7 @@ Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found | dict(printed=pri
 
 
 def test_ranks_agree_whether_labels_are_classes_and_say_which_network_is_not_a_denoiser(tmp_path):
-    """Also where only one of them has found the reason."""
+    """Also if only one rank has found the reason."""
     first, second = run_ranks(ON_TWO_RANKS, tmp_path, [0, 1])
     for found in (first, second):
         assert (found['known']['label_agreement'], found['known']['real_label_agreement']) == (0.25, 1)
@@ -369,7 +369,7 @@ class LogsTrials(ExampleDiffusionTrainer):
 
 
 def test_a_trial_of_the_loss_is_not_among_the_held_out_losses(tiny_config, build_trainer):
-    """Also where nobody called `rehearse`."""
+    """Also if `rehearse` was not called."""
     values = build_trainer(tiny_config(), LogsTrials).judge.held_out_losses(12)
     assert values['eval/trial'] == values['eval/trial_ema_0.999'] == 0
 
@@ -392,7 +392,7 @@ def test_samples_that_are_not_finite_have_no_numbers_and_the_run_ends(tiny_confi
 
 
 def test_an_error_of_the_reference_loss_is_one_where_the_loss_is_the_default(tiny_config, build_trainer, monkeypatch):
-    """The network is called as in training: what it raises is a fault, not a network of another kind."""
+    """The network is called as in training, so an error is a fault, and not a sign of another kind of network."""
 
     def broken(*_):
         raise RuntimeError('tensors on two devices')

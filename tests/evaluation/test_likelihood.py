@@ -1,4 +1,4 @@
-"""log p(x0) of mixtures of Gaussians, against their exact densities."""
+"""log p(x0) under mixtures of Gaussians, against their exact densities."""
 
 import itertools
 import math
@@ -32,12 +32,12 @@ def case(dim, n, classes=2):
     ('process_name', 'dim'), [*itertools.product(PROCESSES, [2, 16]), pytest.param('rf', 64, marks=pytest.mark.slow)]
 )
 def test_exact_divergence(process_name, dim):
-    """Within 1e-3 nats a dimension, for every point."""
+    """Within 1e-3 nats per dimension, for every point."""
     mixture, x0, _, exact = case(dim, 20)
     process = process_named(process_name)
     t_min = process.time_of_log_snr(
         torch.tensor([2 * math.log(1000)], dtype=F64)
-    ).item()  # sigma is small beside the narrowest mode, 0.1
+    ).item()  # sigma is small compared with the narrowest mode, 0.1
     result = log_likelihood(
         mixture.as_model('velocity', process), process, x0, divergence='exact', tolerance=1e-6, t_min=t_min
     )
@@ -48,13 +48,13 @@ def test_exact_divergence(process_name, dim):
 @pytest.mark.parametrize('dim', [2, 16, 64])
 @pytest.mark.parametrize('divergence', [name for name in PROBES if name != 'exact'])
 def test_hutchinson_is_unbiased_and_knows_its_error(dim, divergence):
-    """The deviations from the exact density are those of the reported standard error."""
+    """Deviations from the exact density agree with the reported standard error."""
     torch.manual_seed(0)
     mixture, x0, _, exact = case(dim, 200)
     process = process_named('cosine')
     result = log_likelihood(mixture.as_model('velocity', process), process, x0, divergence=divergence, num_probes=16)
     z = (result.log_prob - exact()) / result.standard_error
-    assert 0.8 < z.std() < 1.4  # of 16 probes: Student's t, 1.07
+    assert 0.8 < z.std() < 1.4  # Student's t with 16 probes: 1.07
     mean_error = result.standard_error.square().mean().sqrt() / math.sqrt(200)
     assert abs((result.log_prob - exact()).mean()) < 4 * mean_error
 
@@ -90,7 +90,7 @@ def test_every_method(solver):
 
 @pytest.mark.parametrize(('process_name', 'dim'), [('rf', 2), ('cosine', 16), ('linear_vp', 2), ('ve', 16)])
 def test_the_default_is_as_exact_as_small_steps_with_a_tenth_of_them(dim, process_name):
-    """Within 5e-4 nats a dimension in the mean, from 33 evaluations, of images too."""
+    """Within 5e-4 nats per dimension on average, with 33 evaluations; also for images."""
     mixture, x0, _, exact = case(dim, 20)
     process = process_named(process_name)
     model_fn = mixture.as_model('velocity', process)
@@ -146,7 +146,7 @@ def test_of_a_class():
 
 
 def test_given_a_condition():
-    """x0 ~ N(mean, 0.3^2) given the mean, N(0, 0.3^2 + 0.8^2) where it is unknown; also of single numbers, (B,)."""
+    """x0 ~ N(mean, 0.3^2) given the mean, N(0, 0.3^2 + 0.8^2) where it is unknown; also for single numbers, (B,)."""
     data, process = GivenMean(0.3, 0.8), process_named('rf')
     mean = 0.8 * base_noise(20, 2)
     x0 = mean + 0.3 * base_noise(40, 2)[20:]
@@ -171,7 +171,7 @@ def test_conditions_of_another_batch_are_refused():
 
 
 def test_images():
-    """(B, C, H, W), float32, and a network that says one thing: a Gaussian, of any shape."""
+    """(B, C, H, W), float32, and a network for a single Gaussian, of any shape."""
     process = process_named('rf')
 
     def model_fn(xt, t, label):  # velocity of N(0, 0.25)
@@ -188,7 +188,7 @@ def test_images():
 
 
 def test_bits_per_dim():
-    """Grey levels that are all equally likely cost 8 bits, and dequantized images fill [-1, 1]."""
+    """Equally likely grey levels cost 8 bits, and dequantized images fill [-1, 1]."""
     torch.manual_seed(0)
     uniform = torch.full((5,), -math.log(2) * 12)  # the density 1/2 on [-1, 1] for each of 12 numbers
     torch.testing.assert_close(bits_per_dim(uniform, (3, 2, 2)), torch.full((5,), 8.0))
@@ -235,7 +235,7 @@ def test_singular_end_is_refused():
 
 
 class Squared(torch.autograd.Function):
-    """An operation of one's own, which torch.vmap does not know."""
+    """A custom operation without a vmap rule."""
 
     @staticmethod
     def forward(ctx, x):
@@ -249,7 +249,7 @@ class Squared(torch.autograd.Function):
 
 @pytest.mark.parametrize('square', [torch.square, Squared.apply])
 def test_gradients_of_several_vectors_are_those_of_each(square):
-    """d/dx of the sum of e y, y = A x^2, is 2 x (A^T e)."""
+    """The gradient of sum(e y), y = A x^2, is 2 x (A^T e)."""
     x, a = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
     y, vectors = square(x) @ a.T, torch.randn(37, 3, 5, dtype=torch.float64)
     assert torch.allclose(gradients(y, x, vectors, at_once=10), 2 * x * (vectors @ a))

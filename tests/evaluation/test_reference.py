@@ -1,4 +1,4 @@
-"""eval/reference: one held-out loss for all runs of a data set, whatever they learn and however."""
+"""eval/reference: one held-out loss for all runs of a data set, however they are trained."""
 
 import dataclasses
 import itertools
@@ -17,13 +17,14 @@ from trainer import ExampleDiffusionTrainer
 from utils import bcast_right
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
-# linear_vp and ve as wide as the straight line, whose times 0.001 and 0.999 have sigma / alpha 0.001 and 999: their
-# default ends are nearer, and stand for the times beyond them. t_min and t_max matter to training only.
+# Settings that make linear_vp and ve as wide as the straight line, which has sigma / alpha 0.001 and 999 at times 0.001
+# and 0.999. By default their ranges are smaller, and their ends replace the times beyond. t_min and t_max matter only
+# in training.
 WIDE = dict(beta_max=40.0, sigma_min=0.0005, sigma_max=1500.0, t_min=0.01, t_max=0.8)
 
 
 def scramble(module, std=0.05):
-    """Weights with which a network is far from 0."""
+    """Give a module weights for which its output is far from 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -96,7 +97,7 @@ def test_it_does_not_depend_on_how_a_run_is_trained(tiny_config, build_trainer):
 
 
 class Knows(torch.nn.Module):
-    """A network that outputs, in the type of the config, what the best denoiser of the held-out images says."""
+    """The optimal denoiser of the held-out images, as a network with the output type of the config."""
 
     def __init__(self, process, model_type, denoise):
         super().__init__()
@@ -112,7 +113,7 @@ class Knows(torch.nn.Module):
 
 @pytest.fixture(scope='module')
 def by_hand():
-    """The reference loss of the best denoiser of the held-out digits, from a loop of its own over the straight line."""
+    """The reference loss of the optimal denoiser of the held-out digits, computed by hand on the straight line."""
     return {}
 
 
@@ -178,19 +179,19 @@ def two_points(config):
 
 
 def test_the_floor_of_two_points_is_that_of_an_integral(tiny_config, build_trainer, monkeypatch):
-    """E[x0 | xt] is tanh(alpha xt / sigma^2), and the velocity's error is that of x0 over t."""
+    """E[x0 | xt] is tanh(alpha xt / sigma^2), and the error of the velocity is the error of x0 divided by t."""
     monkeypatch.setitem(DATASETS, 'two', DataSpec(two_points, (1,), scale='float'))
     trainer = build_trainer(tiny_config(dataset='two', network='mlp', t_min=0.01, global_batch_size=64))
     values = baselines_of(trainer)
     noise = torch.from_numpy(np.random.default_rng(1).normal(size=(2000, 1)))
     t = torch.linspace(0.01, 0.999, 2001, dtype=torch.float64)[None]
-    xt = (1 - t) + t * noise  # of the point 1: the other is its mirror image
+    xt = (1 - t) + t * noise  # for the point 1; the other is its mirror image
     errors = ((1 - torch.tanh((1 - t) * xt / t**2)) / t).square().mean(0)
     assert values['train/floor'] == pytest.approx(errors.mean().item(), rel=0.1)
     late = (t[0] >= 0.8) & (t[0] < 0.9)
     assert values['train/floor_t_0.8_0.9'] == pytest.approx(errors[late].mean().item(), rel=0.15)
     t = 0.001 + 0.998 * torch.linspace(0, 1, 2001, dtype=torch.float64)
-    linear = t**2 / ((1 - t) ** 2 + t**2) / t**2  # what a linear denoiser of variance 1 leaves, over t^2
+    linear = t**2 / ((1 - t) ** 2 + t**2) / t**2  # error of a linear denoiser at variance 1, over t^2
     assert values['eval/reference_gaussian'] == pytest.approx(linear.mean().item(), rel=0.1)
     assert values['eval/reference_floor'] < values['eval/reference_gaussian']
 
@@ -255,7 +256,7 @@ class Drawn(ExampleDiffusionTrainer):
 
 
 def test_there_is_no_baseline_where_none_is_known(tiny_config, build_trainer):
-    """Of another loss and of changed images the least training loss is another; the reference loss knows neither."""
+    """Another loss, or changed images, have another least training loss; the reference loss depends on neither."""
     for kind in (OwnBatch, Coupled, Drawn):
         assert baselines_of(build_trainer(tiny_config(experiment_name=kind.__name__), kind)) == {}
     whole = baselines_of(build_trainer(tiny_config(experiment_name='whole')))
@@ -298,7 +299,7 @@ def seen_by_the_network(trainer, batch):
     return seen
 
 
-def test_noise_is_drawn_anew_and_a_second_time_is_the_first(tiny_config, build_trainer):
+def test_noise_is_drawn_again_and_the_second_time_equals_the_first(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     batch = dataclasses.replace(trainer.example, cond={'s': torch.zeros(len(trainer.example.t))})
     seen = seen_by_the_network(trainer, batch)
@@ -309,7 +310,7 @@ def test_noise_is_drawn_anew_and_a_second_time_is_the_first(tiny_config, build_t
 
 
 def test_a_run_whose_x1_is_not_independent_noise_has_none(tiny_config, build_trainer, capsys):
-    """Its network is no denoiser of such noise: the number rose while samples got better."""
+    """Its network does not denoise such noise: the number rose while samples got better."""
 
     class Coupled(ExampleDiffusionTrainer):
         def couple(self, x0, x1, label):
@@ -318,11 +319,11 @@ def test_a_run_whose_x1_is_not_independent_noise_has_none(tiny_config, build_tra
     trainer = build_trainer(tiny_config(), Coupled)
     values = trainer.judge.held_out_losses(12)
     assert 'eval/loss' in values and not any('reference' in name for name in values)
-    assert 'eval/reference is left out: it is a loss of denoising' in capsys.readouterr().out
+    assert 'eval/reference is left out: it is a denoising loss' in capsys.readouterr().out
 
 
 def test_the_gaussian_baseline_knows_each_pixel(tiny_config, build_trainer):
-    """By hand, of the best linear estimate of each pixel by itself."""
+    """Against the best linear estimate of each pixel by itself."""
     trainer = build_trainer(tiny_config())
     x0 = 2 * trainer.train_loader.everything()[0].double() - 1
     n = 2048

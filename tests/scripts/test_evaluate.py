@@ -205,7 +205,7 @@ def test_bits_condition_the_network_on_what_it_has_learned(tiny_config, build_tr
     x, label, *_ = trainer.test_loader.take(range(6))
     blurred = torch.nn.functional.avg_pool2d(2 * x - 1, 3, 1, 1)
     assert seen['label'].equal(label) and seen['cond']['blurred'].equal(blurred)
-    with pytest.raises(SettingError, match='needs x0 that is the image'):
+    with pytest.raises(SettingError, match='needs the image as x0'):
         trainer = build_trainer(tiny_config(experiment_name='shifted'), Shifted)
         trainer.judge.bits_per_dim(trainer.network, 6)
 
