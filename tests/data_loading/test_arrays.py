@@ -1,4 +1,4 @@
-"""Arrays in files as a data set: .npy, .npz, and prepared files."""
+"""Data sets from files of arrays: .npy, .npz, and prepared files."""
 
 import itertools
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_bad_arrays_are_named_before_training(load, tmp_path, arrays, words):
         load(tmp_path / 'x.npz')
 
 
-# dtype, shape of an item, settings -> shape as read, the channels were last
+# dtype, shape of an item, settings -> shape as read, whether the channels were last
 READ = [
     ('u1', (6, 5), {}, (1, 6, 5)),
     ('f4', (6, 5), dict(array_layout='no_channels'), (1, 6, 5)),
@@ -409,7 +409,7 @@ def test_a_packed_file_is_read_in_place(load, tmp_path):
     assert torch.equal((test.everything()[0] * 255).round().byte(), x[:5])
     assert torch.equal((train.everything()[0] * 255).round().byte(), x[5:]) and train.spec.classes == ('no', 'yes')
     fewer = load(tmp_path / 'x.pt', held_out=3)
-    assert (fewer[0].size, fewer[2].size) == (15, 3)  # what was held out is never trained on
+    assert (fewer[0].size, fewer[2].size) == (15, 3)  # held-out items are never trained on
     with pytest.raises(SettingError, match='has 5 held-out images'):
         load(tmp_path / 'x.pt', held_out=7)
     mark = train.fingerprint

@@ -1,4 +1,4 @@
-"""Images of a folder and of Hugging Face `datasets`: which are taken, how they are decoded, the cache of the result."""
+"""Images of a folder and of Hugging Face `datasets`: the files used, their decoding, and the cache."""
 
 import io
 import os
@@ -29,7 +29,7 @@ STAMPS = Path('/usr/share/tuxpaint/stamps')  # Debian's tuxpaint-stamps-default
 
 
 def write_images(folder: Path, sizes: dict[str, list[tuple[int, int]]]) -> None:
-    """PNGs of these (width, height) for each class; every image has one colour, whose red part is its class."""
+    """Write PNGs of these (width, height) for each class; an image has one colour, whose red part is its class."""
     for i, (name, of_class) in enumerate(sizes.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for j, size in enumerate(of_class):
@@ -53,7 +53,7 @@ def test_every_kind_of_file(folder, ending):
 
 
 def test_transparent_parts_show_the_background(folder):
-    """Also where the hidden colour is another one, for palettes, and for grey with transparency."""
+    """Also if the hidden colour differs, for palettes, and for grey with transparency."""
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[:, :2] = (10, 20, 30, 255)
     rgba[:, 2:3] = (90, 0, 0, 0)
@@ -80,7 +80,7 @@ def test_sixteen_bits_are_scaled(folder):
 
 
 def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys):
-    """A label image or mask with 16 bits a pixel; one that reaches higher than all others is refused."""
+    """A label image or mask with 16 bits per pixel; an image with higher levels than the others is refused."""
     for i in range(12):
         Image.fromarray(np.full((8, 8), 20 * i, np.uint16)).save(folder / f'{i}.png')
     train, _, test = setup_data_train_and_test(config_of(), CPU)
@@ -121,7 +121,7 @@ def test_a_photo_of_a_phone_under_another_name_is_to_be_converted(folder, config
 
 
 def test_of_the_EXIF_data_only_the_orientation_is_read(folder):
-    """An exposure bias of -1/0, which some phones write, cannot be written again."""
+    """Some phones write an exposure bias of -1/0, which Pillow cannot write again."""
     entries = [(0x112, 3, struct.pack('<H', 6)), (0x9204, 10, struct.pack('<ii', -1, 0))]
     body, end = b'', 8 + 2 + 12 * len(entries) + 4
     for tag, kind, value in entries:
@@ -149,7 +149,7 @@ def test_all_orientations(folder, ending, orientation):
     assert np.abs(got.astype(int) - want).max() < 6
     image.crop((0, 0, 32, 16)).convert('RGB').save(folder / f'x.{ending}', exif=exif)
     found = images.head(folder / f'x.{ending}')
-    upright = (32, 16) if orientation < 5 or ending == 'png' else (16, 32)  # a PNG would have to be decoded
+    upright = (32, 16) if orientation < 5 or ending == 'png' else (16, 32)  # a PNG is not decoded here
     assert found and (found.width, found.height) == upright
 
 
@@ -171,13 +171,13 @@ def test_of_an_animation_the_first_picture(folder):
 @pytest.mark.parametrize('size', [(8, 8), (8, 16), (16, 8), (4, 4)])
 @pytest.mark.parametrize('turned', [False, True])
 def test_the_middle_is_cut_out(folder, size, turned):
-    """Of an image of three equal parts in a row, the middle one fills what is kept of it."""
+    """In an image of three equal parts in a row, the middle part fills the cropped image."""
     picture = np.zeros((16, 48, 3), np.uint8)
     picture[:, 16:32] = 200
     Image.fromarray(picture.swapaxes(0, 1) if turned else picture).save(folder / 'x.png')
     got = pixels(folder / 'x.png', size)
     assert got.shape == (3, *size)
-    longer = max(1, size[0 if turned else 1] / size[1 if turned else 0])  # than the part is wide
+    longer = max(1, size[0 if turned else 1] / size[1 if turned else 0])  # relative to the width of the part
     assert got.float().mean() == pytest.approx(200 / longer, abs=1)
     middle = got[:, :, size[1] // 2] if not turned else got[:, size[0] // 2]
     assert ((middle.int() - 200).abs() <= 4).all()
@@ -239,13 +239,13 @@ def test_a_preset_that_flips_warns_of_letters(folder, config_of, capsys):
 
 
 def test_reducing_averages_and_does_not_skip(folder):
-    """A board of single black and white pixels becomes grey; taking every n-th pixel would leave one of the two."""
+    """A checkerboard of single pixels becomes grey; taking every n-th pixel would leave only black or only white."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(folder / 'x.png')
     assert (pixels(folder / 'x.png', channels=1).float() - 127.5).abs().max() < 3
 
 
-# ---------------------------------------------------------------- which files
+# ---------------------------------------------------------------- the files used
 
 
 def test_classes_are_the_first_folders(folder, config_of, capsys):
@@ -356,7 +356,7 @@ def test_all_images_are_looked_at_for_colour_and_broken_ones_have_none(folder, c
     assert [images.how_made(config_of(), files[:n])['channels'] for n in (4, 5)] == [1, 3]
 
 
-# ---------------------------------------------------------------- what cannot be read
+# ---------------------------------------------------------------- unreadable files
 
 
 def zero_bytes(path):
@@ -413,7 +413,7 @@ def test_a_panorama_is_taken(folder, config_of):
 
 
 def decoded(monkeypatch) -> list[str]:
-    """The names of the files that are decoded from here on, in this process."""
+    """The names of the files that this process decodes from now on."""
     names: list[str] = []
 
     def counted(path, **made):
@@ -436,7 +436,7 @@ def test_files_are_decoded_once_and_again_when_the_folder_changes(folder, config
         return len(names)
 
     assert load() == 8 and load() == 0 and len(seen) == 1
-    Image.new('RGB', (9, 9), (1, 2, 3)).save(folder / 'a' / '0.png')  # as large in bytes, perhaps
+    Image.new('RGB', (9, 9), (1, 2, 3)).save(folder / 'a' / '0.png')  # perhaps of the same size in bytes
     assert load() == 8 and load() == 0 and len(seen) == 2
     assert load(image_size=(4,)) == 8 and load() == 0 and len(seen) == 3
     assert load(fit='pad') == 8 and load(fit='pad') == 0 and len(seen) == 3  # square images: the same pixels
@@ -524,7 +524,7 @@ def test_real_pictures_of_odd_sizes_with_transparency(config_of, capsys):
     assert train.size + test.size > 700 and 'animals' in train.spec.classes and train.spec.shape == (3, 32, 32)
     assert '.svg' in capsys.readouterr().out
     x, _ = train.everything()
-    black = (x.flatten(1).max(1).values < 0.05).sum()  # 44 if transparency is dropped, of pictures of black lines
+    black = (x.flatten(1).max(1).values < 0.05).sum()  # 44 if transparency is dropped: pictures of black lines
     assert black <= 3 and x[:, :, 0, 0].mean() > 0.8  # letters i and l are black in the middle; corners are empty
 
 
@@ -568,7 +568,7 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(socket, 'create_connection', refuse)
     monkeypatch.setattr(socket.socket, 'connect', refuse)
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # the hub's client tries again, later and later
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # the hub's client retries with growing delays
     datasets.disable_progress_bars()
 
 
@@ -647,7 +647,7 @@ def test_two_columns_of_classes_are_refused(load, tmp_path):
     write_splits(tmp_path / 'hub', {'train': 20}, fine=(datasets.ClassLabel(names=['a', 'b']), lambda i: i % 2))
     with pytest.raises(SettingError, match=r"cannot tell which of \['kind', 'fine'\] holds .*Pass --columns"):
         load()
-    by_kind, by_fine = (load(columns=('picture', name))[0] for name in ('kind', 'fine'))  # each has a cache of its own
+    by_kind, by_fine = (load(columns=('picture', name))[0] for name in ('kind', 'fine'))  # two caches
     assert by_kind.spec.classes == ('cat', 'dog', 'owl') and by_fine.spec.classes == ('a', 'b')
 
 

@@ -1,4 +1,4 @@
-"""The order in which data are read, how they are dealt to processes, and the loader processes."""
+"""The order of the data, the shares of the processes, and loader processes."""
 
 import gc
 import itertools
@@ -36,7 +36,7 @@ LABELS = torch.arange(40) % 7
 
 @pytest.fixture
 def as_process(monkeypatch):
-    """`as_process(rank, world_size)`: what this process is from now on, with nobody to talk to."""
+    """`as_process(rank, world_size)`: pretend to be this rank, without other processes to talk to."""
 
     def become(rank, world_size):
         monkeypatch.setattr(ranks, 'rank', lambda: rank)
@@ -77,7 +77,7 @@ def test_starting_at_a_step_equals_skipping_to_it(tiny_config, k):
     assert take_steps(StreamSampler(101, config), k, 9) == take_steps(StreamSampler(101, config), 0, k + 9)[k:]
 
 
-def test_the_stream_is_a_function_of_the_seed_alone(tiny_config):
+def test_the_stream_is_a_function_of_the_seed_only(tiny_config):
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(runs))
@@ -89,13 +89,13 @@ def test_the_stream_is_a_function_of_the_seed_alone(tiny_config):
 @pytest.mark.parametrize('world', [2, 4, 8])
 def test_processes_together_see_the_same_images_in_each_step(tiny_config, as_process, world):
     config = tiny_config(global_batch_size=32, batch_shards=8)
-    alone = take_steps(StreamSampler(70, config), 2, 6)
+    single = take_steps(StreamSampler(70, config), 2, 6)
     shares = []
     for rank in range(world):
         as_process(rank, world)
         shares.append(take_steps(StreamSampler(70, config), 2, 6))
     together = [list(itertools.chain.from_iterable(parts)) for parts in zip(*shares, strict=True)]
-    assert together == alone
+    assert together == single
 
 
 def test_overfit_repeats_the_first_batch(tiny_config):
@@ -130,7 +130,7 @@ def test_three_processes_share_the_held_out_images(tiny_config, as_process):
     digits = sklearn.datasets.load_digits().images[np.random.default_rng(0).permutation(1797)][1500:] / 16
     pixels = sorted(map(bytes, torch.cat(seen).numpy().astype(np.float32)))
     assert pixels == sorted(map(bytes, digits.astype(np.float32)))
-    assert rounds == [8] * 3  # of 6 pieces, so that no process leaves the loop early
+    assert rounds == [8] * 3  # rounds have 6 pieces, so that no process leaves the loop early
     assert batches == [15, 14, 14]  # 43 pieces of 7, the last of 3
 
 
@@ -200,7 +200,7 @@ def test_no_piece_of_the_held_out_part_is_empty(tiny_config):
 
 def test_one_process_can_read_the_shards_of_all(tiny_config, as_process):
     config = tiny_config(global_batch_size=32, batch_shards=8)
-    alone = take_steps(StreamSampler(70, config), 2, 3)
+    single = take_steps(StreamSampler(70, config), 2, 3)
     as_process(1, 2)
     sampler = StreamSampler(70, config)
     assert sampler.my_shards == sampler.shards_read == range(4, 8)
@@ -208,15 +208,15 @@ def test_one_process_can_read_the_shards_of_all(tiny_config, as_process):
     assert sampler.my_shards == range(4, 8) and sampler.shards_read == range(8)
     sampler.set_step(2)
     shards = iter(sampler)
-    assert [list(itertools.chain.from_iterable(next(shards) for _ in range(8))) for _ in range(3)] == alone
+    assert [list(itertools.chain.from_iterable(next(shards) for _ in range(8))) for _ in range(3)] == single
 
 
-# ---------------------------------------------------------------- what loaders give
+# ---------------------------------------------------------------- batches of loaders
 
 
 @pytest.fixture
 def set_up(tiny_config, monkeypatch):
-    """`set_up(part, workers=0)`: the loaders of a data set with twice this part."""
+    """`set_up(part, workers=0)`: the loaders of a data set with `part` as training and as held-out part."""
     made = []
 
     def run(part, workers=0, **settings):
@@ -274,11 +274,11 @@ def test_the_indices_of_a_step_are_copied_at_once(set_up, monkeypatch, as_proces
 
 def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
     """Stop signals from other processes are meant for the trainer; only the parent ends a loader process."""
-    of_others = set(multiprocessing.active_children())
+    before_this = set(multiprocessing.active_children())
     train, sampler, _ = set_up(TensorDataset(IMAGES, LABELS), workers=1)
-    batches = iter(train)  # is still there when the loader is closed
+    batches = iter(train)  # still alive when the loader is closed
     before = next(batches)
-    (process,) = set(multiprocessing.active_children()) - of_others
+    (process,) = set(multiprocessing.active_children()) - before_this
     for name in stopping.STOP_SIGNALS:
         subprocess.run(['kill', f'-{int(name)}', str(process.pid)], check=True)
     time.sleep(0.5)
@@ -288,15 +288,15 @@ def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
     train.close()
     sampler.set_step(0)
     assert all(map(torch.equal, before, next(iter(train))))  # by new processes
-    (process,) = set(multiprocessing.active_children()) - of_others
-    process.terminate()  # what multiprocessing does at the end of its parent
+    (process,) = set(multiprocessing.active_children()) - before_this
+    process.terminate()  # as multiprocessing does when the parent ends
     process.join(10)
     assert process.exitcode == 0
 
 
 @pytest.mark.parametrize('how', ['reading', 'gone early'])
 def test_loader_processes_end_with_a_killed_parent(how):
-    """Also if its exit handlers do not run, and if it is gone before they look for it."""
+    """Also if the parent's exit handlers do not run, and if it has ended before they check for it."""
     script = SCRIPT + 'print(*(process.pid for process in multiprocessing.active_children()))\nos._exit(9)'
     ended = subprocess.run(
         [sys.executable, '-c', script, how, '.'], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -325,7 +325,7 @@ train, sampler, test = setup_data_train_and_test(config, torch.device('cpu'))
 batches = iter(train.workers if how == 'only the iterator is left' else train)
 if how == 'only the iterator is left':
     keep = [batches]
-    keep.append(keep)  # in a circle, which is never collected
+    keep.append(keep)  # a reference cycle, which is never collected
     del train, batches
 elif how == 'gone early':
     begin = train.workers.worker_init_fn
@@ -360,7 +360,7 @@ def test_no_more_loader_processes_than_cores(set_up, monkeypatch, recwarn):
 
 # ---------------------------------------------------------------- several machines
 
-# Four ranks on two pretended machines; `load` downloads what is not in the folder, and keeps a list of who did so.
+# Four ranks on two simulated machines; `load` downloads missing data to the folder, and lists the ranks that did so.
 MACHINES = """
 import json, os, sys, time
 from pathlib import Path
@@ -448,7 +448,7 @@ def test_a_dataset_of_float_images_is_scaled_by_its_range(tiny_config, monkeypat
         setup_data_train_and_test(tiny_config(dataset='mine'), CPU)
 
 
-def test_a_loader_that_nobody_closes_ends_its_processes_at_once(tmp_path):
+def test_a_loader_that_is_not_closed_ends_its_processes_at_once(tmp_path):
     data = [(torch.zeros(1, 2, 2, dtype=torch.uint8), 0)] * 8
     config = Config(dataset='own', global_batch_size=8, num_workers=1)
     part, spec = Part(data), DataSpec(lambda c: None, (1, 2, 2))

@@ -1,4 +1,4 @@
-"""A decoded data set as one file: its contents, the room that it takes, and what is left of a killed build."""
+"""Packed files: their contents, the disk space they take, and remains of a killed build."""
 
 import os
 import time
@@ -24,7 +24,7 @@ def write(path, x, label=LABEL, most=6, **facts):
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
 @pytest.mark.parametrize('most', [6, 9])
 def test_rows_are_stored_as_torch_stores_tensors(tmp_path, dtype, most):
-    """Also if there are fewer than expected; and torch reads them without mmap, which checks nothing of ours."""
+    """Also with fewer rows than expected. torch also reads the file without mmap, with its own checks."""
     x, facts = X.to(dtype), dict(classes=('a', 'ä'), held_out=1)
     write(tmp_path / 'rows.pt', x, most=most, **facts)
     packed.write(tmp_path / 'tensors.pt', x, LABEL, **facts)
@@ -80,7 +80,7 @@ def test_rows_that_differ_or_are_missing_are_refused_and_leave_nothing(tmp_path)
 
 
 class Broken(torch.utils.data.Dataset):
-    """Items of which one cannot be read."""
+    """Items with one that cannot be read."""
 
     def __init__(self, broken):
         self.broken = broken
@@ -109,7 +109,7 @@ def test_a_file_of_another_version_is_refused(tmp_path):
 
 
 def test_remains_of_a_killed_build_are_removed_by_the_next(tmp_path):
-    """Unless they have changed within the hour: another machine may be building."""
+    """Unless they have changed within the last hour: another machine may be building."""
     path = tmp_path / 'x[1].pt'
     other, fresh, old = tmp_path / '.other.pt.7.tmp', tmp_path / '.x[1].pt.8.tmp', tmp_path / '.x[1].pt.9-0a1b2c3d.tmp'
     for file in (other, fresh, old):
@@ -148,7 +148,7 @@ def test_each_class_gives_its_share_and_keeps_its_last_item():
     assert all((chosen[labels[chosen] == k] == np.flatnonzero(labels == k)[:n]).all() for k, n in enumerate((12, 6, 2)))
     assert sorted(labels[held_out_first(labels)[96:]]) == [0, 1, 2, 3]  # the last of each
     assert held_out_first(['no class'] * 9).tolist() == list(range(9))
-    assert sorted(held_out_first(range(9))) == list(range(9))  # a single item of each class: something must be held out
+    assert sorted(held_out_first(range(9))) == list(range(9))  # one item per class: the order is still complete
 
 
 @pytest.mark.parametrize('held_out', [0, 6])

@@ -38,7 +38,7 @@ def test_the_columns_of_a_grid_show_the_classes():
         (torch.tensor([3, 0]), 0.0, True),  # 3: no class
         (torch.tensor([4, 0]), 0.0, False),
         (torch.tensor([-1, 0]), 0.0, False),
-        (LABEL, 1.0, False),  # the network has learned none
+        (LABEL, 1.0, False),  # the network has learned no classes
         (LABEL.float(), 0.0, False),
         (LABEL[:, None], 0.0, False),
         (LABEL[:0], 0.0, False),
@@ -82,7 +82,7 @@ def test_a_part_of_arrays_and_one_of_a_dataset_hold_the_same():
     ids=['above', 'short', 'text', 'column', 'below', 'halves', 'none', 'mixed'],
 )
 def test_labels_of_a_dataset_that_are_no_classes_are_not_used(labels):
-    """What is called `labels` in a Dataset of the user's decides which classes are sampled and judged."""
+    """`labels` of a user's Dataset decides which classes are sampled and judged, if it holds classes."""
     dataset = Named(X, LABEL)
     dataset.labels = labels
     assert Part(dataset).classes(SPEC) is None
@@ -124,7 +124,7 @@ class Items(Dataset):
 
 @pytest.fixture
 def set_up(tiny_config, monkeypatch):
-    """`set_up(loaded, **spec)`: the loaders of a data set whose `load` returns that, read without loader processes."""
+    """`set_up(loaded, **spec)`: the loaders of a data set whose `load` returns `loaded`, without loader processes."""
 
     def run(loaded, workers=0, **spec):
         spec = dict(num_classes=5) | spec
@@ -138,7 +138,7 @@ def set_up(tiny_config, monkeypatch):
 FLOATS = dict(scale='float', num_classes=0)
 NAN = POINTS.clone()
 NAN[3, 1] = torch.nan
-# what load returns, the DataSpec, words of the message: the part, what was found, what to do
+# case -> (result of load, arguments of the DataSpec, pattern of the message)
 REFUSED = {
     'label num_classes': ((IMAGES, LABELS + 1), {}, "label goes from 1 to 5, .*=5 allows 0 to 4 .*'no label'.*=6"),
     'label 11': ((IMAGES, LABELS * 11), {}, 'label goes from 0 to 44'),
@@ -170,7 +170,7 @@ REFUSED = {
     'a float item': (Items((IMAGES[0] / 255, 0)), {}, 'first item: x is float32'),
     'an item with no channel': (Items((IMAGES[0, 0], 0)), {}, r'first item: x has items of shape \(4, 5\)'),
     'an item with a wrong label': (Items((IMAGES[0], 5)), {}, 'first item: label goes from 5 to 5'),
-    'an item alone': (Items(IMAGES[0]), {}, 'first item: uint8 .*It must be'),
+    'a single item': (Items(IMAGES[0]), {}, 'first item: uint8 .*It must be'),
     'an item of no array': (Items((object(), 0)), {}, r'cannot make a batch of \(object, int\)\.'),
 }  # fmt: skip
 
@@ -181,7 +181,7 @@ def test_data_that_cannot_be_trained_on_are_refused_before(set_up, case, part):
     bad, spec, words = REFUSED[case]
     good = (POINTS, LABELS) if spec is FLOATS else GOOD
     if case in ('other sides', 'brighter than white', 'a little brighter', 'uint8 as floats') or 'no shape' in case:
-        good = bad  # the first part is the one that is named
+        good = bad  # the message names the first part
     elif len(spec.get('shape', ())) == 3:
         good = (torch.zeros(24, *spec['shape'], dtype=torch.uint8), LABELS)
     with pytest.raises(SettingError) as caught:
@@ -220,7 +220,7 @@ def test_an_unknown_scale_is_refused(set_up):
 
 @pytest.mark.parametrize('label_type', [np.uint8, np.int32, np.int64])
 def test_numpy_arrays_come_out_as_tensors(set_up, label_type):
-    part = (IMAGES.numpy()[:, ::-1], LABELS.numpy().astype(label_type))  # of a negative stride
+    part = (IMAGES.numpy()[:, ::-1], LABELS.numpy().astype(label_type))  # with a negative stride
     train, _, test = set_up((part, [part[0][:3], part[1][:3]]))
     assert train.spec.shape == test.spec.shape == (3, 4, 5)
     assert (train.size, test.size) == (24, 3)
@@ -231,7 +231,7 @@ def test_numpy_arrays_come_out_as_tensors(set_up, label_type):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
 def test_floats_come_out_as_they_are(set_up, dtype):
-    """Points, of any range; with num_classes 0 the second entry may be anything."""
+    """Points of any range; with num_classes 0 the second entry may be anything."""
     values, vectors = POINTS.to(dtype), torch.rand(24, 3, 2)
     train, *_ = set_up(((values, vectors), (values[:5], vectors[:5])), **FLOATS)
     x, label = train.take([3, 1, 3])
@@ -241,7 +241,7 @@ def test_floats_come_out_as_they_are(set_up, dtype):
 
 
 def test_pairs(set_up):
-    """x1 is scaled as x is, from arrays and from a Dataset, and nothing else is."""
+    """x1 is scaled like x, from arrays and from a Dataset; the label is not."""
     x1 = 255 - IMAGES
     arrays = (IMAGES, LABELS, x1)
     for part in (arrays, TensorDataset(*arrays)):
@@ -266,7 +266,7 @@ def test_pairs(set_up):
     ],
 )
 def test_a_later_item_that_differs_is_one_line(set_up, workers, item, words):
-    """The text carries over from a loader process without its traceback."""
+    """The text of the error arrives from a loader process without its traceback."""
     train, *_ = set_up((Items(*[(IMAGES[0], 0)] * 3, item), TensorDataset(*GOOD)), workers=workers)
     with pytest.raises(DataError, match=f"^dataset='mine': .*{words}") as caught:
         next(iter(train))

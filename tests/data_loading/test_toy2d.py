@@ -1,4 +1,4 @@
-"""Points in the plane: where they lie, and their densities."""
+"""Points in the plane: their positions and densities."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_points_are_centred_and_a_function_of_the_seed(name, tiny_config):
 
 @pytest.mark.parametrize('name', TOY2D)
 def test_densities_agree_with_the_points(name, tiny_config):
-    """They integrate to 1, and predict how many of 20,000 points lie in each square of a fine grid."""
+    """Densities integrate to 1, and predict the number of points among 20,000 in each square of a fine grid."""
     side = torch.linspace(-1.3, 1.3, 261, dtype=torch.float64)
     middle, cell = (side[1:] + side[:-1]) / 2, 0.01**2
     density = TOY2D[name].density(torch.cartesian_prod(middle, middle)).reshape(260, 260)

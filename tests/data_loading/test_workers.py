@@ -1,4 +1,4 @@
-"""What loader processes send, and where they cannot be started."""
+"""Loader processes: the data they send, and the error if they cannot be started."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ KINDS = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, to
 
 
 def shared(tensors):
-    """Whether any is in /dev/shm."""
+    """Whether any tensor is in /dev/shm."""
     return any(x.is_shared() for x in tensors)
 
 
@@ -32,11 +32,11 @@ def test_tensors_of_any_type_and_shape_arrive_as_they_were():
     assert type(found) is tuple and not shared(found)
     for a, b in zip(found, sent, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    found[1][0] = 7  # they may be written to
+    found[1][0] = 7  # the arrived tensors are writeable
 
 
 def test_no_batch_of_a_dataset_takes_shared_memory():
-    """Neither on its way nor while it is made: where /dev/shm is full, data are read all the same."""
+    """Neither when it is made nor when it is sent: data are read even if /dev/shm is full."""
     spec = DataSpec(lambda config: (), (1, 2, 3), 4)
     loader = Loader(Part(TensorDataset(X, torch.arange(4))), [[2, 0], [1]], spec, torch.device('cpu'), 1)
     batches = list(workers.read(loader.workers, 'test'))
