@@ -11,7 +11,7 @@ from runtime.errors import SettingError
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
 TRAIN = ('train', 'training')
 HELD_OUT = ('val', 'valid', 'validation', 'test', 'testing', 'eval')  # in this order: the first found is held out
-OR = 'Numbers can be a condition instead: docs/experiments.md, Conditions.'
+HINT = 'Numbers can be a condition instead: docs/experiments.md, Conditions.'
 
 
 def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
@@ -25,12 +25,12 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     if label.shape != (n,):
         several = label.ndim == 2 and len(label) == n
         remedy = f'There are {len(label)}.'
-        remedy = f'labels.argmax(1) takes the largest of each row, labels[:, 0] one column. {OR}' if several else remedy
+        remedy = f'labels.argmax(1) takes the largest of each row, labels[:, 0] a column. {HINT}' if several else remedy
     elif kind == 'f' and np.isnan(label).any():
         remedy = f'{np.isnan(label).sum()} of them are NaN: leave those items out.'
     elif kind == 'f':
         whole = (label == label.round()).all()
-        remedy = f'{"labels.astype(int)" if whole else "np.digitize(labels, edges)"} turns floats into classes. {OR}'
+        remedy = f'{"labels.astype(int)" if whole else "np.digitize(labels, edges)"} turns floats into classes. {HINT}'
     elif number and label.min() < 0:
         remedy = 'Leave those items out (labels >= 0), or make them a class of their own: labels - labels.min().'
     elif kind not in 'biuUST':

@@ -238,9 +238,9 @@ class Judge:
         """Distances of decoded samples (n, ...) from the training data, by the default detector."""
         from evaluation.distances import Looked
 
-        looked, mine = Looked(self.detector), torch.tensor(ranks.my_items(len(x)))
+        looked, my_rows = Looked(self.detector), torch.tensor(ranks.my_items(len(x)))
         classes = self.experiment.data.known_classes(inputs.label, self.config.label_dropout)
-        for rows in mine.split(AT_ONCE):
+        for rows in my_rows.split(AT_ONCE):
             requested = None if classes is None else classes[rows.to(classes.device)]
             looked.add(x[rows].to(self.experiment.device), requested)
         most = MOST_COMPARED if self.batches.train_loader.resident is not None else MOST_READ

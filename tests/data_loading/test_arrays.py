@@ -330,7 +330,7 @@ def test_parts_in_the_file_are_the_split(load, tmp_path, capsys, names):
     assert load(tmp_path / 'x.npz', held_out=5)[2].size == 5
 
 
-def test_what_may_be_labels_under_another_name_is_named(load, tmp_path, capsys):
+def test_an_array_that_may_hold_labels_is_named(load, tmp_path, capsys):
     np.savez(tmp_path / 'x.npz', x=np.zeros((40, 2)), kind=np.arange(40) % 3)
     assert load(tmp_path / 'x.npz')[0].spec.num_classes == 0
     assert 'not used: kind int64 (40,). If kind holds the classes, rename it to labels' in capsys.readouterr().out

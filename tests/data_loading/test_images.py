@@ -99,7 +99,7 @@ def test_grey_levels_of_few_values_do_not_become_black(folder, config_of, capsys
     ('L', 3, True), ('L', 16, True), ('L', 17, False), ('I;16', 3, True), ('I;16', 4095, True), ('I;16', 60_000, False),
     ('RGB', 3, False),
 ])  # fmt: skip
-def test_label_images_are_warned_of_with_the_flag(folder, config_of, capsys, mode, largest, warned):
+def test_warns_of_label_images_with_the_flag(folder, config_of, capsys, mode, largest, warned):
     for i in range(12):
         value = min(i, largest) if i else largest
         if mode == 'RGB':
@@ -120,7 +120,7 @@ def test_a_photo_of_a_phone_under_another_name_is_to_be_converted(folder, config
         setup_data_train_and_test(config_of(), CPU)
 
 
-def test_of_the_EXIF_data_only_the_orientation_is_read(folder):
+def test_only_the_orientation_of_EXIF_data_is_read(folder):
     """Some phones write an exposure bias of -1/0, which Pillow cannot write again."""
     entries = [(0x112, 3, struct.pack('<H', 6)), (0x9204, 10, struct.pack('<ii', -1, 0))]
     body, end = b'', 8 + 2 + 12 * len(entries) + 4
@@ -162,7 +162,7 @@ def test_a_photograph_stands_upright(folder):
     assert torch.equal(pixels(folder / 'x.png', channels=1)[0].long(), want)
 
 
-def test_of_an_animation_the_first_picture(folder):
+def test_an_animation_gives_its_first_picture(folder):
     first, second = (Image.new('RGB', (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0)))
     first.save(folder / 'x.gif', save_all=True, append_images=[second])
     assert pixels(folder / 'x.gif')[:, 0, 0].tolist() == [255, 0, 0]
@@ -346,7 +346,7 @@ def test_grey_images_have_one_channel_if_all_are_grey(folder, config_of):
     assert setup_data_train_and_test(config_of(), CPU)[0].spec.shape == (3, 8, 8)
 
 
-def test_all_images_are_looked_at_for_colour_and_broken_ones_have_none(folder, config_of, monkeypatch):
+def test_colour_is_looked_for_in_all_images_that_are_not_broken(folder, config_of, monkeypatch):
     monkeypatch.setattr(images, 'LOOKED_AT', 2)
     for i in range(3):
         Image.new('L', (9, 9), 50 * i).save(folder / f'{i}.png')
@@ -378,7 +378,7 @@ def gone(path):
 
 
 @pytest.mark.parametrize('spoil', [zero_bytes, cut_off, text])
-def test_what_cannot_be_read_is_named_before_training_or_left_out(folder, config_of, capsys, spoil):
+def test_unreadable_files_are_named_before_training_or_left_out(folder, config_of, capsys, spoil):
     write_images(folder, {'a': [(9, 9)] * 4, 'b': [(9, 9)] * 4})
     for name in ('a/bad1.png', 'b/bad2.jpeg'):
         spoil(folder / name)
@@ -528,7 +528,7 @@ def test_real_pictures_of_odd_sizes_with_transparency(config_of, capsys):
     assert black <= 3 and x[:, :, 0, 0].mean() > 0.8  # letters i and l are black in the middle; corners are empty
 
 
-def test_grey_is_what_has_one_channel(tmp_path):
+def test_images_with_one_channel_are_grey(tmp_path):
     for mode, grey in dict.fromkeys(['1', 'L', 'LA', 'I;16'], True).items() | {('RGB', False), ('RGBA', False)}:
         Image.new(mode, (4, 4)).save(tmp_path / f'{mode[:4].replace(";", "")}.png')
         found = images.head(tmp_path / f'{mode[:4].replace(";", "")}.png')
@@ -701,7 +701,7 @@ def png(i: int) -> bytes:
         ('empty', 'cannot be loaded'),
     ],
 )
-def test_what_is_not_there_is_one_clear_line(no_network, tiny_config, tmp_path, path, words):
+def test_a_missing_data_set_is_one_clear_line(no_network, tiny_config, tmp_path, path, words):
     if path == 'empty':
         path = str(tmp_path / 'empty')
         Path(path).mkdir()
@@ -729,7 +729,7 @@ def test_where_there_are_both_the_validation_split_is_held_out(load, tmp_path):
     assert load()[2].size == 5
 
 
-def test_the_hub_reads_fit_and_prints_what_is_cut(load, tmp_path, capsys):
+def test_the_hub_obeys_fit_and_prints_the_share_that_is_cut(load, tmp_path, capsys):
     write_splits(tmp_path / 'hub', {'train': 20})  # 12 x 9
     cropped = load()[0].everything()[0]
     assert 'hub: cropping cuts 25% of the pixels on average, 25% at most; --fit pad' in capsys.readouterr().out

@@ -152,7 +152,7 @@ def test_each_class_gives_its_share_and_keeps_its_last_item():
 
 
 @pytest.mark.parametrize('held_out', [0, 6])
-def test_a_file_of_which_none_or_all_are_held_out_is_refused(held_out):
+def test_a_file_with_no_or_only_held_out_items_is_refused(held_out):
     with pytest.raises(SettingError, match=f'{held_out} of 6 items are held out. It must be at least one, and not all'):
         packed.parts_of(dict(x=X, label=LABEL, held_out=held_out))
     train, test, _ = packed.parts_of(dict(x=X, label=LABEL, held_out=5))

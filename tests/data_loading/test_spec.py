@@ -81,7 +81,7 @@ def test_a_part_of_arrays_and_one_of_a_dataset_hold_the_same():
     [range(1, 13), [0, 1], list('abc') * 4, [[0]] * 12, [-1] * 12, [0.5] * 12, None, [0, None] * 6],
     ids=['above', 'short', 'text', 'column', 'below', 'halves', 'none', 'mixed'],
 )
-def test_labels_of_a_dataset_that_are_no_classes_are_not_used(labels):
+def test_labels_of_a_dataset_that_are_not_classes_are_ignored(labels):
     """`labels` of a user's Dataset decides which classes are sampled and judged, if it holds classes."""
     dataset = Named(X, LABEL)
     dataset.labels = labels
@@ -274,7 +274,7 @@ def test_a_later_item_that_differs_is_one_line(set_up, workers, item, words):
     train.close()
 
 
-def test_what_a_dataset_itself_raises_keeps_its_traceback(set_up):
+def test_an_error_of_a_dataset_keeps_its_traceback(set_up):
     class Broken(Items):
         def __getitem__(self, i):
             return self.no_such_field if 0 < i < 3 else super().__getitem__(i)
@@ -288,7 +288,7 @@ def test_what_a_dataset_itself_raises_keeps_its_traceback(set_up):
 # ---------------------------------------------------------------- fingerprint
 
 
-def test_the_fingerprint_is_of_the_data(set_up):
+def test_the_fingerprint_depends_on_the_data(set_up):
     def of(*part, **spec):
         return set_up((part, GOOD), **spec)[0].fingerprint
 

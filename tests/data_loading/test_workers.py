@@ -47,7 +47,7 @@ def test_no_batch_of_a_dataset_takes_shared_memory():
     assert [v.tolist() for batch in workers.read(loader, 'test') for v in batch] == [False] * 4
 
 
-def test_what_is_wrong_with_a_batch_is_named_and_nothing_else():
+def test_the_error_of_a_batch_names_only_what_is_wrong():
     for items in ([(X[0], 1), (X[0, 0], 1)], [(X[0], 1), (X[0], 1, 2)], [(X[0], object())]):
         with pytest.raises(DataError, match=r'here: cannot make a batch of \(uint8 \(1, 2, 3\), \w+\)'):
             workers.joined(items, 'here')

@@ -71,7 +71,7 @@ def test_held_out_items_are_judged_as_decode_returns_them():
     assert detectors.agreement(None, judge, data) == {}
 
 
-def test_data_of_one_class_or_none_have_no_label_agreement(tiny_config, build_trainer, monkeypatch):
+def test_data_with_fewer_than_two_classes_have_no_label_agreement(tiny_config, build_trainer, monkeypatch):
     (x, label), held_out = DATASETS['digits'].load(tiny_config())
     for name, classes, factor in (('ten', 10, 1), ('one', 10, 0), ('none', 0, 1)):
         spec = DataSpec(lambda config, k=factor: ((x, k * label), held_out), (1, 8, 8), classes, 16)
@@ -115,7 +115,7 @@ def test_a_damaged_classifier_is_trained_again(tiny_config, build_trainer, monke
     assert torch.load(path, weights_only=True)['accuracy'] > 0.5
 
 
-def test_of_many_training_images_some_are_compared(tiny_config, build_trainer):
+def test_only_some_of_many_training_images_are_compared(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     detector = detectors.pixels(trainer.judge.data, '')
     train, held_out = detectors.features_of_data(detector, trainer.judge.data, most=200)
@@ -199,7 +199,7 @@ class Images(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-def test_fid_is_that_of_torch_fidelity(short_run, stand_in):
+def test_fid_equals_torch_fidelity(short_run, stand_in):
     """On the same images, with stand-in weights: features and all distances."""
     from torch_fidelity import calculate_metrics
 

@@ -38,7 +38,7 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
 
 
 @pytest.mark.parametrize('shape', [(500, 8), (5000, 64), (40, 64)])
-def test_frechet_distance_is_that_of_torch_fidelity(shape):
+def test_frechet_distance_equals_torch_fidelity(shape):
     """Also with fewer points than dimensions, where covariances are singular."""
     mix = torch.randn(shape[1], shape[1], generator=GEN)
     a, b = normal(*shape) @ mix, 1.3 * normal(*shape) @ mix + 0.2
@@ -143,7 +143,7 @@ def test_the_real_distance_is_of_images_from_all_of_the_data():
     assert compare(normal(500, 4, 3.0), train, train)['real_frechet'] == values['real_frechet']  # whatever the samples
 
 
-def test_of_much_data_a_part_of_all_is_compared():
+def test_a_random_part_of_much_data_is_compared():
     train = two_clusters(500)
     part = compare(normal(500, 4), train, train, most=500)
     assert part['coverage'] < 0.7 and part['recall'] < 0.7
@@ -172,7 +172,7 @@ def test_precision_and_recall_by_counting():
     assert values['recall'] == pytest.approx(share(data, samples), abs=1e-6)
 
 
-def test_wasserstein_distance_against_what_is_known():
+def test_wasserstein_distance_against_known_values():
     """It is the length of a shift; on a line the sorted pairs are best; the order of the points does not matter."""
     x = normal(300, 2)
     move = torch.tensor([0.3, -0.4])
@@ -198,7 +198,7 @@ def test_distance_from_a_set_is_small_for_new_points_of_it():
     assert values['wasserstein_at_5'] > 4 > 0.5 > values['real_wasserstein_at_5'] > 0
 
 
-def test_describe_names_what_is_there():
+def test_describe_has_a_line_for_each_number():
     values = dict(label_agreement=0.5, frechet=1.25, real_frechet=0.75, nearest_neighbour_ratio=1.5)
     text = describe(values)
     assert len(text.splitlines()) == 4 and all(number in text for number in ('50.0%', '1.25', '0.75', '1.500'))

@@ -182,7 +182,7 @@ def test_numbers_have_the_classes_of_the_data_and_pictures_have_all_in_turn(trai
     assert trainer.data.columns() == 7 and trainer.seen['shown'][:9] == [0, 1, 3, 4, 7, 8, 9, 0, 1]
 
 
-def test_classes_without_training_items_are_told_and_left_out(trainer, capsys):
+def test_classes_without_training_items_are_printed_and_left_out(trainer, capsys):
     import data_utils
 
     data_utils.setup_data_train_and_test(trainer.config, torch.device('cpu'))

@@ -82,7 +82,7 @@ def test_numbers_in_between(tiny_config, build_trainer, colour):
     assert lines[12]['train/loss'] == record_of(without.run_dir)[-1]['train/loss']
 
 
-def test_too_few_images_are_said_not_to_be_judged(tiny_config, build_trainer, monkeypatch, capsys):
+def test_prints_that_too_few_images_are_not_judged(tiny_config, build_trainer, monkeypatch, capsys):
     load = DATASETS['digits'].load
 
     def few(config):
@@ -285,7 +285,7 @@ def test_long_vectors_are_not_judged_and_small_floats_not_by_a_classifier(tiny_c
     assert 'label_agreement' not in distances(small, x, label)
 
 
-def test_without_classes_in_the_network_none_agree(tiny_config, build_trainer, colour):
+def test_a_network_without_classes_has_no_label_agreement(tiny_config, build_trainer, colour):
     trainer = build_trainer(tiny_config(dataset='colour', label_dropout=1.0))
     x, label, *_ = trainer.test_loader.everything()
     assert 'label_agreement' not in distances(trainer, x, label)
@@ -351,7 +351,7 @@ Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found | dict(printed=pri
 """
 
 
-def test_ranks_agree_whether_labels_are_classes_and_say_which_network_is_not_a_denoiser(tmp_path):
+def test_ranks_agree_whether_labels_are_classes_and_the_network_a_denoiser(tmp_path):
     """Also if only one rank has found the reason."""
     first, second = run_ranks(ON_TWO_RANKS, tmp_path, [0, 1])
     for found in (first, second):

@@ -135,7 +135,7 @@ def test_every_output_gives_the_same(model_type):
     torch.testing.assert_close(result.log_prob, exact(), rtol=0, atol=2e-3)
 
 
-def test_of_a_class():
+def test_the_density_of_a_class():
     mixture, x0, label, exact = case(2, 20)
     process = process_named('rf')
     for asked in (label, 1 - label, torch.full_like(label, 2)):

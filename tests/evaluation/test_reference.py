@@ -136,7 +136,7 @@ def test_one_denoiser_has_one_value_whatever_it_is_read_through(
 
 
 @pytest.mark.parametrize('process_name', PROCESSES)
-def test_who_knows_the_image_has_no_loss(tiny_config, build_trainer, process_name):
+def test_a_network_that_knows_the_image_has_no_loss(tiny_config, build_trainer, process_name):
     trainer = build_trainer(tiny_config(process_name=process_name))
     batches = iter(list(trainer.batches.held_out()))
 
@@ -178,7 +178,7 @@ def two_points(config):
     return (x, torch.zeros(len(x), dtype=torch.int64)), (x[:100], torch.zeros(100, dtype=torch.int64))
 
 
-def test_the_floor_of_two_points_is_that_of_an_integral(tiny_config, build_trainer, monkeypatch):
+def test_the_floor_of_two_points_equals_an_integral(tiny_config, build_trainer, monkeypatch):
     """E[x0 | xt] is tanh(alpha xt / sigma^2), and the error of the velocity is the error of x0 divided by t."""
     monkeypatch.setitem(DATASETS, 'two', DataSpec(two_points, (1,), scale='float'))
     trainer = build_trainer(tiny_config(dataset='two', network='mlp', t_min=0.01, global_batch_size=64))
@@ -255,7 +255,7 @@ class Drawn(ExampleDiffusionTrainer):
         return super().encode(x) + 0.1 * torch.randn_like(x)
 
 
-def test_there_is_no_baseline_where_none_is_known(tiny_config, build_trainer):
+def test_unknown_baselines_are_left_out(tiny_config, build_trainer):
     """Another loss, or changed images, have another least training loss; the reference loss depends on neither."""
     for kind in (OwnBatch, Coupled, Drawn):
         assert baselines_of(build_trainer(tiny_config(experiment_name=kind.__name__), kind)) == {}
@@ -309,7 +309,7 @@ def test_noise_is_drawn_again_and_the_second_time_equals_the_first(tiny_config, 
     assert torch.equal(seen['s'], seen['t'])
 
 
-def test_a_run_whose_x1_is_not_independent_noise_has_none(tiny_config, build_trainer, capsys):
+def test_a_run_whose_x1_is_not_independent_noise_has_no_reference(tiny_config, build_trainer, capsys):
     """Its network does not denoise such noise: the number rose while samples got better."""
 
     class Coupled(ExampleDiffusionTrainer):
