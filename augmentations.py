@@ -1,8 +1,8 @@
-"""Augmentation of a batch on its device: per-image flips, turns and shifts, never in the data loader.
+"""Augmentation of a batch on its device: per-image flips, rotations and shifts, never in the data loader.
 
-An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was anything done to this image? With all
+An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With all
 probabilities 0 it takes data of any rank.
-What would change a data set's meaning (a flipped digit) is refused when the augmenter is built.
+An augmentation that would change the meaning of the data (a flipped digit) is refused when the augmenter is built.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def flip(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn of the chosen images by 90, 180 or 270 degrees, each as likely; by 180 if they are not square."""
+    """Rotation of the chosen images by 90, 180 or 270 degrees, equally likely; by 180 if they are not square."""
     turns = (1, 2, 3) if x.shape[2] == x.shape[3] else (2,)
     which = torch.randint(len(turns), chosen.shape, device=x.device)
     out = x
@@ -41,7 +41,7 @@ def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor
     return x.gather(3, columns[:, None, None, :].expand(b, c, h, w)), (shift != 0).any(0)
 
 
-# setting with the probability -> (what is done, name of the data set's property that allows it)
+# setting that holds the probability -> (augmentation, field of the DataSpec that allows it)
 AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, Tensor]], str]] = {
     'flip_prob': (lambda x, chosen, c: flip(x, chosen), 'flip_keeps_label'),
     'rotate_prob': (lambda x, chosen, c: rotate(x, chosen), 'rotation_keeps_label'),
@@ -53,8 +53,8 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
     """The augmentations whose probability is above 0, in the order of the table.
 
     `allowed`: the fields of the data set's DataSpec; `flip_keeps_label` and the like say what is allowed. Raises
-    SettingError for an augmentation that would change the data set's meaning, for any of data that are not images, and
-    where the data are `pairs` (x0, x1), of which only x0 would be changed.
+    SettingError for an augmentation that would change the meaning of the data, and for any augmentation of data that
+    are not images, or that are `pairs` (x0, x1), where it would change x0 only.
     """
     active = {setting: getattr(config, setting) for setting in AUGMENTATIONS if getattr(config, setting) > 0}
     for setting, prob in active.items():

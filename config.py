@@ -3,8 +3,8 @@
 The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --base_lr 3e-4`).
 Later wins: field default < PRESETS[preset] < --settings < network of the checkpoint in --init_from < DEBUG < flags.
 A setting that names a choice (`process_name`, `solver`, ...) is a key of the table that its comment names.
-The text after a setting, a comment or a docstring of one line, is its help. This file imports no torch, so `--help` is
-quick. settings/rules.py says which values can be right.
+The comment or the one-line docstring after a setting is its text in --help. This file imports no torch, so `--help` is
+quick. settings/rules.py has the rules for the values.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Config:
     # ---------------------------------------------------------------- the run
     preset: str = 'digits'  # Named group of settings, a key of PRESETS in config.py.
     settings: str = ''
-    """Run whose settings this one starts with: its folder, or a JSON file of settings; they replace the preset's."""
+    """Start with the settings of another run: its folder, or a JSON file of settings; they override the preset."""
     experiment_name: str = ''
     """Folder of the run inside ckpt_dir; empty: preset (or data set) and the settings that differ from the preset."""
     ckpt_dir: str = 'ckpts'  # Folder of all runs.
@@ -32,10 +32,10 @@ class Config:
     debug: bool = False  # Apply DEBUG of config.py: overfit one batch, log and sample often.
     overfit: bool = False  # Train on the first global batch of images again and again.
     init_from: str = ''
-    """Checkpoint whose EMA weights (raw ones if it has none) and network settings start this new run; empty: none."""
+    """Checkpoint that gives this new run its first weights (EMA, else raw) and its network settings; empty: none."""
     same_code: bool = False  # Resume a run although the code of its experiment has changed since.
     check: bool = False
-    """Do not train: try everything in a temporary folder, and say what the run will take in time, memory and disk."""
+    """Do not train: try everything in a temporary folder, and print how much time, memory and disk the run needs."""
     final_eval: bool = True  # At the end, draw 1000 samples and compare them with the data.
     final_pictures: bool = True  # Draw the sample grids of the last step.
     raw_pictures: bool = False  # Draw sample grids of the raw weights too, not only of their moving averages.
@@ -43,18 +43,18 @@ class Config:
     # ---------------------------------------------------------------- data
     dataset: str = 'digits'  # Key of DATASETS in data_utils.py.
     data_dir: str = 'data'
-    """Folder that data sets are downloaded to and read from, and that has the cache of decoded images."""
+    """Folder for downloaded data sets and for the cache of decoded images."""
     data_path: str = ''
-    """Your data: a folder of images, or of train/ and val/ (image_folder), a file (arrays), a name or folder (hub)."""
+    """Your data. image_folder: a folder of images, or with train/ and val/; arrays: a file; hub: a name or folder."""
     array_layout: str = ''
-    """arrays: where the channels of an item are: channels_first, channels_last or no_channels; empty: by the shape."""
+    """arrays: layout of one item: channels_first, channels_last or no_channels; empty: guessed from the shape."""
     value_range: tuple[float, ...] = ()
-    """arrays: the values of black and of white; floats are images then. Empty: see docs/data.md."""
-    held_out: int = 0  # How many images are held out; 0: the data set's own, else a tenth and at most 1000.
+    """arrays: the values of black and white, which make floats images. Empty: see docs/data.md."""
+    held_out: int = 0  # Number of held-out images; 0: the data set's own part, else a tenth, at most 1000.
     image_size: tuple[int, ...] = (64,)
-    """image_folder, hub: height and width in pixels to which images are resized and cropped; one number is both."""
+    """image_folder, hub: height and width in pixels to which images are resized and cropped; one number for both."""
     fit: str = 'crop'
-    """image_folder, hub: crop cuts the middle out, pad keeps all and fills up with background, stretch distorts."""
+    """image_folder, hub: crop keeps the middle, pad keeps all and fills the rest with background, stretch distorts."""
     background: str = 'white'  # image_folder, hub: colour behind transparent parts, a name or #rrggbb.
     columns: tuple[str, ...] = ()
     """hub: image column and, optionally, class column; empty: found if there is only one of each."""
@@ -63,7 +63,7 @@ class Config:
     cache: bool = True  # image_folder, hub: decode once into data_dir/cache; off: decode again in every epoch.
     num_workers: int = 4  # Loader processes per training process, for data sets too large to live on the device.
     flip_prob: float = 0.0  # Probability that an image is flipped left to right.
-    rotate_prob: float = 0.0  # Probability that an image is turned by 90, 180 or 270 degrees.
+    rotate_prob: float = 0.0  # Probability that an image is rotated by 90, 180 or 270 degrees.
     translate_prob: float = 0.0  # Probability that an image is shifted by up to max_translation pixels.
     max_translation: int = 1  # Largest shift along each axis, in pixels.
     dequantize: bool = False  # Add uniform noise of one grey level to the images (needed for densities).
@@ -99,31 +99,31 @@ class Config:
     """Channels of each level, in units of `channels`; each level halves the resolution."""
     num_res_blocks: int = 1  # Residual blocks per level.
     attention_resolutions: tuple[int, ...] = ()
-    """Levels, by their longer side in pixels, that have self-attention; the middle always has."""
+    """Levels with self-attention, by their longer side in pixels; the middle always has it."""
     dit_size: str = 'S'
-    """Depth, width and heads of the paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
+    """Depth, width and heads as in the DiT paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
     dit_depth: int = 0  # Transformer blocks; 0: as dit_size says.
     dit_width: int = 0  # Channels of a token; 0: as dit_size says.
     dit_heads: int = 0  # Attention heads; 0: as dit_size says.
-    dit_patch: int = 2  # Side of a patch in pixels; each patch is a token, and images are padded to whole ones.
+    dit_patch: int = 2  # Side of a patch in pixels; each patch is a token. Images are padded to whole patches.
     dropout: float = 0.0  # Dropout probability inside residual blocks.
-    time_input: str = 't'  # How the network gets the time: t or log_snr.
+    time_input: str = 't'  # The form in which the network gets the time: t or log_snr.
     sigma_data: float = 0.5
-    """Standard deviation of the data in [-1, 1], for the scale of the network's input, F, weight edm, grid logistic."""
+    """Standard deviation of the data in [-1, 1]; scales the network's input, F, weight edm and grid logistic."""
 
     # ---------------------------------------------------------------- batches and steps
     global_batch_size: int = 128  # Images per optimizer step, over all processes and accumulation steps.
-    batch_shards: int = 8  # Parts in which a global batch is drawn; a multiple of processes x accumulation_steps.
+    batch_shards: int = 8  # Equal parts in which a global batch is drawn; a multiple of processes x accumulation_steps.
     accumulation_steps: int = 1  # Backward passes per optimizer step: more needs less memory.
     num_training_steps: int = 500  # Optimizer steps.
     max_bad_steps: int = 10
-    """Steps in a row, each skipped, with a loss or gradient that is not finite, after which the run stops."""
+    """Stop after this many skipped steps in a row; a step is skipped if its loss or gradient is not finite."""
 
     # ---------------------------------------------------------------- optimizer
     optimizer: str = 'muon'
     """Key of OPTIMIZERS in optimizers.py: muon, or adamw, which needs more steps and a base_lr of 1e-3 or less."""
     base_lr: float = 4e-3  # Learning rate after the warm-up.
-    min_lr: float = 0.0  # Learning rate below which no schedule goes after the warm-up.
+    min_lr: float = 0.0  # Lower bound of the learning rate after the warm-up.
     warmup_steps: int = 30  # Steps of linear warm-up from 0 to base_lr.
     lr_schedule_type: str = 'cosine'  # After the warm-up: a key of LR_SCHEDULES in optimizers.py.
     weight_decay: float = 0.01  # AdamW's decay of weights with two or more dimensions.
@@ -131,12 +131,12 @@ class Config:
     adam_eps: float = 1e-8  # AdamW's epsilon.
     grad_clip_norm: float = 1.0  # Gradient norm above which the gradient is scaled down; 0: never.
     ema_decays: tuple[float, ...] = (0.98,)
-    """Decay per step of each moving average of the weights; the first is the one that is evaluated."""
+    """Decay per step of each moving average of the weights; the run is judged by the first."""
 
     # ---------------------------------------------------------------- record (0: never, except at the end)
     log_every: int = 25  # Steps between lines of the record.
     save_every: int = 100  # Steps between writes of last.pt.
-    keep_last: int = 2  # Saves that are kept: last.pt, the one before it (last-1.pt), and so on.
+    keep_last: int = 2  # Newest saves to keep: last.pt, the one before it (last-1.pt), and so on.
     keep_every: int = 500  # Steps between checkpoints that are kept as step_N.pt.
     sample_every: int = 250  # Steps between sample grids.
     eval_every: int = 50  # Steps between held-out losses.
@@ -148,9 +148,9 @@ class Config:
     # ---------------------------------------------------------------- sampling
     solver: str = 'adams'  # Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py.
     num_sample_steps: int = 20  # Solver steps from t_max to t_min.
-    sample_nfe: int = 0  # Network evaluations per sample, as many steps as these pay for; 0: num_sample_steps counts.
+    sample_nfe: int = 0  # Network evaluations per sample; they set the number of steps. 0: num_sample_steps does.
     time_grid: str = 'logistic'
-    """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, euler and heun want uniform."""
+    """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, use uniform for euler and heun."""
     sde_noise: str = 'natural'
     """Noise level of stochastic solvers, a key of SDE_NOISES in solvers/table.py; constant is lowered near the data."""
     sde_noise_scale: float = 1.0  # Factor on the variance of the noise of stochastic solvers; 0 gives the ODE.
@@ -158,32 +158,32 @@ class Config:
     """Last step of stochastic solvers, a key of LAST_STEPS in solvers/table.py: the posterior mean, or the ode."""
     guidance_scale: float = 1.0  # Classifier-free guidance: 1 none, above 1 stronger.
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Times t between which there is guidance; outside, only the plain network is evaluated."""
+    """Times t between which samples are guided; outside, only the plain network is evaluated."""
     guidance_rescale: float = 0.0
-    """How much of the contrast that guidance adds to an image is taken back: 0 none, 1 all."""
+    """Share of the contrast added by guidance that is removed again: 0 none, 1 all."""
 
     # ---------------------------------------------------------------- speed
     precision: str = 'auto'
-    """float32 (IEEE), tf32 (TensorFloat-32 on a GPU), bfloat16 in the network, or auto: that on a GPU that has it."""
+    """float32 (IEEE), tf32 (TensorFloat-32 on a GPU), bfloat16 in the network; auto: bfloat16 if the GPU has it."""
     compile: str = 'auto'
     """torch.compile of networks: on, off, auto (on a GPU, in runs of 5000 steps or more) or graphs (CUDA graphs)."""
 
     def __post_init__(self) -> None:
-        """Raises SettingError (a ValueError) for values that cannot be right, alone or together."""
+        """Raises SettingError (a ValueError) for an impossible value or combination of values."""
         rules.validate(self, PRESETS)
         if not self.experiment_name:
             object.__setattr__(self, 'experiment_name', self.default_name())
 
     def baseline(self) -> dict[str, Any]:
-        """The value that every setting would have with this preset and `debug`, and no other flag."""
+        """All settings as they would be with this preset and `debug`, and no other flag."""
         return same_run.class_defaults(self) | PRESETS[self.preset] | (DEBUG if self.debug else {})
 
     def default_name(self, *more: str) -> str:
-        """The name of a run that was given none: the preset, the settings that differ, and `more`."""
+        """The name of a run without --experiment_name: the preset, the settings that differ, and `more`."""
         return same_run.folder_name([*same_run.name_parts(self, PRESETS), *more])
 
     def older_name(self, *more: str) -> str:
-        """`default_name`, as older versions made it."""
+        """`default_name` in the form of older versions."""
         return same_run.older_folder_name([*same_run.name_parts(self, PRESETS), *more])
 
     @property
@@ -201,7 +201,7 @@ LONG_RUN = dict(optimizer='adamw', base_lr=1e-3, warmup_steps=100, ema_decays=(0
 SMALL_IMAGES = dict(
     channels=32, channel_mults=(1, 2, 2), global_batch_size=64, ema_decays=(0.99,), label_dropout=0.1
 ) | dict(num_training_steps=1000, log_every=50, save_every=250, keep_every=1000, sample_every=500, eval_every=250)
-# What each preset changes. They share one flat list of settings, so a preset reads as a diff from the digits run.
+# Settings that each preset changes. All share one flat list of settings, so a preset is a diff from the digits run.
 PRESETS: dict[str, dict[str, Any]] = {
     'digits': {},
     'digits_long': LONG_RUN,
@@ -224,7 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     | dict(log_every=100, save_every=2000, keep_every=50_000, sample_every=10_000, eval_every=10_000),
 }
 
-# What --debug changes: does the model memorise one batch, and do the samples show it?
+# Settings that --debug changes: does the model memorise one batch, and do the samples show it?
 DEBUG: dict[str, Any] = (
     dict(overfit=True, final_eval=False, global_batch_size=32, num_training_steps=600, warmup_steps=20)
     | dict(log_every=20, save_every=200, keep_every=0, sample_every=200, eval_every=200)
@@ -236,10 +236,10 @@ def parse_config(
     config_class: type[Config] = Config,
     settings_in: Callable[[str], dict[str, Any]] | None = None,
 ) -> Config:
-    """The settings by the flags `argv` (default: `sys.argv[1:]`).
+    """The settings for the flags `argv` (default: `sys.argv[1:]`).
 
-    `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
-    SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
+    `settings_in(path)` returns the settings in the checkpoint of --init_from, which override the preset. Raises
+    SettingError for a wrong value; a wrong flag or type prints a message and exits with 2.
     """
     from settings import flags
 

@@ -1,7 +1,7 @@
-"""The data sets of scikit-learn and torchvision, the table of all, and how a run gets its loaders.
+"""The table of data sets, the loading of scikit-learn's and torchvision's, and the loaders of a run.
 
-Yours is one more entry of DATASETS. What `load` returns is checked by data_loading/checks.py, and read in the order of
-data_loading/loader.py.
+To add your own, write an entry of DATASETS. data_loading/checks.py checks what its `load` returns, and
+data_loading/loader.py decides in which order it is read.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from runtime import files, ranks
 
 def load_digits(config: Config) -> tuple[Arrays, Arrays]:
     """scikit-learn's 1797 handwritten digits, 8x8, values 0 to 16; 1500 to train, 297 held out."""
-    package = importlib.util.find_spec('sklearn')  # found, not imported: that takes a second of every start
+    package = importlib.util.find_spec('sklearn')  # not imported, which would add a second to every start
     assert package is not None and package.origin is not None
     table = np.loadtxt(Path(package.origin).parent / 'datasets/data/digits.csv.gz', delimiter=',', dtype=np.uint8)
     table = torch.from_numpy(table[np.random.default_rng(0).permutation(1797)])
@@ -68,7 +68,7 @@ def from_torchvision(config: Config, name: str, files: str) -> list[Any]:
 
 
 def load_torchvision(name: str, config: Config, files: str = '') -> tuple[Any, Any, dict[str, Any]]:
-    """(training part, held-out part, facts) of CIFAR, of which `files` is the archive, or of a data set like MNIST."""
+    """(training part, held-out part, facts) of CIFAR, whose archive is `files`, or of a data set like MNIST."""
 
     def arrays(part: Any) -> Arrays:
         x, label = torch.as_tensor(part.data), torch.as_tensor(part.targets)
@@ -107,10 +107,10 @@ def get_dataset(config: Config) -> DataSpec:
 def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
     """Load and check the data: (DataSpec with shape and facts, training part, held-out part).
 
-    With `config.held_out` above 0, only so many held-out items are kept, the first ones.
+    If `config.held_out` is above 0, only that many held-out items are kept, the first ones.
 
-    Rank 0 loads first, then the first process of each other machine, whose data_dir may be its own, then all others:
-    one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be had.
+    Rank 0 loads first, then the first process of each other machine, which may have its own data_dir, then the rest:
+    one process downloads, the others find the files. Raises SettingError on every rank if the data cannot be loaded.
     """
 
     def load() -> tuple[DataSpec, Part, Part]:
@@ -127,7 +127,7 @@ def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
             ) from error
         spec, train, test = check_parts(spec, loaded, f'dataset={config.dataset!r}')
         n = config.held_out
-        if n > len(test) and not config.skip_unreadable:  # with it, some of them may have been left out
+        if n > len(test) and not config.skip_unreadable:  # which may have left out some
             raise SettingError(f'held_out={n}: {test.name} has {len(test)} held-out images. Use a smaller --held_out.')
         return spec, train, test.first(n) if 0 < n < len(test) else test
 
@@ -135,8 +135,8 @@ def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
 
 
 def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
-    """One line: the numbers of items and classes, how arrays were read, and how many items each class has; of more than
-    12 classes, the largest and the smallest."""
+    """One line: the numbers of items and classes, how arrays were read, and how many items each class has. Names only
+    the largest and the smallest of more than 12 classes."""
     shape = (
         'x'.join(map(str, spec.shape or ()))
         + (spec.reading and f' ({spec.reading})')
@@ -157,9 +157,9 @@ def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
 
 
 def fingerprint(parts: list[Part], spec: DataSpec) -> str:
-    """A short text that differs for other data: the numbers of items and classes, and a hash of both parts.
+    """A short text that identifies the data: the numbers of items and classes, and a hash of both parts.
 
-    The hash is of `spec.digest` if that is known, else of the `contents` of the parts: all bytes of arrays.
+    Hashes `spec.digest` if it is known, else the `contents` of the parts, which are all bytes of arrays.
     """
     hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
     sizes = '+'.join(str(len(part)) for part in parts)
@@ -169,18 +169,18 @@ def fingerprint(parts: list[Part], spec: DataSpec) -> str:
 
 def agreed_fingerprint(config: Config, parts: list[Part], spec: DataSpec) -> str:
     """`fingerprint` of rank 0. Raises SettingError on every rank if another machine has other data."""
-    mine = ranks.on_main(lambda: fingerprint(parts, spec))
+    expected = ranks.on_main(lambda: fingerprint(parts, spec))
 
     def compare() -> None:
-        machine = os.environ.get('GROUP_RANK', '0')  # torchrun's
-        if machine != '0' and os.environ['LOCAL_RANK'] == '0' and (here := fingerprint(parts, spec)) != mine:
+        machine = os.environ.get('GROUP_RANK', '0')  # set by torchrun
+        if machine != '0' and os.environ['LOCAL_RANK'] == '0' and (here := fingerprint(parts, spec)) != expected:
             raise SettingError(
                 f'data_dir={config.data_dir!r}: on machine {machine} it holds other data ({here}) than on machine 0 '
-                f'({mine}). Copy the data of machine 0, or share the folder.'
+                f'({expected}). Copy the data of machine 0, or share the folder.'
             )
 
     ranks.on_each(compare)
-    return mine
+    return expected
 
 
 def setup_data_train_and_test(
@@ -189,8 +189,8 @@ def setup_data_train_and_test(
     """(train_loader, train_sampler, test_loader).
 
     The train loader is endless and yields this process's shards, step by step from `train_sampler.set_step`; the test
-    loader yields this process's pieces of the held-out part, once, as its HeldOutSampler says.
-    Raises SettingError if the shards cannot be dealt to the processes, or the data cannot be had or used.
+    loader yields this process's pieces of the held-out part, once, in the order of its HeldOutSampler.
+    Raises SettingError if the shards cannot be split among the processes, or the data cannot be loaded or used.
     """
     processes = ranks.world_size()
     least = processes * config.accumulation_steps
@@ -221,8 +221,8 @@ def setup_data_train_and_test(
     if untrained:
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'
         ranks.print_once(
-            f'warning: {len(untrained)} of {counted(spec.num_classes, "class")} have no training items ({named}): not '
-            'learned, and neither sampled nor judged. Add items if you mean these classes, or leave them out.'
+            f'warning: {len(untrained)} of {counted(spec.num_classes, "class")} have no training items ({named}). '
+            'They are not learned, sampled or judged. Add items of these classes, or remove the classes.'
         )
     return train_loader, sampler, test_loader
 
@@ -230,15 +230,15 @@ def setup_data_train_and_test(
 def setup_data_later(
     config: Config, device: torch.device, checkpoint: Mapping[str, Any]
 ) -> tuple[Loader, StreamSampler, Loader]:
-    """`setup_data_train_and_test` of a run that is opened to read: its data are loaded when something reads them.
+    """`setup_data_train_and_test` for a run that is opened read-only: data are loaded when something reads them.
 
-    At once if its checkpoint has no `facts`, as those of older versions. Raises SettingError.
+    They are loaded now if the checkpoint, of an older version, has no `facts`. Raises SettingError.
     """
     if not checkpoint.get('facts'):
         try:
             return setup_data_train_and_test(config, device)
         except SettingError as error:
-            why = 'the checkpoint does not describe the data (it is of an older version), so they are needed'
+            why = 'the checkpoint is of an older version and does not describe the data, so they must be loaded'
             raise SettingError(f'{why}: {error}') from None
     sampler = StreamSampler(0, config)
     load = cache(lambda: setup_data_train_and_test(config, device, sampler))

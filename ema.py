@@ -1,4 +1,4 @@
-"""Exponential moving averages of a network's weights, each a network that can be called.
+"""Exponential moving averages (EMA) of a network's weights, each of which is a network to call.
 
 training/posthoc.py makes averages of other lengths from them after training.
 """
@@ -16,8 +16,8 @@ lerp_, copy_ = torch._foreach_lerp_, torch._foreach_copy_  # pyright: ignore[rep
 class EMA:
     """One averaged copy of `network` per decay: ema <- d ema + (1 - d) weights.
 
-    d = min(decay, (1 + n) / (10 + n)) at update n, so that the average of a short run is not mostly its random start
-    (the warm-up of TensorFlow's ExponentialMovingAverage). Buffers are copied.
+    d = min(decay, (1 + n) / (10 + n)) at update n, so that the average of a short run is not mostly its random initial
+    weights (the warm-up of TensorFlow's ExponentialMovingAverage). Buffers are copied.
     """
 
     def __init__(self, network: nn.Module, decays: tuple[float, ...]):
@@ -28,7 +28,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """To be called after each optimizer step."""
+        """Call this after each optimizer step."""
         if not self.networks:
             return
         if self.source is not network:
@@ -65,9 +65,9 @@ Places = list[tuple[dict[str, Any], str]]
 
 
 def places_of(network: nn.Module) -> tuple[Places, Places]:
-    """Where its parameters and its buffers are: (dict of a module, name in it). A shared tensor has one place.
+    """Places of the parameters and of the buffers: (dict of a module, name in it). A shared tensor has one place.
 
-    Found once, because a walk over the modules takes long. Not the tensors, because `.to()` replaces buffers.
+    Found once, because a walk over the modules takes long. Places, not tensors, because `.to()` replaces buffers.
     """
 
     def places(kind: str, names: Iterable[str]) -> Places:

@@ -1,6 +1,6 @@
-"""The record of a run: metrics.jsonl and PNGs on disk always, the same on wandb when there is an account.
+"""The record of a run: metrics.jsonl and PNGs, always on disk, and on wandb too if you have an account.
 
-`Record` is what a trainer writes to; its means are in runtime/means.py, and its copy on wandb in runtime/wandb_run.py.
+A trainer writes to a `Record`; its means are in runtime/means.py, and its copy on wandb in runtime/wandb_run.py.
 """
 
 import contextlib
@@ -28,30 +28,30 @@ from runtime.wandb_run import WandbRun, start_wandb
 class Record:
     """Means, speed, pictures and the progress of a run. Rank 0 writes them.
     All ranks call `open`, `summary`, `line`, `apart` and `state_dict` together. `log`, `losses`, `step` and `clear`
-    send nothing. `picture`, `curve` and `histogram` do nothing on ranks but 0.
+    do not communicate. `picture`, `curve` and `histogram` act on rank 0 only.
     """
 
     def __init__(
         self, config: Config, device: torch.device, waited: Callable[[], float] = lambda: 0.0,
         seconds_at_end: Callable[[float], float] = lambda images_per_second: 0.0,
     ):  # fmt: skip
-        """`waited()`: the seconds for which training has waited for data so far; `seconds_at_end`: see Progress."""
+        """`waited()`: seconds that training has waited for data so far; `seconds_at_end`: see Progress."""
         self.config, self.device, self.waited = config, device, waited
         self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
-        self.means = self.log_to = RunningMeans(device)  # those since the last `clear`; where `log` adds, see `apart`
-        self.wandb = WandbRun()  # of rank 0, while it is open
+        self.means = self.log_to = RunningMeans(device)  # since the last `clear`; `log` adds to `log_to`, see `apart`
+        self.wandb = WandbRun()  # does nothing, except on rank 0 while the record is open
         self.wandb_id: str | None = None
         self.progress: Progress | None = None  # while the record is open
-        self.last_line: tuple[int, int, dict[str, float]] = (-1, 0, {})  # its step, place in the file, and values
-        self.histograms: dict[str, Tensor] = {}  # those since the last line
+        self.last_line: tuple[int, int, dict[str, float]] = (-1, 0, {})  # its step, offset in the file, and values
+        self.histograms: dict[str, Tensor] = {}  # since the last line
         self.restart(0)
 
     @contextlib.contextmanager
     def open(self, step: int, start: dict[str, Any] | None = None) -> Iterator[None]:
-        """Keep a record within the block. Lines of metrics.jsonl from `step` on, where the run resumes, are dropped.
+        """Keep the record open in this block. Drops the lines of metrics.jsonl from `step` on, where the run resumes.
 
-        `start`: this start's entry of run.json. Raises SettingError for a broken line, or if wandb='online' cannot be.
+        `start`: the entry of this start in run.json. Raises SettingError for a broken line, or if wandb='online' fails.
         """
 
         def begin() -> str | None:
@@ -79,7 +79,7 @@ class Record:
             self.wandb.finish(failed)
 
     def _cut_back(self, step: int) -> list[str]:
-        """Drop the lines from `step` on, and a last line that a kill left half written. Returns the others."""
+        """Drop the lines from `step` on, and a last line that a kill left half written. Returns the lines kept."""
         kept = []
         for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], 1):
             try:
@@ -92,8 +92,8 @@ class Record:
         return kept
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """The mean over elements, ranks and steps goes into the next line, or to the innermost `apart`. Ignored while
-        the record is not open: an experiment that is built has no step. A `step_N_` in front of the name is dropped."""
+        """Add to a mean over elements, ranks and steps, for the next line or the innermost `apart`. Ignored while the
+        record is not open, as there is no step then. A `step_N_` in front of the name is dropped."""
         if self.progress is not None or self.log_to is not self.means:
             total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
             self.log_to.add(utils.without_step(name), total, count)
@@ -119,7 +119,7 @@ class Record:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[dict[str, float]]:
-        """Yields a dict that at the end holds the means of what was logged within, apart from the means of training."""
+        """Yields a dict, filled at the end with the means of what was logged inside, which stays out of training's."""
         logged: dict[str, float] = {}
         before, self.log_to = self.log_to, RunningMeans(self.device)
         try:
@@ -135,17 +135,17 @@ class Record:
     def load_state_dict(self, sums: dict[str, Tensor]) -> None:
         self.means.load(sums)
 
-    def restart(self, step: int) -> None:  # measures speed from this step and this moment on
+    def restart(self, step: int) -> None:  # measures speed from now on
         self.restarted, self.waited_before = (time.monotonic(), step), self.waited()
 
     def speed(self, step: int) -> float:  # images per second
         return (step - self.restarted[1]) * self.config.global_batch_size / (time.monotonic() - self.restarted[0])
 
     def summary(self, step: int) -> dict[str, float]:
-        """The means since the last `clear`, memory in GB, speed, and the share of time spent waiting for data. Shows
-        progress."""
+        """The means since the last `clear`, memory in GB, speed, and the share of time spent waiting for data. Prints
+        the progress."""
         values = self.means.means() | {'train/memory_gb': utils.peak_memory_gb(self.device)}
-        if step > self.restarted[1]:  # else a resumed run writes the line of its checkpoint again
+        if step > self.restarted[1]:  # else a resumed run rewrites the line of its checkpoint
             values['train/images_per_second'] = speed = self.speed(step)
             values['train/waiting'] = (self.waited() - self.waited_before) / (time.monotonic() - self.restarted[0])
             if self.progress is not None:
@@ -154,9 +154,9 @@ class Record:
 
     @contextlib.contextmanager
     def line(self, step: int) -> Iterator[dict[str, float]]:
-        """Yields a dict, which becomes a line of the record at the end, also at a stop or an error of the only process:
-        with several, an error may be one rank's. Raises SaveError on every rank if rank 0 cannot write. If anything was
-        due, speed is measured from the end on."""
+        """Yields a dict, which is written as a line of the record at the end, also after a stop. After an error it is
+        written by a single process only: with several, one rank may have failed, and writing needs all of them. Raises
+        SaveError on every rank if rank 0 cannot write. If anything was due, speed is measured from here on."""
         values: dict[str, float] = {}
         try:
             yield values
@@ -171,24 +171,24 @@ class Record:
             self.restart(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """The line of this step, in place of one with less. All ranks together; SaveError on all for a full disk."""
+        """Write the line of this step, or add to it. All ranks call this; a full disk raises SaveError on all."""
         if values:
             first = {'train/step': step, 'train/images': step * self.config.global_batch_size}
             ranks.on_main(lambda: self._append(step, first | values))
 
     def _append(self, step: int, values: dict[str, float]) -> None:
-        last, place, before = self.last_line
+        last, offset, before = self.last_line
         values = (before if last == step else {}) | values | self._percentiles()
         finite = {k: v if abs(v) < math.inf else str(v) for k, v in values.items()}  # JSON has no NaN
         with self._disk(), open(self.path, 'ab') as file:
             if last == step:
-                file.truncate(place)
-            self.last_line = (step, place if last == step else file.tell(), values)
+                file.truncate(offset)
+            self.last_line = (step, offset if last == step else file.tell(), values)
             file.write(f'{json.dumps(finite)}\n'.encode())
             file.flush()
-            os.fsync(file.fileno())  # it survives a power cut
-        more = {k: v for k, v in values.items() if last != step or k not in before}
-        self.wandb.line(step, more)
+            os.fsync(file.fileno())  # the line survives a power cut
+        new = {k: v for k, v in values.items() if last != step or k not in before}
+        self.wandb.line(step, new)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -211,14 +211,14 @@ class Record:
             image.save(temporary, 'PNG')
 
     def curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
-        """A line plot on wandb, of values that metrics.jsonl holds when they are reached."""
+        """A line plot on wandb only: metrics.jsonl gets each of its values at the step that it belongs to."""
         rows, step = [list(point) for point in points], self.progress.step if self.progress else 0
         drawn = lambda wandb: wandb.plot.line(wandb.Table(columns=[x, y], data=rows), x, y, title=name)  # noqa: E731
         self.wandb.log(step, lambda wandb: {name: drawn(wandb)})
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """A histogram of all elements of a tensor, on wandb at once. The next line has three percentiles of the newest
-        of each name, and is when samples/histogram_<name>.png is drawn."""
+        """Log a histogram of all elements of a tensor to wandb. The next line of the record has three percentiles of
+        the newest histogram of each name, and draws it as samples/histogram_<name>.png."""
         if self.progress is not None and ranks.is_main():
             name = utils.without_step(name)
             self.histograms[name] = values.detach()
@@ -229,7 +229,7 @@ class Record:
         """Percentiles of the histograms since the last line, `NAME_p50` and so on. Draws them."""
         found: dict[str, float] = {}
         for name, values in self.histograms.items():
-            finite = values.flatten()[:: 1 + values.numel() // 1_000_000].float().cpu()  # quantile takes no more
+            finite = values.flatten()[:: 1 + values.numel() // 1_000_000].float().cpu()  # quantile has a limit on them
             if len(finite := finite[finite.isfinite()]):
                 found |= {f'{name}_p{p:02}': float(f'{finite.quantile(p / 100):.7g}') for p in (5, 50, 95)}
                 self._save(bars(finite), f'samples/histogram_{name.replace("/", "_")}.png')
@@ -237,12 +237,12 @@ class Record:
         return found
 
     def alert(self, kind: str, text: str) -> None:
-        """Tell the user now, by wandb; the first on rank 0 of each kind in an hour."""
+        """Alert the user by wandb now; at most one alert an hour of each kind, from rank 0."""
         self.wandb.alert(kind, text)
 
 
 def bars(values: Tensor) -> Image.Image:
-    """A histogram of values (n,), its range written above."""
+    """A histogram of values (n,), with their range written above."""
     counts = values.histc(64)
     dark = torch.arange(100, 0, -1)[:, None] <= (100 * counts / counts.max()).round()  # (100, 64)
     image = Image.new('L', (320, 116), 255)

@@ -1,4 +1,4 @@
-"""Train: flags and config.py to settings, settings to devices, data, network and trainer.
+"""The training program: from flags to settings, and from settings to device, data, network and trainer.
 
 Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the trainer, and `main(trainer_class=Mine)`.
 """
@@ -33,7 +33,7 @@ def main(
     config = flags(argv, config_class, trainer_class)
 
     def work() -> None:
-        import trainer  # noqa: F401  # and with it what a run uses: the code that is compared
+        import trainer  # noqa: F401  # imports all code of a run, which `refuse_unlike` compares between ranks
         from training import run_folder, run_record
 
         run_record.refuse_unlike(config)
@@ -45,11 +45,11 @@ def main(
 def flags(
     argv: Sequence[str] | None = None, config_class: type[Config] = Config, trainer_class: type | None = None
 ) -> Config:
-    """Command-line flags as settings. A wrong one ends the program with its message. So does one that nothing reads,
-    unless the experiment has a class of its own, which may read it."""
+    """Settings from command-line flags. A wrong flag ends the program with a message. So does a flag that nothing
+    reads, unless the experiment has its own trainer or config class, which may read it."""
 
     def parse() -> Config:
-        # saving imports torch, for which `--help` need not wait
+        # imported late, because saving imports torch, which takes seconds that `--help` need not wait
         config = parse_config(argv, config_class, lambda path: import_module('saving').network_settings(path))
         if trainer_class is None and config_class is Config:
             refuse(config, argv, PRESETS)
@@ -59,7 +59,7 @@ def flags(
 
 
 def start(config: Config, trainer_class: type | None) -> None:
-    """The run, or with `check` its rehearsal. One that is refused leaves no new folder behind."""
+    """Train, or rehearse with `check`. A run that is refused leaves no new folder behind."""
     from runtime.ranks import print_once
     from trainer import ExampleDiffusionTrainer
     from training import run_folder
@@ -86,8 +86,9 @@ def build(
     read_from: Path | None = None,
     saved: Mapping[str, Any] | None = None,
 ) -> 'BaseDiffusionTrainer':
-    """Device, data, network and the trainer, at the step of the run's last checkpoint, or of `read_from`, whose content
-    is `saved`: it is only read, and the data only when something needs them. Raises SettingError."""
+    """The trainer with its device, data and network, at the step of the run's last checkpoint. With `read_from`, a
+    checkpoint whose content is `saved`, it is read-only and loads the data when something needs them. Raises
+    SettingError."""
     import utils
     from data_utils import setup_data_later, setup_data_train_and_test
     from networks import get_network
@@ -99,16 +100,16 @@ def build(
         choose(setting, getattr(config, setting), table)
     device = ranks.setup()
     set_precision(config.precision)
-    read = setup_data_train_and_test(config, device) if saved is None else setup_data_later(config, device, saved)
-    train_loader, train_sampler, test_loader = read
+    loaders = setup_data_train_and_test(config, device) if saved is None else setup_data_later(config, device, saved)
+    train_loader, train_sampler, test_loader = loaders
 
     def network(example: ProcessedBatch):
         utils.seed_everything(config.seed, 'network')
         cond = {name: tuple(value.shape[1:]) for name, value in example.cond.items()}
         return get_network(config, tuple(example.x0.shape[1:]), train_loader.spec.num_classes, cond)
 
-    made = trainer_class or ExampleDiffusionTrainer
-    trainer = made(config, device, network, train_loader, train_sampler, test_loader)
+    trainer_class = trainer_class or ExampleDiffusionTrainer
+    trainer = trainer_class(config, device, network, train_loader, train_sampler, test_loader)
     trainer.begin(None if read_from is None else str(read_from))
     return trainer
 
@@ -116,12 +117,12 @@ def build(
 def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **settings: Any) -> 'BaseDiffusionTrainer':
     """The trainer of a run at its last checkpoint, ready for `draw`, `loss_fn` and `train_step`; nothing is written.
 
-    `run_dir`: the run's folder, or one of its .pt files for an earlier step. `weights` of `network`: ema (the first
-    moving average), another by name (ema_0.99), one of a length that is chosen now (posthoc_0.1, training/posthoc.py),
-    or raw, which replaying a step needs. `trust`: import the run's script also from outside of the project and of the
-    folder that you work in. `settings` replace the run's, such as solver='heun', if they do not change what was
-    learned; data_path and data_dir say where the data are now, which are loaded when something reads them.
-    Raises SettingError if the run, its script or the weights are not there, the script is not trusted or imports
+    `run_dir`: the run's folder, or one of its .pt files for an earlier step. `weights` that `network` gets: ema (the
+    first moving average), another by name (ema_0.99), one whose length is chosen now (posthoc_0.1,
+    training/posthoc.py), or raw, which you need to replay a step. `trust`: import the run's script even from outside
+    the project and your working folder. `settings`, such as solver='heun', override the run's, except those that
+    shaped what it learned. data_path and data_dir say where the data are now; they are loaded when something reads
+    them. Raises SettingError if the run, its script or the weights are missing, the script is not trusted or imports
     modules by their old names, or a setting cannot be changed.
     """
     import saving
@@ -147,11 +148,11 @@ def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **s
     if weights.startswith(POSTHOC):
         trainer.network.load_state_dict(posthoc_weights(checkpoint, weights, trainer.network))
         return trainer
-    found = trainer.weights()
-    name = next(iter(found)) if weights == 'ema' else weights
-    if name not in found:
-        raise SettingError(f'weights={weights!r}: {path} has {", ".join(found)}. Choose one of these, or ema.')
-    trainer.network.load_state_dict(found[name].state_dict())
+    networks = trainer.weights()
+    name = next(iter(networks)) if weights == 'ema' else weights
+    if name not in networks:
+        raise SettingError(f'weights={weights!r}: {path} has {", ".join(networks)}. Choose one of these, or ema.')
+    trainer.network.load_state_dict(networks[name].state_dict())
     return trainer
 
 
@@ -174,8 +175,8 @@ def train(config: Config, trainer_class: type | None) -> None:
     files = dict(report='report.html', pictures='samples', checkpoint='last.pt', log='metrics.jsonl')
     is_here = os.environ.get('RUN_CALLER', os.getcwd()) == os.getcwd()  # else the user stands in another folder
     folder = config.run_dir if is_here else config.run_dir.absolute()
-    there = {name: path for name, file in files.items() if (path := folder / file).exists()}
-    ranks.print_once('\n'.join(f'  {name:10}  {path}' for name, path in there.items()))
+    paths = {name: path for name, file in files.items() if (path := folder / file).exists()}
+    ranks.print_once('\n'.join(f'  {name:10}  {path}' for name, path in paths.items()))
 
 
 def choices() -> dict[str, Mapping[str, object]]:

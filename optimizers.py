@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from config import Config, choose
 
 copy_, mul_, add_ = torch._foreach_copy_, torch._foreach_mul_, torch._foreach_add_  # pyright: ignore
-FUSED_DEVICES = ('cuda', 'cpu', 'mps', 'xpu')  # those for which torch has a fused AdamW
+FUSED_DEVICES = ('cuda', 'cpu', 'mps', 'xpu')  # devices for which torch has a fused AdamW
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov and Hutter 2019), without the wrappers of its methods that import torch._dynamo, which
-    takes two of the six seconds in which a run starts. They serve torch.compile of the optimizer itself."""
+    """torch's AdamW (Loshchilov and Hutter 2019), without the wrappers around its methods. These import torch._dynamo,
+    which takes two of the six seconds that a run needs to start, and only help to torch.compile the optimizer."""
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
@@ -44,34 +44,34 @@ class Muon(AdamW):
             for shape, weights in by_shape.items():
                 self.move(weights, shape, group)
                 for p in weights:
-                    p.grad = None  # so that AdamW passes them over
+                    p.grad = None  # so that AdamW skips them
         super().step()
 
     def move(self, weights: list[Tensor], shape: tuple[int, ...], group: dict) -> None:
-        """One step of weights that are all matrices of this shape."""
-        bad = getattr(self, 'found_inf', None)  # see step_if: the step is then none, without a CPU-GPU sync
-        go: Tensor | float = 1.0 if bad is None else 1.0 - bad
+        """One step of weights that all flatten to matrices of this shape."""
+        bad = getattr(self, 'found_inf', None)  # set by step_if: a bad step changes nothing, without a CPU-GPU sync
+        ok: Tensor | float = 1.0 if bad is None else 1.0 - bad
         gradients = torch.stack([p.grad.reshape(shape) for p in weights if p.grad is not None])
         if bad is not None:
             gradients = torch.where(bad > 0, 0.0, gradients)
         for p in weights:
-            if 'momentum' not in self.state[p]:  # AdamW, when it loads a state, looks for a 'step' in all of it
+            if 'momentum' not in self.state[p]:  # AdamW expects a 'step' in every state it loads
                 self.state[p] |= dict(momentum=p.new_zeros(shape), step=torch.zeros(()))
         momenta = [self.state[p]['momentum'] for p in weights]
-        new = torch.stack(momenta).lerp(gradients, (1 - self.momentum) * go)  # pyright: ignore[reportArgumentType]
+        new = torch.stack(momenta).lerp(gradients, (1 - self.momentum) * ok)  # pyright: ignore[reportArgumentType]
         copy_(momenta, new.unbind())
         size = 0.2 * max(shape) ** 0.5
-        updates = orthogonal(gradients.lerp(new, self.momentum)) * (-size * group['lr'] * go)  # Nesterov's
-        mul_(weights, 1 - group['lr'] * group['weight_decay'] * go)
+        updates = orthogonal(gradients.lerp(new, self.momentum)) * (-size * group['lr'] * ok)  # Nesterov momentum
+        mul_(weights, 1 - group['lr'] * group['weight_decay'] * ok)
         add_(weights, [update.view_as(p) for p, update in zip(weights, updates.unbind(), strict=True)])
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Near to U V' where a matrix is U S V', (n, a, b): singular values lie between about 0.7 and 1.2, except those
-    that are many times smaller than the largest.
+    """About U V' for each matrix U S V' of (n, a, b): its singular values lie between about 0.7 and 1.2, except where
+    they were many times smaller than the largest.
 
-    Each step is the odd polynomial p(S) = 3.4445 S - 4.775 S^3 + 2.0315 S^5 of the singular values, by matrix products
-    (Jordan et al. 2024). On a GPU in bfloat16, which is enough; complex matrices in their own precision.
+    Each step applies the odd polynomial p(S) = 3.4445 S - 4.775 S^3 + 2.0315 S^5 to the singular values, by matrix
+    products (Jordan et al. 2024). On a GPU, bfloat16 is precise enough; complex matrices keep their type.
     """
     x = matrices.bfloat16() if matrices.is_cuda and not matrices.is_complex() else matrices
     x = x.mH if x.shape[-2] > x.shape[-1] else x
@@ -89,8 +89,8 @@ OPTIMIZERS: dict[str, type[AdamW]] = {'adamw': AdamW, 'muon': Muon}
 def get_optimizer(config: Config, network: nn.Module) -> AdamW:
     """The optimizer `config.optimizer` for `network`, fused on devices that have it. Raises SettingError.
 
-    Weights of two or more dimensions are decayed, so no bias and no norm gain. Muon makes these orthogonal, except
-    tables of embeddings, whose rows are looked up one by one: they go with the biases.
+    Weights of two or more dimensions are decayed; biases and norm gains are not. Muon makes the updates of the same
+    weights orthogonal, except embedding tables, whose rows are looked up one by one: they are treated like biases.
     """
     optimizer = choose('optimizer', config.optimizer, OPTIMIZERS)
     tables = {id(m.weight) for m in network.modules() if optimizer is Muon and isinstance(m, nn.Embedding)}
@@ -134,8 +134,8 @@ def get_lr(config: Config, step: int) -> float:
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], config: Config, step: int) -> float:
     """Set the learning rates of step `step`, before it is taken; returns `get_lr`.
 
-    A group that was built with another learning rate than base_lr follows the same curve, scaled to its own, which is
-    kept in the group, and so in checkpoints, as `initial_lr`.
+    A group that was built with another learning rate than base_lr follows the same curve, scaled to its own rate. That
+    rate is kept as `initial_lr` in the group, and so in checkpoints.
     """
     lr = get_lr(config, step)
     for optimizer in optimizers:
@@ -147,15 +147,15 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], config: Config, step: in
 def step_if(ok: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()` if ok, a 0-dimensional bool tensor, else nothing: weights, moments and their step counts stay.
 
-    On a GPU fused Adam and Muon decide there, by the flag with which torch.amp.GradScaler skips a step, without a
-    CPU-GPU sync. Others ignore the flag (RMSprop, torch's Muon), refuse it (all with foreach), or take momentum that
-    was never initialised after a first step that was skipped (fused SGD).
+    On a GPU, fused Adam and Muon skip by the flag that torch.amp.GradScaler uses, without a CPU-GPU sync. Others ignore
+    the flag (RMSprop, torch's Muon), refuse it (all with foreach), or use uninitialised momentum if their first step
+    was skipped (fused SGD).
     """
     knows_flag = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, AdamW, Muon)
     if ok.device.type != 'cpu' and knows_flag and all(group.get('fused') for group in optimizer.param_groups):
         optimizer.found_inf = (~ok).float()  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
-        delattr(optimizer, 'found_inf')  # it would decide on the next plain step() too
+        delattr(optimizer, 'found_inf')  # else the next plain step() would obey it too
     elif ok:  # CPU-GPU sync
         optimizer.step()
 
@@ -171,7 +171,7 @@ def trained_parameters(
 ) -> dict[str, list[nn.Parameter]]:
     """The parameters of each optimizer. Sets frozen modules to eval mode: no dropout, no batch statistics.
 
-    Raises ValueError for a parameter that two optimizers or none move, or that is in no module, and so would not be
+    Raises ValueError for a parameter that two optimizers or none update, or that is in no module, where it would not be
     saved and averaged over the processes.
     """
     for module in modules.values():
@@ -185,16 +185,16 @@ def trained_parameters(
             shape = tuple(p.shape)
             if id(p) not in known:
                 raise ValueError(
-                    f'optimizers[{name!r}] moves a parameter of shape {shape} that is in no module. Put its module '
+                    f'optimizers[{name!r}] updates a parameter of shape {shape} that is in no module. Put its module '
                     'into self.modules (for a single parameter: torch.nn.ParameterList([p])).'
                 )
             if owner.setdefault(id(p), name) != name:
-                raise ValueError(f'optimizers {owner[id(p)]!r} and {name!r} move the same parameter of shape {shape}')
+                raise ValueError(f'optimizers {owner[id(p)]!r} and {name!r} update the same parameter of shape {shape}')
     for name, module in modules.items():
         left = [n for n, p in module.named_parameters() if p.requires_grad and id(p) not in owner]
         if left:
             raise ValueError(
-                f'modules[{name!r}]: no optimizer moves {", ".join(left[:3])}. Put one into self.optimizers, or call '
+                f'modules[{name!r}]: no optimizer updates {", ".join(left[:3])}. Put one into self.optimizers, or call '
                 'requires_grad_(False) on the module.'
             )
     return moved

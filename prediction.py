@@ -1,12 +1,12 @@
-"""The prediction types that a network may output and a loss may compare, how one becomes the other, and loss weights.
+"""The prediction types that a network may output and a loss may compare, their conversions, and loss weights.
 
 Every prediction type is one row y = a x0 + b x1 of ROWS, with coefficients that depend on t through the process.
 Together with xt = alpha x0 + sigma x1 it is a 2x2 system,
 
     det = alpha b - sigma a,    x0 = (b xt - sigma y) / det,    x1 = (alpha y - a xt) / det,
 
-so one solution serves all pairs and a new type is one row. None marks a coefficient that is zero by structure:
-such a row gives its own x1 = y / b or x0 = y / a directly, and the other from xt.
+so one solution serves all pairs and a new type is one row. None marks a coefficient that is always zero: such a row
+gives x1 = y / b or x0 = y / a directly, and xt gives the other.
 
 Singular ends (nothing is added to a denominator to hide them; `check_time_range` keeps [t_min, t_max] away):
 where alpha = 0, x1 and score outputs do not determine x0; where sigma = 0, an x0 output does not determine x1, and
@@ -20,9 +20,9 @@ and data of standard deviation sigma_data:
     c_in^-2 = alpha^2 sigma_data^2 + sigma^2
 
 A loss is w(coefs) times the squared error of the target, with w (B,) of LOSS_WEIGHTS. A published loss is a pair of
-weight and target, named with each weight; another target gives the same loss by the factor between their errors. With D
-the error of x0, the error of a type y = a x0 + b x1 is (a - b alpha / sigma)^2 D: the error of the noise x1 is SNR D,
-that of F is D / c_out^2. So these are the same loss, whatever the network outputs:
+weight and target; the docstring of each weight names its target. The same loss can be written with another target: if D
+is the squared error of x0, the error of a type y = a x0 + b x1 is (a - b alpha / sigma)^2 D, so the error of the noise
+x1 is SNR D, and the error of F is D / c_out^2. These are the same loss, whatever the network outputs:
 
     target x0, weight edm    = target F,  weight none
     target x1, weight none   = target x0, weight SNR (Ho et al. 2020, eq. 14)
@@ -54,9 +54,9 @@ ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | 
 
 
 class Prediction:
-    """One knowledge of (x0, x1), read as any type: `.x0 .x1 .score .velocity .v .F`, each (B, C, H, W).
+    """A prediction of (x0, x1) that can be read as any type: `.x0 .x1 .score .velocity .v .F`, each (B, C, H, W).
 
-    Each is computed when first read; those given at construction are returned unchanged.
+    Each is computed when first read; the types given at construction are returned unchanged.
     """
 
     def __init__(self, xt: Tensor, coefs: Coefs, **known: Tensor):
@@ -92,7 +92,7 @@ class Prediction:
         return tuple(map(self._image, ROWS[name](self.coefs)))
 
     def _image(self, k: Tensor | float | None) -> Any:
-        """k, such that it multiplies xt: a tensor (B, 1, ...), a number, or None."""
+        """k in a shape that multiplies xt: a tensor (B, 1, ...), a number, or None."""
         return bcast_right(k, self.xt.ndim) if isinstance(k, Tensor) else k
 
 
@@ -100,7 +100,7 @@ def get_model_convert_fn(model_type: str) -> Callable[[Tensor | tuple, Tensor, T
     """`convert(model_out, t, xt, coefs)`: a network output of this type, as a Prediction.
 
     A network may return a tuple; its first part is the prediction. Raises SettingError for an unknown `model_type`;
-    `convert` raises ValueError for an output that has not the shape of xt.
+    `convert` raises ValueError for an output of another shape than xt.
     """
     choose('model_type', model_type, ROWS)
 
@@ -126,7 +126,7 @@ def get_target_fn() -> Callable[[Tensor, Tensor, Tensor, Tensor, Coefs], Predict
 
 
 def determinant(name: str, coefs: Coefs) -> Tensor:
-    """alpha b - sigma a of the row y = a x0 + b x1, (B,): how far y moves where x0 and x1 move by (-sigma, alpha)."""
+    """alpha b - sigma a of the row y = a x0 + b x1, (B,): how far y moves if (x0, x1) moves by (-sigma, alpha)."""
     a, b = (0.0 if k is None else k for k in ROWS[name](coefs))
     return coefs.alpha * b - coefs.sigma * a
 
@@ -155,7 +155,7 @@ def first_singular(
     output = get_model_convert_fn(model_type)(one, time, 0 * one, coefs)
     for name in needed:
         scale = getattr(Prediction(0 * one, coefs, x0=one, x1=one), name)
-        if not max(getattr(output, name).abs().item(), scale.abs().item()) <= limit:  # also for nan
+        if not max(getattr(output, name).abs().item(), scale.abs().item()) <= limit:  # true for nan too
             return name
     return None
 
@@ -256,10 +256,10 @@ def get_loss_weight(config: Config) -> LossWeight:
 
 
 def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Tensor, Coefs, Tensor | None], Tensor]:
-    """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is any of `data` (N, C, H, W), all as likely.
+    """`denoise(xt, coefs, label=None)`: E[x0 | xt], (B, C, H, W), if x0 is one of `data` (N, C, H, W), equally likely.
 
     If `labels` (N,) are given and a label is one of them, x0 is of that class. No network reaches a lower training
-    loss; this one has memorised the data (Karras et al. 2022, appendix B.3). Computed in float64; nan where
+    loss: this denoiser has memorised the data (Karras et al. 2022, appendix B.3). Computed in float64; nan where
     sigma = 0.
     """
     flat = data.flatten(1).double()

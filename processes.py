@@ -70,11 +70,11 @@ def c_in(alpha: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 class GaussianProcess:
-    """A subclass writes `alpha` and `sigma`, from (B,) to (B,), and nothing else.
+    """A subclass defines `alpha` and `sigma`, each (B,) -> (B,), and nothing else.
 
-    alpha falls and sigma rises, both for t in float32 and in float64, each time alone. `alpha_dot`, `sigma_dot` and
+    alpha falls and sigma rises with t, elementwise, in float32 and in float64. `alpha_dot`, `sigma_dot` and
     `time_of_log_snr` follow from these two; override them where a closed form is known, which is faster.
-    `sigma_data`, the assumed standard deviation of the data, matters to c_in, the output F, the weight edm, the grid
+    `sigma_data`, the assumed standard deviation of the data, enters c_in, the output F, the weight edm, the grid
     logistic, and the solver adams with few steps.
     """
 
@@ -110,30 +110,30 @@ class GaussianProcess:
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """The t in [0, 1] at which log_snr(t) has this value; 0 or 1 for values beyond the ends. No gradient.
 
-        From a table over u = logit(t), in which log-SNR is nearly linear at either end where alpha or sigma is a power
-        of t or 1 - t, refined by two secant steps: t has an error below 1e-7 t, in float64. The table is made again in
-        each call, 4096 numbers, so that it is right for a process with parameters that change or are learned.
+        Interpolates in a table over u = logit(t), and refines by two secant steps: the error of t is below 1e-7 t, in
+        float64. In u, the log-SNR is nearly linear at an end where alpha or sigma is a power of t or 1 - t. Each call
+        makes the table of 4096 numbers again, because a process may have parameters that change or are learned.
         """
         u = torch.linspace(-40, 36, 4096, dtype=torch.float64, device=log_snr.device)  # t from 4e-18 to 1 - 2e-16
         spacing = 76 / 4095
         noise = -self.log_snr(torch.sigmoid(u))  # rises with u
         noise = torch.where(noise.isnan(), u.sign() * 1e4, noise).clamp(-1e4, 1e4).cummax(0).values
 
-        asked = -log_snr.double()
-        i = torch.searchsorted(noise, asked).clamp(1, len(u) - 1)
+        wanted = -log_snr.double()
+        i = torch.searchsorted(noise, wanted).clamp(1, len(u) - 1)
         low, high = u[i - 1], u[i]
         slope = spacing / (noise[i] - noise[i - 1])
-        guess = low + ((asked - noise[i - 1]) * slope).clamp(0, spacing)
+        guess = low + ((wanted - noise[i - 1]) * slope).clamp(0, spacing)
         for _ in range(2):
-            guess = guess + (asked + self.log_snr(torch.sigmoid(guess))) * slope
+            guess = guess + (wanted + self.log_snr(torch.sigmoid(guess))) * slope
             guess = torch.minimum(torch.maximum(guess, low), high)
-        t = torch.where(asked <= noise[0], 0.0, torch.where(asked >= noise[-1], 1.0, torch.sigmoid(guess)))
+        t = torch.where(wanted <= noise[0], 0.0, torch.where(wanted >= noise[-1], 1.0, torch.sigmoid(guess)))
         return t.to(log_snr.dtype)
 
 
 def _derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """d fn / dt at each t, by forward-mode differentiation: fn acts on each time alone."""
-    return torch.func.jvp(fn, (t.clone(),), (torch.ones_like(t),))[1]  # a clone: an expanded t is refused
+    """d fn / dt at each t, by forward-mode differentiation; fn acts elementwise."""
+    return torch.func.jvp(fn, (t.clone(),), (torch.ones_like(t),))[1]  # a clone, because jvp refuses an expanded t
 
 
 class RectifiedFlow(GaussianProcess):
@@ -162,7 +162,7 @@ class Cosine(GaussianProcess):
     """
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, with all digits where it is small, and 0 at t = 1
+        return torch.sin(math.pi / 2 * (1 - t))  # the cosine, accurate where it is small, and 0 at t = 1
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * t)
@@ -243,7 +243,7 @@ PROCESSES: dict[str, Callable[[Config], GaussianProcess]] = {
 
 
 def check_process(process: GaussianProcess, t_min: float, t_max: float) -> None:
-    """Raise SettingError if alpha and sigma do not lead from data at t = 0 to noise, at 65 times of [t_min, t_max]."""
+    """Raise SettingError unless alpha and sigma lead from data at t = 0 to noise. Checks 65 times in [t_min, t_max]."""
     t = torch.linspace(t_min, t_max, 65, dtype=torch.float64)
     name = f'the process {type(process).__name__}'
     for times in (t, t.float()):  # networks are trained in float32

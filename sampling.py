@@ -1,6 +1,6 @@
-"""From noise to data: guidance, and `sample`. t runs from t_max down to t_min; solvers/ has the steps and time grids.
+"""Sampling from noise to data, and guidance. t runs from t_max down to t_min; solvers/ has the steps and time grids.
 
-`sample` is for notebooks; `get_sample_fn` gives it the settings of a run. x is of any shape (B, ...).
+`sample` is for notebooks; `get_sample_fn` gives it the settings of a run. x may have any shape (B, ...).
 """
 
 from collections.abc import Callable, Mapping
@@ -26,11 +26,11 @@ ModelFn = Callable[..., Tensor | tuple]
 
 @dataclass(frozen=True)
 class Guidance:
-    """guide + scale (model - guide), for t in the interval; a linear rule, so the same for every model type.
+    """guide + scale (model - guide), for t in the interval; it is linear, so it is the same rule for every model type.
 
     The guide is the network without label and conditions (Ho and Salimans 2022, eq. 6), in the same batched call, or
     `guide_fn`, a worse model (Karras et al. 2024). Outside the interval only the plain network is evaluated
-    (Kynkaanniemi et al. 2024). Raises SettingError for values that cannot be.
+    (Kynkaanniemi et al. 2024). Raises SettingError for impossible values.
     """
 
     scale: float = 1.0  # 1: no guidance
@@ -51,7 +51,7 @@ class Guidance:
             )
 
     def null_of(self, label: Tensor | None) -> Tensor | None:
-        """The null class in place of `label`, or `label` itself if there is none or its numbers are not whole."""
+        """The null class for each item of `label`; `label` itself if there is no null class or labels are floats."""
         if label is None or self.null_label is None or label.is_floating_point():
             return label
         return torch.full_like(label, self.null_label)
@@ -107,7 +107,7 @@ def first_part(out: Tensor | tuple) -> Tensor:
 
 
 def rescaled(guided: Prediction, plain: Prediction, share: float) -> Prediction:
-    """x0 of `guided` with a standard deviation of its own (share 0), or that of the x0 of `plain` (share 1)."""
+    """`guided`, with the standard deviation of each x0 as it is (share 0) or as in `plain` (share 1)."""
     xt = guided.xt
     wide, target = (bcast_right(p.x0.reshape(len(xt), -1).std(1, correction=0), xt.ndim) for p in (guided, plain))
     return Prediction(xt, guided.coefs, x0=guided.x0 * (1 + share * (torch.where(wide > 0, target / wide, 1) - 1)))
@@ -118,7 +118,7 @@ def nulled(cond: Mapping[str, Tensor], null_cond: Mapping[str, Tensor | float]) 
     out = dict(cond)
     for name in cond.keys() & null_cond.keys():
         like, null = cond[name], null_cond[name]
-        dtype = like.dtype if like.is_floating_point() else None  # a null value 0.5 of whole numbers stays 0.5
+        dtype = like.dtype if like.is_floating_point() else None  # whole numbers may have a null value of 0.5
         if not isinstance(null, Tensor):
             null = torch.full((), null, dtype=dtype, device=like.device)
         try:
@@ -173,20 +173,20 @@ def sample(
     """x (B, ...) at t_min, from the base sample `x1` of that shape; label (B,) int64; cond: name -> (B, ...).
 
     Starts from sigma(t_max) x1, or later if the output says nothing about x0 there (`Steps.start`). Takes exactly
-    `num_steps` steps, each of `SOLVERS[solver].nfe` network evaluations; if `nfe` is not 0, as many steps as cost no
-    more than that. Every call of the network gets label and cond; the `s` of a solver for networks of two times
-    replaces a condition of that name. With `sampling_process`, another than the one trained with, t_min and t_max are
-    still times of `process`: its path covers the same log-SNRs, as far as it has them. `sde_last_step` ends a
-    stochastic solver, see LAST_STEPS. After step i, from 1, `callback(i, t, x)` is called, and after each evaluation of
-    the network at time t `on_prediction(t, prediction)`.
-    Guidance by `guidance_scale` compares the network with itself without label and conditions: it gets `null_label`,
-    the class that means 'no label', and from `null_cond` the value of each condition that means 'none' (a number, or a
-    tensor of the shape of one item). Conditions that have none there, and labels that are not whole numbers, are the
-    same in both. Or it compares with `guide_fn`, a second model. `guidance_interval` of t, `guidance_rescale`: see
-    `Guidance`.
-    Neither label None nor null_label suits a network trained with label_dropout 0; `get_sample_fn` refuses that.
-    Raises SettingError for an unknown choice, for a singular end that the solver would touch, for conditions that are
-    not (B, ...), and for guidance with nothing to leave out.
+    `num_steps` steps of `SOLVERS[solver].nfe` network evaluations each; if `nfe` is not 0, it is the budget of
+    evaluations that sets the number of steps. Every call of the network gets label and cond; a solver for networks of
+    two times replaces the condition `s`. `sampling_process` is a process other than the trained one: t_min and t_max
+    are still times of `process`, and the path covers the same log-SNRs, as far as it has them. `sde_last_step` is the
+    last step of a stochastic solver, see LAST_STEPS. `callback(i, t, x)` is called after step i, from 1, and
+    `on_prediction(t, prediction)` after each evaluation of the network at time t.
+    With `guidance_scale` the network is compared with itself without label and conditions. It then gets `null_label`,
+    the class that means 'no label', and for each condition its value in `null_cond`, which means 'not given' (a number,
+    or a tensor of the shape of one item). Conditions without a null value, and labels that are floats, are the same in
+    both. Or the network is compared with `guide_fn`, a second model. For `guidance_interval` of t and
+    `guidance_rescale` see `Guidance`.
+    A network trained with label_dropout 0 knows no null class; `get_sample_fn` refuses to guide it by label.
+    Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for conditions that
+    are not (B, ...), and for guidance with nothing to leave out.
     """
     cond, path = cond or {}, sampling_process or process
     check_cond(cond, len(x1))
@@ -216,7 +216,7 @@ def watched(
     return evaluate_watched
 
 
-# of the config and `sample` alike
+# settings that the config and `sample` share
 SETTINGS = (
     'model_type solver time_grid t_min t_max sde_noise sde_noise_scale sde_last_step '
     'guidance_scale guidance_interval guidance_rescale'
@@ -226,7 +226,7 @@ SETTINGS = (
 def get_sample_fn(
     config: Config, process: GaussianProcess, null_label: int, null_cond: Mapping[str, Tensor | float] | None = None
 ) -> Callable[..., Tensor]:
-    """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., cond=...)`, or others by keyword.
+    """`sample` with the config's settings: `fn(model_fn, x1=..., label=..., cond=...)`; keywords override them.
 
     `null_label`: the number of classes, which means 'no label'. Raises SettingError, now or in the call.
     """
@@ -235,7 +235,7 @@ def get_sample_fn(
     of_run |= dict(process=process, num_steps=config.num_sample_steps, nfe=config.sample_nfe, null_cond=null_cond)
     of_run['null_label'] = null_label if null_is_trained else None
     steps = Steps(config.solver, of_run['num_steps'], of_run['nfe'], config.time_grid, config.t_min, config.t_max)
-    steps.times(process, process, config.model_type)  # what cannot work fails before there is anything to sample
+    steps.times(process, process, config.model_type)  # impossible settings fail now, not when the run first samples
 
     def sample_fn(model_fn: ModelFn, x1: Tensor, label: Tensor | None = None, **given: Any) -> Tensor:
         chosen = of_run | given

@@ -1,4 +1,4 @@
-"""Checkpoint files: named objects in one file, whole or not there, loadable with weights_only=True.
+"""Checkpoint files: named objects in one file, written whole or not at all, loadable with weights_only=True.
 
 A training checkpoint holds:
 version, config        the version of the format; the settings as a dict
@@ -30,15 +30,15 @@ from runtime.files import LOAD_ERRORS, sync, whole
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
-VERSION = 1  # of the format; a file without one is of version 1
+VERSION = 1  # version of the format; a file that names none has version 1
 
 
 class DamagedCheckpoint(SettingError):
-    """A checkpoint that is not whole."""
+    """A checkpoint that is incomplete or corrupted."""
 
 
 def save(path: str | Path, **objects: Any) -> None:
-    """Write objects under their names: the state_dict of what has one, plain values as they are.
+    """Write objects under their names, those with a state_dict as that, plain values as they are.
 
     A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
     is full; the old file is then untouched.
@@ -49,7 +49,7 @@ def save(path: str | Path, **objects: Any) -> None:
 
 
 def write(path: Path, **objects: Any) -> None:
-    """`save` to a new file, which is on the disk when this returns."""
+    """Write a new file as `save` does; it is on the disk when this returns."""
     states = {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
     with open(path, 'wb') as file:
         torch.save(states, file)
@@ -60,7 +60,7 @@ def write(path: Path, **objects: Any) -> None:
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
     """The objects of `save`, by name.
 
-    Raises SettingError if the file cannot be read, DamagedCheckpoint if it is not whole.
+    Raises SettingError if the file cannot be read, DamagedCheckpoint if it is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,10 +70,10 @@ def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str
         )
     try:
         check_archive(path)
-        found = torch.load(path, map_location=map_location, weights_only=True)
-        if isinstance(found, dict) and isinstance(found.get('config'), dict):
-            found['config'] = migrated(found['config'])
-        return found
+        objects = torch.load(path, map_location=map_location, weights_only=True)
+        if isinstance(objects, dict) and isinstance(objects.get('config'), dict):
+            objects['config'] = migrated(objects['config'])
+        return objects
     except LOAD_ERRORS as error:
         # EINVAL: a seek to where a damaged file points; EIO: a bad disk
         if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EIO):
@@ -87,7 +87,7 @@ def check_archive(path: Path) -> None:
     """Raise BadZipFile if bits of a torch file were flipped, which torch.load itself would accept."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-        # fields of the zip directory without a checksum, which change how torch reads an entry
+        # fields of the zip directory that have no checksum but change how torch reads an entry
         odd = [e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED or e.external_attr]
     if damaged is not None or odd:
         raise zipfile.BadZipFile(f'bad checksum or entry of {damaged or odd[0]}')
@@ -121,7 +121,7 @@ def load_weights(
 ) -> None:  # fmt: skip
     """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit.
 
-    With `other_classes` the class embedding of another number of classes stays as it is in `network`, with a warning.
+    With `other_classes`, a class embedding for another number of classes is not copied, and there is a warning.
     """
     now = network.state_dict()
     embeddings = [name for name in weights.keys() & now.keys() if name.endswith('class_embedding.weight')]
@@ -144,17 +144,17 @@ def load_weights(
 
 def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences of two state dicts in names and shapes, as text; another number of classes first."""
-    found = []
+    lines = []
     for name in now | saved:
         old, new = (tuple(weights[name].shape) if name in weights else None for weights in (saved, now))
         if old is None or new is None:
-            found.append(f'{name} is missing {"in the checkpoint" if old is None else "now"}')
+            lines.append(f'{name} is missing {"in the checkpoint" if old is None else "now"}')
         elif old != new and name.endswith('class_embedding.weight') and old[1:] == new[1:]:
             rows = f'the class embedding has {old[0]} rows in the checkpoint, {new[0]} now'
-            found.insert(0, f'{rows} (one for each class and one for no label)')
+            lines.insert(0, f'{rows} (one for each class and one for no label)')
         elif old != new:
-            found.append(f'{name} has shape {old} in the checkpoint, {new} now')
-    return found
+            lines.append(f'{name} has shape {old} in the checkpoint, {new} now')
+    return lines
 
 
 def network_settings(path: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def network_settings(path: str) -> dict[str, Any]:
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The weights of the first moving average, the raw ones if there is none."""
+    """The weights of the first moving average, or the raw weights if there is none."""
     averages = checkpoint['ema']['networks']
     return next(iter(averages.values())) if averages else checkpoint['network']
 
@@ -181,13 +181,13 @@ def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -
 
 def rebuilt(kind: Any, values: dict[str, Any]) -> Any:
     """The inverse of `dataclasses.asdict`, also for dataclasses inside; what `kind` does not have is left out."""
-    hints, found = typing.get_type_hints(kind), {}
+    hints, arguments = typing.get_type_hints(kind), {}
     for name in [field.name for field in dataclasses.fields(kind) if field.name in values]:
-        found[name] = value = values[name]
-        inner = [one for one in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(one)]
-        if isinstance(value, dict) and inner:  # also of `Own | None`
-            found[name] = rebuilt(inner[0], value)
-    return kind(**found)
+        arguments[name] = value = values[name]
+        inner = [hint for hint in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(hint)]
+        if isinstance(value, dict) and inner:  # also for a hint like `Own | None`
+            arguments[name] = rebuilt(inner[0], value)
+    return kind(**arguments)
 
 
 def load_for_sampling(

@@ -1,8 +1,8 @@
-"""How training times are drawn: a time sampler is an inverse CDF, t = sampler(u).
+"""Time samplers, which draw the training times: each is an inverse CDF, t = sampler(u).
 
-u ~ U(0, 1) and t have shape (n,), one type and one device; t lies in [t_min, t_max]. Whether u is independent,
-stratified or antithetic is not decided here (`Batches.uniforms` in training/batches.py), so all three work with every
-sampler. A call moves nothing to the device: all that does not depend on u is computed once, as floats.
+u ~ U(0, 1) and t have shape (n,), one type and one device; t lies in [t_min, t_max]. `Batches.uniforms` in
+training/batches.py makes u independent, stratified or antithetic, so all three work with every sampler. A call copies
+nothing to the device: everything that does not depend on u is computed once, as floats.
 """
 
 import math
@@ -25,8 +25,8 @@ def uniform(t_min: float, t_max: float) -> TimeSampler:
 def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSampler:
     """u -> z ~ N(mean, std^2), conditioned on [low, high], in float64.
 
-    The CDF is evaluated in the tail where it is small, so that no digits cancel. Raises SettingError if nearly all of
-    the distribution lies outside.
+    The CDF is evaluated in the tail where it is small, so that no digits cancel. Raises SettingError if nearly the
+    whole distribution lies outside.
     """
     a, b = (low - mean) / std, (high - mean) / std
     sign = -1 if a > 0 else 1  # in the left half small probabilities keep their digits

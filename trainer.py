@@ -1,10 +1,10 @@
-"""Training. Read ExampleDiffusionTrainer first, at the end: its two functions are the experiment.
+"""The trainer. Read ExampleDiffusionTrainer first, at the end: its two functions are the experiment.
 
 prepare_batch_fn   a batch of data becomes x0, x1, t and a label; draw random numbers here, not in loss_fn
 loss_fn            the loss of each image: the network's prediction at xt, compared with the target
 
 Data x0 is at t = 0, the base sample x1 at t = 1, and xt = alpha(t) x0 + sigma(t) x1.
-An experiment subclasses one of the two classes and overrides what differs in the first section.
+An experiment subclasses one of the two classes and overrides methods of the first section.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -42,44 +42,44 @@ from training.run_record import identity_of
 class BaseDiffusionTrainer(OldNames):
     """The training loop, and a default for everything that an experiment may override except its two functions."""
 
-    independent: bool | None = None  # is x1 the base, drawn without x0? None: the first images tell. False: no SDE
-    has_reference: bool = True  # False leaves out eval/reference, where the network is not a denoiser of noise
+    independent: bool | None = None  # is x1 drawn from the base, without x0? None: find out from images. False: no SDE
+    has_reference: bool = True  # False, for a network that does not remove noise, leaves out eval/reference
     null_cond: Mapping[str, Tensor | float] = {}  # condition -> its value for 'not given', for dropout and guidance
     couple: Callable[..., Tensor] | None = None  # or a method (x0, x1, label) -> x1 for the whole global batch
 
     # ---------------------------------------------------------------- the experiment: override these
 
     def prepare_batch_fn(self, batch: tuple[Tensor, ...], is_train: bool) -> ProcessedBatch:
-        """From (x, label), or (x, label, x1) if the data are pairs. torch's generators are seeded from (seed, step)."""
+        """A batch from (x, label), or from (x, label, x1) if the data are pairs. torch is seeded from (seed, step)."""
         raise NotImplementedError
 
     def loss_fn(self, batch: ProcessedBatch, model_fn: ModelFn) -> Tensor:
-        """(B,), a pure function of the batch and `self.modules`; `model_fn(xt, t, label, **cond)` is the network."""
+        """Losses (B,), a pure function of batch and `self.modules`; `model_fn(xt, t, label, **cond)` is the network."""
         raise NotImplementedError
 
     def setup_networks(self) -> None:
-        """Fill `modules`, `optimizers` and `emas`. To add a network, override this: before super() what `encode` or
-        `prepare_batch_fn` use, after it what copies the network."""
+        """Fill `modules`, `optimizers` and `emas`. To add a network, override this: build what `encode` or
+        `prepare_batch_fn` use before super(), and copies of the network after it."""
         self.optimizers.setdefault('network', get_optimizer(self.config, self.network))
         self.emas.setdefault('network', EMA(self.network, self.config.ema_decays))
         utils.seed_everything(self.config.seed, 'modules', 'after the network')
 
-    def encode(self, x: Tensor) -> Tensor:  # from data as they are loaded, images in [0, 1], to x0, which is noised
+    def encode(self, x: Tensor) -> Tensor:  # from data as loaded, images in [0, 1], to x0, to which noise is added
         return 2 * x - 1 if self.data.scale == 'image' else x
 
     def decode(self, x0: Tensor) -> Tensor:  # the inverse, for pictures, metrics and files
         return ((x0 + 1) / 2).clamp(0, 1) if self.data.scale == 'image' else x0
 
     def sample_inputs(self, n: int) -> SampleInputs:
-        """What n samples start from, the same every time: noise and classes (batches.as_in_data), or held-out data."""
+        """Inputs of n samples, the same every time: noise and classes (batches.as_in_data), or held-out data."""
         return self.batches.sample_inputs(n)
 
     def draw(self, model_fn: ModelFn, inputs: SampleInputs, solver: str, **settings: object) -> Tensor:
-        """x0 (n, ...) by this solver; `settings` of sampling.sample replace those of the config."""
+        """x0 (n, ...) drawn by this solver; `settings`, keywords of sampling.sample, override the config."""
         return self.drawing.draw(model_fn, inputs, solver, **settings)
 
     def samplers(self) -> dict[str, Callable[[ModelFn, SampleInputs], Tensor]]:
-        """Name -> a way of sampling, for pictures and final numbers: the config's solver, and one of the other kind."""
+        """Name -> sampler, for pictures and final numbers: the solver of the config, and one of the other kind."""
         return {name: partial(self.draw, solver=name) for name in self.drawing.default_solvers()}
 
     def sample_metrics(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
@@ -87,20 +87,20 @@ class BaseDiffusionTrainer(OldNames):
         return self.judge.distances(x, inputs)
 
     def show(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
-        """On rank 0, a picture of decoded samples, with what they were made from on its left."""
+        """On rank 0, draw a picture of decoded samples, with their inputs on its left."""
         self.gallery.show(name, x, inputs)
 
     def after_sampling(self, name: str, x: Tensor, inputs: SampleInputs) -> None:
         """On rank 0, after `show`: pictures, numbers and histograms of your own."""
 
     def state(self) -> dict:
-        """What a checkpoint holds besides networks: tensors, numbers, strings, lists and dicts of them."""
+        """State to save in a checkpoint, besides networks: tensors, numbers, strings, lists and dicts of them."""
         return {}
 
     def load_state(self, state: dict) -> None:
-        """Take back what `state` gave; its tensors are on the CPU."""
+        """Restore what `state` returned; its tensors are on the CPU."""
 
-    # to use in them
+    # helpers for these methods
     # fmt: off
     def uniforms(self, n: int) -> Tensor: return self.batches.uniforms(n)  # (n,) in [0, 1], for the time sampler
     def log(self, name: str, value: Tensor | float) -> None: self.record.log(name, value)  # its mean is recorded
@@ -109,7 +109,7 @@ class BaseDiffusionTrainer(OldNames):
     def get_model_fn(self, module: nn.Module, train: bool = False) -> ModelFn: return self.caller(module, train)
     # fmt: on
 
-    def overrides(self, name: str) -> bool:  # whether the experiment has a method or attribute `name` of its own
+    def overrides(self, name: str) -> bool:  # whether the experiment defines a method or attribute `name`
         return name in vars(self) or getattr(type(self), name) is not getattr(ExampleDiffusionTrainer, name)
 
     # ---------------------------------------------------------------- construction
@@ -130,7 +130,7 @@ class BaseDiffusionTrainer(OldNames):
         self.modules: dict[str, nn.Module] = {}  # saved, restored and averaged over the ranks
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # stepped in turn, each with parameters of its own
         self.emas: dict[str, EMA] = {}  # moving averages of modules, by the name of the module
-        self.parameters: dict[str, list[nn.Parameter]] = {}  # of each optimizer
+        self.parameters: dict[str, list[nn.Parameter]] = {}  # the parameters of each optimizer, by its name
         self.step, self.losses, self.independent = 0, ParallelLoss.before_begin, self.independent
         self.caller, self.batches = Caller(config, device), Batches(self, train_loader, train_sampler, test_loader)
         self.bad_steps, self.drawing = BadSteps(config, device), Drawing(self, self.batches)
@@ -141,46 +141,46 @@ class BaseDiffusionTrainer(OldNames):
         held |= dict(bad_steps=self.bad_steps, record=self.record, about=self.gallery.about)
         identity = identity_of(type(self), BaseDiffusionTrainer, train_loader.fingerprint)
         self.checkpoints = Checkpoints(config, identity, held)
-        utils.seed_everything(config.seed, 'modules')  # for those that a subclass adds
+        utils.seed_everything(config.seed, 'modules')  # for modules that a subclass adds
 
     def begin(self, read_from: str | None = None) -> None:
-        """When all constructors are through: networks, then the run's last checkpoint, or `read_from`, only read."""
+        """After all constructors: build the networks, then restore the run's last checkpoint, or read `read_from`."""
         self.setup_networks()
         self.independent = independence(self, self.batches, is_new=read_from is None)
         self.drawing.check()
         self.parameters |= trained_parameters(self.modules, self.optimizers)
         self.step = self.checkpoints.restore(read_from)
         model_fn = self.get_model_fn(self.network, train=True)
-        example = self.batches.few if self.train_loader.facts else self.batches.few()  # its data may not be there
+        example = self.batches.few if self.train_loader.facts else self.batches.few()  # facts: its data may be missing
         self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), example)
 
     example = property(lambda self: self.batches.example)  # a prepared batch of the first images
-    shape = property(lambda self: tuple(self.batches.like.x0.shape[1:]))  # of one x0
+    shape = property(lambda self: tuple(self.batches.like.x0.shape[1:]))  # shape of one x0
     ema = property(lambda self: self.emas['network'])
 
     @property
-    def network(self) -> nn.Module:  # the raw one, which is trained; built when it is first needed
+    def network(self) -> nn.Module:  # the raw network, which is trained; built on first use
         if 'network' not in self.modules:
             self.modules['network'] = on_device(self.build_network(self.batches.like), self.device)
         return self.modules['network']
 
     def weights(self) -> dict[str, nn.Module]:
-        """The networks to evaluate, by name; the first moving average, if any, is the one by which a run is judged."""
+        """The networks to evaluate, by name; a run is judged by its first moving average, if it has any."""
         return {f'ema_{decay:g}': net for decay, net in self.ema.networks.items()} | {'raw': self.network}
 
     # ---------------------------------------------------------------- the loop
 
-    def train_loop(self, start: dict | None = None) -> None:  # start: what run.json has of it
+    def train_loop(self, start: dict | None = None) -> None:  # start: its entry in run.json
         """Train to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
         c, finished = self.config, False
         self.checkpoints.refuse_if_read_only()
         with self.record.open(self.step, start), self.checkpoints, self.batches, alive.still('training'):
             stopping.catch_stop_signals()
             with suppress(Stopped):
-                self.judge.rehearse()  # what is broken fails now or never
+                self.judge.rehearse()  # broken code fails now, not hours later
                 self.gallery.rehearse(self.step)
                 self.checkpoints.check()
-                self.report()  # in a resumed run what was due at the step of its checkpoint
+                self.report()  # a resumed run repeats what was due at its checkpoint's step
                 steps = self.batches.steps(self.step)
                 while self.step < c.num_training_steps:
                     self.train_step(next(steps))
@@ -195,10 +195,10 @@ class BaseDiffusionTrainer(OldNames):
             raise Stopped
 
     def train_step(self, micro_batches: Iterable[ProcessedBatch]) -> None:
-        """One optimizer step on a global batch, of which these are the parts of this process. A bad step is skipped."""
+        """One optimizer step on a global batch; `micro_batches` are this process's part of it. Skips a bad step."""
         c, lr = self.config, set_lr(self.optimizers.values(), self.config, self.step)
         if self.due(c.log_every):
-            self.record.clear()
+            self.record.clear()  # these means are already written
         for i, batch in enumerate(micro_batches):
             utils.seed_everything(c.seed, 'forward', self.step, ranks.rank(), i)  # for dropout
             losses = self.losses(batch, average=i == c.accumulation_steps - 1)  # (B,)
@@ -210,14 +210,14 @@ class BaseDiffusionTrainer(OldNames):
             step_if(ok, optimizer)
             optimizer.zero_grad()
         for name, ema in self.emas.items():
-            ema.update(self.modules[name])  # after a skipped step, with weights that stood still
+            ema.update(self.modules[name])  # also after a skipped step, with unchanged weights
         self.step += 1
         self.record.step(lr, norms)
 
     def report(self) -> None:
-        """What is due at this step goes into the record: means, held-out losses, pictures, numbers for samples."""
+        """Record what is due at this step: means, held-out losses, pictures, numbers for samples."""
         c, last = self.config, self.step >= self.config.num_training_steps
-        with self.record.line(self.step) as line:  # written at the end, also if a stop comes meanwhile
+        with self.record.line(self.step) as line:  # written at the end, also after a stop signal
             if self.due(c.log_every):
                 line |= {'train/bad_steps': self.bad_steps.report(self.record.alert)}
                 line |= self.record.summary(self.step)
@@ -226,7 +226,7 @@ class BaseDiffusionTrainer(OldNames):
             if self.due(c.sample_every) and (c.final_pictures or not last):
                 line |= self.gallery.draw(self.step)
             if c.final_eval if last else self.due(c.eval_metrics_every):
-                self.gallery.update_page(self.step, line)  # the numbers may take minutes
+                self.gallery.update_page(self.step, line)  # first, because the numbers may take minutes
                 line |= self.judge.samples(self.step)
         if self.due(c.sample_every):
             self.gallery.update_page()
@@ -236,7 +236,7 @@ class BaseDiffusionTrainer(OldNames):
 
 
 class ExampleDiffusionTrainer(BaseDiffusionTrainer):
-    """Diffusion, flow matching or a stochastic interpolant, by the settings. Copy it, or override one of the two."""
+    """Diffusion, flow matching or a stochastic interpolant, as set. Copy it, or override one of its two functions."""
 
     def prepare_batch_fn(self, batch: tuple[Tensor, ...], is_train: bool) -> ProcessedBatch:
         x_original, label, *pair = batch
@@ -252,7 +252,7 @@ class ExampleDiffusionTrainer(BaseDiffusionTrainer):
         coefs = self.process(batch.t)
         xt = self.process.compute_xt(batch.x0, batch.x1, coefs)
         model_out = model_fn(xt, batch.t, batch.label, **batch.cond)  # whatever the network approximates
-        model_obj = self.model_convert_fn(model_out, batch.t, xt, coefs)  # that, as every prediction type
+        model_obj = self.model_convert_fn(model_out, batch.t, xt, coefs)  # the same, as every prediction type
         model_pred = getattr(model_obj, self.config.target_type)  # the one the loss compares
         target_obj = self.target_fn(batch.t, xt, batch.x0, batch.x1, coefs)  # every possible target
         target = getattr(target_obj, self.config.target_type)

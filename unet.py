@@ -4,10 +4,10 @@ Notable features (after Dhariwal and Nichol 2021):
 - residual blocks with group norm, whose scale and shift come from the embedding of time, class and conditions
 - self-attention at chosen resolutions, and always in the middle
 - blocks and output start at zero: at first each block is the identity, and the output is 0
-- sides that cannot be halved as often as there are levels are padded, and the output is cropped
+- images whose sides cannot be halved once for each further level are padded, and the output is cropped
 
-For a network of yours: `ConditionedNetwork` makes the embedding, of `sinusoid` and `Conditions`. networks/table.py has
-the table to put it in.
+To write a network, subclass `ConditionedNetwork`, which makes the embedding with `sinusoid` and `Conditions`, and add
+it to the table in networks/table.py.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 def sinusoid(time: Tensor, dim: int) -> Tensor:
     """(B,) -> (B, dim): cosines and sines at frequencies from 1 down to 1/10000 (Vaswani et al. 2017, section 3.5).
 
-    `time` should span some hundreds, or near times look alike.
+    `time` should span some hundreds, or nearby times look alike.
     """
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=time.device) / (dim // 2))
     angles = time.float()[:, None] * frequencies
@@ -37,8 +37,9 @@ def zero_init(module: nn.Module) -> nn.Module:
 class Conditions(nn.Module):
     """The named conditions that a network takes besides the class, {name: shape of one item}, and their embeddings.
 
-    A number, shape (), goes through a sinusoid of 1000 times its value, as the time does, so it should be of order 1; a
-    vector (D,) as it is. Each has a small MLP, whose last layer starts at zero, and all add up to one embedding.
+    A number, shape (), becomes a sinusoid of 1000 times its value, as the time does, so it should be of order 1; a
+    vector (D,) is used as it is. Each goes through a small MLP, whose last layer starts at zero; the embedding is their
+    sum.
     Images (C, H, W) become channels, after the channels of xt; with `flat` they count as vectors.
     A condition that a call leaves out, or gives as None, adds nothing: no embedding, and channels of zeros.
     """
@@ -58,7 +59,7 @@ class Conditions(nn.Module):
                 )
             if name not in self.images:
                 size = math.prod(shape) if shape else dim
-                self.mlps[f'mlp_{name}'] = nn.Sequential(  # a bare name may be taken: every module has a `type`
+                self.mlps[f'mlp_{name}'] = nn.Sequential(  # prefixed, because every module has a method `type`
                     nn.Linear(size, dim), nn.SiLU(), zero_init(nn.Linear(dim, dim))
                 )
 
@@ -99,16 +100,16 @@ class Conditions(nn.Module):
 
 
 class ConditionedNetwork(nn.Module):
-    """A network whose time, class and conditions become one embedding; a subclass has the `forward`.
+    """A network that turns time, class and conditions into one embedding; a subclass adds `forward`.
 
-    Label `num_classes` is the null class, which None means too.
+    Label `num_classes` is the null class, and so is None.
     """
 
     conditions: Conditions
 
     def __init__(self, num_classes: int, frequencies: int, dim: int, conditions: Conditions | None = None):
         """`frequencies`: size of the sinusoid of the time, even. `dim`: size of the embedding. A subclass that passes
-        no conditions sets them later: the initial weights of a seed depend on the order."""
+        no conditions sets `self.conditions` later: the order decides which initial weights a seed gives."""
         super().__init__()
         if conditions is not None:
             self.conditions = conditions
@@ -117,15 +118,15 @@ class ConditionedNetwork(nn.Module):
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
 
     def embedding(self, time: Tensor, label: Tensor | None, cond: Mapping[str, Tensor | None]) -> Tensor:
-        """(B, dim), of time (B,), label (B,) int64 and conditions (B, ...)."""
-        if label is None or self.num_classes == 0:  # labels of data without classes mean nothing here
+        """(B, dim), from time (B,), label (B,) int64 and conditions (B, ...)."""
+        if label is None or self.num_classes == 0:  # data without classes may have labels, which mean nothing
             label = torch.full((len(time),), self.num_classes, device=time.device)
         emb = self.time_mlp(sinusoid(time, self.frequencies)) + self.class_embedding(label)
         return F.silu(emb + self.conditions.embed(cond))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of at least 4 channels, at most 32 of them."""
+    """Group norm with at most 32 groups, of at least 4 channels."""
     groups = min(32, max(1, channels // 4))
     while channels % groups:
         groups -= 1
@@ -217,10 +218,10 @@ class UNet(ConditionedNetwork):
             raise ValueError(f'a UNet is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         attend, c_emb = attended_levels(shape, len(channel_mults), attention_resolutions), 4 * channels
         super().__init__(num_classes, channels, c_emb, Conditions(cond, c_emb))
-        self.in_channels, self.multiple = shape[0], 2 ** (len(channel_mults) - 1)  # channels of xt without conditions
+        self.in_channels, self.multiple = shape[0], 2 ** (len(channel_mults) - 1)  # channels of xt, not of conditions
         self.stem = nn.Conv2d(shape[0] + self.conditions.channels, channels, 3, padding=1)
 
-        c, skips = channels, [channels]  # channels now, and of each tensor that a skip connection will bring back
+        c, skips = channels, [channels]  # channels of x, and of each tensor that waits for its skip connection
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(channel_mults):
             if i > 0:

@@ -31,7 +31,7 @@ def bcast_right(v: Tensor, ndim: int) -> Tensor:
 def rows(bundle: Bundle, index: slice | Tensor) -> Bundle:
     """The same dataclass with these rows of every tensor in it, also in its dicts and lists; other fields are kept.
 
-    `index` is a slice, or a tensor of row numbers or of truth values.
+    `index` is a slice, or a tensor of row numbers or of bools.
     """
     return _map_tensors(lambda tensors: tensors[0][index], [bundle], type(bundle).__name__)
 
@@ -43,7 +43,7 @@ def concat(bundles: Sequence[Bundle]) -> Bundle:
 
 
 def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: str) -> Any:
-    """Like values[0], with `fn` of the tensors at the same place in all of `values` where it has a tensor."""
+    """values[0], where each tensor is replaced by `fn` of the tensors at its place in all `values`."""
     first, tensors = values[0], sum(isinstance(value, Tensor) for value in values)
     if tensors == len(values):
         return fn(values)
@@ -59,7 +59,7 @@ def _map_tensors(fn: Callable[[list[Tensor]], Tensor], values: list[Any], name: 
 
 
 def _children(value: Any) -> dict:
-    """What a bundle, dict, list or tuple holds, by name or number; nothing for any other value."""
+    """The contents of a bundle, dict, list or tuple, by name or number; empty for any other value."""
     if isinstance(value, dict):
         return value
     if isinstance(value, list | tuple):
@@ -78,7 +78,7 @@ def jvp(
     """
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
 
-    def of_moving(*values: Tensor) -> Tensor:
+    def fn_of_moving(*values: Tensor) -> Tensor:
         args = list(inputs)
         for i, value in zip(moving, values, strict=True):
             args[i] = value
@@ -89,9 +89,9 @@ def jvp(
     if not moving:
         out = fn(*inputs)
         return out, torch.zeros_like(out)
-    primals = tuple(inputs[i].clone() for i in moving)  # an expanded tensor, whose elements share memory, is refused
+    primals = tuple(inputs[i].clone() for i in moving)  # torch refuses an expanded tensor, whose elements share memory
     with sdpa_kernel(SDPBackend.MATH):
-        result = torch.func.jvp(of_moving, primals, tuple(tangents[i] for i in moving))
+        result = torch.func.jvp(fn_of_moving, primals, tuple(tangents[i] for i in moving))
     return result[0], result[1]
 
 
@@ -113,7 +113,7 @@ def image_square_error(a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _seed_accelerator() -> Callable[[int], None]:
-    """Seeds the generators of all GPUs, now or as soon as they are used; does nothing on a machine without."""
+    """A function that seeds all GPUs, now or when they are first used; it does nothing on a machine without GPUs."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return lambda seed: None
@@ -132,7 +132,7 @@ def seed_everything(*key: int | str) -> None:
     A hash, because torch's CPU generator keeps only the low 32 bits of a seed: sums and shifts of keys would collide.
     """
     seed = hashed(*key)
-    # What torch.manual_seed does for the devices there are; for each kind there is not, it formats a stack trace.
+    # Not torch.manual_seed, which formats a stack trace for each kind of device that the machine lacks.
     torch.default_generator.manual_seed(seed)
     _seed_accelerator()(seed)
     np.random.seed(seed % 2**32)
@@ -140,10 +140,11 @@ def seed_everything(*key: int | str) -> None:
 
 
 class NoiseOfEach(TorchFunctionMode):
-    """While this is entered, the random numbers of row i of a batch are a function of (*key, indices[i]) only, so that
-    a sample does not depend on its batch or on the device.
+    """A context in which the random numbers of row i of a batch are a function of (*key, indices[i]) only, so that a
+    sample does not depend on its batch or on the device.
 
-    For rand, randn and their _like forms, of len(indices) rows; other random functions are seeded for the batch.
+    This holds for rand, randn and their _like forms with len(indices) rows; other random functions are seeded once for
+    the batch.
     """
 
     RANDOM: ClassVar[dict[Callable, str]] = {
@@ -170,7 +171,7 @@ class NoiseOfEach(TorchFunctionMode):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory was lacking. For a CPU torch raises a plain RuntimeError."""
+    """Whether an error means that memory ran out. On the CPU, torch raises a plain RuntimeError."""
     on_cpu = isinstance(error, RuntimeError) and 'DefaultCPUAllocator' in str(error)
     return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
@@ -184,7 +185,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def without_step(name: str) -> str:
-    """`name` without the step_0000100_ that names of pictures have."""
+    """`name` without a part like step_0000100_, which names of pictures have."""
     return re.sub(r'step_\d{7,}_', '', name)
 
 
@@ -197,5 +198,5 @@ def caption(name: str) -> str:
 
 
 def is_nearly_unit(x: Tensor) -> bool:
-    """Whether all values lie in [0, 1], or so little beyond it that they can be clipped: images."""
+    """Whether all values lie in [0, 1] or close enough to clip them, as those of images do."""
     return float(x.min()) >= -0.25 and float(x.max()) <= 1.25

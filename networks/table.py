@@ -14,7 +14,7 @@ from processes import GaussianProcess, c_in, get_process
 from unet import UNet
 from utils import bcast_right
 
-Shape = tuple[int, ...]  # of one item, without the batch: (C, H, W), (D,), ()
+Shape = tuple[int, ...]  # shape of one item, without the batch: (C, H, W), (D,), ()
 
 # time_input -> (t, process) -> (B,) time that the network sees; spans some hundreds, as a sinusoid needs.
 TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
@@ -26,8 +26,8 @@ TIME_INPUTS: dict[str, Callable[[Tensor, GaussianProcess], Tensor]] = {
 class ScaledNetwork(nn.Module):
     """`net` behind a fixed scaling of its input: net(c_in xt, time, label, **cond). Conditions go through unchanged.
 
-    c_in gives the input unit variance for any process; `ve` cannot be trained without, its noise has a standard
-    deviation of 80.
+    c_in gives the input unit variance for any process; `ve`, whose noise has a standard deviation of 80, cannot be
+    trained without it.
     """
 
     def __init__(self, net: nn.Module, process: GaussianProcess, time_input: str):
@@ -74,17 +74,17 @@ def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
 
 
 # name -> (config, shape of one item of data, num_classes) -> forward(scaled xt, time, label, **cond); label num_classes
-# is the null class. Only where there are conditions, cond={name: shape of one item} is passed too.
+# is the null class. cond={name: shape of one item} is passed only if there are conditions.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {'unet': unet, 'mlp': mlp, 'dit': dit}
 
 
 def get_network(
     config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None
 ) -> ScaledNetwork:
-    """The network with its scaling, for data of `shape`; weights are a function of the seed of torch's generator.
+    """The network with its scaling, for data of `shape`; its weights depend only on the seed of torch's generator.
 
     `cond`: the conditions besides the class, name -> shape of one item, such as {'ink': (), 'text': (16,)}.
-    Raises SettingError, also if the network takes no conditions and there are some.
+    Raises SettingError, also if there are conditions and the network takes none.
     """
     build = choose('network', config.network, NETWORKS)
     if cond:
@@ -96,7 +96,7 @@ def get_network(
         parameters = inspect.signature(build).parameters.values()
         if not any(p.name == 'cond' or p.kind is p.VAR_KEYWORD for p in parameters):
             raise SettingError(
-                f'network={config.network!r} takes no conditions, and there are some: {", ".join(cond)}. Give its '
+                f'network={config.network!r} takes no conditions, but there are some: {", ".join(cond)}. Give its '
                 'builder in NETWORKS a fourth parameter, cond=None (a dict from name to shape of one item), and its '
                 'network forward(self, xt, time, label, **cond); or use --network unet, dit or mlp.'
             )

@@ -5,8 +5,9 @@ features:
 - patches of more than 128 values enter through a bottleneck of 128
 - time, class and conditions steer each block by scale, shift and gate, which start at zero (adaLN-Zero): at first each
   block is the identity, and the output is 0
-- RMS norms without weights, queries and keys normalised, SwiGLU in place of an MLP with GELU
-- positions twice: sines added to the tokens say where a patch is, rotations of queries and keys how far two are apart
+- RMS norms without weights, normalised queries and keys, SwiGLU instead of an MLP with GELU
+- positions enter twice: sinusoids added to the tokens say where a patch is, and rotations of queries and keys say how
+  far apart two patches are
 - fused attention; under `utils.jvp` plain products, which have a forward mode
 """
 
@@ -28,8 +29,8 @@ DIT_SIZES = {  # Peebles and Xie 2023, table 1: depth, width, heads
 
 
 def angles(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """(height x width, dim): the angles of each place, row by row; half of the dimensions turn with its row, half with
-    its column, at frequencies from 1 down to 1/10000. `dim` is even."""
+    """(height x width, dim): the angles of each place, row by row. Half of the dimensions encode its row and half its
+    column, at frequencies from 1 down to 1/10000. `dim` is even."""
     places = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
     frequencies = 10_000 ** -torch.linspace(0, 1, dim // 2, device=device)
     return (places[:, :, None] * frequencies).flatten(1)
@@ -43,12 +44,12 @@ def turn(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square, over the last dimension."""
+    """x divided by its root mean square over the last dimension."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Attention(nn.Module):
-    """Self-attention of all tokens (B, N, width), with normalised queries and keys that turn with their places."""
+    """Self-attention of all tokens (B, N, width); queries and keys are normalised, then rotated by their positions."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -65,11 +66,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W (silu(U x) * V x), with as many weights as an MLP of four times the width (Shazeer 2020)."""
+    """W (silu(U x) * V x), with about as many weights as an MLP with a hidden layer of 4 x width (Shazeer 2020)."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
-        hidden = -(-8 * width // 3 // 8) * 8
+        hidden = -(-8 * width // 3 // 8) * 8  # 8/3 of the width, rounded up to a multiple of 8
         self.gate_and_value, self.out = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -134,6 +135,6 @@ class DiT(ConditionedNetwork):
         for block in self.blocks:
             x = block(x, emb, angle)
         scale, shift = self.modulation(emb)[:, None].chunk(2, -1)
-        x = self.head(rms_norm(x) * (1 + scale) + shift)  # a patch a token
+        x = self.head(rms_norm(x) * (1 + scale) + shift)  # (B, rows x columns, C patch^2)
         x = x.transpose(1, 2).reshape(len(xt), -1, rows, columns)
         return F.pixel_shuffle(x, self.patch)[:, :, :height, :width]

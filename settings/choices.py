@@ -1,6 +1,7 @@
-"""Choices of the settings, which other settings each choice reads, and the page of --help, all read from the sources.
+"""The choices of settings, the other settings that each choice reads, and the page of --help.
 
-The sections of config.py are the groups of the page. Needs no torch.
+The choices and the page are read from the source files, without importing torch. The sections of config.py are the
+groups of the page.
 """
 
 import ast
@@ -36,8 +37,8 @@ TABLES = dict(
     sde_noise=('solvers.table', 'SDE_NOISES'),
     sde_last_step=('solvers.table', 'LAST_STEPS'),
 )
-# setting -> its value -> the settings that only this and some other values read. A value that is not here, such as a
-# choice of yours, reads all of them. SDE settings are not here: next to an ODE sampler, a run draws with an SDE one.
+# setting -> value -> settings that this value reads and some other values do not. A value that is not listed, such as
+# one of your own, reads all of them. SDE settings are not listed: every run draws with an ODE and an SDE sampler.
 FILES = 'data_path image_size background fit skip_unreadable cache'
 NOTHING = 'digits mnist fashion_mnist cifar10 cifar100 moons spirals checkerboard eight_gaussians'
 READS: dict[str, Mapping[Any, str]] = dict(
@@ -56,7 +57,7 @@ READS: dict[str, Mapping[Any, str]] = dict(
 
 
 def unread_by(config: Any, name: str) -> str:
-    """The setting whose value does not read setting `name`, as its other choices do; '' if there is none."""
+    """The setting whose value does not read setting `name`, though other choices do; '' if there is none."""
     for setting, reads in READS.items():
         own = reads.get(getattr(config, setting))
         if own is not None and name not in own.split() and any(name in names.split() for names in reads.values()):
@@ -68,8 +69,8 @@ def unread_by(config: Any, name: str) -> str:
 
 
 def names_of(setting: str) -> list[str]:
-    """The choices of a setting: with those of the user's script if the table is imported, else as its file has them.
-    Empty if that cannot be read, or if the setting has no choices."""
+    """The choices of a setting: from its table if that is imported, with additions of the user's script, else from the
+    source file of the table. Empty if that cannot be read, or if the setting has no choices."""
     if setting not in TABLES:
         return list(CHOICES.get(setting, ()))
     module, table = TABLES[setting]
@@ -112,7 +113,7 @@ def keys_of(node: Any, module: str) -> list[str]:
 
 
 def is_extended(table: str) -> bool:
-    """Whether a file of the project adds to this table elsewhere than where it is defined."""
+    """Whether a file of the project adds to this table outside the table's definition."""
     adds = re.compile(rf'^ *{table}(\[.+\] *=[^=]|\.update\(| *\|=)', re.MULTILINE)
     wings = [path.parent for path in ROOT.glob('*/__init__.py') if path.parent.name != 'tests']
     files = [*ROOT.glob('*.py'), *(file for wing in wings for file in wing.rglob('*.py'))]
@@ -125,7 +126,7 @@ SECTION = re.compile(r'^ *# -{9,} (?:the )?(\w[\w ]*\w)[:( ]*(.*?)\)?$')
 
 
 def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
-    """A dataclass for tyro, with one inside for each section. Its values are those of `defaults`."""
+    """A dataclass for tyro that holds one dataclass for each section. Its defaults are the values in `defaults`."""
     from tyro.conf import arg
 
     types, groups = get_type_hints(config_class), []
@@ -146,7 +147,7 @@ def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
 
 
 def sections(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
-    """(title, more) of each section -> setting -> its help. The settings of a subclass are a section of its name."""
+    """(title, more) of each section -> setting -> its help. The settings of a subclass form a section with its name."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     section_of: dict[str, tuple[str, str]] = {}
     names = {field.name for field in dataclasses.fields(config_class)}
@@ -160,7 +161,7 @@ def sections(config_class: type) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def source_of(base: type) -> dict[str, tuple[tuple[str, str], str]]:
-    """Setting -> (its section, its help: the comment on its line, or the docstring below), as the source has them."""
+    """Setting -> (its section, its help), from the source; help is the comment on its line or the docstring below."""
     try:
         source = textwrap.dedent(inspect.getsource(base))
         body = ast.parse(source).body[0].body  # pyright: ignore[reportAttributeAccessIssue]

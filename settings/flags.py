@@ -1,4 +1,4 @@
-"""The command line: its words to settings, and what is answered to words that are not understood.
+"""The command line: from flags to settings, with a helpful message for each flag that is wrong.
 
 Later wins: field default < preset < --settings FILE < settings of the network in --init_from < debug < command line.
 """
@@ -19,24 +19,24 @@ from settings import choices
 from settings.same_run import class_defaults, migrated
 
 C = TypeVar('C')
-# the examples are written with =, so that `--name ` is found first where its help is
+# the examples use =, so that a search for `--name ` finds its help first
 ABOUT = """Train on digits, or as the settings say. Later wins: default, preset, settings of another run, debug, flags.
 
   sh run.sh --preset=small_images --data_path=DIR     your images
   sh run.sh --dataset=spirals --network=mlp           other data, another network
   sh run.sh --settings=ckpts/NAME --seed=1            like another run, with another seed
 
-With --preset NAME, the defaults are those of the preset. docs/settings.md explains the settings.
+With --preset NAME, this page shows the defaults of the preset. docs/settings.md explains the settings.
 """
-# Settings that say which run it is and what is done with it, not how it trains: not taken from --settings.
+# Settings that name a run or say what to do with it, not how it trains. --settings ignores them.
 OF_ONE_RUN = 'experiment_name ckpt_dir check debug same_code settings'.split()
-PATHS = 'ckpt_dir data_dir data_path init_from settings out teacher'.split()  # teacher: of examples/distill.py
+PATHS = 'ckpt_dir data_dir data_path init_from settings out teacher'.split()  # teacher: in examples/distill.py
 TRUTH = dict(true=True, false=False)
 # flags of other repos -> what to use here
 HINTS = {
     'epochs num_epochs max_epochs': '--num_training_steps (steps, not epochs: epochs x images / global_batch_size)',
-    'resume resume_from': 'the same command again: it resumes; --init_from starts another run from the weights of one',
-    'gpu gpus gpu_ids device devices': 'CUDA_VISIBLE_DEVICES=0 NPROC=1 sh run.sh ... for one GPU; all are used without',
+    'resume resume_from': 'the same command again, which resumes; --init_from starts a new run from the weights of one',
+    'gpu gpus gpu_ids device devices': 'CUDA_VISIBLE_DEVICES=0 NPROC=1 sh run.sh ... for one GPU; the default is all',
     'batch_size train_batch_size': '--global_batch_size (images per step, over all processes)',
     'learning_rate lr': '--base_lr',
     'num_steps steps max_steps': '--num_training_steps (training), or --num_sample_steps (sampling)',
@@ -44,15 +44,15 @@ HINTS = {
     'fp16 bf16 amp mixed_precision': '--precision bfloat16, which is the default on a GPU that has it',
     'diffusion_steps timesteps noise_schedule': '--process_name: time is continuous; --num_sample_steps in sampling',
     'num_channels channel_mult': '--channels and --channel_mults, such as --channels 64 --channel_mults 1 2 4',
-    'class_cond': '--label_dropout 1 for no classes: without it, the classes of the data are used if there are any',
-    'microbatch gradient_accumulation_steps': '--accumulation_steps, which cuts --global_batch_size into so many parts',
+    'class_cond': '--label_dropout 1 for no classes; by default, the classes of the data are used if there are any',
+    'microbatch gradient_accumulation_steps': '--accumulation_steps, which divides --global_batch_size',
     'save_interval log_interval': '--save_every, --log_every',
     'ema_rate ema_decay': '--ema_decays',
     'nproc nproc_per_node num_gpus': 'NPROC=2 sh run.sh ...',
     'cpu': 'CUDA_VISIBLE_DEVICES= sh run.sh ...',
     'wandb_mode no_wandb': '--wandb online, offline or disabled',
     'version': 'git describe --always; run.json of a run has its commit and the versions of its packages',
-    'data_root data': '--data_path (images or arrays of yours), or --data_dir (where downloads are)',
+    'data_root data': '--data_path (your own images or arrays), or --data_dir (where downloads are)',
     'out output output_dir outdir': '--ckpt_dir and --experiment_name: a run is in ckpt_dir/experiment_name',
 }
 
@@ -66,8 +66,8 @@ def parse(
 ) -> C:
     """A `config_class` from `argv` (default: `sys.argv[1:]`).
 
-    `settings_in(path)` gives the settings that the checkpoint of --init_from holds; they replace the preset's. Raises
-    SettingError for a wrong value; a wrong flag or type prints its message and exits with 2.
+    `settings_in(path)` returns the settings in the checkpoint of --init_from, which override the preset. Raises
+    SettingError for a wrong value; a wrong flag or type prints a message and exits with 2.
     """
     import tyro
 
@@ -82,7 +82,7 @@ def parse(
     if settings_in is not None and init_from:
         values |= settings_in(init_from)
     defaults = config_class(**{**values, **(debug if is_debug else {})})
-    # the name was derived from the defaults; let it be derived from the flags too
+    # the name was derived without the flags; clear it, so that it is derived with them
     object.__setattr__(defaults, 'experiment_name', fields.experiment_name)
     if {'-h', '--help'} & {*argv}:
         shown = choices.page(config_class, defaults, presets)
@@ -116,11 +116,11 @@ def read_settings(file: str, config_class: type) -> dict[str, Any]:
         why = f'{path} cannot be read ({error}). Pass the folder of a run, or a file such as its config.json'
         raise SettingError(f'settings={file!r}: {why}.') from error
     known = class_defaults(config_class)
-    if 'experiment_name' in found:  # of a run; a setting that is newer than it has its class default
+    if 'experiment_name' in found:  # saved by a run; newer settings get their class defaults
         found = known | migrated(found)
     if unknown := [name for name in found if name not in known]:
         why = f'{config_class.__name__} has no {", ".join(unknown)}'
-        raise SettingError(f'settings={file!r}: {why}. Start the script that has, or remove them from a copy.')
+        raise SettingError(f'settings={file!r}: {why}. Start the script that defines them, or remove them from a copy.')
     return {name: of_type(known[name], value, f'settings={file!r}: {name}') for name, value in found.items()
             if name not in OF_ONE_RUN}  # fmt: skip
 
@@ -157,13 +157,13 @@ def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mappin
         raise SettingError(' '.join(texts))
 
 
-# ---------------------------------------------------------------- the words
+# ---------------------------------------------------------------- words of the command line
 
 
 def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, Any]) -> tuple[list[str], dict]:
-    """(the words of `argv`, default sys.argv[1:], for tyro; setting -> True or False, or a list of its first word).
+    """Read `argv`, default sys.argv[1:]: (words for tyro, setting -> True or False, or a list of its first word).
 
-    Raises SettingError for a flag in HINTS, a bare word, and numbers in one word such as '(48,20)'.
+    Raises SettingError for a flag in HINTS, a bare word, and several numbers in one word such as '(48,20)'.
     """
     if argv is None and 'kernel' in Path(sys.argv[0]).name:
         raise SettingError(
@@ -182,8 +182,8 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
         is_known = name in types or types.get(name.removeprefix('no_')) is bool
         if is_known and not flag.startswith('--'):
             raise SettingError(f'{flag}: settings have two dashes. Write --{name}.')
-        for others, use in HINTS.items():
-            if name in others.split() and not is_known:
+        for names, use in HINTS.items():
+            if name in names.split() and not is_known:
                 raise SettingError(f'{flag} is not a setting here. Use {use}.')
         kind = types.get(name, bool if is_known or not flag else str)
         if flag and kind is bool and values and values[0].lower() in TRUTH:
@@ -200,19 +200,19 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
 
 
 def taken(name: str, kind: Any, value: str) -> str:
-    """The value of a flag: a whole number such as 1e3 as 1000, a path as seen from the project's folder."""
+    """The value of a flag in the form that settings have: 1e3 as 1000, a path relative to the project's folder."""
     if kind is int and re.fullmatch(r'[+-]?\d+(\.\d*)?e\+?\d{1,2}', value.lower()) and float(value).is_integer():
         return str(int(float(value)))
     if get_origin(kind) is tuple and str not in get_args(kind) and re.search(r'[\s,()[\]]', value):
         apart = ' '.join(re.sub(r'[,()[\]]', ' ', value).split())
-        raise SettingError(f'{name}={value!r}: numbers are words of their own. Write --{name} {apart}.')
+        raise SettingError(f'{name}={value!r}: separate the numbers by spaces. Write --{name} {apart}.')
     path = from_caller(value, name) if name in PATHS else value
     path += '/last.pt' if name == 'init_from' and Path(path).is_dir() else ''  # the folder of a run
     return path
 
 
 def refuse_bare(word: str, flag: str, presets: Mapping[str, Any]) -> None:
-    """Raise SettingError for a word that belongs to no flag, with the one that it may be meant for."""
+    """Raise SettingError for a word that belongs to no flag, and suggest the flag that it may be meant for."""
     near = difflib.get_close_matches(word, presets, n=1)
     remedy = 'Settings are written --name value, and a value with spaces in quotes; --help lists them'
     if near:

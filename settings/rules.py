@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.errors import SettingError, choose
 
-# Choices that no table holds.
+# Choices of the settings that have no table.
 CHOICES = dict(
     precision=('auto', 'float32', 'tf32', 'bfloat16'),
     fit=('crop', 'pad', 'stretch'),
@@ -17,11 +17,11 @@ CHOICES = dict(
     wandb=('auto', 'online', 'offline', 'disabled'),
     array_layout=('', 'channels_first', 'channels_last', 'no_channels'),
 )
-# Rules for single settings: (settings, does this value keep it?, the rule as text).
+# Rules for single settings: (settings, does this value obey the rule?, the rule as text).
 RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('global_batch_size batch_shards accumulation_steps num_training_steps max_bad_steps keep_last num_sample_steps '
      'num_res_blocks dit_patch', lambda n: n >= 1, 'must be at least 1'),
-    ('columns', lambda names: len(names) <= 2, 'must be one or two names: of images, and of classes'),
+    ('columns', lambda names: len(names) <= 2, 'must be one or two names: image column, class column'),
     ('value_range', lambda vs: not vs or (len(vs) == 2 and vs[0] < vs[1]), 'must be two numbers, LOW < HIGH'),
     ('image_size', lambda ns: len(ns) in (1, 2) and min(ns) >= 1, 'must be height and width, or one number for both'),
     ('seed held_out log_every save_every keep_every sample_every eval_every eval_metrics_every warmup_steps '
@@ -57,12 +57,12 @@ def nearest(value: int, choices: Collection[int]) -> str:
 
 
 def batch_size_near(c: Any) -> str:
-    """Values of global_batch_size that its shards divide, and with antithetic times into even shards."""
+    """Advice: the nearest values of global_batch_size that give equal shards, and even ones for antithetic times."""
     unit = c.batch_shards * (2 if c.antithetic else 1)
     return f'use --global_batch_size {nearest(c.global_batch_size, range(unit, c.global_batch_size + 2 * unit, unit))}'
 
 
-# Rules for several settings: (settings, does the config keep it?, the rule: a text, or a function of the config).
+# Rules for several settings: (settings, does the config obey it?, the rule as text or as a function of the config).
 RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], str]]] = [
     ('min_lr base_lr', lambda c: c.min_lr <= c.base_lr, 'min_lr must not be above base_lr'),
     ('warmup_steps num_training_steps', lambda c: c.warmup_steps < c.num_training_steps,
@@ -96,7 +96,7 @@ PLAIN = (
 
 
 def not_plain(value: Any) -> str:
-    """What of a setting JSON or torch.load(weights_only=True) would not give back; '' if nothing."""
+    """The part of a value, as text, that JSON or torch.load(weights_only=True) could not restore; '' if none."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
@@ -107,8 +107,8 @@ def not_plain(value: Any) -> str:
 
 
 def refuse_no_setting(kind: type) -> None:
-    """Raise SettingError for a value of a config class that is not a setting, which only `name: type = value` in a
-    dataclass is: nothing would read it."""
+    """Raise SettingError for an attribute of a config class that looks like a setting and that nothing would read: only
+    `name: type = value` in a dataclass is a setting."""
     for cls in (cls for cls in kind.__mro__ if hasattr(cls, '__dataclass_fields__')):
         typed, is_decorated = inspect.get_annotations(cls), '__dataclass_params__' in vars(cls)
         values = [n for n, v in vars(cls).items() if n.islower() and n[0] != '_' and not hasattr(v, '__get__')]

@@ -1,4 +1,4 @@
-"""Which settings define an experiment: what a resumed run may change, how two configs differ, and the default name."""
+"""The settings that define an experiment: what a resumed run may change, how configs differ, and default names."""
 
 import dataclasses
 import hashlib
@@ -22,13 +22,13 @@ NETWORK_SETTINGS = (
     'network channels channel_mults num_res_blocks attention_resolutions '
     'dit_size dit_depth dit_width dit_heads dit_patch'
 ).split()
-# Settings that the machines of one run may differ in.
+# Settings that may differ between the machines of a run.
 MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
 LONGEST_NAME = 60  # characters of a default name
-LONGEST_ONCE = 120  # of the names of older versions
-LONGEST_VALUE = 16  # of a value in a name that would be too long
-# In such a name these come first, data_dir last, and each is there if there is room for it.
+LONGEST_ONCE = 120  # characters of a default name in older versions
+LONGEST_VALUE = 16  # characters of each value in a shortened name
+# Order in a shortened name: these first, data_dir last, each only if there is room for it.
 FIRST = 'preset data_path init_from process_name model_type target_type loss_weight network base_lr seed'.split()
 
 
@@ -40,14 +40,14 @@ def defines_experiment(name: str, config: Any) -> bool:
 
 
 def class_defaults(config: Any) -> dict[str, Any]:
-    """The default of every setting, as its class has it."""
+    """The default of every setting in the class of `config`."""
     fields = dataclasses.fields(config)
     return {f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields}
 
 
 def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings saved by an older version, in today's form."""
-    settings = {'optimizer': 'adamw', **settings}  # there was no other
+    settings = {'optimizer': 'adamw', **settings}  # the only one in old versions
     if isinstance(settings.get('image_size'), int):
         settings['image_size'] = (settings['image_size'],)
     if isinstance(settings.get('compile'), bool):
@@ -58,8 +58,8 @@ def migrated(settings: Mapping[str, Any]) -> dict[str, Any]:
 def changes(saved: Mapping[str, Any], config: Any, only: Collection[str] | None = None) -> dict[str, tuple]:
     """Setting -> (saved, now) where the values (of `only`, if given) make these two configs different experiments.
 
-    `saved` is `dataclasses.asdict` of the other config, perhaps after a trip through JSON (tuples are lists then).
-    A setting that `saved` lacks is newer than it and counts as its class default; one that the class lacks is 'absent'.
+    `saved` is `dataclasses.asdict` of the other config, perhaps read from JSON (then tuples are lists). A setting that
+    `saved` lacks is newer and counts as its class default; a setting that the class lacks is 'absent'.
     """
     saved, now = class_defaults(config) | migrated(saved), dataclasses.asdict(config)
     plain = lambda value: json.loads(json.dumps(value, default=vars))  # noqa: E731
@@ -99,13 +99,14 @@ def in_name(name: str, value: Any) -> str:
 
 
 def plain(part: str) -> str:
-    """With - for every character that is not a letter, digit, _, =, + or -."""
+    """`part` with - for every character that is not a letter, digit, _, =, + or -."""
     return re.sub('[^A-Za-z0-9_+=-]', '-', part)
 
 
 def folder_name(parts: Sequence[str]) -> str:
-    """The parts, joined by _. A name that would be too long has the first part, those that are not settings, those in
-    FIRST and others, each cut and if there is room, and a hash of all, so that no two names are the same."""
+    """The parts, joined by _. A name that would be too long is shortened: the first part, then as many others as fit,
+    each cut (first those that are not settings, then those in FIRST), and a hash of all parts to keep names distinct.
+    """
     folder = '_'.join(map(plain, parts))
     if len(folder) <= LONGEST_NAME:
         return folder
@@ -120,13 +121,13 @@ def folder_name(parts: Sequence[str]) -> str:
 
 
 def cut(part: str) -> str:
-    """A part for a long name: of a path only the last folder or file, `init_from=NAME` for ckpts/NAME/last.pt."""
+    """A part for a long name. A path is cut to its last folder or file: `init_from=NAME` for ckpts/NAME/last.pt."""
     name, is_setting, value = part.partition('=')
     return plain(name + is_setting + cut_middle(Path(value.removesuffix('/last.pt')).name, LONGEST_VALUE))
 
 
 def older_folder_name(parts: Sequence[str]) -> str:
-    """`folder_name` as it once was, for runs that are there under such names: long parts were cut in the middle."""
+    """`folder_name` of older versions, whose runs still have such names: long parts were cut in the middle."""
     folder = '_'.join(map(plain, parts))
     end, width = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8], 60
     if len(folder) <= LONGEST_ONCE:

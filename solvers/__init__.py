@@ -1,12 +1,12 @@
-"""Solvers: how samples go from noise to data, from time t to s < t, and the times that they visit. Read in this order:
+"""Solvers: steps from time t to s < t, on the way from noise to data, and the times of the steps. Read in this order:
 
-step.py         the two equations, what a step is: (x, t, s, predict, noise) -> x at s, and the noise it may draw
-one_step.py     methods that remember nothing: euler, heun, midpoint, rk4, dopri5; euler_maruyama of the SDE
+step.py         the ODE and the SDE, the signature of a step: (x, t, s, predict, noise) -> x at s, and its noise
+one_step.py     methods that remember nothing: euler, heun, midpoint, rk4, dopri5; euler_maruyama for the SDE
 multistep.py    methods that remember predictions, and their weights: ddim, dpmpp, unipc, adams
-table.py        SOLVERS, SDE_NOISES, LAST_STEPS, TIME_GRIDS: an entry of yours is tested as soon as it is there
-path.py         a whole path: its times, the network on a process other than the one it was trained with, all steps
+table.py        SOLVERS, SDE_NOISES, LAST_STEPS, TIME_GRIDS: an entry that you add is tested automatically
+path.py         a whole path: its times, the network on a process other than the trained one, all steps
 
-sampling.py puts them to use.
+sampling.py uses them.
 """
 
 from solvers.multistep import Multistep, angular, gaussian

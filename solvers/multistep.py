@@ -1,4 +1,4 @@
-"""Multistep methods: one evaluation a step, and the predictions of earlier steps. The formulas are their weights."""
+"""Multistep methods: one evaluation per step, combined with earlier predictions. The formulas give the weights."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from solvers.step import Level, Noise, Predict, fresh_noise, relative_noise, shrinkage
 
-# (here, there, nodes, tau2, sigma_data) -> (a, b) of x(s) = a x(t) + sum_j b_j y_j; `here` is t, `there` s, and y_j the
-# prediction at nodes j
+# (here, there, nodes, tau2, sigma_data) -> (a, b) of x(s) = a x(t) + sum_j b_j y_j; `here` is t, `there` is s, and y_j
+# is the prediction at node j
 Formula = Callable[[Level, Level, tuple[Level, ...], float, float], tuple[float, list[float]]]
-remembered = lru_cache(maxsize=4096)  # every batch of samples needs the same weights
+cached = lru_cache(maxsize=4096)  # every batch of samples needs the same weights
 
 
-@remembered
+@cached
 def exponential(
     here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float
 ) -> tuple[float, list[float]]:
@@ -38,7 +38,7 @@ def exponential(
     return there.sigma / here.sigma * shrinkage(here, there, tau2), weights + [0.0] * (len(nodes) - len(v))
 
 
-@remembered
+@cached
 def angular(
     here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float
 ) -> tuple[float, list[float]]:
@@ -56,21 +56,21 @@ def angular(
     return length_s / length, [length_s / n * w for w, n in zip(weights, lengths, strict=True)]
 
 
-@remembered
+@cached
 def gaussian(
     here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float,
     widths: tuple[float, float] = (1 / 20, 2.5),
 ) -> tuple[float, list[float]]:  # fmt: skip
     """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, with the least expected error on Gaussian data.
 
-    Where the data have the standard deviation d in some direction, the ODE leads to the end point d along
+    In a direction in which the data have the standard deviation d, the ODE leads to the end point d along
 
         x = hypot(alpha d, sigma),    x0 = alpha d^2 / hypot(alpha d, sigma),
 
     and an error at s grows to d / x(s) times its size. The weights minimise the mean square of that error over all d
     between `widths`, in units of sigma_data, uniform in log d, and over a mean, along which x = alpha and x0 = 1. Real
-    data are mixtures of such directions, so weights that suit all of them suit the data, and they stay moderate in long
-    steps, where the weights of a polynomial do not. Neither end is singular. ODE only: tau2 is ignored.
+    data are mixtures of such directions, so weights that suit all of them suit the data. They also stay moderate in
+    long steps, unlike the weights of a polynomial. Neither end is singular. ODE only: tau2 is ignored.
     The widths were chosen on mixtures and on trained networks (benchmarks/RESULTS.md).
     """
     std = sigma_data * np.geomspace(*widths, 32)
@@ -82,14 +82,14 @@ def gaussian(
     target, _ = path(there)
     growth = np.append(std, 1.0) / target
     columns = np.stack([path(here)[0], *(path(node)[1] for node in nodes)], 1) * growth[:, None]
-    unit = np.linalg.norm(columns, axis=0)  # for the condition of the system
+    unit = np.linalg.norm(columns, axis=0)  # scales the columns, for a well-conditioned system
     a, *b = (np.linalg.lstsq(columns / unit, target * growth, rcond=None)[0] / unit).tolist()
     return a, b
 
 
 def weights_of(nodes: Sequence[float], moments: np.ndarray) -> list[float]:
     """w with sum_j w_j u_j^k = moments_k at the nodes u: the integral of a polynomial, given by its values there."""
-    unit = max(map(abs, nodes)) or 1.0  # for the condition of the system
+    unit = max(map(abs, nodes)) or 1.0  # scales the nodes, for a well-conditioned system
     powers = np.vander(np.array(nodes) / unit, increasing=True).T
     return np.linalg.solve(powers, moments / unit ** np.arange(len(nodes))).tolist()
 
@@ -98,9 +98,9 @@ def weights_of(nodes: Sequence[float], moments: np.ndarray) -> list[float]:
 class Multistep:
     """A step of Adams' method on the prediction type `given`, with the weights of `formula`.
 
-    The first steps have no past and are of lower order; with `taper` the last ones are too, where predictions change
-    fastest. With a corrector, x at t is first corrected: the step that led there is repeated by a formula of
-    `corrector` predictions, the first of which is the one now computed at t (Zhao et al. 2023, algorithm 1).
+    The first steps have no past and are of lower order; with `taper` so are the last steps, where predictions change
+    fastest. With a corrector, x at t is first corrected: the step that led there is repeated with `corrector`
+    predictions, the newest of them at t itself (Zhao et al. 2023, algorithm 1).
     """
 
     formula: Formula
@@ -127,7 +127,7 @@ class Multistep:
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """sum_j weights_j values_j; values beyond the last weight are left out."""
+    """sum_j weights_j values_j; ignores values beyond the last weight."""
     total = weights[0] * values[0]
     for weight, value in zip(weights[1:], values[1:], strict=False):
         total.add_(value, alpha=weight)

@@ -37,10 +37,10 @@ def rk4(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor
 
 
 def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolerance: float = 1e-5) -> Tensor:
-    """As many Dormand-Prince steps between t and s as keep the error within the tolerance (torchdiffeq).
+    """Adaptive Dormand-Prince steps from t to s, which keep the error within the tolerance (torchdiffeq).
 
-    The error is a mean over the batch. The last evaluation, at s, is the first of the next step, which begins with the
-    step size that was reached here (Hairer et al. 1993, section II.4).
+    The error is a mean over the batch. The next call reuses the last evaluation, at s, and starts with the step size
+    that was reached here (Hairer et al. 1993, section II.4).
     """
     from torchdiffeq import odeint
 
@@ -66,13 +66,13 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
     except AssertionError:
         if last is None or last.isfinite().all():
             raise
-        end = torch.full_like(x, torch.nan)  # a velocity that is not finite has no error to be kept
+        end = torch.full_like(x, torch.nan)  # torchdiffeq finds no step size if the velocity is not finite
     predict.reached = Reached(end, last, size)
     return end
 
 
 def within(times: Tensor) -> dict[str, Tensor]:
-    """Options that keep torchdiffeq's adaptive methods within the ends: beyond them a process may not exist."""
+    """Options that keep torchdiffeq's adaptive methods between the ends: beyond them a process may be undefined."""
     return dict(first_step=(times[-1] - times[0]).abs() / 100, step_t=times[-1:])
 
 
@@ -90,5 +90,5 @@ def euler_maruyama(x: Tensor, t: float, s: float, predict: Predict, noise: Noise
 
 
 def posterior_mean(x: Tensor, t: float, s: float, predict: Predict, noise: Noise) -> Tensor:
-    """E[x0 | xt]: the rest of the noise is removed, not carried to t_min."""
+    """E[x0 | xt]: removes the remaining noise instead of carrying it to t_min."""
     return predict(x, t).x0

@@ -1,4 +1,4 @@
-"""The path of a sample: the times, the network on a process other than the one it was trained with, and all steps."""
+"""The path of a sample: its times, the network on a process other than the trained one, and the loop of steps."""
 
 import dataclasses
 import itertools
@@ -23,11 +23,11 @@ LARGEST_ERROR, MOST_DATA = 5.0, 0.02  # see Steps.start
 
 @dataclass(frozen=True)
 class Steps:
-    """A solver, and how many steps it takes between which times."""
+    """A solver, its number of steps, and the times between which it steps."""
 
     solver: str = 'adams'  # key of SOLVERS
     num: int = 20
-    nfe: int = 0  # network evaluations: as many steps as cost no more than that; 0: `num` steps
+    nfe: int = 0  # budget of network evaluations, which sets the number of steps; 0: `num` steps
     grid: str = 'logistic'  # key of TIME_GRIDS
     t_min: float = 0.001
     t_max: float = 0.999
@@ -52,11 +52,11 @@ class Steps:
         return grids[self.grid](path, ends[0], ends[1], n).tolist()
 
     def start(self, process: GaussianProcess, model_type: str) -> float:
-        """t_max, or an earlier time. At the start, an error of the output, relative to its size, may become an error of
-        what the solver reads that is at most LARGEST_ERROR times as large, relative to its size.
+        """The time of the first step: t_max, or the latest time at which a relative error of the output is multiplied
+        by at most LARGEST_ERROR in what the solver reads, x0 or the velocity.
 
         Nearer to noise the output says nothing about x0: where alpha falls like (1 - t)^2, so does the velocity. But
-        there the sample is noise and next to nothing of x0, at most MOST_DATA.
+        a time is never skipped if the sample holds more of x0 there than MOST_DATA times its noise.
         """
         reads = SOLVERS[self.solver].reads
         if not reads:
@@ -75,7 +75,7 @@ class Steps:
         return late[-1].item() if len(late) else self.t_max
 
     def check(self, cost: int | None) -> None:
-        """Raise SettingError for bad numbers. `cost`: evaluations that each step takes."""
+        """Raise SettingError for bad numbers. `cost`: evaluations per step."""
         t_min, t_max = self.t_min, self.t_max
         if not 0 <= t_min < t_max <= 1:
             raise SettingError(f't_min={t_min:g}, t_max={t_max:g}: times need 0 <= t_min < t_max <= 1.')
@@ -115,7 +115,7 @@ def on_path(predictor: Predictor, process: GaussianProcess, path: GaussianProces
 
 
 def on_device_of(x: Tensor, coefs: Coefs) -> Coefs:
-    """Coefs (1,) on the CPU, with the device and type of x. Filled in there, not copied: copies make the CPU wait."""
+    """Coefs (1,) of the CPU, on x's device and with its type. Filled there, not copied: a copy is a CPU-GPU sync."""
     values = {name: value for name, value in vars(coefs).items() if isinstance(value, Tensor)}
     return dataclasses.replace(coefs, **{name: x.new_full((1,), value.item()) for name, value in values.items()})
 
@@ -124,9 +124,9 @@ def follow(
     solver: Solver, times: list[float], x1: Tensor, predict: Predict, noise: Noise, callback: Callback | None = None,
     is_late: bool = False,
 ) -> Tensor:  # fmt: skip
-    """x at the last of the times, from sigma x1 at the first, one step of the solver between each two.
+    """x at the last time, from sigma x1 at the first, by one step of the solver between each two times.
 
-    If the first time `is_late`, alpha x0 is added to sigma x1, with the x0 that the first evaluation finds.
+    If the first time `is_late`, alpha x0 is added to sigma x1, with the x0 that the first evaluation predicts.
     """
     step, _ = solver.for_steps(len(times) - 1)
     start = predict.level(times[0])

@@ -1,4 +1,4 @@
-"""What a step of a solver is: (x, t, s, predict, noise) -> x at time s < t. Read one_step.py next.
+"""The step of a solver: (x, t, s, predict, noise) -> x at time s < t. Read one_step.py next.
 
 The ODE dx/dt = velocity(x, t) and, for any noise level w(t), the reverse-time SDE
 
@@ -14,7 +14,7 @@ which stays finite where w does not: at both ends of every process.
 
 In all files of solvers/, l = log(alpha / sigma) is half the log-SNR and theta = atan(sigma / alpha) the angle between
 data and noise. The cost of a solver is counted in network evaluations (NFE). Citations: Song et al. 2021 is the paper
-on score SDEs and 2021a the one on DDIM, Lu et al. 2022 is DPM-Solver and 2022b DPM-Solver++.
+on score SDEs and 2021a is DDIM, Lu et al. 2022 is DPM-Solver and 2022b is DPM-Solver++.
 """
 
 import math
@@ -45,7 +45,7 @@ class Level(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """The end of an adaptive step, for the next one, which starts at x."""
+    """The end of an adaptive step, where the next one starts."""
 
     x: Tensor  # (B, ...)
     velocity: Tensor  # (B, ...), at x
@@ -55,12 +55,12 @@ class Reached(NamedTuple):
 class Predict:
     """`predict(x, t, s=None)`: the network, guided, at x (B, ...) and time t of `process`, as a Prediction.
 
-    `s` is the time to which the step goes: a solver that passes it is for networks of two times, which get it as the
-    condition `s`; none of SOLVERS does. Such a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
+    `s` is the end of the step. A solver passes it only to networks of two times, which get it as the condition `s`;
+    no solver in SOLVERS does. For instance, a network of the average velocity (Geng et al. 2025, MeanFlow) is sampled
     by the step x + (s - t) predict(x, t, s).velocity.
     `past` holds the (time, Prediction) of the last `memory` calls, the newest first; `nfe` counts the calls;
-    `steps_left` is the number of steps to the end, this one included, as far as it is known. `taken` is (a, b) of the
-    step x(s) = a x(t) + b that led here, if a multistep method took it; `reached` is what an adaptive solver knows.
+    `steps_left` is the number of steps to the end, including this one, if it is known. `taken` is (a, b) of the step
+    x(s) = a x(t) + b that led here, if a multistep method took it; `reached` is where an adaptive solver's step ended.
     """
 
     def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
@@ -70,7 +70,7 @@ class Predict:
         self.levels: dict[float, Level] = {}
         self.taken: tuple[float, Tensor] | None = None
         self.reached: Reached | None = None
-        self.known: Prediction | None = None  # for the next call, if it is at this very x
+        self.known: Prediction | None = None  # returned by the next call, if its x is this tensor
 
     def __call__(self, x: Tensor, t: float, s: float | None = None) -> Prediction:
         if self.known is not None and self.known.xt is x:
@@ -105,11 +105,11 @@ class Noise:
 
 
 def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: float = 0.1) -> float:
-    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise over that of the process's own noise.
+    """tau2 = w^2 / g^2 in the middle of the step: the variance of the noise relative to the process's own noise.
 
-    0 is the ODE. Any w leaves the marginals right, but only while a step changes little: so where a noise level would
-    exchange more noise in one step than eta = `limit`, and more than the process's own noise does, it is lowered to the
-    greater of these two (the constant level near the data), before the scale.
+    0 is the ODE. Any w keeps the marginals right, but only if a step changes little. So a noise level that would
+    exchange more noise in one step than eta = `limit` and more than the process's own noise does is lowered to the
+    greater of these two, before it is scaled. The constant level is lowered so near the data.
     """
     middle = coefs_at(predict.process, (t + s) / 2)
     step = predict.level(s).half_log_snr - predict.level(t).half_log_snr

@@ -56,7 +56,7 @@ def equal_steps(
 
 
 def logistic_of_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
-    """The grid logistic for at most some ten steps: at more noise, the more the fewer they are."""
+    """The grid logistic for about ten steps or fewer: the fewer the steps, the more noise at its centre."""
     return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n, scale=1.2))
 
 
@@ -74,20 +74,20 @@ TIME_GRIDS: dict[str, TimeGrid] = {
 @dataclass(frozen=True)
 class Solver:
     step: StepFn
-    nfe: int | None  # network evaluations per step; None: it depends
+    nfe: int | None  # network evaluations per step; None: it varies
     # The error is O(h^order) in the step h; for an SDE, the error in distribution. This is the global order: the first
     # steps of a multistep method, and the last ones with `taper`, are of lower order.
     order: int
     stochastic: bool = False
     memory: int = 0  # earlier predictions that a step looks back at
-    few: StepFn | None = None  # takes the place of `step` on a path of at most `few_steps` steps
+    few: StepFn | None = None  # replaces `step` on a path of at most `few_steps` steps
     few_steps: int = 10  # with so few, extrapolation by polynomials is unreliable
-    reads: str = ''  # what steps take from a prediction: velocity, or x0; '': unknown, then they never start late
+    reads: str = ''  # part of a prediction that steps use: velocity or x0; '': unknown, so paths start at t_max
 
     def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
         """The step and the table of time grids for a path of n steps.
 
-        A solver that has a step for few of them takes these at more noise on the grid logistic.
+        A solver that has its own step for `few` steps then takes them at more noise on the grid logistic.
         """
         if self.few is None or n > self.few_steps:
             return self.step, TIME_GRIDS
@@ -98,8 +98,8 @@ class Solver:
 ddim = Multistep(exponential, 'x0', order=1)
 of_few = Multistep(gaussian, 'x0', order=3, corrector=3)  # for `adams` in few steps
 
-# name -> Solver of a step (x, t, s, predict, noise) -> x at s < t. `memory` predictions are kept for the step, which
-# makes one more.
+# name -> Solver of a step (x, t, s, predict, noise) -> x at s < t. The step finds the last `memory` predictions in
+# `predict.past`, and makes one more.
 SOLVERS: dict[str, Solver] = {
     'euler': Solver(euler, nfe=1, order=1, reads='velocity'),
     'heun': Solver(heun, nfe=2, order=2, reads='velocity'),
@@ -129,9 +129,9 @@ SDE_NOISES: dict[str, Callable[[Coefs], Tensor]] = {
     'natural': lambda c: c.delta / c.sigma,  # w = g, the noise of the process itself (Song et al. 2021, eq. 6)
     'sigma': lambda c: c.sigma,  # w = sqrt(2) sigma
     # w^2 = alpha sigma_dot - sigma alpha_dot: constant in time for rf (1) and cosine (pi / 2), and the same SDE on
-    # other processes. Near the data it is more than a step can bear, and `relative_noise` lowers it there
+    # other processes. Near the data it is too much noise for one step, so `relative_noise` lowers it there
     'constant': lambda c: (c.alpha * c.sigma_dot - c.sigma * c.alpha_dot) / (2 * c.sigma),
 }
 
-# name -> the last step of a stochastic solver: noise added there would stay in the image.
+# name -> the last step of a stochastic solver, which adds no noise, since that would stay in the image.
 LAST_STEPS: dict[str, StepFn] = {'mean': posterior_mean, 'ode': ddim}

@@ -401,9 +401,9 @@ def test_each_optimizer_has_its_parameters_and_frozen_modules_are_in_eval_mode()
 
 def test_a_parameter_of_two_optimizers_or_of_none_or_of_no_module_is_refused():
     a, b = nn.Linear(2, 2), nn.Linear(2, 3)
-    with pytest.raises(ValueError, match=r"'one' and 'two' move the same parameter of shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"'one' and 'two' update the same parameter of shape \(2, 2\)"):
         trained_parameters(dict(a=a), dict(one=sgd(*a.parameters()), two=sgd(a.weight)))
-    with pytest.raises(ValueError, match=r"modules\['b'\]: no optimizer moves weight, bias.*requires_grad_\(False\)"):
+    with pytest.raises(ValueError, match=r"modules\['b'\]: no optimizer updates weight, bias.*requires_grad_\(False\)"):
         trained_parameters(dict(a=a, b=b), dict(one=sgd(*a.parameters())))
     with pytest.raises(
         ValueError, match=r"optimizers\['one'\] moves a parameter of shape \(3, 2\) that is in no module"

@@ -187,7 +187,7 @@ def test_classes_without_training_items_are_printed_and_left_out(trainer, capsys
 
     data_utils.setup_data_train_and_test(trainer.config, torch.device('cpu'))
     printed = capsys.readouterr().out
-    assert '3 of 10 classes have no training items (2, 5, 6)' in printed and 'neither sampled nor judged' in printed
+    assert '3 of 10 classes have no training items (2, 5, 6)' in printed and 'not learned, sampled or judged' in printed
     assert trainer.sample_inputs(20).label.unique().tolist() == [0, 1, 3, 4, 7, 8, 9]
 
 

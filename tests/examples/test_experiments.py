@@ -179,5 +179,5 @@ def test_a_module_without_an_optimizer_that_is_not_frozen_is_refused(tiny_config
             super().__init__(*args)
             self.modules['critic'] = torch.nn.Linear(1, 1)
 
-    with pytest.raises(ValueError, match=r"modules\['critic'\]: no optimizer moves weight, bias"):
+    with pytest.raises(ValueError, match=r"modules\['critic'\]: no optimizer updates weight, bias"):
         build_trainer(tiny_config(), Forgotten)
