@@ -277,7 +277,7 @@ def test_a_setting_of_ones_own_may_have_such_a_name():
         (['--experiment_name', 'my', 'run'], "'run' after --experiment_name .*a value with spaces in quotes"),
         (['--image_size', '(48,20)'], r"^image_size='\(48,20\)': .* Write --image_size 48 20.$"),
         (['--image_size', '48 20'], 'Write --image_size 48 20.$'),
-        (['--channel_mults', '1', '2,4'], 'numbers are words of their own. Write --channel_mults 2 4.$'),
+        (['--channel_mults', '1', '2,4'], 'separate the numbers by spaces. Write --channel_mults 2 4.$'),
         (['--adam_betas=[0.9,0.99]'], 'Write --adam_betas 0.9 0.99.$'),
         (['--image_size', '3', '32', '32'], r'image_size=\(3, 32, 32\): must be height and width, or one number'),
     ],
