@@ -1,4 +1,4 @@
-"""Exponential moving averages (EMA) of a network's weights, each of which is a network to call.
+"""Exponential moving averages (EMA) of a network's weights. Each average is a network that can be called.
 
 training/posthoc.py makes averages of other lengths from them after training.
 """

@@ -198,5 +198,5 @@ def caption(name: str) -> str:
 
 
 def is_nearly_unit(x: Tensor) -> bool:
-    """Whether all values lie in [0, 1] or close enough to clip them, as those of images do."""
+    """Whether all values lie in [0, 1] or close enough to clip them, as in images."""
     return float(x.min()) >= -0.25 and float(x.max()) <= 1.25

@@ -3,8 +3,8 @@
 helpers.py and conftest.py  tiny settings, real runs, fixtures
 oracle.py                   exact scores and samples of a mixture of Gaussians
 experiments/                experiments that tests train
-test_layers.py              who may import whom
+test_layers.py              the allowed imports
 test_readme.py              everything that README.md and docs/ tell a reader to type
 test_promises.py            what a resumed run and several processes promise
-test_faults.py              whole runs, killed and stopped in every way (slow)
+test_faults.py              whole runs that are killed or stopped in every way (slow)
 """

@@ -9,13 +9,13 @@ import torch
 from tests.helpers import ROOT, TINY, as_flags, launch_env
 
 torch.set_num_threads(1)
-# a shell ignores for ever what was ignored when it began, as in a job behind &
+# a shell started with SIGINT ignored, as in a background job, could never catch it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(request, monkeypatch):
-    """What a test builds in this process is on the CPU, also on a machine with GPUs, but for the tests of GPUs."""
+    """Tests run on the CPU in this process, also on a machine with GPUs, except the tests of GPUs."""
     if request.module.__name__.rpartition('.')[2] not in ('test_gpu', 'test_fake_cuda'):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
@@ -23,14 +23,14 @@ def on_the_cpu(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def without_reports(request, monkeypatch):
-    """Runs in this process write no report.html, which takes as long as the whole tiny run, but in the tests of it."""
+    """Runs in this process write no report.html, which takes as long as the whole tiny run, except in its own tests."""
     if request.module.__name__ != 'tests.reports.test_page':
         monkeypatch.setattr('reports.page.update', lambda folder: None)
 
 
 @pytest.fixture(autouse=True, scope='session')
 def without_levels():
-    """Runs in this process do without the levels of losses, half a second each, but in the tests of them."""
+    """Runs in this process compute no loss floors, which take half a second each, except in their own tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('evaluation.reference.MOST_DRAWS', 0)
         yield

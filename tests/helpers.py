@@ -1,4 +1,4 @@
-"""What several tests use: tiny settings, real runs of run.sh, and comparing what runs leave."""
+"""Helpers of several tests: tiny settings, real runs of run.sh, and comparisons of what runs leave."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ TINY = dict(
     final_eval=False,
     wandb='disabled',
 )
-# names of the record that are not the same when a run is repeated
+# names in the record whose values change when a run is repeated
 LEVELS = ('train/floor', 'eval/reference_floor', 'eval/reference_gaussian')
 NOT_REPEATED = ('train/images_per_second', 'train/memory_gb', 'train/waiting')
 
@@ -57,7 +57,7 @@ def launch_env(nproc: int) -> dict[str, str]:
 
 
 def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settings) -> subprocess.Popen:
-    """`sh run.sh` with TINY and these settings, in a session of its own: a signal reaches it alone, as from Slurm."""
+    """`sh run.sh` with TINY and these settings, in its own session: a signal reaches only this run, as from Slurm."""
     command = ['sh', 'run.sh', *script, *as_flags(TINY | settings)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -72,7 +72,7 @@ def start_run_sh(*script: str, nproc: int = 1, env: dict | None = None, **settin
 
 
 def run_ranks(script, folder, local_ranks):
-    """What each of several processes, with these LOCAL_RANKs, wrote as JSON into `folder`."""
+    """Run a script in several processes with these LOCAL_RANKs; returns the JSON that each wrote into `folder`."""
     (folder / 'script.py').write_text(f'{script}\nfrom runtime import ranks\n\nranks.close()\n')
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
@@ -116,8 +116,8 @@ def columns_in(text: str) -> dict[str, list[str]]:
 
 
 def record_of(folder: Path, levels: bool = False) -> list[dict]:
-    """The whole lines of a run's record, without what differs from time to time, and without the levels of losses,
-    which runs in this process do without."""
+    """The complete lines of a run's record, without values that differ in each repetition, and without the floors,
+    which runs in this process leave out."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
     left_out = NOT_REPEATED if levels else (*NOT_REPEATED, *LEVELS)
     return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
@@ -157,7 +157,7 @@ def wait_until(condition, seconds: float) -> bool:
 
 
 def assert_same(a, b) -> None:
-    """Bit for bit the same nest of dicts, lists and tensors."""
+    """Assert that two nests of dicts, lists and tensors are the same bit for bit."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert a.equal(b)
@@ -174,7 +174,7 @@ def assert_same(a, b) -> None:
 
 
 def assert_same_runs(a: Path, b: Path) -> None:
-    """Two runs' folders: weights, averages, optimizer and record, bit for bit."""
+    """Assert that two runs have the same weights, averages, optimizer state and record, bit for bit."""
     import saving
 
     one, other = saving.load(a / 'last.pt'), saving.load(b / 'last.pt')
@@ -188,7 +188,7 @@ class Interrupted(Exception):
 
 
 def cut_off(trainer, step, how):
-    """Train until `step` steps are done, then be killed at once, or be asked to stop."""
+    """Train for `step` steps, then get killed at once, or get a request to stop."""
     from runtime import stopping
 
     train_step = trainer.train_step

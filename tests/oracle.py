@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 class VariancePreserving(GaussianProcess):
-    """Has its derivatives in closed form: tests ask for them a hundred thousand times."""
+    """Has closed-form derivatives, because tests compute them a hundred thousand times."""
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
@@ -36,7 +36,7 @@ class SquaredCosine(VariancePreserving):
 
     def sigma(self, t: Tensor) -> Tensor:
         sine, cosine = (torch.sin(math.pi / 2 * u).square() for u in (t, 1 - t))
-        return (sine * (1 + cosine)).sqrt()  # sqrt(1 - cos^4), with all digits at t = 0
+        return (sine * (1 + cosine)).sqrt()  # sqrt(1 - cos^4), accurate at t = 0
 
 
 class ShiftedCosine(VariancePreserving):
@@ -70,7 +70,7 @@ def process_named(name: str) -> GaussianProcess:
 
 
 def base_noise(n: int, dim: int = 2) -> Tensor:
-    """(n, dim), the same every time; the first rows of more are the same."""
+    """(n, dim), the same every time; a larger n only adds rows."""
     return torch.randn(n, dim, generator=torch.Generator().manual_seed(0), dtype=F64)
 
 
@@ -98,9 +98,9 @@ class GaussianMixture:
         return self.means[k] + torch.einsum('nij,nj->ni', self.vectors[k], z), self.labels[k]
 
     def components(self, xt: Tensor, c: Coefs, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-density of each component, its weight included (K, B); xt - alpha mean and variances in its eigenbasis.
+        """Log-density of each component, including its weight (K, B); xt - alpha mean and variances in its eigenbasis.
 
-        These two are (K, B, D).
+        The last two are (K, B, D).
         """
         alpha, sigma = c.alpha[:, None], c.sigma[:, None]
         y = torch.einsum('kbi,kij->kbj', xt - alpha * self.means[:, None], self.vectors)
@@ -118,7 +118,7 @@ class GaussianMixture:
         return self.components(xt, c, label)[0].logsumexp(0)
 
     def prediction(self, xt: Tensor, c: Coefs, label: Tensor | None = None) -> Prediction:
-        """E[x0 | xt] and E[x1 | xt], each computed by itself, so that both hold at both ends."""
+        """E[x0 | xt] and E[x1 | xt], computed separately, so that both are right at both ends."""
         log_p, y, variance = self.components(xt, c, label)
         share = log_p.softmax(0)[..., None]
         alpha, sigma = c.alpha[:, None], c.sigma[:, None]
@@ -131,7 +131,7 @@ class GaussianMixture:
     def as_model(
         self, model_type: str, process: GaussianProcess, shape: tuple[int, ...] = ()
     ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """A perfect network: model_fn(xt, t, label), computed in float64, of the type of xt."""
+        """A perfect network: model_fn(xt, t, label), computed in float64, returned in the type of xt."""
 
         def model_fn(xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
             out = getattr(self.prediction(xt.to(F64).flatten(1), process(t.to(F64)), label), model_type)
@@ -141,7 +141,7 @@ class GaussianMixture:
 
 
 def exact_predict(process: GaussianProcess, mixture: GaussianMixture, memory: int = 0) -> Predict:
-    """What a solver calls, with a perfect network."""
+    """The Predict that a solver calls, with a perfect network."""
     return Predict(lambda x, t: mixture.prediction(x, at(process, t, len(x))), process, memory)
 
 
@@ -162,7 +162,7 @@ class GivenMean:
         return Prediction(xt, c, x0=centre + alpha * variance * z, x1=sigma * z)
 
     def flow(self, xt: Tensor, t: Coefs, s: Coefs, mean: Tensor) -> Tensor:
-        """Where the probability-flow ODE leads from xt at time t by time s: a Gaussian is moved and stretched."""
+        """Where the probability-flow ODE leads from xt at time t by time s: it moves and stretches a Gaussian."""
         centre, variance = self.moments(xt, mean)
         at_t, at_s = (((c.alpha**2)[:, None] * variance + (c.sigma**2)[:, None]).sqrt() for c in (t, s))
         return s.alpha[:, None] * centre + at_s / at_t * (xt - t.alpha[:, None] * centre)
@@ -186,7 +186,7 @@ class GivenMean:
 
 
 def ring(modes: int = 8, std: float = 0.1, classes: int = 2) -> GaussianMixture:
-    """Modes on the unit circle; neighbours have other labels."""
+    """Modes on the unit circle; neighbours have different labels."""
     angle = 2 * math.pi * torch.arange(modes, dtype=F64) / modes
     return GaussianMixture(
         torch.stack([angle.cos(), angle.sin()], 1),

@@ -16,7 +16,7 @@ each_shape = pytest.mark.parametrize('shape', SHAPES)
 
 @pytest.mark.parametrize('shape', [(), (2,), (3, 4, 8, 8)])
 def test_all_off_takes_data_of_any_rank(shape):
-    """Points, videos."""
+    """Here points and videos."""
     x = torch.rand(5, *shape)
     out, augmented = get_augmenter(Config(), ALL_ALLOWED)(x)
     assert torch.equal(out, x) and augmented.tolist() == [False] * 5
@@ -43,7 +43,7 @@ def neighbours(image):
 
 
 def shares(x, out, candidates):
-    """Of each candidate, how often out[i] is candidates(x[i])[k]; every image must be one of them."""
+    """The share of out[i] that equal candidates(x[i])[k], for each k; every image must equal one of them."""
     counts = np.zeros(len(candidates(x[0])))
     for before, after in zip(x, out, strict=True):
         found = [torch.equal(after, candidate) for candidate in candidates(before)]
@@ -66,7 +66,7 @@ def test_rate_and_label(setting, shape, prob):
     x = random_images(2000, shape)
     out, augmented = augment(x, **{setting: prob})
     assert torch.equal(augmented, is_changed(x, out))
-    rate = prob * (8 / 9 if setting == 'translate_prob' else 1)  # one shift in nine is by nothing
+    rate = prob * (8 / 9 if setting == 'translate_prob' else 1)  # one shift in nine moves nothing
     assert augmented.float().mean().item() == pytest.approx(rate, abs=0.04)
 
 
@@ -81,7 +81,7 @@ def test_label_is_right_with_everything_on(shape):
 @each_augmentation
 @each_shape
 def test_every_image_has_its_own_draw(setting, shape):
-    """And all channels of an image the same one."""
+    """But all channels of an image share one draw."""
     grey = random_images(1, (1, *shape[1:])).expand(200, 3, -1, -1)
     out, augmented = augment(grey, **{setting: 0.5})
     assert augmented.any() and not augmented.all()

@@ -15,7 +15,7 @@ WINGS = (
     'networks solvers data_loading training evaluation reports scripts runtime'.split()
 )  # settings/ only checks them
 
-# The names that examples, tests and users' experiments rely on.
+# names that examples, tests and users' experiments rely on
 AGREED = """preset dataset experiment_name ckpt_dir data_dir seed debug overfit init_from final_eval wandb
     wandb_project wandb_entity network process_name beta_min beta_max sigma_min sigma_max t_min t_max model_type
     target_type time_sampler stratified label_dropout global_batch_size batch_shards accumulation_steps
@@ -29,14 +29,14 @@ def test_every_agreed_setting_exists():
 
 
 def test_every_setting_has_a_help_of_one_line():
-    """A comment behind it, or a docstring below it where the line would be too long."""
+    """Its help is a comment on the same line, or a docstring below if the line would be too long."""
     text = (ROOT / 'config.py').read_text()
     found = re.findall(r'^    (\w+): [^#\n]+(?:  # |\n    """)(.{6,}?\.)(?:""")?$', text, re.MULTILINE)
     assert [name for name, _ in found] == list(FIELDS)
 
 
 def test_every_setting_is_read_outside_config():
-    """As an attribute of something called config or c; augmentations.py and sampling.py read some by getattr."""
+    """Reads look like config.NAME or c.NAME; augmentations.py and sampling.py read some by getattr."""
     read = set()
     for path in [*ROOT.glob('*.py'), *(path for path in ROOT.glob('*/*.py') if path.parent.name in WINGS)]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The data sets of scikit-learn and torchvision, the table of all, and how loaders are set up from its entries."""
+"""The data sets of scikit-learn and torchvision, the table of data sets, and loaders made from its entries."""
 
 import functools
 import gzip
@@ -39,7 +39,7 @@ def test_digits_is_the_agreed_split(tiny_config):
 
 @pytest.fixture
 def server(tmp_path):
-    """(folder, its address, requested paths): a web server on this machine."""
+    """(served folder, its address, requested paths): a web server on this machine."""
     folder, requested = tmp_path / 'served', []
     folder.mkdir()
 
@@ -144,7 +144,7 @@ def test_no_network_says_what_to_do(name, tiny_config, monkeypatch):
     ],
 )
 def test_files_with_other_checksums_are_not_called_absent(name, serve, file, remedy, server, tiny_config, monkeypatch):
-    """As from a package that repacks them. Unpacked, they are taken."""
+    """Such files come from a package that repacks them. Unpacked, they are accepted."""
     arrays = serve(server, monkeypatch)
     nowhere = f'http://127.0.0.1:{free_port()}/'
     monkeypatch.setattr(torchvision.datasets.MNIST, 'mirrors', [nowhere])

@@ -1,4 +1,4 @@
-"""Moving averages: the recursion, what stays right when tensors are replaced, and what a checkpoint restores."""
+"""Moving averages: the recursion, tensors that are replaced, and restoring from a checkpoint."""
 
 import copy
 
@@ -110,7 +110,7 @@ def move_to_double(net, ema):
 
 
 def load_other_tensors(net, ema):
-    """In place of those that were there."""
+    """Put other tensors in the place of the network's and the averages' own."""
     for module in (net, *ema.networks.values()):
         module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
         module.b.weight = module.a.weight  # the load undoes it

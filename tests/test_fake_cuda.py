@@ -1,7 +1,7 @@
 """A training step on pretended CUDA tensors: finds device errors, CPU-GPU syncs and copies on a machine without a GPU.
 
-Tensors on the CPU are real, so that the trainer is built as ever; those on 'cuda' are FakeTensors, which have a shape,
-a type and a device, but no values. What they cannot show: numbers, kernels, the backward pass (it is replaced).
+Tensors on the CPU are real, so that the trainer is built as always. Tensors on 'cuda' are FakeTensors with a shape,
+a type and a device, but no values. They cannot test numbers, kernels and the backward pass (which is replaced).
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import utils
 
-# Operations whose result the CPU has to wait for.
+# operations for whose result the CPU has to wait
 SYNCS = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
 
 
 class PretendCuda(TorchDispatchMode):
-    """Does with FakeTensors what touches 'cuda', all else for real; `watching`: syncs are errors, copies counted."""
+    """Runs operations on 'cuda' with FakeTensors, all others for real; `watching`: syncs fail, copies are counted."""
 
     def __init__(self, fake):
         super().__init__()
@@ -80,7 +80,7 @@ def leaves_of(loss):
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    """A PretendCuda at work on what looks like a machine with a GPU. `.trained`: the parameters of the last loss."""
+    """A PretendCuda on a machine that seems to have a GPU. `.trained`: the parameters of the last loss."""
     pretend = PretendCuda(FakeTensorMode(allow_non_fake_inputs=True))
 
     def backward(loss, *args, **kwargs):
@@ -99,7 +99,7 @@ def pretend_cuda(monkeypatch):
         is_current_stream_capturing=False,
     )
     try:
-        with pretend.fake, pretend:  # which looks whether there is a GPU, and so comes first
+        with pretend.fake, pretend:  # first, because this looks for a GPU
             for name, answer in answers.items():
                 monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
             yield pretend
@@ -110,7 +110,7 @@ def pretend_cuda(monkeypatch):
 
 @pytest.fixture
 def build(pretend_cuda, monkeypatch, tmp_path):
-    """`build(**settings)`: the trainer of cifar10 as it is, but smaller, on the pretended GPU."""
+    """`build(**settings)`: the trainer of the cifar10 preset, with a smaller network, on the pretended GPU."""
     import data_utils
     import main
     from config import PRESETS, Config
@@ -129,7 +129,7 @@ def build(pretend_cuda, monkeypatch, tmp_path):
 
 
 def watched_step(pretend_cuda, trainer) -> None:
-    """A training step in which a sync is an error, after one in which the optimizer makes its state."""
+    """Two training steps: in the first the optimizer makes its state, and in the second a sync is an error."""
     steps = trainer.batches.steps(trainer.step)
     trainer.train_step(next(steps))
     pretend_cuda.watching = True
@@ -141,7 +141,7 @@ def watched_step(pretend_cuda, trainer) -> None:
     ('time_sampler', 'precision'), [('uniform', 'float32'), ('logit_normal', 'bfloat16'), ('log_normal', 'bfloat16')]
 )
 def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, build, time_sampler, precision):
-    """No CPU-GPU sync, and one copy at most, that of the indices of the images."""
+    """No CPU-GPU sync, and at most one copy, which moves the indices of the images."""
     watched_step(pretend_cuda, build(time_sampler=time_sampler, precision=precision))
     assert len(pretend_cuda.trained) > 50 and {p.device for p in pretend_cuda.trained} == {torch.device('cuda', 0)}
     assert pretend_cuda.precisions == {getattr(torch, precision)}
@@ -170,7 +170,7 @@ def test_a_step_of_other_settings_waits_for_nothing_either(pretend_cuda, build, 
 
 @pytest.mark.parametrize('solver', ['adams', 'sde_dpmpp_2m'])
 def test_drawing_samples_waits_for_nothing(pretend_cuda, build, solver):
-    """From noise to the last step, with guidance, the GPU can work behind Python."""
+    """From noise to the last step, with guidance, Python never waits for the GPU."""
     trainer = build(guidance_scale=2.0, num_sample_steps=4)
     inputs = trainer.sample_inputs(8)
     model_fn = trainer.get_model_fn(trainer.network)

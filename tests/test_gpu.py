@@ -68,13 +68,13 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(build):
     assert_same(second.network.state_dict(), first.network.state_dict())
     second.train_loop()
     for mine, other in zip(second.network.parameters(), whole.network.parameters(), strict=True):
-        assert torch.allclose(mine, other, atol=1e-4)  # not bit for bit: some of CUDA's sums have no fixed order
+        assert torch.allclose(mine, other, atol=1e-4)  # not bit for bit, because some sums in CUDA have no fixed order
 
 
 @pytest.mark.parametrize('compile', ['on', 'graphs'])
 @pytest.mark.parametrize('network', [dict(network='unet'), dict(network='dit', dit_depth=2, dit_width=64, dit_heads=2)])
 def test_a_compiled_run_has_the_curve_and_the_samples_of_a_plain_one(build, network, compile):
-    """Also where one call comes after another and the first result is still in use, as in the solver's memory."""
+    """Also if a second call comes while the first result is still in use, as in the memory of a solver."""
     curves, samples = [], []
     for chosen in ('off', compile):
         trainer = build(precision='float32', experiment_name=chosen, compile=chosen, **network)
@@ -88,7 +88,7 @@ def test_a_compiled_run_has_the_curve_and_the_samples_of_a_plain_one(build, netw
 
 @pytest.mark.parametrize('precision, most', [('float32', 1e-5), ('tf32', 5e-3)])
 def test_gpu_and_cpu_agree(build, precision, most):
-    """The same weights and the same batch: the outputs differ by rounding alone, which for float32 is that of IEEE."""
+    """With the same weights and batch, the outputs differ only by rounding, which for float32 follows IEEE."""
     trainer = build(precision=precision)
     for p in trainer.network.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -106,7 +106,7 @@ def test_gpu_and_cpu_agree(build, precision, most):
 def test_a_step_waits_for_nothing(build, time_sampler, precision):
     trainer = build(time_sampler=time_sampler, precision=precision)
     steps = trainer.batches.steps(trainer.step)
-    for _ in range(3):  # libraries load, the optimizer makes its state
+    for _ in range(3):  # loads libraries and makes the optimizer's state
         trainer.train_step(next(steps))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')

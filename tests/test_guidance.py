@@ -21,7 +21,7 @@ def score_of(mixture, label=None):
 
 
 def euler_step_by_score(process, x, t, s, score):
-    """dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13)."""
+    """An Euler step of dx/dt = f x - g^2 / 2 score (Song et al. 2021, eq. 13)."""
     c = at(process, t, len(x))
     return x + (s - t) * (bcast_right(c.f, 2) * x - bcast_right(c.g, 2) ** 2 / 2 * score(x, c))
 
@@ -57,9 +57,9 @@ def test_guided_score_by_hand(process_name, model_type, guide):
 
 
 def test_guidance_of_a_tilted_gaussian_is_exact():
-    """Two classes N(+-m, s^2): p(x|c)^2 / p(x|other class) is a Gaussian again, and the guided ODE its flow.
+    """Two classes N(+-m, s^2): p(x|c)^2 / p(x|other class) is again a Gaussian, and the guided ODE is its flow.
 
-    With guide N(-m, s^2), scale 2: the score is that of N(3m, s^2 + ...) at every t.
+    With guide N(-m, s^2) and scale 2, the score equals the score of N(3m, s^2 + ...) at every t.
     """
     process, m, s = process_named('cosine'), 0.4, 0.3
     plain, guide, tilted = (
@@ -72,7 +72,7 @@ def test_guidance_of_a_tilted_gaussian_is_exact():
 
 
 def count_rows(**settings):
-    """Images in each call of the network, and the time."""
+    """(number of images, time) of each call of the network."""
     calls = []
 
     def model_fn(xt, t, label):
@@ -123,8 +123,8 @@ def test_guidance_rescale(rescale):
 
 
 def test_guidance_rescale_does_not_touch_a_predicted_x0_without_contrast():
-    """Its standard deviation is 0, and nothing can be divided by it."""
-    flat = torch.tensor([[0.25, 0.25], [0.5, -0.5]], dtype=F64)  # one x0 without contrast, one with
+    """Its standard deviation is 0, by which nothing can be divided."""
+    flat = torch.tensor([[0.25, 0.25], [0.5, -0.5]], dtype=F64)  # one x0 without contrast, and one with contrast
 
     def model_fn(xt, t, label):
         return torch.cat([flat, flat / 2])
@@ -169,7 +169,7 @@ def test_score_guided_by_a_condition_by_hand(process_name, null):
 
 
 def calls_of(label=None, fn=None, **settings):
-    """What the network is given in an Euler step of two items: its arguments, call by call."""
+    """Arguments of each call of the network in an Euler step of two items."""
     calls = []
 
     def model_fn(xt, t, label=None, **cond):
@@ -197,7 +197,7 @@ def test_class_and_conditions_are_left_out_together_and_what_has_no_null_value_s
     (call,) = calls_of(torch.tensor([4, 5]), **settings, null_cond={'ink': -1, 'text': torch.tensor([7.0, 8.0])})
     ink, text = INK.tolist(), TEXT.tolist()
     assert call == dict(label=[4, 5, 9, 9], ink=[*ink, -1, -1], text=[*text, [7, 8], [7, 8]], size=[3, 4, 3, 4])
-    (call,) = calls_of(None, **settings, null_cond={'size': 0.5})  # no label; half a whole number stays half
+    (call,) = calls_of(None, **settings, null_cond={'size': 0.5})  # no label; the null value 0.5 stays 0.5
     assert call == dict(label=None, ink=ink * 2, text=text * 2, size=[3, 4, 0.5, 0.5])
 
 
@@ -265,7 +265,7 @@ def test_values_that_make_no_sense_are_refused(settings, match):
 
 @pytest.mark.parametrize('label_dropout', [0.0, 1.0])
 def test_guidance_needs_label_dropout_in_training(label_dropout):
-    """`get_sample_fn` has the config, so a notebook gets the error of the command line."""
+    """`get_sample_fn` has the config, so a notebook raises the same error as the command line."""
     fn = get_sample_fn(Config(label_dropout=label_dropout), process_named('rf'), null_label=9, null_cond=None)
     label = torch.tensor([4, 5])
     with pytest.raises(SettingError, match=f'guidance_scale=2.*label_dropout={label_dropout:g}.*label_dropout 0.1'):
@@ -274,7 +274,7 @@ def test_guidance_needs_label_dropout_in_training(label_dropout):
     guide = dict(guidance_scale=2.0, guide_fn=lambda xt, t, label, **cond: 0 * xt)
     assert calls_of(label, fn, **guide) == [dict(label=[4, 5])]
     (call,) = calls_of(label, fn, guidance_scale=2.0, cond={'ink': INK}, null_cond={'ink': 0})
-    assert call['label'] == [4, 5, 4, 5]  # the null class means nothing to it
+    assert call['label'] == [4, 5, 4, 5]  # which has not learned the null class
 
 
 def test_guidance_needs_classes():
@@ -297,14 +297,14 @@ AVERAGE_VELOCITY = Solver(lambda x, t, s, predict, noise: x + (s - t) * predict(
 @each_process
 @pytest.mark.parametrize('num_steps', [1, 3])
 def test_average_velocity_is_one_row_of_the_table(process_name, num_steps, monkeypatch):
-    """Exact in any number of steps, where the network is (Geng et al. 2025, algorithm 2)."""
+    """It is exact in any number of steps if the network is exact (Geng et al. 2025, algorithm 2)."""
     monkeypatch.setitem(SOLVERS, 'average', AVERAGE_VELOCITY)
     process = process_named(process_name)
     settings = dict(solver='average', num_steps=num_steps, time_grid='uniform', t_min=0.02, t_max=0.98)
     x = sample(GIVEN.as_flow_map(process), process, base_noise(20), cond={'mean': MEAN}, **settings)
     start, end = at(process, 0.98), at(process, 0.02)
     torch.testing.assert_close(x, GIVEN.flow(start.sigma * base_noise(20), start, end, MEAN), rtol=1e-9, atol=1e-9)
-    # the flow of the oracle itself is where the ODE leads
+    # the flow of the oracle ends where the ODE ends
     settings = dict(cond={'mean': MEAN}, t_min=0.02, t_max=0.98, num_steps=300, solver='rk4')
     fine = sample(GIVEN.as_model('velocity', process), process, base_noise(20), **settings)
     torch.testing.assert_close(x, fine, rtol=1e-4, atol=1e-4)

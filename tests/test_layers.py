@@ -1,4 +1,4 @@
-"""Who may import whom: imports go down the tiers only, also those under TYPE_CHECKING, and never in a circle."""
+"""Layers of the code: imports only go down the tiers, also under TYPE_CHECKING, and never in a circle."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import ROOT
 
 WINGS = 'settings networks solvers data_loading training evaluation reports scripts runtime launch'.split()
-# From the lowest tier up. Within a tier any direction, as long as there is no circle.
+# From the lowest tier to the highest. Within a tier, imports may go in any direction, but not in a circle.
 TIERS = [
     'settings runtime utils',
     'config',
@@ -48,7 +48,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def modules_in(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    """The modules that an import reads: x, and x.a where a is a file of the wing x."""
+    """The modules that an import statement loads: x, and x.a if a is a file in the folder x."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
         return
@@ -79,7 +79,7 @@ def test_the_top_level_has_the_files_that_the_user_named_and_no_other():
 
 
 def test_every_folder_is_a_package_that_says_what_is_in_it():
-    """Else an installed package of its name would be imported in its place."""
+    """Otherwise an installed package of the same name would be imported instead."""
     for wing in [*WINGS, 'tests']:
         text = ast.get_docstring(ast.parse((ROOT / wing / '__init__.py').read_text()))
         assert text, wing
@@ -116,7 +116,7 @@ def test_no_file_imports_an_example_or_a_test(path):
 
 @pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_no_file_is_too_long_to_be_read(path):
-    """Nor is a line: 120 columns."""
+    """No line is longer than 120 columns either."""
     lines = path.read_text().splitlines()
     assert len(lines) <= LONGEST.get(name_of(path), 300)
     assert max(map(len, lines), default=0) <= 120
@@ -126,7 +126,7 @@ LONGEST = {'trainer': 260}
 
 
 def test_each_file_can_be_imported_first():
-    """In a fresh process each: a circle would show, whatever order other imports have."""
+    """Each in a fresh process, which shows a circle even if other orders of imports hide it."""
     names = [path.stem for path in ROOT.glob('*.py')] + WINGS
     program = (
         'import os, sys\nimport torch, numpy\n'  # once, for all of the children
@@ -143,7 +143,7 @@ def test_each_file_can_be_imported_first():
 
 
 def test_a_start_reads_few_files():
-    """Of reports/ and evaluation/ only the two parts that a trainer owns; the others are read when they are used."""
+    """From reports/ and evaluation/ it reads only the two parts that a trainer owns; others are read when used."""
     program = (
         'import json, sys, trainer\n'
         'files = [getattr(m, "__file__", None) or "" for m in sys.modules.values()]\n'
@@ -211,7 +211,7 @@ def test_nothing_is_decided_by_the_name_of_a_class_or_module(path):
 
 @pytest.mark.parametrize('path', FILES, ids=name_of)
 def test_every_import_of_another_file_names_something_it_has(path):
-    """Also in branches and functions that no test runs."""
+    """This includes branches and functions that no test runs."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and node.module in OURS:
             body = tree_of(OURS[node.module]).body

@@ -1,4 +1,4 @@
-"""The record: metrics.jsonl, means, speed, progress, and wandb for real, with a fake server or none."""
+"""The record: metrics.jsonl, means, speed, progress, and the real wandb with a fake server or with none."""
 
 import contextlib
 import json
@@ -188,7 +188,7 @@ def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear
         'train/loss': 3.0,
         'train/loss_t_0.0_0.1': 3.0,
         'train/loss_t_0.9_1.0': 3.0,
-        'train/lr': 0.75,  # of the last step
+        'train/lr': 0.75,  # from the last step
     }
     assert record.state_dict()['mine'].tolist() == [16.0, 4.0]
 
@@ -203,7 +203,7 @@ def test_what_is_logged_apart_stays_apart(tmp_path):
             record.log('x', 2.0)
             with record.apart() as inner:
                 record.log('x', 3.0)
-                record.losses(torch.tensor([9.0]), torch.tensor([0.5]))  # of training
+                record.losses(torch.tensor([9.0]), torch.tensor([0.5]))  # from training
             record.log('x', 4.0)
         with contextlib.suppress(Stopped), record.apart() as broken:
             record.log('x', 50.0)
@@ -234,9 +234,9 @@ def clock(monkeypatch):
 
 
 def test_speed_and_waiting_are_those_since_something_was_due(tmp_path, clock):
-    """At step 12 nothing is written, but a checkpoint was: how long that took is not part of the speed."""
+    """At step 12 a checkpoint was saved, and no line written: the time of the save does not count in the speed."""
     record = record_in(tmp_path, log_every=5, save_every=12, eval_every=0, sample_every=0)
-    waited = [30.0]  # seconds for data since the loader was made
+    waited = [30.0]  # seconds of waiting for data since the loader was made
     record.waited = lambda: waited[0]
     with record.open(10):
         assert 'train/images_per_second' not in record.summary(10)  # no step yet
@@ -248,7 +248,7 @@ def test_speed_and_waiting_are_those_since_something_was_due(tmp_path, clock):
         waited[0] += 1
         values = record.summary(11)
         assert (values['train/images_per_second'], values['train/waiting']) == (32 / 4, 0.25)
-        write(record, 11, loss=1.0)  # where nothing is due
+        write(record, 11, loss=1.0)  # nothing is due
         assert record.restarted == (107.0, 10)
         write(record, 12)
         assert record.restarted == (111.0, 12)
@@ -272,7 +272,7 @@ def test_a_line_that_is_written_early_is_replaced_by_the_whole_one(tmp_path):
         write(record, 15, a=3.0)
     lines = lines_of(tmp_path)
     assert [line['train/step'] for line in lines] == [5, 10, 15] and (lines[1]['a'], lines[1]['b']) == (1.0, 2.0)
-    with record.open(10):  # which cuts the file
+    with record.open(10):  # cuts the file
         write(record, 15, a=4.0)
     assert [line['a'] for line in lines_of(tmp_path)] == [0.0, 4.0]
 
@@ -287,7 +287,7 @@ def test_a_small_loss_is_not_shown_as_nothing(tmp_path, capsys, clock):
 
 
 def test_the_rate_is_that_of_the_step_also_when_resumed(tmp_path):
-    """In a warm-up the mean since the last line was half of it."""
+    """A mean since the last line would be half of the rate in a warm-up."""
     record, again = record_in(tmp_path), record_in(tmp_path)
     with record.open(0):
         for lr in (0.1, 0.2, 0.3):
@@ -301,13 +301,13 @@ def test_the_rate_is_that_of_the_step_also_when_resumed(tmp_path):
 
 
 def test_a_step_in_front_of_a_name_is_dropped(tmp_path):
-    """Names of pictures have one: their numbers would be a new series at each sampling."""
+    """Names of pictures start with a step: numbers logged under them would start a new series at each sampling."""
     record = record_in(tmp_path)
     with record.open(0):
         record.log('step_0000100_adams_raw/ink', 1.0)
         record.log('step_0000200_adams_raw/ink', 3.0)
         record.log('my_step_3_name', 5.0)
-        record.log('step_1_error', 1.0)  # names of an experiment, such as errors of a model of few steps
+        record.log('step_1_error', 1.0)  # a name of the experiment, not of a picture
         record.log('step_4_error', 3.0)
         values = record.summary(0)
     assert values['adams_raw/ink'] == 2.0 and values['my_step_3_name'] == 5.0
@@ -330,12 +330,12 @@ def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
         record.summary(23)
         assert record.progress.bar.n == 23
     record.step(0.1, {})
-    assert record.progress is None  # of a step outside of `open` nothing is shown
+    assert record.progress is None  # outside of `open`, a step shows nothing
     shown = capsys.readouterr()
     assert 'loss 0.1250' in shown.err and '/100' in shown.err and shown.out == ''
 
 
-# What each of two processes does; the calls of torch.distributed are counted.
+# Script of each of two processes; counts the calls of torch.distributed.
 RANKS = """
 import json, sys, time
 from pathlib import Path
@@ -363,7 +363,7 @@ config = Config(ckpt_dir=str(folder), experiment_name='run', wandb='disabled', g
 record = Record(config, device)
 with record.open(0):
     calls.clear()
-    for step in range(1500):  # more than wait to be summed
+    for step in range(1500):  # more than the number of values that wait to be summed
         record.clear() if step == 2 else None
         record.log('mine', torch.tensor([1.0 + rank]))
         record.log(f'only {rank}', 5.0)
@@ -386,7 +386,7 @@ with record.open(0):
     try:
         with record.line(1501) as line:
             line['loss'] = 0.5
-            raise ZeroDivisionError  # on the other rank, too, but `line` does not know
+            raise ZeroDivisionError  # on the other rank too, but `line` cannot know that
     except ZeroDivisionError:
         seen['at an error'] = list(calls)
     ranks.barrier()

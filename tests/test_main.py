@@ -56,7 +56,7 @@ if __name__ == '__main__':
     main(trainer_class=Mine, config_class=MyConfig)
 """
 
-# What another process sees of the run; it prints this as JSON.
+# Script of another process, which prints what it reads from the run, as JSON.
 READER = """
 import json
 import sys
@@ -86,14 +86,14 @@ def error_of(fn):
 facts['names mine.py'] = error_of(lambda: saving.load_for_sampling(run / 'last.pt'))
 kept = saving.load(run / 'last.pt')
 states = {f'ema_{decay:g}': state for decay, state in kept['ema']['networks'].items()} | {'raw': kept['network']}
-for asked in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
-    trainer = load(run, weights=asked)
+for weights in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
+    trainer = load(run, weights=weights)
     mine = trainer.network.state_dict()
-    facts[asked] = [name for name, state in states.items() if all(mine[key].equal(state[key]) for key in state)]
-    if asked == 'ema':
+    facts[weights] = [name for name, state in states.items() if all(mine[key].equal(state[key]) for key in state)]
+    if weights == 'ema':
         facts['classes'] = [type(trainer).__name__, type(trainer.config).__name__, trainer.config.depth, trainer.step]
-    if asked in ('ema', 'raw'):
-        name = 'ema_0.5' if asked == 'ema' else 'raw'
+    if weights in ('ema', 'raw'):
+        name = 'ema_0.5' if weights == 'ema' else 'raw'
         inputs = trainer.sample_inputs(trainer.gallery.num_shown)
         for solver, sampler in trainer.samplers().items():
             x = trainer.drawing.samples(sampler, trainer.network, inputs)
@@ -114,7 +114,7 @@ print('FACTS', json.dumps(facts))
 
 
 def contents(folder):
-    """Name, size and time of change of all that is in a folder."""
+    """Name, size and modification time of everything in a folder."""
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob('*'))}
 
 
@@ -150,7 +150,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def read(made):
-    """What READER saw, while this process holds the locks of the folders."""
+    """Facts that READER printed while this process held the locks of the folders."""
     run, script, middle = made
     folders = (run, middle)
     for folder in folders:
@@ -224,7 +224,7 @@ def test_a_run_whose_script_is_gone_says_so(made, tmp_path):
     path.write_text(path.read_text().replace(str(script), str(tmp_path / 'gone.py')))
     with pytest.raises(SettingError, match=r'gone\.py, which started the run, is gone\. Put it back, or link'):
         load_run(tmp_path / 'run')
-    (tmp_path / 'gone.py').symlink_to(script)  # as the message says
+    (tmp_path / 'gone.py').symlink_to(script)  # as the message suggests
     assert type(load_run(tmp_path / 'run', trust=True)).__name__ == 'Mine'
 
 
@@ -265,7 +265,7 @@ if __name__ == '__main__':
 
 
 def test_a_script_that_only_fills_tables_is_imported_too(tmp_path, run_sh):
-    """The trainer's class is then in trainer.py, and run.json names the script as well."""
+    """The trainer's class is then in trainer.py, and run.json names the script too."""
     script = tmp_path / 'tables_of_mine.py'
     script.write_text(TABLES)
     result = run_sh(str(script), process_name='quadratic')

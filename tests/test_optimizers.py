@@ -75,7 +75,7 @@ def test_adamw_by_hand():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.complex128])
 @pytest.mark.parametrize('shape', [(4, 4), (3, 20), (20, 3), (1, 7)])
 def test_orthogonal_moves_the_singular_values_alone(shape, dtype):
-    """To what five steps of the polynomial make of them, by a singular value decomposition in float64."""
+    """They become five steps of the polynomial, here from a singular value decomposition in float64."""
     matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for matrix, result in zip(matrices, orthogonal(matrices), strict=True):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -87,7 +87,7 @@ def test_orthogonal_moves_the_singular_values_alone(shape, dtype):
 
 
 def test_muon_by_hand():
-    """Two steps: the kernel of a convolution as a matrix, its bias and a table of embeddings as by AdamW."""
+    """Two steps: a convolution kernel moves as a matrix, its bias and an embedding table as by AdamW."""
     torch.manual_seed(0)
     net = nn.ModuleDict(dict(conv=nn.Conv2d(3, 4, 2), table=nn.Embedding(5, 6))).double()
     settings = dict(base_lr=0.01, weight_decay=0.3)
@@ -133,7 +133,7 @@ def test_muon_goes_on_from_its_checkpoint():
 
 
 def test_a_step_does_not_import_the_compiler():
-    """torch._dynamo would take a third of the time in which a run starts."""
+    """Importing torch._dynamo would take a third of a run's time to start."""
     code = (
         'import sys, torch, optimizers, config\n'
         'net = torch.nn.Linear(2, 2)\n'
@@ -160,7 +160,7 @@ def test_warmup_is_linear(schedule):
 @pytest.mark.parametrize('warmup_steps', [0, 1, 100])
 @pytest.mark.parametrize('min_lr', [0.0, 0.1, 0.4])
 def test_after_the_warmup_it_never_rises_nor_goes_below_the_floor(schedule, warmup_steps, min_lr):
-    """Nor past the end of the training."""
+    """This also holds after the end of training."""
     after = rates(
         Config(
             lr_schedule_type=schedule, warmup_steps=warmup_steps, num_training_steps=1000, base_lr=0.4, min_lr=min_lr
@@ -214,7 +214,7 @@ def test_set_lr_reaches_every_group():
 
 
 def test_set_lr_scales_groups_that_have_a_rate_of_their_own():
-    """Two optimizers, and a group in one of them, before and after a checkpoint."""
+    """Two optimizers, and a group of its own rate in one of them, before and after a checkpoint."""
     a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     config = Config(base_lr=3e-4, warmup_steps=7, num_training_steps=100)
 
@@ -258,7 +258,7 @@ if hasattr(torch.optim, 'Muon'):
 @pytest.mark.parametrize('bad', [(0,), (2,), (0, 1, 3)])
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_a_bad_step_changes_nothing(name, bad):
-    """Weights after good and bad steps are, bit for bit, those of plain `step()` with the good ones alone."""
+    """Good and bad steps together give, bit for bit, the weights of plain `step()` with only the good ones."""
 
     def parameters():
         g = torch.Generator().manual_seed(0)
@@ -282,7 +282,7 @@ def test_a_bad_step_changes_nothing(name, bad):
 
 @pytest.mark.parametrize('bad', [(0,), (2,), (0, 1, 3)])
 def test_a_step_that_the_flag_forbids_is_none_of_muon(bad):
-    """The flag of step_if on a GPU, here with numbers: weights after good and bad steps are those of the good alone."""
+    """The flag of step_if on a GPU, here set by hand: bad steps leave the weights as only the good ones made them."""
 
     def build():
         torch.manual_seed(0)
@@ -352,7 +352,7 @@ def test_a_plain_step_after_a_skipped_one_is_taken():
 
 @pytest.mark.parametrize('name', BY_NAME)
 def test_our_optimizers_decide_without_a_sync(name):
-    """On pretended GPU tensors, of which no number can be read."""
+    """Runs on pretended GPU tensors, whose numbers cannot be read."""
     with FakeTensorMode(), torch.device('cuda'):
         net = nn.Linear(2, 2)
         optimizer = get_optimizer(Config(optimizer=name), net)

@@ -1,6 +1,6 @@
 """The oracle itself, against torch.distributions, quadrature and the continuity equation.
 
-Then what a user's process must satisfy with it.
+It then tests the properties that any process of a user must have.
 """
 
 import pytest
@@ -121,7 +121,7 @@ def test_optimal_denoiser_is_the_oracle_of_zero_width(process_name):
 
 
 def test_no_loss_is_below_that_of_the_optimal_denoiser():
-    """Any other has a larger mean square error over the data; with no noise it gives the data back."""
+    """Any other denoiser has a larger mean square error over the data; without noise it returns the data."""
     g = torch.Generator().manual_seed(0)
     data = torch.randn(5, 1, 2, 2, generator=g)
     denoise, c = optimal_denoiser(data), Coefs(*(torch.full((50000,), v) for v in (0.6, 0.4, -1.0, 1.0)))

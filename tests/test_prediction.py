@@ -34,7 +34,7 @@ def c_out(c):
     return c.sigma * c.sigma_data / ((c.alpha * c.sigma_data) ** 2 + c.sigma**2).sqrt()
 
 
-# Every type by its own definition.
+# every type by its definition
 BY_HAND = {
     'x0': lambda x0, x1, c: x0,
     'x1': lambda x0, x1, c: x1,
@@ -93,7 +93,7 @@ def test_every_conversion(process_name, model_type, target_type):
 def test_single_precision_towards_the_ends(process_name, model_type, target_type, t):
     """In float32 the error is below 8 roundings, each 2^-24 of the terms that are added.
 
-    With y -> p xt + q y exact in float64, these are |p xt| + |q y|: near an end where an output says little of the
+    With y -> p xt + q y exact in float64, these are |p xt| + |q y|: near an end where an output says little about the
     target, they are much larger than the target, and no arithmetic in float32 does better.
     """
     time, xt, x0, x1, coefs = case(process_name, [t])
@@ -106,7 +106,7 @@ def test_single_precision_towards_the_ends(process_name, model_type, target_type
         getattr(convert(y, time, zero, coefs), target_type),
     )
     if model_type == target_type:
-        of_xt = zero  # returned as it came
+        of_xt = zero  # returned unchanged
     single = getattr(convert(y.float(), time.float(), xt.float(), coefs.to(xt.float())), target_type)
     terms = (of_xt.abs() + of_y.abs()).square().mean().sqrt()
     assert (single - exact).square().mean().sqrt() < 8 * 2**-24 * terms
@@ -195,7 +195,7 @@ def test_data_is_exact_where_sigma_is_0():
 
 
 def test_small_negative_denominators_are_not_shifted():
-    """At det = -1e-6, an epsilon of 1e-8 added to hide a singularity would show."""
+    """At det = -1e-6, an epsilon of 1e-8 that hides a singularity would be visible."""
     one = torch.ones(1, dtype=torch.float64)
     coefs = Coefs(alpha=one, sigma=one, alpha_dot=one, sigma_dot=one * (1 - 1e-6))
     x0, x1 = torch.randn(2, 1, 1, 4, 4, dtype=torch.float64)
@@ -259,7 +259,7 @@ def test_whole_range_is_accepted(process_name, model_type, target_type):
 
 
 def test_noise_that_the_sde_cannot_have_is_rejected():
-    """Here sigma_dot is 0 where sigma is, so the velocity is finite but says nothing of x1."""
+    """Here sigma_dot is 0 where sigma is 0, so the velocity is finite but says nothing about x1."""
 
     class Slow(GaussianProcess):
         def alpha(self, t):

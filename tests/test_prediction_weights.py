@@ -1,4 +1,4 @@
-"""Loss weights against their papers, and which (output, target, weight) are the same loss."""
+"""Loss weights against their papers, and triples (output, target, weight) that are the same loss."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_v_is_snr_plus_1_where_variance_is_preserved(process_name):
 
 
 def test_no_other_pair_is_the_same_loss():
-    """Among all targets and weights, for a process without symmetries."""
+    """This searches all targets and weights, with a process without symmetries."""
     process = process_named('linear_vp')
     values = {
         (target, name): losses(process, 'x0', target, weight)
@@ -162,7 +162,7 @@ def test_edm_is_reproduced(tiny_config, build_trainer):
     log_sigma = trainer.process.sigma(get_time_sampler(config)(u)).log()
     torch.testing.assert_close(
         log_sigma, p_mean + p_std * torch.special.ndtri(u), rtol=1e-3, atol=1e-3
-    )  # but for the tails beyond 0.002 and 80
+    )  # except in the tails beyond 0.002 and 80
 
 
 def test_weight_multiplies_the_error(tiny_config, build_trainer):

@@ -98,7 +98,7 @@ def test_time_of_log_snr_inverts_log_snr(name):
 
 @each_process
 def test_time_of_log_snr_stops_at_the_ends(name):
-    """For values that no t in [0, 1] has; rf and cosine only approach their ends."""
+    """This is for log-SNRs that no t in [0, 1] has; rf and cosine only approach their ends."""
     process = process_named(name)
     beyond = torch.tensor([math.inf, 200.0, -200.0, -math.inf], dtype=torch.float64)
     ends = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_float32_is_kept_and_accurate(name):
 
 
 class Transcribed(GaussianProcess):
-    """Another process as a user would write it: alpha and sigma, and no closed form of anything else."""
+    """Another process as a user would write it: alpha and sigma, and no other closed forms."""
 
     def __init__(self, process):
         self.process = process
@@ -137,7 +137,7 @@ ALL_TIMES = torch.cat(
 
 @each_process
 def test_time_of_log_snr_without_a_closed_form(name):
-    """To a millionth of t, wherever log-SNR changes by more than 1e-4 per factor e in t: else it says nothing of t."""
+    """Right to a millionth of t where log-SNR changes by more than 1e-4 per factor e in t; else it hardly tells t."""
     process = Transcribed(process_named(name))
     log_snr = process.log_snr(ALL_TIMES)
     slope = central_difference(lambda x: process.log_snr(x.exp()), ALL_TIMES.log()).abs()
@@ -197,7 +197,7 @@ def test_time_of_log_snr_follows_parameters_that_change():
 
 
 def test_time_of_log_snr_is_few_kernels():
-    """A GPU starts each in microseconds, in every shard of every step with log-normal times; bisection took 700."""
+    """Each costs a GPU launch, in every shard of every step with log-normal times; bisection took 700 of them."""
 
     class Count(TorchDispatchMode):
         number = 0
@@ -212,7 +212,7 @@ def test_time_of_log_snr_is_few_kernels():
 
 
 class Power(GaussianProcess):
-    """All that a new process writes."""
+    """The only methods that a new process needs."""
 
     def alpha(self, t):
         return 1 - t**2
@@ -237,14 +237,14 @@ def test_new_process_needs_only_alpha_and_sigma(grad):
 
 
 def test_new_process_can_be_differentiated_as_a_whole():
-    """As in a loss with a derivative along t of something that is converted from one prediction type to another."""
+    """A loss may contain the derivative along t of a prediction that is converted to another type."""
     t = T.clone()
     _, second = torch.func.jvp(lambda t: Power()(t).sigma_dot, (t,), (torch.ones_like(t),))
     torch.testing.assert_close(second, 6 * T)
 
 
 def test_new_process_takes_an_expanded_time():
-    """As the sampler gives it: one time for the whole batch."""
+    """The sampler passes such times: one number for the whole batch."""
     c = Power()(torch.tensor([0.5]).expand(4))
     torch.testing.assert_close(c.sigma_dot, torch.full((4,), 0.75))
 

@@ -1,4 +1,4 @@
-"""What the settings and the contracts of the trainer promise, each seen in a run or computed a second time by hand."""
+"""Promises of the settings and the trainer, each checked in a run or recomputed by hand."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ def no_stop_asked(monkeypatch):
 
 
 def scramble(module, seed, std):
-    """Weights with which every layer matters: an untrained UNet outputs 0."""
+    """Give a network weights that make every layer matter: an untrained UNet outputs 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -32,7 +32,7 @@ def scramble(module, seed, std):
 
 
 def scrambled(trainer, std=0.05):
-    """The trainer, its raw and averaged networks all different."""
+    """A trainer whose raw and averaged networks all differ."""
     for seed, module in enumerate(trainer.weights().values()):
         scramble(module, seed, std)
     return trainer
@@ -111,7 +111,7 @@ def test_bfloat16_and_float32_runs_differ_by_the_rounding_alone(tiny_config, bui
 
 
 def test_accumulation_does_not_change_the_gradient(tiny_config, build_trainer):
-    """The norm of each run's first step is that of the gradient of the mean loss, taken at once."""
+    """The gradient norm of each run's first step equals the norm for the mean loss of the whole batch at once."""
     norms, losses = [], []
     for n in (1, 4):
         config = tiny_config(experiment_name=f'n{n}', accumulation_steps=n, grad_clip_norm=0.0, log_every=1)
@@ -128,7 +128,7 @@ def test_accumulation_does_not_change_the_gradient(tiny_config, build_trainer):
 
 
 def test_averages_follow_the_step(tiny_config, build_trainer):
-    """ema <- d ema + (1 - d) weights with the weights of after the step, and d = min(decay, (1 + n) / (10 + n))."""
+    """ema <- d ema + (1 - d) weights, with the weights after the step, and d = min(decay, (1 + n) / (10 + n))."""
     trainer = build_trainer(tiny_config(ema_decays=(0.999, 0.05), warmup_steps=0, base_lr=0.1))
     steps = trainer.batches.steps(trainer.step)
     seen = [{k: v.clone() for k, v in trainer.network.state_dict().items()}]
@@ -141,7 +141,7 @@ def test_averages_follow_the_step(tiny_config, build_trainer):
             expected = second * (first * w0 + (1 - first) * w1) + (1 - second) * w2
             torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
     moved = max((seen[2][name] - seen[1][name]).abs().max() for name in seen[0])
-    assert moved > 0.01  # or nothing was compared
+    assert moved > 0.01  # otherwise nothing was compared
 
 
 # ---------------------------------------------------------------- what is judged and shown
@@ -153,7 +153,7 @@ def judges_by(trainer):
 
 @pytest.mark.parametrize('ema_decays', [(0.9, 0.99), ()])
 def test_a_run_is_judged_by_its_first_average(tiny_config, build_trainer, ema_decays):
-    """By the raw weights only if there is none: the samples of the final metrics and eval/reference."""
+    """Final metrics and eval/reference use the raw weights only if there is no moving average."""
     judged = []
 
     class Mine(ExampleDiffusionTrainer):
@@ -277,7 +277,7 @@ def test_antithetic_times_come_in_mirrored_pairs(tiny_config, build_trainer):
 
 
 def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build_trainer):
-    """From loss_fn, under eval/ and the name of the weights; prepare_batch_fn's numbers of training are of training."""
+    """Values from loss_fn are logged under eval/ and the weights' name; prepare_batch_fn's under training only."""
     seen = []
 
     class Logs(ExampleDiffusionTrainer):
@@ -294,11 +294,11 @@ def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build
 
     config = tiny_config(eval_every=4)
     trainer = scrambled(build_trainer(config, Logs))
-    trainer.judge.rehearse()  # which calls loss_fn, too
+    trainer.judge.rehearse()  # calls loss_fn too
     seen.clear()
     values = trainer.judge.held_out_losses(trainer.step)
     averaged, raw = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    # the mean over all held-out images, of which the last batch has fewer
+    # the mean over all held-out images; the last batch is smaller
     assert values['eval/size'] == pytest.approx(torch.cat(raw).mean().item(), rel=1e-5)
     assert values['eval/size_ema_0.999'] == pytest.approx(torch.cat(averaged).mean().item(), rel=1e-5)
     assert values['eval/size'] != pytest.approx(values['eval/size_ema_0.999'], rel=1e-3)
@@ -380,6 +380,6 @@ def test_a_network_in_three_dimensions_learns_volumes(tiny_config, build_trainer
     trainer.train_loop()
     losses = [line['train/loss'] for line in record_of(config.run_dir)]
     assert losses[-1] < 0.8 * losses[0]
-    assert record_of(config.run_dir)[-1]['eval/reference'] < 2  # the velocity's own mean square
+    assert record_of(config.run_dir)[-1]['eval/reference'] < 2  # the mean square of the velocity
     x = trainer.drawing.samples(trainer.samplers()['adams'], trainer.network, trainer.sample_inputs(3))
     assert x.shape == (3, 2, 4, 6, 5) and x.isfinite().all()

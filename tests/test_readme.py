@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to type works, and what they link to exists."""
+"""README.md and docs/: everything that they tell a reader to type works, and every link leads somewhere."""
 
 import ast
 import importlib.util
@@ -29,15 +29,15 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
 
 class Block(NamedTuple):
     page: str
-    name: str  # its heading and number under it, as 'a-loss-1'
+    name: str  # its heading and its number under that heading, as 'a-loss-1'
     language: str
     code: str
-    comment: str  # the HTML comment in the line before, which no reader sees
+    comment: str  # the HTML comment on the line before, which no reader sees
     command: str  # the first `sh run.sh mine.py ...` between it and the next block
 
 
 def anchor(heading: str) -> str:
-    """What GitHub makes of a heading."""
+    """The anchor that GitHub makes from a heading."""
     return re.sub(r'[^\w\- ]', '', heading.strip().lower()).replace(' ', '-')
 
 
@@ -58,7 +58,7 @@ def blocks_of(page: str) -> list[Block]:
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 PYTHON = [block for block in BLOCKS if block.language == 'python']
 HEART = PYTHON[0]
-COMMANDS = sorted(  # without variables before them; a job of Slurm as the run that it is
+COMMANDS = sorted(  # without variables before them; a Slurm job as the run that it starts
     {
         re.sub(
             r'^(\w+=\S+ )+|^sbatch (-\S+ )*launch/slurm\.sh(?=.*\w)',
@@ -120,7 +120,7 @@ def test_choices_of_a_setting_in_its_table_are_all_there_are():
 
 
 def test_the_tree_is_the_house():
-    """A line for each file and folder of the top level, and nothing that is not there."""
+    """There is a line for each file and folder at the top level, and none for one that does not exist."""
     tree = next(block for block in BLOCKS if block.page == 'README.md' and block.name.startswith('files'))
     named = set(re.findall(r'(?:^|  )(\w+\.\w+|\w+/)(?= )', tree.code, re.M))
     for name in named:
@@ -130,7 +130,7 @@ def test_the_tree_is_the_house():
 
 
 def test_the_hour_has_the_lines_that_it_says():
-    """To the nearest hundred."""
+    """The number is right to the nearest hundred."""
     text = re.search(r'\*\*The hour:\*\* .*?\n\n', PAGES['README.md'], re.S)[0]
     text, lines = text.partition('Then')[0], int(re.search(r'([\d,]+) lines', text)[1].replace(',', ''))
     files = re.findall(r'`([\w/]+\.py)`', text)
@@ -180,7 +180,7 @@ def test_links_and_pictures_exist(page):
 
 
 def test_loss_snippet_is_the_code():
-    """The first block is the end of the example's loss_fn, line for line."""
+    """The first block is the end of ExampleDiffusionTrainer.loss_fn, line for line."""
     code = [line.strip() for line in (ROOT / 'trainer.py').read_text().splitlines()]
     lines = HEART.code.splitlines()
     start = code.index(lines[0])
@@ -204,7 +204,7 @@ def keys_of(*names):
 
 
 def ralston_has_order_2(trainer, module, record):
-    """Exact for a velocity 2 t, whose integral is t^2."""
+    """It is exact for a velocity 2 t, whose integral is t^2."""
     from processes import PROCESSES
     from sampling import sample
 
@@ -246,7 +246,7 @@ def guided_by_its_conditions(trainer, module, record):
 
 
 def restores_what_it_is_given(trainer, module, record):
-    """The pictures show x1, which is the truth where the image is not cut off."""
+    """The pictures show x1, which equals the true image where it is not cut off."""
     inputs = trainer.sample_inputs(3)
     (given,), truth = inputs.given, trainer.decode(inputs.truth)
     return given.equal(trainer.decode(inputs.x1)) and (given - truth)[:, :, :4].abs().mean() < 0.1 < given.std()
@@ -280,7 +280,7 @@ EXPECTED = {
 
 @pytest.fixture
 def restored_tables():
-    """What a recipe adds to the tables is gone after its test."""
+    """Remove what a recipe adds to the tables after its test."""
     from main import choices
 
     before = [(table, dict(table)) for table in choices().values()]
@@ -307,7 +307,7 @@ def imported(tmp_path, monkeypatch):
 
 
 def write_arrays(folder):
-    """What the recipe for arrays reads."""
+    """The files that the recipe for arrays reads."""
     import numpy as np
 
     folder.mkdir()
@@ -317,7 +317,7 @@ def write_arrays(folder):
 
 @pytest.mark.parametrize('block', RECIPES, ids=lambda block: block.name[-40:])
 def test_recipe(block, tmp_path, build_trainer, imported, restored_tables):
-    """Trains by the command below it, evaluates, draws, saves, and resumes from its checkpoint."""
+    """It trains by the command below it, evaluates, draws, saves, and resumes from its checkpoint."""
     from reports import kinds
 
     write_arrays(tmp_path / 'data')
@@ -357,7 +357,7 @@ def test_every_recipe_that_is_expected_exists():
 
 @pytest.fixture
 def notebook(tmp_path, tiny_config, build_trainer, monkeypatch):
-    """`notebook(page, old, new)`: runs the blocks of a page, `old` read as `new`, where there is a run ckpts/digits."""
+    """`notebook(page, old, new)`: runs the blocks of a page, `old` replaced by `new`, next to a run ckpts/digits."""
     import main
 
     main.train(tiny_config(experiment_name='digits', save_every=4, eval_every=4), None)
@@ -389,7 +389,7 @@ def test_sampling_page(notebook):
     assert len(names['path']) == names['config'].num_sample_steps and names['x'].isfinite().all()
     assert names['result'].log_prob.shape == (4,) and names['floor'].isfinite().all()
     x0, t, process = names['x0'], torch.full((4,), 0.01), names['process']
-    xt = process.compute_xt(x0, torch.zeros_like(x0), process(t))  # so near to a training image that it is the answer
+    xt = process.compute_xt(x0, torch.zeros_like(x0), process(t))  # so close to a training image that it is the answer
     assert torch.allclose(xt - t[0] * names['perfect'](xt, t, names['labels']), x0, atol=1e-4)
 
 
@@ -398,7 +398,7 @@ def test_settings_page(notebook):
 
 
 def test_replay_of_a_bad_step(notebook, tmp_path):
-    """After the numbered steps before the block: a copy of the folder, with the save before the last as last.pt."""
+    """Follows the numbered steps before the block: copies the folder, with the save before the last as last.pt."""
     import saving
 
     digits, replay = tmp_path / 'ckpts/digits', tmp_path / 'ckpts/replay'
@@ -408,12 +408,12 @@ def test_replay_of_a_bad_step(notebook, tmp_path):
     names = notebook('docs/reliability.md', '1234', '12')
     trainer, batch = names['trainer'], names['batch']
     assert trainer.step == 12 and names['losses'].isfinite().all()
-    for name, weights in saving.load(digits / 'last.pt')['network'].items():  # where the run itself was at this step
+    for name, weights in saving.load(digits / 'last.pt')['network'].items():  # the run's own weights at this step
         assert trainer.network.state_dict()[name].equal(weights), name
     again = trainer.batches.draw_shard(
         trainer.train_loader.take(shard_indices(trainer, 12)), trainer.config.batch_shards - 1, 12
     )
-    end = slice(-len(again.t), None)  # the batch is the whole step, which has one micro-batch
+    end = slice(-len(again.t), None)  # the batch is the whole step: there is one micro-batch
     assert len(batch.t) == trainer.config.global_batch_size == trainer.config.batch_shards * len(again.t)
     assert batch.x0[end].equal(again.x0) and batch.t[end].equal(again.t) and batch.x1[end].equal(again.x1)
     assert {path.name: path.read_bytes() for path in replay.glob('*.*')} == before, 'reading wrote something'

@@ -1,4 +1,4 @@
-"""What a changed line once passed: each of these was right in the code and seen by no test."""
+"""Gaps in the tests that a changed line once slipped through: the code was right, and no test saw it."""
 
 import os
 import subprocess
@@ -156,7 +156,7 @@ def test_a_folder_that_another_process_has_locked_is_refused_until_it_ends(tmp_p
         assert str(other.pid) in told
         with pytest.raises(SettingError, match=f'{other.pid}'):
             run_folder.lock_run(tmp_path)
-        assert (tmp_path / 'lock').read_text() == told  # the refused one writes nothing
+        assert (tmp_path / 'lock').read_text() == told  # the refused process writes nothing
     finally:
         other.kill()
         other.wait()

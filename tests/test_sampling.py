@@ -1,4 +1,4 @@
-"""Cost, times, ends and settings of every sampler, and `Sampling`. Entries of yours in the tables are tested too."""
+"""Cost, times, ends and settings of every sampler. Entries that you add to the tables are tested too."""
 
 import dataclasses
 import gc
@@ -93,7 +93,7 @@ def test_start_is_the_noise_of_t_max():
 )
 @pytest.mark.parametrize('time_grid', ['uniform', 'cosine', 'logistic'])
 def test_whole_range_is_finite(process_name, solver, sde_noise, time_grid):
-    """From alpha = 0 to sigma = 0: nothing diverges, whatever the noise.
+    """From alpha = 0 to sigma = 0, no sampler diverges, whatever the noise.
 
     With rf the natural noise is infinite at t = 1 and the constant noise at t = 0.
     """
@@ -183,7 +183,7 @@ def test_only_stochastic_solvers_draw_noise_and_never_in_the_last_step(solver):
 @pytest.mark.parametrize('model_type', ROWS)
 @each_process
 def test_every_model_type_gives_the_same_samples(model_type, process_name, monkeypatch):
-    """The exact models agree, so the SDE's samples do too, but for rounding, on the same times."""
+    """The exact models agree, so on the same times the SDE's samples agree too, up to rounding."""
     monkeypatch.setattr(path, 'LARGEST_ERROR', float('inf'))
     process = process_named(process_name)
 
@@ -203,7 +203,7 @@ def test_every_model_type_gives_the_same_samples(model_type, process_name, monke
 
 @each_solver
 def test_single_precision_is_enough(solver):
-    """As networks have it: coefficients are computed in float64, so rounding stays that of the images."""
+    """Networks work in float32. Coefficients are computed in float64, so only the images are rounded."""
     process, steps = process_named('rf'), dict(num_steps=2 if SOLVERS[solver].nfe is None else 30)
     torch.manual_seed(0)
     x1 = base_noise(50).float()
@@ -242,7 +242,7 @@ def test_values_that_make_no_sense_are_refused(settings, match):
 
 
 def test_nothing_of_a_sample_outlives_it():
-    """No reference cycle keeps images in the memory of a GPU until the collector comes by."""
+    """No reference cycle keeps images in GPU memory until the garbage collector runs."""
     kept = []
 
     def model_fn(xt, t, label):
@@ -322,7 +322,7 @@ def test_config_reaches_the_sampler():
 
 
 class Copies(TorchDispatchMode):
-    """Counts tensors that are copied to another device, or hold a number that was on the CPU."""
+    """Counts tensors that are copied to another device, or that hold a number from the CPU."""
 
     count = 0
 
@@ -346,12 +346,12 @@ def test_an_evaluation_copies_nothing_to_the_device(solver, sampling_process):
     assert x.device.type == 'meta' and copies.count == 0
     with Copies() as copies:
         at(process_named('rf'), 0.5).to(x1)
-    assert copies.count > 0  # so this would have been seen
+    assert copies.count > 0  # so that a copy would have been seen
 
 
 @each_solver
 def test_data_may_be_single_numbers(solver):
-    """Of shape (B,), with the guidance that looks at the standard deviation of each item, which a number has not."""
+    """Data of shape (B,), with guidance_rescale, although a single number has no standard deviation."""
     process = process_named('cosine')
     mixture = GaussianMixture(torch.tensor([[0.4]]), torch.tensor([[[0.3**2]]]))
 

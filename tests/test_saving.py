@@ -1,4 +1,4 @@
-"""Checkpoints: whole or an error that names the file, atomic, and refused where they do not fit."""
+"""Checkpoints: atomic writes, errors that name a damaged file, and refusal of weights that do not fit."""
 
 import dataclasses
 import errno
@@ -103,7 +103,7 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(saved):
     path.write_bytes(flip(raw, at + 17))
     assert not torch.equal(
         torch.load(path, weights_only=True)['network']['weight'], network.weight
-    )  # torch says nothing
+    )  # torch does not notice
     with pytest.raises(SettingError, match=f'{path}.*damaged'):
         saving.load(path)
 
@@ -125,7 +125,7 @@ def test_a_flipped_bit_of_any_byte_is_noticed_or_harmless(tmp_path):
 
 
 def test_a_flipped_bit_that_makes_a_folder_of_a_tensor_is_noticed(tmp_path):
-    """It has no checksum, and torch gives whatever is in memory."""
+    """It has no checksum, and torch returns whatever is in memory."""
     path = tmp_path / 'a.pt'
     saving.save(path, weight=torch.arange(6.0))
     raw = path.read_bytes()
@@ -243,7 +243,7 @@ def test_weights_that_fit_are_copied(tiny_config):
 
 
 def checkpoint_of(path, config, network, ema=(), **more):
-    """As a run saves it; `ema`: the networks of moving averages, by decay."""
+    """Save a checkpoint as a run does; `ema`: the networks of moving averages, by decay."""
     averages = {decay: net.state_dict() for decay, net in dict(ema).items()}
     saved = dict(shape=SHAPE, num_classes=CLASSES, network=network, ema=dict(num_updates=1, networks=averages))
     saving.save(path, config=dataclasses.asdict(config), **saved, **more)
@@ -291,7 +291,7 @@ def test_load_for_sampling_gives_a_network_its_conditions(tiny_config, tmp_path,
         (
             dict(code={'trainer.py:ExampleDiffusionTrainer': 'source'}),
             'the script of the run',
-        ),  # begun without a script
+        ),  # started without a script
         ({}, 'the script of the run'),
     ],
     ids=['script', 'classes', 'old'],

@@ -25,7 +25,7 @@ def truncated_logit_normal_cdf(c):
 
 
 def truncated_log_normal_cdf(c):
-    """Of t, where log(sigma / alpha) is normal."""
+    """The CDF of t if log(sigma / alpha) is normal."""
     process = get_process(c)
 
     def cdf(t):
@@ -84,7 +84,7 @@ def test_normal_that_misses_the_range_is_an_error_with_a_remedy_that_works(name,
 @pytest.mark.parametrize('name', ['logit_normal', 'log_normal'])
 @pytest.mark.parametrize('mean', [3.8, -3.8])
 def test_tails_keep_their_digits(name, mean):
-    """Four standard deviations out, in either tail: what is left of the densities is mirror-symmetric, and right."""
+    """Four standard deviations out, in either tail, the rest of the density is right, and mirror-symmetric."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     t = get_time_sampler(Config(time_sampler=name, time_mean=mean, time_std=1.0, t_min=0.27, t_max=0.73))(u).logit()
     other = get_time_sampler(Config(time_sampler=name, time_mean=-mean, time_std=1.0, t_min=0.27, t_max=0.73))(
@@ -96,7 +96,7 @@ def test_tails_keep_their_digits(name, mean):
 
 
 class Transfers(TorchDispatchMode):
-    """Names of the operations that copy between devices, or read a number of a device."""
+    """Names of the operations that copy between devices, or read a number from a device."""
 
     def __init__(self):
         super().__init__()
@@ -124,7 +124,7 @@ class Power(GaussianProcess):
 @each_sampler
 @pytest.mark.parametrize('process_name', [*PROCESSES, 'power'])
 def test_nothing_goes_to_the_device_in_a_call(name, process_name, monkeypatch):
-    """On pretended GPU tensors: a copy from the host would make the processor wait for all that the GPU has to do."""
+    """Runs on pretended GPU tensors: a copy from the host would make the CPU wait for all work of the GPU."""
     monkeypatch.setitem(PROCESSES, 'power', lambda config: Power())
     sampler = get_time_sampler(Config(time_sampler=name, process_name=process_name))
     with FakeTensorMode(), Transfers() as transfers:
@@ -171,7 +171,7 @@ def test_antithetic_comes_in_pairs_and_stratified_in_strata(build_trainer, tiny_
 
 @pytest.mark.parametrize(('target', 'antithetic_helps'), [('x0', True), ('velocity', False)])
 def test_variance_of_the_loss_estimate(build_trainer, tiny_config, target, antithetic_helps):
-    """Of the mean over a batch of 32 of the least loss at each time, for a mixture of Gaussians.
+    """The loss is the least loss at each time for a mixture of Gaussians, averaged over a batch of 32.
 
     Strata take nearly all of the variance that comes from the times. Mirrored pairs help a loss that rises or falls
     with t, and harm one that is high at both ends. The loss at t is E|y - E[y|xt]|^2, by Monte Carlo over 4000 points.
@@ -204,6 +204,6 @@ def test_unknown_sampler_lists_the_choices():
 
 @pytest.mark.parametrize('name', ['logit_normal', 'log_normal'])
 def test_the_last_number_is_the_last_time_where_the_normal_ends_far_before_it(name):
-    """There the CDF is 1 to the last digit. u is 1 by rounding, in the last of the stratified intervals."""
+    """The CDF is 1 there to the last digit, and rounding makes u = 1 in the last of the stratified intervals."""
     sampler = get_time_sampler(Config(time_sampler=name, time_mean=-1.2, time_std=0.5))
     torch.testing.assert_close(sampler(torch.tensor([0.0, 1.0])), torch.tensor([0.001, 0.999]))

@@ -43,7 +43,7 @@ def no_stop_asked(monkeypatch):
 
 @pytest.fixture(scope='module')
 def whole_run(tmp_path_factory):
-    """The config of a run that nothing happened to."""
+    """The config of a run that was not interrupted."""
     folder = str(tmp_path_factory.mktemp('whole'))
     config = Config(**TINY | EVERYTHING_RANDOM | dict(ckpt_dir=folder, data_dir=folder, experiment_name='whole'))
     main.build(config).train_loop()
@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_beyond_a_new_end_trains_no_more(tiny_config, bui
 
 
 def test_times_of_the_first_example_are_spread_over_the_whole_range(tiny_config, build_trainer):
-    """One in each of equal intervals, though it is no shard of a step."""
+    """There is one time in each of equal intervals, although this batch is not a shard of a step."""
     t = build_trainer(tiny_config(t_min=0.2, t_max=0.7)).example.t.sort().values
     bounds = torch.linspace(0.2, 0.7, len(t) + 1)
     assert (t >= bounds[:-1]).all() and (t <= bounds[1:]).all()
@@ -177,7 +177,7 @@ def test_prepared_batch(tiny_config, build_trainer):
     assert batch.x0.min() == -1 and batch.x0.max() == 1
     untouched = ~batch.augmentation_label
     assert torch.equal(batch.x0[untouched], 2 * batch.x_original[untouched] - 1)
-    assert 0.3 < batch.augmentation_label.float().mean() < 0.6  # one shift in nine is by nothing
+    assert 0.3 < batch.augmentation_label.float().mean() < 0.6  # one shift in nine moves nothing
     assert 0.15 < (batch.label == 10).float().mean() < 0.35
     kept = batch.label != 10
     assert torch.equal(batch.label[kept], images[1][kept])
@@ -253,7 +253,7 @@ def test_held_out_loss_has_fixed_noise_and_times(tiny_config, build_trainer):
 
 
 def test_log_averages_over_training_steps(tiny_config, build_trainer):
-    """What a loss logs in the held-out evaluation, here between two lines, is not of the training."""
+    """Values that a loss logs in the held-out evaluation, here between two lines, stay out of training's means."""
 
     class Logs(ExampleDiffusionTrainer):
         def loss_fn(self, batch, model_fn):
@@ -297,7 +297,7 @@ def test_learning_rate_is_set_before_the_step(tiny_config, build_trainer):
 
 
 def test_a_step_can_be_replayed(tiny_config, build_trainer):
-    """As README.md says: from the last checkpoint, to the very batch."""
+    """From the last checkpoint, the same batches follow, as docs/reliability.md says."""
     seen = []
     config = tiny_config(
         **EVERYTHING_RANDOM | dict(accumulation_steps=1), num_training_steps=11, save_every=4, experiment_name='run'
@@ -352,10 +352,10 @@ def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
         build_trainer(tiny_config(experiment_name='third', init_from=str(path), channels=16))
     assert (
         parse_config(['--init_from', str(path)], settings_in=saving.network_settings).channels == 8
-    )  # the network is that of the weights,
+    )  # the network settings come from the checkpoint,
     assert (
         parse_config(['--init_from', str(path), '--channels', '16'], settings_in=saving.network_settings).channels == 16
-    )  # but for flags
+    )  # except for flags
     assert (
         parse_config(['--init_from', str(path)], settings_in=saving.network_settings).num_training_steps
         == Config().num_training_steps
@@ -485,7 +485,7 @@ def test_a_module_that_nothing_trains_is_in_eval_mode(tiny_config, build_trainer
 
 
 class Built(ExampleDiffusionTrainer):
-    """Modules before and after super(), an attribute that the hooks use, and state of its own."""
+    """An experiment with modules before and after super(), an attribute that the hooks use, and its own state."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -524,7 +524,7 @@ def weights_of(module):
 
 
 def test_hooks_find_the_modules_and_attributes_of_a_subclass(tiny_config, build_trainer):
-    """In the first batch too, from which the network's shape is read."""
+    """This includes the first batch, from which the network's shape is read."""
     trainer = build_trainer(tiny_config(), Built)
     assert trainer.example.x0.equal(1.5 * trainer.example.x_original) and not trainer.independent
     assert_same(weights_of(trainer.modules['first']), weights_of(trainer.network))
@@ -535,7 +535,7 @@ def test_hooks_find_the_modules_and_attributes_of_a_subclass(tiny_config, build_
 
 
 def test_what_is_restored_is_not_set_again(tiny_config, build_trainer):
-    """Although __init__ and setup_networks of the subclass run in a resumed run as well."""
+    """A resumed run also runs __init__ and setup_networks of the subclass."""
     with pytest.raises(Interrupted):
         cut_off(build_trainer(tiny_config(), Built), 6, 'killed')
     again = build_trainer(tiny_config(), Built)
@@ -546,7 +546,7 @@ def test_what_is_restored_is_not_set_again(tiny_config, build_trainer):
 
 
 def test_every_attribute_is_set_in_the_constructor(tiny_config, build_trainer):
-    """So that a reader finds all of them there; only what a subclass adds comes later."""
+    """A reader finds all of them there; only attributes that a subclass adds are set later."""
     constructed = []
 
     class Watched(ExampleDiffusionTrainer):

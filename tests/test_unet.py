@@ -10,7 +10,7 @@ each_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
 def build(shape=(1, 8, 8), num_classes=10, randomise=True, **settings):
-    """A small UNet; `randomise` also what is initialised to zero."""
+    """A small UNet; `randomise` fills the weights that start at zero too."""
     torch.manual_seed(0)
     net = UNet(
         shape,
@@ -49,7 +49,7 @@ def test_odd_sides_repeat_the_last_pixels(shape):
 
 @pytest.mark.parametrize('attention_resolutions', [(), (4,), (8, 2)])
 def test_gradients_reach_every_parameter(attention_resolutions):
-    """None is unused, so DDP need not look for it; after some steps, past the layers that start at zero, none is 0."""
+    """No parameter is unused, so DDP need not search for one. Once the layers at zero have moved, no gradient is 0."""
     net = build(randomise=False, attention_resolutions=attention_resolutions)
     xt, time, label = batch()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -64,8 +64,8 @@ def test_gradients_reach_every_parameter(attention_resolutions):
 def test_images_of_a_batch_do_not_mix():
     net = build((3, 17, 23), attention_resolutions=(12,)).eval()
     xt, time, label = batch((3, 17, 23))
-    alone = torch.cat([net(xt[i : i + 1], time[i : i + 1], label[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(net(xt, time, label), alone, rtol=1e-4, atol=1e-5)
+    one_by_one = torch.cat([net(xt[i : i + 1], time[i : i + 1], label[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(net(xt, time, label), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 def test_time_and_label_matter():

@@ -34,7 +34,7 @@ def test_image_square_error_is_a_mean_over_each_image(shape):
 
 @pytest.mark.parametrize('shape', [(), (7,), (2, 3, 4, 5)])
 def test_image_square_error_of_any_rank(shape):
-    """One number an image, points, videos."""
+    """Here one number per image, points and videos."""
     a, b = torch.randn(2, 3, *shape)
     expected = [np.mean((x - y) ** 2) for x, y in zip(a.numpy(), b.numpy(), strict=True)]
     assert image_square_error(a, b).tolist() == pytest.approx(expected)
@@ -58,7 +58,7 @@ class Inputs:
 
 @dataclass
 class Own(Inputs):
-    """What an experiment may add."""
+    """A dataclass that an experiment may add."""
 
     mask: Tensor = field(default_factory=lambda: torch.zeros(1))
     nested: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def bundle(first, n, label=True):
 
 
 def assert_numbers(b, numbers):
-    """That the rows of every tensor of b are those of `bundle` with these numbers."""
+    """Assert that the rows of every tensor of b are the rows of `bundle` with these numbers."""
     number = torch.tensor(numbers)
     image = number[:, None, None].float().expand(len(number), 2, 2)
     for x in (b.x1, b.cond['image'], b.given[0], b.given[1] - 1, b.pair[1], b.inner.x1):
@@ -113,7 +113,7 @@ def test_concat_joins_every_tensor():
     [('label', None), ('cond', {}), ('given', [torch.zeros(1)]), ('nested', {'a': {'c': torch.zeros(1)}})],
 )
 def test_parts_that_differ_are_refused(name, value):
-    """None of them may lose a condition."""
+    """No part may lose a condition."""
     other = bundle(2, 1)
     setattr(other, name, value)
     for pair in ([bundle(0, 2), other], [other, bundle(0, 2)]):
@@ -138,13 +138,13 @@ def test_jvp_against_a_closed_form():
         torch.testing.assert_close(out, torch.sin(x) * t[:, None])
         along_x, along_t = torch.cos(x) * t[:, None] * dx_, torch.sin(x) * dt_[:, None]
         torch.testing.assert_close(tangent, along_x + along_t)
-        if tangents == (dx, dt):  # in turn differentiable
+        if tangents == (dx, dt):  # itself differentiable
             (gradient,) = torch.autograd.grad(tangent.sum(), x)
             torch.testing.assert_close(gradient, -torch.sin(x) * t[:, None] * dx + torch.cos(x) * dt[:, None])
 
 
 def test_jvp_takes_expanded_inputs_and_channels_last():
-    """As a solver gives the time: one number for the whole batch."""
+    """A solver passes the time like this: one number for the whole batch."""
     t = torch.tensor([0.5]).expand(4)
     out, tangent = jvp(torch.square, (t,), (torch.ones_like(t),))
     assert out.tolist() == [0.25] * 4 and tangent.tolist() == [1] * 4
@@ -155,7 +155,7 @@ def test_jvp_takes_expanded_inputs_and_channels_last():
 
 
 def random_unet():
-    """With attention at both levels, and no weight that is zero."""
+    """A UNet with attention at both levels, and without zero weights."""
     torch.manual_seed(0)
     net = UNet((1, 8, 8), 10, channels=8, num_res_blocks=1, attention_resolutions=(4, 8))
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_jvp_of_attention_against_two_reverse_passes():
 
 
 def test_jvp_within_jvp():
-    """As where a process without closed derivatives is used in a function that is differentiated."""
+    """A differentiated function may use a process without closed derivatives."""
     x = torch.tensor([2.0])
     _, (first, second) = jvp(lambda x: torch.stack(jvp(lambda x: x**3, (x,), (torch.ones(1),))), (x,), (torch.ones(1),))
     assert first.item() == pytest.approx(12) and second.item() == pytest.approx(12)
@@ -262,7 +262,7 @@ def test_seeds_of_different_keys_differ_in_every_generator(a, b):
 
 
 def test_seeds_of_near_keys_give_independent_numbers():
-    """Over (seed, step) as over one stream."""
+    """They are as independent over (seed, step) as in one stream."""
     u = np.array([draws(seed, step) for seed in range(10) for step in range(100)])
     assert np.abs(u.mean(0) - 0.5).max() < 0.04 and np.abs(u.std(0) - 12**-0.5).max() < 0.02
     assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.1
@@ -270,7 +270,7 @@ def test_seeds_of_near_keys_give_independent_numbers():
 
 @pytest.mark.parametrize('key', [(0,), (3, 'batch', 17, 5)])
 def test_seeds_are_those_of_torch_manual_seed(key):
-    """So that the numbers of a run do not depend on how its generators were seeded."""
+    """So a run's numbers do not depend on the way in which its generators are seeded."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
     torch.manual_seed(seed)
     expected = torch.randn(8), torch.initial_seed()
@@ -279,7 +279,7 @@ def test_seeds_are_those_of_torch_manual_seed(key):
 
 
 def test_seeding_leaves_nothing_to_do_for_devices_that_are_not_there(monkeypatch):
-    """torch.manual_seed formats a stack trace for each of them, for some later start of the device."""
+    """torch.manual_seed formats a stack trace for each of them, in case the device starts later."""
     seed_everything(0)
     monkeypatch.setattr('traceback.format_stack', lambda *args: pytest.fail('a stack trace was formatted'))
     seed_everything(0)

@@ -1,6 +1,6 @@
-"""Evaluation, sampling, pictures and numbers on a pretended GPU that holds values: they are those of the CPU.
+"""Evaluation, sampling, pictures and numbers on a pretended GPU that holds values: they equal the CPU's.
 
-What a training step on a GPU waits for is in test_fake_cuda.py.
+test_fake_cuda.py tests what a training step on a GPU waits for.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def build(tmp_path, monkeypatch):
 
 
 def evaluated(trainer) -> dict[str, float]:
-    """Everything that a run computes beside its steps; the numbers."""
+    """Compute everything that a run computes besides its steps; returns the numbers."""
     trainer.judge.rehearse()
     trainer.gallery.rehearse(0)
     values = trainer.judge.held_out_losses(6) | trainer.gallery.draw(6)
@@ -61,7 +61,7 @@ def test_numbers_on_the_gpu_are_those_of_the_cpu(name, build, request):
 
 
 def test_files_and_numbers_of_a_run_are_made_on_the_gpu(build, request):
-    """What generate.py and evaluate.py do, of a run that was trained before."""
+    """Do what generate.py and evaluate.py do, with a run that was trained before."""
     config = build(experiment_name='run', num_training_steps=2, warmup_steps=1, final_eval=False).config
     main.train(config, None)
     folder = str(config.run_dir)

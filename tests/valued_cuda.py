@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device('cuda', 0)
-BETWEEN_DEVICES = ('_to_copy', 'copy_', '_foreach_copy_', 'set_')  # may have tensors of both
-TAKE_INDICES = ('index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_')  # of the CPU, too
+BETWEEN_DEVICES = ('_to_copy', 'copy_', '_foreach_copy_', 'set_')  # may mix tensors of both devices
+TAKE_INDICES = ('index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_')  # also takes CPU tensors
 ANSWERS = dict(
     is_available=True,
     device_count=1,
@@ -31,7 +31,7 @@ ANSWERS = dict(
 
 
 class OnCuda(torch.Tensor):
-    """A tensor on cuda:0, to whoever asks; `values` is where it really is."""
+    """A tensor that claims to be on cuda:0; its real values are in `values`."""
 
     values: torch.Tensor
 
@@ -63,7 +63,7 @@ def is_cuda(device: Any) -> bool:
 
 
 def refuse_two_devices(name: str, args: Any, there: list[OnCuda], here: list[torch.Tensor]) -> None:
-    """Raise RuntimeError where CUDA would: numbers without dimensions may be on the CPU, and indices."""
+    """Raise RuntimeError where CUDA would: only 0-dimensional tensors and indices may be on the CPU."""
     here = [x for x in here if x.ndim > 0]
     if name in TAKE_INDICES and isinstance(args[0], OnCuda):
         here = [x for x in here if x.dtype not in (torch.int64, torch.bool, torch.uint8)]
@@ -75,7 +75,7 @@ def refuse_two_devices(name: str, args: Any, there: list[OnCuda], here: list[tor
 
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of an operation in which cuda:0 has a part."""
+    """The result of an operation on at least one tensor on cuda:0."""
     name = func.overloadpacket.__name__
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     there = [x for x in tensors if isinstance(x, OnCuda)]
@@ -91,12 +91,12 @@ def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     found = func(*tree_map_only(OnCuda, lambda x: x.values, args), **tree_map_only(OnCuda, lambda x: x.values, kwargs))
     if not goes_there:
         return found
-    known = {id(x.values): x for x in there}  # what is changed in place stays the same tensor
+    known = {id(x.values): x for x in there}  # a tensor that is changed in place stays the same tensor
     return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnCuda(x), found)
 
 
 class ValuedCuda(TorchDispatchMode):
-    """Sends what touches cuda:0 to `computed`."""
+    """Sends operations on cuda:0 to `computed`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -112,7 +112,7 @@ class ValuedCuda(TorchDispatchMode):
 
 @pytest.fixture
 def valued_cuda(monkeypatch):
-    """What is built in this test is on the pretended GPU."""
+    """Tensors that this test makes are on the pretended GPU."""
     from runtime import ranks
 
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -122,7 +122,7 @@ def valued_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     tensor = torch.tensor
 
-    def on_device(data, *args, device=None, **kwargs):  # which looks for a real device, before any mode is asked
+    def on_device(data, *args, device=None, **kwargs):  # it looks for a real device before any mode can answer
         made = tensor(data, *args, **kwargs)
         return OnCuda(made) if is_cuda(device) else made
 

@@ -1,4 +1,4 @@
-"""The MLP learns sets of points of which the exact velocity is known, and takes data of any shape."""
+"""The MLP learns sets of points with a known exact velocity, and takes data of any shape."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def trained(draw, shape, num_classes=0, cond=None, steps=400, batch=256):
 
 
 def noisy(x0):
-    """(xt, t) of points x0, at times at which the velocity can be told."""
+    """(xt, t) of points x0, at times at which xt determines the velocity."""
     t = 0.05 + 0.9 * torch.rand(len(x0), dtype=F64)
     return PROCESS.compute_xt(x0, torch.randn_like(x0), PROCESS(t)), t
 
@@ -62,7 +62,7 @@ def test_it_learns_eight_gaussians_in_two_classes():
 
 
 def test_it_learns_what_a_vector_and_a_number_tell_it():
-    """Half the points get their mean as a vector, and a number says which; the others have only xt to tell."""
+    """Half of the points get their mean as a vector, and a number that marks them; the others have only xt."""
     data = GivenMean(std=0.3, spread=0.8)
 
     def draw(n):
@@ -77,7 +77,7 @@ def test_it_learns_what_a_vector_and_a_number_tell_it():
     out = net(xt.float(), t.float(), **given)
     assert relative_error(out, data.prediction(xt, PROCESS(t), mean).velocity) < 0.05
     ignorant = data.prediction(xt, PROCESS(t), torch.full_like(mean, torch.nan)).velocity
-    assert relative_error(ignorant, data.prediction(xt, PROCESS(t), mean).velocity) > 0.2  # so it did make use of it
+    assert relative_error(ignorant, data.prediction(xt, PROCESS(t), mean).velocity) > 0.2  # so it used the condition
 
 
 @pytest.mark.parametrize('shape', [(), (1,), (2,), (3, 5), (2, 3, 4, 2)])

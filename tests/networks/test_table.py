@@ -72,8 +72,8 @@ def test_no_label_is_the_null_class(network):
 def test_images_of_a_batch_do_not_mix(network):
     net = build(network=network)
     xt, t, label = batch()
-    alone = torch.cat([net(xt[i : i + 1], t[i : i + 1], label[i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(net(xt, t, label), alone, rtol=1e-4, atol=1e-5)
+    one_by_one = torch.cat([net(xt[i : i + 1], t[i : i + 1], label[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(net(xt, t, label), one_by_one, rtol=1e-4, atol=1e-5)
 
 
 @each_network
@@ -102,8 +102,8 @@ def test_every_condition_matters_and_images_of_a_batch_do_not_mix(network, name)
     others = (net(*inputs, **conditions(**{name: cond[name].flip(0)})), net(*inputs, **conditions(**{name: None})))
     for other in others:
         assert ((out - other).flatten(1).norm(dim=1) > 1e-3 * out.flatten(1).norm(dim=1)).all()
-    alone = [net(*(x[i : i + 1] for x in inputs), **{n: v[i : i + 1] for n, v in cond.items()}) for i in range(4)]
-    torch.testing.assert_close(out, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    one_by_one = [net(*(x[i : i + 1] for x in inputs), **{n: v[i : i + 1] for n, v in cond.items()}) for i in range(4)]
+    torch.testing.assert_close(out, torch.cat(one_by_one), rtol=1e-4, atol=1e-5)
 
 
 @each_network
@@ -119,7 +119,7 @@ def test_gradients_reach_every_parameter_of_conditions(network):
 
 @each_network
 def test_numbers_and_vectors_start_neutral(network):
-    """Their last layers are zero: what a new condition does is learned, and nothing is disturbed at first."""
+    """Their last layers are zero: the effect of a new condition is learned, and at first it disturbs nothing."""
     net = build(network=network, randomise=False, cond=COND)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -136,7 +136,7 @@ def test_numbers_and_vectors_start_neutral(network):
 
 @each_network
 def test_the_names_that_checkpoints_hold(network):
-    """What the networks share keeps its names; MLPs of conditions come first, or last in the residual MLP."""
+    """Parts that networks share keep their names; MLPs of conditions come first, or last in the residual MLP."""
     names = [name for name, _ in build(network=network, randomise=False, cond={'ink': ()}).named_parameters()]
     layers = '0.weight 0.bias 2.weight 2.bias'.split()
     assert {'net.class_embedding.weight', *(f'net.time_mlp.{layer}' for layer in layers)} <= set(names)
@@ -145,7 +145,7 @@ def test_the_names_that_checkpoints_hold(network):
 
 
 def test_conditions_without_any_are_the_same_network():
-    """Weights of the same seed: a run without conditions is what it was before there were any."""
+    """With the same seed, the weights of a run without conditions are as they were before conditions existed."""
     plain, told = build(cond={}), build(cond=None)
     assert plain.state_dict().keys() == told.state_dict().keys()
     assert all(map(torch.equal, plain.state_dict().values(), told.state_dict().values()))
@@ -180,7 +180,7 @@ def test_whole_numbers_are_numbers(network):
 
 @each_network
 def test_near_numbers_are_told_apart(network):
-    """1000 times the value, as the time: 0.40 and 0.42 are not neighbours on a sinusoid of slow waves alone."""
+    """A number is multiplied by 1000, as the time is: slow waves could not distinguish 0.40 from 0.42."""
     net = build(network=network, cond=COND).net.conditions
     near = net.embed({'s': torch.tensor([0.40, 0.42])})
     assert (near[0] - near[1]).norm() > 0.1 * near[0].norm()
@@ -270,7 +270,7 @@ def test_input_has_unit_variance(process_name, sigma_data):
 @each_process
 @each_time_input
 def test_time_input_tells_times_apart(process_name, time_input):
-    """It rises by hundreds over the range, and .4 and .6 are far apart as sinusoids."""
+    """It rises by hundreds over the range, and the sinusoids of 0.4 and 0.6 are far apart."""
     process = get_process(Config(process_name=process_name))
     t = torch.tensor([0.001, 0.2, 0.4, 0.6, 0.8, 0.999])
     time = TIME_INPUTS[time_input](t, process)

@@ -52,7 +52,7 @@ def test_any_image_and_patch(shape, patch):
 
 
 def test_a_patch_comes_back_where_it_was():
-    """Of a network without blocks, one patch of the output depends on that patch of the input alone."""
+    """In a network without blocks, a patch of the output depends only on the same patch of the input."""
     net = build((2, 6, 8), depth=1)
     net.blocks[0].modulation.weight.data.zero_()
     net.blocks[0].modulation.bias.data.zero_()
@@ -81,10 +81,10 @@ def test_attention_against_complex_numbers():
 
 def test_products_of_turned_vectors_depend_on_the_distance_of_places_alone():
     q, k = torch.randn(2, 1, 8, dtype=F64)
-    angle = angles(5, 7, 4, CPU).double()  # of (row, column)
+    angle = angles(5, 7, 4, CPU).double()  # indices (row, column)
     products = (turn(q, angle) @ turn(k, angle).T).reshape(5, 7, 5, 7)
     torch.testing.assert_close(products[:4, :6, :4, :6], products[1:, 1:, 1:, 1:])
-    assert (products[0, 0, 0, 1] - products[0, 0, 1, 0]).abs() > 1e-3  # a row is another direction than a column
+    assert (products[0, 0, 0, 1] - products[0, 0, 1, 0]).abs() > 1e-3  # rows and columns are different directions
     torch.testing.assert_close(turn(q, angle).norm(dim=1), q.norm().expand(35))
 
 
@@ -104,7 +104,7 @@ def test_rms_norm_and_swiglu_by_hand():
 
 
 def test_places_are_told_apart():
-    """The same patch everywhere: only sines of its place make its outputs differ."""
+    """With the same patch everywhere, only the sinusoids of the places make outputs differ."""
     net = build()
     out = net(torch.ones(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([1])).unfold(2, 2, 2).unfold(3, 2, 2)
     patches = out.reshape(16, 4)
@@ -124,14 +124,14 @@ def test_large_patches_go_through_a_bottleneck():
 
 
 def test_forward_mode_equals_reverse_mode():
-    """Along a direction of xt and time: w (J v) = (w J) v; and it can be trained on, as for flow maps."""
+    """Along a direction of xt and time, w (J v) = (w J) v; a loss may contain it, as for flow maps."""
     net, (xt, time, label) = build(), batch()
     xt.requires_grad_(), time.requires_grad_()
     along = torch.randn_like(xt), torch.ones_like(time)
     out, tangent = utils.jvp(lambda x, t: net(x, t, label), (xt.detach(), time.detach()), along)
-    usual, weight = net(xt, time, label), torch.randn_like(xt)
-    torch.testing.assert_close(out, usual)
-    back = torch.autograd.grad((weight * usual).sum(), (xt, time))
+    plain, weight = net(xt, time, label), torch.randn_like(xt)
+    torch.testing.assert_close(out, plain)
+    back = torch.autograd.grad((weight * plain).sum(), (xt, time))
     expected = sum((g * v).sum() for g, v in zip(back, along, strict=True))
     torch.testing.assert_close((weight * tangent).sum(), expected, rtol=1e-4, atol=1e-4)
     tangent.square().mean().backward()

@@ -1,4 +1,4 @@
-"""Choices as they are read from the files, and which settings each choice reads."""
+"""Choices, read from the source files, and the settings that each choice reads."""
 
 import ast
 import dataclasses
@@ -58,7 +58,7 @@ def reads_in(node: ast.AST) -> set[ast.Attribute]:
 
 
 def reads_of(node: ast.AST, seen: frozenset[str] = frozenset()) -> set[ast.Attribute]:
-    """Those of an entry: of its expression, of the functions that it names, and of those to which they pass config."""
+    """The same for an entry: its expression, the functions that it names, and functions to which they pass config."""
     if isinstance(node, ast.FunctionDef):
         calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and 'config' in map(ast.unparse, n.args)]
         names = {getattr(call.func, 'attr', getattr(call.func, 'id', '')) for call in calls}
@@ -70,7 +70,7 @@ def reads_of(node: ast.AST, seen: frozenset[str] = frozenset()) -> set[ast.Attri
 
 @pytest.mark.parametrize('setting', [setting for setting in READS if setting in TABLES])
 def test_the_table_of_readers_is_that_of_the_sources(setting):
-    """Each built-in choice reads what the table says, and what only some of them read, and nothing else, is there."""
+    """Each built-in choice reads what the table says. The table has all settings that only some choices read."""
     nodes = {choice: reads_of(node) for choice, node in entries(setting).items()}
     in_sources = {choice: {n.attr for n in found} for choice, found in nodes.items()}
     in_table = {choice: set(names.split()) & FIELDS for choice, names in READS[setting].items()}
@@ -137,7 +137,7 @@ def test_one_line_names_all_that_are_not_read():
     [
         '--preset small_images --data_path x --image_size 32 --skip_unreadable',
         '--dataset of_mine --data_path x --image_size 32 --columns a',  # a choice that is not built in reads everything
-        '--sde_noise sigma --sde_noise_scale 0.5 --sde_last_step ode --solver euler',  # an SDE is drawn as well
+        '--sde_noise sigma --sde_noise_scale 0.5 --sde_last_step ode --solver euler',  # an SDE is drawn too
         '--network mlp --channels 8 --num_res_blocks 2 --dropout 0.1',
         '--guidance_interval 0.2 0.8',  # generate.py --guidance_scale reads it
         '--translate_prob 0.5 --max_translation 2',

@@ -1,4 +1,4 @@
-"""Flags: which value wins, the text of --help, and wrong flags; what other repos write, 1e3, the caller's paths."""
+"""Flags: precedence, the text of --help, wrong flags, flags of other repos, 1e3, and the caller's paths."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ class Mine(Config):
 @dataclass(frozen=True)
 class AlwaysDebug(Config):
     debug: bool = True
-    """As if the default had been edited."""
+    """Settings as they would be with edited defaults."""
 
 
 def test_a_subclass_adds_settings_and_changes_defaults():
@@ -95,7 +95,7 @@ def test_debug_by_default_and_its_opposite():
 
 
 def test_settings_come_from_another_run_between_preset_and_network(tmp_path):
-    """All of the run but what says which run it is; a preset on the command line names the new one only."""
+    """All settings except those that identify a run come from it; a preset as a flag only names the new run."""
     other = Config(preset='mnist', experiment_name='other', ckpt_dir='x', debug=True, base_lr=0.5, image_size=(8, 9))
     (tmp_path / 'config.json').write_text(json.dumps(dataclasses.asdict(other)))
     for path in (tmp_path, tmp_path / 'config.json'):
@@ -111,7 +111,7 @@ def test_settings_come_from_another_run_between_preset_and_network(tmp_path):
 
 
 def test_a_file_may_hold_some_settings_only(tmp_path):
-    """Others are those of the preset, and an older run that lacks a setting had its default."""
+    """The preset gives the other settings. An older run that lacks a setting had its default."""
     (tmp_path / 'some.json').write_text('{"preset": "mnist", "channel_mults": [1, 3], "base_lr": 1}')
     made = parse_config(['--settings', str(tmp_path / 'some.json')])
     assert made.preset == 'mnist' and made.channel_mults == (1, 3) and repr(made.base_lr) == '1.0'
@@ -193,7 +193,7 @@ def test_help_has_examples_groups_choices_and_what_a_subclass_adds(capsys):
 
 def test_help_is_quick_and_does_without_torch(tmp_path):
     (tmp_path / 'torch.py').write_text('raise ImportError("torch was imported")')
-    assert shell('--seed', '1', PYTHONPATH=str(tmp_path)).returncode == 1  # the trap works
+    assert shell('--seed', '1', PYTHONPATH=str(tmp_path)).returncode == 1  # the trap itself works
     seconds = []
     for _ in range(3):
         start = time.monotonic()
@@ -312,7 +312,7 @@ def test_a_path_is_the_callers_else_the_projects(tmp_path, monkeypatch):
     assert from_caller('link') == f'{tmp_path}/link'
     assert from_caller('docs') == 'docs' and from_caller('docs', 'out') == f'{tmp_path}/docs'
     assert from_caller('nowhere') == f'{tmp_path}/nowhere'
-    assert from_caller('nobody/nothing', 'data_path') == 'nobody/nothing'  # a data set on the hub
+    assert from_caller('nobody/nothing', 'data_path') == 'nobody/nothing'  # the name of a data set on the hub
     assert from_caller('ours', 'data_path') == f'{tmp_path}/ours'
     assert [from_caller(path) for path in ('', '/a', '~/a')] == ['', '/a', '~/a']
     monkeypatch.setenv('RUN_CALLER', str(ROOT / 'docs'))
@@ -341,7 +341,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
 
 @pytest.mark.slow
 def test_run_sh_from_another_folder(tmp_path, run_sh):
-    """The run is where the caller is, generate.py finds it there, and writes there."""
+    """The run is in the caller's folder; generate.py finds it there and writes there."""
     assert run_sh(ckpt_dir=str(tmp_path / 'ck'), experiment_name='a').returncode == 0
     command = ['sh', str(ROOT / 'run.sh'), 'generate.py', '--run', 'ck/a', '--num', '2', '--out', 'drawn_here']
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {'NPROC': '1'}, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Fields of an experiment's own config class: which can be kept with the run, and how they come back."""
+"""Fields of an experiment's own config class: values that can be saved with the run, and restoring them."""
 
 import dataclasses
 import enum
@@ -98,7 +98,7 @@ class Whole(Config):
 
 @pytest.mark.parametrize('kind, name', [(Bare, 'base_lr'), (Untyped, 'base_lr'), (Twice, 'depth')])
 def test_a_value_that_dataclass_does_not_take_as_a_setting_is_refused(kind, name):
-    """It would be ignored: the run would train with the default of Config."""
+    """Otherwise it would be ignored, and the run would train with the default of Config."""
     with pytest.raises(SettingError, match=rf'{kind.__name__}\.{name} is not a setting: .*@dataclass\(frozen=True\)'):
         parse_config([], kind)
     assert parse_config(['--depth', '3'], Whole).three == 9

@@ -11,7 +11,7 @@ from settings.rules import RULES, RULES_OF_SEVERAL
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
-BROKEN = [  # (settings, those that the message must show)
+BROKEN = [  # (settings, the settings that the message must show)
     (dict(preset='none'), 'preset'),
     (dict(precision='float16'), 'precision'),
     (dict(compile='yes'), 'compile'),
@@ -84,7 +84,7 @@ def test_a_broken_rule_shows_the_settings_and_their_values(settings, names):
 
 
 def test_the_table_above_breaks_every_rule():
-    """Each rule is the first that some case of BROKEN breaks; so a new rule needs a new case."""
+    """Each rule is the first that is broken in some case of BROKEN, so a new rule needs a new case."""
     messages = []
     for settings, _ in BROKEN:
         with pytest.raises(SettingError) as caught:
@@ -116,7 +116,7 @@ def test_a_broken_rule_of_the_batch_offers_the_nearest_values_that_work(settings
     assert str(caught.value).endswith(f'use --{name} {" or ".join(map(str, nearest))}.')
     for value in nearest:
         Config(**settings | {name: value})
-    for value in range(1, 150):  # none that works is nearer
+    for value in range(1, 150):  # no value that works is nearer
         try:
             Config(**settings | {name: value})
         except SettingError:

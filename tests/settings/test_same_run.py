@@ -1,4 +1,4 @@
-"""What a resumed run may change, how two configs differ, and default names of runs."""
+"""Settings that a resumed run may change, differences of two configs, and default names of runs."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from config import PRESETS, Config, parse_config
 from settings.same_run import FREE_ON_RESUME, differences, folder_name, older_folder_name
 from tests.helpers import ROOT, as_flags
 
-# Settings of different experiments.
+# settings of different experiments
 OVERRIDES = [
     dict(base_lr=1e-4),
     dict(base_lr=1e-5),
@@ -92,13 +92,13 @@ def test_a_setting_that_the_class_no_longer_has_is_shown():
 
 @pytest.mark.parametrize('preset', [name for name in PRESETS if PRESETS[name].get('optimizer') == 'adamw'])
 def test_a_run_from_before_there_was_muon_is_no_other_experiment(preset):
-    """Its config.json has no `optimizer`, which was AdamW, and a bool in place of a word for `compile`."""
+    """Its config.json has no `optimizer`, which was AdamW, and a bool instead of a word for `compile`."""
     config = Config(preset=preset, **PRESETS[preset])
     saved = json.loads(json.dumps(dataclasses.asdict(config))) | dict(compile=True)
     assert saved.pop('optimizer') == 'adamw'
     assert differences(saved, config) == []
     assert differences(saved, dataclasses.replace(config, optimizer='muon')) == ['optimizer: adamw -> muon']
-    assert differences(dataclasses.asdict(Config()) | dict(image_size=64), Config()) == []  # one number, once
+    assert differences(dataclasses.asdict(Config()) | dict(image_size=64), Config()) == []  # one number in old runs
 
 
 # ---------------------------------------------------------------- names of runs
@@ -166,7 +166,7 @@ def test_paths_leave_room_in_a_long_name_for_what_differs():
 
 
 def test_a_name_of_any_length_is_short_and_its_own():
-    """Long values that differ in the middle, many settings, and what is one name to a file system."""
+    """Long values that differ in the middle, many settings, and names that a file system takes for one."""
     middles = [folder_name(['a', 'init_from=' + 100 * 'x' + middle + 100 * 'x']) for middle in 'bc']
     many = [folder_name([f'setting{i}={i}' for i in range(90)] + [f'last={last}']) for last in 'bc']
     for one, other in (middles, many):
@@ -183,7 +183,7 @@ def test_every_experiment_has_its_own_safe_name():
     assert all(re.fullmatch('[A-Za-z0-9_+=-]{1,60}', name) for name in names)
     for name, settings in zip(names[1:], OVERRIDES, strict=True):
         assert all(setting in name for setting in settings) or re.search('_[0-9a-f]{8}$', name)
-        Config(experiment_name=name)  # may be given as a flag as well
+        Config(experiment_name=name)  # may be passed as a flag too
 
 
 def test_older_names_are_as_they_were():

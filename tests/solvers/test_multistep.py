@@ -33,7 +33,7 @@ def test_multistep_is_the_same_on_all_paths(solver, process_name):
 
 
 def dpm_solver(model_fn, process, x1, times, order):
-    """DPM-Solver++ for x0 by divided differences (Lu et al. 2022b, section 4), written for itself."""
+    """DPM-Solver++ for x0 by divided differences (Lu et al. 2022b, section 4), written independently."""
     alpha, sigma = process.alpha(times), process.sigma(times)
     lam = (alpha / sigma).log()
     x, past = sigma[0] * x1, []
@@ -70,7 +70,7 @@ def test_exponential_methods_are_the_published_ones(solver, order, process_name)
 
 @pytest.mark.parametrize(('solver', 'lower', 'num_steps'), [('dpmpp_2m', 'ddim', 2), ('dpmpp_3m', 'dpmpp_2m', 3)])
 def test_a_value_at_infinite_noise_is_not_looked_back_at(solver, lower, num_steps):
-    """At t = 1 the log-SNR is infinite: the step after it can use no past, and the one after that only one value.
+    """At t = 1 the log-SNR is infinite: the first step has no past that it could use, and the second only one value.
 
     The mean of the data is not 0: it is the value there.
     """
@@ -83,7 +83,7 @@ def test_a_value_at_infinite_noise_is_not_looked_back_at(solver, lower, num_step
 @each_process
 @pytest.mark.parametrize('times', [(0.9, 0.6), (0.8, 0.9, 0.4), (0.3, 0.6, 0.95, 0.1)], ids=len)
 def test_weights_for_gaussian_data_have_the_least_error(times, process_name):
-    """At the least mean square, the errors at the end are orthogonal to all that is summed.
+    """At the least mean square, the errors at the end are orthogonal to every term of the sum.
 
     Paths, predictions and the growth of an error are found by following the ODE of Gaussians of 32 widths.
     """

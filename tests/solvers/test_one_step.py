@@ -1,4 +1,4 @@
-"""Adaptive steps: tolerance, cost, ends. test_table.py has the order of the others."""
+"""Adaptive steps: tolerance, cost, ends. test_table.py tests the order of the other solvers."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def test_adaptive_steps_keep_their_tolerance(process_name):
 
 @each_process
 def test_adaptive_steps_go_on_from_one_another(process_name):
-    """Not a second evaluation where a step of the grid ends, and no step size found anew; the result is as exact."""
+    """A grid step neither repeats the last evaluation nor searches for a step size again; the result is as exact."""
     process, method = process_named(process_name), SOLVERS['dopri5']
     model_fn, x1, n = RING.as_model('x0', process), base_noise(50), 12
     calls, ends = [], []
@@ -41,12 +41,12 @@ def test_adaptive_steps_go_on_from_one_another(process_name):
         model_type='x0',
         callback=lambda i, s, x: ends.append((s, len(calls))),
     )
-    alone, y, t = 0, at(process, 0.999).sigma * x1, 0.999
+    fresh_calls, y, t = 0, at(process, 0.999).sigma * x1, 0.999
     for s, _ in ends:
-        predict = exact_predict(process, RING)  # a new one: it knows nothing of the step before
+        predict = exact_predict(process, RING)  # a new one, which knows nothing about the previous step
         y, t = method.step(y, t, s, predict, None), s
-        alone += predict.nfe
-    assert len(calls) <= alone - 6 * (n - 1)  # the evaluation, and more for step sizes
+        fresh_calls += predict.nfe
+    assert len(calls) <= fresh_calls - 6 * (n - 1)  # saves the evaluation, and more for the step sizes
     for (s, number), (_, following) in itertools.pairwise(ends):
         assert calls[number - 1] == pytest.approx(s, abs=1e-12) and (following - number) % 6 == 0  # 6 per attempt
     fine = sample(model_fn, process, x1, solver='rk4', num_steps=500, model_type='x0')

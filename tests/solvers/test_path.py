@@ -56,7 +56,7 @@ def test_sampling_under_another_process_asks_the_network_at_the_same_log_snr():
 
 
 class Roughened:
-    """A perfect network of a mixture, with an error of 3% of the size of its output that is a function of xt."""
+    """A perfect network of a mixture plus an error, a function of xt, of 3% of the size of its output."""
 
     def __init__(self, process, model_type):
         self.exact = RING.as_model(model_type, process)
@@ -67,7 +67,7 @@ class Roughened:
 
 
 def worst(process, model_type, rough=True, **settings):
-    """Root mean square distance of samples from those of the perfect network by many steps of the same path."""
+    """Root mean square distance to the samples of the perfect network in many steps on the same path."""
     x1, model_fn = base_noise(400), Roughened(process, model_type) if rough else RING.as_model(model_type, process)
     exact = sample(RING.as_model('v', process), process, x1, model_type='v', solver='rk4', num_steps=200)
     return (sample(model_fn, process, x1, model_type=model_type, **settings) - exact).square().mean().sqrt().item()
@@ -79,7 +79,7 @@ def test_an_error_of_the_output_is_not_multiplied_at_the_start(process, model_ty
     late = worst(process, model_type, solver=solver, num_steps=40)
     monkeypatch.setattr(path, 'LARGEST_ERROR', 1e9)  # as if every output were as good everywhere
     at_once = worst(process, model_type, solver=solver, num_steps=40)
-    if (solver, model_type) == ('heun', 'velocity'):  # it never asks for x0
+    if (solver, model_type) == ('heun', 'velocity'):  # it never reads x0
         assert late == at_once < 0.25
     else:
         assert late < 0.25 and late < at_once / 2
@@ -92,7 +92,7 @@ def test_a_perfect_network_loses_nothing_by_a_late_start(process, model_type):
 
 
 def test_a_solver_that_passes_its_goal_never_starts_late(monkeypatch):
-    """A network of two times would be asked without the second one, or its answer taken for another goal."""
+    """Otherwise a network of two times would be called without the second, or its output used for another s."""
     to_goal = Solver(lambda x, t, s, predict, noise: x + (s - t) * predict(x, t, s).velocity, nfe=1, order=1)
     monkeypatch.setitem(SOLVERS, 'to_goal', to_goal)
     assert Steps('to_goal').start(RectifiedFlow(), 'x1') == 0.999 > Steps('euler').start(RectifiedFlow(), 'x1')
@@ -125,7 +125,7 @@ def test_x0_of_the_first_evaluation_is_part_of_a_late_start():
 @pytest.mark.parametrize('model_type', ROWS)
 @pytest.mark.parametrize('solver', ['adams', 'euler', 'sde_dpmpp_2m'])
 def test_outputs_that_know_x0_start_at_t_max(solver, model_type, process_name):
-    """F and v tell x0 everywhere; and a late start is still noise."""
+    """F and v determine x0 everywhere; and a late start is still nearly pure noise."""
     process = process_named(process_name)
     start = Steps(solver).start(process, model_type)
     if model_type in ('F', 'v', 'x0'):

@@ -1,4 +1,4 @@
-"""What solvers are called with: the network's memory, coefficients of one time, and the step for few of them."""
+"""Arguments of solver steps: the memory of predictions, coefficients at one time, noise, and `few` steps."""
 
 import itertools
 import math
@@ -97,7 +97,7 @@ def test_euler_maruyama_is_euler_maruyama_in_the_limit(process_name, sde_noise, 
 def output_variance(solver, n, monkeypatch, process, t_max, **settings):
     """Exact variance of the samples for data N(0, 0.3^2).
 
-    A sample is linear in the start and in each noise drawn, so one image for each of them tells all.
+    A sample is linear in the start and in each noise drawn, so one image for each of these is enough.
     """
     drawn, start = itertools.count(1), at(process, t_max)
     mixture = GaussianMixture(torch.zeros(1, 1), torch.full((1, 1, 1), 0.3**2, dtype=F64))
@@ -109,9 +109,7 @@ def output_variance(solver, n, monkeypatch, process, t_max, **settings):
 
     monkeypatch.setattr(torch, 'randn_like', one_hot)
     x1 = torch.zeros(n + 2, 1, dtype=F64)
-    x1[0] = (
-        (0.3 * start.alpha).square() + start.sigma.square()
-    ).sqrt() / start.sigma  # the exact variance to begin with
+    x1[0] = ((0.3 * start.alpha).square() + start.sigma.square()).sqrt() / start.sigma  # start with the exact variance
     return (
         sample(
             mixture.as_model('v', process),
@@ -145,7 +143,7 @@ def test_weak_order(solver, sde_noise, process_name, monkeypatch):
 
 @pytest.mark.parametrize(('t', 's'), [(0.05, 0.048), (0.05, 0.03)])
 def test_near_the_data_a_step_exchanges_no_more_noise_than_it_can_bear(t, s):
-    """There the constant level asks for more: it is lowered to eta = 0.1, or to the process's own if that is more."""
+    """The constant level would exchange more. It is lowered to eta = 0.1, or to the process's own if that is more."""
     process = process_named('rf')
     predict = Predict(lambda x, t: None, process)
     step = predict.level(s).half_log_snr - predict.level(t).half_log_snr
@@ -153,6 +151,6 @@ def test_near_the_data_a_step_exchanges_no_more_noise_than_it_can_bear(t, s):
     middle = coefs_at(process, (t + s) / 2)
     assert (SDE_NOISES['constant'](middle) * middle.sigma / middle.delta).item() * step > 2 * max(
         0.1, step
-    )  # what it asks for
+    )  # without the limit
     assert tau2 * step == pytest.approx(max(0.1, step))
     assert relative_noise(predict, t, s, Noise(SDE_NOISES['constant'], 0.5)) == pytest.approx(tau2 / 2)

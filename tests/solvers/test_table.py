@@ -1,6 +1,6 @@
-"""All solvers of the table against a mixture of Gaussians, of known exact solution and distribution.
+"""All solvers of the table against a mixture of Gaussians with a known exact solution and distribution.
 
-A solver, noise or process of yours is tested as soon as it is in its table.
+A solver, noise or process that you add to its table is tested too.
 """
 
 import functools
@@ -35,7 +35,7 @@ def seeded(seed):
 
 
 def rk4_path(process, mixture, x, t, s, n=10):
-    """The exact solution from t to s, by a method that the code under test is not asked for."""
+    """The exact solution from t to s, by a method that is not the code under test."""
     h = (s - t) / n
 
     def velocity(x, t):
@@ -56,7 +56,7 @@ def rk4_path(process, mixture, x, t, s, n=10):
 def test_order_of_convergence(solver, process_name):
     """The error falls by 2^order when steps are halved.
 
-    On a stretch of path, with as many exact earlier values as the solver looks back at.
+    Tested on a part of the path, with as many exact earlier values as the solver looks back at.
     """
     process, method = process_named(process_name), SOLVERS[solver]
     angle_of = torch.tensor([1.0, 0.5], dtype=F64)  # between data and noise
@@ -82,7 +82,7 @@ def test_order_of_convergence(solver, process_name):
 
 @each_process
 def test_a_converged_default_is_exact(process_name):
-    """From the first step on, without help: the default solver and grid, against a method of another kind."""
+    """The default solver and grid, over the whole path, against a method of another kind."""
     process = process_named(process_name)
     settings = dict(process=process, x1=base_noise(50), model_type='v')
     model_fn = RING.as_model('v', process)
@@ -92,7 +92,7 @@ def test_a_converged_default_is_exact(process_name):
 
 @pytest.mark.parametrize(('dim', 'nfe'), [(16, 4), (32, 6), (16, 8), (32, 10)])
 def test_with_few_evaluations_the_default_leads(dim, nfe):
-    """By its median error, all our other solvers, each on the grid that is best for it."""
+    """Its median error is below the errors of all our other solvers, each on its best grid."""
     process, mixture = process_named('rf'), random_mixture(dim, 12, seed=9)
     model_fn, x1 = mixture.as_model('velocity', process), torch.randn(100, mixture.dim, dtype=F64, generator=seeded(0))
     exact = sample(model_fn, process, x1, solver='rk4', num_steps=100)
@@ -119,12 +119,12 @@ def projections(points, directions=64):
 
 
 def sliced_wasserstein(a, b):
-    """Mean over directions of the distance W2 between `projections` of as many points."""
+    """Mean over directions of the distance W2 between `projections` of equally many points."""
     return (a - b).square().mean(0).sqrt().mean().item()
 
 
 def turned(x):
-    """All eight turns of the points: the ring looks the same in all, so each mode has as many points."""
+    """The points in all eight rotations, in which the ring looks the same: so each mode has equally many points."""
     turns = 2 * math.pi * torch.arange(8, dtype=F64) / 8
     rotations = torch.stack(
         [torch.stack([turns.cos(), -turns.sin()]), torch.stack([turns.sin(), turns.cos()])]
@@ -145,7 +145,7 @@ def exact_samples(n, process, t):
 
 
 def assert_distributed(samples, process, t_min=0.001):
-    """As near to exact samples as these are to one another."""
+    """Samples are as close to exact samples as these are to each other."""
     samples = turned(samples)
     exact, floor = exact_samples(len(samples), process, t_min)
     distance = sum(sliced_wasserstein(projections(samples), x) for x in exact) / len(exact)
@@ -222,7 +222,7 @@ def test_new_process_can_be_sampled(solver):
 @pytest.mark.parametrize('trained', PROCESSES)
 @pytest.mark.parametrize('solver', ['heun', 'sde_dpmpp_2m'])
 def test_sampling_under_another_process(trained, process_name, solver):
-    """What was trained on one path gives the same distribution on another."""
+    """A network trained on one path gives the same distribution on another."""
     torch.manual_seed(0)
     trained, other = process_named(trained), process_named(process_name)
     x = sample(
@@ -254,7 +254,7 @@ def test_grid(time_grid, process_name):
     assert (grid[0].item(), grid[-1].item()) == (0.95, 0.02)
 
 
-# name -> what its steps are equal in, as a function of sigma / alpha
+# name -> the variable in which its steps are equal, as a function of sigma / alpha
 EQUAL = {
     'log_snr': torch.log,
     'edm': lambda ratio: ratio ** (1 / 7),
