@@ -4,7 +4,7 @@ The defaults are the `digits` run: edit them here, or pass a flag (`sh run.sh --
 Later wins: field default < PRESETS[preset] < --settings < network of the checkpoint in --init_from < DEBUG < flags.
 A setting that names a choice (`process_name`, `solver`, ...) is a key of the table that its comment names.
 The comment or the one-line docstring after a setting is its text in --help. This file imports no torch, so `--help` is
-quick. settings/rules.py has the rules for the values.
+quick. settings/rules.py has the rules for the values; docs/log.md has the other defaults that were tried.
 """
 
 from collections.abc import Callable, Sequence

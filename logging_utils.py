@@ -165,6 +165,7 @@ class Record:
                 self.write(step, values)
             raise
         self.write(step, values)
+        # saving, drawing and evaluating do not count in the speed: measure it from here on if one of them is due
         c, last = self.config, step >= self.config.num_training_steps
         periods = (c.log_every, c.eval_every, c.eval_metrics_every, c.sample_every, c.save_every)
         if last or step == self.restarted[1] or any(every > 0 and step % every == 0 for every in periods):

@@ -100,7 +100,7 @@ def get_optimizer(config: Config, network: nn.Module) -> AdamW:
     ]
     parameters = [p for p in network.parameters() if p.requires_grad]
     for p in parameters:
-        groups[p.ndim < 2 or id(p) in tables]['params'].append(p)
+        groups[p.ndim < 2 or id(p) in tables]['params'].append(p)  # True: the second group, without decay
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
     return optimizer(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
 

@@ -117,6 +117,7 @@ class GaussianProcess:
         u = torch.linspace(-40, 36, 4096, dtype=torch.float64, device=log_snr.device)  # t from 4e-18 to 1 - 2e-16
         spacing = 76 / 4095
         noise = -self.log_snr(torch.sigmoid(u))  # rises with u
+        # alpha or sigma may round to 0 near the ends, where log-SNR is then infinite or nan
         noise = torch.where(noise.isnan(), u.sign() * 1e4, noise).clamp(-1e4, 1e4).cummax(0).values
 
         wanted = -log_snr.double()

@@ -62,7 +62,7 @@ class BaseDiffusionTrainer(OldNames):
         `prepare_batch_fn` use before super(), and copies of the network after it."""
         self.optimizers.setdefault('network', get_optimizer(self.config, self.network))
         self.emas.setdefault('network', EMA(self.network, self.config.ema_decays))
-        utils.seed_everything(self.config.seed, 'modules', 'after the network')
+        utils.seed_everything(self.config.seed, 'modules', 'after the network')  # for modules that a subclass adds
 
     def encode(self, x: Tensor) -> Tensor:  # from data as loaded, images in [0, 1], to x0, to which noise is added
         return 2 * x - 1 if self.data.scale == 'image' else x
@@ -202,7 +202,7 @@ class BaseDiffusionTrainer(OldNames):
         for i, batch in enumerate(micro_batches):
             utils.seed_everything(c.seed, 'forward', self.step, ranks.rank(), i)  # for dropout
             losses = self.losses(batch, average=i == c.accumulation_steps - 1)  # (B,)
-            (self.bad_steps.poison(losses) / c.accumulation_steps).backward()
+            (self.bad_steps.poison(losses) / c.accumulation_steps).backward()  # a bad loss makes all gradients NaN
             self.record.losses(losses, batch.t, batch.augmentation_label)
         norms = {name: clip_gradients(moved, c.grad_clip_norm) for name, moved in self.parameters.items()}
         ok = self.bad_steps.check(sum(norms.values(), torch.zeros(())), self.step)

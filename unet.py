@@ -126,7 +126,7 @@ class ConditionedNetwork(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with at most 32 groups, of at least 4 channels."""
+    """Group norm with at most 32 groups, of at least 4 channels; docs/log.md compares it with 32 groups everywhere."""
     groups = min(32, max(1, channels // 4))
     while channels % groups:
         groups -= 1

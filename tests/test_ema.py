@@ -162,7 +162,7 @@ def test_update_does_not_walk_over_the_network(monkeypatch):
     ema.update(net)
 
 
-def test_no_decays_no_work():
+def test_without_decays_there_is_no_work():
     ema = EMA(scalar_network(), ())
     ema.update(scalar_network())
     assert ema.num_updates == 0 and ema.state_dict() == {'num_updates': 0, 'networks': {}}

@@ -180,7 +180,7 @@ def test_drawing_samples_waits_for_nothing(pretend_cuda, build, solver):
     assert x0.shape == (8, 3, 32, 32) and x0.device == torch.device('cuda', 0) and not pretend_cuda.copies
 
 
-def test_weights_of_four_dimensions_are_in_channels_last_order_and_no_others(pretend_cuda, build):
+def test_only_weights_of_four_dimensions_are_in_channels_last_order(pretend_cuda, build):
     trainer = build()
     weights = [p for p in trainer.network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert len(weights) > 5 and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)

@@ -191,7 +191,7 @@ def test_every_call_gets_the_conditions_as_they_are():
         assert calls == [dict(label=None, ink=INK.tolist(), text=TEXT.tolist())] * len(calls) and len(calls) >= 2
 
 
-def test_class_and_conditions_are_left_out_together_and_what_has_no_null_value_stays():
+def test_class_and_conditions_are_left_out_together_except_those_without_a_null_value():
     cond = {'ink': INK, 'text': TEXT, 'size': SIZE}
     settings = dict(**RF, cond=cond, guidance_scale=2.0, null_label=9)
     (call,) = calls_of(torch.tensor([4, 5]), **settings, null_cond={'ink': -1, 'text': torch.tensor([7.0, 8.0])})
@@ -201,7 +201,7 @@ def test_class_and_conditions_are_left_out_together_and_what_has_no_null_value_s
     assert call == dict(label=None, ink=ink * 2, text=text * 2, size=[3, 4, 0.5, 0.5])
 
 
-def test_a_label_that_is_no_whole_number_stays_in_both_branches():
+def test_a_float_label_is_the_same_in_both_branches():
     label = torch.tensor([0.25, 0.5])
     settings = dict(**RF, guidance_scale=2.0, null_label=9)
     (call,) = calls_of(label, **settings, cond={'ink': INK}, null_cond={'ink': 0})

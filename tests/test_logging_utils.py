@@ -92,7 +92,7 @@ def test_the_record_is_cut_back_to_the_step_of_the_checkpoint(tmp_path, step, le
     assert [line['train/step'] for line in lines_of(tmp_path)] == [*left, 100]
 
 
-def test_a_line_that_is_none_is_named(tmp_path):
+def test_a_malformed_line_is_named(tmp_path):
     record = record_in(tmp_path)
     record.path.parent.mkdir()
     for bad in ('{"train/step": 2]}', '{"step": 2}'):
@@ -214,7 +214,7 @@ def test_what_is_logged_apart_stays_apart(tmp_path):
     assert (values['x'], values['train/loss']) == (1.5, 9.0)
 
 
-def test_means_go_on_from_a_checkpoint(tmp_path):
+def test_means_continue_from_a_checkpoint(tmp_path):
     first, second = record_in(tmp_path / 'first'), record_in(tmp_path / 'second')
     with first.open(0):
         first.log('x', 0.5)
@@ -412,7 +412,7 @@ def test_two_processes_send_nothing_while_they_train(two):
         assert seen['in steps'] == [] and seen['in a summary'] > 0
 
 
-def test_an_error_that_may_be_of_one_rank_waits_for_no_other(two):
+def test_after_an_error_on_one_rank_no_rank_waits_for_another(two):
     assert [seen['at an error'] for seen in two] == [[], []]
 
 

@@ -170,7 +170,7 @@ def test_classes_and_settings_are_those_of_the_script(read):
     assert read['classes'] == ['Mine', 'MyConfig', 3, 12]
 
 
-def test_the_weights_are_those_that_were_asked_for(read):
+def test_the_weights_are_the_requested_ones(read):
     assert [read[name] for name in ('ema', 'ema_0.5', 'ema_0.9', 'raw')] == [
         ['ema_0.5'],
         ['ema_0.5'],
@@ -217,7 +217,7 @@ def test_every_start_is_recorded(made):
     assert (first['step'], second['step']) == (0, 5) and '--max_bad_steps=5' in second['argv']
 
 
-def test_a_run_whose_script_is_gone_says_so(made, tmp_path):
+def test_a_run_without_its_script_raises_an_error(made, tmp_path):
     run, script, _ = made
     shutil.copytree(run, tmp_path / 'run')
     path = tmp_path / 'run/run.json'
@@ -239,7 +239,7 @@ def test_a_script_that_would_train_when_it_is_imported_says_so(made, tmp_path):
     importing.refuse_to_train()  # does nothing: the import is over
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path):
+def test_a_folder_that_is_not_a_run_is_named(tmp_path):
     with pytest.raises(SettingError, match=r'has no run\.json'):
         load_run(tmp_path)
 
@@ -307,7 +307,7 @@ def test_an_output_that_the_loss_leaves_out_trains_on_two_processes(tmp_path, ru
     assert result.returncode == 0, result.stderr
 
 
-def test_a_script_that_never_calls_main_is_told_so(tmp_path, run_sh):
+def test_a_script_that_never_calls_main_gets_a_message(tmp_path, run_sh):
     script = tmp_path / 'forgotten.py'
     script.write_text(
         'from trainer import ExampleDiffusionTrainer\n\n\nclass Mine(ExampleDiffusionTrainer):\n    pass\n'

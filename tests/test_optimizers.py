@@ -74,7 +74,7 @@ def test_adamw_by_hand():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.complex128])
 @pytest.mark.parametrize('shape', [(4, 4), (3, 20), (20, 3), (1, 7)])
-def test_orthogonal_moves_the_singular_values_alone(shape, dtype):
+def test_orthogonal_changes_only_the_singular_values(shape, dtype):
     """They become five steps of the polynomial, here from a singular value decomposition in float64."""
     matrices = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for matrix, result in zip(matrices, orthogonal(matrices), strict=True):
@@ -110,7 +110,7 @@ def test_muon_by_hand():
     torch.testing.assert_close([net['conv'].bias.detach(), net['table'].weight.detach()], others)
 
 
-def test_muon_goes_on_from_its_checkpoint():
+def test_muon_resumes_from_its_checkpoint():
     def build():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -281,7 +281,7 @@ def test_a_bad_step_changes_nothing(name, bad):
 
 
 @pytest.mark.parametrize('bad', [(0,), (2,), (0, 1, 3)])
-def test_a_step_that_the_flag_forbids_is_none_of_muon(bad):
+def test_muon_skips_a_step_that_the_flag_forbids(bad):
     """The flag of step_if on a GPU, here set by hand: bad steps leave the weights as only the good ones made them."""
 
     def build():
@@ -307,7 +307,7 @@ def test_a_step_that_the_flag_forbids_is_none_of_muon(bad):
             assert torch.equal(p, old) == (i in bad)
 
 
-def test_a_weight_without_a_gradient_is_left_alone_by_muon():
+def test_muon_leaves_a_weight_without_a_gradient():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = get_optimizer(Config(optimizer='muon', weight_decay=0.3), net)
     before = [p.detach().clone() for p in net.parameters()]

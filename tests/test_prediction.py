@@ -169,7 +169,7 @@ def test_own_type_is_returned_as_it_came_and_nothing_is_computed(model_type):
     assert getattr(converted, model_type) is out
 
 
-def test_only_what_is_asked_for_is_computed():
+def test_only_the_types_that_are_read_are_computed():
     t, xt, x0, x1, coefs = case('rf', [0.3])
     converted = get_model_convert_fn('velocity')(x1 - x0, t, xt, coefs)
     first = converted.x0
@@ -276,7 +276,7 @@ def test_noise_that_the_sde_cannot_have_is_rejected():
 @each_process
 @each_type
 @pytest.mark.parametrize('target_type', ROWS)
-def test_what_is_accepted_converts(process_name, model_type, target_type):
+def test_accepted_times_allow_all_conversions(process_name, model_type, target_type):
     """An exact output at either end gives the exact target, velocity and noise, in float64.
 
     0.001 to 0.999 is always accepted.
@@ -294,7 +294,7 @@ def test_what_is_accepted_converts(process_name, model_type, target_type):
             torch.testing.assert_close(getattr(converted, needed), getattr(truth, needed), rtol=1e-6, atol=1e-6)
 
 
-def test_a_process_that_runs_the_other_way_is_said_to_do_so():
+def test_a_process_in_the_wrong_direction_gets_a_message():
     class DataAtOne(GaussianProcess):
         def alpha(self, t):
             return t

@@ -76,7 +76,7 @@ def test_every_micro_step_drops_something_else(tiny_config, build_trainer):
 
 
 @pytest.mark.parametrize('precision, dtype', [('bfloat16', torch.bfloat16), ('float32', torch.float32)])
-def test_precision_is_that_of_the_layers_and_not_of_what_is_kept(tiny_config, build_trainer, precision, dtype):
+def test_precision_applies_to_the_layers_and_not_to_saved_tensors(tiny_config, build_trainer, precision, dtype):
     config = tiny_config(precision=precision, sample_every=12)
     trainer = build_trainer(config)
     inside, outside = set(), set()
@@ -99,7 +99,7 @@ def test_precision_is_that_of_the_layers_and_not_of_what_is_kept(tiny_config, bu
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
-def test_bfloat16_and_float32_runs_differ_by_the_rounding_alone(tiny_config, build_trainer):
+def test_bfloat16_and_float32_runs_differ_only_by_rounding(tiny_config, build_trainer):
     runs = [tiny_config(experiment_name=name, precision=name, eval_every=0) for name in ('bfloat16', 'float32')]
     for config in runs:
         build_trainer(config).train_loop()
@@ -215,7 +215,7 @@ def test_the_samples_of_a_grid_are_of_all_classes_in_turn(tiny_config, build_tra
     assert of_adams.tolist() == of_sde.tolist() == 6 * list(range(10))
 
 
-def test_without_labels_the_network_meets_the_null_class_alone(tiny_config, build_trainer, monkeypatch):
+def test_without_labels_the_network_sees_only_the_null_class(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setattr(judge, 'NUM_JUDGED', 40)
     config = tiny_config(label_dropout=1.0, sample_every=6, final_eval=True, raw_pictures=True)
     trainer = build_trainer(config)
@@ -276,7 +276,7 @@ def test_antithetic_times_come_in_mirrored_pairs(tiny_config, build_trainer):
 # ---------------------------------------------------------------- log
 
 
-def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build_trainer):
+def test_values_logged_while_evaluating_belong_to_the_evaluation(tiny_config, build_trainer):
     """Values from loss_fn are logged under eval/ and the weights' name; prepare_batch_fn's under training only."""
     seen = []
 
@@ -309,7 +309,7 @@ def test_what_is_logged_while_evaluating_is_of_the_evaluation(tiny_config, build
     assert {line['eval/mine/is_train'] for line in lines if 'eval/loss' in line} == {0.0}
 
 
-def test_what_is_logged_while_sampling_is_in_the_line_of_that_step(tiny_config, build_trainer):
+def test_values_logged_while_sampling_are_in_the_line_of_that_step(tiny_config, build_trainer):
     class Logs(ExampleDiffusionTrainer):
         def draw(self, model_fn, inputs, solver):
             self.log('mine/drawn', self.step)

@@ -190,14 +190,14 @@ def refused_weights(saved_config, config, saved_network, network):
 
 
 @pytest.mark.parametrize('network', ['unet', 'mlp', 'dit'])
-def test_another_number_of_classes_is_said_and_no_setting_is_blamed(tiny_config, network):
+def test_another_number_of_classes_is_named_and_no_setting_is_blamed(tiny_config, network):
     config, other = tiny_config(network=network), tiny_config(network=network, dataset='mnist')
     text = refused_weights(config, other, get_network(config, SHAPE, CLASSES), get_network(other, SHAPE, 0))
     assert 'the class embedding has 11 rows in the checkpoint, 1 now' in text and 'classes' in text.split('. ')[-1]
     assert 'dataset' not in text and '->' not in text
 
 
-def test_another_shape_or_other_conditions_are_said(tiny_config):
+def test_another_shape_or_other_conditions_are_named(tiny_config):
     config = tiny_config()
     plain, colour, told = (
         get_network(config, *rest) for rest in ((SHAPE, CLASSES), ((3, 8, 8), CLASSES), (SHAPE, CLASSES, {'ink': ()}))
@@ -296,7 +296,7 @@ def test_load_for_sampling_gives_a_network_its_conditions(tiny_config, tmp_path,
     ],
     ids=['script', 'classes', 'old'],
 )
-def test_what_the_script_of_the_run_registered_names_the_file_to_import(
+def test_an_entry_registered_by_the_script_names_the_file_to_import(
     tiny_config, tmp_path, monkeypatch, setting, table, more, file
 ):
     path = checkpoint_of(tmp_path / 'a.pt', tiny_config(**{setting: 'mine'}), nn.Linear(1, 1), **more)
@@ -349,7 +349,7 @@ def test_a_setting_of_an_older_version_is_read_as_it_is_now(tmp_path):
 @pytest.mark.parametrize(
     ('number', 'damaged'), [(errno.EINVAL, True), (errno.EIO, True), (errno.EACCES, False), (errno.ESTALE, False)]
 )
-def test_what_a_bad_disk_cannot_read_is_damaged_and_what_is_out_of_reach_is_not(tmp_path, monkeypatch, number, damaged):
+def test_a_file_on_a_bad_disk_is_damaged_and_one_out_of_reach_is_not(tmp_path, monkeypatch, number, damaged):
     saving.save(tmp_path / 'a.pt', step=1)
     monkeypatch.setattr(saving, 'check_archive', lambda path: (_ for _ in ()).throw(OSError(number, 'refused')))
     with pytest.raises(SettingError, match='is damaged' if damaged else 'cannot be read') as caught:

@@ -534,7 +534,7 @@ def test_hooks_find_the_modules_and_attributes_of_a_subclass(tiny_config, build_
     assert not all(value.equal(copied[name]) for name, value in trainer.network.state_dict().items())
 
 
-def test_what_is_restored_is_not_set_again(tiny_config, build_trainer):
+def test_restored_state_is_not_set_again(tiny_config, build_trainer):
     """A resumed run also runs __init__ and setup_networks of the subclass."""
     with pytest.raises(Interrupted):
         cut_off(build_trainer(tiny_config(), Built), 6, 'killed')

@@ -83,7 +83,7 @@ def test_no_label_is_the_null_class():
     assert not torch.allclose(net(xt, time), net(xt, time, label))
 
 
-def test_data_without_classes_has_the_null_class_alone():
+def test_data_without_classes_have_only_the_null_class():
     net = build(num_classes=0)
     xt, time, _ = batch()
     assert torch.equal(net(xt, time), net(xt, time, torch.zeros(4, dtype=torch.int64)))
@@ -98,7 +98,7 @@ def test_attention_at_no_level_is_an_error_that_names_the_levels(shape, sides):
     build(shape, attention_resolutions=tuple(map(int, sides.split(', '))))
 
 
-def test_attention_is_where_it_is_asked_for():
+def test_attention_is_at_the_requested_levels():
     def sides(net):
         seen = []
         for module in net.modules():
@@ -112,7 +112,7 @@ def test_attention_is_where_it_is_asked_for():
     assert sides(build((1, 28, 28))) == {7}
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_acts_only_in_training():
     net = build(dropout=0.5)
     assert not torch.equal(net(*batch()), net(*batch()))
     net.eval()

@@ -199,12 +199,12 @@ def test_jvp_within_jvp():
     assert first.item() == pytest.approx(12) and second.item() == pytest.approx(12)
 
 
-def test_jvp_misses_no_tangent():
+def test_jvp_needs_a_tangent_for_each_input():
     with pytest.raises(ValueError, match='not 1 for 2'):
         jvp(closed_form, (torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2, 3),))
 
 
-def test_frozen_gives_gradients_to_inputs_alone():
+def test_frozen_gives_gradients_only_to_inputs():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4), nn.Linear(4, 1))
     call, x = frozen(net), torch.randn(5, 3, requires_grad=True)
     out = call(x)

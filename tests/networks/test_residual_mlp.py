@@ -61,7 +61,7 @@ def test_it_learns_eight_gaussians_in_two_classes():
     assert (torch.bincount(mode, minlength=8) / 2000 - 1 / 8).abs().max() < 0.04
 
 
-def test_it_learns_what_a_vector_and_a_number_tell_it():
+def test_it_learns_from_a_vector_and_a_number():
     """Half of the points get their mean as a vector, and a number that marks them; the others have only xt."""
     data = GivenMean(std=0.3, spread=0.8)
 
@@ -91,7 +91,7 @@ def test_data_of_any_shape_come_back_in_it(shape):
         net(torch.zeros(4, 7), torch.rand(4))
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_acts_only_in_training():
     net = MLP((2,), 0, width=16, dropout=0.5)
     for p in net.parameters():
         torch.nn.init.normal_(p)

@@ -152,7 +152,7 @@ def test_conditions_without_any_are_the_same_network():
 
 
 @each_network
-def test_a_condition_that_is_not_given_is_none(network):
+def test_a_condition_that_is_left_out_equals_none(network):
     net = build(network=network, cond=COND)
     assert torch.equal(net(*batch()), net(*batch(), **dict.fromkeys(COND)))
 
@@ -179,7 +179,7 @@ def test_whole_numbers_are_numbers(network):
 
 
 @each_network
-def test_near_numbers_are_told_apart(network):
+def test_the_network_distinguishes_close_numbers(network):
     """A number is multiplied by 1000, as the time is: slow waves could not distinguish 0.40 from 0.42."""
     net = build(network=network, cond=COND).net.conditions
     near = net.embed({'s': torch.tensor([0.40, 0.42])})
@@ -225,7 +225,7 @@ def test_a_condition_with_the_name_of_an_argument_is_a_setting_error(network, na
         build(network=network, cond={name: ()})
 
 
-def test_a_builder_is_told_of_conditions_if_there_are_any(monkeypatch):
+def test_a_builder_gets_conditions_only_if_there_are_any(monkeypatch):
     given = []
     monkeypatch.setitem(NETWORKS, 'three', lambda config, shape, num_classes: Record())
     monkeypatch.setitem(NETWORKS, 'four', lambda config, shape, num_classes, cond=None: given.append(cond) or Record())

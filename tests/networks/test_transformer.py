@@ -79,7 +79,7 @@ def test_attention_against_complex_numbers():
     torch.testing.assert_close(attention(x, angle), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_products_of_turned_vectors_depend_on_the_distance_of_places_alone():
+def test_products_of_rotated_vectors_depend_only_on_the_distance_of_places():
     q, k = torch.randn(2, 1, 8, dtype=F64)
     angle = angles(5, 7, 4, CPU).double()  # indices (row, column)
     products = (turn(q, angle) @ turn(k, angle).T).reshape(5, 7, 5, 7)
@@ -103,7 +103,7 @@ def test_rms_norm_and_swiglu_by_hand():
     assert sum(p.numel() for p in SwiGLU(384, 0.0).parameters()) == pytest.approx(8 * 384**2, rel=0.01)
 
 
-def test_places_are_told_apart():
+def test_the_network_distinguishes_places():
     """With the same patch everywhere, only the sinusoids of the places make outputs differ."""
     net = build()
     out = net(torch.ones(1, 1, 8, 8), torch.tensor([500.0]), torch.tensor([1])).unfold(2, 2, 2).unfold(3, 2, 2)
@@ -150,7 +150,7 @@ def test_forward_mode_equals_reverse_mode():
         (dict(dit_size='M'), (1, 8, 8), "dit_size='M'.*Choose one of: S, B, L, XL"),
     ],
 )
-def test_what_it_cannot_be_is_a_setting_error(settings, shape, said):
+def test_impossible_settings_are_setting_errors(settings, shape, said):
     with pytest.raises(SettingError, match=said):
         get_network(Config(network='dit', **settings), shape, 10)
 

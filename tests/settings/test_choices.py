@@ -118,7 +118,7 @@ FOLDER = 'image_folder (--preset small_images)'
         ('--max_translation 2', 'max_translation=2: translate_prob=0.0', 'translate_prob above 0'),
     ],
 )  # fmt: skip
-def test_a_flag_that_nothing_reads_is_refused_with_what_to_pass(flags, what, remedy):
+def test_a_flag_that_nothing_reads_is_refused_with_advice(flags, what, remedy):
     them = 'it' if what.count('=') == 2 else 'them'
     assert refused(*flags.split()) == f'{what} does not read {them}. Pass --{remedy}.'
 
@@ -143,7 +143,7 @@ def test_one_line_names_all_that_are_not_read():
         '--translate_prob 0.5 --max_translation 2',
     ],
 )
-def test_what_may_be_read_is_not_refused(flags, monkeypatch):
+def test_a_flag_that_something_may_read_is_not_refused(flags, monkeypatch):
     monkeypatch.setattr('settings.choices.names_of', lambda setting: [])
     assert refused(*flags.split()) == ''
 

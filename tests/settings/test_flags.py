@@ -42,7 +42,7 @@ def test_a_flag_before_the_preset_wins_too():
     assert parse_config(['--preset=cifar10']).base_lr == PRESETS['cifar10']['base_lr']
 
 
-def test_a_preset_leaves_the_other_settings_alone():
+def test_a_preset_does_not_change_other_settings():
     mnist, digits = dataclasses.asdict(parse_config(['--preset', 'mnist'])), dataclasses.asdict(parse_config([]))
     changed = {name for name in FIELDS if mnist[name] != digits[name]}
     assert changed == set(PRESETS['mnist']) | {'preset', 'experiment_name'}
@@ -282,7 +282,7 @@ def test_a_setting_of_ones_own_may_have_such_a_name():
         (['--image_size', '3', '32', '32'], r'image_size=\(3, 32, 32\): must be height and width, or one number'),
     ],
 )
-def test_what_is_not_understood_is_answered_by_a_line(argv, text):
+def test_flags_that_are_not_understood_get_a_message(argv, text):
     with pytest.raises(SettingError, match=text) as caught:
         parse_config(argv)
     assert '\n' not in str(caught.value)
@@ -350,7 +350,7 @@ def test_run_sh_from_another_folder(tmp_path, run_sh):
     assert json.loads((tmp_path / 'ck/a/run.json').read_text())
 
 
-def test_a_notebook_is_told_to_pass_flags(monkeypatch):
+def test_a_notebook_gets_a_message_to_pass_flags(monkeypatch):
     monkeypatch.setattr('sys.argv', ['/x/ipykernel_launcher.py', '-f', '/x/kernel.json'])
     with pytest.raises(SettingError, match=r"a notebook has no flags: pass them, as main\(\['--seed'"):
         parse_config()

@@ -52,7 +52,7 @@ class Mine(Config):
         (dict, {1: 2}, 'keys'),
     ],
 )
-def test_what_files_cannot_hold_is_refused_when_the_config_is_read(kind, value, what):
+def test_values_that_files_cannot_hold_are_refused_when_the_config_is_read(kind, value, what):
     made: Any = dataclasses.make_dataclass(
         'Own', [('mine', kind, field(default_factory=lambda: value))], bases=(Config,), frozen=True
     )

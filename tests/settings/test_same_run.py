@@ -91,7 +91,7 @@ def test_a_setting_that_the_class_no_longer_has_is_shown():
 
 
 @pytest.mark.parametrize('preset', [name for name in PRESETS if PRESETS[name].get('optimizer') == 'adamw'])
-def test_a_run_from_before_there_was_muon_is_no_other_experiment(preset):
+def test_a_run_from_before_muon_is_the_same_experiment(preset):
     """Its config.json has no `optimizer`, which was AdamW, and a bool instead of a word for `compile`."""
     config = Config(preset=preset, **PRESETS[preset])
     saved = json.loads(json.dumps(dataclasses.asdict(config))) | dict(compile=True)
@@ -148,7 +148,7 @@ LONG = """--dataset npz --channels 16 --channel_mults 1 2 2 --attention_resoluti
     --num_training_steps 60 --warmup_steps 10 --weight_decay 0.0""".split()
 
 
-def test_a_long_name_has_what_matters_first_whole_words_and_a_hash():
+def test_a_long_name_has_the_important_settings_first_whole_words_and_a_hash():
     names = [parse_config([*LONG, '--base_lr', lr]).experiment_name for lr in ('0.002', '0.003')]
     assert re.fullmatch('npz_base_lr=0p002_channels=16_channel_mults=1-2-2_[0-9a-f]{8}', names[0]), names[0]
     assert names[1].startswith('npz_base_lr=0p003_') and names[0][-8:] != names[1][-8:]

@@ -22,7 +22,7 @@ def test_adaptive_steps_keep_their_tolerance(process_name):
 
 
 @each_process
-def test_adaptive_steps_go_on_from_one_another(process_name):
+def test_an_adaptive_step_continues_from_the_previous_one(process_name):
     """A grid step neither repeats the last evaluation nor searches for a step size again; the result is as exact."""
     process, method = process_named(process_name), SOLVERS['dopri5']
     model_fn, x1, n = RING.as_model('x0', process), base_noise(50), 12

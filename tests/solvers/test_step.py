@@ -12,7 +12,7 @@ from solvers import SDE_NOISES, SOLVERS, TIME_GRIDS, Noise, Predict, Solver, coe
 from tests.oracle import ALL_PROCESSES, F64, RING, GaussianMixture, at, base_noise, exact_predict, process_named
 
 
-def test_predict_remembers_only_what_is_asked_for():
+def test_predict_remembers_only_as_much_as_its_memory():
     predict = Predict(lambda x, t: t, process_named('rf'), memory=2)
     for t in (0.9, 0.8, 0.7):
         predict(None, t)
