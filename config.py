@@ -49,7 +49,7 @@ class Config:
     array_layout: str = ''
     """arrays: layout of one item: channels_first, channels_last or no_channels; empty: guessed from the shape."""
     value_range: tuple[float, ...] = ()
-    """arrays: the values of black and white, which make floats images. Empty: see docs/data.md."""
+    """arrays: the values of black and white; floats are then read as images. Empty: see docs/data.md."""
     held_out: int = 0  # Number of held-out images; 0: the data set's own part, else a tenth, at most 1000.
     image_size: tuple[int, ...] = (64,)
     """image_folder, hub: height and width in pixels to which images are resized and cropped; one number for both."""
@@ -148,7 +148,7 @@ class Config:
     # ---------------------------------------------------------------- sampling
     solver: str = 'adams'  # Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py.
     num_sample_steps: int = 20  # Solver steps from t_max to t_min.
-    sample_nfe: int = 0  # Network evaluations per sample; they set the number of steps. 0: num_sample_steps does.
+    sample_nfe: int = 0  # Network evaluations per sample, which set the number of steps; 0: num_sample_steps does.
     time_grid: str = 'logistic'
     """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, use uniform for euler and heun."""
     sde_noise: str = 'natural'

@@ -142,7 +142,7 @@ def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **s
     config = saving.config_of(saved, config_class)
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:
-        raise SettingError(f'{", ".join(fixed)}: this belongs to what {path} has learned. Change settings of sampling.')
+        raise SettingError(f'{", ".join(fixed)}: {path} was trained with it. Change only settings of sampling.')
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
     trainer = build(config, trainer_class, checkpoint, saved)
     if weights.startswith(POSTHOC):
@@ -164,7 +164,7 @@ def train(config: Config, trainer_class: type | None) -> None:
     trainer = build(config, trainer_class)
     if trainer.checkpoints.finished:
         longer = 'A higher --num_training_steps trains it longer. ' * (config.lr_schedule_type in SCHEDULES_WITHOUT_END)
-        new = f'Another --experiment_name starts a new run, with --init_from {config.run_dir}/last.pt from its weights.'
+        new = f'Another --experiment_name starts a run, with --init_from {config.run_dir}/last.pt from these weights.'
         ranks.print_once(f'{config.run_dir} is finished: {trainer.step} steps. {longer}{new}')
     else:
         parameters = f'{sum(p.numel() for p in trainer.network.parameters()):,} parameters'

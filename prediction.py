@@ -65,7 +65,7 @@ class Prediction:
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in ROWS:
-            raise AttributeError(f'{name!r} is not a prediction type; there are {", ".join(ROWS)}')
+            raise AttributeError(f'{name!r} is not a prediction type; the types are {", ".join(ROWS)}')
         value = self._solve(name) if name in ('x0', 'x1') else self._row(name)
         setattr(self, name, value)
         return value
@@ -108,8 +108,8 @@ def get_model_convert_fn(model_type: str) -> Callable[[Tensor | tuple, Tensor, T
         out = model_out[0] if isinstance(model_out, tuple) else model_out
         if out.shape != xt.shape:  # one channel would be broadcast against two
             raise ValueError(
-                f'the network returns {tuple(out.shape)} for xt of shape {tuple(xt.shape)}: model_type={model_type!r} '
-                'has the shape of xt. Return more than that as a tuple, the prediction first.'
+                f'the network returns {tuple(out.shape)} for xt of shape {tuple(xt.shape)}: an output of '
+                f'model_type={model_type!r} must have the shape of xt. Return other outputs after it, in a tuple.'
             )
         return Prediction(xt, coefs, **{model_type: out})
 

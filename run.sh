@@ -52,7 +52,7 @@ case $script in
     scripts/compare.py | scripts/prepare.py | scripts/sweep.py) direct=${direct:-yes} ;;
 esac
 if [ "$direct" != quick ] && [ "$python" != "$root/.venv/bin/python" ]; then
-    "$python" -m launch.start --flags "$script" "$@" || exit $? # wrong flags fail before the imports are tried, which takes seconds
+    "$python" -m launch.start --flags "$script" "$@" || exit $? # wrong flags fail before imports, which take seconds
     find_python
 fi
 if [ -n "$direct" ]; then exec "$python" -m launch.start --direct "$script" "$@"; fi

@@ -406,6 +406,6 @@ def test_a_parameter_of_two_optimizers_or_of_none_or_of_no_module_is_refused():
     with pytest.raises(ValueError, match=r"modules\['b'\]: no optimizer updates weight, bias.*requires_grad_\(False\)"):
         trained_parameters(dict(a=a, b=b), dict(one=sgd(*a.parameters())))
     with pytest.raises(
-        ValueError, match=r"optimizers\['one'\] moves a parameter of shape \(3, 2\) that is in no module"
+        ValueError, match=r"optimizers\['one'\] updates a parameter of shape \(3, 2\) that is in no module"
     ):
         trained_parameters(dict(a=a), dict(one=sgd(*a.parameters(), b.weight)))

@@ -142,7 +142,7 @@ def test_an_output_of_another_shape_is_refused():
     _, xt, _, _, coefs = case('rf', [0.3, 0.6])
     out = torch.zeros(2, 2 * xt.shape[1], *xt.shape[2:])
     with pytest.raises(
-        ValueError, match=r"returns \(2, .* for xt of shape .*model_type='velocity' has the shape of xt"
+        ValueError, match=r"returns \(2, .* for xt of shape .*model_type='velocity' must have the shape of xt"
     ):
         get_model_convert_fn('velocity')(out, coefs.alpha, xt, coefs)
 

@@ -125,7 +125,7 @@ def test_a_file_may_hold_some_settings_only(tmp_path):
     [
         ('{', 'cannot be read .*Pass the folder of a run'),
         ('[1]', 'not an object of settings'),
-        ('{"base_lrr": 1}', 'Config has no base_lrr. Start the script that has'),
+        ('{"base_lrr": 1}', 'Config has no base_lrr. Start the script that defines them'),
         ('{"seed": "three"}', r"seed='three' is of another type than its default, 0\."),
         ('{"seed": true}', r'seed=True is of another type than its default, 0\.'),
         ('{"image_size": 32}', r'image_size=32 is of another type than its default, \(64,\)'),
