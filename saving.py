@@ -127,7 +127,7 @@ def load_weights(
     embeddings = [name for name in weights.keys() & now.keys() if name.endswith('class_embedding.weight')]
     other = {name: now[name] for name in embeddings if weights[name].shape[0] != now[name].shape[0]}
     if other and other_classes:
-        print_once(f'warning: {misfits(weights, now)[0]}: it starts untrained, and the rest comes from {path}')
+        print_once(f'warning: {mismatches(weights, now)[0]}: it starts untrained, and the rest comes from {path}')
         weights = weights | other
     try:
         network.load_state_dict(weights)
@@ -135,14 +135,14 @@ def load_weights(
         ours = {field.name for field in dataclasses.fields(Config)}
         added = (saved_config.keys() | dataclasses.asdict(config).keys()) - ours  # by the experiment's config class
         changed = differences(saved_config, config, only={*NETWORK_SETTINGS, *added})
-        causes = [f'{line} (checkpoint -> now)' for line in changed] + misfits(weights, now)[:1]
+        causes = [f'{line} (checkpoint -> now)' for line in changed] + mismatches(weights, now)[:1]
         raise SettingError(
             f'checkpoint {str(path)!r} is of another network: {"; ".join(causes) or error}. '
             'Use the settings of the checkpoint, and data of the same shape, classes and conditions.'
         ) from error
 
 
-def misfits(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def mismatches(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences of two state dicts in names and shapes, as text; another number of classes first."""
     lines = []
     for name in now | saved:
@@ -176,17 +176,17 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:
     """The config of a checkpoint; settings that `config_class` does not have are left out."""
-    return rebuilt(config_class, checkpoint['config'])
+    return from_dict(config_class, checkpoint['config'])
 
 
-def rebuilt(kind: Any, values: dict[str, Any]) -> Any:
+def from_dict(kind: Any, values: dict[str, Any]) -> Any:
     """The inverse of `dataclasses.asdict`, also for dataclasses inside; what `kind` does not have is left out."""
     hints, arguments = typing.get_type_hints(kind), {}
     for name in [field.name for field in dataclasses.fields(kind) if field.name in values]:
         arguments[name] = value = values[name]
         inner = [hint for hint in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(hint)]
         if isinstance(value, dict) and inner:  # also for a hint like `Own | None`
-            arguments[name] = rebuilt(inner[0], value)
+            arguments[name] = from_dict(inner[0], value)
     return kind(**arguments)
 
 

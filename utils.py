@@ -121,7 +121,7 @@ def _seed_accelerator() -> Callable[[int], None]:
     return getattr(module, 'manual_seed_all', module.manual_seed)
 
 
-def hashed(*key: int | str) -> int:
+def seed_of(*key: int | str) -> int:
     """A seed of 64 bits."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
 
@@ -131,7 +131,7 @@ def seed_everything(*key: int | str) -> None:
 
     A hash, because torch's CPU generator keeps only the low 32 bits of a seed: sums and shifts of keys would collide.
     """
-    seed = hashed(*key)
+    seed = seed_of(*key)
     # Not torch.manual_seed, which formats a stack trace for each kind of device that the machine lacks.
     torch.default_generator.manual_seed(seed)
     _seed_accelerator()(seed)
@@ -157,7 +157,7 @@ class NoiseOfEach(TorchFunctionMode):
 
     def __enter__(self) -> 'NoiseOfEach':
         seed_everything(*self.key, 'batch', *self.indices[:1])
-        self.generators = [torch.Generator().manual_seed(hashed(*self.key, i)) for i in self.indices]
+        self.generators = [torch.Generator().manual_seed(seed_of(*self.key, i)) for i in self.indices]
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -40,7 +40,7 @@ class ScaledNetwork(nn.Module):
         return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label, **cond)
 
 
-def built(config: Config, network: Callable[..., nn.Module], *args: Any, **settings: Any) -> nn.Module:
+def construct(config: Config, network: Callable[..., nn.Module], *args: Any, **settings: Any) -> nn.Module:
     """network(*args, **settings). Its ValueError becomes a SettingError."""
     try:
         return network(*args, **settings)
@@ -49,7 +49,7 @@ def built(config: Config, network: Callable[..., nn.Module], *args: Any, **setti
 
 
 def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
-    return built(
+    return construct(
         config, UNet, shape, num_classes, config.channels, config.channel_mults, config.num_res_blocks,
         config.attention_resolutions, config.dropout, cond,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
             f'dit_width={width}, dit_heads={heads}: the width must be a multiple of 4 x heads. With this width, pass '
             f'--dit_heads {", ".join(map(str, fit)) or "1 and another --dit_width"}.'
         )
-    return built(config, DiT, shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
+    return construct(config, DiT, shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
 
 
 def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:

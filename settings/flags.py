@@ -189,17 +189,17 @@ def read(argv: Sequence[str] | None, config_class: type, presets: Mapping[str, A
         if flag and kind is bool and values and values[0].lower() in TRUTH:
             name = name if TRUTH[values.pop(0).lower()] else f'no_{name}'
             flag, is_joined = f'--{name}', False
-        values = [taken(name, kind, value) for value in values]
+        values = [normalized(name, kind, value) for value in values]
         if (flag == '' or is_known) and get_origin(kind) is None:
             for word in values[kind is not bool :]:
-                refuse_bare(word, flag, presets)
+                refuse_stray_word(word, flag, presets)
         words += [f'{flag}={values[0]}', *values[1:]] if is_joined else [*([flag] if flag else []), *values]
         if is_known:
             given[name if name in types else name.removeprefix('no_')] = name in types if kind is bool else values[:1]
     return words, given
 
 
-def taken(name: str, kind: Any, value: str) -> str:
+def normalized(name: str, kind: Any, value: str) -> str:
     """The value of a flag in the form that settings have: 1e3 as 1000, a path relative to the project's folder."""
     if kind is int and re.fullmatch(r'[+-]?\d+(\.\d*)?e\+?\d{1,2}', value.lower()) and float(value).is_integer():
         return str(int(float(value)))
@@ -211,7 +211,7 @@ def taken(name: str, kind: Any, value: str) -> str:
     return path
 
 
-def refuse_bare(word: str, flag: str, presets: Mapping[str, Any]) -> None:
+def refuse_stray_word(word: str, flag: str, presets: Mapping[str, Any]) -> None:
     """Raise SettingError for a word that belongs to no flag, and suggest the flag that it may be meant for."""
     near = difflib.get_close_matches(word, presets, n=1)
     remedy = 'Settings are written --name value, and a value with spaces in quotes; --help lists them'

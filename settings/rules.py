@@ -95,18 +95,18 @@ PLAIN = (
 )
 
 
-def not_plain(value: Any) -> str:
+def unsavable(value: Any) -> str:
     """The part of a value, as text, that JSON or torch.load(weights_only=True) could not restore; '' if none."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = vars(value)
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
         return 'a dict whose keys are not all strings'
     if isinstance(value, (tuple, list, dict)):
-        return next(filter(None, map(not_plain, value.values() if isinstance(value, dict) else value)), '')
+        return next(filter(None, map(unsavable, value.values() if isinstance(value, dict) else value)), '')
     return '' if value is None or type(value) in (str, int, float, bool) else f'a value of type {type(value).__name__}'
 
 
-def refuse_no_setting(kind: type) -> None:
+def refuse_non_settings(kind: type) -> None:
     """Raise SettingError for an attribute of a config class that looks like a setting and that nothing would read: only
     `name: type = value` in a dataclass is a setting."""
     for cls in (cls for cls in kind.__mro__ if hasattr(cls, '__dataclass_fields__')):
@@ -121,7 +121,7 @@ def refuse_no_setting(kind: type) -> None:
 
 def validate(config: Any, presets: Mapping[str, Any]) -> None:
     """Raise SettingError for the first value that breaks a rule."""
-    refuse_no_setting(type(config))
+    refuse_non_settings(type(config))
     choose('preset', config.preset, presets)
     for name, values in CHOICES.items():
         choose(name, getattr(config, name), dict.fromkeys(values))
@@ -134,7 +134,7 @@ def validate(config: Any, presets: Mapping[str, Any]) -> None:
 
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if bad := not_plain(value):
+        if bad := unsavable(value):
             raise SettingError(f'{field.name}={value!r}: config.json and checkpoints cannot hold {bad}. {PLAIN}')
         numbers = [x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, float)]
         require(all(map(math.isfinite, numbers)), field.name, 'must be a finite number')

@@ -26,7 +26,7 @@ NETWORK_SETTINGS = (
 MAY_DIFFER = ('data_dir', 'data_path', 'num_workers')
 SCHEDULES_WITHOUT_END = ('constant', 'inverse_sqrt')
 LONGEST_NAME = 60  # characters of a default name
-LONGEST_ONCE = 120  # characters of a default name in older versions
+LONGEST_OLD_NAME = 120  # characters of a default name in older versions
 LONGEST_VALUE = 16  # characters of each value in a shortened name
 # Order in a shortened name: these first, data_dir last, each only if there is room for it.
 FIRST = 'preset data_path init_from process_name model_type target_type loss_weight network base_lr seed'.split()
@@ -130,12 +130,12 @@ def older_folder_name(parts: Sequence[str]) -> str:
     """`folder_name` of older versions, whose runs still have such names: long parts were cut in the middle."""
     folder = '_'.join(map(plain, parts))
     end, width = '_' + hashlib.sha256('_'.join(parts).encode()).hexdigest()[:8], 60
-    if len(folder) <= LONGEST_ONCE:
+    if len(folder) <= LONGEST_OLD_NAME:
         return folder
-    while len(folder) + len(end) > LONGEST_ONCE and width > 2:
+    while len(folder) + len(end) > LONGEST_OLD_NAME and width > 2:
         folder = '_'.join('='.join(cut_middle(text, width) for text in plain(part).split('=')) for part in parts)
         width -= 1
-    return folder[: LONGEST_ONCE - len(end)] + end
+    return folder[: LONGEST_OLD_NAME - len(end)] + end
 
 
 def cut_middle(text: str, width: int) -> str:  # `width` characters long

@@ -55,7 +55,7 @@ def equal_steps(
     return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
 
 
-def logistic_of_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
+def logistic_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
     """The grid logistic for about ten steps or fewer: the fewer the steps, the more noise at its centre."""
     return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n, scale=1.2))
 
@@ -91,12 +91,12 @@ class Solver:
         """
         if self.few is None or n > self.few_steps:
             return self.step, TIME_GRIDS
-        return self.few, TIME_GRIDS | {'logistic': logistic_of_few}
+        return self.few, TIME_GRIDS | {'logistic': logistic_few}
 
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process
 ddim = Multistep(exponential, 'x0', order=1)
-of_few = Multistep(gaussian, 'x0', order=3, corrector=3)  # for `adams` in few steps
+adams_few = Multistep(gaussian, 'x0', order=3, corrector=3)  # for `adams` in few steps
 
 # name -> Solver of a step (x, t, s, predict, noise) -> x at s < t. The step finds the last `memory` predictions in
 # `predict.past`, and makes one more.
@@ -115,7 +115,7 @@ SOLVERS: dict[str, Solver] = {
     # the predictor-corrector of Adams, Bashforth and Moulton (Hairer et al. 1993, section III.1) in the angle;
     # it takes v, which is as well-conditioned as x0
     'adams': Solver(
-        Multistep(angular, 'v', order=4, corrector=5, taper=True), nfe=1, order=5, memory=4, few=of_few, reads='x0'
+        Multistep(angular, 'v', order=4, corrector=5, taper=True), nfe=1, order=5, memory=4, few=adams_few, reads='x0'
     ),
     'euler_maruyama': Solver(euler_maruyama, nfe=1, order=1, stochastic=True, reads='velocity'),
     # Lu et al. 2022b, SDE-DPM-Solver++(2M); Xue et al. 2023 for noise other than natural

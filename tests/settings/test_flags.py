@@ -14,7 +14,7 @@ import pytest
 from config import DEBUG, PRESETS, Config, SettingError, parse_config
 from runtime.files import from_caller
 from settings.choices import TABLES, names_of
-from settings.flags import HINTS, read, taken
+from settings.flags import HINTS, normalized, read
 from settings.rules import CHOICES
 from tests.helpers import ROOT, as_flags
 
@@ -336,7 +336,7 @@ def test_flags_are_seen_from_the_callers_folder_and_defaults_from_the_project(tm
         *['--dataset', 'hub', '--data_path', f'{tmp_path}/pictures', f'--ckpt_dir={tmp_path}/mine'],
         *['--experiment_name', 'pictures'],
     ]
-    assert (taken('out', str, 'docs'), taken('settings', str, 'docs')) == (f'{tmp_path}/docs', 'docs')
+    assert (normalized('out', str, 'docs'), normalized('settings', str, 'docs')) == (f'{tmp_path}/docs', 'docs')
 
 
 @pytest.mark.slow
