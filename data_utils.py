@@ -104,7 +104,7 @@ def get_dataset(config: Config) -> DataSpec:
     return spec
 
 
-def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
+def load_data(config: Config) -> tuple[DataSpec, Part, Part]:
     """Load and check the data: (DataSpec with shape and facts, training part, held-out part).
 
     If `config.held_out` is above 0, only that many held-out items are kept, the first ones.
@@ -131,7 +131,7 @@ def load_in_turns(config: Config) -> tuple[DataSpec, Part, Part]:
             raise SettingError(f'held_out={n}: {test.name} has {len(test)} held-out images. Use a smaller --held_out.')
         return spec, train, test.first(n) if 0 < n < len(test) else test
 
-    return ranks.in_turns(load)
+    return ranks.rank_0_first(load)
 
 
 def describe_counts(dataset: str, parts: list[Part], spec: DataSpec) -> str:
@@ -200,7 +200,7 @@ def setup_data_train_and_test(
             f'accumulation_steps={config.accumulation_steps}. Use another number of processes (NPROC), or a '
             f'--batch_shards that is a multiple of {least} and divides --global_batch_size.'
         )
-    spec, train, test = load_in_turns(config)
+    spec, train, test = load_data(config)
     if config.dequantize and (spec.scale == 'float' or spec.value_range):
         raise SettingError(
             f'dequantize=True adds noise of one grey level, and dataset={config.dataset!r} has floats. '

@@ -27,8 +27,8 @@ from runtime.wandb_run import WandbRun, start_wandb
 
 class Record:
     """Means, speed, pictures and the progress of a run. Rank 0 writes them.
-    All ranks call `open`, `summary`, `line`, `apart` and `state_dict` together. `log`, `losses`, `step` and `clear`
-    do not communicate. `picture`, `curve` and `histogram` act on rank 0 only.
+    All ranks call `open`, `summary`, `line`, `logging_apart` and `state_dict` together. `log`, `losses`, `step` and
+    `clear` do not communicate. `picture`, `curve` and `histogram` act on rank 0 only.
     """
 
     def __init__(
@@ -39,7 +39,9 @@ class Record:
         self.config, self.device, self.waited = config, device, waited
         self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
-        self.means = self.log_to = RunningMeans(device)  # since the last `clear`; `log` adds to `log_to`, see `apart`
+        self.means = self.log_to = RunningMeans(
+            device
+        )  # since the last `clear`; `log` adds to `log_to`, see `logging_apart`
         self.wandb = WandbRun()  # does nothing, except on rank 0 while the record is open
         self.wandb_id: str | None = None
         self.progress: Progress | None = None  # while the record is open
@@ -92,8 +94,8 @@ class Record:
         return kept
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Add to a mean over elements, ranks and steps, for the next line or the innermost `apart`. Ignored while the
-        record is not open, as there is no step then. A `step_N_` in front of the name is dropped."""
+        """Add to a mean over elements, ranks and steps, for the next line or the innermost `logging_apart`. Ignored
+        while the record is not open, as there is no step then. A `step_N_` in front of the name is dropped."""
         if self.progress is not None or self.log_to is not self.means:
             total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
             self.log_to.add(utils.without_step(name), total, count)
@@ -118,7 +120,7 @@ class Record:
         self.means.clear()
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[dict[str, float]]:
+    def logging_apart(self) -> Iterator[dict[str, float]]:
         """Yields a dict, filled at the end with the means of what was logged inside, which stays out of training's."""
         logged: dict[str, float] = {}
         before, self.log_to = self.log_to, RunningMeans(self.device)
@@ -208,7 +210,7 @@ class Record:
             self.wandb.picture(step, name, image)
 
     def _save(self, image: Image.Image, name: str) -> None:
-        with self._disk(), files.whole(self.path.parent / name) as temporary:
+        with self._disk(), files.atomic_write(self.path.parent / name) as temporary:
             image.save(temporary, 'PNG')
 
     def curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:

@@ -79,7 +79,7 @@ def start(config: Config, trainer_class: type | None) -> None:
         raise
 
 
-@alive.still('loading the data and the network')
+@alive.print_while('loading the data and the network')
 def build(
     config: Config,
     trainer_class: type | None = None,

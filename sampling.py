@@ -188,19 +188,19 @@ def sample(
     Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for conditions that
     are not (B, ...), and for guidance with nothing to leave out.
     """
-    cond, path = cond or {}, sampling_process or process
+    cond, sampling_process = cond or {}, sampling_process or process
     check_cond(cond, len(x1))
     steps = Steps(solver, num_steps, nfe, time_grid, t_min, t_max)
-    times = steps.times(process, path, model_type)
+    times = steps.times(process, sampling_process, model_type)
     last_step = choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale, last_step)
     guidance = Guidance(guidance_scale, null_label, null_cond or {}, guide_fn, guidance_interval, guidance_rescale)
-    evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, path)
+    evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, sampling_process)
     if on_prediction is not None:
         evaluate = watched(evaluate, on_prediction)
     method = SOLVERS[solver]
     is_late = steps.start(process, model_type) < t_max
-    return follow(method, times, x1, Predict(evaluate, path, method.memory), noise, callback, is_late)
+    return follow(method, times, x1, Predict(evaluate, sampling_process, method.memory), noise, callback, is_late)
 
 
 def watched(

@@ -26,7 +26,7 @@ from torch import nn
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
-from runtime.files import LOAD_ERRORS, sync, whole
+from runtime.files import LOAD_ERRORS, atomic_write, sync
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
@@ -43,7 +43,7 @@ def save(path: str | Path, **objects: Any) -> None:
     A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
     is full; the old file is then untouched.
     """
-    with whole(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         write(temporary, **objects)
     sync(Path(path).parent)
 

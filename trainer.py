@@ -151,17 +151,17 @@ class BaseDiffusionTrainer(OldNames):
         self.parameters |= trained_parameters(self.modules, self.optimizers)
         self.step = self.checkpoints.restore(read_from)
         model_fn = self.get_model_fn(self.network, train=True)
-        example = self.batches.few if self.train_loader.facts else self.batches.few()  # facts: its data may be missing
+        example = self.batches.tiny_batch if self.train_loader.facts else self.batches.tiny_batch()  # data may be gone
         self.losses = ParallelLoss(self.modules, lambda batch: self.loss_fn(batch, model_fn), example)
 
     example = property(lambda self: self.batches.example)  # a prepared batch of the first images
-    shape = property(lambda self: tuple(self.batches.like.x0.shape[1:]))  # shape of one x0
+    shape = property(lambda self: tuple(self.batches.shape_example.x0.shape[1:]))  # shape of one x0
     ema = property(lambda self: self.emas['network'])
 
     @property
     def network(self) -> nn.Module:  # the raw network, which is trained; built on first use
         if 'network' not in self.modules:
-            self.modules['network'] = on_device(self.build_network(self.batches.like), self.device)
+            self.modules['network'] = on_device(self.build_network(self.batches.shape_example), self.device)
         return self.modules['network']
 
     def weights(self) -> dict[str, nn.Module]:
@@ -174,7 +174,7 @@ class BaseDiffusionTrainer(OldNames):
         """Train to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
         c, finished = self.config, False
         self.checkpoints.refuse_if_read_only()
-        with self.record.open(self.step, start), self.checkpoints, self.batches, alive.still('training'):
+        with self.record.open(self.step, start), self.checkpoints, self.batches, alive.print_while('training'):
             stopping.catch_stop_signals()
             with suppress(Stopped):
                 self.judge.rehearse()  # broken code fails now, not hours later

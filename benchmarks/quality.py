@@ -38,7 +38,7 @@ from quality_entries import ENTRIES, FOLDER, SHAPE
 
 from config import PRESETS, Config
 from evaluation.detectors import get_detector
-from evaluation.distances import Moments, frechet, nearest
+from evaluation.distances import Moments, frechet, mean_nearest_distance
 from main import build
 from optimizers import get_optimizer
 from processes import RectifiedFlow
@@ -111,7 +111,7 @@ class Run:
     def save(self) -> None:
         parts = {part: getattr(self, part).state_dict() for part in ('network', 'average', 'optimizer')}
         STATES.mkdir(parents=True, exist_ok=True)
-        with files.whole(self.path) as temporary:
+        with files.atomic_write(self.path) as temporary:
             torch.save(dict(parts, rng=self.rng.get_state(), steps=self.steps, seconds=self.seconds), temporary)
 
     def train_until(self, seconds: float) -> None:
@@ -180,7 +180,9 @@ class Run:
             row[f'solver_{n}'] = solver = self.solver(n)
             x, wanted = self.samples(2000 if is_last else 256, solver, n)
             train, held_out = ((images.flatten(1) + 1) / 2 for images, _ in (data().train, data().held_out))
-            row[f'nearest_{n}'] = nearest(x.flatten(1), train[:10_000]) / nearest(held_out, train[:10_000])
+            row[f'nearest_{n}'] = mean_nearest_distance(x.flatten(1), train[:10_000]) / mean_nearest_distance(
+                held_out, train[:10_000]
+            )
             for space, (features, real) in data().spaces.items():
                 row[f'{space}_{n}'] = frechet(Moments(batches(features, x)), real)
             if self.entry.classes:

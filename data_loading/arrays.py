@@ -13,7 +13,7 @@ from config import Config
 from data_loading import packed
 from data_loading.checks import check_values
 from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
-from data_loading.spec import DataSpec, Loaded, counted, describe
+from data_loading.spec import DataSpec, Loaded, counted, type_and_shape
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
@@ -184,14 +184,16 @@ def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], li
     for name, x, label in parts:
         if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
             raise SettingError(
-                f'{where}: {name}: the data are {describe(x)}. They must be whole numbers or floats, with two or more '
-                'axes, the first over items; the training and the held-out part must have the same type.'
+                f'{where}: {name}: the data are {type_and_shape(x)}. They must be whole numbers or floats, with two or '
+                'more axes, the first over items; the training and the held-out part must have the same type.'
             )
         if (label is None) != (parts[0].label is None) or (len(parts) == 2 and len(x) == 0):
             raise SettingError(f'{where}: {name}: both parts need items, and labels if one of them has labels.')
     unused = {name: array for name, array in arrays.items() if name not in used}
     maybe = [name for name, array in unused.items() if array.shape[:1] == (n,) and array.dtype.kind in 'biuUS']
-    text = f'not used: {", ".join(f"{name} {describe(array)}" for name, array in unused.items())}' if unused else ''
+    text = (
+        f'not used: {", ".join(f"{name} {type_and_shape(array)}" for name, array in unused.items())}' if unused else ''
+    )
     if maybe and parts[0].label is None:
         text += f'. If {maybe[0]} holds the classes, rename it to labels'
     if text:
@@ -228,8 +230,8 @@ def layout_of(x: np.ndarray, config: Config, where: str) -> str:
     if is_float and axes == 3 and last <= 4 < first and not config.value_range:
         image = f'{image_flag(x)[0]} if they are images, else '
     raise SettingError(
-        f"array_layout='', {where}: {describe(x)} can be read in several ways. Pass {image}--array_layout {layouts}; "
-        f'--network mlp needs no layout.{single}'
+        f"array_layout='', {where}: {type_and_shape(x)} can be read in several ways. Pass {image}--array_layout "
+        f'{layouts}; --network mlp needs no layout.{single}'
     )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_loading.spec import Arrays, DataSpec, Part, describe
-from data_loading.workers import Sent, joined
+from data_loading.spec import Arrays, DataSpec, Part, type_and_shape
+from data_loading.workers import PipedTuple, stack_items
 from runtime.errors import DataError, SettingError
 
 HOW_TO_RETURN = (
@@ -27,7 +27,7 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
     if spec.scale not in ('image', 'float'):
         raise SettingError(f"{where}: scale={spec.scale!r} of its DataSpec must be 'image' or 'float'.")
     if not isinstance(loaded, (tuple, list)) or len(loaded) != 2 or not all(map(may_be_part, loaded)):
-        raise SettingError(f'{where}: load returned {describe(loaded)}. {HOW_TO_RETURN}.')
+        raise SettingError(f'{where}: load returned {type_and_shape(loaded)}. {HOW_TO_RETURN}.')
     parts, entries = [], []
     for source, name in zip(loaded, ('training', 'held-out'), strict=True):
         here = f'{where}, {name} part'
@@ -57,7 +57,7 @@ def may_be_part(part: Any) -> bool:
 
 def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
     """A checked batch of items of a Dataset; errors name items by their `numbers`. Raises DataError."""
-    return Sent(check_arrays(joined(items, where, numbers), spec, where, numbers))
+    return PipedTuple(check_arrays(stack_items(items, where, numbers), spec, where, numbers))
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
@@ -67,11 +67,13 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int]
     """
     is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
     if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
-        raise DataError(f'{where}: {describe(arrays)}. It must be (x, label) or (x, label, x1), of tensors or arrays.')
+        raise DataError(
+            f'{where}: {type_and_shape(arrays)}. It must be (x, label) or (x, label, x1), of tensors or arrays.'
+        )
     try:
         arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
     except TypeError as error:
-        raise DataError(f'{where}: {describe(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
+        raise DataError(f'{where}: {type_and_shape(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
     x, label, *x1 = arrays
     if len({len(array) for array in arrays}) > 1:
         counts = [f'{len(array)} {name}' for array, name in zip(arrays, ('x', 'labels', 'x1'), strict=False)]
@@ -82,7 +84,9 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int]
     check_shape(tuple(x.shape[1:]), spec, f'{where}: x')
     x1 = [check_values(values, spec, f'{where}: x1', numbers) for values in x1]
     if x1 and x1[0].shape != x.shape:
-        raise DataError(f'{where}: x1 is {describe(x1[0])}, x is {describe(x)}. x and x1 must have the same shape.')
+        raise DataError(
+            f'{where}: x1 is {type_and_shape(x1[0])}, x is {type_and_shape(x)}. x and x1 must have the same shape.'
+        )
     return x, check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label, *x1
 
 
@@ -92,9 +96,9 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
     if spec.scale == 'image' and not spec.value_range:
         if x.dtype != torch.uint8:
             raise DataError(
-                f'{where} is {describe(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images must be '
-                'uint8: convert them (in torchvision, transforms.PILToTensor()), or pass value_range=(BLACK, WHITE) to '
-                "the DataSpec, or scale='float' to use the values as they are."
+                f'{where} is {type_and_shape(x)}, from {x.double().min():.4g} to {x.double().max():.4g}. Images '
+                'must be uint8: convert them (in torchvision, transforms.PILToTensor()), or pass value_range=(BLACK, '
+                "WHITE) to the DataSpec, or scale='float' to use the values as they are."
             )
         if spec.max_value < 255 and x.max() > spec.max_value:
             remedy = f'Pass max_value={x.max()} to the DataSpec, or 255 if all values may occur'
@@ -102,7 +106,7 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
         return x
     if not x.is_floating_point() and not spec.value_range:
         remedy = "Convert it to float32, or pass scale='image' to the DataSpec for uint8 images"
-        raise DataError(f"{where} is {describe(x)}, but scale='float' takes floats as they are. {remedy}.")
+        raise DataError(f"{where} is {type_and_shape(x)}, but scale='float' takes floats as they are. {remedy}.")
     x = x.float()
     wrong, what, remedy = ~x.isfinite(), 'NaN or infinite values', 'Fix them or leave them out'
     if spec.value_range and not wrong.any():
@@ -139,7 +143,7 @@ def check_labels(label: Tensor, n: int, where: str) -> Tensor:
     """`label` as int64, one class from 0 to n - 1 for each item. Raises DataError."""
     if label.ndim != 1 or label.is_floating_point() or label.is_complex():
         wanted = f'one whole number for each item, shape ({len(label)},). With num_classes=0 labels may be anything'
-        raise DataError(f'{where} is {describe(label)}, but num_classes={n} needs {wanted}.')
+        raise DataError(f'{where} is {type_and_shape(label)}, but num_classes={n} needs {wanted}.')
     label = label.long()
     low, high = int(label.min()), int(label.max())
     if low < 0 or high >= n:

@@ -9,21 +9,21 @@ from data_loading.loader import Loader
 from data_loading.spec import DataSpec
 
 
-def in_turn(data: DataSpec, n: int) -> np.ndarray:
+def classes_in_turn(data: DataSpec, n: int) -> np.ndarray:
     """(n,): the trained classes in turn."""
     return np.resize(data.trained_classes or (0,), n)
 
 
-def in_proportion(data: DataSpec, n: int) -> np.ndarray:
+def classes_in_proportion(data: DataSpec, n: int) -> np.ndarray:
     """(n,): the trained classes, each as often as in the training data, also in the first k for any k; in turn if their
     counts are not known. Each place goes to the class that is furthest behind its share."""
     # a power of 2, so that the cache also serves other n
-    return proportional(data.counts, 1 << n.bit_length())[:n] if data.counts else in_turn(data, n)
+    return proportional(data.counts, 1 << n.bit_length())[:n] if data.counts else classes_in_turn(data, n)
 
 
 @functools.lru_cache(maxsize=4)
 def proportional(counts: tuple[int, ...], n: int) -> np.ndarray:
-    """(n,): the classes of `in_proportion`."""
+    """(n,): the classes of `classes_in_proportion`."""
     share, used, classes = np.array(counts) / sum(counts), np.zeros(len(counts)), np.zeros(n, int)
     for i in range(n):
         classes[i] = np.argmax(share * (i + 1) - used)

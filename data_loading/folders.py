@@ -36,14 +36,14 @@ def find(root: Path, where: str) -> tuple[list[str], list[int], int, dict[str, A
     begins with `where`."""
     check_is_folder(root, where)
     files, notes = walk(root, where)
-    base, groups, listed = settled(root, files, where)
+    base, groups, listed = class_folders(root, files, where)
     held_out: list[str] = []
     if listed is None and (parts := split(root, base, groups, where)):
         files, held_out, classes, line = parts
         notes.insert(0, line)
         groups = {}
     else:
-        classes = classes_of(root, files, where)
+        classes = classes_by_folder(root, files, where)
         if base and classes and listed is None:
             notes.insert(0, f'classes are the folders in {base}/')
     kinds = sorted(set(classes.values()))
@@ -84,10 +84,10 @@ def split(root: Path, base: str, groups: Groups, where: str) -> tuple[list[str],
         raise SettingError(f'{where}: it holds {names} but no train/. Pass the part to train on: --data_path {path}.')
     if not own or not train:
         return None
-    classes, held_out, held = classes_of(root, groups[train], where), [], ''
+    classes, held_out, held = classes_by_folder(root, groups[train], where), [], ''
     known = set(classes.values())
     for name in own:
-        theirs = classes_of(root, groups[name], where)
+        theirs = classes_by_folder(root, groups[name], where)
         held_out = [file for file in groups[name] if not classes or theirs.get(file) in known]
         if held_out:
             held = name
@@ -96,7 +96,7 @@ def split(root: Path, base: str, groups: Groups, where: str) -> tuple[list[str],
     notes = [f'{train}/ is the training part, {f"{held}/" if held else "a part of it"} is held out']
     missing = known - {classes[file] for file in held_out if classes}
     if held and missing:
-        notes.append(f'{held}/ has no {few([name for *_, name in sorted(missing)])}')
+        notes.append(f'{held}/ has no {some_names([name for *_, name in sorted(missing)])}')
     unused = sorted(f'{name}/' if name else counted(len(groups['']), 'image') for name in groups.keys() - {train, held})
     lacking = len(groups[held]) - len(held_out) if held else 0
     unused += [f'{counted(lacking, "image")} of classes that {train}/ lacks'] if lacking else []
@@ -127,7 +127,7 @@ def printable(name: str) -> str:
     return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
 
 
-def few(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
     """'cat, dog, owl', cut off after eight names."""
     return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
@@ -181,13 +181,13 @@ def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
 
 def listing(counts: Counter[str]) -> str:
     """'.txt 3, .svg 2'."""
-    return few([f'{name} {count}' for name, count in counts.most_common()])
+    return some_names([f'{name} {count}' for name, count in counts.most_common()])
 
 
 # ---------------------------------------------------------------- classes
 
 
-def settled(root: Path, files: list[str], where: str) -> tuple[str, Groups, Classes | None]:
+def class_folders(root: Path, files: list[str], where: str) -> tuple[str, Groups, Classes | None]:
     """(base, files by folder below it, `listed` classes): base is root, or the first folder below it that holds images,
     several folders or a list of classes, where each above holds only one folder."""
     base, above = '', ''
@@ -203,10 +203,10 @@ def settled(root: Path, files: list[str], where: str) -> tuple[str, Groups, Clas
         above = f'{base}{os.sep}'
 
 
-def classes_of(root: Path, files: list[str], where: str) -> Classes:
+def classes_by_folder(root: Path, files: list[str], where: str) -> Classes:
     """The class of each file: from a list in their folder, or else the first folder below their common ones. Empty
     without classes. Raises SettingError."""
-    base, groups, classes = settled(root, files, where)
+    base, groups, classes = class_folders(root, files, where)
     if classes is None and '' in groups and len(groups) > 1:
         folders, images = sorted(filter(None, groups)), counted(len(groups['']), 'image')
         text = f'{images}{base and f" in {base}"} next to folders ({", ".join(folders[:3])}) without a class. Move '
@@ -263,8 +263,8 @@ def warn_of_classes(names: tuple[str, ...], groups: Groups, base: Path) -> None:
         twice and f'{", ".join(twice[:3])} are two classes. Merge their folders if they are one',
         parts and f'{parts[0]}/ is taken as a class. If it is a part of the data, pass --data_path {base / parts[0]}',
         shared
-        and f'the classes are {few(list(names))}, and each holds the folders {few(shared)}. If these are the classes, '
-        f'pass one of those, as --data_path {base / names[0]}',
+        and f'the classes are {some_names(list(names))}, and each holds the folders {some_names(shared)}. If these are '
+        f'the classes, pass one of those, as --data_path {base / names[0]}',
         shards and f'folders {names[0]}, {names[1]} ... are taken as classes. If they are not, add --label_dropout 1',
     ]
     for warning in filter(None, warnings):

@@ -36,10 +36,10 @@ class HubImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         row = int(self.order[i])
         with readable(f'row {row}{self.place}, column {self.image!r}'):
-            return pixels_of(file_of(self.rows[row][self.image]), **self.made), int(self.classes[row])
+            return pixels_of(image_file(self.rows[row][self.image]), **self.made), int(self.classes[row])
 
 
-def file_of(image: dict[str, Any] | None) -> Path | BytesIO:
+def image_file(image: dict[str, Any] | None) -> Path | BytesIO:
     """The encoded bytes of an image, or its file; no bytes if the image is missing."""
     if image is None:
         return BytesIO()
@@ -59,8 +59,8 @@ def load_hub(config: Config) -> Loaded:
     names = [*[name for name in HELD_OUT if name in found and name != train][:1], train]
     image, label = columns_of(found[train], config.columns, where)
     splits = [found[name].cast_column(image, datasets.Image(decode=False)) for name in names]
-    made = how_made(config, (file_of(row[image]) for split in splits for row in cast(Any, split)))
-    classes, facts = labels_of(splits, label, where)
+    made = how_made(config, (image_file(row[image]) for split in splits for row in cast(Any, split)))
+    classes, facts = class_labels(splits, label, where)
     if len(splits) == 1:
         held_out = held_out_rows(config.held_out, len(splits[0]), where)
         places, orders = [''], [random_order(classes[0])]
@@ -127,7 +127,7 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     return image, labels[0] if len(labels) == 1 else None
 
 
-def labels_of(splits: list[Any], label: str | None, where: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+def class_labels(splits: list[Any], label: str | None, where: str) -> tuple[list[np.ndarray], dict[str, Any]]:
     """(the classes (N,) of each split, facts about them), from the column `label`. Raises SettingError."""
     if label is None:
         return [np.zeros(len(split), np.int64) for split in splits], dict(num_classes=0)

@@ -46,12 +46,12 @@ def readable(image: Path | str) -> Iterator[None]:
     except Exception as error:  # what PIL raises depends on the format
         if is_out_of_memory(error):
             raise
-        text = f'{shown(image)} cannot be read as an image ({type(error).__name__}: {printable(str(error))}). Replace '
-        text += 'it by an intact one, remove it from the data, or leave such images out with --skip_unreadable.'
+        text = f'{display_name(image)} cannot be read as an image ({type(error).__name__}: {printable(str(error))}). '
+        text += 'Replace it by an intact one, remove it from the data, or leave such images out with --skip_unreadable.'
         raise DataError(text) from None
 
 
-def shown(image: Path | str) -> str:
+def display_name(image: Path | str) -> str:
     """The path of an image in the user's folder, even if --check uses a link to it; or the name of a row."""
     return printable(str(image.parent.resolve() / image.name if isinstance(image, Path) else image))
 
@@ -186,7 +186,7 @@ def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> N
     scales = [(found.width / width, found.height / height) for found in heads]
     cut = np.array([1 - min(scale) / max(scale) for scale in scales] or [0])
     if config.fit == 'crop' and cut.max() >= 0.01:
-        most = f' ({shown(name)})' if (name := heads[cut.argmax()].name) else ''
+        most = f' ({display_name(name)})' if (name := heads[cut.argmax()].name) else ''
         text = f'cropping cuts {cut.mean():.0%} of the pixels on average, {cut.max():.0%} at most{most}'
         print_once(f'{config.dataset}: {text}; --fit pad keeps all of them')
     smaller = max if config.fit == 'pad' else min
@@ -195,9 +195,10 @@ def warn_of_sizes(config: Config, heads: list[Head], size: tuple[int, int]) -> N
     ]
     if odd:
         print_once(
-            f'warning: {config.dataset}: {len(odd)} of {counted(len(heads), "image")}, such as {shown(odd[0].name)} '
-            f'({odd[0].width}x{odd[0].height}), are enlarged more than 4 times, or more than 10 times too long, for '
-            f'{width}x{height} pixels. Leave them out, or use another --image_size.'
+            f'warning: {config.dataset}: {len(odd)} of {counted(len(heads), "image")}, such as '
+            f'{display_name(odd[0].name)} ({odd[0].width}x{odd[0].height}), are enlarged more '
+            f'than 4 times, or more than 10 times too long, for {width}x{height} pixels. Leave them out, or use '
+            'another --image_size.'
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data_loading.spec import counted, describe
+from data_loading.spec import counted, type_and_shape
 from runtime.errors import SettingError
 
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
@@ -36,7 +36,7 @@ def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:
     elif kind not in 'biuUST':
         remedy = 'labels.astype(str) turns them into strings.'
     if remedy:
-        found = describe(label) + (f', the smallest {label.min()}' if number else '')
+        found = type_and_shape(label) + (f', the smallest {label.min()}' if number else '')
         raise SettingError(
             f'{where}: labels are {found}. Each of {counted(n, "item")} needs one: a whole number from 0, a string or '
             f'a bool. {remedy}'

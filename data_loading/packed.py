@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from config import Config
 from data_loading import workers
-from data_loading.spec import Loaded, Rows, describe
+from data_loading.spec import Loaded, Rows, type_and_shape
 from runtime import alive, files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import cores_per_process, print_once
@@ -87,7 +87,7 @@ def attempts(items: Any, indices: list[int]) -> list[tuple[Tensor, int] | str]:
     found = []
     for i in indices:
         try:
-            found.append(workers.Sent(items[i]))
+            found.append(workers.PipedTuple(items[i]))
         except DataError as error:
             found.append(str(error))
     return found
@@ -144,12 +144,12 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
         room = f'this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there'
         raise NoRoomError(f'{path}: {room}. Make room, or choose another place.')
     labels: list[int] = []
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         with zipfile.ZipFile(temporary, 'w') as archive, archive.open(X, 'w', force_zip64=True) as file:
             rows = itertools.chain([first], rows)
-            for value, label in alive.each(rows, title, most):
+            for value, label in alive.with_progress(rows, title, most):
                 if value.shape != x.shape or value.dtype != x.dtype:
-                    found = f'item {len(labels)} is {describe(value)}, the first one {describe(x)}'
+                    found = f'item {len(labels)} is {type_and_shape(value)}, the first one {type_and_shape(x)}'
                     raise SettingError(f'{title}: {found}. All must have the same shape and type.')
                 file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
                 labels.append(int(label))
@@ -177,7 +177,7 @@ def add_contents(path: Path, x: Tensor, label: Tensor, facts: dict[str, Any]) ->
 
 def write(path: Path, x: Tensor, label: Tensor, **facts: Any) -> None:
     """Write a packed file from tensors, whole or not at all."""
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         torch.save(contents(x, label, facts), temporary)
 
 

@@ -139,16 +139,16 @@ class Part:
         with torch.random.fork_rng(devices=[]):  # so that a random item is the same every time
             torch.manual_seed(0)
             batches = [self.arrays] if self.arrays else [default_collate([self.items[i]]) for i in (0, len(self) - 1)]
-        return [thing for batch in batches for array in batch for thing in (describe(array), array)]
+        return [thing for batch in batches for array in batch for thing in (type_and_shape(array), array)]
 
 
-def describe(value: Any) -> str:
+def type_and_shape(value: Any) -> str:
     """A short text on `value`: types and shapes of arrays, lengths of long tuples."""
     if isinstance(value, (Tensor, np.ndarray)):
         return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
     if not isinstance(value, (tuple, list)):
         return type(value).__name__
-    few = f'({", ".join(map(describe, value[:4]))})'
+    few = f'({", ".join(map(type_and_shape, value[:4]))})'
     return few if len(value) <= 4 else f'a {type(value).__name__} of {len(value)} entries'
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from data_loading.spec import describe
+from data_loading.spec import type_and_shape
 from runtime import stopping
 from runtime.errors import DataError, SettingError
 
 
-class Sent(tuple):
+class PipedTuple(tuple):
     """A tuple whose tensors a loader process sends through its pipe, as numpy arrays; it arrives as a tuple of tensors.
 
     torch would send each tensor as a file in /dev/shm, by a descriptor and a socket in TMPDIR. If one of these is full,
@@ -36,7 +36,7 @@ def from_bytes(parts: list[tuple[Any, Any, Any]]) -> tuple[Any, ...]:
     return tuple(v if kind is None else torch.from_numpy(v).view(kind).view(shape) for v, kind, shape in parts)
 
 
-def joined(items: list[Any], where: str, numbers: Sequence[int] = ()) -> Any:
+def stack_items(items: list[Any], where: str, numbers: Sequence[int] = ()) -> Any:
     """torch's default_collate, but in this process's own memory: in a loader process, torch's uses /dev/shm. Raises
     DataError if items do not fit together, which calls the data `where` and items by their `numbers`; else torch's
     errors."""
@@ -46,7 +46,7 @@ def joined(items: list[Any], where: str, numbers: Sequence[int] = ()) -> Any:
     except (TypeError, RuntimeError) as error:
         first = dict[str, int]()  # description -> index of the first such item
         for i, item in enumerate(items):
-            first.setdefault(describe(item), i)
+            first.setdefault(type_and_shape(item), i)
         kinds = [f'{kind} (item {numbers[i]})' if numbers and len(first) > 1 else kind for kind, i in first.items()]
         if isinstance(error, RuntimeError) and len(kinds) == 1:  # another cause than the items, such as memory
             raise

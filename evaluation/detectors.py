@@ -124,7 +124,7 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
     if path is not None and not Path(path).is_file():
         raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to download weights.')
     try:
-        network: Any = ranks.in_turns(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
+        network: Any = ranks.rank_0_first(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
     except Exception as error:  # a damaged file, weights of another model, no internet connection, ...
         text = ' '.join(str(error).split())[:300]
         remedy = 'Pass their file as --detector_weights PATH, or use --detector classifier or pixels, which need none'
@@ -196,7 +196,7 @@ def train_classifier(data: JudgedData) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
     ranks.print_once(f'training a classifier on {data.dataset} to judge samples, once for this data set: a few minutes')
     began = time.monotonic()
-    for step in alive.each(range(CLASSIFIER_STEPS), 'training the classifier', CLASSIFIER_STEPS, 'step'):
+    for step in alive.with_progress(range(CLASSIFIER_STEPS), 'training the classifier', CLASSIFIER_STEPS, 'step'):
         for group in optimizer.param_groups:
             group['lr'] = 3e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / CLASSIFIER_STEPS)) / 2
         x, label, *_ = loader.take(torch.randint(loader.size, (128,)))
@@ -224,7 +224,7 @@ def read_cache(path: Path) -> dict[str, Any] | None:
 def write_cache(path: Path, content: dict[str, Any]) -> None:
     """Write a file atomically; on failure print why and go without a cache."""
     try:
-        with files.whole(path) as temporary:
+        with files.atomic_write(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
         print(f'cannot write the cache {path}: {error}. The next run computes it again', flush=True)
@@ -268,7 +268,7 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
 
     def compute(loader: Loader, rows: Tensor) -> Tensor:
         my_batches = rows[ranks.my_items(len(rows))].split(256)
-        batches = alive.each(my_batches, 'computing features of the data', len(my_batches), 'batch')
+        batches = alive.with_progress(my_batches, 'computing features of the data', len(my_batches), 'batch')
         with torch.no_grad():
             parts = [detector.features(data.as_decoded(loader.take(part)[0])).cpu() for part in batches]
         return ranks.gather_items(torch.cat(parts), len(rows))

@@ -23,7 +23,7 @@ DRAWS = 20  # draws of real data that a floor averages
 
 
 @dataclass
-class Looked:
+class SampleFeatures:
     """Collects features of samples, and whether their classes were recognised, for this process's share of samples."""
 
     detector: 'Detector'
@@ -89,7 +89,7 @@ def density_coverage(samples: Tensor, data: Tensor, k: int = 5) -> tuple[float, 
     return inside / (k * len(samples)), float((nearest < reach).float().mean())
 
 
-def nearest(x: Tensor, data: Tensor) -> float:
+def mean_nearest_distance(x: Tensor, data: Tensor) -> float:
     """Mean distance of a row of x to the nearest row of data."""
     return float(torch.cat([torch.cdist(part, data).min(1).values for part in x.split(CHUNK)]).mean())
 
@@ -123,7 +123,7 @@ def floor(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f'real_{name}': float(np.mean(values)), f'real_{name}_std': float(np.std(values, ddof=1))}
 
 
-@alive.still('comparing the samples with the data')
+@alive.print_while('comparing the samples with the data')
 def compare(
     samples: Tensor, train: Tensor, held_out: Tensor, most: int | None = None, classes: Tensor | None = None,
     wanted: Tensor | None = None, is_standard: bool = True,
@@ -156,7 +156,9 @@ def compare(
     values |= floor('frechet', [frechet(Moments(train[i]), moments) for i in rows])
     if train.shape[1] == 2:
         values |= in_the_plane(samples, train, classes, wanted)
-    values['nearest_neighbour_ratio'] = nearest(samples, train) / max(nearest(held_out, train), 1e-12)
+    values['nearest_neighbour_ratio'] = mean_nearest_distance(samples, train) / max(
+        mean_nearest_distance(held_out, train), 1e-12
+    )
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: most or MOST_ROWS].sort().values
     return values | neighbourhoods(samples, train[some], is_standard)
 
@@ -220,7 +222,7 @@ SENTENCES = {
 NOT_PRINTED = ('kid', 'kid_std', 'density', 'coverage')  # only in the record
 
 
-def describe(values: dict[str, float]) -> str:
+def describe_numbers(values: dict[str, float]) -> str:
     """Numbers for samples, one per line: the sentence of a number of this file, the name of an experiment's own number;
     then a caution for each misleading number."""
     lines = []

@@ -27,7 +27,7 @@ from training.experiment import Experiment, ProcessedBatch, SampleInputs
 
 if TYPE_CHECKING:  # imported where they are used, so that the program starts sooner
     from evaluation.detectors import Detector, JudgedData
-    from evaluation.distances import Looked
+    from evaluation.distances import SampleFeatures
     from evaluation.reference import Reference
 
 NUM_JUDGED = 1000  # samples that are compared with the data
@@ -55,8 +55,9 @@ class Judge:
         for warning in filter(None, (of_data, scale_warning(x0, c.sigma_data), round_trip, pair, lr_warning(c))):
             print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
-        with self.record.apart():  # samplers() may draw samples, to drop equal samplers
-            self.drawing.at_end['judge'] = c.final_eval * self.can_judge * len(self.experiment.samplers()) * NUM_JUDGED
+        with self.record.logging_apart():  # samplers() may draw samples, to drop equal samplers
+            num_samples = len(self.experiment.samplers()) * NUM_JUDGED
+            self.drawing.samples_at_end['judge'] = c.final_eval * self.can_judge * num_samples
 
     @cached_property
     def reference(self) -> 'Reference':
@@ -69,7 +70,7 @@ class Judge:
     def loss_needs_gradients(self) -> bool:
         """Whether the loss itself takes gradients (score matching, Jacobians), so that no_grad would break it."""
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
-        with self.record.apart():
+        with self.record.logging_apart():
             try:
                 with torch.no_grad():
                     self.experiment.loss_fn(example, model_fn)
@@ -92,7 +93,7 @@ class Judge:
         example, model_fn = self.batches.example, self.experiment.get_model_fn(self.judged_weights()[1])
         index = torch.arange(len(example.t), device=self.experiment.device)
         try:
-            with self.record.apart(), torch.no_grad():
+            with self.record.logging_apart(), torch.no_grad():
                 ranks.on_each(lambda: self.reference.errors(example, index, model_fn))
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             # A custom loss_fn may train a network that does not take the arguments of a denoiser.
@@ -114,7 +115,7 @@ class Judge:
         values: dict[str, float] = {}
         for name, module in self.experiment.weights().items():
             suffix = '' if name == 'raw' else f'_{name}'
-            with self.record.apart() as logged:
+            with self.record.logging_apart() as logged:
                 values[f'eval/loss{suffix}'] = self.held_out_loss(module)
             values |= {f'eval/{key.removeprefix("train/")}{suffix}': value for key, value in logged.items()}
         if self.has_reference:
@@ -129,7 +130,7 @@ class Judge:
 
     def reference_loss(self, module: nn.Module, rounds: int | None = None) -> dict[str, float]:
         """`eval/reference` (see Reference), and by time."""
-        with self.record.apart():  # values that prepare_batch_fn logs are in eval/... already
+        with self.record.logging_apart():  # values that prepare_batch_fn logs are in eval/... already
             means = self.held_out_means(module, self.reference.errors, rounds).means()
         return {name.replace('loss', 'eval/reference', 1): value for name, value in means.items()}
 
@@ -140,7 +141,7 @@ class Judge:
         needs_gradients = self.loss_needs_gradients  # computed before the generators are seeded: it draws numbers
         for batch, index in self.batches.held_out(rounds):
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
-            with torch.set_grad_enabled(needs_gradients), ranks.alone():  # loss_fn may draw samples
+            with torch.set_grad_enabled(needs_gradients), ranks.as_one_process():  # loss_fn may draw samples
                 losses, t = losses_of(batch, index, model_fn)
             means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)
@@ -158,8 +159,7 @@ class Judge:
             print_once('warning: the run was trained without --dequantize, so its density concentrates on grey levels '
                        'and bits per dimension may be any number')  # fmt: skip
         n = min(n, loader.size)
-        blocks = torch.arange(n).split(at_once)  # the same on any number of processes
-        bits = torch.zeros(n)
+        blocks, bits = torch.arange(n).split(at_once), torch.zeros(n)  # the same blocks on any number of processes
         for number in range(ranks.rank(), len(blocks), ranks.world_size()):
             bits[blocks[number]] = self.bits_of_block(module, blocks[number], number).cpu()
         ranks.all_reduce(bits)
@@ -170,8 +170,7 @@ class Judge:
         """Bits per dimension (n,) of the held-out images with indices `rows` (n,): block `number`."""
         from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
 
-        c, spec = self.config, self.experiment.data
-        levels = spec.max_value + 1
+        c, spec, levels = self.config, self.experiment.data, self.experiment.data.max_value + 1
         loaded = self.batches.test_loader.take(rows)
         utils.seed_everything(0, 'conditions', number)
         given = self.batches.prepared(loaded)  # the class and the conditions as in training
@@ -182,8 +181,8 @@ class Judge:
         utils.seed_everything(0, 'probes', number)
         settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
         model_fn = self.experiment.get_model_fn(module)
-        found = log_likelihood(model_fn, self.experiment.process, x, given.label, **settings)
-        return bits_per_dim(found.log_prob, spec.shape or (), levels)
+        likelihood = log_likelihood(model_fn, self.experiment.process, x, given.label, **settings)
+        return bits_per_dim(likelihood.log_prob, spec.shape or (), levels)
 
     # ---------------------------------------------------------------- numbers for samples
 
@@ -197,19 +196,18 @@ class Judge:
                 why = 'it has too few items, or is neither images nor short vectors'
                 print_once(f'no final numbers for {c.dataset}: {why}. Override sample_metrics, or pass --no_final_eval')
             return values
-        with self.record.apart() as logged:
+        with self.record.logging_apart() as logged:
             for name in names if last else names[:1]:
-                found = self.judged(name, num_samples or NUM_JUDGED, step)
-                if last:
-                    values |= {f'final/{name}/{key}': value for key, value in found.items()}
-                if name == names[0] and (c.eval_metrics_every or not last):  # the last point of the curve
-                    values |= {f'eval/{name}/{key}': value for key, value in found.items()}
+                found = self.judge_sampler(name, num_samples or NUM_JUDGED, step)
+                on_curve = name == names[0] and (c.eval_metrics_every > 0 or not last)  # also its last point
+                for prefix in ['final'] * last + ['eval'] * on_curve:
+                    values |= {f'{prefix}/{name}/{key}': value for key, value in found.items()}
         return values | logged
 
     @in_eval_mode
-    def judged(self, name: str, num_samples: int, step: int) -> dict[str, float]:
+    def judge_sampler(self, name: str, num_samples: int, step: int) -> dict[str, float]:
         """Numbers for samples of the judged weights by the sampler `name`, on every rank."""
-        from evaluation.distances import describe
+        from evaluation.distances import describe_numbers
 
         weights, module = self.judged_weights()
         with self.batches.as_in_data():
@@ -224,42 +222,44 @@ class Judge:
             print_once('  no numbers are computed for these samples')
             return {}
         numbers = self.numbers(x, inputs)
-        print_once(describe(numbers))
+        print_once(describe_numbers(numbers))
         return {key: float(value) for key, value in numbers.items()}
 
     @in_eval_mode
     def numbers(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """`sample_metrics` of decoded samples (n, ...), on every rank."""
         if self.experiment.overrides('sample_metrics'):
-            return ranks.on_main_alone(lambda: self.experiment.sample_metrics(x, inputs))
+            return ranks.on_main_as_one_process(lambda: self.experiment.sample_metrics(x, inputs))
         return self.experiment.sample_metrics(x, inputs)  # `distances`, for which the processes share the work
 
     def distances(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """Distances of decoded samples (n, ...) from the training data, by the default detector."""
-        from evaluation.distances import Looked
+        from evaluation.distances import SampleFeatures
 
-        looked, my_rows = Looked(self.detector), torch.tensor(ranks.my_items(len(x)))
+        sampled, my_rows = SampleFeatures(self.detector), torch.tensor(ranks.my_items(len(x)))
         classes = self.experiment.data.known_classes(inputs.label, self.config.label_dropout)
         for rows in my_rows.split(AT_ONCE):
-            requested = None if classes is None else classes[rows.to(classes.device)]
-            looked.add(x[rows].to(self.experiment.device), requested)
+            wanted = None if classes is None else classes[rows.to(classes.device)]
+            sampled.add(x[rows].to(self.experiment.device), wanted)
         most = MOST_COMPARED if self.batches.train_loader.resident is not None else MOST_READ
-        return self.compared(looked, len(x), most, MOST_NEIGHBOURS)
+        return self.compare_with_data(sampled, len(x), most, MOST_NEIGHBOURS)
 
     @in_eval_mode
-    def compared(self, looked: 'Looked', n: int, most: int | None = None, pairs: int | None = None) -> dict[str, float]:
+    def compare_with_data(
+        self, sampled: 'SampleFeatures', n: int, most: int | None = None, pairs: int | None = None
+    ) -> dict[str, float]:
         """Distances of n samples, dealt out by ranks.my_items, from `most` training images (`pairs` images in distances
         between pairs), on every rank. Also the label agreements, if all labels on all ranks are classes."""
         from evaluation.detectors import agreement, features_of_data, rows_of
         from evaluation.distances import compare, frequencies_caution
 
         def joined(parts: list[Tensor]) -> Tensor | None:
-            some_lack = ranks.any_rank(len(parts) < len(looked.features))
+            some_lack = ranks.any_rank(len(parts) < len(sampled.features))
             return None if some_lack else ranks.gather_items(torch.cat(parts), n)
 
-        features, wanted, recognised = map(joined, (looked.features, looked.classes, looked.recognised))
+        features, wanted, recognised = map(joined, (sampled.features, sampled.classes, sampled.recognised))
         assert features is not None
-        loader, detector = self.batches.train_loader, looked.detector
+        loader, detector = self.batches.train_loader, sampled.detector
         classes = None if loader.labels is None else loader.labels[rows_of(loader, most)]
         data = features_of_data(detector, self.data, most)
         if (most or loader.size) < loader.size:

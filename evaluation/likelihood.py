@@ -23,7 +23,7 @@ from prediction import check_ends
 from processes import GaussianProcess
 from sampling import Guidance, ModelFn, check_cond
 from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, on_path
-from solvers.one_step import within
+from solvers.one_step import torchdiffeq_options
 from utils import bcast_right
 
 
@@ -140,7 +140,7 @@ def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: fl
     if solver == 'adams':
         return adams(field, *start, times.tolist())
     ends = times[[0, -1]] if solver == 'dopri5' else times
-    options = within(ends) if solver == 'dopri5' else None
+    options = torchdiffeq_options(ends) if solver == 'dopri5' else None
     change = lambda t, state: field(state[0], t.item(), 'velocity')  # noqa: E731
     x, total = odeint(change, start, ends, rtol=tolerance, atol=tolerance, method=solver, options=options)
     return x[-1], total[-1]

@@ -76,5 +76,5 @@ if __name__ == '__main__':
     side_by_side(
         {c.__name__.lower(): dict(trainer_class=c, dataset=DATA) for c in (Plain, Bridge)},
         numbers=('final/down/*_x0', 'final/down/cost_down', 'final/up/*_x1', 'final/up/cost_up', 'final/up/least'),
-        usual='--preset toy2d',
+        default_flags='--preset toy2d',
     )

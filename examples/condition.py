@@ -55,5 +55,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'told': dict(trainer_class=Conditioned)},
         numbers=('final/*_error', 'final/*/label_agreement', 'final/*/frechet'),
-        usual='--preset digits_long --num_training_steps 800 --label_dropout 0.1',
+        default_flags='--preset digits_long --num_training_steps 800 --label_dropout 0.1',
     )

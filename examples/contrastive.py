@@ -28,5 +28,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'contrastive': dict(trainer_class=Contrastive)},
         numbers=('final/*/label_agreement', 'final/*/frechet'),
-        usual='--preset digits_long --num_training_steps 400',
+        default_flags='--preset digits_long --num_training_steps 400',
     )

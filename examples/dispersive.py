@@ -33,5 +33,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': {}, 'dispersive': dict(trainer_class=Dispersive)},
         numbers=('final/*/label_agreement', 'final/*/frechet'),
-        usual='--preset digits_long --num_training_steps 400',
+        default_flags='--preset digits_long --num_training_steps 400',
     )

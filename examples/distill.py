@@ -75,6 +75,6 @@ if __name__ == '__main__':
     side_by_side(
         {'teacher': dict(trainer_class=Flow), 'student': student},
         numbers=('final/*/*wasserstein', 'final/*/recall'),
-        usual='--preset toy2d',
+        default_flags='--preset toy2d',
         config_class=Settings,
     )

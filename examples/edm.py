@@ -63,5 +63,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'edm': dict(trainer_class=Edm, **EDM)},
         numbers=('final/*/label_agreement', 'final/*/frechet', 'eval/difference_from_table_1'),
-        usual='--preset digits_long --num_training_steps 800',
+        default_flags='--preset digits_long --num_training_steps 800',
     )

@@ -75,6 +75,6 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(own, trainer_class=Plain, solver='euler')} | {rule: dict(own, rule=rule) for rule in RULES},
         numbers=('final/*/wasserstein', 'final/steps_1/real_w*', 'final/*/frechet'),
-        usual='--preset toy2d --time_input slow',
+        default_flags='--preset toy2d --time_input slow',
         config_class=Settings,
     )

@@ -66,5 +66,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'model_guidance': dict(trainer_class=ModelGuidance)},
         numbers=('final/*/label_agreement', 'final/*/frechet'),
-        usual='--preset digits_long --label_dropout 0.1 --num_training_steps 400',
+        default_flags='--preset digits_long --label_dropout 0.1 --num_training_steps 400',
     )

@@ -65,6 +65,6 @@ if __name__ == '__main__':
     side_by_side(
         {'from_noise': dict(trainer_class=FromNoise), 'from_degraded': dict(trainer_class=FromDegraded)},
         numbers=('final/*/rmse', 'final/*/frechet'),
-        usual='--preset digits_long --num_training_steps 800 --label_dropout 1',
+        default_flags='--preset digits_long --num_training_steps 800 --label_dropout 1',
         config_class=Settings,
     )

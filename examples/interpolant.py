@@ -76,5 +76,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(own, trainer_class=Plain), 'interpolant': dict(own, trainer_class=Interpolant)},
         numbers=('final/down*/*wasserstein_x0', 'final/up*/*wasserstein_x1'),
-        usual='--preset toy2d',
+        default_flags='--preset toy2d',
     )

@@ -69,4 +69,4 @@ class Inverse(ExampleDiffusionTrainer):
 
 if __name__ == '__main__':
     run = dict(trainer_class=Inverse, dataset='eight_gaussians')
-    side_by_side({'unconditional': run}, usual='--preset toy2d --label_dropout 1')
+    side_by_side({'unconditional': run}, default_flags='--preset toy2d --label_dropout 1')

@@ -14,7 +14,7 @@ import utils
 from data_utils import DATASETS, DataSpec
 from evaluation.detectors import support_vectors
 from evaluation.distances import compare
-from runtime.files import whole
+from runtime.files import atomic_write
 from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
@@ -45,7 +45,7 @@ def stored(config):
         z = [torch.cat([net['encode'](some).detach() for some in x.split(500)]) for x, _ in parts]
         net.mean, net.std = (f(z[0], dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
         parts = [((x - net.mean) / (2 * net.std), labels) for x, (_, labels) in zip(z, parts, strict=True)]
-        with whole(file) as temporary:
+        with atomic_write(file) as temporary:
             torch.save(dict(parts=parts, net=net.state_dict()), temporary)
     return torch.load(file)
 
@@ -76,5 +76,5 @@ if __name__ == '__main__':
     side_by_side(
         {'pixels': dict(trainer_class=Pixels), 'latents': dict(trainer_class=Latents, dataset='latents')},
         numbers=('final/adams/*', 'train/images_per_second'),
-        usual='--preset fashion_mnist --num_training_steps 400',
+        default_flags='--preset fashion_mnist --num_training_steps 400',
     )

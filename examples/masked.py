@@ -72,5 +72,5 @@ if __name__ == '__main__':
     side_by_side(
         {'plain': dict(trainer_class=Plain), 'masked': dict(trainer_class=Masked)},
         numbers=('eval/bits*', 'final/*/label_agreement', 'final/*/frechet', 'final/*/nearest*'),
-        usual='--preset digits_long --num_training_steps 1000',
+        default_flags='--preset digits_long --num_training_steps 1000',
     )

@@ -52,5 +52,5 @@ if __name__ == '__main__':
             'immiscible': dict(trainer_class=Immiscible),
         },
         numbers=('final/*/wasserstein', 'final/euler_2/real_w*', 'final/*/frechet'),
-        usual='--preset toy2d',
+        default_flags='--preset toy2d',
     )

@@ -69,6 +69,6 @@ if __name__ == '__main__':
     side_by_side(
         {'first': dict(trainer_class=Flow), 'longer': longer, 'second': second},
         numbers=('final/*/wasserstein', 'final/euler_1/*'),
-        usual='--preset toy2d',
+        default_flags='--preset toy2d',
         config_class=Settings,
     )

@@ -28,6 +28,6 @@ if __name__ == '__main__':
     side_by_side(
         {name: dict(trainer_class=Mine, **settings) for name, settings in CELLS.items()},
         numbers=('final/*/frechet', 'final/*/label_agreement'),
-        usual='--preset digits_long --network dit --dit_patch 8 --dit_width 32 --dit_heads 4 --dit_depth 6 '
+        default_flags='--preset digits_long --network dit --dit_patch 8 --dit_width 32 --dit_heads 4 --dit_depth 6 '
         '--num_training_steps 1000 --time_sampler logit_normal --t_min 0.02 --t_max 0.98',
     )

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from launch import machines
 from launch.machines import Place, say, whole_number
-from launch.rows import PATIENCE, End, Incomplete, Meeting, verdict
+from launch.rows import PATIENCE, End, Incomplete, Meeting, run_outcome
 from runtime import errors, stopping
 
 EXPLAINED_CODES = (errors.EXIT_BAD_SETTING, errors.EXIT_NOT_FINITE, errors.EXIT_STOPPED)  # a worker printed the cause
@@ -86,13 +86,13 @@ def launch(argv: list[str], module: str | None = None) -> int:
         return code
 
 
-def launch_on_all(here: Place, wait: int, arguments: list[str], reports: Path) -> tuple[int, str]:
+def launch_on_all(here: Place, wait: int, arguments: list[str], report_dir: Path) -> tuple[int, str]:
     """Run torchrun with these arguments on all machines at the same time. Returns the exit code that they agree on, and
     the cause, if there is one to print. Raises Incomplete."""
     meeting, end, was_stopped = None, End(errors.EXIT_STOPPED), bool(stops)
     try:
         on_stop(api._terminate_process_handler)  # as torchrun does once it has workers
-        meeting = Meeting(here, reports, wait)
+        meeting = Meeting(here, report_dir, wait)
         meetings[:] = [meeting]
         if not was_stopped and meeting.gather():
             say(f"machine {here.rank}: all {here.machines} machines are here; machine 0 prints the run's output")
@@ -100,7 +100,7 @@ def launch_on_all(here: Place, wait: int, arguments: list[str], reports: Path) -
             machines.use_interface(meeting.my_address or first)
             flags = [f'--nnodes={here.machines}', f'--node-rank={here.rank}', f'--master-addr={first}']
             flags += [f'--master-port={meeting.rows[0].port}', f'--rdzv-conf=timeout={STORE_WAIT}']
-            end = run_workers([*flags, *arguments], reports)
+            end = run_workers([*flags, *arguments], report_dir)
     except errors.SettingError as error:
         end = End(errors.EXIT_BAD_SETTING, str(error))
     except Incomplete:
@@ -113,9 +113,9 @@ def launch_on_all(here: Place, wait: int, arguments: list[str], reports: Path) -
     if meeting is not None:
         with suppress(SignalException):
             on_stop(api._terminate_process_handler)
-            meeting.settle(end, PATIENCE if was_stopped else 0)
+            meeting.announce_end(end, PATIENCE if was_stopped else 0)
         on_stop(note_stop)  # the code is decided: srun may end all tasks once the first has exited with it
-        code, cause, text = verdict(meeting.judged())
+        code, cause, text = run_outcome(meeting.judged())
         meeting.close()
     if code == end.code == errors.EXIT_STOPPED:
         return code, ''
@@ -136,12 +136,12 @@ def on_stop(handler: Any) -> None:
         signal.signal(name, handler)
 
 
-def obey_once(reports: Path) -> None:
+def obey_once(report_dir: Path) -> None:
     """Let torchrun handle only the first stop signal: at a second one it would leave workers behind that still save.
     Also end this process if Python cannot handle the signal because torch waits in C++, for a store for example."""
     if not hasattr(api, '_terminate_process_handler'):
         raise RuntimeError(f'torch {torch.__version__} has no _terminate_process_handler: update launch/launcher.py')
-    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))
+    (report_dir / 'outcome').write_text(str(errors.EXIT_STOPPED))
     received, (signals, wakeup) = stops, socket.socketpair()
 
     def stop_once(signum: int, frame: Any) -> None:
@@ -153,7 +153,7 @@ def obey_once(reports: Path) -> None:
         signals.recv(1)
         time.sleep(SIGNAL_WAIT)
         if not received:
-            code = int((reports / 'outcome').read_text())
+            code = int((report_dir / 'outcome').read_text())
             for meeting in meetings:  # so that the other machines learn the code
                 meeting.mine = replace(meeting.mine, code=code)
                 time.sleep(1)
@@ -165,13 +165,13 @@ def obey_once(reports: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_workers(arguments: list[str], reports: Path) -> End:
+def run_workers(arguments: list[str], report_dir: Path) -> End:
     """Run torchrun with these arguments until its workers have ended, also after a stop signal."""
     from torch.distributed.run import main as torchrun
 
-    for old in (*reports.glob('failed_*'), reports / 'give_up'):
+    for old in (*report_dir.glob('failed_*'), report_dir / 'give_up'):
         old.unlink(missing_ok=True)
-    (reports / 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to save
+    (report_dir / 'outcome').write_text(str(errors.EXIT_STOPPED))  # until a worker begins there is nothing to save
     try:
         try:
             on_stop(api._terminate_process_handler)  # torchrun does it once it has workers
@@ -181,34 +181,34 @@ def run_workers(arguments: list[str], reports: Path) -> End:
         finally:
             on_stop(note_stop)
     except SignalException:
-        return outcome_of_stop(reports)
+        return outcome_of_stop(report_dir)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        order, text = min(stopping.causes(codes, reports))
+        order, text = min(stopping.causes(codes, report_dir))
         explained = [code for code in codes.values() if code in EXPLAINED_CODES]
         if explained:
-            is_reported = any(reports.glob('failed_*'))  # else rank 0 has printed it
+            is_reported = any(report_dir.glob('failed_*'))  # else rank 0 has printed it
             return End(explained[0], text.partition(' failed first: ')[2] if is_reported else '', order)
-        outcome = (reports / 'outcome').read_text()
+        outcome = (report_dir / 'outcome').read_text()
         if any(-code in stopping.STOP_SIGNALS for code in codes.values()) and outcome == str(errors.EXIT_STOPPED):
             # one was asked to stop before there was anything to save, and the other ranks failed because it was gone
             return End(errors.EXIT_STOPPED)
-        return End(1, text, (9, 0.0) if (reports / 'give_up').exists() else order)  # another machine is the cause
+        return End(1, text, (9, 0.0) if (report_dir / 'give_up').exists() else order)  # another machine is the cause
     except Exception as error:  # torchrun itself failed, for example to reach its store on machine 0
         if isinstance(error.__context__, SignalException):  # an error of torchrun's own while it obeyed a stop signal
-            return outcome_of_stop(reports)
+            return outcome_of_stop(report_dir)
         return End(1, f'torchrun failed: {type(error).__name__}: {error}')
-    if (reports / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # unchanged: no worker wrote an outcome
+    if (report_dir / 'outcome').read_text() == str(errors.EXIT_STOPPED):  # unchanged: no worker wrote an outcome
         script = next((word for word in arguments if word.endswith('.py')), 'the script')
         return End(0, f'{script} ended without a run: it has to call main(), see the first example in README.md')
     return End(0)
 
 
-def outcome_of_stop(reports: Path) -> End:
+def outcome_of_stop(report_dir: Path) -> End:
     """The End of workers that were asked to stop; its text explains why they could not save."""
-    outcome = int((reports / 'outcome').read_text())
-    if outcome == 1 and any(reports.glob('failed_*')):
-        order, text = min(stopping.causes({}, reports))
+    outcome = int((report_dir / 'outcome').read_text())
+    if outcome == 1 and any(report_dir.glob('failed_*')):
+        order, text = min(stopping.causes({}, report_dir))
         return End(1, text, order)
     if outcome == 1:
         text = 'it did not stop in the time that torchrun gives, and was cut off'

@@ -2,7 +2,8 @@
 
 A machine writes its row twice a second. The row tells the others that the machine is alive and, in the end, how its
 workers ended. So the others wait for a late machine and name it, they notice a machine that vanishes whatever the
-workers do, and all end with the same code and cause (`verdict`). Rows are JSON: nothing from the network is unpickled.
+workers do, and all end with the same code and cause (`run_outcome`). Rows are JSON: nothing from the network is
+unpickled.
 
 When the network is cut, a call of the store blocks as long as the cut lasts, whatever its timeout. So one thread talks
 to the store and another one watches.
@@ -60,7 +61,7 @@ class Row(End):
     gone: str = ''  # how it was lost; the reader fills this in
 
 
-def verdict(rows: list[Row]) -> tuple[int, int, str]:
+def run_outcome(rows: list[Row]) -> tuple[int, int, str]:
     """The end of a run, from the rows of machines that have ended or are gone: its exit code, the machine that is the
     cause, and the reason as text. A lost machine comes before the failures that follow from it."""
     for code, reason in ((2, 'a setting is wrong'), (3, 'the loss is not finite'), (75, 'it was asked to stop')):
@@ -76,11 +77,11 @@ def verdict(rows: list[Row]) -> tuple[int, int, str]:
 class Meeting:
     """This machine's part in one start of the workers on all machines. Raises SettingError.
 
-    `reports`: the folder in which workers look for a file `give_up`. `wait`: seconds, for machines that are late.
+    `report_dir`: the folder in which workers look for a file `give_up`. `wait`: seconds, for machines that are late.
     """
 
-    def __init__(self, place: Place, reports: Path, wait: int = 600):
-        self.place, self.reports, self.wait = place, reports, wait
+    def __init__(self, place: Place, report_dir: Path, wait: int = 600):
+        self.place, self.report_dir, self.wait = place, report_dir, wait
         self.rows = self.found = [Row()] * place.machines  # rows of machines that are here; all rows in the store
         self.heard = [time.monotonic()] * place.machines  # when each row last changed
         # why this machine cannot take part; how machine 0 was lost; this machine's address on the way to machine 0
@@ -143,7 +144,7 @@ class Meeting:
             return 'machine 0 to begin'
         return f'machine {", ".join(ranks[:8])} of {here.machines} to come to port {here.port} of machine 0'
 
-    def settle(self, end: End, wait: float = 0) -> None:
+    def announce_end(self, end: End, wait: float = 0) -> None:
         """Tell the others how the workers here have ended, and wait until the workers of all machines that are here
         have: a last upload of rank 0, for example, may take long. `wait`: seconds for machines that are just coming."""
         self.running, late = False, time.monotonic() + wait
@@ -262,11 +263,11 @@ class Meeting:
             if not asked and (gone or now - since > PATIENCE):
                 asked = now
                 if gone or codes == {1}:
-                    (self.reports / 'give_up').touch()
+                    (self.report_dir / 'give_up').touch()
                 else:
                     os.kill(os.getpid(), signal.SIGTERM)
-            limit = SOON if (self.reports / 'give_up').exists() else LEAVING
+            limit = SOON if (self.report_dir / 'give_up').exists() else LEAVING
             if asked and now - asked > limit:  # torchrun would keep waiting for a machine that is gone
-                code, _, text = verdict(self.judged())
+                code, _, text = run_outcome(self.judged())
                 say(text)
                 os._exit(code)

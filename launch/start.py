@@ -46,7 +46,7 @@ def start(script: str, *flags: str, is_direct: bool = False) -> int:
     from runtime import command
 
     os.environ['TORCH_CPP_LOG_LEVEL'] = level or 'ERROR'  # for workers, whose warnings are only about host names
-    sys.stdout, sys.stderr = cast(Any, command.Output(sys.stdout)), cast(Any, command.Output(sys.stderr))
+    sys.stdout, sys.stderr = cast(Any, command.SafeStream(sys.stdout)), cast(Any, command.SafeStream(sys.stderr))
     return launch([script, *flags], module)
 
 

@@ -29,7 +29,7 @@ SECONDS_FOR_STEPS = 8.0  # spent on timing training steps
 LEAST_BLOCKS = 5  # least number of blocks of steps
 
 
-@alive.still('checking')
+@alive.print_while('checking')
 def dry_run(config: Config, build: Callable[[Config], Any]) -> None:
     """Print the settings, try steps, a save, a load, a held-out loss and all samplers; print what the run will take.
 
@@ -56,7 +56,7 @@ def look_at_folder(config: Config) -> dict[str, Any] | None:
     SettingError if the run's folder, or data_dir, cannot be created or used."""
     run_folder.refuse_folders(config)
     refuse_folder('data_dir', config.data_dir, Path(config.data_dir), to_write=False)
-    found = run_folder.newest_whole(config) if config.run_dir.exists() else None
+    found = run_folder.newest_intact(config) if config.run_dir.exists() else None
     if not found:
         return None
     last, total = found[1], config.num_training_steps

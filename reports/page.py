@@ -15,7 +15,7 @@ from typing import Any
 from config import PRESETS, Config, SettingError
 from reports.curves import CURVES, MAIN, NOTES, plot, sweep_plots
 from reports.parts import blocks as blocks
-from reports.parts import escaped, images, page, row, table, text_of
+from reports.parts import escaped, html_page, images, row, table, text_of
 from runtime import files
 from runtime.alive import duration
 from settings.same_run import migrated
@@ -185,7 +185,7 @@ def report(run: Run) -> str:
     curves = {title: figure(run, title) for title in CURVES}
     head, *rows = list(zip(*evaluations(run.evaluations), strict=True)) or [()]  # a column per evaluation
     each = lambda paths: row([images({path: caption(path.stem)}) for path in paths])  # noqa: E731
-    return page(
+    return html_page(
         f'{run.folder.name}: step {run.step} of {run.config.get("num_training_steps", 0)}',
         {
             '': row([f'<section><h2>{title}</h2>{text}</section>' for title, text in strip.items() if text], 'strip'),

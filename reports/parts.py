@@ -94,7 +94,7 @@ def row(parts: Sequence[str], kind: str = 'row') -> str:
     return f'<div class="{kind}">{"".join(parts)}</div>' if any(parts) else ''
 
 
-def page(title: str, sections: Mapping[str, str], folded: Mapping[str, str] | None = None) -> str:
+def html_page(title: str, sections: Mapping[str, str], folded: Mapping[str, str] | None = None) -> str:
     """The whole document: sections, then folded sections; empty ones are left out."""
     heads = {name: f'<h2>{html.escape(name)}</h2>' if name else '' for name in sections}
     body = ''.join(heads[name] + text for name, text in sections.items() if text)

@@ -36,7 +36,7 @@ class Gallery:
     @cached_property
     def kind(self) -> str | None:
         """The kind of the samples, a key of KINDS or None."""
-        return self.kind_of(self.experiment.decode(self.batches.like.x0[:1]))
+        return self.kind_of(self.experiment.decode(self.batches.shape_example.x0[:1]))
 
     def kind_of(self, x: Tensor) -> str | None:  # x: decoded samples
         from reports.kinds import kind
@@ -68,7 +68,7 @@ class Gallery:
         columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
-        channels = self.experiment.decode(self.batches.like.x0[:1]).shape[1] if self.kind == 'fields' else 1
+        channels = self.experiment.decode(self.batches.shape_example.x0[:1]).shape[1] if self.kind == 'fields' else 1
         return min(classes, 100) if classes > 20 else columns * max(1, max(3, 60 // columns) // channels)
 
     @in_eval_mode
@@ -83,8 +83,8 @@ class Gallery:
             rows.append(len(xt))
             return model_fn(xt, *given, **cond)
 
-        within = self.drawing.within(lambda i, *_: steps.append(i), num_steps=2, nfe=0)
-        with self.record.apart(), within, torch.no_grad():
+        within = self.drawing.with_settings(lambda i, *_: steps.append(i), num_steps=2, nfe=0)
+        with self.record.logging_apart(), within, torch.no_grad():
             for name, sampler in samplers.items():
                 utils.seed_everything(self.config.seed, 'first_drawing')
                 x = self.experiment.decode(sampler(counting, inputs))
@@ -94,20 +94,20 @@ class Gallery:
                         'starts from. Use another --solver or --time_grid.'
                     )
                 # a bool, so that no pixels are sent to the other ranks
-                ranks.on_main_alone(lambda x=x: self.picture_of(x, inputs) is None)
+                ranks.on_main_as_one_process(lambda x=x: self.picture_of(x, inputs) is None)
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
         pictures = len(samplers) * len(self.drawing.weights_shown())
-        self.drawing.at_end['gallery'] = self.config.final_pictures * pictures * self.num_shown
+        self.drawing.samples_at_end['gallery'] = self.config.final_pictures * pictures * self.num_shown
         if step == 0:
-            with self.record.apart():
-                ranks.on_main_alone(self.show_data)
+            with self.record.logging_apart():
+                ranks.on_main_as_one_process(self.show_data)
 
     @in_eval_mode
     def draw(self, step: int) -> dict[str, float]:
         """Draw pictures of samples with all samplers and weights, and of paths; return what the experiment logs."""
         self.step = step
-        with self.record.apart() as logged:
+        with self.record.logging_apart() as logged:
             self.sample_grids()
             self.sample_paths()
         return logged
@@ -122,7 +122,7 @@ class Gallery:
                 continue
             name = f'step_{self.step:07d}_{sampler_name}_{weights}'
             self.titles = {name: self.title(sampler_name, weights)}
-            ranks.on_main_alone(partial(self.show_one, name, x, inputs))
+            ranks.on_main_as_one_process(partial(self.show_one, name, x, inputs))
 
     def title(self, sampler: str, weights: str) -> str:
         """Title of a picture: how its samples were drawn."""
@@ -169,9 +169,9 @@ class Gallery:
         names = self.names(label) or ['xt'] * len(states[0].x)
         left = [word for name in names for word in (name, 'x0')]
         times = [f't={state.t:.3g}' for state in states]
-        return self.drawn(x, left, title=title, times=times)
+        return self.draw_items(x, left, title=title, times=times)
 
-    def drawn(self, x: Tensor, names: Sequence[str], **settings: Any) -> Tensor:
+    def draw_items(self, x: Tensor, names: Sequence[str], **settings: Any) -> Tensor:
         """The picture of items of a known kind; `settings` of a `Panel`."""
         from reports.kinds import KINDS
         from reports.plots import Panel
@@ -194,7 +194,7 @@ class Gallery:
         """A picture (3, H, W) uint8 of samples x below real data, each class in its own column; None without a kind.
         Samples made from data are shown to the right of their inputs and, if known, the truth, each with a title."""
         from data_loading.toy2d import TOY2D
-        from reports.plots import joined, titled
+        from reports.plots import join_pictures, titled
 
         if self.kind_of(x) is None:
             return None
@@ -206,15 +206,15 @@ class Gallery:
             if real.shape[1:] != x.shape[1:] or bool(names) != bool(classes):
                 real, classes = x[:0], []
             items, names = torch.cat([real, x]), [*classes, *names]
-            return self.drawn(items, names, real=len(real), title=title, across=across, density=density)
+            return self.draw_items(items, names, real=len(real), title=title, across=across, density=density)
         truth = [] if inputs.truth is None else [self.experiment.decode(inputs.truth)]
         parts = [('given', part) for part in inputs.given] + [('truth', part) for part in truth] + [('samples', x)]
         panels = [
-            self.drawn(part.cpu(), names if len(names) == len(part) else (), title=word, across=min(5, across))
+            self.draw_items(part.cpu(), names if len(names) == len(part) else (), title=word, across=min(5, across))
             for word, part in parts
             if self.kind_of(part) is not None
         ]
-        return titled(joined(panels), title)
+        return titled(join_pictures(panels), title)
 
     def training_data(self, n: int) -> tuple[Tensor, ...]:
         """A batch of n training items as read, the classes in turn if they are known."""
@@ -228,7 +228,7 @@ class Gallery:
         n = POINTS_SHOWN if self.kind == 'points' else max(20, min(100, len(self.data.trained_classes)))
         batch = self.training_data(n)
         utils.seed_everything(self.config.seed, 'show_data')
-        with self.record.apart():
+        with self.record.logging_apart():
             x0 = self.batches.prepared(batch).x0
             x = torch.cat([self.experiment.decode(part).cpu() for part in x0.split(self.batches.images_at_once)])
         return x, self.names(batch[1])
@@ -236,7 +236,7 @@ class Gallery:
     @torch.no_grad()
     def show_data(self) -> None:
         """Draw some training items, as read and as trained on, and plot the learning rate. On rank 0."""
-        from reports.plots import joined
+        from reports.plots import join_pictures
 
         most, classes = POINTS_SHOWN if self.kind == 'points' else 50, len(self.data.trained_classes)
         n = min(most, self.config.global_batch_size)
@@ -247,8 +247,8 @@ class Gallery:
         parts = {'as read': batch.x_original, 'as trained': self.experiment.decode(batch.x0)}
         shown = {title: x.cpu() for title, x in parts.items() if self.kind_of(x) is not None}
         if shown:
-            panels = [self.drawn(x, names, title=title, across=5) for title, x in shown.items()]
-            self.record.picture('data_and_augmented', joined(panels), 0)
+            panels = [self.draw_items(x, names, title=title, across=5) for title, x in shown.items()]
+            self.record.picture('data_and_augmented', join_pictures(panels), 0)
         total = self.config.num_training_steps
         curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
         self.record.curve('lr_schedule', curve, 'step', 'lr')

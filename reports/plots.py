@@ -25,7 +25,7 @@ WIDEST = 1200  # pixels of a row of more than two images
 Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
 
 
-class Block(NamedTuple):
+class GridBlock(NamedTuple):
     """A grid: rows of indices of items, -1 for an empty cell."""
 
     rows: list[list[int]]
@@ -46,11 +46,11 @@ class Panel:
     times: Sequence[str] = ()  # for paths: x is a path of this many states, their predicted x0, the next path, ...
     density: Density | None = None  # the true density of points
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[GridBlock]:
         """Grids to put below each other. Each class has a column, or several, with data on top."""
         if self.times:
             rows = torch.arange(len(self.x)).view(-1, len(self.times)).tolist()
-            return [Block(rows, self.times, self.names, range(2, len(rows), 2))]
+            return [GridBlock(rows, self.times, self.names, range(2, len(rows), 2))]
         names = [*self.names] or [''] * len(self.x)
         classes = list(dict.fromkeys(names[self.real :]))
         items = {name: ([], []) for name in dict.fromkeys(names)}  # class -> its data, its samples
@@ -67,7 +67,7 @@ class Panel:
             ]
             rows = np.array(columns).reshape(len(part), -1, wide).swapaxes(0, 1).reshape(-1, len(part) * wide).tolist()
             top = [name for name in part for _ in range(wide)] if self.names else []
-            blocks.append(Block(rows, top, ['data', *[''] * depth], [1]) if self.real else Block(rows, top))
+            blocks.append(GridBlock(rows, top, ['data', *[''] * depth], [1]) if self.real else GridBlock(rows, top))
         return blocks
 
     def side(self) -> int:
@@ -84,7 +84,7 @@ class Panel:
         grids = [grid(cells[torch.tensor(b.rows)], b.top, b.left, b.starts) for b in self.blocks()]
         if legend is not None:
             above = LINE_HEIGHT * bool(self.blocks()[0].top) + GAP
-            grids[0] = joined([grids[0], pad(legend, (0, 0, above, 0), value=255)], 2 * GAP)
+            grids[0] = join_pictures([grids[0], pad(legend, (0, 0, above, 0), value=255)], 2 * GAP)
         return titled(stacked(grids), ', '.join(filter(None, (self.title, note))))
 
 
@@ -94,8 +94,8 @@ def filled(indices: list[int], n: int) -> list[int]:
 
 
 def grid(cells: Tensor, top: Sequence[str], left: Sequence[str], starts: Collection[int]) -> Tensor:
-    """Cells (rows, columns, 3, h, w) uint8 on grey, with the text of a Block. Adjacent columns with the same text share
-    one label."""
+    """Cells (rows, columns, 3, h, w) uint8 on grey, with the text of a GridBlock. Adjacent columns with the same text
+    share one label."""
     rows, columns, _, h, w = cells.shape
     margin, above = max(map(text_width, left), default=-4) + 4, LINE_HEIGHT * any(top) + GAP
     ys = [above + y * (h + GAP) + APART * sum(0 < start <= y for start in starts) for y in range(rows)]
@@ -114,7 +114,7 @@ def grid(cells: Tensor, top: Sequence[str], left: Sequence[str], starts: Collect
     return picture
 
 
-def joined(pictures: Sequence[Tensor], gap: int = BETWEEN) -> Tensor:
+def join_pictures(pictures: Sequence[Tensor], gap: int = BETWEEN) -> Tensor:
     """Pictures from left to right on white, as one."""
     height = max(picture.shape[1] for picture in pictures)
     padded = [pad(picture, (0, gap, 0, height - picture.shape[1]), value=255) for picture in pictures]
@@ -123,7 +123,7 @@ def joined(pictures: Sequence[Tensor], gap: int = BETWEEN) -> Tensor:
 
 def stacked(pictures: Sequence[Tensor]) -> Tensor:
     """Pictures from top to bottom on white, as one."""
-    return joined([picture.mT for picture in pictures], 0).mT
+    return join_pictures([picture.mT for picture in pictures], 0).mT
 
 
 def titled(picture: Tensor, title: str) -> Tensor:  # below its title, if it has one

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 T = TypeVar('T')
 
-MAX_SILENCE = 30.0  # seconds without output after which `still` prints a line
+MAX_SILENCE = 30.0  # seconds without output after which `print_while` prints a line
 MIN_INTERVAL, MAX_INTERVAL = 5, 25  # seconds between lines of training, whatever log_every is
 
 
@@ -51,7 +51,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def still(what: str) -> Iterator[Task]:
+def print_while(what: str) -> Iterator[Task]:
     """Inside the block, rank 0 prints `... still WHAT` whenever nothing was printed for MAX_SILENCE seconds. To print a
     percentage too, set `share` (0 to 1) of the yielded task. In nested blocks the innermost task is printed."""
     task, ended = Task(what), threading.Event()
@@ -83,10 +83,10 @@ class Bar(tqdm):
         return shown
 
 
-def each(items: Iterable[T], what: str, total: int, unit: str = 'item') -> Iterator[T]:
-    """Iterate over `items` with a bar on a terminal, else with `still`; only rank 0 shows anything."""
+def with_progress(items: Iterable[T], what: str, total: int, unit: str = 'item') -> Iterator[T]:
+    """Iterate over `items` with a bar on a terminal, else with `print_while`; only rank 0 shows anything."""
     no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
-    with still(what) as task, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
+    with print_while(what) as task, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
         for i, item in enumerate(items):
             task.share = i / max(total, 1)
             yield item

@@ -72,7 +72,7 @@ def run(do: Callable[[], None]) -> None:
     """Join the process group, `do` the work and leave the group; on failure, exit with a code of runtime/errors.py."""
     exit_code = 1
     if 'RANK' in os.environ:
-        sys.stdout, sys.stderr = cast(Any, Output(sys.stdout)), cast(Any, Output(sys.stderr))
+        sys.stdout, sys.stderr = cast(Any, SafeStream(sys.stdout)), cast(Any, SafeStream(sys.stderr))
         # Skip torch's C++ destructors: after a process group was used, one of them occasionally aborts the process.
         # Exit handlers run in reverse order, so this one runs after all that are registered later.
         atexit.register(lambda: (sys.stdout.flush(), sys.stderr.flush(), os._exit(exit_code)))
@@ -111,7 +111,7 @@ def run(do: Callable[[], None]) -> None:
         sys.exit(exit_code)
 
 
-class Output:
+class SafeStream:
     """A stream whose errors are ignored: training continues when `head` or a full disk has closed it."""
 
     def __init__(self, stream: Any):

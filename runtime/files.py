@@ -46,7 +46,7 @@ def from_caller(path: str, flag: str = '') -> str:
 
 
 @contextlib.contextmanager
-def whole(path: Path, durable: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path, which replaces `path` at the end and is deleted after an error.
     `durable`: sync to disk, to survive a power cut. Creates the folder if needed.
 
@@ -67,7 +67,7 @@ def whole(path: Path, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    with whole(path, durable) as temporary:
+    with atomic_write(path, durable) as temporary:
         temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
@@ -112,7 +112,7 @@ def sync(path: Path) -> None:
 
 def link_as(path: Path, second: Path) -> None:
     """Give a file a second name: a hard link, or a copy where links are impossible."""
-    with whole(second) as temporary:  # os.link cannot replace an existing file, the rename can
+    with atomic_write(second) as temporary:  # os.link cannot replace an existing file, the rename can
         try:
             os.link(path, temporary)
         except OSError:
@@ -161,7 +161,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
         has_lock = try_lock(lock)
         if has_lock is False:
             waiting()
-        with alive.still(f'waiting for the process that has locked {path}'):
+        with alive.print_while(f'waiting for the process that has locked {path}'):
             while has_lock is False:
                 time.sleep(0.5)
                 has_lock = try_lock(lock)

@@ -99,5 +99,5 @@ class RunningMeans:
 
     def load(self, sums: dict[str, Tensor]) -> None:
         """Continue from the sums that `over_ranks` returned for a checkpoint."""
-        self.clear()  # the sums are those of all ranks together, so only rank 0 takes them
+        self.clear()  # the sums cover all ranks together, so only rank 0 takes them
         self.sums = {name: pair.to(self.device) for name, pair in sums.items()} if ranks.is_main() else {}

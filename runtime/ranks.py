@@ -19,37 +19,37 @@ from runtime.errors import SettingError
 
 T = TypeVar('T')
 
-_alone = ContextVar('alone', default=False)  # one value per thread: a background writer is not affected
+_one_process = ContextVar('one_process', default=False)  # one value per thread: a background writer is not affected
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not is_alone() else 0
+    return dist.get_rank() if dist.is_initialized() and not acts_as_one_process() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not is_alone() else 1
+    return dist.get_world_size() if dist.is_initialized() and not acts_as_one_process() else 1
 
 
 def is_main() -> bool:
     return rank() == 0
 
 
-def is_alone() -> bool:
-    """Whether this code runs inside `alone()`."""
-    return _alone.get()
+def acts_as_one_process() -> bool:
+    """Whether this code runs inside `as_one_process()`."""
+    return _one_process.get()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def as_one_process() -> Iterator[None]:
     """Inside this block the process acts as rank 0 of 1. Collectives are local; stop signals wait for its end.
 
     For work that only some ranks do, or that some ranks do more often. `print_once` still prints on rank 0 only.
     """
-    token = _alone.set(True)
+    token = _one_process.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _one_process.reset(token)
 
 
 def print_once(text: str) -> None:
@@ -132,7 +132,7 @@ def on_main(fn: Callable[[], T]) -> T:
 
     All ranks must call this together, and the others wait for rank 0, half an hour at most. So `fn` may read, write and
     compute, but must not communicate: no collective, no `raise_if_stopped`. Hooks of an experiment may sample, which
-    does both: use `on_main_alone` for them. The result must be picklable.
+    does both: use `on_main_as_one_process` for them. The result must be picklable.
     """
     if world_size() == 1:
         return fn()
@@ -144,9 +144,9 @@ def on_main(fn: Callable[[], T]) -> T:
     return result
 
 
-def on_main_alone(fn: Callable[[], T]) -> T:
-    """`on_main`, with `fn` inside `alone()`: `fn` may call functions that normally communicate, such as `draw`."""
-    return on_main(alone()(fn))
+def on_main_as_one_process(fn: Callable[[], T]) -> T:
+    """`on_main`, with `fn` inside `as_one_process()`: it may call functions that normally communicate, as `draw`."""
+    return on_main(as_one_process()(fn))
 
 
 def attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -186,7 +186,7 @@ def on_main_patiently(fn: Callable[[], T]) -> T:
 
 def is_first_of_machine() -> bool:
     """Whether this is the process that writes files for all processes of its machine."""
-    return is_alone() or os.environ.get('LOCAL_RANK', '0') == '0'
+    return acts_as_one_process() or os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def cores_per_process() -> int:
@@ -195,7 +195,7 @@ def cores_per_process() -> int:
     return max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def in_turns(fn: Callable[[], T]) -> T:
+def rank_0_first(fn: Callable[[], T]) -> T:
     """Run `fn` on rank 0 first, then on the first process of each other machine, which may have its own disk, then on
     the rest: one process downloads, the others find the files. An error on any rank is raised on all."""
     turn = 0 if is_main() else 1 if is_first_of_machine() else 2

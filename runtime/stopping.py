@@ -70,9 +70,9 @@ def raise_if_stopped(failed: bool = False) -> None:
     rank that cannot continue (out of memory, say) makes its next call with `failed=True`. That ends the loop on the
     other ranks too, which would otherwise wait for it.
 
-    Inside `ranks.alone()` only `failed` raises, on this rank: a stop signal waits for the next call outside.
+    Inside `ranks.as_one_process()` only `failed` raises, on this rank: a stop signal waits for the next call outside.
     """
-    if ranks.is_alone() and not failed:
+    if ranks.acts_as_one_process() and not failed:
         return
     code = max(agree(FAILED if failed else int(_stop_asked)), finish_poll())
     if code == FAILED:
@@ -86,10 +86,10 @@ def poll_stop() -> None:
 
     Starts reducing this step's flags in the background, and reads the reduction that the previous step started. All
     ranks must call this together; they raise Stopped in the same step. With one process it raises immediately, and
-    inside `ranks.alone()` never.
+    inside `ranks.as_one_process()` never.
     """
     global _pending
-    if ranks.is_alone():
+    if ranks.acts_as_one_process():
         return
     flag = torch.tensor(int(_stop_asked))
     if ranks.world_size() == 1:
@@ -106,7 +106,7 @@ def poll_stop() -> None:
 def finish_poll() -> int:
     """Wait for the reduction that `poll_stop` started last and return its code; FINE if it was read already."""
     global _pending
-    if _pending is None or ranks.is_alone():
+    if _pending is None or ranks.acts_as_one_process():
         return FINE
     (code, work), _pending = _pending, None
     work.wait()
@@ -134,7 +134,7 @@ def report_failure(error: BaseException) -> bool:
     return True
 
 
-def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float], str]]:
+def causes(codes: dict[int, int], report_dir: Path) -> list[tuple[tuple[int, float], str]]:
     """(order, text) for each failure of a worker: the lowest order is the cause, the others follow from it.
 
     Killed workers come first, then reported errors by time, then errors of ranks that heard of another rank's failure
@@ -150,7 +150,7 @@ def causes(codes: dict[int, int], reports: Path) -> list[tuple[tuple[int, float]
             f'signal {-code} ({signal.Signals(-code).name})' if code < 0 else f'exit code {code}; its message is above'
         )
         failures.append(((3, 0.0), f'rank {rank} failed first ({how}).'))
-    for failure in [json.loads(path.read_text()) for path in reports.glob('failed_*')]:
+    for failure in [json.loads(path.read_text()) for path in report_dir.glob('failed_*')]:
         lost = any(word in failure['text'] for word in ('gloo/transport', 'ncclRemoteError'))
         order = 1 + (failure['follows'] or lost), failure['time']
         failures.append((order, f'rank {failure["rank"]} failed first: {failure["text"]}'))

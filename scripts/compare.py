@@ -59,8 +59,8 @@ def compare(options: Compare) -> None:
     sizes = [len(group) for group in groups]
     first = [group[0] for group in groups]
     names = [folders[runs.index(run)] for run in first]
-    labels = labels_of(first, names)
-    rows = [*([['run', *names]] if labels != names else []), *differences(first)]
+    labels = legend_labels(first, names)
+    rows = [*([['run', *names]] if labels != names else []), *differing_settings(first)]
     table = numbers(groups)
     printed = [
         row for row in table if row[0] == 'step' or (compares(row[0]) and row[0].rpartition('/')[2] not in NOT_PRINTED)
@@ -75,7 +75,7 @@ def compare(options: Compare) -> None:
 def side_by_side(
     parts: Mapping[str, Mapping[str, Any]],
     numbers: Sequence[str] = ('final/*',),
-    usual: str = '',
+    default_flags: str = '',
     argv: Sequence[str] | None = None,
     config_class: type[Config] = Config,
 ) -> None:
@@ -83,15 +83,15 @@ def side_by_side(
     `--seeds N` on the command line each is trained with N seeds, starting with `--seed`.
 
     `parts`: name of a run -> the settings in which it differs, and its `trainer_class`; a setting may be a function of
-    the shared config. `numbers`: names in the record to show, where * stands for anything. `usual`: default flags,
-    which the command line overrides. A run is named after the script, the flags that differ from `usual`, and the part.
-    The same command resumes. Exits like main.main; a flag that a part would override is a SettingError.
+    the shared config. `numbers`: names in the record to show, where * stands for anything. `default_flags` come before
+    the command line, which overrides them. A run is named after the script, the flags that differ from them, and the
+    part. The same command resumes. Exits like main.main; a flag that a part would override is a SettingError.
     """
     from main import flags
 
     seeds, words = command.parsed(lambda: take_seeds(sys.argv[1:] if argv is None else argv))
-    config = flags([*usual.split(), *words], config_class, object)  # the parts may read any setting
-    before = flags(usual.split(), config_class, object)
+    config = flags([*default_flags.split(), *words], config_class, object)  # the parts may read any setting
+    before = flags(default_flags.split(), config_class, object)
     if config.experiment_name == config.default_name():
         changed = [in_name(name, now) for name, (_, now) in changes(dataclasses.asdict(before), config).items()]
         parts_of_name = [Path(sys.argv[0]).stem, *changed]
@@ -170,7 +170,7 @@ def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels
     """`names`: the folder of the first run of each group; `labels`: names of the groups in plots."""
     first, sizes, table = [group[0] for group in groups], [len(group) for group in groups], numbers(groups)
     samples = [Markup(newest_samples(run)) for run in first]
-    differ = [[f'{name}={page.text_of(value)}' for value in values] for name, *values in differences(first)]
+    differ = [[f'{name}={page.text_of(value)}' for value in values] for name, *values in differing_settings(first)]
     about = [f'<b>{page.escaped(name)}</b>' for name in names]
     for texts in differ:
         about = [f'{cell}<br>{page.escaped(text)}' for cell, text in zip(about, texts, strict=True)]
@@ -191,7 +191,7 @@ def write_page(path: Path, groups: Sequence[Group], names: Sequence[str], labels
         ),
         'All numbers at the end': by_run([['', *labels], *cells(table, sizes)]),
     }
-    files.write_text(path, page.page(f'{sum(sizes)} runs', sections, folded))
+    files.write_text(path, page.html_page(f'{sum(sizes)} runs', sections, folded))
 
 
 def by_run(columns: Sequence[Sequence[Any]]) -> str:
@@ -209,9 +209,9 @@ def folder_names(folders: Sequence[str]) -> list[str]:
     raise SettingError('The same folder is given twice.')
 
 
-def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
+def legend_labels(runs: Sequence, names: Sequence[str]) -> list[str]:
     """Labels of the runs in legends: the settings that differ, if short enough, else the names, cut in the middle."""
-    rows = [row for row in differences(runs) if row[0] not in FREE_ON_RESUME]
+    rows = [row for row in differing_settings(runs) if row[0] not in FREE_ON_RESUME]
     labels = [', '.join(f'{name}={page.text_of(v[i])}' for name, *v in rows) for i in range(len(runs))]
     if len(set(labels)) == len(labels) and max(map(len, labels)) <= 60:
         return labels
@@ -219,7 +219,7 @@ def labels_of(runs: Sequence, names: Sequence[str]) -> list[str]:
     return cut if len(set(cut)) == len(cut) else list(names)
 
 
-def differences(runs: Sequence) -> list[list]:
+def differing_settings(runs: Sequence) -> list[list]:
     """[setting, values] for each setting that differs between runs, except names and paths. A setting that a run lacks
     counts as its default."""
     defaults = page.as_json(vars(Config()))

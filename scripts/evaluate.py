@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.run(work)
 
 
-@alive.still('evaluating')
+@alive.print_while('evaluating')
 def evaluate(options: Evaluate) -> list[dict[str, Any]]:
     """The lines of all combinations, on every rank. Raises SettingError."""
     from evaluation.detectors import DETECTORS

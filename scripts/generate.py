@@ -67,7 +67,7 @@ def generate(options: Generate) -> None:
     from evaluation.detectors import digest_of
     from reports.plots import titles_of
     from runtime import ranks, stopping
-    from scripts.outputs import Output, read_png, write_gif
+    from scripts.outputs import SampleFiles, read_png, write_gif
     from scripts.samples import Samples
 
     o = options
@@ -78,13 +78,13 @@ def generate(options: Generate) -> None:
     samples = Samples(o.run, o.weights, o.num, o.seed, o.labels, sample_nfe=o.nfe, **settings)
     run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
-    out = Output(o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)))
+    out = SampleFiles(o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)))
     if o.trajectory and not are_images:
         raise SettingError('trajectory=True: these samples are not images in [0, 1]. Leave --trajectory out.')
     in_training = samples.pictures_of_training() if o.training_gif else []
 
     ranks.on_main(out.claim)
-    todo = sorted(set(range(o.num)) - ranks.on_main(out.drawn))
+    todo = sorted(set(range(o.num)) - ranks.on_main(out.existing))
     already = f', {o.num - len(todo)} of them already drawn' if len(todo) < o.num else ''
     which = f'{o.run} at step {run.step}, weights {o.weights}, solver {run.config.solver}'
     ranks.print_once(f'{which}: {o.num} samples to {o.out}{already}')
@@ -102,7 +102,7 @@ def generate(options: Generate) -> None:
     titles = titles_of(run.data, None if label is None else label[:shown], run.config.label_dropout)
     ranks.on_main(lambda: out.finish(shown, run.data.columns(), titles, label, classes))
     if o.trajectory:
-        ranks.on_main_alone(lambda: samples.show_path(out))
+        ranks.on_main_as_one_process(lambda: samples.show_path(out))
     if o.training_gif:
         ranks.on_main(lambda: write_gif(out.picture('training.gif'), list(map(read_png, in_training)), 500))
     ranks.print_once(f'{o.num} samples in {o.out}{speed}')

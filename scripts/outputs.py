@@ -19,7 +19,7 @@ from runtime import files
 PLACES = ('ckpt_dir', 'experiment_name', 'data_dir', 'data_path')  # settings on which samples do not depend
 
 
-class Output:
+class SampleFiles:
     """Writer of samples: PNGs `out`/000/000123.png, or batches in `out`.npz.parts that are joined to `out`.npz in the
     end. Both come with a grid of the first samples."""
 
@@ -48,7 +48,7 @@ class Output:
         else:
             files.write_text(record, json.dumps(self.made_by, indent=1))
 
-    def drawn(self) -> set[int]:
+    def existing(self) -> set[int]:
         """Indices of the samples that already exist."""
         if self.one_file:
             return {int(i) for part in self.parts() for i in part['index']}
@@ -73,7 +73,7 @@ class Output:
             write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices))
             return
         for i, image in zip(indices, array, strict=True):
-            with files.whole(self.png(i)) as temporary:
+            with files.atomic_write(self.png(i)) as temporary:
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, 'png')
 
     def png(self, i: int) -> Path:
@@ -96,7 +96,7 @@ class Output:
             first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
         if self.images:
             x = torch.from_numpy(first).reshape(*first.shape[:3], -1).permute(0, 3, 1, 2)
-            with files.whole(self.picture('grid.png')) as temporary:
+            with files.atomic_write(self.picture('grid.png')) as temporary:
                 torchvision.io.write_png(image_grid(x / 255, columns, names=titles), str(temporary))
 
     def write_labels(self, label: Sequence[int], names: Sequence[str]) -> None:
@@ -104,7 +104,10 @@ class Output:
         path = self.folder / 'labels.csv'
         if path.exists() and len(path.read_text(encoding='utf-8').splitlines()) > len(label) + 1:
             return
-        with files.whole(path) as temporary, open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as file:
+        with (
+            files.atomic_write(path) as temporary,
+            open(temporary, 'w', encoding='utf-8', errors='backslashreplace') as file,
+        ):
             rows = ((self.png(i).relative_to(self.folder), k, names[k]) for i, k in enumerate(label))
             csv.writer(file, lineterminator='\n').writerows([('file', 'class', 'name'), *rows])
 
@@ -127,7 +130,7 @@ def write_gif(path: Path, pictures: Sequence[Tensor], milliseconds: int) -> None
     pad = torch.nn.functional.pad
     padded = [pad(p, (0, size[1] - p.shape[2], 0, size[0] - p.shape[1]), value=255) for p in pictures]
     first, *rest = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in padded]
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         durations = [milliseconds] * len(rest) + [1500]
         first.save(temporary, 'gif', save_all=True, append_images=rest, duration=durations, loop=0)
 
@@ -139,7 +142,7 @@ def read_png(path: Path) -> Tensor:
 
 
 def write_npz(path: Path, **arrays: Any) -> None:
-    with files.whole(path) as temporary, open(temporary, 'wb') as file:
+    with files.atomic_write(path) as temporary, open(temporary, 'wb') as file:
         np.savez(file, **arrays)
 
 

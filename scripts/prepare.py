@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.run(lambda: prepare(config))
 
 
-@alive.still('preparing the data')
+@alive.print_while('preparing the data')
 def prepare(config: PrepareConfig) -> None:
     """Write the file, the held-out part first, and print the command that trains on it. Raises SettingError."""
     from torch.utils.data import ConcatDataset
@@ -50,7 +50,7 @@ def prepare(config: PrepareConfig) -> None:
     if path.exists():
         raise SettingError(f'out={config.out!r} already exists. Remove it, or pass another name.')
     # a cache is a second copy on the disk; it is needed only to find the unreadable files before writing
-    spec, train, test = data_utils.load_in_turns(dataclasses.replace(config, cache=config.skip_unreadable))
+    spec, train, test = data_utils.load_data(dataclasses.replace(config, cache=config.skip_unreadable))
     if test.has_pairs:
         raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
     items: Any = ConcatDataset([part.items for part in (test, train)])

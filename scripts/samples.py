@@ -20,12 +20,12 @@ import utils
 from config import SettingError
 from data_loading.spec import DataSpec
 from evaluation.detectors import Detector
-from evaluation.distances import Looked
+from evaluation.distances import SampleFeatures
 from main import load_run
 from reports import page
 from reports.plots import image_grid, titles_of
 from runtime import alive, files, ranks, stopping
-from scripts.outputs import Output, write_gif
+from scripts.outputs import SampleFiles, write_gif
 from training import calling
 from training.drawing import State, not_finite
 from training.experiment import SampleInputs
@@ -95,7 +95,7 @@ class Samples:
     def draw(self, indices: Sequence[int]) -> tuple[Tensor, SampleInputs]:
         """Draw the samples with these indices on this process: decoded samples (n, ...) and their inputs."""
         inputs = self.inputs(indices)
-        with torch.no_grad(), ranks.alone(), utils.NoiseOfEach(self.seed, 'draw', indices):
+        with torch.no_grad(), ranks.as_one_process(), utils.NoiseOfEach(self.seed, 'draw', indices):
             return self.run.decode(self.run.draw(self.model_fn, inputs, self.run.config.solver)), inputs
 
     def batches(self, indices: Sequence[int], at_once: int) -> Iterator[tuple[list[int], Tensor, SampleInputs]]:
@@ -103,7 +103,7 @@ class Samples:
         the last sample. Raises Stopped."""
         share = [indices[i] for i in ranks.my_items(len(indices))]
         batches, bad = [share[i : i + at_once] for i in range(0, len(share), at_once)], 0
-        for batch in alive.each(batches, 'drawing samples', len(batches), 'batch'):
+        for batch in alive.with_progress(batches, 'drawing samples', len(batches), 'batch'):
             stopping.raise_if_stopped()
             x, inputs = self.draw(batch)
             bad += not_finite(x)
@@ -115,7 +115,7 @@ class Samples:
                 f'warning: {self.num_not_finite} samples have values that are not finite: try another --solver or --nfe'
             )
 
-    def show_path(self, out: Output) -> None:
+    def show_path(self, out: SampleFiles) -> None:
         """Write path.png, with the states of the first samples and the x0 predicted at each, and path.gif, the grid of
         samples step by step. Raises SettingError if an overridden `draw` takes no solver steps."""
         run, columns = self.run, min(10, self.run.data.columns())
@@ -127,7 +127,7 @@ class Samples:
             raise SettingError(f'trajectory=True: {type(run).__name__}.draw does not use the solvers of the repo.')
         first, label = [State(t, x[:8], x0[:8]) for t, x, x0 in states], inputs.label
         path = run.gallery.path_of(first, None if label is None else label[:8])
-        with files.whole(out.picture('path.png')) as temporary:
+        with files.atomic_write(out.picture('path.png')) as temporary:
             torchvision.io.write_png(path, str(temporary))
         names = titles_of(run.data, label, run.config.label_dropout)
         frames = [image_grid(state.x, columns, names, f't = {state.t:.3f}') for state in states]
@@ -144,17 +144,17 @@ class Samples:
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
         """Distances of the samples from the data, the same for as many random training images as a floor (`real_...`),
         and the experiment's own `sample_metrics`. If a sample is not finite, only the speed. Raises Stopped."""
-        run, looked, kept, began = self.run, Looked(detector), [], time.monotonic()
+        run, sampled, kept, began = self.run, SampleFeatures(detector), [], time.monotonic()
         own = run.overrides('sample_metrics')
         for _, x, inputs in self.batches(range(self.num), at_once):
             if not not_finite(x):  # otherwise no distances are computed, see below
-                looked.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
+                sampled.add(x, run.data.known_classes(inputs.label, run.config.label_dropout))
             kept += [x.cpu()] if own else []
         rate = self.num / (time.monotonic() - began)
         if self.num_not_finite:
             return dict(images_per_second=rate)
-        values = run.judge.compared(looked, self.num)
-        width = looked.features[0].shape[1]
+        values = run.judge.compare_with_data(sampled, self.num)
+        width = sampled.features[0].shape[1]
         if self.num <= width:
             few = f'{self.num} samples are too few for {width} features: frechet is far from its value for many samples'
             ranks.print_once(f'warning: {few}. Compare it with real_frechet, or draw more')

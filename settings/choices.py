@@ -68,7 +68,7 @@ def unread_by(config: Any, name: str) -> str:
 # ---------------------------------------------------------------- choices, read from the tables or from their files
 
 
-def names_of(setting: str) -> list[str]:
+def known_choices(setting: str) -> list[str]:
     """The choices of a setting: from its table if that is imported, with additions of the user's script, else from the
     source file of the table. Empty if that cannot be read, or if the setting has no choices."""
     if setting not in TABLES:
@@ -125,7 +125,7 @@ def is_extended(table: str) -> bool:
 SECTION = re.compile(r'^ *# -{9,} (?:the )?(\w[\w ]*\w)[:( ]*(.*?)\)?$')
 
 
-def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
+def flags_class(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
     """A dataclass for tyro that holds one dataclass for each section. Its defaults are the values in `defaults`."""
     from tyro.conf import arg
 
@@ -135,7 +135,7 @@ def page(config_class: type, defaults: Any, presets: Mapping[str, Any]) -> type:
         for name, text in texts.items():
             if setting := unread_by(defaults, name):
                 text += f' Not read with {setting}={getattr(defaults, setting)}.'
-            choices = ','.join(filter(None, presets if name == 'preset' else names_of(name)))
+            choices = ','.join(filter(None, presets if name == 'preset' else known_choices(name)))
             shown = arg(help=text, metavar=f'{{{choices}}}' if choices else None)
             value = dataclasses.field(default_factory=partial(getattr, defaults, name))
             fields.append((name, Annotated[types[name], shown], value))

@@ -85,7 +85,7 @@ def parse(
     # the name was derived without the flags; clear it, so that it is derived with them
     object.__setattr__(defaults, 'experiment_name', fields.experiment_name)
     if {'-h', '--help'} & {*argv}:
-        shown = choices.page(config_class, defaults, presets)
+        shown = choices.flags_class(config_class, defaults, presets)
         tyro.cli(shown, args=argv, use_underscores=True, description=ABOUT, config=(tyro.conf.OmitArgPrefixes,))
     shown = io.StringIO()
     try:
@@ -139,7 +139,7 @@ def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mappin
     """Raise SettingError if the flags `argv` of this config name an unknown choice, or settings that nothing reads."""
     _, given = read(argv, type(config), presets)
     for setting in [name for name in given if name in choices.TABLES]:
-        known, value = choices.names_of(setting), getattr(config, setting)
+        known, value = choices.known_choices(setting), getattr(config, setting)
         if known and value not in known and not choices.is_extended(choices.TABLES[setting][1]):
             choose(setting, value, dict.fromkeys(known))
     texts = []

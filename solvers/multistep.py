@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.step import Level, Noise, Predict, fresh_noise, relative_noise, shrinkage
+from solvers.step import Noise, Predict, TimePoint, fresh_noise, relative_noise, shrinkage
 
 # (here, there, nodes, tau2, sigma_data) -> (a, b) of x(s) = a x(t) + sum_j b_j y_j; `here` is t, `there` is s, and y_j
 # is the prediction at node j
-Formula = Callable[[Level, Level, tuple[Level, ...], float, float], tuple[float, list[float]]]
+Formula = Callable[[TimePoint, TimePoint, tuple[TimePoint, ...], float, float], tuple[float, list[float]]]
 cached = lru_cache(maxsize=4096)  # every batch of samples needs the same weights
 
 
 @cached
 def exponential(
-    here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float
+    here: TimePoint, there: TimePoint, nodes: tuple[TimePoint, ...], tau2: float, sigma_data: float
 ) -> tuple[float, list[float]]:
     """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, exact for an x0 that is a polynomial in l.
 
@@ -40,7 +40,7 @@ def exponential(
 
 @cached
 def angular(
-    here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float
+    here: TimePoint, there: TimePoint, nodes: tuple[TimePoint, ...], tau2: float, sigma_data: float
 ) -> tuple[float, list[float]]:
     """(a, b) of x(s) = a x(t) + sum_j b_j v_j, exact for a v / n that is a polynomial in the angle theta.
 
@@ -58,7 +58,7 @@ def angular(
 
 @cached
 def gaussian(
-    here: Level, there: Level, nodes: tuple[Level, ...], tau2: float, sigma_data: float,
+    here: TimePoint, there: TimePoint, nodes: tuple[TimePoint, ...], tau2: float, sigma_data: float,
     widths: tuple[float, float] = (1 / 20, 2.5),
 ) -> tuple[float, list[float]]:  # fmt: skip
     """(a, b) of x(s) = a x(t) + sum_j b_j x0_j, with the least expected error on Gaussian data.
@@ -75,7 +75,7 @@ def gaussian(
     """
     std = sigma_data * np.geomspace(*widths, 32)
 
-    def path(level: Level) -> tuple[np.ndarray, np.ndarray]:
+    def path(level: TimePoint) -> tuple[np.ndarray, np.ndarray]:
         x = np.hypot(level.alpha * std, level.sigma)
         return np.append(x, level.alpha), np.append(level.alpha * std**2 / x, 1.0)
 

@@ -47,7 +47,7 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
     reached = predict.reached if predict.reached is not None and predict.reached.x is x else None
     first = None if reached is None else reached.velocity
     times = torch.tensor([t, s], dtype=torch.float64, device=x.device)
-    options = within(times) | ({} if reached is None else dict(first_step=reached.step))
+    options = torchdiffeq_options(times) | ({} if reached is None else dict(first_step=reached.step))
     last, size = x, options['first_step']
 
     def velocity(time: Tensor, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def dopri5(x: Tensor, t: float, s: float, predict: Predict, noise: Noise, tolera
     return end
 
 
-def within(times: Tensor) -> dict[str, Tensor]:
+def torchdiffeq_options(times: Tensor) -> dict[str, Tensor]:
     """Options that keep torchdiffeq's adaptive methods between the ends: beyond them a process may be undefined."""
     return dict(first_step=(times[-1] - times[0]).abs() / 100, step_t=times[-1:])
 

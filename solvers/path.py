@@ -32,8 +32,8 @@ class Steps:
     t_min: float = 0.001
     t_max: float = 0.999
 
-    def times(self, process: GaussianProcess, path: GaussianProcess, model_type: str) -> list[float]:
-        """The times of `path` that the solver visits, from high to low; t_min and t_max are times of `process`.
+    def times(self, process: GaussianProcess, sampling_process: GaussianProcess, model_type: str) -> list[float]:
+        """The times of `sampling_process` that the solver visits, decreasing; t_min and t_max are times of `process`.
 
         All checks that need no network are made here. Raises SettingError.
         """
@@ -44,12 +44,12 @@ class Steps:
         ends = [self.t_max, self.t_min]
         check_ends(process, model_type, ends[:seen])
         ends[0] = self.start(process, model_type)
-        if path is not process:
-            ends = path.time_of_log_snr(process.log_snr(torch.tensor(ends, dtype=torch.float64))).tolist()
-            check_ends(path, 'v', ends[:seen], ('velocity',))
+        if sampling_process is not process:
+            ends = sampling_process.time_of_log_snr(process.log_snr(torch.tensor(ends, dtype=torch.float64))).tolist()
+            check_ends(sampling_process, 'v', ends[:seen], ('velocity',))
         n = self.nfe // method.nfe if self.nfe and method.nfe else self.num
         _, grids = method.for_steps(n)
-        return grids[self.grid](path, ends[0], ends[1], n).tolist()
+        return grids[self.grid](sampling_process, ends[0], ends[1], n).tolist()
 
     def start(self, process: GaussianProcess, model_type: str) -> float:
         """The time of the first step: t_max, or the latest time at which a relative error of the output is multiplied
@@ -92,22 +92,24 @@ class Steps:
             )
 
 
-def on_path(predictor: Predictor, process: GaussianProcess, path: GaussianProcess) -> Callable[..., Prediction]:
-    """(x, t, s=None) -> Prediction: a network trained with `process`, at x and times t and s of `path`.
+def on_path(
+    predictor: Predictor, process: GaussianProcess, sampling_process: GaussianProcess
+) -> Callable[..., Prediction]:
+    """(x, t, s=None) -> Prediction: a network trained with `process`, at x and times t and s of `sampling_process`.
 
     Another path visits the same distributions at other times and scales: the network is evaluated at the time of equal
     log-SNR, at x scaled to match (Karras et al. 2022, section 3; Kingma et al. 2021, appendix).
     """
 
     def evaluate(x: Tensor, t: float, s: float | None = None) -> Prediction:
-        here = coefs_at(path, t)
-        if path is process:
+        here = coefs_at(sampling_process, t)
+        if sampling_process is process:
             return predictor(x, t, s, on_device_of(x, here))
         time = process.time_of_log_snr(here.log_snr)
         trained = process(time)
         scale = torch.hypot(trained.alpha, trained.sigma) / torch.hypot(here.alpha, here.sigma)
         if s is not None:
-            s = process.time_of_log_snr(coefs_at(path, s).log_snr).item()
+            s = process.time_of_log_snr(coefs_at(sampling_process, s).log_snr).item()
         prediction = predictor(scale.item() * x, time.item(), s, on_device_of(x, trained))
         return Prediction(x, on_device_of(x, here), x0=prediction.x0, x1=prediction.x1)
 

@@ -36,7 +36,7 @@ def coefs_at(process: GaussianProcess, t: float) -> Coefs:
     return process(torch.tensor([t], dtype=torch.float64))
 
 
-class Level(NamedTuple):
+class TimePoint(NamedTuple):
     """The process at one time, as floats."""
 
     alpha: float
@@ -67,7 +67,7 @@ class Predict:
         """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s."""
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
-        self.levels: dict[float, Level] = {}
+        self.levels: dict[float, TimePoint] = {}
         self.taken: tuple[float, Tensor] | None = None
         self.reached: Reached | None = None
         self.known: Prediction | None = None  # returned by the next call, if its x is this tensor
@@ -81,11 +81,11 @@ class Predict:
         self.past.appendleft((t, prediction))
         return prediction
 
-    def level(self, t: float) -> Level:
+    def level(self, t: float) -> TimePoint:
         if t not in self.levels:
             time = torch.tensor([t], dtype=torch.float64)
             alpha, sigma = self.process.alpha(time), self.process.sigma(time)
-            self.levels[t] = Level(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
+            self.levels[t] = TimePoint(alpha.item(), sigma.item(), log_snr(alpha, sigma).item() / 2)
         return self.levels[t]
 
 
@@ -116,7 +116,7 @@ def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: fl
     return noise.scale * min((noise.level(middle) * middle.sigma / middle.delta).item(), max(1.0, limit / step))
 
 
-def shrinkage(here: Level, there: Level, tau2: float) -> float:
+def shrinkage(here: TimePoint, there: TimePoint, tau2: float) -> float:
     """e^-eta, with eta = tau2 (l(s) - l(t))."""
     return math.exp(-tau2 * (there.half_log_snr - here.half_log_snr)) if tau2 else 1.0
 

@@ -140,7 +140,7 @@ def test_killed_at_25_random_moments(tmp_path, whole, nproc, kills):
         process.communicate(timeout=20)
         done = max(before, job.steps())
         kept = (
-            run_folder.newest_whole(Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER))
+            run_folder.newest_intact(Config(ckpt_dir=str(tmp_path), experiment_name=FOLDER))
             if job.folder.exists()
             else None
         )

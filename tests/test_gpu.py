@@ -55,7 +55,7 @@ def test_float32_and_bfloat16_have_the_same_curve_but_for_rounding(build):
     assert curves[0] != curves[1] and curves[0] == pytest.approx(curves[1], rel=0.02)
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(build):
+def test_a_resumed_run_continues_as_if_nothing_had_happened(build):
     whole = build(experiment_name='whole', precision='float32')
     whole.train_loop()
     first = build(precision='float32')

@@ -195,17 +195,17 @@ def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear
 
 def test_what_is_logged_apart_stays_apart(tmp_path):
     record = record_in(tmp_path)
-    with record.apart() as early:  # also before the record is open, as evaluate.py does
+    with record.logging_apart() as early:  # also before the record is open, as evaluate.py does
         record.log('x', 7.0)
     with record.open(0):
         record.log('x', 1.0)
-        with record.apart() as outer:
+        with record.logging_apart() as outer:
             record.log('x', 2.0)
-            with record.apart() as inner:
+            with record.logging_apart() as inner:
                 record.log('x', 3.0)
                 record.losses(torch.tensor([9.0]), torch.tensor([0.5]))  # from training
             record.log('x', 4.0)
-        with contextlib.suppress(Stopped), record.apart() as broken:
+        with contextlib.suppress(Stopped), record.logging_apart() as broken:
             record.log('x', 50.0)
             raise Stopped
         record.log('x', 2.0)
@@ -286,7 +286,7 @@ def test_a_small_loss_is_not_shown_as_nothing(tmp_path, capsys, clock):
     assert 'loss 1.23e-05 ' in capsys.readouterr().out
 
 
-def test_the_rate_is_that_of_the_step_also_when_resumed(tmp_path):
+def test_the_rate_belongs_to_its_step_also_when_resumed(tmp_path):
     """A mean since the last line would be half of the rate in a warm-up."""
     record, again = record_in(tmp_path), record_in(tmp_path)
     with record.open(0):

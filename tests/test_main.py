@@ -166,7 +166,7 @@ def read(made):
     return facts | {'before': before, 'after': after}
 
 
-def test_classes_and_settings_are_those_of_the_script(read):
+def test_classes_and_settings_come_from_the_script(read):
     assert read['classes'] == ['Mine', 'MyConfig', 3, 12]
 
 
@@ -228,7 +228,7 @@ def test_a_run_without_its_script_raises_an_error(made, tmp_path):
     assert type(load_run(tmp_path / 'run', trust=True)).__name__ == 'Mine'
 
 
-def test_a_script_that_would_train_when_it_is_imported_says_so(made, tmp_path):
+def test_a_script_that_would_train_when_it_is_imported_is_named(made, tmp_path):
     run, script, _ = made
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'unguarded.py').write_text(script.read_text().replace("if __name__ == '__main__':", 'if True:'))

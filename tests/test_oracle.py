@@ -27,7 +27,7 @@ def case(process_name, n=40):
 
 
 @each_process
-def test_log_prob_is_that_of_a_mixture_of_normals(process_name):
+def test_log_prob_equals_a_mixture_of_normals(process_name):
     _process, _t, c, xt, _label = case(process_name)
     covariances = MIXTURE.vectors @ torch.diag_embed(MIXTURE.values) @ MIXTURE.vectors.mT
     for i in range(5):
@@ -120,7 +120,7 @@ def test_optimal_denoiser_is_the_oracle_of_zero_width(process_name):
         torch.testing.assert_close(denoise(xt, c, asked).flatten(1), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_no_loss_is_below_that_of_the_optimal_denoiser():
+def test_no_loss_is_below_the_optimal_denoiser():
     """Any other denoiser has a larger mean square error over the data; without noise it returns the data."""
     g = torch.Generator().manual_seed(0)
     data = torch.randn(5, 1, 2, 2, generator=g)

@@ -228,7 +228,7 @@ def test_without_labels_the_network_sees_only_the_null_class(tiny_config, build_
     assert np.isfinite(last['eval/loss']) and any(name.startswith('final/adams/') for name in last)
 
 
-def test_held_out_loss_is_that_of_the_eval_mode(tiny_config, build_trainer):
+def test_held_out_loss_is_computed_in_eval_mode(tiny_config, build_trainer):
     trainer = scrambled(build_trainer(tiny_config(dropout=0.5)), std=0.2)
     by_hand = {}
     for name, module in trainer.weights().items():

@@ -388,7 +388,7 @@ def test_init_from_another_number_of_classes_leaves_the_class_embedding_out(
     ('decays', 'raw', 'weights'),
     [((0.9, 0.99), False, ('ema_0.9', 'ema_0.99')), ((0.9,), True, ('ema_0.9', 'raw')), ((), False, ('raw',))],
 )
-def test_pictures_of_both_solvers_and_of_raw_weights_if_asked_or_alone(
+def test_pictures_of_both_solvers_and_of_raw_weights_if_asked_for_or_without_averages(
     tiny_config, build_trainer, decays, raw, weights
 ):
     config = tiny_config(sample_every=6, ema_decays=decays, raw_pictures=raw)
@@ -560,14 +560,14 @@ def test_every_attribute_is_set_in_the_constructor(tiny_config, build_trainer):
     assert vars(trainer).keys() == set(constructed)
 
 
-def test_a_trainer_that_has_not_begun_says_so(tiny_config, build_trainer, monkeypatch):
+def test_a_trainer_that_has_not_begun_is_named(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setattr(ExampleDiffusionTrainer, 'begin', lambda self, read_from: None)
     trainer = build_trainer(tiny_config())
     with pytest.raises(RuntimeError, match=r'call begin\(\), as main\.build does'):
         trainer.train_step(next(trainer.batches.steps(0)))
 
 
-def test_a_finished_run_says_how_to_go_on_and_names_only_files_that_are_there(tiny_config, capsys, monkeypatch):
+def test_a_finished_run_says_how_to_continue_and_names_only_files_that_are_there(tiny_config, capsys, monkeypatch):
     vectors = torch.randn(60, 5)
     spec = DataSpec(lambda config: ((vectors, torch.zeros(60).long()),) * 2, (5,), 0, scale='float')
     monkeypatch.setitem(DATASETS, 'vectors', spec)

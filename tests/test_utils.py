@@ -269,7 +269,7 @@ def test_seeds_of_near_keys_give_independent_numbers():
 
 
 @pytest.mark.parametrize('key', [(0,), (3, 'batch', 17, 5)])
-def test_seeds_are_those_of_torch_manual_seed(key):
+def test_seeds_match_torch_manual_seed(key):
     """So a run's numbers do not depend on the way in which its generators are seeded."""
     seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), 'little')
     torch.manual_seed(seed)

@@ -40,13 +40,13 @@ def evaluated(trainer) -> dict[str, float]:
     trainer.gallery.rehearse(0)
     values = trainer.judge.held_out_losses(6) | trainer.gallery.draw(6)
     for name in trainer.samplers():
-        values |= {f'{name}/{key}': value for key, value in trainer.judge.judged(name, 40, 6).items()}
+        values |= {f'{name}/{key}': value for key, value in trainer.judge.judge_sampler(name, 40, 6).items()}
     trainer.log('mine', torch.ones(3, device=trainer.device))
     return values | trainer.record.summary(6)
 
 
 @pytest.mark.parametrize('name', ['digits', *(pytest.param(name, marks=pytest.mark.slow) for name in [*RUNS][1:])])
-def test_numbers_on_the_gpu_are_those_of_the_cpu(name, build, request):
+def test_numbers_on_the_gpu_equal_the_cpu(name, build, request):
     there = evaluated(build(**RUNS[name], experiment_name='cpu'))
     assert there and 'eval/reference' in there and 'eval/reference_floor' in there
     request.getfixturevalue('valued_cuda')

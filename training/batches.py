@@ -18,7 +18,7 @@ from torch import Tensor
 
 import utils
 from config import SettingError
-from data_loading.choice import held_out_order, in_proportion, in_turn
+from data_loading.choice import classes_in_proportion, classes_in_turn, held_out_order
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler, facts_of
 from runtime import ranks, stopping
 from sampling import nulled
@@ -129,12 +129,12 @@ class Batches:
     def example(self) -> ProcessedBatch:  # the shapes of x0 and of the conditions are read off it
         return self.draw_example('first')
 
-    def few(self) -> ProcessedBatch:
+    def tiny_batch(self) -> ProcessedBatch:
         """As many rows of `example` as one forward pass of training takes."""
         return utils.rows(self.example, slice(self.images_at_once))
 
     @cached_property
-    def like(self) -> ProcessedBatch:
+    def shape_example(self) -> ProcessedBatch:
         """A batch with the shapes of `example`; zeros in a run that is opened to read, whose data may be missing."""
         facts = self.train_loader.facts
         if not facts:
@@ -180,7 +180,7 @@ class Batches:
             stopping.raise_if_stopped()
             numbers = pieces.numbers(number)
             read = [(next(loaded), piece) for piece in numbers]
-            with ranks.alone():  # hooks may draw samples, and some processes have fewer images than others
+            with ranks.as_one_process():  # hooks may draw samples, and some processes have fewer images than others
                 drawn = [self.draw_shard(batch, piece, 'evaluate', is_train=False) for batch, piece in read]
             if couples:
                 shards = self.train_sampler.my_shards
@@ -212,10 +212,10 @@ class Batches:
         """
         experiment, seed, data = self.experiment, self.config.seed, self.experiment.data
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
-        order = in_proportion if self.classes_as_in_data else in_turn
+        order = classes_in_proportion if self.classes_as_in_data else classes_in_turn
         utils.seed_everything(seed, 'sample_inputs')
-        if experiment.independent and not self.like.cond:
-            shape = self.like.x0.shape[1:]
+        if experiment.independent and not self.shape_example.cond:
+            shape = self.shape_example.x0.shape[1:]
             x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
             label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
             return SampleInputs(

@@ -24,7 +24,7 @@ import saving
 from config import Config, SettingError
 from runtime import ranks, stopping
 from runtime.errors import SaveError
-from runtime.files import cause_of, link_as, sync, whole
+from runtime.files import atomic_write, cause_of, link_as, sync
 from runtime.ranks import print_once
 from settings.same_run import differences
 from training import run_folder
@@ -243,7 +243,7 @@ def write_checkpoint(config: Config, objects: dict[str, Any], keep: bool = False
     """
     last = last_path(config)
     names = [last, *(last.with_name(f'last-{i}.pt') for i in range(1, config.keep_last))]
-    with whole(last) as temporary:
+    with atomic_write(last) as temporary:
         saving.write(temporary, version=saving.VERSION, config=dataclasses.asdict(config), **objects)
         for newer, older in reversed(list(itertools.pairwise(names))):  # oldest first, so that none is overwritten
             if newer.exists() and not again:

@@ -37,10 +37,12 @@ class Drawing:
     def __init__(self, experiment: Experiment, batches: Batches):
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
-        self.at_end: dict[str, int] = {}  # part of the trainer -> number of samples it will draw after the last step
+        self.samples_at_end: dict[
+            str, int
+        ] = {}  # part of the trainer -> number of samples it will draw after the last step
         self.evaluations = 0.0  # expected NFE of a sample
         self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # the last samples' values, for titles
-        self.watching: tuple[Callback, ...] = ()  # see `within`
+        self.watching: tuple[Callback, ...] = ()  # see `with_settings`
         self.replaced: dict[str, Any] = {}
 
     @cached_property
@@ -77,7 +79,7 @@ class Drawing:
         return self.sample_fn(model_fn, callback=after_step, **settings)
 
     @contextlib.contextmanager
-    def within(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:
+    def with_settings(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:
         """In every `draw` within the block, these arguments of `sample` replace the config's, and `watching` is called
         after each step. A setting that is passed to `draw` itself wins."""
         before = self.watching, self.replaced
@@ -91,7 +93,7 @@ class Drawing:
     @cached_property
     def base_is_normal(self) -> bool:
         """Whether the base of the process is N(0, I)."""
-        return base_is_normal(self.experiment.process, self.batches.like.x0)
+        return base_is_normal(self.experiment.process, self.batches.shape_example.x0)
 
     @property
     def has_score(self) -> bool:
@@ -121,7 +123,7 @@ class Drawing:
         if not self.experiment.overrides('draw'):
             return False
         drawn, model_fn = list[Tensor](), self.experiment.get_model_fn(self.experiment.weights()['raw'])
-        with ranks.alone(), torch.no_grad(), self.within(num_steps=2, nfe=0):
+        with ranks.as_one_process(), torch.no_grad(), self.with_settings(num_steps=2, nfe=0):
             for solver in self.own_and_other:
                 inputs = self.inputs(2)
                 utils.seed_everything(self.experiment.config.seed, 'first_drawing')
@@ -161,7 +163,7 @@ class Drawing:
         own = torch.tensor(ranks.my_items(n), device=self.experiment.device)
         drawn: list[Tensor] = []
         parts = own.split(self.batches.images_at_once)
-        with out_of_memory_on_any_rank(), alive.still(f'drawing {n} samples') as doing:
+        with out_of_memory_on_any_rank(), alive.print_while(f'drawing {n} samples') as doing:
             for i, part in enumerate(parts):
                 doing.share = i / len(parts)
                 utils.seed_everything(self.experiment.config.seed, 'generate', ranks.rank(), i)  # SDE noise
@@ -177,7 +179,9 @@ class Drawing:
     def seconds_at_end(self, images_per_second: float) -> float:
         """Estimated seconds of drawing after the last step: from the rate of samples if some were drawn, else from the
         rate of training, where a third of the time is the forward pass."""
-        return sum(self.at_end.values()) * (self.seconds_per_sample or self.evaluations / (3 * images_per_second))
+        return sum(self.samples_at_end.values()) * (
+            self.seconds_per_sample or self.evaluations / (3 * images_per_second)
+        )
 
     @torch.no_grad()
     @in_eval_mode
@@ -187,7 +191,7 @@ class Drawing:
         steps: list[tuple[float, Tensor]] = []
         seen: list[tuple[float, Tensor]] = []
         predicted = lambda t, prediction: seen.append((t, prediction.x0))  # noqa: E731
-        with self.within(watching=lambda i, t, x: steps.append((t, x.clone())), on_prediction=predicted):
+        with self.with_settings(watching=lambda i, t, x: steps.append((t, x.clone())), on_prediction=predicted):
             sampler(model_fn, inputs)
         x0, self.nfe = dict(seen), float(len(seen))  # the last evaluation at each time is the one at the state itself
         coefs = [self.experiment.process(torch.tensor([t], dtype=torch.float64)) for t, _ in steps]

@@ -90,7 +90,7 @@ def lock_run(folder: Path) -> None:
     file.flush()
 
 
-def newest_whole(config: Config) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(config: Config) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that the run resumes from: last.pt, else the newest that is whole; None if there never was one.
 
     Raises SettingError if there are checkpoints but none is whole: a run never starts over on top of damaged files.
@@ -231,7 +231,7 @@ def claim(config: Config, identity: Identity | None) -> dict[str, Any] | None:
         _made.add(folder)
     for leftover in folder.glob('.*.tmp'):  # from a write that was killed
         leftover.unlink(missing_ok=True)
-    path, checkpoint = newest_whole(config) or (last, None)
+    path, checkpoint = newest_intact(config) or (last, None)
     if checkpoint is not None:
         refuse_other(config, checkpoint, identity)
     if path != last:

@@ -31,7 +31,7 @@ LONGEST_DIFF = 200_000  # characters
 # ---------------------------------------------------------------- the experiment's classes and code
 
 
-def file_of(cls: type) -> Path | None:
+def source_file(cls: type) -> Path | None:
     """The file that a class was read from; None for one that was typed into a notebook or made by `exec`."""
     try:
         return Path(inspect.getfile(cls)).resolve()
@@ -56,7 +56,7 @@ def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Iden
     script = users_script()
     code = {} if script is None else {script.name: script.read_text()}
     for cls in trainer_class.__mro__:
-        file = file_of(cls)
+        file = source_file(cls)
         if cls not in base_class.__mro__ and (script is None or file != script):
             with contextlib.suppress(OSError, TypeError):
                 code[name_of(cls)] = inspect.getsource(cls)
@@ -65,13 +65,13 @@ def identity_of(trainer_class: type, base_class: type, fingerprint: str) -> Iden
 
 def name_of(cls: type) -> str:
     """'mine.py:MyTrainer', or only the class if it has no file."""
-    file = file_of(cls)
+    file = source_file(cls)
     return f'{file.name}:{cls.__qualname__}' if file else cls.__qualname__
 
 
-def where(cls: type) -> dict[str, str | None]:
+def import_arguments(cls: type) -> dict[str, str | None]:
     """Arguments with which import_class finds a class again: its file, in the form of from_root, and its name."""
-    return dict(file=from_root(file_of(cls)), name=cls.__qualname__)
+    return dict(file=from_root(source_file(cls)), name=cls.__qualname__)
 
 
 def from_root(file: Path | None) -> str | None:
@@ -125,7 +125,7 @@ def checksum(path: Path) -> str:
     return f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'
 
 
-def facts_of(config: Config, files: list[Path]) -> dict[str, Any]:
+def facts_to_compare(config: Config, files: list[Path]) -> dict[str, Any]:
     """Name -> value of everything that must be the same in all processes; `files` are relative to ROOT."""
     code = {file: ROOT / file for file in files}
     if (script := users_script()) is not None:  # possibly outside of ROOT
@@ -147,10 +147,10 @@ def refuse_unlike(config: Config) -> None:
     if ranks.world_size() == 1:
         return
     host = socket.gethostname()
-    main_host, files, first = ranks.on_main(lambda: (host, files := imported_files(), facts_of(config, files)))
+    main_host, files, first = ranks.on_main(lambda: (host, files := imported_files(), facts_to_compare(config, files)))
 
     def compare() -> None:
-        here = facts_of(config, files)
+        here = facts_to_compare(config, files)
         differ = [name for name in first | here if first.get(name) != here.get(name)]
         lines = [f'  {name}: {first.get(name)} on {main_host}, {here.get(name)} on {host}' for name in differ]
         if lines and config.init_from and not Path(config.init_from).is_file():  # it holds the network's settings
@@ -192,7 +192,11 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
         entry: dict[str, Any] = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), step=step)
         entry |= dict(command=command_line(type(config)), argv=sys.argv, **git_state(), versions=versions())
         entry |= dict(host=socket.gethostname(), device=name, processes=ranks.world_size())
-        entry |= dict(script=from_root(users_script()), trainer=where(trainer_class), config=where(type(config)))
+        entry |= dict(
+            script=from_root(users_script()),
+            trainer=import_arguments(trainer_class),
+            config=import_arguments(type(config)),
+        )
         path = config.run_dir / 'run.json'
         try:
             write_text(path, json.dumps([*read_starts(config.run_dir), entry], indent=2), durable=True)

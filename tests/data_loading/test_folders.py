@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from data_loading.folders import few, in_order
+from data_loading.folders import in_order, some_names
 from data_loading.images import list_images, load_image_folder
 from data_utils import setup_data_train_and_test
 from tests.data_loading.test_images import write_images
@@ -127,8 +127,8 @@ def test_without_classes_prints_the_two_ways_to_give_them(folder, config_of, cap
 
 
 def test_few_counts_the_names_after_the_eighth():
-    assert few(list('abcdefgh')) == 'a, b, c, d, e, f, g, h'
-    assert few(list('abcdefghij')) == 'a, b, c, d, e, f, g, h and 2 more'
+    assert some_names(list('abcdefgh')) == 'a, b, c, d, e, f, g, h'
+    assert some_names(list('abcdefghij')) == 'a, b, c, d, e, f, g, h and 2 more'
 
 
 def test_numbers_are_sorted_as_numbers(folder, config_of):

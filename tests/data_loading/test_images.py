@@ -676,7 +676,7 @@ def test_a_row_without_an_image_is_one_that_cannot_be_read_and_later_ones_may_ha
     assert load(skip_unreadable=True)[0].spec.shape == (3, 8, 8)
 
 
-def test_a_row_that_is_no_image_is_named_or_left_out(load, tmp_path):
+def test_a_row_that_is_not_an_image_is_named_or_left_out(load, tmp_path):
     features = datasets.Features({'picture': datasets.Image(decode=False)})
     rows = [dict(bytes=b'text' if i == 3 else png(i), path=None) for i in range(12)]
     table = datasets.Dataset.from_dict(dict(picture=rows), features=features).cast_column('picture', datasets.Image())

@@ -134,7 +134,7 @@ def test_three_processes_share_the_held_out_images(tiny_config, as_process):
     assert batches == [15, 14, 14]  # 43 pieces of 7, the last of 3
 
 
-def test_train_loader_goes_on_from_a_step(tiny_config):
+def test_train_loader_resumes_from_a_step(tiny_config):
     loader, sampler, _ = setup_data_train_and_test(tiny_config(), CPU)
     sampler.set_step(2)
     x, label = next(iter(loader))

@@ -27,7 +27,7 @@ def shared(tensors):
 
 def test_tensors_of_any_type_and_shape_arrive_as_they_were():
     sent = [X.to(kind) for kind in KINDS] + [X.mT, torch.tensor(3), torch.zeros(0, 3), X[:, :, 1]]
-    loader = DataLoader([sent], batch_size=None, num_workers=1, collate_fn=workers.Sent)
+    loader = DataLoader([sent], batch_size=None, num_workers=1, collate_fn=workers.PipedTuple)
     (found,) = workers.read(loader, 'test')
     assert type(found) is tuple and not shared(found)
     for a, b in zip(found, sent, strict=True):
@@ -42,7 +42,10 @@ def test_no_batch_of_a_dataset_takes_shared_memory():
     batches = list(workers.read(loader.workers, 'test'))
     assert not any(map(shared, batches))
     assert [label.tolist() for _, label in batches] == [[2, 0], [1]] and torch.equal(batches[0][0], X[[2, 0]])
-    made = lambda items: workers.Sent(map(torch.tensor, map(torch.Tensor.is_shared, workers.joined(items, ''))))  # noqa: E731
+
+    def made(items):
+        return workers.PipedTuple(map(torch.tensor, map(torch.Tensor.is_shared, workers.stack_items(items, ''))))
+
     loader = DataLoader(TensorDataset(X, X), batch_size=2, num_workers=1, collate_fn=made)
     assert [v.tolist() for batch in workers.read(loader, 'test') for v in batch] == [False] * 4
 
@@ -50,10 +53,10 @@ def test_no_batch_of_a_dataset_takes_shared_memory():
 def test_the_error_of_a_batch_names_only_what_is_wrong():
     for items in ([(X[0], 1), (X[0, 0], 1)], [(X[0], 1), (X[0], 1, 2)], [(X[0], object())]):
         with pytest.raises(DataError, match=r'here: cannot make a batch of \(uint8 \(1, 2, 3\), \w+\)'):
-            workers.joined(items, 'here')
+            workers.stack_items(items, 'here')
     large = torch.zeros(1, dtype=torch.uint8).expand(2**46)  # 64 TiB of one byte
     with pytest.raises(RuntimeError, match="can't allocate memory") as error:
-        workers.joined([(large, 1)], 'here')
+        workers.stack_items([(large, 1)], 'here')
     assert not isinstance(error.value, DataError)
 
 

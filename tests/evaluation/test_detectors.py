@@ -29,7 +29,7 @@ def digits():
     return x[:1500], y[:1500], x[1500:], y[1500:]
 
 
-def test_numbers_for_digits_are_those_of_pixels_between_minus_1_and_1(tiny_config, build_trainer):
+def test_numbers_for_digits_equal_pixels_between_minus_1_and_1(tiny_config, build_trainer):
     """Frechet distance (Dowson and Landau 1982, eq. 16), a support-vector machine, and nearest neighbours, by scipy and
     sklearn. All figures in the docs use this unit."""
     trainer = build_trainer(tiny_config())

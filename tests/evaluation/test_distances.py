@@ -14,10 +14,10 @@ from evaluation.distances import (
     Moments,
     compare,
     density_coverage,
-    describe,
+    describe_numbers,
     distance_from_set,
     frechet,
-    nearest,
+    mean_nearest_distance,
     radii,
     wasserstein,
 )
@@ -105,7 +105,7 @@ def test_each_number_sees_its_own_fault():
 
 def test_nearest_by_hand():
     train = torch.tensor([[0.0, 0], [10, 0]])
-    assert nearest(torch.tensor([[3.0, 0], [9, 0], [4, 3]]), train) == pytest.approx((3 + 1 + 5) / 3)
+    assert mean_nearest_distance(torch.tensor([[3.0, 0], [9, 0], [4, 3]]), train) == pytest.approx((3 + 1 + 5) / 3)
     samples, data, held_out = normal(20, 3), normal(30, 3), normal(10, 3)
     ratio = torch.cdist(samples, data).amin(1).mean() / torch.cdist(held_out, data).amin(1).mean()
     assert compare(samples, data, held_out)['nearest_neighbour_ratio'] == pytest.approx(ratio.item(), rel=1e-5)
@@ -200,8 +200,8 @@ def test_distance_from_a_set_is_small_for_new_points_of_it():
 
 def test_describe_has_a_line_for_each_number():
     values = dict(label_agreement=0.5, frechet=1.25, real_frechet=0.75, nearest_neighbour_ratio=1.5)
-    text = describe(values)
+    text = describe_numbers(values)
     assert len(text.splitlines()) == 4 and all(number in text for number in ('50.0%', '1.25', '0.75', '1.500'))
     del values['label_agreement']
-    assert describe(values).splitlines() == text.splitlines()[1:]
-    assert describe({}) == '' and describe({'of my own': 1.0, 'kid': 0.1}) == '  of my own: 1'
+    assert describe_numbers(values).splitlines() == text.splitlines()[1:]
+    assert describe_numbers({}) == '' and describe_numbers({'of my own': 1.0, 'kid': 0.1}) == '  of my own: 1'

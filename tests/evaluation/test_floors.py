@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from config import Config
-from data_loading.choice import in_proportion
+from data_loading.choice import classes_in_proportion
 from data_loading.toy2d import TOY2D
 from data_utils import DATASETS, DataSpec, load_digits
 from evaluation.distances import (
@@ -13,7 +13,7 @@ from evaluation.distances import (
     Moments,
     cautions,
     compare,
-    describe,
+    describe_numbers,
     distance_from_set,
     floor,
     frechet,
@@ -130,14 +130,19 @@ def spec(*counts):
 
 def test_classes_are_as_frequent_as_in_the_data_in_every_beginning():
     data = spec(100, 50, 0, 10)
-    found = in_proportion(data, 1600)
+    found = classes_in_proportion(data, 1600)
     assert np.bincount(found, minlength=4).tolist() == [1000, 500, 0, 100]
     for n in (1, 7, 100, 333):
-        assert in_proportion(data, n).tolist() == found[:n].tolist()
+        assert classes_in_proportion(data, n).tolist() == found[:n].tolist()
         assert (np.abs(np.bincount(found[:n], minlength=4) - n * np.array([100, 50, 0, 10]) / 160) < 1).all()
-    assert in_proportion(spec(0, 5, 5), 3).tolist() == [1, 2, 1]  # never a class without items
-    assert in_proportion(spec(5, 5, 5), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # equal counts: in turn
-    assert in_proportion(DataSpec(lambda config: (), num_classes=3), 4).tolist() == [0, 1, 2, 0]  # counts unknown
+    assert classes_in_proportion(spec(0, 5, 5), 3).tolist() == [1, 2, 1]  # never a class without items
+    assert classes_in_proportion(spec(5, 5, 5), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]  # equal counts: in turn
+    assert classes_in_proportion(DataSpec(lambda config: (), num_classes=3), 4).tolist() == [
+        0,
+        1,
+        2,
+        0,
+    ]  # counts unknown
 
 
 def some_digits(counts):
@@ -175,7 +180,7 @@ def trainer(tiny_config, build_trainer, monkeypatch):
 
 
 def test_numbers_have_the_classes_of_the_data_and_pictures_have_all_in_turn(trainer):
-    trainer.judge.judged('adams', 330, 0)
+    trainer.judge.judge_sampler('adams', 330, 0)
     trainer.gallery.sample_grids()
     counts = np.bincount(trainer.seen['judged'], minlength=10)
     assert counts.tolist() == [100, 100, 0, 50, 50, 0, 0, 10, 10, 10]
@@ -215,12 +220,12 @@ def test_held_out_inputs_are_of_trained_classes(tiny_config, build_trainer, monk
 
 def test_a_caution_where_precision_misleads():
     noise = dict(precision=0.778, recall=0.001, frechet=34.8, real_frechet=0.16, real_frechet_std=0.01)
-    assert len(cautions(noise)) == 1 and 'caution: precision means little' in describe(noise)
+    assert len(cautions(noise)) == 1 and 'caution: precision means little' in describe_numbers(noise)
     assert (
         cautions(noise | dict(recall=0.5)) == cautions(noise | dict(frechet=0.2)) == cautions(dict(precision=1.0)) == []
     )
-    assert 'as many real images: 0.16 (standard deviation 0.01 over 20 draws)' in describe(noise)
-    assert 'real_frechet_std' not in describe(noise)
+    assert 'as many real images: 0.16 (standard deviation 0.01 over 20 draws)' in describe_numbers(noise)
+    assert 'real_frechet_std' not in describe_numbers(noise)
     (wide,) = cautions(noise | dict(precision=0.0, recall=0.79))
     assert wide.startswith('recall means little here: precision is almost 0')
 

@@ -301,7 +301,7 @@ from pathlib import Path
 import torch
 
 from evaluation import detectors
-from evaluation.distances import Looked
+from evaluation.distances import SampleFeatures
 from evaluation.judge import Judge
 from runtime import ranks
 
@@ -314,15 +314,15 @@ detector = detectors.Detector(lambda x: x, '', '', predict=lambda x: torch.zeros
 
 
 def compared(odd):
-    looked = Looked(detector)
+    sampled = SampleFeatures(detector)
     for i, rows in enumerate(mine):
-        looked.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
+        sampled.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
     loader = types.SimpleNamespace(labels=None, size=n)
     experiment = types.SimpleNamespace(modules={}, data=types.SimpleNamespace(num_classes=2))
     held_out = types.SimpleNamespace(size=4, take=lambda rows: (x[:4], torch.zeros(4)))
     data = types.SimpleNamespace(held_out=held_out, as_decoded=lambda x: x, device='cpu')
     judge = types.SimpleNamespace(data=data, experiment=experiment, batches=types.SimpleNamespace(train_loader=loader))
-    return Judge.compared(judge, looked, n)
+    return Judge.compare_with_data(judge, sampled, n)
 
 
 def errors(*_):

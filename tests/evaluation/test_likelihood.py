@@ -248,7 +248,7 @@ class Squared(torch.autograd.Function):
 
 
 @pytest.mark.parametrize('square', [torch.square, Squared.apply])
-def test_gradients_of_several_vectors_are_those_of_each(square):
+def test_gradients_of_several_vectors_equal_each_by_itself(square):
     """The gradient of sum(e y), y = A x^2, is 2 x (A^T e)."""
     x, a = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64)
     y, vectors = square(x) @ a.T, torch.randn(37, 3, 5, dtype=torch.float64)

@@ -125,7 +125,7 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
     weights = next(iter(trainer.weights()))
     assert drawn == {f'step_0000012_{sampler}_{weights}.png' for sampler in trainer.samplers()}
     if trainer.judge.can_judge:
-        numbers = trainer.judge.judged(next(iter(trainer.samplers())), 64, 12)
+        numbers = trainer.judge.judge_sampler(next(iter(trainer.samplers())), 64, 12)
         assert numbers and all(np.isfinite(value) for value in numbers.values())
     again, _ = build(name)
     assert again.checkpoints.finished and again.step == 12

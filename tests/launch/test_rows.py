@@ -15,7 +15,7 @@ import pytest
 
 from launch import launcher, machines, rows
 from launch.machines import Place, free_port
-from launch.rows import End, Incomplete, Meeting, Row, verdict
+from launch.rows import End, Incomplete, Meeting, Row, run_outcome
 from runtime import errors, stopping
 from runtime.errors import SettingError
 from tests.helpers import ROOT, wait_until
@@ -43,7 +43,7 @@ def row(code=None, text='', order=(9, 0.0), gone='', host='h'):
     ],
 )
 def test_all_machines_agree_on_the_verdict(found, end):
-    assert verdict(found) == end
+    assert run_outcome(found) == end
 
 
 @pytest.mark.parametrize('text', ['RuntimeError: [/x/gloo/transport/tcp/pair.cc:547] closed', 'X: ncclRemoteError'])
@@ -118,11 +118,11 @@ def test_three_meet_in_any_order_and_end_with_one_cause(meet):
     assert first.rows[0].port == second.rows[0].port == late.rows[0].port > 0
     assert (first.rows[1].first, second.my_address) == ('127.0.0.1', '127.0.0.1')
     all_at_once(
-        lambda: first.settle(End(1, 'lost it', (2, 1.0))),
-        lambda: second.settle(End(1, 'KeyError', (1, 2.0))),
-        lambda: late.settle(End(0)),
+        lambda: first.announce_end(End(1, 'lost it', (2, 1.0))),
+        lambda: second.announce_end(End(1, 'KeyError', (1, 2.0))),
+        lambda: late.announce_end(End(0)),
     )
-    ends = [verdict(each.judged()) for each in (first, second, late)]
+    ends = [run_outcome(each.judged()) for each in (first, second, late)]
     assert {end[:2] for end in ends} == {(1, 1)} and all(end[2].endswith(': KeyError') for end in ends)
 
 
@@ -153,7 +153,7 @@ def test_all_missing_machines_are_named(meet):
 
 def test_one_that_never_saw_machine_0_leaves_at_once(meet):
     single, began = meet(1), time.monotonic()
-    single.settle(End(75))
+    single.announce_end(End(75))
     single.close()
     assert time.monotonic() - began < 2
 
@@ -202,10 +202,10 @@ def test_another_start_in_mid_run_is_refused_and_the_run_continues(meet):
     with pytest.raises(SettingError, match=r'For a second run on the same machines pass another MASTER_PORT'):
         third.gather()
     asked = time.monotonic()
-    third.settle(End(2))
+    third.announce_end(End(2))
     assert time.monotonic() - asked < 1  # it does not wait
-    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
-    assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
+    all_at_once(lambda: first.announce_end(End(0)), lambda: second.announce_end(End(0)))
+    assert run_outcome(first.judged()) == run_outcome(second.judged()) == (0, 0, '')
 
 
 @pytest.mark.slow
@@ -227,9 +227,9 @@ def test_a_machine_that_is_started_again_in_mid_run_waits_for_the_end_of_the_fir
     second.over = True
     again = meet(1)
     assert wait_until(lambda: 'an earlier start of this machine' in again.trouble, 5)
-    assert wait_until((first.reports / 'give_up').exists, 10)
-    first.settle(End(1, 'gave up'))
-    assert verdict(first.judged())[:2] == (1, 1)
+    assert wait_until((first.report_dir / 'give_up').exists, 10)
+    first.announce_end(End(1, 'gave up'))
+    assert run_outcome(first.judged())[:2] == (1, 1)
     first.close()
     begun(meet(0), again)
 
@@ -265,8 +265,8 @@ def test_strangers_at_the_port_disturb_nobody(meet):
     second = meet(1)
     begun(first, second)
     [stranger.close() for stranger in strangers]
-    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
-    assert verdict(first.judged()) == verdict(second.judged()) == (0, 0, '')
+    all_at_once(lambda: first.announce_end(End(0)), lambda: second.announce_end(End(0)))
+    assert run_outcome(first.judged()) == run_outcome(second.judged()) == (0, 0, '')
 
 
 def test_another_program_in_the_place_of_machine_0_is_recognised(meet, capsys):
@@ -291,14 +291,16 @@ def test_a_store_of_another_program_in_the_place_of_machine_0_is_tried_again_and
 def test_one_that_is_asked_to_stop_before_the_start_stops_all(meet):
     first, second = meet(0, 3), meet(1, 3)
     assert is_here(first, 1) and is_here(second, 0)
-    stop, gathered = all_at_once(lambda: second.settle(End(75)), lambda: (first.gather(), first.settle(End(75)))[0])
+    stop, gathered = all_at_once(
+        lambda: second.announce_end(End(75)), lambda: (first.gather(), first.announce_end(End(75)))[0]
+    )
     assert stop is None and gathered is False
-    assert verdict(first.judged()) == (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
+    assert run_outcome(first.judged()) == (75, 0, f'machine 0 ({socket.gethostname()}): it was asked to stop')
 
 
 def test_one_that_waits_for_all_others_leaves_at_once(meet):
     first, began = meet(0), time.monotonic()
-    first.settle(End(75))
+    first.announce_end(End(75))
     assert time.monotonic() - began < 2
 
 
@@ -308,7 +310,7 @@ def test_one_that_stops_on_a_cut_network_before_the_start_does_not_wait_long(mee
     _, second = meet(0, 3), meet(1, 3)
     assert is_here(second, 0)
     second.over, began = True, time.monotonic()  # its rows no longer change, as if a call of the store was stuck
-    second.settle(End(75))
+    second.announce_end(End(75))
     assert time.monotonic() - began < 3
 
 
@@ -319,10 +321,10 @@ def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_worke
     monkeypatch.setattr(rows, 'SOON', 3)
     pair[silent].over = True
     other = pair[1 - silent]
-    assert not wait_until((other.reports / 'give_up').exists, 1.5)
-    assert wait_until((other.reports / 'give_up').exists, 6)
-    other.settle(End(1, 'gave up', (2, 1.0)))
-    code, cause, text = verdict(other.judged())
+    assert not wait_until((other.report_dir / 'give_up').exists, 1.5)
+    assert wait_until((other.report_dir / 'give_up').exists, 6)
+    other.announce_end(End(1, 'gave up', (2, 1.0)))
+    code, cause, text = run_outcome(other.judged())
     assert (code, cause) == (1, silent) and re.search(r'has been silent for \d+ s', text)
 
 
@@ -332,8 +334,8 @@ def test_a_silent_machine_is_missed_sooner_where_workers_have_failed(meet, monke
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'SOON', 2)
     second.over, began = True, time.monotonic()
-    first.settle(End(1, 'connection closed', (2, 1.0)))
-    assert time.monotonic() - began < 5 and verdict(first.judged())[:2] == (1, 1)
+    first.announce_end(End(1, 'connection closed', (2, 1.0)))
+    assert time.monotonic() - began < 5 and run_outcome(first.judged())[:2] == (1, 1)
     began = time.monotonic()
     first.close()
     assert time.monotonic() - began < 2  # no machine is left to read its last row
@@ -359,14 +361,14 @@ def test_machine_0_that_left_after_its_workers_had_ended_is_not_lost(meet):
     assert wait_until(lambda: second.rows[0].code == 0, 3)
     leave_at_once(first)
     assert wait_until(lambda: second.lost, 5)
-    second.settle(End(0))
-    assert verdict(second.judged()) == (0, 0, '')
+    second.announce_end(End(0))
+    assert run_outcome(second.judged()) == (0, 0, '')
 
 
 @pytest.mark.slow
 def test_machine_0_which_has_the_store_leaves_last(meet):
     first, second = begun(meet(0), meet(1))
-    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(0)))
+    all_at_once(lambda: first.announce_end(End(0)), lambda: second.announce_end(End(0)))
     leaving = threading.Thread(target=first.close)
     leaving.start()
     assert not wait_until(lambda: first.over, 1)
@@ -390,8 +392,8 @@ def test_a_launcher_that_is_gone_is_missed_at_once_by_its_broken_connection(meet
     first, second = begun(meet(0), meet(1))
     first.close()
     assert wait_until(lambda: second.lost, 5)
-    second.settle(End(75))
-    assert verdict(second.judged())[:2] == (75, 1)  # its own end counts
+    second.announce_end(End(75))
+    assert run_outcome(second.judged())[:2] == (75, 1)  # its own end counts
 
 
 @pytest.mark.slow
@@ -420,13 +422,13 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
     monkeypatch.setattr(rows, 'SOON', 2.0)
     ended = []
     monkeypatch.setattr(rows.os, '_exit', ended.append)
-    threading.Thread(target=lambda: second.settle(End(1, 'KeyError', (1, 2.0))), daemon=True).start()
-    assert not wait_until((first.reports / 'give_up').exists, 1)
-    assert wait_until((first.reports / 'give_up').exists, 5)
+    threading.Thread(target=lambda: second.announce_end(End(1, 'KeyError', (1, 2.0))), daemon=True).start()
+    assert not wait_until((first.report_dir / 'give_up').exists, 1)
+    assert wait_until((first.report_dir / 'give_up').exists, 5)
     assert not wait_until(lambda: ended, 1)
     assert wait_until(lambda: ended, 5) and ended[0] == 1
     assert f'run.sh: machine 1 ({socket.gethostname()}): KeyError\n' in capsys.readouterr().err
-    first.settle(End(1))
+    first.announce_end(End(1))
 
 
 @pytest.mark.parametrize(('code', 'end'), [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
@@ -436,10 +438,10 @@ def test_workers_here_end_in_the_same_way_as_elsewhere(meet, monkeypatch, code, 
     asked = []
     monkeypatch.setattr(rows, 'PATIENCE', 0.3)
     monkeypatch.setattr(rows.os, 'kill', lambda pid, signum: asked.append(signum))
-    threading.Thread(target=lambda: second.settle(End(code)), daemon=True).start()
-    wait_until(lambda: asked or (first.reports / 'give_up').exists(), 3)
-    assert (asked, (first.reports / 'give_up').exists()) == ([end] * (end == signal.SIGTERM), end == 'give_up')
-    first.settle(End(code))
+    threading.Thread(target=lambda: second.announce_end(End(code)), daemon=True).start()
+    wait_until(lambda: asked or (first.report_dir / 'give_up').exists(), 3)
+    assert (asked, (first.report_dir / 'give_up').exists()) == ([end] * (end == signal.SIGTERM), end == 'give_up')
+    first.announce_end(End(code))
 
 
 @pytest.mark.slow
@@ -453,19 +455,19 @@ def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch)
     monkeypatch.setattr(rows.os, '_exit', ended.append)
     second.running = third.running = False  # as in settle
     second.mine, third.mine = rows.replace(second.mine, code=1), rows.replace(third.mine, code=75)
-    assert wait_until(lambda: asked, 5) and not (first.reports / 'give_up').exists()
+    assert wait_until(lambda: asked, 5) and not (first.report_dir / 'give_up').exists()
     monkeypatch.setattr(rows, 'SOON', 0.5)
     assert not wait_until(lambda: ended, 1.5)
     assert wait_until(lambda: ended, 3) and ended[0] == 75 and asked == [signal.SIGTERM]
-    first.settle(End(75))
+    first.announce_end(End(75))
 
 
 def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
     """The launcher stays until all have read its last row."""
     first, second = begun(meet(0), meet(1))
     monkeypatch.setattr(rows, 'PATIENCE', 0)
-    all_at_once(lambda: first.settle(End(0)), lambda: second.settle(End(1)))
-    assert not wait_until((first.reports / 'give_up').exists, 1)
+    all_at_once(lambda: first.announce_end(End(0)), lambda: second.announce_end(End(1)))
+    assert not wait_until((first.report_dir / 'give_up').exists, 1)
 
 
 # ---------------------------------------------------------------- the launcher around it
@@ -489,8 +491,8 @@ def torchrun(monkeypatch, tmp_path):
             there = meet(1)
             there.gather()
             time.sleep(seconds)
-            there.settle(End(0))
-            ends.append(verdict(there.judged()))
+            there.announce_end(End(0))
+            ends.append(run_outcome(there.judged()))
             there.close()
 
         other = threading.Thread(target=second)
@@ -708,7 +710,7 @@ def test_a_stop_between_two_starts_is_obeyed_and_the_other_machines_hear_of_it(m
 
 def test_the_last_row_arrives_even_if_a_stop_comes_while_it_is_written(meet):
     first, second = begun(meet(0), meet(1))
-    second.mine = rows.replace(second.mine, code=75)  # as settle does, before SignalException ends it
+    second.mine = rows.replace(second.mine, code=75)  # as announce_end does, before SignalException ends it
     second.close()
     assert wait_until(lambda: first.rows[1].code == 75, 2)
 

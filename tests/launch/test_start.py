@@ -169,7 +169,7 @@ def test_the_start_sets_the_log_level_and_warns_about_a_single_machine(monkeypat
     for name in ('NNODES', 'SLURM_STEP_ID', 'TORCHRUN_ARGS'):
         monkeypatch.delenv(name, raising=False)
     start.start(str(ROOT / 'examples/edm.py'))
-    assert seen == levels and all(isinstance(stream, command.Output) for stream in streams) and len(streams) == 2
+    assert seen == levels and all(isinstance(stream, command.SafeStream) for stream in streams) and len(streams) == 2
     assert 'run.sh: this run sees 1 machine, though WORLD_SIZE=4' in capsys.readouterr().err
 
 

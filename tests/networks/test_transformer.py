@@ -155,7 +155,7 @@ def test_impossible_settings_are_setting_errors(settings, shape, said):
         get_network(Config(network='dit', **settings), shape, 10)
 
 
-def test_settings_that_are_0_are_those_of_the_size():
+def test_settings_that_are_0_follow_the_size():
     net = get_network(Config(network='dit', dit_size='B', dit_depth=1), (1, 8, 8), 10).net
     assert (len(net.blocks), net.head.in_features, net.blocks[0].attention.heads) == (1, 768, 12)
     net = get_network(Config(network='dit', dit_depth=2, dit_width=40, dit_heads=5, dit_patch=4), (1, 8, 8), 10).net

@@ -17,7 +17,7 @@ from PIL import Image
 from config import Config, SettingError
 from reports import page, parts
 from runtime.alive import duration
-from scripts.compare import Compare, compare, labels_of
+from scripts.compare import Compare, compare, legend_labels
 from settings.same_run import cut_middle
 from tests.helpers import columns_in, record_of
 from trainer import ExampleDiffusionTrainer
@@ -175,9 +175,9 @@ def test_numbers_on_axes_are_plain():
 
 def test_compared_runs_are_named_by_what_differs():
     runs = [run_of([], base_lr=lr, log_every=i) for i, lr in enumerate((0.1, 0.2))]
-    assert labels_of(runs, ['a' * 50, 'b' * 50]) == ['base_lr=0.1', 'base_lr=0.2']
+    assert legend_labels(runs, ['a' * 50, 'b' * 50]) == ['base_lr=0.1', 'base_lr=0.2']
     alike = [run_of([], log_every=i) for i in range(2)]
-    assert labels_of(alike, ['a' * 50, 'b' * 50]) == [cut_middle('a' * 50, 40), cut_middle('b' * 50, 40)]
+    assert legend_labels(alike, ['a' * 50, 'b' * 50]) == [cut_middle('a' * 50, 40), cut_middle('b' * 50, 40)]
 
 
 def test_evaluations_are_on_the_page(trained):

@@ -24,8 +24,8 @@ from training.experiment import SampleInputs
 
 def panels_of(gallery):
     """A list that collects the panels that the gallery draws."""
-    panels, drawn = [], gallery.drawn
-    gallery.drawn = lambda *args, **settings: panels.append(Panel(*args, **settings)) or drawn(*args, **settings)
+    panels, drawn = [], gallery.draw_items
+    gallery.draw_items = lambda *args, **settings: panels.append(Panel(*args, **settings)) or drawn(*args, **settings)
     return panels
 
 
@@ -58,8 +58,8 @@ def test_samples_are_below_data_of_their_class_and_nothing_else(gallery):
 
 def test_samples_made_from_data_are_to_the_right_of_their_inputs_and_the_truth(gallery, monkeypatch):
     """Each panel has a title; data that cannot be drawn are left out."""
-    calls, joined = [], plots.joined
-    monkeypatch.setattr(plots, 'joined', lambda parts, *gap: calls.append(parts) or joined(parts, *gap))
+    calls, joined = [], plots.join_pictures
+    monkeypatch.setattr(plots, 'join_pictures', lambda parts, *gap: calls.append(parts) or joined(parts, *gap))
     x, given, truth, odd = torch.rand(6, 1, 8, 8), torch.rand(6, 3, 8, 8), torch.rand(6, 1, 8, 8), torch.rand(6, 5)
     inputs = SampleInputs(truth, torch.arange(6) % 3, truth=truth, given=[odd, given])
     whole = gallery.picture_of(x, inputs, 'mine')
@@ -138,7 +138,7 @@ def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_t
     train = trainer.decode(trainer.encode(trainer.batches.train_loader.everything()[0])).flatten(1)
     near = [torch.cdist(panel.x.flatten(1), train).amin(1) < 1e-3 for panel in (read, trained)]
     assert near[0].all() and not near[1].all()  # only the panel `as read` has items of the data
-    assert torch.equal(seen['data_and_augmented'], plots.joined([*map(draw, (read, trained))]))
+    assert torch.equal(seen['data_and_augmented'], plots.join_pictures([*map(draw, (read, trained))]))
     assert curves['lr_schedule'] == [(k, get_lr(trainer.config, k)) for k in range(3)]
 
 

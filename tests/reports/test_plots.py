@@ -11,11 +11,11 @@ from reports.plots import (
     GAP,
     GREY,
     LINE_HEIGHT,
-    Block,
+    GridBlock,
     Panel,
     draw_images,
     image_grid,
-    joined,
+    join_pictures,
     rendered_text,
     stacked,
     text_width,
@@ -37,7 +37,7 @@ def centres(picture, rows, columns, top=0, left=0, side=48):
 
 def test_pictures_are_joined_with_white_between_and_around():
     left, right = (torch.randint(0, 255, (3, h, w), dtype=torch.uint8) for h, w in ((20, 30), (50, 10)))
-    picture = joined([left, right])
+    picture = join_pictures([left, right])
     assert picture.shape == (3, 50, 30 + BETWEEN + 10)
     assert torch.equal(picture[:, :20, :30], left) and torch.equal(picture[:, :, -10:], right)
     assert (picture[:, 20:, :30] == 255).all() and (picture[:, :, 30 : 30 + BETWEEN] == 255).all()
@@ -129,7 +129,7 @@ def test_data_are_above_the_samples_of_their_class_with_a_gap():
     x, names = flat(0.1, 0.2, 0.3, 0.4, 0.5, 0.6), ['dog', 'gnu', 'cat', 'cat', 'dog', 'eel']
     panel = Panel(x, names, real=3)
     rows = [[2, 0, -1], [3, 4, 5]]
-    assert panel.blocks() == [Block(rows, ['cat', 'dog', 'eel'], ['data', ''], [1])]
+    assert panel.blocks() == [GridBlock(rows, ['cat', 'dog', 'eel'], ['data', ''], [1])]
     picture, margin = draw_images(panel), text_width('data') + 4
     side = (picture.shape[2] - margin - GAP) // 3 - GAP
     levels = [round(255 * level) for level in (0.3, 0.1, 0.4, 0.5, 0.6)]
@@ -155,7 +155,7 @@ def test_a_path_has_times_on_top_and_two_rows_for_each_sample():
     x = flat(*(torch.arange(12) / 12).tolist())
     panel = Panel(x, ['cat', 'x0', 'dog', 'x0'], times=['t 1', 't 0.5', 't 0'])
     assert panel.blocks() == [
-        Block([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]], panel.times, panel.names, range(2, 4, 2))
+        GridBlock([[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]], panel.times, panel.names, range(2, 4, 2))
     ]
     picture, margin = draw_images(panel), max(map(text_width, panel.names)) + 4
     side = (picture.shape[2] - margin - GAP) // 3 - GAP

@@ -22,9 +22,9 @@ def short_silence(monkeypatch):
 
 
 def test_a_silent_block_prints_its_name_and_progress(capsys):
-    with alive.still('training'):
+    with alive.print_while('training'):
         time.sleep(0.3)
-        with alive.still('drawing samples') as task:
+        with alive.print_while('drawing samples') as task:
             task.share = 0.4
             time.sleep(0.25)
     time.sleep(0.3)  # no line after the block
@@ -32,8 +32,8 @@ def test_a_silent_block_prints_its_name_and_progress(capsys):
 
 
 def test_after_an_inner_block_the_outer_one_is_printed(capsys):
-    with alive.still('training'):
-        with alive.still('saving'):
+    with alive.print_while('training'):
+        with alive.print_while('saving'):
             pass
         time.sleep(0.3)
     assert capsys.readouterr().out == '... still training\n'
@@ -50,7 +50,7 @@ def test_a_bar_counts_as_output_when_it_is_redrawn(clock):
 
 
 def test_a_block_that_prints_gets_no_extra_lines(capsys):
-    with alive.still('training'):
+    with alive.print_while('training'):
         for _ in range(8):
             ranks.print_once('step')
             time.sleep(0.05)
@@ -58,13 +58,13 @@ def test_a_block_that_prints_gets_no_extra_lines(capsys):
 
 
 def test_without_a_terminal_items_are_reported_in_percent(capsys):
-    assert [x for x in alive.each([0.25, 0, 0.25], 'reading', 3) if not time.sleep(x)] == [0.25, 0, 0.25]
+    assert [x for x in alive.with_progress([0.25, 0, 0.25], 'reading', 3) if not time.sleep(x)] == [0.25, 0, 0.25]
     assert capsys.readouterr().out == '... still reading, 0%\n... still reading, 67%\n'
 
 
 def test_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv('RANK', '1')
-    with alive.still('training'):
+    with alive.print_while('training'):
         time.sleep(0.3)
     assert not capsys.readouterr().out
 
@@ -75,7 +75,7 @@ def test_a_process_forked_during_a_print_can_print():
 import os, sys, time
 from runtime import alive
 alive.MAX_SILENCE = 0.1
-with alive.still('x' * 200_000):
+with alive.print_while('x' * 200_000):
     time.sleep(0.5)
     if os.fork() == 0:
         print('child', file=sys.stderr, flush=True)

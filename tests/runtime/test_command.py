@@ -120,7 +120,7 @@ def test_a_broken_stream_does_not_end_the_program():
         def write(self, text):
             raise BrokenPipeError
 
-    out = command.Output(Full('seen'))
+    out = command.SafeStream(Full('seen'))
     assert out.write('text') == 4
     out.flush()
     assert out.getvalue() == 'seen'  # other attributes are passed through

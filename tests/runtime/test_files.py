@@ -39,10 +39,10 @@ def python(tmp_path):
 @pytest.mark.parametrize('durable', [False, True])
 def test_whole_replaces_the_file_at_the_end_only(tmp_path, durable):
     path = tmp_path / 'new folder/numbers.txt'
-    with files.whole(path, durable) as temporary:
+    with files.atomic_write(path, durable) as temporary:
         temporary.write_text('first')
         assert not path.exists()
-    with files.whole(path, durable) as temporary:
+    with files.atomic_write(path, durable) as temporary:
         temporary.write_text('second')
         assert path.read_text() == 'first'
     assert path.read_text() == 'second' and os.listdir(path.parent) == ['numbers.txt']
@@ -50,7 +50,7 @@ def test_whole_replaces_the_file_at_the_end_only(tmp_path, durable):
 
 def test_whole_leaves_nothing_behind_after_an_error(tmp_path):
     files.write_text(tmp_path / 'numbers.txt', 'before')
-    with pytest.raises(OSError, match='disk'), files.whole(tmp_path / 'numbers.txt') as temporary:
+    with pytest.raises(OSError, match='disk'), files.atomic_write(tmp_path / 'numbers.txt') as temporary:
         temporary.write_text('half')
         raise OSError('the disk is full')
     assert (tmp_path / 'numbers.txt').read_text() == 'before' and os.listdir(tmp_path) == ['numbers.txt']
@@ -62,7 +62,7 @@ from pathlib import Path
 from runtime import files
 from runtime.errors import SettingError
 for i in range(10**6):
-    with files.whole(Path('numbers.txt')) as temporary, open(temporary, 'w') as file:
+    with files.atomic_write(Path('numbers.txt')) as temporary, open(temporary, 'w') as file:
         for _ in range(1000):
             file.write(f'{i % 10}' * 100)
             file.flush()
@@ -85,7 +85,7 @@ def test_whole_survives_a_kill_in_the_middle_of_a_write(python, tmp_path):
 
 def test_whole_in_two_containers_never_uses_the_same_temporary_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'getpid', lambda: 7)
-    with files.whole(tmp_path / 'a') as first, files.whole(tmp_path / 'a') as second:
+    with files.atomic_write(tmp_path / 'a') as first, files.atomic_write(tmp_path / 'a') as second:
         assert first != second and {first.parent, second.parent} == {tmp_path}
         first.write_text('first')
         second.write_text('second')
@@ -101,7 +101,7 @@ def test_link_as_gives_a_second_name_that_outlives_the_first(tmp_path, monkeypat
     monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
     files.link_as(first, copy)
     assert not first.samefile(copy)
-    with files.whole(first) as temporary:
+    with files.atomic_write(first) as temporary:
         temporary.write_bytes(b'new weights')
     assert second.read_bytes() == copy.read_bytes() == b'weights'
 

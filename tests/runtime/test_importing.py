@@ -211,7 +211,7 @@ def experiment(tmp_path):
 def test_a_class_of_the_project_is_imported_only_once():
     import trainer
 
-    assert run_record.where(Config) == dict(file='config.py', name='Config')
+    assert run_record.import_arguments(Config) == dict(file='config.py', name='Config')
     assert import_class('config.py', 'Config') is Config
     assert import_class('trainer.py', 'BaseDiffusionTrainer') is trainer.BaseDiffusionTrainer
 
@@ -221,7 +221,7 @@ def test_a_file_is_imported_as_a_module_only_once(experiment, capsys):
     assert cls.factor == 2 and cls.__module__ == 'mine' and capsys.readouterr().out == ''
     assert import_class(str(experiment), 'Mine') is cls is sys.modules['mine'].Mine
     assert import_class(str(experiment), 'Mine.Inner') is cls.Inner
-    assert run_record.where(cls) == dict(file=str(experiment), name='Mine')
+    assert run_record.import_arguments(cls) == dict(file=str(experiment), name='Mine')
 
 
 def test_another_module_of_the_same_name_is_not_replaced(experiment):

@@ -1,4 +1,4 @@
-"""Rank, collectives and shares, with one process, with two, and with one of two inside `alone()`."""
+"""Rank, collectives and shares, with one process, with two, and with one of two inside `as_one_process()`."""
 
 import os
 
@@ -52,30 +52,31 @@ if rank == 0:
 d.barrier()
 seen['waited'] = time.monotonic() - start
 
-with d.alone():  # collectives, called by rank 0 only
+with d.as_one_process():  # collectives, called by rank 0 only
     if rank == 0:
-        seen['alone'] = [d.rank(), d.world_size(), d.is_main(), d.is_first_of_machine(), d.my_items(3)]
-        seen['alone'] += [d.all_gather_objects('x'), d.all_reduce(torch.ones(1), 'SUM').item(), d.any_rank(False)]
-        seen['alone'] += [d.on_main(lambda: 1), d.on_each(lambda: 2, patient=True), d.in_turns(lambda: 3)]
-        seen['alone'] += [d.gather_items(torch.arange(3), 3).tolist()]
+        seen['one process'] = [d.rank(), d.world_size(), d.is_main(), d.is_first_of_machine(), d.my_items(3)]
+        seen['one process'] += [d.all_gather_objects('x'), d.all_reduce(torch.ones(1), 'SUM').item(), d.any_rank(False)]
+        seen['one process'] += [d.on_main(lambda: 1), d.on_each(lambda: 2, patient=True), d.rank_0_first(lambda: 3)]
+        seen['one process'] += [d.gather_items(torch.arange(3), 3).tolist()]
         d.barrier()
-        with d.alone():
+        with d.as_one_process():
             pass
-        seen['nested'] = d.is_alone()
+        seen['nested'] = d.acts_as_one_process()
     else:
-        seen['alone'] = [d.rank(), d.world_size(), d.is_main(), d.is_first_of_machine()]
+        seen['one process'] = [d.rank(), d.world_size(), d.is_main(), d.is_first_of_machine()]
         d.print_once('not on this rank')
-seen['with others'] = [d.is_alone(), d.rank(), d.world_size()]
+seen['with others'] = [d.acts_as_one_process(), d.rank(), d.world_size()]
 
 calls = []
-seen['on_main_alone'] = d.on_main_alone(lambda: calls.append(d.world_size()) or d.all_gather_objects(rank))
+fn = lambda: calls.append(d.world_size()) or d.all_gather_objects(rank)
+seen['on_main_as_one_process'] = d.on_main_as_one_process(fn)
 seen['calls'] = calls
 try:
-    d.on_main_alone(fail)
+    d.on_main_as_one_process(fail)
 except FileNotFoundError as error:
-    seen['alone raised'] = error.filename
-with d.alone():  # does not affect a background thread
-    thread = threading.Thread(target=lambda: seen.update(thread=[d.is_alone(), d.rank()]))
+    seen['one process raised'] = error.filename
+with d.as_one_process():  # does not affect a background thread
+    thread = threading.Thread(target=lambda: seen.update(thread=[d.acts_as_one_process(), d.rank()]))
     thread.start()
     thread.join()
 seen['in step'] = d.all_gather_objects(rank)
@@ -129,19 +130,19 @@ def test_two_barrier_waits(both):
     assert both[1]['waited'] > 0.2
 
 
-def test_two_alone_acts_as_one_process_until_the_end_of_the_block(both):
+def test_two_as_one_process_until_the_end_of_the_block(both):
     first, second = both
-    assert first['alone'] == [0, 1, True, True, [0, 1, 2], ['x'], 1.0, False, 1, 2, 3, [0, 1, 2]]
-    assert second['alone'] == [0, 1, True, True] and first['nested'] is True
+    assert first['one process'] == [0, 1, True, True, [0, 1, 2], ['x'], 1.0, False, 1, 2, 3, [0, 1, 2]]
+    assert second['one process'] == [0, 1, True, True] and first['nested'] is True
     assert [seen['with others'] for seen in both] == [[False, 0, 2], [False, 1, 2]]
     assert [seen['thread'] for seen in both] == [[False, 0], [False, 1]]
     assert [seen['in step'] for seen in both] == [[0, 1]] * 2
 
 
-def test_two_on_main_alone_may_call_collectives(both):
-    assert [seen['on_main_alone'] for seen in both] == [[0]] * 2
+def test_two_on_main_as_one_process_may_call_collectives(both):
+    assert [seen['on_main_as_one_process'] for seen in both] == [[0]] * 2
     assert [seen['calls'] for seen in both] == [[1], []]
-    assert [seen['alone raised'] for seen in both] == ['rank0'] * 2
+    assert [seen['one process raised'] for seen in both] == ['rank0'] * 2
 
 
 # ---------------------------------------------------------------- one process

@@ -42,13 +42,13 @@ if rank == 1:
     seen['polled'] = time.monotonic() - start
 d.barrier()
 
-stopping.poll_stop()  # its reduction is pending while rank 1 is inside alone()
+stopping.poll_stop()  # its reduction is pending while rank 1 is inside as_one_process()
 if rank == 1:
-    with d.alone():
+    with d.as_one_process():
         before = stopping._pending
         os.kill(os.getpid(), signal.SIGTERM)
-        seen['alone'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), stopping.finish_poll()]
-        seen['alone'] += [raised(stopping.raise_if_stopped, failed=True), before is stopping._pending]
+        seen['one process'] = [raised(stopping.raise_if_stopped), raised(stopping.poll_stop), stopping.finish_poll()]
+        seen['one process'] += [raised(stopping.raise_if_stopped, failed=True), before is stopping._pending]
 seen['polls'] = [raised(stopping.poll_stop) for _ in range(4)]  # a poll that raises leaves no pending reduction
 seen['unread'] = stopping._pending is not None
 seen['stopped'] = [raised(stopping.raise_if_stopped) for _ in range(2)]
@@ -103,9 +103,9 @@ def test_two_polls_do_not_disturb_later_collectives(both):
     assert [seen['in order'] for seen in both] == [[0, 1]] * 2
 
 
-def test_two_a_signal_inside_alone_is_noted_and_obeyed_later(both):
-    """Inside `alone()` there is no communication, and the pending reduction stays unread."""
-    assert both[1]['alone'] == ['', '', 0, 'RankFailed', True]
+def test_two_a_signal_inside_as_one_process_is_noted_and_obeyed_later(both):
+    """Inside `as_one_process()` there is no communication, and the pending reduction stays unread."""
+    assert both[1]['one process'] == ['', '', 0, 'RankFailed', True]
 
 
 # ---------------------------------------------------------------- one process
@@ -133,9 +133,9 @@ def test_one_process_that_failed_gives_up_and_reports_its_own_error(monkeypatch,
     assert json.loads((tmp_path / 'failed_3').read_text())['text'] == 'MemoryError: no room for 64 images'
 
 
-def test_one_process_inside_alone_stops_at_the_end_of_the_block(monkeypatch):
+def test_one_process_inside_as_one_process_stops_at_the_end_of_the_block(monkeypatch):
     monkeypatch.setattr(stopping, '_stop_asked', True)
-    with ranks.alone():
+    with ranks.as_one_process():
         stopping.raise_if_stopped()
         stopping.poll_stop()
     with pytest.raises(errors.Stopped):
@@ -204,7 +204,7 @@ def short_ticks(monkeypatch):
         monkeypatch.setattr(stopping, name, value)
 
 
-def test_a_wait_for_data_says_so_and_ends(short_ticks, capsys):
+def test_a_wait_for_data_prints_a_line_and_ends(short_ticks, capsys):
     began = time.monotonic()
     with pytest.raises(errors.DataError, match=r'^data of x: nothing came in 0 minutes'), stopping.waiting('data of x'):
         time.sleep(30)
@@ -212,7 +212,7 @@ def test_a_wait_for_data_says_so_and_ends(short_ticks, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert 3 <= len(lines) <= 5 and lines[0] == '... rank 0 is waiting for data of x: nothing for 0 s'
     with stopping.waiting('data of x'):
-        time.sleep(0.2)  # slow data are no error
+        time.sleep(0.2)  # slow data are not an error
     time.sleep(0.6)  # the alarm is off after the block
 
 

@@ -38,7 +38,7 @@ def compared(tmp_path, monkeypatch, build_trainer):
 
     def run(parts, *flags, numbers=('eval/*', 'final/*/frechet')):
         monkeypatch.setattr(sys, 'argv', ['examples/mine.py', '--ckpt_dir', str(tmp_path), *flags])
-        side_by_side(parts, numbers, usual=defaults)
+        side_by_side(parts, numbers, default_flags=defaults)
 
     return run
 

@@ -21,7 +21,7 @@ from runtime import errors
 from scripts import generate as program
 from scripts import samples
 from scripts.generate import Generate
-from scripts.samples import Output, parse_labels
+from scripts.samples import SampleFiles, parse_labels
 from tests.helpers import ROOT, launch_env, wait_until
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
@@ -116,8 +116,10 @@ def test_existing_samples_are_not_drawn_again(draw, monkeypatch, capsys):
     for i in (3, 17):
         (out / f'000/{i:06d}.png').unlink()
     added = []
-    add = Output.add
-    monkeypatch.setattr(Output, 'add', lambda self, indices, *rest: added.extend(indices) or add(self, indices, *rest))
+    add = SampleFiles.add
+    monkeypatch.setattr(
+        SampleFiles, 'add', lambda self, indices, *rest: added.extend(indices) or add(self, indices, *rest)
+    )
     draw('folder', num=25)
     assert added == [3, 17, 20, 21, 22, 23, 24] and '18 of them already drawn' in capsys.readouterr().out
     assert sum(path.stat().st_mtime_ns == time for path, time in before.items()) == 18

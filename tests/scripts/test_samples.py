@@ -8,21 +8,21 @@ import torch
 from PIL import Image
 
 from config import SettingError
-from scripts.samples import Output, Samples
+from scripts.samples import SampleFiles, Samples
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
 
 def test_the_path_of_a_file_follows_from_its_index(tmp_path):
-    out = Output(str(tmp_path / 'x'), True, {})
+    out = SampleFiles(str(tmp_path / 'x'), True, {})
     assert out.png(123) == tmp_path / 'x/000/000123.png' and out.png(1234) == tmp_path / 'x/001/001234.png'
 
 
 def test_a_folder_holds_the_images_and_a_grid(tmp_path):
-    out = Output(str(tmp_path / 'x'), True, {})
+    out = SampleFiles(str(tmp_path / 'x'), True, {})
     out.claim()
     out.add([0, 3], X[[0, 3]], None)
-    assert out.drawn() == {0, 3}
+    assert out.existing() == {0, 3}
     out.add([1, 2, 4, 5], X[[1, 2, 4, 5]], None)
     out.finish(4, 2, [])
     with Image.open(out.png(3)) as image:
@@ -32,13 +32,13 @@ def test_a_folder_holds_the_images_and_a_grid(tmp_path):
 
 
 def test_one_file_holds_all_samples_in_order_and_can_be_extended(tmp_path):
-    out = Output(str(tmp_path / 'x.npz'), False, {})
+    out = SampleFiles(str(tmp_path / 'x.npz'), False, {})
     out.claim()
     label = torch.arange(6)
     out.add([4, 5], X[4:], label[4:])
     out.add([0, 1], X[:2], label[:2])
     out.finish(2, 2, [])  # samples 2 and 3 are missing, so only samples 0 and 1 are in the file
-    assert len(np.load(tmp_path / 'x.npz')['arr_0']) == 2 and out.drawn() == {0, 1, 4, 5}
+    assert len(np.load(tmp_path / 'x.npz')['arr_0']) == 2 and out.existing() == {0, 1, 4, 5}
     out.add([2, 3], X[2:4], label[2:4])
     out.finish(6, 2, [])
     whole = np.load(tmp_path / 'x.npz')
@@ -48,7 +48,7 @@ def test_one_file_holds_all_samples_in_order_and_can_be_extended(tmp_path):
 
 
 def test_a_sample_in_two_batches_is_in_the_file_once_and_no_class_is_minus_one(tmp_path):
-    out = Output(str(tmp_path / 'x.npz'), False, {})
+    out = SampleFiles(str(tmp_path / 'x.npz'), False, {})
     out.claim()
     for rows in (range(4), range(2, 6)):
         out.add(rows, X[list(rows)], None)
@@ -58,7 +58,7 @@ def test_a_sample_in_two_batches_is_in_the_file_once_and_no_class_is_minus_one(t
 
 
 def test_a_longer_table_is_kept(tmp_path):
-    out = Output(str(tmp_path / 'x'), True, {})
+    out = SampleFiles(str(tmp_path / 'x'), True, {})
     out.claim()
     for label in ([1, 0, 1], [1, 0]):
         out.write_labels(label, ['cat', 'dog', 'none'])
@@ -67,7 +67,7 @@ def test_a_longer_table_is_kept(tmp_path):
 
 def test_samples_that_are_not_images_need_a_file(tmp_path):
     with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\]'):
-        Output(str(tmp_path / 'x'), False, {})
+        SampleFiles(str(tmp_path / 'x'), False, {})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_missing_data_are_named_but_a_name_on_the_hub_is_not_a_path(dataset, wor
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
-    Output(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
-    Output(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
+    SampleFiles(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
+    SampleFiles(str(tmp_path / 'x'), True, dict(seed=0, pair=(1, 2))).claim()
     with pytest.raises(SettingError, match=r'of other settings \(there -> now\): seed: 0 -> 1. Pass another --out'):
-        Output(str(tmp_path / 'x'), True, dict(seed=1, pair=(1, 2))).claim()
+        SampleFiles(str(tmp_path / 'x'), True, dict(seed=1, pair=(1, 2))).claim()

@@ -11,7 +11,7 @@ import pytest
 
 import main
 from config import PRESETS, Config, SettingError, parse_config
-from settings.choices import READS, TABLES, is_extended, keys_in, names_of
+from settings.choices import READS, TABLES, is_extended, keys_in, known_choices
 from settings.flags import refuse
 from tests.helpers import ROOT
 
@@ -69,7 +69,7 @@ def reads_of(node: ast.AST, seen: frozenset[str] = frozenset()) -> set[ast.Attri
 
 
 @pytest.mark.parametrize('setting', [setting for setting in READS if setting in TABLES])
-def test_the_table_of_readers_is_that_of_the_sources(setting):
+def test_the_table_of_readers_matches_the_sources(setting):
     """Each built-in choice reads what the table says. The table has all settings that only some choices read."""
     nodes = {choice: reads_of(node) for choice, node in entries(setting).items()}
     in_sources = {choice: {n.attr for n in found} for choice, found in nodes.items()}
@@ -83,7 +83,7 @@ def test_the_table_of_readers_is_that_of_the_sources(setting):
 
 
 @pytest.mark.parametrize('setting', TABLES)
-def test_choices_in_the_files_are_those_of_the_tables(setting):
+def test_choices_in_the_files_match_the_tables(setting):
     built_in = keys_in(*TABLES[setting])
     assert built_in == list(main.choices()[setting])[: len(built_in)] and len(built_in) > 1
     assert not is_extended(TABLES[setting][1])
@@ -92,7 +92,7 @@ def test_choices_in_the_files_are_those_of_the_tables(setting):
 def test_a_table_that_cannot_be_read_refuses_nothing(monkeypatch):
     for module in ('solvers.table', 'gone'):
         monkeypatch.setitem(TABLES, 'solver', (module, 'NO_TABLE'))
-        assert names_of('solver') == [] and refused('--solver', 'mine') == ''
+        assert known_choices('solver') == [] and refused('--solver', 'mine') == ''
 
 
 # ---------------------------------------------------------------- what is refused
@@ -144,7 +144,7 @@ def test_one_line_names_all_that_are_not_read():
     ],
 )
 def test_a_flag_that_something_may_read_is_not_refused(flags, monkeypatch):
-    monkeypatch.setattr('settings.choices.names_of', lambda setting: [])
+    monkeypatch.setattr('settings.choices.known_choices', lambda setting: [])
     assert refused(*flags.split()) == ''
 
 

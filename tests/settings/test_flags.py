@@ -13,7 +13,7 @@ import pytest
 
 from config import DEBUG, PRESETS, Config, SettingError, parse_config
 from runtime.files import from_caller
-from settings.choices import TABLES, names_of
+from settings.choices import TABLES, known_choices
 from settings.flags import HINTS, normalized, read
 from settings.rules import CHOICES
 from tests.helpers import ROOT, as_flags
@@ -176,7 +176,7 @@ def test_help_has_examples_groups_choices_and_what_a_subclass_adds(capsys):
     groups = ['run', 'data', 'process', 'output and loss', 'network', 'batches and steps', 'optimizer', 'record']
     places = [shown.index(f' {name} options ') for name in [*groups, 'sampling', 'speed']]
     assert places == sorted(places)
-    choices = {setting: names_of(setting) for setting in (*TABLES, *CHOICES)} | dict(preset=list(PRESETS))
+    choices = {setting: known_choices(setting) for setting in (*TABLES, *CHOICES)} | dict(preset=list(PRESETS))
     for setting, names in choices.items():
         text = re.search(rf'--{setting} {{(.*?)}} ', shown)
         assert text and text[1].replace(' ', '').split(',') == [name for name in names if name], setting

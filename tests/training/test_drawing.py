@@ -93,16 +93,16 @@ def test_settings_within_a_block_replace_settings_of_the_config(tiny_config, bui
         trainer.draw(lambda xt, t, label: calls.append(t) or 0 * xt, inputs, solver, **settings)
         return len(calls)
 
-    with drawing.within(num_steps=2):
+    with drawing.with_settings(num_steps=2):
         assert steps() == 2 and steps('heun') == 4 and steps(num_steps=3) == 3
-    with pytest.raises(KeyError), drawing.within(num_steps=2):
+    with pytest.raises(KeyError), drawing.with_settings(num_steps=2):
         raise KeyError
     watched, called = [], []
-    with drawing.within(watching=lambda i, t, x: watched.append((i, t))):
+    with drawing.with_settings(watching=lambda i, t, x: watched.append((i, t))):
         assert steps(callback=lambda i, t, x: called.append((i, t))) == 9
     assert watched == called and [i for i, _ in watched] == list(range(1, 10))
     assert steps() == 9 and len(watched) == 9
-    with drawing.within(num_steps=2), drawing.within(watching=lambda i, t, x: watched.append((i, t))):
+    with drawing.with_settings(num_steps=2), drawing.with_settings(watching=lambda i, t, x: watched.append((i, t))):
         assert steps() == 2 and len(watched) == 11
 
 
@@ -224,7 +224,7 @@ def test_whether_a_draw_obeys_is_found_out_on_one_process(tiny_config, build_tra
     monkeypatch.setattr(ranks.dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(ranks.dist, 'get_world_size', lambda *_: 2)
     monkeypatch.setattr(ranks.dist, 'get_rank', lambda *_: 0)
-    with ranks.alone():
+    with ranks.as_one_process():
         assert not trainer.drawing.ignores_solver
 
 

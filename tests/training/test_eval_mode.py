@@ -9,7 +9,7 @@ from torch import nn
 
 import utils
 from evaluation.detectors import get_detector
-from evaluation.distances import Looked
+from evaluation.distances import SampleFeatures
 from runtime import stopping
 from runtime.errors import Stopped
 from tests.helpers import record_of
@@ -133,9 +133,9 @@ def test_the_search_for_unused_parameters_takes_as_many_images_as_one_forward_pa
 def test_the_data_that_samples_are_compared_with_are_encoded_in_eval_mode(tiny_config, build_trainer):
     """As evaluate.py does, which calls only this part."""
     trainer, modes = build_trainer(tiny_config()), set()
-    looked = Looked(get_detector(trainer.judge.data, 'pixels'))
-    looked.add(trainer.decode(trainer.example.x0), None)
+    sampled = SampleFeatures(get_detector(trainer.judge.data, 'pixels'))
+    sampled.add(trainer.decode(trainer.example.x0), None)
     encode = trainer.encode
     trainer.encode = lambda x: (modes.add(trainer.network.training), encode(x))[1]
-    trainer.judge.compared(looked, 32, most=50)
+    trainer.judge.compare_with_data(sampled, 32, most=50)
     assert modes == {False} and trainer.network.training

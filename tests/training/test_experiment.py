@@ -24,7 +24,7 @@ def test_inputs_without_old_names_are_bundles():
     [lambda: SampleInputs(X, None, {}, [X]), lambda: SampleInputs(X, beside=[X]), lambda: SampleInputs(X).beside],
     ids=['by position', 'by name', 'read'],
 )
-def test_beside_is_now_given_and_truth(use):
+def test_the_field_beside_is_now_given_and_truth(use):
     with pytest.raises((TypeError, AttributeError), match=r'pass given=\[.*self\.decode\(inputs\.truth\)'):
         use()
 

@@ -100,7 +100,7 @@ def test_a_class_without_source_is_left_out():
     exec('class Typed: ...', names)
     assert identity_of(names['Typed'], object, 'x') == run_record.Identity('Typed', {}, 'x')
     with pytest.raises(SettingError, match='Typed was not defined in a file'):
-        import_class(**run_record.where(names['Typed']))
+        import_class(**run_record.import_arguments(names['Typed']))
 
 
 # ---------------------------------------------------------------- run.json
