@@ -39,9 +39,7 @@ class Record:
         self.config, self.device, self.waited = config, device, waited
         self.begin_progress = partial(Progress, config.num_training_steps, seconds_at_end, config.final_eval)
         self.path = config.run_dir / 'metrics.jsonl'
-        self.means = self.log_to = RunningMeans(
-            device
-        )  # since the last `clear`; `log` adds to `log_to`, see `logging_apart`
+        self.means = self.log_to = RunningMeans(device)  # since `clear`; `log` adds to `log_to`, see `logging_apart`
         self.wandb = WandbRun()  # does nothing, except on rank 0 while the record is open
         self.wandb_id: str | None = None
         self.progress: Progress | None = None  # while the record is open
@@ -121,7 +119,7 @@ class Record:
 
     @contextlib.contextmanager
     def logging_apart(self) -> Iterator[dict[str, float]]:
-        """Yields a dict, filled at the end with the means of what was logged inside, which stays out of training's."""
+        """Yields a dict, which gets the means of values logged in this block. Training's means do not."""
         logged: dict[str, float] = {}
         before, self.log_to = self.log_to, RunningMeans(self.device)
         try:
@@ -156,8 +154,8 @@ class Record:
 
     @contextlib.contextmanager
     def line(self, step: int) -> Iterator[dict[str, float]]:
-        """Yields a dict, which is written as a line of the record at the end, also after a stop. After an error it is
-        written by a single process only: with several, one rank may have failed, and writing needs all of them. Raises
+        """Yields a dict, which is written as a line of the record at the end, also after a stop. After an error only
+        a run of one process writes it: with several, writing needs all ranks, and one may have failed. Raises
         SaveError on every rank if rank 0 cannot write. If anything was due, speed is measured from here on."""
         values: dict[str, float] = {}
         try:

@@ -179,12 +179,12 @@ def sample(
     are still times of `process`, and the path covers the same log-SNRs, as far as it has them. `sde_last_step` is the
     last step of a stochastic solver, see LAST_STEPS. `callback(i, t, x)` is called after step i, from 1, and
     `on_prediction(t, prediction)` after each evaluation of the network at time t.
-    With `guidance_scale` the network is compared with itself without label and conditions. It then gets `null_label`,
-    the class that means 'no label', and for each condition its value in `null_cond`, which means 'not given' (a number,
-    or a tensor of the shape of one item). Conditions without a null value, and labels that are floats, are the same in
-    both. Or the network is compared with `guide_fn`, a second model. For `guidance_interval` of t and
-    `guidance_rescale` see `Guidance`.
-    A network trained with label_dropout 0 knows no null class; `get_sample_fn` refuses to guide it by label.
+    If `guidance_scale` is not 1, the network is compared with itself without label and conditions. It then gets
+    `null_label`, the class that means 'no label', and for each condition its value in `null_cond`, which means 'not
+    given' (a number, or a tensor of the shape of one item). Conditions without a null value, and labels that are
+    floats, are the same in both. Or the network is compared with `guide_fn`, a second model. For `guidance_interval` of
+    t and `guidance_rescale` see `Guidance`.
+    A network trained with label_dropout 0 knows no null class: pass labels. `get_sample_fn` refuses such guidance.
     Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for conditions that
     are not (B, ...), and for guidance with nothing to leave out.
     """

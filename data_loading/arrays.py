@@ -46,8 +46,8 @@ def load_arrays(config: Config) -> Loaded:
              two parts
     .pt      a file of prepare.py
 
-    docs/data.md says how axes and values are read. If the file has one part, a tenth of each class is held out, the
-    same in every run; a prepared file stores its own split.
+    docs/data.md says how axes and values are read. If the file has one part, a tenth, at most 1000, is held
+    out, the same in every run; a prepared file stores its own split.
     """
     path = Path(config.data_path).expanduser()
     where = f"dataset='arrays', data_path={config.data_path!r}"
@@ -123,7 +123,7 @@ class ShuffledRows(Dataset):
 
 
 def check_path(path: Path, config: Config, where: str) -> None:
-    """Raise SettingError if `path` is not a file of arrays, or if it stores a layout and a range that are set, too."""
+    """Raise SettingError if `path` is not a file of arrays, or if it stores the layout and range that are set."""
     why = ''
     if not config.data_path:
         why = 'no file is given'

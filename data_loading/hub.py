@@ -48,7 +48,7 @@ def image_file(image: dict[str, Any] | None) -> Path | BytesIO:
 
 def load_hub(config: Config) -> Loaded:
     """(training part, held-out part, facts) from a data set of Hugging Face `datasets`, or from parquet files. Without
-    a held-out split, a tenth of each class is held out. Raises SettingError."""
+    a held-out split, a tenth, at most 1000, is held out. Raises SettingError."""
     where = f"dataset='hub', data_path={config.data_path!r}"
     try:
         import datasets
@@ -105,7 +105,11 @@ def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str 
     images = of_kind(datasets.Image) or [name for name, dtype in kinds.items() if dtype in ('binary', 'large_binary')]
     if not images:
         columns = ', '.join(f'{name} ({dtype})' for name, dtype in kinds.items())
-        remedy = 'Store the bytes inside the dict as a separate column.' if 'dict' in kinds.values() else ''
+        remedy = (
+            'Store the bytes inside the dict as a separate column.'
+            if 'dict' in kinds.values()
+            else 'Use another data set.'
+        )
         raise SettingError(f'{where}: no column holds images, as files or as bytes; columns: {columns}. {remedy}')
     if not named and len(images) > 1:
         raise SettingError(f'{where}: cannot tell which column holds the images; image columns: {images}. {choice}')

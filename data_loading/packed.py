@@ -138,7 +138,7 @@ def write_rows(path: Path, rows: Iterator[tuple[Tensor, int]], most: int, title:
     """
     first = next(rows, None)
     if first is None:
-        raise SettingError(f'{title}: no item can be read.')
+        raise SettingError(f'{title}: no item can be read. Check its files.')
     x, size, free = first[0], most * first[0].nbytes, space_for(path)
     if free < size:
         room = f'this takes {size / 1e9:.3g} GB; {free / 1e9:.3g} GB are free there'

@@ -244,7 +244,7 @@ def get_detector(data: JudgedData, name: str = '', weights: str = '') -> Detecto
 
 
 def agreement(recognised: Tensor | None, detector: Detector, data: JudgedData) -> dict[str, float]:
-    """Shares of `recognised` samples (n,), and of 1000 held-out items whose class `detector` recognises; else {}."""
+    """Shares of `recognised` samples (n,) and of 1000 held-out items in which `detector` sees the class; or {}."""
     if recognised is None or detector.predict is None:
         return {}
     x, label, *_ = data.held_out.take(range(min(1000, data.held_out.size)))

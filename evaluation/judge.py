@@ -154,7 +154,7 @@ class Judge:
         """
         experiment, loader, spec = self.experiment, self.batches.test_loader, self.experiment.data
         if spec.scale != 'image' or spec.value_range or not self.drawing.has_score or experiment.overrides('encode'):
-            raise SettingError('bits: needs uint8 images, the default encode, and independent noise N(0, I) as x1.')
+            raise SettingError('bits: needs uint8 images, the default encode, independent N(0, I) as x1; omit --bits.')
         if not self.config.dequantize:
             print_once('warning: the run was trained without --dequantize, so its density concentrates on grey levels '
                        'and bits per dimension may be any number')  # fmt: skip
@@ -177,7 +177,7 @@ class Judge:
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
             x = dequantize((loaded[0] * spec.max_value).round(), levels)
         if given.x0.shape != x.shape or (given.x0 - x).abs().max() > 2.01 / levels:
-            raise SettingError('bits: needs the image as x0, but prepare_batch_fn changes it.')
+            raise SettingError('bits: needs the image as x0, but prepare_batch_fn changes it. Omit --bits.')
         utils.seed_everything(0, 'probes', number)
         settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
         model_fn = self.experiment.get_model_fn(module)
@@ -188,7 +188,7 @@ class Judge:
 
     def samples(self, step: int, num_samples: int | None = None) -> dict[str, float]:
         """Numbers for samples of the judged weights, also printed: final/<sampler>/... for every sampler at the end,
-        eval/<sampler>/... for the first sampler before."""
+        eval/<sampler>/... for the first sampler during training."""
         c, names, values = self.config, list(self.experiment.samplers()), {}
         last = step >= c.num_training_steps
         if not self.can_judge:

@@ -3,7 +3,7 @@
 Pairs (x0, x1) are joined by Brownian bridges, xt = (1 - t) x0 + t x1 + S sqrt(t (1 - t)) z. The network predicts the
 displacement that remains over the root of the time that remains: down to x0 for class 0, up to x1 for class 1. After
 random pairs, half of the pairs are a true x1 and an x0 that the moving average draws from it, half the reverse. The
-fixed point is the process nearest to Brownian motion. `least` is the least E |x1 - x0|^2.  sh run.sh examples/bridge.py
+fixed point is nearest to Brownian motion with noise S. `least`: least E |x1 - x0|^2.  sh run.sh examples/bridge.py
 """
 
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ class Mixer(nn.Module):
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, xt, time, label=None):
-        """xt (B, C, H, W); time (B,), from 0 to several hundred; label (B,) int64."""
+        """xt (B, C, H, W); time (B,), which is 1000 t by default; label (B,) int64."""
         if label is None:
             label = torch.full((len(xt),), self.label.num_embeddings - 1, device=xt.device)
         embedding = self.time(sinusoid(time, self.label.embedding_dim)) + self.label(label)  # (B, width)

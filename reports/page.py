@@ -44,14 +44,14 @@ MEANINGS = {
     ),
     'frechet': (
         'Frechet distance', 'Distance of the samples as a whole from the training data.',
-        'near {}, the distance of equally many real items | near the distance of real items', 'real_frechet',
+        'near {}, the distance of as many real items | near the distance of as many real items', 'real_frechet',
     ),
     'wasserstein': (
         'Wasserstein distance', 'How far the samples must be moved to match the training points.',
-        'near {}, the distance of equally many real points | near the distance of real points', 'real_wasserstein',
+        'near {}, the distance of as many real points | near the distance of as many real points', 'real_wasserstein',
     ),
     'nearest_neighbour_ratio': (
-        'Nearest-neighbour ratio', 'Distance from a sample to the nearest training item, relative to a held-out item.',
+        'Nearest-neighbour ratio', 'Distance of samples to the nearest training item, over the same of held-out items.',
         'about 1; well below 1: training items were memorised; well above: samples lie off the data', '',
     ),
     'eval/loss': ('Held-out loss', 'The loss of the raw weights on held-out data.', 'near the training loss', ''),

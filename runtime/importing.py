@@ -159,7 +159,7 @@ def imported(path: Path) -> Any:
 
 def refuse_foreign(files: Iterable[str | None], run_dir: Path) -> None:
     """Raise SettingError for a code file that may be someone else's: one in the run's own folder, or outside the
-    project, the folder that run.sh was called from and the folder of the running script. Imported files may stay."""
+    project, the folder that run.sh was called from and the folder of the running script. Imported files are allowed."""
     script = getattr(sys.modules['__main__'], '__file__', None)
     homes = [ROOT, Path(os.environ.get('RUN_CALLER') or Path.cwd()).resolve()]
     homes += [Path(script).resolve().parent] if script else []

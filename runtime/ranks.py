@@ -204,7 +204,7 @@ def rank_0_first(fn: Callable[[], T]) -> T:
 
 
 def my_items(n: int) -> list[int]:
-    """Indices of this rank's share of n items: rank, rank + world size, ... Padded with the last to equal length."""
+    """Indices of this rank's share of n items: rank, rank + world size, ... The last item fills up shorter shares."""
     return [min(i, n - 1) for i in range(rank(), -(-n // world_size()) * world_size(), world_size())]
 
 

@@ -206,7 +206,7 @@ def folder_names(folders: Sequence[str]) -> list[str]:
         names = [os.sep.join(Path(folder).absolute().parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-    raise SettingError('The same folder is given twice.')
+    raise SettingError('The same folder is given twice. Pass each run once.')
 
 
 def legend_labels(runs: Sequence, names: Sequence[str]) -> list[str]:

@@ -38,7 +38,7 @@ TABLES = dict(
     sde_last_step=('solvers.table', 'LAST_STEPS'),
 )
 # setting -> value -> settings that this value reads and some other values do not. A value that is not listed, such as
-# one of your own, reads all of them. SDE settings are not listed: every run draws with an ODE and an SDE sampler.
+# one of your own, reads all of them. SDE settings are not here: a run with an ODE solver draws with an SDE solver too.
 FILES = 'data_path image_size background fit skip_unreadable cache'
 NOTHING = 'digits mnist fashion_mnist cifar10 cifar100 moons spirals checkerboard eight_gaussians'
 READS: dict[str, Mapping[Any, str]] = dict(

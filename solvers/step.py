@@ -109,7 +109,7 @@ def relative_noise(predict: Predict, t: float, s: float, noise: Noise, limit: fl
 
     0 is the ODE. Any w keeps the marginals right, but only if a step changes little. So a noise level that would
     exchange more noise in one step than eta = `limit` and more than the process's own noise does is lowered to the
-    greater of these two, before it is scaled. The constant level is lowered so near the data.
+    greater of these two, before it is scaled. Near the data this lowers the constant level.
     """
     middle = coefs_at(predict.process, (t + s) / 2)
     step = predict.level(s).half_log_snr - predict.level(t).half_log_snr

@@ -92,12 +92,12 @@ def test_the_classifier_sees_held_out_images_only_to_be_tested(tiny_config, buil
 def test_the_line_of_other_weights_of_the_same_step_is_not_taken(tiny_config, build_trainer, tmp_path):
     trainer = build_trainer(tiny_config())
     before = detectors.digest_of(trainer.network)
-    evaluate.append(tmp_path / 'x.jsonl', dict(step=0, weights_digest=before, commit='a'))
-    assert evaluate.find(tmp_path / 'x.jsonl', dict(step=0, weights_digest=before, commit='b'))
+    evaluate.append_line(tmp_path / 'x.jsonl', dict(step=0, weights_digest=before, commit='a'))
+    assert evaluate.find_line(tmp_path / 'x.jsonl', dict(step=0, weights_digest=before, commit='b'))
     with torch.no_grad():
         next(trainer.network.parameters()).add_(1)
     after = detectors.digest_of(trainer.network)
-    assert evaluate.find(tmp_path / 'x.jsonl', dict(step=0, weights_digest=after, commit='a')) is None
+    assert evaluate.find_line(tmp_path / 'x.jsonl', dict(step=0, weights_digest=after, commit='a')) is None
 
 
 def test_a_student_moves_from_the_fake_to_the_teacher(build, monkeypatch):  # noqa: F811

@@ -37,9 +37,7 @@ class Drawing:
     def __init__(self, experiment: Experiment, batches: Batches):
         self.experiment, self.batches = experiment, batches
         self.seconds_per_sample = 0.0  # measured when samples were last drawn
-        self.samples_at_end: dict[
-            str, int
-        ] = {}  # part of the trainer -> number of samples it will draw after the last step
+        self.samples_at_end: dict[str, int] = {}  # part of the trainer -> samples that it draws after the last step
         self.evaluations = 0.0  # expected NFE of a sample
         self.nfe, self.guidance = 0.0, experiment.config.guidance_scale  # the last samples' values, for titles
         self.watching: tuple[Callback, ...] = ()  # see `with_settings`

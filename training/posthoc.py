@@ -45,7 +45,7 @@ def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str
     if error > 0.3:
         raise SettingError(
             f'weights={name!r}: the averages in {checkpoint.parent} give this profile with an error of {error:.0%}. '
-            'Choose another width, or save more averages in training: lower --keep_every, or add to --ema_decays.'
+            'Choose another width, or save more averages in training: lower --keep_every, or add a longer --ema_decays.'
         )
     mixed = {key for key, _ in network.named_parameters(remove_duplicate=False)}
     total = {key: doubled(value) * 0 if key in mixed else value for key, value in last['network'].items()}

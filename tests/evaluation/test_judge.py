@@ -339,7 +339,7 @@ def has_reference():
         drawing=types.SimpleNamespace(has_score=True),
         batches=types.SimpleNamespace(example=types.SimpleNamespace(t=torch.zeros(2))),
         judged_weights=lambda: ('raw', None),
-        record=types.SimpleNamespace(apart=contextlib.nullcontext),
+        record=types.SimpleNamespace(logging_apart=contextlib.nullcontext),
         reference=types.SimpleNamespace(errors=errors),
     )
     return Judge.has_reference.func(judge)

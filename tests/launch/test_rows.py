@@ -453,7 +453,7 @@ def test_workers_that_are_asked_to_stop_have_the_time_to_save(meet, monkeypatch)
     monkeypatch.setattr(rows, 'LEAVING', 2)
     monkeypatch.setattr(rows.os, 'kill', lambda pid, signum: asked.append(signum))
     monkeypatch.setattr(rows.os, '_exit', ended.append)
-    second.running = third.running = False  # as in settle
+    second.running = third.running = False  # as in announce_end
     second.mine, third.mine = rows.replace(second.mine, code=1), rows.replace(third.mine, code=75)
     assert wait_until(lambda: asked, 5) and not (first.report_dir / 'give_up').exists()
     monkeypatch.setattr(rows, 'SOON', 0.5)
@@ -477,7 +477,7 @@ def test_nothing_is_ended_where_the_workers_have_ended(meet, monkeypatch):
 def torchrun(monkeypatch, tmp_path):
     """`torchrun(do)` puts `do(arguments)` in place of torchrun. Then `torchrun.launch(meet, seconds)` calls
     `launch_on_all` on machine 0, and machine 1 comes `late` seconds later and its workers end after `seconds`. It
-    returns the code of machine 0 and the verdict of machine 1."""
+    returns the code of machine 0 and the outcome of machine 1."""
     from torch.distributed import run
 
     def instead(do):

@@ -302,7 +302,7 @@ def test_pictures_come_first_then_four_numbers_then_curves_and_the_rest_is_folde
         ('Reference loss', '0.4'), ('Label agreement', '0.9512'), ('Frechet distance', '0.5'),
         ('Nearest-neighbour ratio', '1.1'),
     ]  # fmt: skip
-    assert 'Good: near 0.25, the distance of equally many real items' in shown and 'well below 0.9, the loss' in shown
+    assert 'Good: near 0.25, the distance of as many real items' in shown and 'well below 0.9, the loss' in shown
     assert 'step 20, heun, raw weights' in folded and 'step 20, adams, averaged' in folded and 'EMA 0.9)' in folded
     assert all(f'<td>{cell}</td>' in folded for cell in ('mine.py:Mine', '2026-01-02 03:04', '&lt;b&gt;'))
     assert 'viewport' in text and 'final numbers' not in text

@@ -20,7 +20,7 @@ CPU = torch.device('cpu')
 EXPERIMENT = """
 import sys
 from runtime.importing import import_class
-from training.run_record import identity_of, where
+from training.run_record import identity_of, import_arguments
 
 class Base: ...
 class Common(Base): ...
@@ -36,7 +36,7 @@ if __name__ == '__main__':
     assert list(identity.code) == ['mine.py', 'other.py:Mixin'], list(identity.code)
     assert identity.code['mine.py'] == open(__file__).read()
     assert identity.code['other.py:Mixin'] == 'class Mixin:\\n    factor = 2\\n'
-    assert import_class(**where(Mine)) is Mine  # also while it is the script itself
+    assert import_class(**import_arguments(Mine)) is Mine  # also while it is the script itself
     assert 'mine' not in sys.modules
     print('ran')
 """
