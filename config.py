@@ -148,7 +148,7 @@ class Config:
     # ---------------------------------------------------------------- sampling
     solver: str = 'adams'  # Solver of the grids and the final evaluation, a key of SOLVERS in solvers/table.py.
     num_sample_steps: int = 20  # Solver steps from t_max to t_min.
-    sample_nfe: int = 0  # At most so many network evaluations a sample set the number of steps; 0: num_sample_steps.
+    sample_nfe: int = 0  # Network evaluations allowed per sample; they set the number of steps. 0: num_sample_steps.
     time_grid: str = 'logistic'
     """Spacing of solver steps, a key of TIME_GRIDS in solvers/table.py; on ve, use uniform for euler and heun."""
     sde_noise: str = 'natural'

@@ -92,8 +92,7 @@ def splits_of(config: Config, where: str) -> Any:
 
 
 def columns_of(rows: Any, named: tuple[str, ...], where: str) -> tuple[str, str | None]:
-    """(image column, class column or None): the columns `named`, else the only ones of their kind. Raises
-    SettingError."""
+    """(image column, class column or None): those `named`, else the only column of each kind. Raises SettingError."""
     import datasets
 
     kinds = {name: str(getattr(kind, 'dtype', type(kind).__name__)) for name, kind in rows.features.items()}

@@ -182,10 +182,10 @@ class Meeting:
         self.server = None  # closes its port
 
     def start_talking(self) -> None:
-        self.called, self.thread = time.monotonic(), threading.Thread(target=self.talk, daemon=True)
+        self.called, self.thread = time.monotonic(), threading.Thread(target=self.keep_exchanging, daemon=True)
         self.thread.start()
 
-    def talk(self) -> None:
+    def keep_exchanging(self) -> None:
         store, beat = self.server, 0
         while not self.over and self.thread is threading.current_thread():
             self.called, beat = time.monotonic(), beat + 1
