@@ -51,7 +51,7 @@ MEANINGS = {
         'near {}, the distance of as many real points | near the distance of as many real points', 'real_wasserstein',
     ),
     'nearest_neighbour_ratio': (
-        'Nearest-neighbour ratio', 'Distance of samples to the nearest training item, over the same of held-out items.',
+        'Nearest-neighbour ratio', 'Distance from samples to the nearest training item, relative to held-out items.',
         'about 1; well below 1: training items were memorised; well above: samples lie off the data', '',
     ),
     'eval/loss': ('Held-out loss', 'The loss of the raw weights on held-out data.', 'near the training loss', ''),
