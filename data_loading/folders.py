@@ -136,7 +136,7 @@ def some_names(names: list[str]) -> str:
 
 
 def walk(root: Path, where: str) -> tuple[list[str], list[str]]:
-    """(paths of all images below root, lines on skipped files). Raises SettingError if there are no images."""
+    """(paths of all images below root, messages about skipped files). Raises SettingError if there are no images."""
     files: list[str] = []
     skipped: dict[str, Counter[str]] = defaultdict(Counter)  # kind -> ending or name -> how many
     seen: set[tuple[int, int]] = set()  # folders already entered: ends a circle of links
