@@ -203,6 +203,10 @@ class Loader:
         running: Any = getattr(self.workers, '_iterator', None)
         if self.workers is not None and running is not None:
             self.workers._iterator = None  # the next iteration starts new processes
+            if getattr(running, '_worker_pids_set', False):
+                # torch would raise for a process that SIGTERM kills because it has only just started
+                torch._C._remove_worker_pids(id(running))
+                running._worker_pids_set = False
             for process in getattr(running, '_workers', ()):  # they may be stuck in the user's Dataset
                 process.terminate()
             running._shutdown_workers()

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
+from torch.utils.data._utils import signal_handling
 
 from config import Config, SettingError
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler
@@ -292,6 +293,17 @@ def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
     process.terminate()  # as multiprocessing does when the parent ends
     process.join(10)
     assert process.exitcode == 0
+
+
+def test_close_ends_loader_processes_that_have_only_just_started(set_up, monkeypatch):
+    """SIGTERM kills them then; torch raised 'DataLoader worker is killed by signal' in the process that closed."""
+    train, _, _ = set_up(TensorDataset(IMAGES, LABELS), workers=2)
+    monkeypatch.setattr(signal_handling, '_set_worker_signal_handlers', lambda: time.sleep(20))
+    train.start_workers()
+    running = set(multiprocessing.active_children())
+    train.close()
+    time.sleep(0.2)  # the signal handler of torch runs at the next line of Python
+    assert running and not running & set(multiprocessing.active_children())
 
 
 @pytest.mark.parametrize('how', ['reading', 'gone early'])
