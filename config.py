@@ -99,13 +99,14 @@ class Config:
     """Channels of each level, in units of `channels`; each level halves the resolution."""
     num_res_blocks: int = 1  # Residual blocks per level.
     attention_resolutions: tuple[int, ...] = ()
-    """Levels with self-attention, by their longer side in pixels; the middle always has it."""
+    """Levels with self-attention, by their longest side in pixels; the middle always has it."""
+    padding: str = 'zeros'  # What the UNet's convolutions see outside the data: zeros, or circular for periodic data.
     dit_size: str = 'S'
     """Depth, width and heads as in the DiT paper, a key of DIT_SIZES in networks/transformer.py (S, B, L, XL)."""
     dit_depth: int = 0  # Transformer blocks; 0: as dit_size says.
     dit_width: int = 0  # Channels of a token; 0: as dit_size says.
     dit_heads: int = 0  # Attention heads; 0: as dit_size says.
-    dit_patch: int = 2  # Side of a patch in pixels; each patch is a token. Images are padded to whole patches.
+    dit_patch: int = 2  # Side of a patch in pixels; each patch is a token. Data are padded to whole patches.
     dropout: float = 0.0  # Dropout probability inside residual blocks.
     time_input: str = 't'  # The form in which the network gets the time: t or log_snr.
     sigma_data: float = 0.5

@@ -1,21 +1,31 @@
-"""A UNet for images of any channels and size, and the parts that all networks share.
+"""A UNet for signals, images and volumes of any channels and size, and the parts that all networks share.
 
 Notable features (after Dhariwal and Nichol 2021):
 - residual blocks with group norm, whose scale and shift come from the embedding of time, class and conditions
 - self-attention at chosen resolutions, and always in the middle
 - blocks and output start at zero: at first each block is the identity, and the output is 0
-- images whose sides cannot be halved once for each further level are padded, and the output is cropped
+- sides that cannot be halved once for each further level are padded, and the output is cropped
+- one code for 1, 2 and 3 axes besides the channels: the tables CONV and RESIZE hold what differs
 
-To write a network, subclass `ConditionedNetwork`, which makes the embedding with `sinusoid` and `Conditions`, and add
-it to the table in networks/table.py.
+To write a network, subclass `ConditionedNetwork`, which makes the embedding with `sinusoid` and `Conditions`, or
+`FieldNetwork`, which also pads; and add it to the table in networks/table.py.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils import bcast_right
+
+# number of axes besides the channels -> their names, the convolution over them, and the interpolation between values
+SIDES = {1: 'L', 2: 'H, W', 3: 'D, H, W'}
+CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+RESIZE = {1: 'linear', 2: 'bilinear', 3: 'trilinear'}
+Conv = Callable[..., nn.Module]  # (channels in, channels out, kernel, ...) -> a convolution
 
 
 def sinusoid(time: Tensor, dim: int) -> Tensor:
@@ -40,22 +50,24 @@ class Conditions(nn.Module):
     A number, shape (), becomes a sinusoid of 1000 times its value, as the time does, so it should be of order 1; a
     vector (D,) is used as it is. Each goes through a small MLP, whose last layer starts at zero; the embedding is their
     sum.
-    Images (C, H, W) become channels, after the channels of xt; with `flat` they count as vectors.
+    A condition with as many axes as the data, (C, H, W) for images, becomes channels after the channels of xt; with
+    `flat` it counts as a vector.
     A condition that a call leaves out, or gives as None, adds nothing: no embedding, and channels of zeros.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None, dim: int, flat: bool = False):
-        """`dim`: size of the embedding. Raises ValueError for any other shape."""
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None, dim: int, flat: bool = False, axes: int = 2):
+        """`dim`: size of the embedding. `axes`: number of axes of the data besides the channels. Raises ValueError for
+        any other shape."""
         super().__init__()
         self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
-        self.images = [name for name, shape in self.shapes.items() if len(shape) == 3 and not flat]
+        self.images = [name for name, shape in self.shapes.items() if len(shape) == 1 + axes and not flat]
         self.channels = sum(self.shapes[name][0] for name in self.images)  # in addition to the channels of xt
         self.mlps, self.dim = nn.ModuleDict(), dim
         for name, shape in self.shapes.items():
-            if len(shape) not in (0, 1, 3) and not flat:
+            if len(shape) not in (0, 1, 1 + axes) and not flat:
                 raise ValueError(
                     f'condition {name!r} has shape {shape}. '
-                    'Use () for a number, (D,) for a vector or (C, H, W) for an image'
+                    f'Use () for a number, (D,) for a vector or, as the data, (C, {SIDES[axes]}) for channels'
                 )
             if name not in self.images:
                 size = math.prod(shape) if shape else dim
@@ -71,7 +83,7 @@ class Conditions(nn.Module):
             raise TypeError(f'the network does not know the condition {unknown}; it was built with cond: {known}')
         for name, value in cond.items():
             shape = self.shapes[name]
-            fixed = len(shape) - 2 if name in self.images else len(shape)  # an image may have other sides than declared
+            fixed = 1 if name in self.images else len(shape)  # an image may have other sides than declared
             if value is not None and (value.ndim != 1 + len(shape) or value.shape[1 : 1 + fixed] != shape[:fixed]):
                 wanted = ', '.join(map(str, ('B', *shape)))
                 raise ValueError(f'condition {name!r} has shape {tuple(value.shape)}, not ({wanted})')
@@ -87,14 +99,14 @@ class Conditions(nn.Module):
         return total
 
     def with_images(self, xt: Tensor, cond: Mapping[str, Tensor | None]) -> Tensor:
-        """xt (B, C, H, W) and the images, resized to its sides, joined along the channels."""
+        """xt (B, C, ...) and the images, resized to its sides, joined along the channels."""
         parts = [xt]
         for name in self.images:
             image = cond.get(name)
             if image is None:
                 image = xt.new_zeros(len(xt), self.shapes[name][0], *xt.shape[2:])
             elif image.shape[2:] != xt.shape[2:]:
-                image = F.interpolate(image.to(xt.dtype), size=xt.shape[2:], mode='bilinear')
+                image = F.interpolate(image.to(xt.dtype), size=xt.shape[2:], mode=RESIZE[xt.ndim - 2])
             parts.append(image.to(xt.dtype))
         return torch.cat(parts, 1) if self.images else xt
 
@@ -125,6 +137,35 @@ class ConditionedNetwork(nn.Module):
         return F.silu(emb + self.conditions.embed(cond))
 
 
+class FieldNetwork(ConditionedNetwork):
+    """A network for signals, images or volumes, by the shape of the data; a subclass crops its output to xt's sides."""
+
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, frequencies: int, dim: int,
+        cond: Mapping[str, tuple[int, ...]] | None, multiple: int, padding: str = 'zeros',
+    ):  # fmt: skip
+        """`multiple`: what all sides are padded to. `padding`: of `self.conv` too. Raises ValueError for other data."""
+        axes = len(shape) - 1
+        if axes not in CONV:
+            kinds = f'a {type(self).__name__} is for images (C, H, W), signals (C, L) and volumes (C, D, H, W)'
+            raise ValueError(f'{kinds}, and the data have shape {shape}. Use --network mlp')
+        super().__init__(num_classes, frequencies, dim, Conditions(cond, dim, axes=axes))
+        self.in_channels, self.axes, self.multiple = shape[0], axes, multiple  # channels of xt, not of conditions
+        self.periodic, self.conv = padding == 'circular', partial(CONV[axes], padding_mode=padding)
+
+    def padded(self, xt: Tensor, cond: Mapping[str, Tensor | None]) -> Tensor:
+        """xt (B, C, ...) and the conditions that are channels, continued at the end of each side: by the last values,
+        or periodically."""
+        if xt.ndim != 2 + self.axes or xt.shape[1] != self.in_channels:
+            wanted = f'this {type(self).__name__} wants (B, {self.in_channels}, {SIDES[self.axes]})'
+            raise ValueError(f'xt has shape {tuple(xt.shape)}; {wanted}')
+        x = self.conditions.with_images(xt, cond)
+        sides = [(side, -(-side // self.multiple) * self.multiple) for side in xt.shape[2:]]
+        if self.periodic:
+            return x.tile(1, 1, *(-(-new // side) for side, new in sides))[(..., *(slice(new) for _, new in sides))]
+        return F.pad(x, [n for side, new in reversed(sides) for n in (0, new - side)], mode='replicate')
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm with at most 32 groups, of at least 4 channels; docs/log.md compares it with 32 groups everywhere."""
     groups = min(32, max(1, channels // 4))
@@ -134,25 +175,25 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(modulated norm(conv(norm(x)))), from `c_in` to `c_out` channels."""
+    """x + conv(modulated norm(conv(norm(x)))), from `c_in` to `c_out` channels; `conv` makes the convolutions."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float, conv: Conv = nn.Conv2d):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(c_in), conv(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.conv2 = group_norm(c_out), zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2, self.conv2 = group_norm(c_out), zero_init(conv(c_out, c_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = conv(c_in, c_out, 1, padding_mode='zeros') if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, 1)
+        scale, shift = bcast_right(self.modulation(emb), x.ndim).chunk(2, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
-    """x + self-attention over the pixels, with heads of at most 64 channels."""
+    """x + self-attention over all positions of x (B, C, ...), with heads of at most 64 channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -164,19 +205,19 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
-        q, k, v = self.qkv(tokens).reshape(b, h * w, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, HW, C / heads)
-        return x + self.out(y.transpose(1, 2).reshape(b, h * w, c)).transpose(1, 2).reshape(b, c, h, w)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        b, n, c = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, C / heads)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, c)).transpose(1, 2).reshape(x.shape)
 
 
 class Stage(nn.Module):
     """One residual block, followed by attention where this resolution has it."""
 
-    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float, attention: bool):
+    def __init__(self, c_in: int, c_out: int, c_emb: int, dropout: float, conv: Conv, attention: bool):
         super().__init__()
-        self.block = ResBlock(c_in, c_out, c_emb, dropout)
+        self.block = ResBlock(c_in, c_out, c_emb, dropout, conv)
         self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -184,23 +225,25 @@ class Stage(nn.Module):
 
 
 def attended_levels(shape: tuple[int, ...], levels: int, attention_resolutions: tuple[int, ...]) -> list[bool]:
-    """Whether each level of images (C, H, W), from the finest, has attention; its longer side decides."""
+    """Whether each level of data (C, ...), from the finest, has attention; its longest side decides."""
     sides = [-(-max(shape[1:]) // 2**i) for i in range(levels)]
     if not set(attention_resolutions) <= set(sides):
         raise ValueError(
-            f'attention_resolutions={attention_resolutions}: images of {shape[1]}x{shape[2]} give levels of '
+            f'attention_resolutions={attention_resolutions}: data of {"x".join(map(str, shape[1:]))} give levels of '
             f'side {sides}. Choose --attention_resolutions among these (none: pass the flag without a value), '
             'or use the preset of the data set'
         )
     return [side in attention_resolutions for side in sides]
 
 
-class UNet(ConditionedNetwork):
-    """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
+class UNet(FieldNetwork):
+    """`forward(xt, time (B,), label (B,) int64 or None, **cond)`, for data (C, L), (C, H, W) or (C, D, H, W).
 
-    `attention_resolutions` names levels by their longer side; the middle, at the coarsest, always has attention.
+    `attention_resolutions` names levels by their longest side; the middle, at the coarsest, always has attention.
     `cond`: name -> shape of one item, see `Conditions`.
-    Raises ValueError for data that are not images, and if no level has the side of an attention resolution.
+    `padding`: 'zeros', or 'circular' for periodic data: shifting the input by `multiple` shifts the output, if all
+    sides are multiples of it.
+    Raises ValueError for data of another number of axes, and if no level has the side of an attention resolution.
     """
 
     def __init__(
@@ -213,42 +256,37 @@ class UNet(ConditionedNetwork):
         attention_resolutions: tuple[int, ...] = (4,),
         dropout: float = 0.0,
         cond: Mapping[str, tuple[int, ...]] | None = None,
+        padding: str = 'zeros',
     ):
-        if len(shape) != 3:
-            raise ValueError(f'a UNet is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
-        attend, c_emb = attended_levels(shape, len(channel_mults), attention_resolutions), 4 * channels
-        super().__init__(num_classes, channels, c_emb, Conditions(cond, c_emb))
-        self.in_channels, self.multiple = shape[0], 2 ** (len(channel_mults) - 1)  # channels of xt, not of conditions
-        self.stem = nn.Conv2d(shape[0] + self.conditions.channels, channels, 3, padding=1)
+        c_emb, multiple = 4 * channels, 2 ** (len(channel_mults) - 1)
+        super().__init__(shape, num_classes, channels, c_emb, cond, multiple, padding)
+        attend, conv = attended_levels(shape, len(channel_mults), attention_resolutions), self.conv
+        self.stem = conv(shape[0] + self.conditions.channels, channels, 3, padding=1)
 
         c, skips = channels, [channels]  # channels of x, and of each tensor that waits for its skip connection
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(channel_mults):
             if i > 0:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                self.down.append(conv(c, c, 3, stride=2, padding=1))
                 skips.append(c)
             for _ in range(num_res_blocks):
-                self.down.append(Stage(c, mult * channels, c_emb, dropout, attend[i]))
+                self.down.append(Stage(c, mult * channels, c_emb, dropout, conv, attend[i]))
                 c = mult * channels
                 skips.append(c)
-        self.middle = nn.ModuleList([Stage(c, c, c_emb, dropout, attention=True), ResBlock(c, c, c_emb, dropout)])
+        self.middle = nn.ModuleList([Stage(c, c, c_emb, dropout, conv, True), ResBlock(c, c, c_emb, dropout, conv)])
         for i, mult in reversed(list(enumerate(channel_mults))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(Stage(c + skips.pop(), mult * channels, c_emb, dropout, attend[i]))
+                self.up.append(Stage(c + skips.pop(), mult * channels, c_emb, dropout, conv, attend[i]))
                 c = mult * channels
             if i > 0:
                 c = channel_mults[i - 1] * channels
-                conv = nn.Conv2d(mult * channels, c, 3, padding=1)
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), conv))
-        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
+                upsample = nn.Upsample(scale_factor=2, mode='nearest')
+                self.up.append(nn.Sequential(upsample, conv(mult * channels, c, 3, padding=1)))
+        self.head = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(conv(c, shape[0], 3, padding=1)))
 
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
-        if xt.ndim != 4 or xt.shape[1] != self.in_channels:
-            raise ValueError(f'xt has shape {tuple(xt.shape)}; this UNet wants images (B, {self.in_channels}, H, W)')
         emb = self.embedding(time, label, cond)
-        height, width = xt.shape[2:]
-        padding = (0, -width % self.multiple, 0, -height % self.multiple)
-        x = self.stem(F.pad(self.conditions.with_images(xt, cond), padding, mode='replicate'))
+        x = self.stem(self.padded(xt, cond))
         skips = [x]
         for layer in self.down:
             x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
@@ -257,4 +295,4 @@ class UNet(ConditionedNetwork):
             x = layer(x, emb)
         for layer in self.up:
             x = layer(torch.cat([x, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(x)
-        return self.head(x)[:, :, :height, :width]
+        return self.head(x)[(..., *map(slice, xt.shape[2:]))]

@@ -2,7 +2,7 @@
 
 table.py         NETWORKS, and the scaling of inputs around each: forward(xt, t, label, **cond)
 residual_mlp.py  MLP, for points, vectors and other small data
-transformer.py   DiT, for images
+transformer.py   DiT, for signals, images and volumes
 """
 
 from networks.table import NETWORKS, TIME_INPUTS, ScaledNetwork, get_network, mlp

@@ -51,7 +51,7 @@ def construct(config: Config, network: Callable[..., nn.Module], *args: Any, **s
 def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
     return construct(
         config, UNet, shape, num_classes, config.channels, config.channel_mults, config.num_res_blocks,
-        config.attention_resolutions, config.dropout, cond,
+        config.attention_resolutions, config.dropout, cond, config.padding,
     )  # fmt: skip
 
 

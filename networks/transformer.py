@@ -1,4 +1,4 @@
-"""A diffusion transformer for images of any channels and size: forward(xt, time, label, **cond) -> (B, C, H, W).
+"""A diffusion transformer for signals, images and volumes of any size: forward(xt, time, label, **cond) -> like xt.
 
 Peebles and Xie 2023 (DiT), with later improvements of plain transformers, as in Li and He 2025 (JiT). Notable
 features:
@@ -11,13 +11,13 @@ features:
 - fused attention; under `utils.jvp` plain products, which have a forward mode
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import ConditionedNetwork, Conditions, zero_init
+from unet import FieldNetwork, zero_init
 
 BOTTLENECK = 128
 DIT_SIZES = {  # Peebles and Xie 2023, table 1: depth, width, heads
@@ -28,12 +28,13 @@ DIT_SIZES = {  # Peebles and Xie 2023, table 1: depth, width, heads
 }
 
 
-def angles(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """(height x width, dim): the angles of each place, row by row. Half of the dimensions encode its row and half its
-    column, at frequencies from 1 down to 1/10000. `dim` is even."""
-    places = torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
-    frequencies = 10_000 ** -torch.linspace(0, 1, dim // 2, device=device)
-    return (places[:, :, None] * frequencies).flatten(1)
+def angles(sides: Sequence[int], dim: int, device: torch.device) -> Tensor:
+    """(N, dim): the angles of each of the N places of a grid with these sides, row by row. An equal part of the
+    dimensions encodes each coordinate (the first ones get the rest), at frequencies from 1 down to 1/10000."""
+    places = torch.cartesian_prod(*(torch.arange(side, device=device) for side in sides)).reshape(-1, len(sides))
+    dims = [-(-(dim - i) // len(sides)) for i in range(len(sides))]  # they add up to dim
+    frequencies = [10_000 ** -torch.linspace(0, 1, n, device=device) for n in dims]
+    return torch.cat([places[:, i, None] * frequencies[i] for i in range(len(sides))], 1)
 
 
 def turn(x: Tensor, angle: Tensor) -> Tensor:
@@ -93,48 +94,47 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(rms_norm(x) * (1 + scale2) + shift2)
 
 
-class DiT(ConditionedNetwork):
-    """`forward(xt (B, C, H, W), time (B,), label (B,) int64 or None, **cond)`.
+class DiT(FieldNetwork):
+    """`forward(xt, time (B,), label (B,) int64 or None, **cond)`, for data (C, L), (C, H, W) or (C, D, H, W).
 
-    `patch`: side of a patch in pixels; sides that are not a multiple of it are padded, and the output is cropped.
+    `patch`: side of a patch; sides that are not a multiple of it are padded, and the output is cropped.
     `cond`: name -> shape of one item, see `unet.Conditions`.
-    Raises ValueError for data that are not images, and if a head's width is not a multiple of 4.
+    Raises ValueError for data of another number of axes, and if a head's width is not a multiple of 4.
     """
 
     def __init__(
         self, shape: tuple[int, ...], num_classes: int, depth: int = 12, width: int = 384, heads: int = 6,
         patch: int = 2, dropout: float = 0.0, cond: Mapping[str, tuple[int, ...]] | None = None,
     ):  # fmt: skip
-        if len(shape) != 3:
-            raise ValueError(f'a DiT is for images (C, H, W), and the data have shape {shape}. Use --network mlp')
         if width % (4 * heads):
             raise ValueError(f'width={width} with heads={heads}: the width must be a multiple of 4 x heads')
-        super().__init__(num_classes, 256, width, Conditions(cond, width))
-        self.in_channels, self.patch, self.heads = shape[0], patch, heads
+        super().__init__(shape, num_classes, 256, width, cond, patch)
+        self.patch, self.heads = patch, heads
         channels = shape[0] + self.conditions.channels
-        self.patchify = nn.Conv2d(channels, width, patch, stride=patch)
-        if channels * patch**2 > BOTTLENECK:
-            narrow = nn.Conv2d(channels, BOTTLENECK, patch, stride=patch, bias=False)
-            self.patchify = nn.Sequential(narrow, nn.Conv2d(BOTTLENECK, width, 1))
+        self.patchify = self.conv(channels, width, patch, stride=patch)
+        if channels * patch**self.axes > BOTTLENECK:
+            narrow = self.conv(channels, BOTTLENECK, patch, stride=patch, bias=False)
+            self.patchify = nn.Sequential(narrow, self.conv(BOTTLENECK, width, 1))
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(depth)])
         self.modulation = zero_init(nn.Linear(width, 2 * width))
-        self.head = zero_init(nn.Linear(width, shape[0] * patch**2))
+        self.head = zero_init(nn.Linear(width, shape[0] * patch**self.axes))
 
     def forward(self, xt: Tensor, time: Tensor, label: Tensor | None = None, **cond: Tensor) -> Tensor:
-        if xt.ndim != 4 or xt.shape[1] != self.in_channels:
-            raise ValueError(f'xt has shape {tuple(xt.shape)}; this DiT wants images (B, {self.in_channels}, H, W)')
         emb = self.embedding(time, label, cond)
-        height, width = xt.shape[2:]
-        padding = (0, -width % self.patch, 0, -height % self.patch)
-        x = F.pad(self.conditions.with_images(xt, cond), padding, mode='replicate')
-        x = self.patchify(x)  # (B, width, rows, columns)
-        rows, columns = x.shape[2:]
-        place = angles(rows, columns, x.shape[1] // 2, x.device)
-        angle = angles(rows, columns, x.shape[1] // self.heads // 2, x.device)
+        x = self.patchify(self.padded(xt, cond))  # (B, width, rows, columns)
+        grid = x.shape[2:]
+        place = angles(grid, x.shape[1] // 2, x.device)
+        angle = angles(grid, x.shape[1] // self.heads // 2, x.device)
         x = x.flatten(2).transpose(1, 2) + torch.cat([place.cos(), place.sin()], 1)  # (B, rows x columns, width)
         for block in self.blocks:
             x = block(x, emb, angle)
         scale, shift = self.modulation(emb)[:, None].chunk(2, -1)
         x = self.head(rms_norm(x) * (1 + scale) + shift)  # (B, rows x columns, C patch^2)
-        x = x.transpose(1, 2).reshape(len(xt), -1, rows, columns)
-        return F.pixel_shuffle(x, self.patch)[:, :, :height, :width]
+        return self.unpatchify(x, grid)[(..., *map(slice, xt.shape[2:]))]
+
+    def unpatchify(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """(B, rows x columns, C patch^2) -> (B, C, rows patch, columns patch), and likewise for 1 and 3 axes."""
+        n, sides = len(grid), [self.patch * side for side in grid]
+        x = x.reshape(len(x), *grid, self.in_channels, *n * [self.patch])
+        x = x.permute(0, *(axis for i in range(n) for axis in (1 + i, 2 + n + i)), 1 + n)  # row, in patch, column, ...
+        return x.reshape(len(x), *sides, self.in_channels).movedim(-1, 1)

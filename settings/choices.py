@@ -45,7 +45,7 @@ READS: dict[str, Mapping[Any, str]] = dict(
     dataset=dict.fromkeys(NOTHING.split(), '')
     | dict(image_folder=FILES, arrays='data_path array_layout value_range', hub=f'{FILES} columns'),
     network=dict(
-        unet='channels channel_mults num_res_blocks attention_resolutions',
+        unet='channels channel_mults num_res_blocks attention_resolutions padding',
         mlp='channels num_res_blocks',
         dit='dit_size dit_depth dit_width dit_heads dit_patch',
     ),

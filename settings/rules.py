@@ -15,6 +15,7 @@ CHOICES = dict(
     fit=('crop', 'pad', 'stretch'),
     compile=('auto', 'on', 'off', 'graphs'),
     wandb=('auto', 'online', 'offline', 'disabled'),
+    padding=('zeros', 'circular'),
     array_layout=('', 'channels_first', 'channels_last', 'no_channels'),
 )
 # Rules for single settings: (settings, does this value obey the rule?, the rule as text).

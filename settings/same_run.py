@@ -17,9 +17,9 @@ FREE_ON_RESUME = frozenset(
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
     'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
 )
-# Settings that shape a network's weights: they must be the same to load weights.
+# Settings of a network that belong to its weights: a run that starts from weights takes these settings with them.
 NETWORK_SETTINGS = (
-    'network channels channel_mults num_res_blocks attention_resolutions '
+    'network channels channel_mults num_res_blocks attention_resolutions padding '
     'dit_size dit_depth dit_width dit_heads dit_patch'
 ).split()
 # Settings that may differ between the machines of a run.

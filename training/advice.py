@@ -8,6 +8,7 @@ A loss multiplies an error of the output by the loss weight and by the factor be
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,6 +154,17 @@ def lr_warning(config: Config) -> str | None:
         return None
     given = f"base_lr={config.base_lr:g}, optimizer='adamw'"
     return f'{given}: this is a learning rate for muon. AdamW usually wants 1e-3 or less: pass --base_lr 1e-3.'
+
+
+def padding_warning(config: Config, sides: Sequence[int]) -> str | None:
+    """None, or a warning that a UNet with circular padding cannot wrap around at these sides of x0, with the remedy."""
+    multiple = 2 ** (len(config.channel_mults) - 1)
+    if (config.network, config.padding) != ('unet', 'circular') or not any(side % multiple for side in sides):
+        return None
+    return (
+        f"padding='circular': the UNet continues sides of {'x'.join(map(str, sides))} to multiples of {multiple}, so "
+        'it does not see that the last values meet the first ones. Use fewer --channel_mults, or data of other sides.'
+    )
 
 
 def data_warning(config: Config, num_classes: int, size: int) -> str | None:

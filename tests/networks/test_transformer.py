@@ -69,7 +69,7 @@ def test_attention_against_complex_numbers():
     torch.manual_seed(0)
     attention = Attention(width=16, heads=2).double()
     attention.q_scale.data.uniform_(0.5, 2)
-    x, angle = torch.randn(2, 6, 16, dtype=F64), angles(2, 3, 4, CPU)
+    x, angle = torch.randn(2, 6, 16, dtype=F64), angles((2, 3), 4, CPU)
     q, k, v = (y.reshape(2, 6, 2, 8).transpose(1, 2) for y in attention.qkv(x).split(16, 2))  # (B, heads, N, 8)
     q = q / q.square().mean(-1, keepdim=True).add(1e-6).sqrt() * attention.q_scale
     k = k / k.square().mean(-1, keepdim=True).add(1e-6).sqrt() * attention.k_scale
@@ -81,7 +81,7 @@ def test_attention_against_complex_numbers():
 
 def test_products_of_rotated_vectors_depend_only_on_the_distance_of_places():
     q, k = torch.randn(2, 1, 8, dtype=F64)
-    angle = angles(5, 7, 4, CPU).double()  # indices (row, column)
+    angle = angles((5, 7), 4, CPU).double()  # indices (row, column)
     products = (turn(q, angle) @ turn(k, angle).T).reshape(5, 7, 5, 7)
     torch.testing.assert_close(products[:4, :6, :4, :6], products[1:, 1:, 1:, 1:])
     assert (products[0, 0, 0, 1] - products[0, 0, 1, 0]).abs() > 1e-3  # rows and columns are different directions
@@ -91,7 +91,10 @@ def test_products_of_rotated_vectors_depend_only_on_the_distance_of_places():
 def test_angles_by_hand():
     frequencies = torch.tensor([1, 10_000**-0.5, 1e-4])
     expected = torch.cat([3 * frequencies, 5 * frequencies])
-    torch.testing.assert_close(angles(4, 6, 6, CPU)[3 * 6 + 5], expected)
+    torch.testing.assert_close(angles((4, 6), 6, CPU)[3 * 6 + 5], expected)
+    torch.testing.assert_close(angles((6,), 3, CPU), torch.arange(6.0)[:, None] * frequencies)
+    expected = torch.cat([1 * frequencies, 3 * frequencies, 5 * frequencies[[0, 2]]])  # 8 dimensions: 3, 3 and 2
+    torch.testing.assert_close(angles((2, 4, 6), 8, CPU)[1 * 24 + 3 * 6 + 5], expected)
 
 
 def test_rms_norm_and_swiglu_by_hand():

@@ -109,6 +109,7 @@ FOLDER = 'image_folder (--preset small_images)'
         ('--dataset arrays --data_path x --columns a', "columns=('a',): dataset='arrays'", 'dataset hub'),
         ('--columns a --dataset arrays --no_cache', "columns=('a',), cache=False: dataset='arrays'", 'dataset hub'),
         ('--dit_depth 3', "dit_depth=3: network='unet'", 'network dit'),
+        ('--padding circular --network dit', "padding='circular': network='dit'", 'network unet'),
         ('--preset toy2d --attention_resolutions', "attention_resolutions=(): network='mlp'", 'network unet'),
         ('--beta_max 3 --process_name cosine', "beta_max=3.0: process_name='cosine'", 'process_name linear_vp'),
         ('--time_std 2 --time_sampler uniform', "time_std=2.0: time_sampler='uniform'",
