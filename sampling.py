@@ -110,7 +110,8 @@ def rescaled(guided: Prediction, plain: Prediction, share: float) -> Prediction:
     """`guided`, with the standard deviation of each x0 as it is (share 0) or as in `plain` (share 1)."""
     xt = guided.xt
     wide, target = (bcast_right(p.x0.reshape(len(xt), -1).std(1, correction=0), xt.ndim) for p in (guided, plain))
-    return Prediction(xt, guided.coefs, x0=guided.x0 * (1 + share * (torch.where(wide > 0, target / wide, 1) - 1)))
+    ratio = torch.where(wide > 0, target / torch.where(wide > 0, wide, 1), 1)  # also without 0 / 0 in its gradient
+    return Prediction(xt, guided.coefs, x0=guided.x0 * (1 + share * (ratio - 1)))
 
 
 def nulled(cond: Mapping[str, Tensor], null_cond: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
@@ -142,7 +143,6 @@ def check_cond(cond: Mapping[str, Tensor], batch: int) -> None:
 # ---------------------------------------------------------------- sampling
 
 
-@torch.no_grad()
 def sample(
     model_fn: ModelFn,
     process: GaussianProcess,
@@ -169,6 +169,7 @@ def sample(
     guidance_rescale: float = 0.0,
     callback: Callback | None = None,
     on_prediction: Callable[[float, Prediction], None] | None = None,
+    grad: bool = False,
 ) -> Tensor:
     """x (B, ...) at t_min, from the base sample `x1` of that shape; label (B,) int64; cond: name -> (B, ...).
 
@@ -185,8 +186,10 @@ def sample(
     floats, are the same in both. Or the network is compared with `guide_fn`, a second model. For `guidance_interval` of
     t and `guidance_rescale` see `Guidance`.
     A network trained with label_dropout 0 knows no null class: pass labels. `get_sample_fn` refuses such guidance.
+    With `grad`, x can be differentiated by x1, conditions and weights, also by a caller under torch.no_grad; memory
+    grows with the number of evaluations. The noise of a stochastic solver and adaptive step sizes are constants then.
     Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for conditions that
-    are not (B, ...), and for guidance with nothing to leave out.
+    are not (B, ...), for guidance with nothing to leave out, and for `grad` where x has no gradient.
     """
     cond, sampling_process = cond or {}, sampling_process or process
     check_cond(cond, len(x1))
@@ -195,12 +198,19 @@ def sample(
     last_step = choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale, last_step)
     guidance = Guidance(guidance_scale, null_label, null_cond or {}, guide_fn, guidance_interval, guidance_rescale)
-    evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, sampling_process)
-    if on_prediction is not None:
-        evaluate = watched(evaluate, on_prediction)
     method = SOLVERS[solver]
     is_late = steps.start(process, model_type) < t_max
-    return follow(method, times, x1, Predict(evaluate, sampling_process, method.memory), noise, callback, is_late)
+    with torch.set_grad_enabled(grad):
+        evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, sampling_process)
+        if on_prediction is not None:
+            evaluate = watched(evaluate, on_prediction)
+        x = follow(method, times, x1, Predict(evaluate, sampling_process, method.memory), noise, callback, is_late)
+    if grad and not x.requires_grad:
+        raise SettingError(
+            f'grad=True: samples of solver={solver!r} have no gradient. Call requires_grad_() on x1, a condition or '
+            'the weights; or, if one of them has it, use a solver and a network that do not detach their results.'
+        )
+    return x
 
 
 def watched(

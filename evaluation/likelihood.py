@@ -10,6 +10,7 @@ x is of any shape (B, ...).
 import itertools
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import SettingError, choose
 from prediction import check_ends
@@ -62,6 +64,7 @@ def log_likelihood(
     divergence: str = 'rademacher',
     num_probes: int = 1,
     guidance_scale: float = 1.0,
+    grad: bool = False,
 ) -> LogLikelihood:
     """log p(x0) of x0 (B, ...), in its precision; given label (B,) and cond (name -> (B, ...)) if there are any.
 
@@ -74,6 +77,8 @@ def log_likelihood(
     density is approximated by N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma. Raises
     SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular end,
     for conditions that are not (B, ...), and for a tolerance that the solver ignores.
+    With `grad`, log_prob can be differentiated by x0, conditions and weights, for the same probes, also by a caller
+    under torch.no_grad. Each evaluation stays in memory, and the network must have second derivatives (not ReLU's).
     """
     cond, solver = cond or {}, solver or ('adams' if tolerance is None else 'dopri5')
     check_method(solver, tolerance, guidance_scale)
@@ -86,16 +91,16 @@ def log_likelihood(
     check_ends(process, model_type, (t_min, t_max))
     check_cond(cond, len(x0))
     predict = Predict(on_path(Guidance().predictor(model_fn, label, cond, model_type), process, process), process)
-    field = Field(predict, probes, exact=divergence == 'exact')
+    field = Field(predict, probes, exact=divergence == 'exact', grad=grad)
 
     start, end = process(times[:1]), process(times[-1:])
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         x, total = integrate(field, bcast_right(start.alpha, x0.ndim) * x0, times, solver, tolerance or 1e-5)
         mean = bcast_right(end.alpha, x.ndim) * predict(x, t_max).x0
-    z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
-    log_normal = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()  # log p(x), (B,)
-    log_prob = log_normal + total.mean(0) + z.shape[1] * start.alpha.log()
-    spread = total.std(0) if len(total) > 1 else torch.full_like(log_prob, torch.nan)
+        z = ((x - mean) / bcast_right(end.sigma, x.ndim)).reshape(len(x), -1)
+        log_normal = -(z.square() + math.log(2 * math.pi)).sum(1) / 2 - z.shape[1] * end.sigma.log()  # log p(x), (B,)
+        log_prob = log_normal + total.mean(0) + z.shape[1] * start.alpha.log()
+    spread = total.detach().std(0) if len(total) > 1 else torch.full_like(log_prob, torch.nan)
     error = torch.zeros_like(log_prob) if field.exact else spread / math.sqrt(num_probes)
     return LogLikelihood(log_prob, error, predict.nfe)
 
@@ -122,14 +127,17 @@ class Field:
     predict: Predict
     probes: Tensor  # (P, B, ...)
     exact: bool  # the probes are all unit vectors, and their terms are summed to (1, B)
+    grad: bool = False  # both results can be differentiated
 
     def __call__(self, x: Tensor, t: float, name: str) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.grad else nullcontext()  # others have no second derivative
+        with torch.enable_grad(), kernels:
+            x = x if self.grad and x.requires_grad else x.detach().requires_grad_()
             value = getattr(self.predict(x, t), name)
-            products = gradients(value, x, self.probes) * self.probes
+            products = gradients(value, x, self.probes, create_graph=self.grad) * self.probes
         terms = products.reshape(len(self.probes), len(x), -1).sum(2)
-        return value.detach(), terms.sum(0, keepdim=True) if self.exact else terms
+        terms = terms.sum(0, keepdim=True) if self.exact else terms
+        return value if self.grad else value.detach(), terms
 
 
 def integrate(field: Field, x: Tensor, times: Tensor, solver: str, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -170,18 +178,20 @@ def adams(field: Field, x: Tensor, total: Tensor, times: list[float]) -> tuple[T
     return state[:, :-terms].reshape(shape), state[:, -terms:].T / length(times[-1]) + grown
 
 
-def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16) -> Tensor:
+def gradients(y: Tensor, x: Tensor, vectors: Tensor, at_once: int = 16, create_graph: bool = False) -> Tensor:
     """(P, *x.shape): the gradient of sum(y e) with respect to x, for each e of `vectors` (P, *y.shape).
 
     `at_once` vectors share one backward pass, if the network's operations can be batched.
     """
+    gradient = partial(
+        torch.autograd.grad, y, x, retain_graph=len(vectors) > 1 or create_graph, create_graph=create_graph
+    )
     if len(vectors) == 1:
-        return torch.autograd.grad(y, x, vectors[0])[0][None]
+        return gradient(vectors[0])[0][None]
     try:
-        batched = partial(torch.autograd.grad, y, x, retain_graph=True, is_grads_batched=True)
-        return torch.cat([batched(part)[0] for part in vectors.split(at_once)])
+        return torch.cat([gradient(part, is_grads_batched=True)[0] for part in vectors.split(at_once)])
     except RuntimeError:  # for example a custom autograd function without a vmap rule
-        return torch.stack([torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in vectors])
+        return torch.stack([gradient(e)[0] for e in vectors])
 
 
 def dequantize(images: Tensor, levels: int = 256) -> Tensor:

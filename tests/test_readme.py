@@ -253,6 +253,11 @@ def restores_what_it_is_given(trainer, module, record):
 
 
 # name of a recipe -> what must be true of its trainer, its module and its record after a run
+def fits_better(trainer, module, record):
+    numbers = trainer.judge.samples(trainer.config.num_training_steps, 16)
+    return numbers['final/fitted/rmse'] < 0.8 * numbers['final/free/rmse']
+
+
 EXPECTED = {
     'your-own-experiment-2': keys_of('train/mean_weight'),
     'a-loss-1': keys_of('train/rmse', 'eval/rmse', 'eval/rmse_ema_0.999', 'eval/reference'),
@@ -275,6 +280,7 @@ EXPECTED = {
     'several-networks-2': lambda trainer, module, record: 'teacher' in trainer.modules,
     'derivatives-and-a-second-time-1': lambda trainer, module, record: list(trainer.samplers()) == ['mean_flow'],
     'samplers-metrics-and-pictures-1': keys_of('samples/smallest_std'),
+    'gradients-of-samples-1': fits_better,
 }
 
 
