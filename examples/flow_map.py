@@ -6,8 +6,8 @@ flow in one step. Where s = t, it trains on x1 - x0; elsewhere on one of these r
     lagrangian   dX/ds = u(X, s, s)                                    the velocity where it arrives
     eulerian     u = v + (s - t) du/dt,  along v = x1 - x0             mean flow (Geng et al. 2025, eq. 6 to 11)
     semigroup    X(x, t, s) = X(X(x, t, r), r, s),  r = (t + s) / 2    shortcut models (Frans et al. 2025)
-A step costs three or four times as much as a step of the plain flow. The network gets 30 t as its time (and 1000 s):
-with 1000 t, sinusoids turn so fast that du/dt is noise in `eulerian`.               sh run.sh examples/flow_map.py
+    uniform      the same,  r = t + share (s - t),  share uniform      PSD-U (Boffi et al. 2025)
+Training costs three to four plain flows. Time is 30 t: with 1000 t, du/dt is noise.  sh run.sh examples/flow_map.py
 """
 
 import dataclasses
@@ -19,12 +19,13 @@ from config import Config, choose, only
 from networks import TIME_INPUTS
 from scripts.compare import side_by_side
 from solvers import SOLVERS, Solver
-from trainer import ExampleDiffusionTrainer
+from trainer import ExampleDiffusionTrainer, ProcessedBatch
 from utils import bcast_right, image_square_error, jvp
 
 SOLVERS['flow_map'] = Solver(lambda x, t, s, predict, noise: x + (s - t) * predict(x, t, s).velocity, nfe=1, order=1)
-RULES = dict.fromkeys(('lagrangian', 'eulerian', 'semigroup'))
+RULES = {rule: rule for rule in ('lagrangian', 'eulerian', 'semigroup', 'uniform')}
 TIME_INPUTS['slow'] = lambda t, process: 30 * t
+WithMiddle = dataclasses.make_dataclass('WithMiddle', [('share', torch.Tensor, None)], bases=(ProcessedBatch,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Plain(ExampleDiffusionTrainer):
 class FlowMap(Plain):
     def prepare_batch_fn(self, batch, is_train):
         prepared = super().prepare_batch_fn(batch, is_train)
-        t, same = prepared.t, torch.rand_like(prepared.t) < 0.75
-        return dataclasses.replace(prepared, cond={'s': torch.where(same, t, t * torch.rand_like(t))})
+        s = prepared.t * torch.where(torch.rand_like(prepared.t) < 0.75, 1.0, torch.rand_like(prepared.t))
+        share = torch.rand_like(s) if self.config.rule == 'uniform' else torch.full_like(s, 0.5)
+        return WithMiddle(**vars(prepared) | dict(cond={'s': s}), share=share)
 
     def sample_inputs(self, n):
         return dataclasses.replace(super().sample_inputs(n), cond={})  # the solver passes s
@@ -52,21 +54,19 @@ class FlowMap(Plain):
         return lambda xt, t, label=None, s=None: fn(xt, t, label, s=t if s is None else s)
 
     def loss_fn(self, batch, model_fn):
-        t, s = batch.t, batch.cond['s']
-        xt = self.process.compute_xt(batch.x0, batch.x1, self.process(t))
-        v, dt, u = batch.x1 - batch.x0, bcast_right(s - t, xt.ndim), partial(model_fn, label=batch.label)
-        fixed = torch.no_grad()(u)
-        choose('rule', self.config.rule, RULES)
-        if self.config.rule == 'lagrangian':
+        t, s, v, u = batch.t, batch.cond['s'], batch.x1 - batch.x0, partial(model_fn, label=batch.label)
+        xt, dt = self.process.compute_xt(batch.x0, batch.x1, self.process(t)), bcast_right(s - t, v.ndim)
+        fixed, rule = torch.no_grad()(u), choose('rule', self.config.rule, RULES)
+        if rule == 'lagrangian':
             average, slope = jvp(lambda s: u(xt, t, s=s), (s,), (torch.ones_like(s),))
-            target = fixed(xt + dt * average, s, s=s)
-            average = average + dt * slope  # dX/ds
-        elif self.config.rule == 'eulerian':
+            target, average = fixed(xt + dt * average, s, s=s), average + dt * slope  # dX/ds
+        elif rule == 'eulerian':
             average, slope = jvp(lambda x, t: u(x, t, s=s), (xt, t), (v, torch.ones_like(t)))
             target = v + dt * slope.detach()
         else:
-            average, first, r = u(xt, t, s=s), fixed(xt, t, s=(t + s) / 2), (t + s) / 2
-            target = (first + fixed(xt + dt / 2 * first, r, s=s)) / 2
+            r, a = t + batch.share * (s - t), bcast_right(batch.share, xt.ndim)
+            average, first = u(xt, t, s=s), fixed(xt, t, s=r)
+            target = a * first + (1 - a) * fixed(xt + a * dt * first, r, s=s)
         return image_square_error(average, torch.where(bcast_right(s == t, xt.ndim), v, target))
 
 

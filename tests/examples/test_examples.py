@@ -33,6 +33,11 @@ EXAMPLES = {  # file -> class, settings
     'image_to_image': ('FromDegraded', dict(label_dropout=1.0, degradation='small')),
     'ot_coupling': ('OptimalTransport', POINTS),
     'flow_map': ('FlowMap', POINTS | dict(time_input='slow', rule='lagrangian')),
+    'flow_map_table': (
+        'Table',
+        POINTS | dict(dataset='checkerboard', network='layers', time_input='same', t_min=0.0, t_max=1.0),
+    ),
+    'few_step_likelihood': ('JointMap', POINTS | dict(time_input='slow', network='three', label_dropout=1.0)),
     'guidance': ('Plain', dict(label_dropout=0.2)),
     'edm': ('Edm', None),
     'x_prediction': ('Mine', DIT | dict(model_type='x0')),
@@ -47,7 +52,7 @@ EXAMPLES = {  # file -> class, settings
     'own_network': (None, dict(mixer_width=16, mixer_depth=1)),
     'own_solver': (None, {}),
 }
-OTHERS = {'reflow', 'distill', 'latent'}  # these need a finished run or downloaded data
+OTHERS = {'reflow', 'distill', 'flow_map_distill', 'latent'}  # these need a finished run or downloaded data
 
 
 @pytest.fixture
@@ -56,10 +61,12 @@ def load(monkeypatch):
     tables = [(table, dict(table)) for table in (DATASETS, NETWORKS, PROCESSES, SOLVERS, TIME_INPUTS)]
 
     def module_of(name):
+        monkeypatch.delitem(sys.modules, 'examples.flow_map', raising=False)  # imported again, it fills the tables
         spec = importlib.util.spec_from_file_location(name, ROOT / f'examples/{name}.py')
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
+        monkeypatch.setattr(module, 'SAMPLES', 500, raising=False)
         return module
 
     yield module_of
@@ -134,7 +141,14 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
             assert mine.equal(theirs)
 
 
-DIFFERENTIATE = {'flow_map', 'edm', 'own_process', 'inverse'}  # valued_cuda tensors cannot be differentiated
+DIFFERENTIATE = {
+    'flow_map',
+    'flow_map_table',
+    'few_step_likelihood',
+    'edm',
+    'own_process',
+    'inverse',
+}  # valued_cuda tensors cannot be differentiated
 QUICK = {'bridge', 'ot_coupling', 'condition'}
 
 
@@ -226,7 +240,7 @@ def test_couplings(build):
     assert ((x0 - near.couple(x0, x1, label)).norm(dim=1) <= (x0 - x1).norm(dim=1) + 1e-6).all()
 
 
-@pytest.mark.parametrize('rule', ['lagrangian', 'eulerian', 'semigroup'])
+@pytest.mark.parametrize('rule', ['lagrangian', 'eulerian', 'semigroup', 'uniform'])
 def test_the_exact_flow_map_has_no_loss(build, rule):
     """For Gaussian data of standard deviation 0.5: X(x, t, s) = x std(s) / std(t)."""
     trainer, module = build('flow_map', rule=rule)
@@ -256,9 +270,10 @@ def test_the_exact_flow_map_has_no_loss(build, rule):
 @pytest.mark.parametrize(
     ('rule', 'error'),
     [
-        ('lagrangian', lambda w, t, v: w * t - w * t / 2),
-        ('eulerian', lambda w, t, v: w * t - (v - t / 2 * w)),
-        ('semigroup', lambda w, t, v: w * t - (w * t + w * 0.75 * t) / 2),
+        ('lagrangian', lambda w, t, v, a: w * t - w * t / 2),
+        ('eulerian', lambda w, t, v, a: w * t - (v - t / 2 * w)),
+        ('semigroup', lambda w, t, v, a: w * t - (w * t + w * 0.75 * t) / 2),
+        ('uniform', lambda w, t, v, a: w * t - (a * w * t + (1 - a) * w * (t - a * t / 2))),
     ],
 )
 def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
@@ -268,9 +283,10 @@ def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
     batch = module.dataclasses.replace(batch, cond={'s': batch.t / 2})
     loss = trainer.loss_fn(batch, lambda x, t, label=None, s=None: (w * t)[:, None] * torch.ones_like(x)).mean()
     (slope,) = torch.autograd.grad(loss, w)
-    t, v = batch.t[:, None], batch.x1 - batch.x0
-    torch.testing.assert_close(loss, error(w, t, v).expand_as(v).square().mean())
-    torch.testing.assert_close(slope, (2 * error(w, t, v).expand_as(v) * t).mean())
+    t, v, a = batch.t[:, None], batch.x1 - batch.x0, batch.share[:, None]
+    assert rule != 'uniform' or ((a >= 0) & (a < 1)).all()
+    torch.testing.assert_close(loss, error(w, t, v, a).expand_as(v).square().mean())
+    torch.testing.assert_close(slope, (2 * error(w, t, v, a).expand_as(v) * t).mean())
 
 
 def test_model_guidance_converges_to_guided_predictions(build):
