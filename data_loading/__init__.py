@@ -3,6 +3,7 @@
 spec.py            DataSpec, what a data set is; Part, its training or held-out part
 checks.py          checks of what `load` returned
 toy2d.py           points in the plane, with known densities
+ring.py            a stochastic system in time, with a known law
 labels.py          classes from labels of any kind, the names of parts, which items are held out
 arrays.py          .npy, .npz and the files that prepare.py writes
 folders.py         finds the images of a folder, and their classes

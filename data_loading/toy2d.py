@@ -92,3 +92,30 @@ def load_pairs(first: str, second: str, config: Config) -> tuple[tuple[Tensor, .
     """Like load_points, but pairs (x0, class of x0, x1) of independent draws from two sets."""
     ends = zip(load_points(first, config), load_points(second, config), strict=True)
     return tuple((x0, label, x1) for (x0, label), (x1, _) in ends)
+
+
+def circling(rng: np.random.Generator, n: int, t: float) -> Tensor:
+    """Points (n, 2) of a law that moves: at time t, half of them around each of two opposite places on a circle, at the
+    angles pi t and pi t + pi."""
+    side, angle = 1 - 2 * (rng.permutation(n)[:, None] % 2), math.pi * t
+    centre = 0.7 * np.array([math.cos(angle), math.sin(angle)])
+    return torch.from_numpy(side * centre + rng.normal(0, 0.1, (n, 2))).float()
+
+
+def optimal_partners(a: Tensor, b: Tensor) -> Tensor:
+    """The points b (n, 2), in the order of their partners a (n, 2) in the exact transport plan."""
+    from scipy.optimize import linear_sum_assignment
+
+    return b[linear_sum_assignment(torch.cdist(a, b).square())[1]]
+
+
+def load_snapshots(times: tuple[float, ...], optimal: bool, config: Config) -> tuple[tuple[Tensor, ...], ...]:
+    """The training and the held-out part: a point of `circling` at each of the times, (n, len(times), 2), and 0. Points
+    are drawn independently, or, if `optimal`, each is the optimal partner of the point at the time before."""
+    rng, parts = np.random.default_rng([config.seed, len(TOY2D)]), []
+    for n in (2000, 1000):
+        x = [circling(rng, n, t) for t in times]
+        for i in range(optimal * (len(times) - 1)):
+            x[i + 1] = optimal_partners(x[i], x[i + 1])
+        parts.append((torch.stack(x, 1), torch.zeros(n)))
+    return tuple(parts)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from data_loading.toy2d import TOY2D, load_pairs, load_points
+from config import Config
+from data_loading.toy2d import TOY2D, load_pairs, load_points, load_snapshots
 from data_utils import DATASETS
 
 
@@ -75,3 +76,19 @@ def test_the_spirals_wind_one_and_a_half_times(tiny_config):
     r, angle = x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
     on_arm = torch.cos(angle - 3 * torch.pi * r - torch.pi * label) > 0.8
     assert on_arm[r > 0.3].float().mean() > 0.99
+
+
+def test_snapshots_have_the_moving_law_and_optimal_partners_are_nearer():
+    times, far = (0, 1 / 3, 2 / 3, 1), {}
+    for optimal in (False, True):
+        train, held_out = load_snapshots(times, optimal, Config(seed=1))
+        far[optimal] = [float((train[0][:, i] - train[0][:, i + 1]).square().sum(1).mean()) for i in range(3)]
+        assert train[0].shape == (2000, 4, 2) and held_out[0].shape == (1000, 4, 2)
+        for i, t in enumerate(times):
+            x = train[0][:, i]
+            centre = 0.7 * torch.tensor([math.cos(math.pi * t), math.sin(math.pi * t)])
+            ahead = x[x @ centre > 0]
+            assert len(ahead) == 1000 and (ahead.mean(0) - centre).norm() < 0.02
+            assert ahead.std(0).tolist() == pytest.approx([0.1, 0.1], rel=0.1)
+    assert all(near < 0.6 * random for near, random in zip(far[True], far[False], strict=True))
+    assert far[True] == pytest.approx([0.7**2] * 3, rel=0.05)  # a chord of 60 degrees

@@ -46,6 +46,8 @@ EXAMPLES = {  # file -> class, settings
     'bridge': ('Bridge', POINTS | dict(dataset='moons_and_gaussians')),
     'contrastive': ('Contrastive', {}),
     'dispersive': ('Dispersive', {}),
+    'forecast': ('Forecast', POINTS | dict(dataset='ring')),
+    'multimarginal': ('Multimarginal', POINTS | dict(dataset='optimal_pairs', network='each_snapshot')),
     'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
     'own_dataset': (None, {}),
     'own_process': (None, {}),
@@ -456,6 +458,87 @@ def test_mmps_is_exact_for_one_gaussian(build):
     expected = (0.6 / 0.4**2 * given['x'][:, 0] + module.Y / module.NOISE**2) / (precision + 1 / module.NOISE**2)
     torch.testing.assert_close(x0[:, 0], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x0[:, 1], 0.6 / 0.4**2 * given['x'][:, 1] / precision)
+
+
+def test_forecasts_have_the_exact_law_at_any_noise(build):
+    """With the exact drift of the linear system. Its ODE keeps a point a point, whose CRPS is sqrt(2) times as high."""
+    trainer, module = build('forecast')
+    ring, rfft, irfft = module.ring, torch.fft.rfft, torch.fft.irfft
+
+    def exact(x, t, label=None, now=None):
+        (mean, std), t = ring.law(now, 1), float(t[0])
+        variance = ((1 - t) ** 2 * std) ** 2 + module.S**2 * t**2 * (1 - t)
+        apart = rfft(x - (1 - t) ** 2 * mean - t * now) / variance.clamp(min=1e-9)
+        x0, w = rfft(mean) + (1 - t) ** 2 * std**2 * apart, module.S * t * (1 - t) * apart
+        return now + irfft(module.S * w - 2 * (1 - t) * x0, n=ring.POINTS)
+
+    torch.manual_seed(0)
+    module.LEADS = 2
+    states = ring.draw(torch.zeros(25, 1, ring.POINTS), 1000)
+    inputs = type('Inputs', (), dict(cond={'now': states.repeat(20, 1, 1)}))
+    for name in module.NOISES:
+        found = trainer.sample_metrics(trainer.draw(exact, inputs, name), inputs)
+        for lead in (1, 2):
+            score = found[f'crps_{lead}'] / found[f'exact_crps_{lead}']
+            assert score == pytest.approx(2**0.5 if name == 'ode' else 1, rel=0.04), (name, lead)
+            assert found[f'spread_skill_{lead}'] == pytest.approx(float(name != 'ode'), abs=0.06), (name, lead)
+            assert (found[f'spectrum_error_{lead}'] < 0.12) == (name != 'ode'), (name, lead)
+
+
+def test_the_loss_of_a_forecast_by_hand(build):
+    """The network gets the interpolant, whose noise has the variance S^2 t^2 (1 - t), and its slope is the target."""
+    trainer, module = build('forecast')
+    batch = batch_of(trainer)
+    t, now, w = batch.t[:, None, None], batch.cond['now'], (1 - batch.t).sqrt()[:, None, None] * batch.x1
+
+    def at(t):
+        return (1 - t) ** 2 * batch.x0 + t * now + module.S * t * w
+
+    slope = (at(t + 1e-3) - at(t - 1e-3)) / 2e-3
+    found = trainer.loss_fn(batch, lambda x, time, now: (torch.testing.assert_close(x, at(t)), slope + 0.5)[1])
+    torch.testing.assert_close(found, torch.full((64,), 0.25), rtol=2e-2, atol=0)
+    assert not now.equal(batch.x0) and batch.x1.std() == pytest.approx(1, abs=0.1)
+
+
+def test_snapshots_are_moved_through_the_law_of_their_weighted_sums(build):
+    """For independent Gaussians x_k ~ N(m_k, s_k^2 I), g_k is linear: samples have the mean and variance of x(a)."""
+    trainer, module = build('multimarginal', dataset='random_pairs', network='each_snapshot')
+    mean, std = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]]), torch.tensor([0.3, 0.5, 0.2, 0.4])
+
+    def model_fn(x, t, a):  # (n, 4, 2)
+        gain = a * std**2 / (a**2 * std**2).sum(1, keepdim=True)
+        return mean + gain[:, :, None] * (x - (a @ mean)[:, None])
+
+    torch.manual_seed(0)
+    inputs = type('Inputs', (), dict(x1=mean[3] + std[3] * torch.randn(4000, 2)))
+    for path, stop in (('edges', 0.5), ('curved', 0.5), ('edges', 0.0), ('direct', 0.0), ('curved', 1 / 3)):
+        x, a = trainer.draw(model_fn, inputs, '', path, stop), module.PATHS[path](stop)
+        torch.testing.assert_close(x.mean(0), a @ mean, atol=0.03, rtol=0, msg=f'{path} {stop}')
+        assert float((x - x.mean(0)).std()) == pytest.approx(float((a * std).norm()), rel=0.05), (path, stop)
+
+
+def test_curved_paths_are_parabolas_through_the_snapshots(build):
+    """Exact where a point moves along a parabola; all paths end at vertices and their weights sum to 1."""
+    _, module = build('multimarginal', dataset='random_pairs', network='each_snapshot')
+    times = torch.arange(4) / 3
+    for t in (1 / 3, 0.4, 0.5, 0.61, 2 / 3):
+        a = module.PATHS['curved'](t)
+        assert (a @ torch.stack([times, times**2], 1)).tolist() == pytest.approx([t, t * t], abs=1e-6)
+    for path in module.PATHS.values():
+        for t in (0.0, 0.2, 0.5, 0.9, 1.0):
+            assert float(path(t).sum()) == pytest.approx(1)
+        assert path(0.0).tolist() == [1, 0, 0, 0] and path(1.0).tolist() == [0, 0, 0, 1]
+
+
+def test_the_weights_and_the_loss_of_snapshots_by_hand(build):
+    trainer, _ = build('multimarginal', dataset='optimal_pairs', network='each_snapshot')
+    batch = batch_of(trainer)
+    a, x = batch.cond['a'], batch.x_original
+    assert (a.sum(1) - 1).abs().max() < 1e-5 and -0.075 <= float(a.min()) < 0 and 1 < float(a.max()) <= 1.225
+    assert batch.x0.equal(x[:, 0]) and batch.x1.equal(x[:, 3])
+    sums = sum(a[:, k : k + 1] * x[:, k] for k in range(4))
+    check = lambda xa, t, a: (torch.testing.assert_close(xa, sums[:, None].expand(-1, 4, -1)), x + 0.5)[1]  # noqa: E731
+    torch.testing.assert_close(trainer.loss_fn(batch, check), torch.full((64,), 0.25))
 
 
 def test_own_solver_has_order_2(load):
