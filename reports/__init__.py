@@ -2,7 +2,7 @@
 
 pictures.py  Gallery: which pictures a run draws
 plots.py     panels: cells in grids, with names, times and titles; images
-kinds.py     the table KINDS: drawers of images, fields, signals and points
+kinds.py     the table KINDS: drawers of images, fields, volumes, signals and points
 page.py      report.html: pictures, numbers, curves and settings on one page
 parts.py     parts of a page: pictures, tables, sections
 curves.py    curves on a page

@@ -11,16 +11,16 @@ CURVES: dict[str, tuple[str, ...]] = {
     'loss': ('train/loss', 'eval/loss*'),
     'reference loss': ('eval/reference',),
     'Frechet distance of samples': ('eval/*/frechet*',),
-    'training loss by time': ('train/loss_t_*',),
-    'reference loss by time': ('eval/reference_t_*',),
+    'training loss by t': ('train/loss_t_*',),
+    'reference loss by t': ('eval/reference_t_*',),
     'gradient norm': ('train/grad_norm*',),
     'learning rate': ('train/lr',),
-    'images per second': ('train/images_per_second',),
+    'samples per second': ('train/images_per_second',),
     'share of time waiting for data': ('train/waiting',),
 }
-MAIN = ('loss', 'reference loss', 'Frechet distance of samples', 'training loss by time')  # the others are folded
-FROM_ZERO = ('images per second', 'share of time waiting for data', 'learning rate')
-UNITS = dict.fromkeys(('training loss by time', 'reference loss by time'), 'loss') | {
+MAIN = ('loss', 'reference loss', 'Frechet distance of samples', 'training loss by t')  # the others are folded
+FROM_ZERO = ('samples per second', 'share of time waiting for data', 'learning rate')
+UNITS = dict.fromkeys(('training loss by t', 'reference loss by t'), 'loss') | {
     'reference loss': 'squared error of the velocity',
     'Frechet distance of samples': 'Frechet distance',
     'share of time waiting for data': 'share',
@@ -28,8 +28,8 @@ UNITS = dict.fromkeys(('training loss by time', 'reference loss by time'), 'loss
 NOTES = {
     'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only the mean and variance '
     'of each value, and the floor, the lowest possible loss on the training data, reached only by memorising them.',
-    'training loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
-    'reference loss by time': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
+    'training loss by t': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
+    'reference loss by t': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
 }
 LABELS = [  # name in the record -> label at the end of its line
     (r'train/loss', 'training'),

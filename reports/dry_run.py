@@ -136,9 +136,9 @@ class Rehearsal:
     def try_steps(self) -> None:
         steps = self.trained.batches.steps(0)
         first, self.step_seconds = time_steps(lambda: self.trained.train_step(next(steps)))
-        images = self.config.global_batch_size / self.step_seconds
+        rate = self.config.global_batch_size / self.step_seconds
         each = self.step_seconds
-        print_once(f'train     {each:.3g} s a step, {images:.0f} images/s; the first step took {duration(first)}')
+        print_once(f'train     {each:.3g} s a step, {rate:.0f} samples/s; the first step took {duration(first)}')
         self.seconds |= {'for the first step': first - each, 'training': each * self.steps_left}
 
     def try_saving(self) -> None:
@@ -170,22 +170,22 @@ class Rehearsal:
 
     def try_sampling(self) -> None:
         c, t = self.config, self.trained
-        per_image, path, x = [], 0.0, torch.empty(0)
+        per_sample, path, x = [], 0.0, torch.empty(0)
         for name, sampler in t.samplers().items():
             few, many, x = self.seconds_of(sampler)
-            print_once(f'sample    {name}: {many:.3g} s an image')
-            per_image.append(many)
+            print_once(f'sample    {name}: {many:.3g} s a sample')
+            per_sample.append(many)
             path = path or few
-        pictures = sum(per_image) * t.gallery.num_shown * len(t.drawing.weights_shown()) + path
+        pictures = sum(per_sample) * t.gallery.num_shown * len(t.drawing.weights_shown()) + path
         self.seconds['for pictures'] = pictures * (self.times(c.sample_every) - (not c.final_pictures))
-        if not per_image or not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
+        if not per_sample or not t.judge.can_judge or not (c.final_eval or c.eval_metrics_every):
             return
         inputs, x = t.sample_inputs(NUM_JUDGED), x[torch.arange(NUM_JUDGED, device=x.device) % len(x)]
         first, later = (timed(lambda: t.judge.numbers(x, inputs)) for _ in range(2))
         print_once(f'judge     {duration(first)} the first time, {duration(later)} after that')
         between = (c.eval_metrics_every > 0) * (self.times(c.eval_metrics_every) - 1)
-        verdicts = between + c.final_eval * len(per_image)
-        drawing = NUM_JUDGED * (between * per_image[0] + c.final_eval * sum(per_image))
+        verdicts = between + c.final_eval * len(per_sample)
+        drawing = NUM_JUDGED * (between * per_sample[0] + c.final_eval * sum(per_sample))
         self.seconds['for numbers'] = drawing + (first + later * (verdicts - 1)) * (verdicts > 0)
 
     def seconds_of(self, sampler: Sampler) -> tuple[float, float, torch.Tensor]:
@@ -209,7 +209,8 @@ class Rehearsal:
         disk = self.size * max(0, c.keep_last + 1 + kept - there_already)  # one more while it is being written
         folders = (c.run_dir / 'last.pt').absolute().parents
         free = shutil.disk_usage(next(path for path in folders if path.is_dir())).free
-        lost = f'{duration(c.save_every * self.step_seconds)} at most' if c.save_every else 'all since step_N.pt'
+        most = duration(min(c.save_every, self.steps_left) * self.step_seconds)
+        lost = f'{most} at most' if c.save_every else 'all since step_N.pt'
         print_once(
             f'\nthe run   {duration(total)} for {self.steps_left} steps: {parts}\n'
             f'a kill    loses {lost} (save_every={c.save_every})\n'

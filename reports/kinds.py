@@ -1,54 +1,110 @@
-"""Pictures of each kind of data: the table KINDS, heat maps, curves, and points in the plane."""
+"""Pictures of each kind of data: the table KINDS, heat maps, slices, curves, and points in the plane."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reports.plots import LINE_HEIGHT, Panel, draw_images, enlarged, range_of, rendered_text, stacked, titled
+from reports.plots import (
+    GAP,
+    LINE_HEIGHT,
+    WIDEST,
+    Panel,
+    draw_images,
+    enlarged,
+    join_pictures,
+    range_of,
+    rendered_text,
+    stacked,
+    text_width,
+    titled,
+)
 
 IN_FILES = (1, 3, 4)  # channels that a PNG can hold
 # Colours that colour-blind people tell apart (Okabe and Ito 2008), the strongest first.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7', '#000000')
+LIGHT = '#d9d9d9'  # lines at round values behind curves
 MARKERS = 'os^Dvp*'  # a class takes the next marker when all colours have been used with the one before
 
 
-def draw_fields(panel: Panel) -> Tensor:
-    """Draw floats (n, C, H, W) as heat maps, channels below each other, each with a colour bar of its own range."""
+def draw_fields(panel: Panel, blank: Tensor | None = None, least: int = 0, note: str = '') -> Tensor:
+    """Draw floats (n, C, H, W) as heat maps, channels below each other, each with a colour bar: all tiles of a channel
+    share one scale.
+
+    Pixels that `blank` (H, W) marks are white. `least`: the side to enlarge until it can be seen; 0: the shorter one.
+    `note` comes after the title."""
     from matplotlib import colormaps
 
     colours = torch.from_numpy(colormaps['viridis'](np.arange(256))[:, :3] * 255).round().to(torch.uint8)  # (256, 3)
-    cells, bars, factor = [], [], -(-panel.side() // min(panel.x.shape[2:]))
-    for channel in panel.x.float().cpu().unbind(1):
-        low, high = range_of(channel)
+    cells, bars, factor = [], [], -(-panel.side() // (least or min(panel.x.shape[2:])))
+    for channel, limits in zip(panel.x.float().cpu().unbind(1), panel.scaled_by.unbind(1), strict=True):
+        low, high = range_of(limits)
         shades = ((channel - low) / (high - low) * 255).nan_to_num(0).clamp(0, 255).round().long()
-        cell = enlarged(colours[shades].permute(0, 3, 1, 2), factor)
-        cells.append(pad(cell, (0, 0, 0, 1), value=255))
-        h = cell.shape[2]
+        cell = colours[shades] if blank is None else colours[shades].masked_fill(blank[..., None], 255)
+        cells.append(pad(enlarged(cell.permute(0, 3, 1, 2), factor), (0, 0, 0, 1), value=255))
+        h = cells[-1].shape[2] - 1
         bar = colours[torch.linspace(255, 0, h).round().long()].T[:, :, None].expand(3, h, 10)
         words = [rendered_text(f'{value:.3g}', 52) for value in (high, low)]  # as wide as -0.000123
         words.insert(1, torch.full((3, h - 2 * LINE_HEIGHT, 52), 255, dtype=torch.uint8))
         bars.append(pad(torch.cat([bar, stacked(words)], 2), (0, 0, 0, 1), value=255))
-    return panel.picture(torch.cat(cells, 2)[:, :, :-1], legend=stacked(bars))
+    scale = 'one colour scale' if len(bars) == 1 else 'a colour scale for each channel'
+    return panel.picture(torch.cat(cells, 2)[:, :, :-1], ', '.join(filter(None, (note, scale))), stacked(bars))
+
+
+def draw_volumes(panel: Panel) -> Tensor:
+    """Draw floats (n, C, D, H, W) as heat maps of their middle slices: H x W, D x W below it, H x D at its right."""
+
+    def slices(x: Tensor) -> Tensor:  # (n, C, H + 1 + D, W + 1 + D), adjacent slices share an axis
+        d, h, w = x.shape[2:]
+        left = torch.cat([pad(x[:, :, d // 2], (0, 0, 0, 1)), x[:, :, :, h // 2]], 2)
+        return torch.cat([pad(left, (0, 1)), pad(x[..., w // 2].mT, (0, 0, 0, d + 1))], 3)
+
+    d, h, w = panel.x.shape[2:]
+    blank = torch.ones(h + 1 + d, w + 1 + d, dtype=torch.bool)
+    blank[:h, :w] = blank[h + 1 :, :w] = blank[:h, w + 1 :] = False
+    across = max(2, min(panel.across, WIDEST // (blank.shape[1] * -(-48 // min(d, h, w)))))
+    planes = dataclasses.replace(panel, x=slices(panel.x), scale=panel.scaled_by, across=across)
+    return draw_fields(planes, blank, min(d, h, w), 'middle slices: H x W, D x W below, H x D at right')
 
 
 def draw_signals(panel: Panel) -> Tensor:
-    """Draw floats (n, C, L) as curves on one scale, a colour for each channel."""
-    low, high = range_of(panel.x)
-    wide, tall, fine = max(96, panel.side()), 64, 3  # drawn at three times the size, then scaled down, for smooth lines
-    y = (1 - (panel.x.double().cpu().nan_to_num(low) - low) / (high - low)) * (tall - 4) + 2
-    x = np.linspace(2, wide - 2, y.shape[2])
+    """Draw floats (n, C, L) as curves on one scale, a colour for each channel, with light lines at a few values, which
+    are written at the right of the first row."""
+    from matplotlib.ticker import MaxNLocator
+
+    (low, high), (_, channels, length) = range_of(panel.scaled_by), panel.x.shape
+    wide, tall, fine = max(panel.width(), panel.side()), 64, 3  # drawn three times as large, for smooth lines
+    height = lambda value: (1 - (value - low) / (high - low)) * (tall - 4) + 2  # noqa: E731
+    lines = [float(v) for v in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= v <= high]
+    y = height(panel.x.double().cpu().nan_to_num(low).clamp(low, high))
+    x = np.linspace(2, wide - 2, length)
     cells = []
     for curves in y.numpy():
         image = Image.new('RGB', (fine * wide, fine * tall), 'white')
+        for value in lines:
+            ImageDraw.Draw(image).line([(0, fine * height(value)), (fine * wide, fine * height(value))], LIGHT, fine)
         for i, curve in enumerate(curves):
             points = [(fine * float(a), fine * float(b)) for a, b in zip(x, curve, strict=True)]
             ImageDraw.Draw(image).line(points, COLOURS[i % len(COLOURS)], fine)
         cells.append(np.array(image.resize((wide, tall), Image.Resampling.LANCZOS)))
-    return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), f'values from {low:.3g} to {high:.3g}')
+    axis = torch.full((3, tall, max(text_width(f'{v:.6g}') for v in [*lines, 0]) + 6), 255, dtype=torch.uint8)
+    for value in lines:
+        top = min(max(round(height(value)) - LINE_HEIGHT // 2, 0), tall - LINE_HEIGHT)
+        axis[:, top : top + LINE_HEIGHT] = rendered_text(f'{value:.6g}', axis.shape[2])
+    names = [coloured(f'channel {i}', COLOURS[i]) for i in range(min(channels, len(COLOURS)))]
+    legend = axis if channels == 1 else join_pictures([axis, stacked(names)], GAP)
+    note = f'{length} points, values from {low:.3g} to {high:.3g}'
+    return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), note, legend)
+
+
+def coloured(text: str, colour: str) -> Tensor:
+    """A line of text in this colour on white, (3, LINE_HEIGHT, its width)."""
+    ink = 1 - rendered_text(text, text_width(text)) / 255
+    return (255 - ink * (255 - torch.tensor(ImageColor.getrgb(colour))[:, None, None])).round().byte()
 
 
 # ---------------------------------------------------------------- points in the plane
@@ -71,6 +127,8 @@ def draw_points(panel: Panel) -> Tensor:
     else:
         shown, names = points[panel.real :], names[panel.real :]
         ax.scatter(*points[: panel.real].T.numpy(), s=3, color='silver', linewidths=0)
+    if panel.scale is not None:
+        ax.update_datalim(panel.scale[panel.scale.isfinite().all(1)].double().cpu().numpy())
     classes = list(dict.fromkeys(names))
     for i, name in enumerate(classes or ['']):
         chosen = torch.tensor([not names or other == name for other in names or shown])
@@ -95,6 +153,7 @@ def draw_points(panel: Panel) -> Tensor:
 KINDS: dict[str, tuple[Callable[[Tensor], bool], Callable[[Panel], Tensor]]] = {
     'signals': (lambda x: x.ndim == 3, draw_signals),
     'points': (lambda x: x.ndim == 2 and x.shape[1] == 2, draw_points),
+    'volumes': (lambda x: x.ndim == 5, draw_volumes),
     'fields': (lambda x: x.ndim == 4, draw_fields),
     'images': (lambda x: x.ndim == 4 and x.shape[1] in IN_FILES, draw_images),  # in [0, 1]
 }

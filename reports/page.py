@@ -230,7 +230,8 @@ def started(run: Run, i: int) -> list[Any]:
             images = (line['train/step'] - begin) * run.config['global_batch_size']
             seconds, begin = seconds + images / line['train/images_per_second'], line['train/step']
     where = ':'.join(trainer[part] for part in ('file', 'name') if trainer.get(part))
-    more = dict(training=duration(seconds), trainer=where, time=str(run.starts[i].get('time'))[:16].replace('T', ' '))
+    time, commit = str(run.starts[i].get('time'))[:16].replace('T', ' '), (run.starts[i].get('commit') or '')[:10]
+    more = dict(training=duration(seconds), trainer=where, time=time, commit=commit)
     return [(run.starts[i] | more).get(name) for name in STARTED]
 
 

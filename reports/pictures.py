@@ -21,7 +21,7 @@ from training.calling import in_eval_mode
 from training.drawing import Drawing, State, no_memory, out_of_memory_on_any_rank
 from training.experiment import Experiment, SampleInputs
 
-POINTS_SHOWN = 1000
+POINTS_SHOWN, PATHS_OF_POINTS = 1000, 200
 
 
 class Gallery:
@@ -64,12 +64,13 @@ class Gallery:
 
     @property
     def num_shown(self) -> int:
-        """Number of samples in a picture: about 60, fewer with many channels; up to 100 classes; 1000 points."""
+        """Number of samples in a picture: about 60, fewer volumes or channels; up to 100 classes; 1000 points."""
         columns, classes = self.data.columns(), len(self.data.trained_classes)
         if self.kind == 'points':
             return POINTS_SHOWN
-        channels = self.experiment.decode(self.batches.shape_example.x0[:1]).shape[1] if self.kind == 'fields' else 1
-        return min(classes, 100) if classes > 20 else columns * max(1, max(3, 60 // columns) // channels)
+        below = {'fields': 1, 'volumes': 2}.get(str(self.kind), 0)  # heat maps below each other, for each channel
+        below = below * self.experiment.decode(self.batches.shape_example.x0[:1]).shape[1] if below else 1
+        return min(classes, 100) if classes > 20 else columns * max(1, max(3, 60 // columns) // below)
 
     @in_eval_mode
     def rehearse(self, step: int) -> None:
@@ -140,7 +141,7 @@ class Gallery:
         if self.kind is None or first is None:
             return
         sampler_name, sampler, weights, module = first
-        most = 200 if self.kind == 'points' else 6
+        most = PATHS_OF_POINTS if self.kind == 'points' else 6
         few = self.drawing.inputs(min(most, self.config.global_batch_size // self.config.batch_shards))
         utils.seed_everything(self.config.seed, 'show_paths')
         try:
@@ -238,8 +239,8 @@ class Gallery:
         """Draw some training items, as read and as trained on, and plot the learning rate. On rank 0."""
         from reports.plots import join_pictures
 
-        most, classes = POINTS_SHOWN if self.kind == 'points' else 50, len(self.data.trained_classes)
-        n = min(most, self.config.global_batch_size)
+        most = POINTS_SHOWN if self.kind == 'points' else min(50, self.num_shown)
+        n, classes = min(most, self.config.global_batch_size), len(self.data.trained_classes)
         first = self.training_data(n - n % classes if 0 < classes <= n else n)
         utils.seed_everything(self.config.seed, 'show_data')
         batch = self.experiment.prepare_batch_fn(first, is_train=True)

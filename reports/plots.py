@@ -45,6 +45,17 @@ class Panel:
     across: int = 10  # most cells in a row
     times: Sequence[str] = ()  # for paths: x is a path of this many states, their predicted x0, the next path, ...
     density: Density | None = None  # the true density of points
+    scale: Tensor | None = None  # items that set the scale or the axes, so that several pictures agree; None: x
+
+    @property
+    def scaled_by(self) -> Tensor:
+        return (self.x if self.scale is None else self.scale).float().cpu()
+
+    def width(self) -> int:
+        """Least pixels for the width of a cell of signals, fields or images."""
+        if self.x.ndim == 3:
+            return min(max(96, self.x.shape[2] * (not self.times)), 240)
+        return self.x.shape[3] * -(-48 // min(self.x.shape[2:]))
 
     def blocks(self) -> list[GridBlock]:
         """Grids to put below each other. Each class has a column, or several, with data on top."""
@@ -56,7 +67,7 @@ class Panel:
         items = {name: ([], []) for name in dict.fromkeys(names)}  # class -> its data, its samples
         for i, name in enumerate(names):
             items[name][i >= self.real].append(i)
-        across = max(2, min(self.across, WIDEST // max(48, self.x.shape[-1]))) if self.x.ndim == 4 else self.across
+        across = max(2, min(self.across, WIDEST // self.width())) if self.x.ndim > 2 else self.across
         wide = max(1, min(across // len(classes), max(len(samples) for _, samples in items.values())))
         at_once = -(-len(classes) // -(-len(classes) // across))  # classes in a block: blocks of about equal width
         blocks = []
@@ -141,7 +152,7 @@ def image_grid(images: Tensor, columns: int, names: Sequence[str] = (), title: s
 def draw_images(panel: Panel) -> Tensor:
     """Draw images unchanged, or scaled if values leave [0, 1]: the title then gives the values of black and white.
     Three channels are a colour image, a fourth is a grey image below it; other numbers of channels are grey images."""
-    x, (low, high) = panel.x.float().cpu(), range_of(panel.x)
+    x, (low, high) = panel.x.float().cpu(), range_of(panel.scaled_by)
     scaled = bool(((x < 0) | (x > 1)).any())
     unit = ((x - low) / (high - low) if scaled else x).nan_to_num(0).clamp(0, 1)
     levels = (unit * 255).round().to(torch.uint8)

@@ -85,7 +85,8 @@ def run(do: Callable[[], None]) -> None:
     error = None
     try:
         ranks.setup()
-        do()
+        with contextlib.redirect_stdout(cast(Any, SafeStream(sys.stdout))):  # `| head` does not end the program
+            do()
         exit_code = 0
     except SettingError as wrong:
         error, exit_code = wrong, errors.EXIT_BAD_SETTING
@@ -121,13 +122,18 @@ class SafeStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
+        self.ignoring_errors(lambda: self.stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        self.ignoring_errors(self.stream.flush)
+
+    def ignoring_errors(self, do: Callable[[], object]) -> None:
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            try:
+                do()
+            except BrokenPipeError:  # discard what is still in the buffer, or Python complains when it exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def show(error: BaseException) -> None:

@@ -268,7 +268,7 @@ def shared_plot(groups: Sequence[Group], labels: Sequence[str], title: str, patt
             curves[label] = steps, [statistics.fmean(v) for v in by_step]
             if len(group) > 1:
                 bands[label] = [statistics.stdev(v) for v in by_step]
-    return page.plot(curves, f'{title}: {metric}', bands=bands) if metric and 'by time' not in title else ''
+    return page.plot(curves, f'{title}: {metric}', bands=bands) if metric and 'by t' not in title else ''
 
 
 if __name__ == '__main__':

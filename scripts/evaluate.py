@@ -135,7 +135,7 @@ class Evaluation:
         if detector is None:
             few = min(run.train_loader.size, run.test_loader.size)
             if few < 10:  # checked before a detector is trained or a sample drawn
-                raise SettingError(f'{few} training or held-out images are too few: 10 of each are needed to compare.')
+                raise SettingError(f'{few} training or held-out items are too few: 10 of each are needed to compare.')
             detector = self.detector = get_detector(run.judge.data, o.detector, o.detector_weights)
             ranks.print_once(f'judged by {detector.about}')
         made_by = dict(  # everything that a result depends on

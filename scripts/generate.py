@@ -10,6 +10,7 @@ processes and any batch size. The same command resumes after a stop, and draws n
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from config import SettingError
 from runtime import command
@@ -45,7 +46,7 @@ class Generate:
     batch_size: int = 64
     """Samples that each process draws at once."""
     trajectory: bool = False
-    """Also write path.png and path.gif: the paths of the first samples from noise to image."""
+    """Also write path.png and path.gif: the paths of the first samples from noise to data."""
     training_gif: bool = False
     """Also write training.gif: the run's pictures of samples during training, which all start from the same noise."""
     data_path: str | None = None
@@ -79,8 +80,8 @@ def generate(options: Generate) -> None:
     run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
     out = SampleFiles(o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)))
-    if o.trajectory and not are_images:
-        raise SettingError('trajectory=True: these samples are not images in [0, 1]. Leave --trajectory out.')
+    if o.trajectory and run.gallery.kind is None:
+        raise SettingError('trajectory=True: no entry of KINDS (reports/kinds.py) draws these samples. Leave it out.')
     in_training = samples.pictures_of_training() if o.training_gif else []
 
     ranks.on_main(out.claim)
@@ -96,11 +97,13 @@ def generate(options: Generate) -> None:
     except Stopped:
         ranks.print_once('stopped: the same command resumes, and draws nothing twice')
         raise
-    speed = f', {len(todo) / (time.monotonic() - began):.1f} images/s' if todo else ''
+    speed = f', {len(todo) / (time.monotonic() - began):.1f} samples/s' if todo else ''
     shown = min(o.num, run.gallery.num_shown)
     label, classes = samples.label(o.batch_size), run.data.classes or tuple(map(str, range(run.data.num_classes)))
     titles = titles_of(run.data, None if label is None else label[:shown], run.config.label_dropout)
-    ranks.on_main(lambda: out.finish(shown, run.data.columns(), titles, label, classes))
+    columns = run.data.columns()
+    draw = partial(run.gallery.draw_items, names=titles, across=columns) if run.gallery.kind else None
+    ranks.on_main(lambda: out.finish(shown, columns, titles, label, classes, draw))
     if o.trajectory:
         ranks.on_main_as_one_process(lambda: samples.show_path(out))
     if o.training_gif:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,24 @@ class SampleFiles:
         return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
 
     def finish(
-        self, shown: int, columns: int, titles: Sequence[str], label: Tensor | None = None, classes: Sequence[str] = ()
-    ) -> None:
+        self, shown: int, columns: int, titles: Sequence[str], label: Tensor | None = None, classes: Sequence[str] = (),
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Join the parts to one .npz: arr_0 uint8 (N, H, W, C), arr_1 the classes and `classes` their names; for PNGs
-        write labels.csv. Also draw a grid of the first `shown` samples under these `titles`."""
+        write labels.csv. Also draw a grid of the first `shown` samples under these `titles`, or by `draw` (n, ...)."""
         if self.one_file:
             first = self.join_parts(classes)[:shown]
         else:
             if label is not None:
                 self.write_labels(label.tolist(), [*classes, 'none'])
             first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
+        x = torch.from_numpy(first)
         if self.images:
-            x = torch.from_numpy(first).reshape(*first.shape[:3], -1).permute(0, 3, 1, 2)
+            x = x.reshape(*first.shape[:3], -1).permute(0, 3, 1, 2) / 255
+            draw = draw or (lambda x: image_grid(x, columns, names=titles))
+        if draw is not None:
             with files.atomic_write(self.picture('grid.png')) as temporary:
-                torchvision.io.write_png(image_grid(x / 255, columns, names=titles), str(temporary))
+                torchvision.io.write_png(draw(x), str(temporary))
 
     def write_labels(self, label: Sequence[int], names: Sequence[str]) -> None:
         """Write labels.csv with file, class and name of the first n samples, unless the existing table is longer."""

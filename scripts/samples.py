@@ -23,7 +23,8 @@ from evaluation.detectors import Detector
 from evaluation.distances import SampleFeatures
 from main import load_run
 from reports import page
-from reports.plots import image_grid, titles_of
+from reports.pictures import PATHS_OF_POINTS
+from reports.plots import titles_of
 from runtime import alive, files, ranks, stopping
 from scripts.outputs import SampleFiles, write_gif
 from training import calling
@@ -119,18 +120,20 @@ class Samples:
         """Write path.png, with the states of the first samples and the x0 predicted at each, and path.gif, the grid of
         samples step by step. Raises SettingError if an overridden `draw` takes no solver steps."""
         run, columns = self.run, min(10, self.run.data.columns())
-        indices = range(min(self.num, 3 * columns))
+        most = PATHS_OF_POINTS if run.gallery.kind == 'points' else 8
+        indices = range(min(self.num, max(most, 3 * columns)))
         inputs = self.inputs(indices)
         with utils.NoiseOfEach(self.seed, 'draw', indices):
             states = run.drawing.path(lambda fn, given: run.draw(fn, given, run.config.solver), self.model_fn, inputs)
         if not states:
             raise SettingError(f'trajectory=True: {type(run).__name__}.draw does not use the solvers of the repo.')
-        first, label = [State(t, x[:8], x0[:8]) for t, x, x0 in states], inputs.label
-        path = run.gallery.path_of(first, None if label is None else label[:8])
+        first, label = [State(t, x[:most], x0[:most]) for t, x, x0 in states], inputs.label
+        path = run.gallery.path_of(first, None if label is None else label[:most])
         with files.atomic_write(out.picture('path.png')) as temporary:
             torchvision.io.write_png(path, str(temporary))
         names = titles_of(run.data, label, run.config.label_dropout)
-        frames = [image_grid(state.x, columns, names, f't = {state.t:.3f}') for state in states]
+        same = dict(across=columns, scale=torch.cat([state.x for state in states]))
+        frames = [run.gallery.draw_items(x, names, title=f't = {t:.3f}', **same) for t, x, _ in states]
         write_gif(out.picture('path.gif'), frames, 100)
 
     def pictures_of_training(self) -> list[Path]:
@@ -142,7 +145,7 @@ class Samples:
         raise SettingError(f'training_gif=True: {why}; leave --training_gif out.')
 
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
-        """Distances of the samples from the data, the same for as many random training images as a floor (`real_...`),
+        """Distances of the samples from the data, the same for as many random training items as a floor (`real_...`),
         and the experiment's own `sample_metrics`. If a sample is not finite, only the speed. Raises Stopped."""
         run, sampled, kept, began = self.run, SampleFeatures(detector), [], time.monotonic()
         own = run.overrides('sample_metrics')

@@ -100,8 +100,10 @@ def sweep(runs: list[list[str]]) -> None:
 def page_name(configs: Sequence[Config]) -> str:
     """Name of the page: the swept settings with their values, then the shared ones, as in `sweep_seed=0-1_digits`."""
     values = {name: tuple(dict.fromkeys(getattr(c, name) for c in configs)) for name in vars(configs[0])}
-    swept = {name: v for name, v in values.items() if len(v) > 1 and name != 'experiment_name'}
-    shared = [part for part in name_parts(configs[0], PRESETS) if part.split('=')[0] not in swept]
+    by_preset = {name for name in values if all(getattr(c, name) == c.baseline()[name] for c in configs)} - {'preset'}
+    swept = {name: v for name, v in values.items() if len(v) > 1 and name not in by_preset | {'experiment_name'}}
+    known = {*swept, *(values['preset'] if 'preset' in swept else ())}
+    shared = [part for part in name_parts(configs[0], PRESETS) if part.split('=')[0] not in known]
     return folder_name(['sweep', *map(in_name, swept, swept.values()), *shared]) + '.html'
 
 

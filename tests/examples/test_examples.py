@@ -49,6 +49,7 @@ EXAMPLES = {  # file -> class, settings
     'forecast': ('Forecast', POINTS | dict(dataset='ring')),
     'multimarginal': ('Multimarginal', POINTS | dict(dataset='optimal_pairs', network='each_snapshot')),
     'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
+    'field': ('Field', dict(dataset='random_fields')),
     'own_dataset': (None, {}),
     'own_process': (None, {}),
     'own_network': (None, dict(mixer_width=16, mixer_depth=1)),
@@ -539,6 +540,44 @@ def test_the_weights_and_the_loss_of_snapshots_by_hand(build):
     sums = sum(a[:, k : k + 1] * x[:, k] for k in range(4))
     check = lambda xa, t, a: (torch.testing.assert_close(xa, sums[:, None].expand(-1, 4, -1)), x + 0.5)[1]  # noqa: E731
     torch.testing.assert_close(trainer.loss_fn(batch, check), torch.full((64,), 0.25))
+
+
+def test_the_exact_velocity_of_random_fields_reaches_the_least_loss_and_the_floors(build):
+    """E[x1 - x0 | xt] of a Gaussian field is linear in each mode; its samples have the exact spectrum and seam."""
+    trainer, module = build('field')
+    t = (torch.arange(4000, dtype=torch.float64)[:, None, None] + 0.5) / 4000 * 0.998 + 0.001
+    assert module.least() == pytest.approx(float((module.P / ((1 - t) ** 2 * module.P + t**2)).mean()), rel=1e-5)
+    assert module.least(0, 1 - 1e-7) == pytest.approx(float(module.P.sqrt().mean()) * math.pi / 2, rel=1e-4)
+
+    def exact(xt, t, label=None):
+        t = t.view(-1, 1, 1, 1)
+        gain = (t - (1 - t) * module.P) / ((1 - t) ** 2 * module.P + t**2)
+        return torch.fft.ifft2(gain * torch.fft.fft2(xt)).real
+
+    trainer.get_model_fn = lambda network, train=False: exact
+    assert trainer.judge.reference_loss(trainer.network)['eval/reference'] == pytest.approx(module.least(), rel=0.01)
+    inputs = trainer.sample_inputs(1000)
+    numbers = trainer.sample_metrics(trainer.draw(exact, inputs, 'adams', num_steps=40), inputs)
+    assert numbers['spectrum_error'] < 0.05 and numbers['real_spectrum_error'] < 0.05
+    assert numbers['seam'] == pytest.approx(1, abs=0.03) and numbers['real_seam'] == pytest.approx(1, abs=0.03)
+    white = 0.5 * torch.randn(1000, 1, module.N, module.N)  # flat: too little at 0, too much at high wave numbers
+    found = module.errors(white)
+    rings = (module.k.round() == r for r in range(12))
+    by_hand = torch.stack([0.25 / module.P[ring].mean() - 1 for ring in rings]).square().mean().sqrt()
+    assert found['spectrum_error'] == pytest.approx(float(by_hand), rel=0.05)
+
+
+@pytest.mark.parametrize('class_name', ['Circular', 'Field'])
+def test_circular_convolutions_do_not_see_the_border(build, class_name):
+    """A field shifted by a whole number of pixels of the coarsest level gives the same output, shifted."""
+    trainer, module = build('field', class_name)
+    for p in trainer.network.parameters():  # the last layer starts at 0
+        torch.nn.init.normal_(p, std=0.1)
+    x, model_fn = module.draw(3, 1), trainer.get_model_fn(trainer.network)
+    with torch.no_grad():
+        out, shifted = (model_fn(part, torch.full((3,), 0.5)) for part in (x, x.roll((2, 4), (2, 3))))
+    difference = (out.roll((2, 4), (2, 3)) - shifted).abs().max() / out.std()
+    assert difference < 1e-3 if class_name == 'Circular' else difference > 0.1
 
 
 def test_own_solver_has_order_2(load):

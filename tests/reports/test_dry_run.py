@@ -1,6 +1,9 @@
 """Parts of `--check` that the whole run of it in test_faults.py does not show."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from config import Config, SettingError
 from reports import dry_run
@@ -36,6 +39,19 @@ def test_the_first_step_is_timed_separately_and_rare_slow_steps_hardly_count(clo
     taken = next(steps)
     assert first == 90.0 and 0.99 * seconds < median < 1.2 * seconds
     assert taken >= 5 and taken * seconds < 40  # enough steps, in less than a minute
+
+
+@pytest.mark.parametrize(
+    ('save_every', 'loses'), [(0, 'all since step_N.pt'), (20, '40 s at most'), (500, '2 min at most')]
+)
+def test_a_kill_loses_no_more_than_the_run(tmp_path, capsys, save_every, loses):
+    rehearsal = object.__new__(dry_run.Rehearsal)
+    rehearsal.config = Config(ckpt_dir=str(tmp_path), num_training_steps=60, save_every=save_every)
+    rehearsal.begins_at, rehearsal.steps_left, rehearsal.step_seconds = 0, 60, 2.0
+    rehearsal.seconds, rehearsal.size = {'training': 120.0}, 1
+    rehearsal.trained = SimpleNamespace(device=torch.device('cpu'))
+    rehearsal.print_estimate()
+    assert f'a kill    loses {loses} (save_every={save_every})' in capsys.readouterr().out
 
 
 def test_what_is_new_in_the_cache_is_not_kept(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from matplotlib import colormaps
 
 from data_loading.toy2d import TOY2D
-from reports.kinds import COLOURS, KINDS, draw_fields, draw_points, draw_signals, kind
-from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width
+from reports.kinds import COLOURS, KINDS, coloured, draw_fields, draw_points, draw_signals, draw_volumes, kind
+from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width, titled
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width
         ((5, 2, 8, 8), 'fields', 'fields'),
         ((5, 2), 'points', 'points'),
         ((5, 2, 9), 'signals', 'signals'),
+        ((5, 2, 4, 6, 8), 'volumes', 'volumes'),
         ((5, 3), None, None),
         ((5,), None, None),
     ],
@@ -31,7 +32,9 @@ def test_kind_is_read_off_the_shape(shape, expected, if_not_images):
 def test_each_channel_of_a_field_has_its_own_scale_and_colour_bar():
     x = torch.stack([torch.full((2, 4, 4), -3.0), torch.full((2, 4, 4), 5.0)])  # two fields of two channels
     x[:, 1] = torch.tensor([100.0, 300.0])[:, None, None]
-    picture = draw_fields(Panel(x))
+    whole = draw_fields(Panel(x))
+    assert torch.equal(whole, titled(whole[:, LINE_HEIGHT:], 'a colour scale for each channel'))
+    picture = whole[:, LINE_HEIGHT:]
     low, high = (torch.tensor(colormaps['viridis'](k)[:3]).mul(255).round().byte() for k in (0, 255))
     side = (picture.shape[1] - 2 * GAP - 1) // 2
     for channel in range(2):
@@ -50,7 +53,7 @@ def test_each_channel_of_a_field_has_its_own_scale_and_colour_bar():
 def test_names_are_above_fields_and_every_value_has_a_colour():
     x = torch.rand(2, 2, 4, 4)
     x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    plain, named = draw_fields(Panel(x)), draw_fields(Panel(x, ['a', 'b']))
+    plain, named = (draw_fields(Panel(x, names))[:, LINE_HEIGHT:] for names in ((), ['a', 'b']))
     assert torch.equal(named[:, LINE_HEIGHT:], plain)
     low, high = (torch.tensor(colormaps['viridis'](k)[:3]).mul(255).round().byte() for k in (0, 255))
     side = (plain.shape[1] - 2 * GAP - 1) // 8  # pixels per value
@@ -58,13 +61,42 @@ def test_names_are_above_fields_and_every_value_has_a_colour():
         assert torch.equal(plain[:, GAP + side // 2, GAP + i * side + side // 2], colour)
 
 
+def test_a_volume_is_shown_by_its_middle_slices():
+    """H x W, D x W below it and H x D at its right: adjacent slices share an axis, and all are on one colour scale."""
+    x = torch.rand(2, 1, 3, 4, 5)
+    x[0, 0, 0, 0, 0], x[1, 0, 2, 3, 4] = -1, 2  # outside of the slices: the scale is that of the whole volumes
+    whole = draw_volumes(Panel(x))
+    note = 'middle slices: H x W, D x W below, H x D at right, one colour scale'
+    assert torch.equal(whole[:, :LINE_HEIGHT], titled(whole[:, :1], note)[:, :LINE_HEIGHT])
+    colours = torch.tensor(colormaps['viridis'](np.arange(256))[:, :3]).mul(255).round().byte()
+    factor = -(-200 // 3)  # a slice's shorter side has 400 / 2 pixels
+    for i in range(2):
+        left = GAP + i * (GAP + 9 * factor)
+        cell = whole[:, LINE_HEIGHT + GAP :, left : left + 9 * factor][:, factor // 2 :: factor, factor // 2 :: factor]
+        front, below, right = x[i, 0, 1], x[i, 0, :, 2], x[i, 0, :, :, 2].T
+        for part, place in ((front, cell[:, :4, :5]), (below, cell[:, 5:8, :5]), (right, cell[:, :4, 6:])):
+            assert torch.equal(place, colours[((part + 1) / 3 * 255).round().long()].permute(2, 0, 1))
+        assert (cell[:, 4] == 255).all() and (cell[:, :8, 5] == 255).all() and (cell[:, 5:8, 6:] == 255).all()
+
+
+@pytest.mark.parametrize('shape', [(2,), (1, 8), (1, 4, 4), (1, 4, 4, 4)])
+def test_pictures_with_the_same_scale_agree(shape):
+    """The same item has the same colours and heights, whatever else is in the picture."""
+    x = torch.rand(3, *shape)
+    draw = KINDS[str(kind(x, are_images=False))][1]
+    few, scaled = draw(Panel(x[:2])), [draw(Panel(part, scale=x * 4 - 1)) for part in (x[:2], x[:2] * 1.0001)]
+    assert few.shape[1] == scaled[0].shape[1] and not few.equal(scaled[0])
+    assert (scaled[0].int() - scaled[1].int()).abs().float().mean() < 0.1
+    assert draw(Panel(x, scale=x)).equal(draw(Panel(x)))
+
+
 def test_signals_are_curves_on_one_scale_with_a_colour_for_each_channel(monkeypatch):
     titles = []
     monkeypatch.setattr('reports.plots.titled', lambda picture, title: titles.append(title) or picture)
     up = torch.linspace(0, 1, 30)
     picture = draw_signals(Panel(torch.stack([torch.stack([up, 1 - up]), torch.zeros(2, 30)]), title='mine')).int()
-    assert titles == ['mine, values from 0 to 1']
-    wide = (picture.shape[2] - GAP) // 2 - GAP
+    assert titles == ['mine, 30 points, values from 0 to 1']
+    wide = 200
     first, second = (picture[:, GAP:-GAP, GAP + i * (wide + GAP) :][:, :, :wide] for i in range(2))
     for i in range(2):  # the first rises, the second falls
         near = ((first[2] - first[0]) * (1, -1)[i] > 60).nonzero()  # blue, orange
@@ -72,6 +104,26 @@ def test_signals_are_curves_on_one_scale_with_a_colour_for_each_channel(monkeypa
         assert len(near) > 50 and (across < -0.99 if i == 0 else across > 0.99)
     ink = (second.sum(0) < 600).nonzero()
     assert ink[:, 0].min() > 0.9 * 64 and ink[:, 1].max() - ink[:, 1].min() > 80  # a flat line at the bottom
+
+
+def test_the_values_of_a_signal_can_be_read_off_an_axis():
+    """Light lines in each cell are at the values that are written at the right of the first row."""
+    x = torch.tensor([[[-1.0, 3.0, 3.0]], [[-1.0, -1.0, -1.0]]])
+    picture = draw_signals(Panel(x))[:, LINE_HEIGHT:]
+    cell, axis = picture[:, GAP : GAP + 64, 2 * GAP + 200 : 2 * GAP + 400], picture[:, :, 3 * GAP + 400 + 2 * GAP :]
+    levels = cell[0].float().mean(1)  # of each row of the second cell
+    for i, value in enumerate((3, 2, 1, 0)):
+        line, top = 2 + 15 * i, max(2 + 15 * i - LINE_HEIGHT // 2, 0)
+        assert 200 < levels[line] < 240 and (levels[line + 3 : line + 12] > 250).all()
+        assert torch.equal(axis[:, GAP + top : GAP + top + LINE_HEIGHT], rendered_text(str(value), axis.shape[2]))
+
+
+def test_the_colours_of_channels_are_named():
+    one, two = (draw_signals(Panel(torch.rand(2, channels, 9))) for channels in (1, 2))
+    name = coloured('channel 1', COLOURS[1])
+    found = [bool((p.unfold(2, name.shape[2], 1).unfold(1, LINE_HEIGHT, 1).mT == name[:, None, None]).all(0).all(-1)
+             .all(-1).any()) for p in (one, two)]  # fmt: skip
+    assert found == [False, True]
 
 
 def pixels_of(picture, colour, near=170):

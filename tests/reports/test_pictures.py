@@ -188,8 +188,8 @@ def test_a_run_on_points_shows_their_paths(tiny_config, build_trainer, monkeypat
     assert len(samples) == 1 and len(samples[0].x) == 50 and samples[0].density == TOY2D['moons'].density
 
 
-@pytest.mark.parametrize('shape', [(2, 8, 8), (5, 8, 8), (2, 20)])
-def test_a_run_on_floats_shows_them_and_kinds_that_a_user_adds(tiny_config, build_trainer, monkeypatch, shape):
+@pytest.mark.parametrize(('shape', 'shown'), [((2, 8, 8), 24), ((5, 8, 8), 56), ((2, 20), 56), ((1, 4, 4, 4), 24)])
+def test_a_run_on_floats_shows_them_and_kinds_that_a_user_adds(tiny_config, build_trainer, monkeypatch, shape, shown):
     load = lambda config: tuple((torch.randn(40, *shape), torch.zeros(40)) for _ in range(2))  # noqa: E731
     monkeypatch.setitem(DATASETS, 'floats', DataSpec(load, scale='float'))
     own = []
@@ -197,9 +197,11 @@ def test_a_run_on_floats_shows_them_and_kinds_that_a_user_adds(tiny_config, buil
         draw = KINDS['fields'][1]
         mine = (lambda x: x.shape[1:] == shape, lambda panel: own.append(panel.title) or draw(panel))
         monkeypatch.setitem(KINDS, 'mine', mine)
-    network = 'mlp' if len(shape) == 2 else 'unet'
+    network = 'unet' if len(shape) == 3 else 'mlp'
     config = tiny_config(dataset='floats', network=network, num_training_steps=2, warmup_steps=1, sample_every=2)
-    build_trainer(config).train_loop()
+    trainer = build_trainer(config)
+    trainer.train_loop()
+    assert trainer.gallery.num_shown == shown
     names = {path.name for path in config.run_dir.rglob('*.png')}
     assert {'data_and_augmented.png', 'path.png', 'step_0000002_adams_ema_0.999.png'} <= names
     assert ('as read' in own) == (shape[0] == 5)

@@ -126,6 +126,16 @@ def test_a_broken_stream_does_not_end_the_program():
     assert out.getvalue() == 'seen'  # other attributes are passed through
 
 
+def test_a_reader_that_has_read_enough_does_not_end_the_program(tmp_path):
+    """As in `compare.py ... | head`: the rest of the work is done, and Python does not complain at the end."""
+    work = f'[print(i, flush=True) for i in range(9999)] and open({str(tmp_path / "done")!r}, "w")'
+    (tmp_path / 'program.py').write_text(f'from runtime import command\ncommand.run(lambda: {work})\n')
+    words = f'{{ "{sys.executable}" "{tmp_path}/program.py"; echo "exit code $?" >&2; }} | head -n 1'
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(['sh', '-c', words], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ('0\n', 'exit code 0\n') and (tmp_path / 'done').exists()
+
+
 def test_paths_are_relative_to_the_callers_folder(tmp_path, monkeypatch):
     from scripts.evaluate import Evaluate
     from scripts.generate import Generate

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_two_processes_draw_the_same_samples_as_one(draw, run, tmp_path):
     flags = ['--run', run, '--out', tmp_path / 'both', '--num', '30', '--num_sample_steps', '3', '--batch_size', '4']
     command = ['sh', 'run.sh', 'generate.py', *map(str, flags), '--solver', 'sde_dpmpp_2m']
     done = subprocess.run(command, cwd=ROOT, env=launch_env(2), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and '30 samples in' in done.stdout and 'images/s' in done.stdout, done.stderr
+    assert done.returncode == 0 and '30 samples in' in done.stdout and 'samples/s' in done.stdout, done.stderr
     assert np.abs(images(tmp_path / 'both').astype(int) - one_process).max() <= 1
 
 
@@ -344,6 +345,31 @@ def test_floats_are_written_unchanged(tiny_config, build_trainer, tmp_path, monk
         program.generate(Generate(**options, out=str(tmp_path / 'x')))
     with pytest.raises(SettingError, match=r"'inception' needs images in \[0, 1\] .*, in \[280, 312\]"):
         get_detector(trainer.judge.data, 'inception')
+
+
+@pytest.mark.parametrize('shape', [(2, 9), (1, 4, 4), (2, 3, 3, 4), (2,), (3,)])
+def test_paths_of_samples_that_are_not_images(tiny_config, build_trainer, monkeypatch, tmp_path, shape):
+    """Curves, heat maps, slices and points; all frames of the animation have one scale. Nothing draws vectors."""
+    load = lambda config: tuple((torch.randn(40, *shape), torch.zeros(40)) for _ in range(2))  # noqa: E731
+    monkeypatch.setitem(DATASETS, 'floats', DataSpec(load, scale='float'))
+    trainer = build_trainer(tiny_config(dataset='floats', network='mlp', num_training_steps=2, warmup_steps=1))
+    trainer.train_loop()
+    monkeypatch.setattr(samples, 'load_run', lambda *args, **kwargs: trainer)
+    scales, draw_items = [], trainer.gallery.draw_items
+    trainer.gallery.draw_items = lambda *args, **more: scales.append(more.get('scale')) or draw_items(*args, **more)
+    go = partial(program.generate, Generate(run='floats', out=str(tmp_path / 'x.npz'), num=12, trajectory=True))
+    if shape == (3,):
+        with pytest.raises(SettingError, match=r'trajectory=True: no entry of KINDS'):
+            go()
+        return
+    go()
+    with Image.open(tmp_path / 'x_path.png') as path, Image.open(tmp_path / 'x_path.gif') as gif:
+        assert path.width > 200 and gif.is_animated and gif.n_frames == trainer.config.num_sample_steps + 1
+    assert scales[:2] == [None, None] and len({id(scale) for scale in scales[2:]}) == 1  # grid, path, frames
+    assert scales[2].shape == (12 * (trainer.config.num_sample_steps + 1), *shape)
+    with Image.open(tmp_path / 'x_grid.png') as grid:
+        x = torch.from_numpy(np.load(tmp_path / 'x.npz')['arr_0'])
+        assert np.array_equal(np.array(grid), draw_items(x, [], across=8).permute(1, 2, 0).numpy())
 
 
 def test_samples_that_decode_clamps_to_0_and_1_are_images(tiny_config, build_trainer, monkeypatch):

@@ -25,6 +25,8 @@ def test_the_page_is_named_after_what_is_swept():
     name = lambda words: page_name([parse_config(flags) for flags in combinations(words.split())])  # noqa: E731
     assert name('--base_lr 1e-3 2e-3 --seed 1 2') == 'sweep_seed=1-2_base_lr=0p001-0p002_digits.html'
     assert name('--seeds 2 -- --preset mnist --channels 8') == 'sweep_seed=0-1_mnist_channels=8.html'
+    assert name('--preset digits digits_long -- --seed 3') == 'sweep_preset=digits-digits_long_seed=3.html'
+    assert name('--preset digits digits_long --channels 8') == 'sweep_preset=digits-digits_long_channels=8.html'
     assert name('--channels 8 16 -- --ema_decays 0.9') == 'sweep_channels=8-16_digits_ema_decays=0p9.html'
 
 
