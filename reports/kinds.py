@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reports.plots import (
-    GAP,
     LINE_HEIGHT,
     WIDEST,
     Panel,
@@ -96,7 +95,7 @@ def draw_signals(panel: Panel) -> Tensor:
         top = min(max(round(height(value)) - LINE_HEIGHT // 2, 0), tall - LINE_HEIGHT)
         axis[:, top : top + LINE_HEIGHT] = rendered_text(f'{value:.6g}', axis.shape[2])
     names = [coloured(f'channel {i}', COLOURS[i]) for i in range(min(channels, len(COLOURS)))]
-    legend = axis if channels == 1 else join_pictures([axis, stacked(names)], GAP)
+    legend = axis if channels == 1 else join_pictures([axis, stacked(names)], 2)
     note = f'{length} points, values from {low:.3g} to {high:.3g}'
     return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), note, legend)
 

@@ -21,7 +21,8 @@ from training.calling import in_eval_mode
 from training.drawing import Drawing, State, no_memory, out_of_memory_on_any_rank
 from training.experiment import Experiment, SampleInputs
 
-POINTS_SHOWN, PATHS_OF_POINTS = 1000, 200
+POINTS_SHOWN = 1000
+PATHS_OF_POINTS = 200
 
 
 class Gallery:

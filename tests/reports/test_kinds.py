@@ -64,7 +64,7 @@ def test_names_are_above_fields_and_every_value_has_a_colour():
 def test_a_volume_is_shown_by_its_middle_slices():
     """H x W, D x W below it and H x D at its right: adjacent slices share an axis, and all are on one colour scale."""
     x = torch.rand(2, 1, 3, 4, 5)
-    x[0, 0, 0, 0, 0], x[1, 0, 2, 3, 4] = -1, 2  # outside of the slices: the scale is that of the whole volumes
+    x[0, 0, 0, 0, 0], x[1, 0, 2, 3, 4] = -1, 2  # not in the slices, but in the scale
     whole = draw_volumes(Panel(x))
     note = 'middle slices: H x W, D x W below, H x D at right, one colour scale'
     assert torch.equal(whole[:, :LINE_HEIGHT], titled(whole[:, :1], note)[:, :LINE_HEIGHT])
@@ -111,7 +111,7 @@ def test_the_values_of_a_signal_can_be_read_off_an_axis():
     x = torch.tensor([[[-1.0, 3.0, 3.0]], [[-1.0, -1.0, -1.0]]])
     picture = draw_signals(Panel(x))[:, LINE_HEIGHT:]
     cell, axis = picture[:, GAP : GAP + 64, 2 * GAP + 200 : 2 * GAP + 400], picture[:, :, 3 * GAP + 400 + 2 * GAP :]
-    levels = cell[0].float().mean(1)  # of each row of the second cell
+    levels = cell[0].float().mean(1)  # mean of each row in the second cell
     for i, value in enumerate((3, 2, 1, 0)):
         line, top = 2 + 15 * i, max(2 + 15 * i - LINE_HEIGHT // 2, 0)
         assert 200 < levels[line] < 240 and (levels[line + 3 : line + 12] > 250).all()
