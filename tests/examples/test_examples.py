@@ -17,7 +17,7 @@ from config import PRESETS, Config, SettingError
 from data_utils import DATASETS
 from evaluation import judge, reference
 from networks import NETWORKS, TIME_INPUTS
-from prediction import Prediction, get_model_convert_fn
+from prediction import Prediction, get_model_convert_fn, optimal_denoiser
 from processes import PROCESSES, check_process, get_process
 from reports import pictures
 from sampling import sample
@@ -38,6 +38,9 @@ EXAMPLES = {  # file -> class, settings
         POINTS | dict(dataset='checkerboard', network='layers', time_input='same', t_min=0.0, t_max=1.0),
     ),
     'few_step_likelihood': ('JointMap', POINTS | dict(time_input='slow', network='three', label_dropout=1.0)),
+    'stochastic_flow_map': ('MetaFlowMap', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0, solver='map')),
+    'consistency': ('Consistency', POINTS | dict(time_input='slow')),
+    'drifting': ('Drifting', POINTS | dict(batch_shards=2)),
     'guidance': ('Plain', dict(label_dropout=0.2)),
     'edm': ('Edm', None),
     'x_prediction': ('Mine', DIT | dict(model_type='x0')),
@@ -73,6 +76,8 @@ def load(monkeypatch):
         return module
 
     yield module_of
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'examples']:
+        del sys.modules[name]  # an example that another one imports fills the tables again
     for table, before in tables:
         table.clear()
         table.update(before)
@@ -96,6 +101,8 @@ def build(load, tmp_path, build_trainer, monkeypatch):
             experiment_name='run',
         )
         config_class = getattr(module, 'Settings', Config)
+        if hasattr(module, 'STATES'):
+            monkeypatch.setattr(module, 'STATES', 2)
         trainer_class = getattr(module, class_name or default or '', None)
         return build_trainer(config_class(**chosen | own | settings), trainer_class), module
 
@@ -152,6 +159,7 @@ DIFFERENTIATE = {
     'own_process',
     'inverse',
 }  # valued_cuda tensors cannot be differentiated
+DIFFERENTIATE = {'flow_map', 'stochastic_flow_map', 'edm', 'own_process', 'inverse'}  # no derivatives of valued_cuda
 QUICK = {'bridge', 'ot_coupling', 'condition'}
 
 
@@ -290,6 +298,142 @@ def test_the_target_of_a_flow_map_is_held_fixed(build, rule, error):
     assert rule != 'uniform' or ((a >= 0) & (a < 1)).all()
     torch.testing.assert_close(loss, error(w, t, v, a).expand_as(v).square().mean())
     torch.testing.assert_close(slope, (2 * error(w, t, v, a).expand_as(v) * t).mean())
+
+
+def test_the_posterior_of_a_stochastic_flow_map_is_exact(load):
+    """Its mean is the best prediction of x0 (from many data), and (sample, xt) has the distribution of (x0, xt)."""
+    module = load('stochastic_flow_map')
+    torch.manual_seed(0)
+    data = module.posterior(torch.zeros(100_000, 2), 1)
+    for t in (0.05, 0.2, 0.6):
+        xt, coefs = (1 - t) * data + t * torch.randn_like(data), get_process(Config())(torch.full((5,), t))
+        samples = module.posterior(xt[:5].repeat_interleave(20_000, 0), t).view(5, -1, 2)
+        torch.testing.assert_close(samples.mean(1), optimal_denoiser(data)(xt[:5], coefs, None), atol=0.015, rtol=0)
+        x = module.posterior(xt, t)
+        for a, b in ((data * xt, x * xt), (data.square(), x.square()), (data - xt / (1 - t), x - xt / (1 - t))):
+            assert b.square().mean() == pytest.approx(float(a.square().mean()), rel=0.02)
+
+
+def test_the_exact_stochastic_flow_map_has_no_loss_and_draws_the_posterior(build):
+    """For data N(0, 0.25), x0 given xt is N(g xt, var), and the flow to it is known, for each xt."""
+    trainer, module = build('stochastic_flow_map')
+
+    def mean(at, state):
+        return (0.25 * (1 - at) / (0.25 * (1 - at) ** 2 + at**2))[:, None] * state
+
+    def std(at, r):
+        return ((1 - r) ** 2 * 0.25 * at**2 / (0.25 * (1 - at) ** 2 + at**2) + r**2).sqrt()[:, None]
+
+    def position(z, r, s, at, state):
+        m = mean(at, state)
+        return (1 - s)[:, None] * m + (z - (1 - r)[:, None] * m) * std(at, s) / std(at, r)
+
+    def exact(z, r, label=None, s=None, at=None, state=None):
+        z, r, s, at, state = (x.double() for x in (z, r, s, at, state))
+        end = torch.where(s == r, r + 1e-4, s)  # where s = r, a small step
+        return ((position(z, r, end, at, state) - z) / (end - r)[:, None]).float()
+
+    batch = batch_of(trainer)
+    r, z, given = batch.t, batch.x1, batch.cond
+    v = exact(z, r, **given | {'s': r})
+    batch = module.dataclasses.replace(batch, x0=z - r[:, None] * v, x1=z + (1 - r)[:, None] * v)
+    assert (given['s'] == r).any() and (given['s'] < r).any()
+    assert trainer.loss_fn(batch, exact).max() < 1e-4
+    assert trainer.loss_fn(batch, lambda *a, **k: 1.1 * exact(*a, **k)).mean() > 1e-2
+    state, at = torch.tensor([[0.5, -1.0]]).expand(20_000, 2), torch.tensor([0.4])
+    for x in trainer.methods(exact, 0.4, state).values():
+        torch.testing.assert_close(x.mean(0), mean(at, state[:1])[0], atol=0.01, rtol=0)
+        torch.testing.assert_close(x.std(0), std(at, 0 * at).expand(1, 2)[0], atol=0.01, rtol=0)
+
+
+def exact_consistency(x, t, label=None):
+    """For data N(0, 0.25), f(x, t) = 0.5 x / std(t): u = (x - f) / t."""
+    t = t[:, None]
+    return (x - 0.5 * x / (((1 - t) * 0.5) ** 2 + t**2).sqrt()) / t
+
+
+@pytest.mark.parametrize('flow', ['', 'a folder'])
+def test_the_exact_consistency_function_has_no_loss(build, flow):
+    """Training gets x0 and x1 at the ends of the straight line that has the velocity of the flow at xt."""
+    trainer, module = build('consistency')
+
+    def velocity(x, t, label=None):
+        t = t[:, None]
+        return x * (t - 0.25 * (1 - t)) / (((1 - t) * 0.5) ** 2 + t**2)
+
+    trainer.ema.networks[0.9].forward = exact_consistency
+    trainer.modules['flow'] = torch.nn.Module()
+    trainer.modules['flow'].forward = velocity
+    trainer.config = module.dataclasses.replace(trainer.config, flow=flow)
+    batch = batch_of(trainer)
+    t, x, v = batch.t[:, None], batch.x1, velocity(batch.x1, batch.t)
+    if not flow:
+        batch = module.dataclasses.replace(batch, x0=x - t * v, x1=x + (1 - t) * v)
+    losses = []
+    for trainer.step in (0, 5, 11):  # k = 1, 4, 8
+        losses.append(float(trainer.loss_fn(batch, exact_consistency).mean()))
+    assert losses[0] > 10 * losses[1] > 100 * losses[2] and losses[2] < 1e-4
+    assert trainer.loss_fn(batch, lambda *a: 1.1 * exact_consistency(*a)).mean() > 10 * losses[2]
+    inputs = trainer.sample_inputs(20_000)
+    for sampler in trainer.samplers().values():
+        assert sampler(exact_consistency, inputs).std() == pytest.approx(0.5, rel=0.02)
+
+
+def test_the_target_of_consistency_is_the_last_average_held_fixed(build):
+    """By hand, for u = w t, and an average whose u is 0: f - f_average = xt - xr - w t^2."""
+    trainer, _ = build('consistency', ema_decays=(0.9, 0.5))
+    batch, w = batch_of(trainer), torch.tensor(0.7, requires_grad=True)
+    trainer.ema.networks[0.5].forward = lambda x, t, label: 0 * x
+    loss = trainer.loss_fn(batch, lambda x, t, label: (w * t)[:, None] * torch.ones_like(x)).mean()
+    (slope,) = torch.autograd.grad(loss, w)
+    t = batch.t[:, None]
+    error, weight = t / 2 * (batch.x1 - batch.x0) - w * t**2, t * t / 2  # r = t / 2
+    torch.testing.assert_close(loss, (error.square() / weight).mean())
+    torch.testing.assert_close(slope, (-2 * error * t**2 / weight).mean())
+
+
+def test_the_drift_between_gaussians_is_the_integral(load):
+    """On a line, against a sum over a fine grid; and its mean is 0 between samples of one distribution."""
+    module, grid, tau = load('drifting'), torch.linspace(-6, 6, 20_001, dtype=torch.float64), 0.3
+    x = torch.tensor([[-1.5], [0.0], [0.4], [2.0]], dtype=torch.float64)
+    quantiles = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)[:, None]
+    for mean, std in ((0.5, 1.0), (-0.2, 0.5)):
+        weight = (-((grid - mean) ** 2) / (2 * std**2) - (x - grid).abs() / tau).exp()  # (4, grid)
+        integral = (weight * (grid - x)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+        shift = module.mean_shift(x, mean + std * quantiles, torch.zeros(4, 20_000, dtype=torch.bool), tau)
+        torch.testing.assert_close(shift, integral, atol=2e-3, rtol=0)
+    torch.manual_seed(0)
+    point, label = torch.tensor([[0.3, -0.5]]), torch.zeros(40, dtype=torch.long)
+    for moved in (0.0, 0.5):  # the first sample is the same in all draws
+        draws = [(torch.cat([point, torch.randn(39, 2)]), moved + torch.randn(40, 2), label) for _ in range(400)]
+        v = torch.stack([module.drift(*draw)[0] for draw in draws])
+        in_errors = v.mean(0) / (v.std(0) / 400**0.5)
+        assert in_errors.abs().max() < 4 if moved == 0 else in_errors.min() > 6
+
+
+def test_the_drift_is_of_one_class_and_does_not_depend_on_the_order(load):
+    module = load('drifting')
+    torch.manual_seed(0)
+    x, data, label = torch.randn(30, 2), torch.randn(30, 2), torch.arange(30) % 3
+    v, order = module.drift(x, data, label), torch.randperm(30)
+    torch.testing.assert_close(module.drift(x[order], data[order], label[order]), v[order])
+    first, same = label == 0, label[:, None] == label
+    units = [
+        torch.cdist(x, data)[pairs].mean() for pairs in (same, same & first)
+    ]  # the unit is the mean of all classes
+    module.TAUS = [tau * float(units[0] / units[1]) for tau in module.TAUS]
+    torch.testing.assert_close(module.drift(x[first], data[first], label[first]), v[first], atol=1e-5, rtol=1e-4)
+    single = module.drift(x[:1], data[:1], label[:1])  # no other sample: all the way to the data
+    torch.testing.assert_close(single, 3 * (data - x)[:1])
+
+
+def test_drifting_moves_samples_by_the_drift_within_each_shard(build):
+    trainer, module = build('drifting', global_batch_size=64)
+    batch, w = batch_of(trainer), torch.zeros(64, 2, requires_grad=True)
+    losses = trainer.loss_fn(batch, lambda x1, t, label: w)  # the samples are x1 - w
+    v = torch.cat([module.drift(batch.x1[i], batch.x0[i], batch.label[i]) for i in (slice(32), slice(32, 64))])
+    torch.testing.assert_close(losses, v.square().mean(1))
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), w)[0], v)
 
 
 def test_model_guidance_converges_to_guided_predictions(build):

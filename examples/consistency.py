@@ -1,0 +1,80 @@
+"""Samples in one or two steps: consistency training and distillation (Song et al. 2023), next to a flow map.
+
+A consistency function f(x, t) = x - t u(x, t) is the end, at t = 0, of the path of the flow through x at time t. It is
+constant along a path, so f at t trains on f at an earlier time r of the path, by a moving average of the weights:
+
+    |f(xt, t) - f_average(xr, r)|^2 / (t (t - r)),    r = t (1 - 2^-k),    k = 1 ... 8 in the course of training
+
+In `training`, xr has the x0 and x1 of xt; in `distillation`, it is an Euler step from xt along the run `plain`. The
+shrinking steps are from Geng et al. 2024 (ECT). The last average gives the target; with `--ema_decays 0.999 0.001` it
+is nearly the trained network itself (Song and Dhariwal 2024). A second step is f((x + new noise) / 2, 1/2).
+All runs cost the same evaluations. A backward pass counts 2, a derivative in s 1, and twice 1 in the backward pass, so
+a step of `plain` takes 3, `training` 4, `distillation` 5 and `lagrangian` 7. `distillation` also pays for `plain`.
+                                                      sh run.sh examples/consistency.py
+"""
+
+import dataclasses
+
+import torch
+
+from examples import flow_map
+from main import load_run
+from scripts.compare import side_by_side
+from utils import bcast_right, image_square_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(flow_map.Settings):
+    flow: str = ''  # Folder of the run of a flow, for distillation.
+
+
+def f(model_fn, x, t, label):
+    return x - bcast_right(t, x.ndim) * model_fn(x, t, label)
+
+
+class Consistency(flow_map.Plain):
+    has_reference = False
+
+    def setup_networks(self):
+        super().setup_networks()
+        if self.config.flow:
+            self.modules['flow'] = load_run(self.config.flow).network.requires_grad_(False)
+
+    def loss_fn(self, batch, model_fn):
+        t, c = batch.t, self.config
+        r = t * (1 - 0.5 ** min(8, 1 + 8 * self.step // c.num_training_steps))
+        xt, xr = (self.process.compute_xt(batch.x0, batch.x1, self.process(time)) for time in (t, r))
+        with torch.no_grad():
+            if c.flow:
+                xr = xt + bcast_right(r - t, xt.ndim) * self.get_model_fn(self.modules['flow'])(xt, t, batch.label)
+            average = list(self.weights().values())[-2:][0]  # the last one; or the network, if there are none
+            target = f(self.get_model_fn(average), xr, r, batch.label)
+        return image_square_error(f(model_fn, xt, t, batch.label), target) / (t * (t - r))
+
+    def sample_inputs(self, n):
+        inputs = super().sample_inputs(n)
+        return dataclasses.replace(inputs, cond={'again': torch.randn_like(inputs.x1)})
+
+    def draw(self, model_fn, inputs, solver, nfe=1, **settings):
+        t = torch.full((len(inputs.x1),), self.config.t_max, device=self.device)
+        x = f(model_fn, inputs.x1, t, inputs.label)
+        return x if nfe == 1 else f(model_fn, (x + inputs.cond['again']) / 2, 0 * t + 0.5, inputs.label)
+
+    def samplers(self):
+        return dict(list(super().samplers().items())[:2])
+
+
+if __name__ == '__main__':
+    own, ours = dict(solver='flow_map', num_sample_steps=4, time_grid='uniform'), dict(trainer_class=Consistency)
+    steps = lambda share: lambda c: round(share * c.num_training_steps)  # noqa: E731
+    side_by_side(
+        {
+            'plain': dict(own, trainer_class=flow_map.Plain, solver='euler'),
+            'training': dict(ours, num_training_steps=steps(7 / 4)),
+            'distillation': dict(ours, num_training_steps=steps(4 / 5), flow=lambda c: f'{c.run_dir}_plain'),
+            'lagrangian': dict(own, trainer_class=flow_map.FlowMap),
+        },
+        numbers=('final/steps_[12]/wasserstein', 'final/steps_1/real_w*'),
+        default_flags='--preset toy2d --time_input slow --num_training_steps 1000',
+        config_class=Settings,
+    )
