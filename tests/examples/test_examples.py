@@ -31,7 +31,7 @@ DIT = dict(network='dit', dit_patch=8, dit_width=32, dit_heads=4, dit_depth=1)
 EXAMPLES = {  # file -> class, settings
     'interpolant': ('Interpolant', POINTS | dict(dataset='moons_to_gaussians', network='two_outputs')),
     'image_to_image': ('FromDegraded', dict(label_dropout=1.0, degradation='small')),
-    'ot_coupling': ('OptimalTransport', POINTS),
+    'ot_coupling': ('Coupled', POINTS | dict(dataset='gaussians_to_moons')),
     'flow_map': ('FlowMap', POINTS | dict(time_input='slow', rule='lagrangian')),
     'flow_map_table': (
         'Table',
@@ -51,6 +51,7 @@ EXAMPLES = {  # file -> class, settings
     'dispersive': ('Dispersive', {}),
     'forecast': ('Forecast', POINTS | dict(dataset='ring')),
     'multimarginal': ('Multimarginal', POINTS | dict(dataset='optimal_pairs', network='each_snapshot')),
+    'nets': ('Nets', POINTS | dict(dataset='none', num_sample_steps=8)),
     'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
     'field': ('Field', dict(dataset='random_fields')),
     'own_dataset': (None, {}),
@@ -152,9 +153,9 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
 
 
 DIFFERENTIATE = set(  # no derivatives of valued_cuda
-    'flow_map flow_map_table few_step_likelihood stochastic_flow_map edm own_process inverse'.split()
+    'flow_map flow_map_table few_step_likelihood stochastic_flow_map edm own_process inverse nets'.split()
 )
-QUICK = {'bridge', 'ot_coupling', 'condition'}
+QUICK = {'bridge', 'condition'}
 
 
 @pytest.mark.parametrize(
@@ -226,23 +227,69 @@ def test_interpolant_has_both_distributions_at_any_noise(load):
             assert out.std() == pytest.approx(after, rel=0.03), (start, noise)
 
 
+def squared(x, y):
+    return (x[:, None] - y).square().sum(2)
+
+
 def test_couplings(build):
-    trainer, _ = build('ot_coupling')
+    """Optimal pairs: swapping two partners never improves them. The nearest of four is never farther than chance."""
+    trainer, module = build('ot_coupling')
     torch.manual_seed(0)
-    x0, x1, label = torch.randn(60, 2), torch.randn(60, 2), torch.arange(60) % 2
-    paired = trainer.couple(x0, x1, label)
-    for value in (0, 1):
-        same = label == value
-        assert {tuple(row) for row in paired[same].tolist()} == {tuple(row) for row in x1[same].tolist()}
-        cost = torch.cdist(x0[same], x1[same]).square()
-        chance = cost.diagonal().sum()
-        assert (x0 - paired)[same].square().sum() < 0.5 * chance
-    # swapping two partners never improves the plan
-    for i, j in ((0, 2), (4, 10), (1, 7)):
-        swapped = (x0[i] - paired[j]).square().sum() + (x0[j] - paired[i]).square().sum()
-        assert swapped >= (x0[i] - paired[i]).square().sum() + (x0[j] - paired[j]).square().sum()
-    near, _ = build('ot_coupling', 'Immiscible', experiment_name='near')
-    assert ((x0 - near.couple(x0, x1, label)).norm(dim=1) <= (x0 - x1).norm(dim=1) + 1e-6).all()
+    x0, x1 = torch.randn(60, 2), torch.randn(60, 2)
+    paired = trainer.couple(x0, x1, None)
+    assert {tuple(row) for row in paired.tolist()} == {tuple(row) for row in x1.tolist()}
+    cost = squared(x0, paired)
+    own = cost.diagonal()
+    assert (cost + cost.T >= own[:, None] + own - 1e-5).all() and own.sum() < 0.5 * (x0 - x1).square().sum()
+    cost = squared(x0, x1)
+    partner = module.COUPLINGS['immiscible'](cost)
+    rank = cost.argsort(1).argsort(1)[torch.arange(60), partner]
+    assert 3 < rank.float().mean() < 20  # the nearest of four of 60 by chance has rank 11 on average
+    other, _ = build('ot_coupling', coupling='optimal', experiment_name='other')
+    with pytest.raises(SettingError, match=r"coupling='optimal'.*sinkhorn"):
+        other.couple(x0, x1, None)
+
+
+def test_a_plan_of_sinkhorn_has_the_marginals_and_the_exact_assignment_as_its_limit(load):
+    module = load('ot_coupling')
+    torch.manual_seed(0)
+    cost = squared(torch.randn(12, 2), torch.randn(12, 2)).double()
+    plan = module.sinkhorn(cost, reg=0.5, rounds=200)
+    torch.testing.assert_close(plan.sum(0), torch.ones(12).double())
+    torch.testing.assert_close(plan.sum(1), torch.ones(12).double())
+    # the form of the optimal plan: exp((f_i + g_j - cost_ij) / reg), so that these second differences vanish
+    left = plan.log() + cost / 0.5
+    torch.testing.assert_close(left - left[:1] - left[:, :1] + left[0, 0], torch.zeros(12, 12).double())
+    sharp = module.sinkhorn(cost, reg=0.005, rounds=5000)
+    assert sharp.argmax(1).equal(module.COUPLINGS['ot'](cost)) and sharp.max(1).values.min() > 0.99
+
+
+def pairs_of(build, n=512, **settings):
+    """x0 (n, 2), moons, and its partners x1 (n, 2); the same draws each time."""
+    trainer, _ = build(
+        'ot_coupling', experiment_name='_'.join(map(str, settings.values())).replace('.', 'p'), **settings
+    )
+    (x0, _, x1), _ = DATASETS['gaussians_to_moons'].load(Config())
+    torch.manual_seed(0)
+    return x0[:n], trainer.couple(x0[:n], x1[:n], None)
+
+
+def test_the_weight_of_a_condition_leads_from_optimal_pairs_to_pairs_by_chance(build):
+    x0, plain = pairs_of(build, ratio=1.0)
+    _, c2ot = pairs_of(build, ratio=0.05)
+    _, exact = pairs_of(build, ratio=0.0)
+    _, chance = pairs_of(build, coupling='chance')
+    assert exact.equal(chance)  # each x1 keeps the condition of its pair by chance
+    _, best = pairs_of(build, coupling='ot')
+    assert plain.equal(best)  # w = 0
+    cost = [(x0 - x1).square().sum(1).mean() for x1 in (plain, c2ot, chance)]
+    assert cost[0] < cost[1] < 0.9 * cost[2]
+
+    def skew(x1):  # largest mean of x1 in eight groups of the condition; 0 for the prior
+        groups = x1[x0[:, 0].argsort()].reshape(8, -1, 2).mean(1) - x1.mean(0)
+        return groups.norm(dim=1).max()
+
+    assert skew(c2ot) < 0.5 * skew(plain) and skew(chance) < 0.3 * skew(plain), (skew(c2ot), skew(plain), skew(chance))
 
 
 @pytest.mark.parametrize('rule', ['lagrangian', 'eulerian', 'semigroup', 'uniform'])
@@ -716,6 +763,46 @@ def test_circular_convolutions_do_not_see_the_border(build, class_name):
         out, shifted = (model_fn(part, torch.full((3,), 0.5)) for part in (x, x.roll((2, 4), (2, 3))))
     difference = (out.roll((2, 4), (2, 3)) - shifted).abs().max() / out.std()
     assert difference < 1e-3 if class_name == 'Circular' else difference > 0.1
+
+
+def test_the_exact_drift_of_nets_has_no_loss(build, monkeypatch):
+    """One mode instead of 40: exp(-U) is a Gaussian at all times, so that b and F are known."""
+    trainer, module = build('nets')
+    mean, std = torch.tensor([[0.3, -0.2]]), 0.5
+    monkeypatch.setattr(module, 'MEANS', mean)
+    monkeypatch.setattr(module, 'STD', std)
+
+    def gaussian(t):  # the sum of two quadratic functions: its mean (n, 2), variance (n, 1), and F (n,)
+        w = (torch.expm1(4 * (1 - t)) / math.expm1(4))[:, None]
+        var = 1 / (w / std**2 + 1 - w)
+        centre = var * w * mean / std**2
+        z = var[:, 0].log() + w[:, 0] * math.log(math.tau) - (w * mean**2 / std**2 - centre**2 / var).sum(1) / 2
+        return centre, var, -z
+
+    def rates(t):
+        return torch.func.jvp(gaussian, (t.clone(),), (torch.ones(len(t)),))[1]
+
+    def exact(x, t):  # dx/dt = d centre/dt + (x - centre) d log std/dt
+        centre, var, _ = gaussian(t)
+        d_centre, d_var, _ = rates(t)
+        return d_centre + (x - centre) * d_var / (2 * var)
+
+    torch.manual_seed(0)
+    batch = batch_of(trainer)
+    batch.x0, batch.t = torch.randn(64, 2), torch.rand(64)
+    trainer.modules['dF'].forward = lambda t: -rates(t[:, 0])[2][:, None]  # dF/ds = -dF/dt
+    assert trainer.loss_fn(batch, exact).max() < 1e-6
+    assert trainer.loss_fn(batch, lambda x, t: 1.1 * exact(x, t)).mean() > 1e-3
+    trainer.modules['dF'].forward = lambda t: 0 * t
+    rest = trainer.loss_fn(batch, exact)
+    torch.testing.assert_close(rest, rates(batch.t)[2].square(), rtol=1e-3, atol=1e-4)
+    # walkers with this drift have nearly equal weights; their mean is right for any drift
+    x1, times, exact_log_z = torch.randn(1000, 2), torch.linspace(1, 0, 201), math.log(math.tau * std**2)
+    a = trainer.walk(exact, x1, times)[1]
+    assert module.effective_sample_size(a) > 0.8 and abs(module.log_mean_weight(a) - exact_log_z) < 0.05
+    numbers = trainer.sample_metrics(x1, module.ProcessedBatch(x1, x1, x1, x1[:, 0], None))
+    assert numbers['real_log_z'] == pytest.approx(exact_log_z)
+    assert all(abs(numbers[f'log_z_ais_{e:g}'] - exact_log_z) < 0.2 for e in module.NOISES)
 
 
 def test_own_solver_has_order_2(load):
