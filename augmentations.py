@@ -54,7 +54,7 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
 
     `allowed`: the fields of the data set's DataSpec; `flip_keeps_label` and the like say what is allowed. Raises
     SettingError for an augmentation that would change the meaning of the data, and for any augmentation of data that
-    are not images, or that are `pairs` (x0, x1), where it would change x0 only.
+    are not images, or that are `pairs` (x0, x1) or have images as conditions, where it would change x0 only.
     """
     active = {setting: getattr(config, setting) for setting in AUGMENTATIONS if getattr(config, setting) > 0}
     for setting, prob in active.items():
@@ -68,10 +68,10 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
                 f'{setting}={prob:g} is for images (C, H, W), and dataset={config.dataset!r} has the shape '
                 f'{allowed["shape"]}. Use --{setting} 0.'
             )
-        if pairs:
+        if pairs or any(len(shape) > 1 for shape in allowed.get('condition_shapes', ())):
             raise SettingError(
-                f'{setting}={prob:g} would change x0 and not x1 of the pairs of dataset={config.dataset!r}. '
-                f'Use --{setting} 0, and augment both alike in prepare_batch_fn.'
+                f'{setting}={prob:g} would change x0 and not {"x1 of the pairs" if pairs else "the conditions"} of '
+                f'dataset={config.dataset!r}. Use --{setting} 0, and augment both alike in prepare_batch_fn.'
             )
 
     def augmenter(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,7 @@ def fingerprint(parts: list[Part], spec: DataSpec) -> str:
     Hashes `spec.digest` if it is known, else the `contents` of the parts, which are all bytes of arrays.
     """
     hashed = [spec.digest] if spec.digest else [thing for part in parts for thing in part.contents()]
+    hashed += spec.conditions
     sizes = '+'.join(str(len(part)) for part in parts)
     values = spec.values and f'{spec.values}, '
     return f'{sizes} items, {spec.num_classes} classes, {values}{files.digest(*hashed, size=6)}'
@@ -215,8 +216,9 @@ def setup_data_train_and_test(
     train_loader = Loader(train, sampler, spec, device, config.num_workers)
     test_loader = Loader(test, HeldOutSampler(len(test), config), spec, device, config.num_workers)
     train_loader.fingerprint = test_loader.fingerprint = agreed_fingerprint(config, [train, test], spec)
-    train_loader.about = '; '.join(filter(None, [counts, spec.skipped]))
-    ranks.print_once(counts)
+    conditions = f'conditions: {spec.named_conditions}' if spec.conditions else ''
+    train_loader.about = '; '.join(filter(None, [counts, conditions, spec.skipped]))
+    ranks.print_once('\n'.join(filter(None, [counts, conditions])))
     untrained = [spec.classes[i] if spec.classes else i for i, number in enumerate(spec.counts) if not number]
     if untrained:
         named = f'{", ".join(map(str, untrained[:5]))}{" ..." if len(untrained) > 5 else ""}'

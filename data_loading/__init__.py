@@ -5,7 +5,9 @@ checks.py          checks of what `load` returned
 toy2d.py           points in the plane, with known densities
 ring.py            a stochastic system in time, with a known law
 labels.py          classes from labels of any kind, the names of parts, which items are held out
-arrays.py          .npy, .npz and the files that prepare.py writes
+stores.py          the arrays in .npy, .npz, .zarr, .h5 and .nc files, read in place
+named.py           which of them are x, labels, x1 and conditions
+arrays.py          a data set from them, or from a file that prepare.py wrote
 folders.py         finds the images of a folder, and their classes
 images.py          decodes, crops and resizes them
 hub.py             Hugging Face `datasets`

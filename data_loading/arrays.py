@@ -1,25 +1,23 @@
-"""Data sets from files of arrays: .npy, .npz, and the .pt files of prepare.py."""
+"""Data sets from files of arrays: .npy, .npz, .zarr, .h5, .nc, and the .pt files of prepare.py."""
 
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import Config
-from data_loading import packed
-from data_loading.checks import check_values
-from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN, classes_of, held_out_rows, one_for_each, random_order
+from data_loading import packed, stores
+from data_loading.checks import check_condition, check_values
+from data_loading.labels import classes_of, held_out_rows, one_for_each, random_order
+from data_loading.named import Named, parts_in
 from data_loading.spec import DataSpec, Loaded, counted, type_and_shape
 from runtime import files
 from runtime.errors import DataError, SettingError
 from runtime.ranks import print_once
 
-NAMES_OF_X = ('images', 'x', 'data', 'samples', 'arr_0')
-NAMES_OF_CLASSES = ('class_names', 'label_names', 'names', 'classes')
 LARGEST_SHUFFLED = 4e9  # bytes; a larger array is not shuffled in memory
 AXES = {2: 'C x L', 3: 'C x H x W', 4: 'C x D x H x W'}
 LAYOUTS = {  # array_layout -> x with the channels first
@@ -30,21 +28,39 @@ LAYOUTS = {  # array_layout -> x with the channels first
 IMAGE_RANGES = (0, 1), (-1, 1), (0, 255)  # common ranges of images stored as floats
 
 
-class Named(NamedTuple):
-    """One part of the data in a file, with the name of its x."""
+class Column(NamedTuple):
+    """An array (N, ...) of a file, with its name, and how its axes and values are read."""
 
     name: str
-    x: np.ndarray
-    label: np.ndarray | None
+    array: Any  # numpy's, or a `Stored`
+    layout: str = ''  # a key of LAYOUTS, or '': as it is
+    low: int | None = 0  # as in `stored`
+
+    def raw(self, rows: slice) -> np.ndarray:
+        """Rows with the values of the file, and the channels first."""
+        x = np.asarray(self.array[rows])
+        return LAYOUTS[self.layout](x) if self.layout else x
+
+    def rows(self, rows: slice = slice(None)) -> np.ndarray:
+        return stored(self.raw(rows), self.low)
+
+
+def columns_of(part: Named, layout: str = '', low: int | None = 0) -> list[Column]:
+    """x, x1 and conditions. A condition with the same number of axes as images x is read in their layout."""
+    columns = [Column(name, x, layout, low) for name, x in part.like_x()]
+    for name, x in part.cond.items():
+        same_axes = x.ndim == part.x.ndim > 2
+        columns.append(Column(name, x, layout if same_axes else '', 0 if x.dtype == np.uint8 else None))
+    return columns
 
 
 def load_arrays(config: Config) -> Loaded:
     """(training part, held-out part, facts) from the file `data_path`. Raises SettingError.
 
-    .npy     one array, without labels
-    .npz     x under one of NAMES_OF_X, labels under one of NAMES_OF_LABEL. Names such as x_train and test_labels make
-             two parts
-    .pt      a file of prepare.py
+    .npy                 one array, without labels
+    .npz .zarr .h5 .nc   x under one of NAMES_OF_X, labels under one of NAMES_OF_LABEL, x1, and conditions cond_NAME.
+                         Names such as x_train and test_labels, or train/x, make two parts
+    .pt                  a file of prepare.py
 
     docs/data.md says how axes and values are read. If the file has one part, a tenth, at most 1000, is held
     out, the same in every run; a prepared file stores its own split.
@@ -54,44 +70,62 @@ def load_arrays(config: Config) -> Loaded:
     check_path(path, config, where)
     if path.suffix == '.pt':
         return packed.parts_of(packed.read(path))
-    parts, names, skipped = parts_in(read_numpy(path, where), where)
+    try:
+        return read_parts(config, *parts_in(stores.arrays_in(path, where), where), where)
+    except DataError as error:
+        raise SettingError(f'{where}: {error}') from None
+    finally:
+        stores.close()
+
+
+def read_parts(config: Config, parts: list[Named], names: list[str], skipped: str, where: str) -> Loaded:
+    """(training part, held-out part, facts) from the result of `parts_in`. Raises SettingError or DataError."""
+    size = sum(column.array.nbytes for part in parts for column in columns_of(part))
     held_out = held_out_rows(config.held_out, len(parts[0].x), where) if len(parts) == 1 else 0
     layout = layout_of(parts[0].x, config, where)
+    by_rows = size > LARGEST_SHUFFLED and (held_out or isinstance(parts[0].x, stores.Stored))
+    parts = parts if by_rows else [part.in_memory() for part in parts]
     low, facts = values_of(parts, config, where)
-    parts = [part._replace(x=LAYOUTS[layout](part.x) if layout else part.x) for part in parts]
     labels = [one_for_each(part.label, len(part.x), where) for part in parts if part.label is not None]
     labels, classes = classes_of(labels, names) if labels else ([np.zeros(len(part.x), int) for part in parts], {})
     if classes.get('classes') == tuple(map(str, range(classes.get('num_classes', 0)))):
         del classes['classes']
-    x = parts[0].x
-    facts |= dict(classes, skipped=skipped, shape=x.shape[1:], reading=axes_text(x.shape[1:], layout))
-    if facts.get('scale') == 'float' and x.ndim == 4 and x.shape[1] in (1, 3, 4):
+    columns = [columns_of(part, layout, low) for part in parts]
+    shape = columns[0][0].raw(slice(0)).shape[1:]
+    facts |= dict(classes, skipped=skipped, shape=shape, reading=axes_text(shape, layout))
+    facts['conditions'] = tuple(parts[0].cond)
+    if facts.get('scale') == 'float' and len(shape) == 3 and shape[0] in (1, 3, 4):
+        x = parts[0].x
         flag, fits = image_flag(x[:: max(1, len(x) // 1000)])
         if fits:
             print_once(f'arrays: to treat these floats as images, pass {flag}. Without it they are used as they are')
-    split = np.split(random_order(labels[0]), [held_out]) if held_out else []
-    if held_out and x.nbytes > LARGEST_SHUFFLED:
-        print_once(
-            f'{path.name}: {x.nbytes / 1e9:.3g} GB are read row by row, in random order. A prepared file is faster: '
-            f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
-        )
-        test, train = (ShuffledRows(x, labels[0], rows, low) for rows in split)
+    split = np.split(random_order(labels[0]), [held_out])[::-1] if held_out else []
+    if by_rows:
+        print_once(about_rows(config, columns[0], size))
+        orders = split or [np.arange(len(part.x)) for part in parts]
+        both = zip(columns * 2, labels * 2, orders, strict=False)  # two parts, or one twice
+        train, test = (ShuffledRows(x.array, label, rows, low, layout, more) for (x, *more), label, rows in both)
         return train, test, facts
     spec = DataSpec(load_arrays, **facts)
-    values = [checked(stored(part.x, low), spec, f'{where}: {part.name}') for part in parts]
-    if split:
-        test, train = ((values[0][rows], labels[0][rows]) for rows in split)
-    else:
-        train, test = zip(values, labels, strict=True)
-    return train, test, facts
+    values = [tensors_of(*both, spec) for both in zip(columns, labels, strict=True)]
+    train, test = ([array[rows] for array in values[0]] for rows in split) if split else values
+    return tuple(train), tuple(test), facts
 
 
-def checked(x: np.ndarray, spec: DataSpec, where: str) -> Tensor:
-    """`check_values` of arrays in the order of the file, so that errors name rows of the file. Raises SettingError."""
-    try:
-        return check_values(torch.from_numpy(x if x.flags.writeable else x.copy()), spec, where)  # else a warning
-    except DataError as error:
-        raise SettingError(str(error)) from None
+def tensors_of(columns: list[Column], label: np.ndarray, spec: DataSpec) -> list[Any]:
+    """[x, label, x1, conditions] of a part, checked in the order of the file, so that errors name rows of the file.
+    Raises DataError."""
+    found = []
+    for i, column in enumerate(columns):
+        array = column.rows()
+        x = torch.from_numpy(array if array.flags.writeable else array.copy())  # else torch warns
+        is_condition = i >= len(columns) - len(spec.conditions)
+        found.append(
+            check_condition(x, tuple(x.shape[1:]), f'condition {column.name!r}', ())
+            if is_condition
+            else check_values(x, spec, column.name)
+        )
+    return [found[0], label, *found[1:]]
 
 
 def stored(x: np.ndarray, low: int | None) -> np.ndarray:
@@ -102,24 +136,40 @@ def stored(x: np.ndarray, low: int | None) -> np.ndarray:
 
 
 class ShuffledRows(Dataset):
-    """Rows of a file that is too large to shuffle in memory, in the order given; `low` as in `stored`."""
+    """Rows of a file that is too large to shuffle in memory, in the order given; `layout` and `low` as in Column, and
+    `more` columns besides x."""
 
-    def __init__(self, x: np.ndarray, labels: np.ndarray, order: np.ndarray, low: int | None = 0):
-        self.x, self.labels, self.file_rows, self.low = x, labels[order].tolist(), order, low
+    def __init__(
+        self, x: Any, labels: np.ndarray, order: np.ndarray, low: int | None = 0, layout: str = '',
+        more: Sequence[Column] = (),
+    ):  # fmt: skip
+        self.columns = [Column('x', x, layout, low), *more]
+        self.labels, self.file_rows = labels[order].tolist(), order
 
     def __len__(self) -> int:
         return len(self.file_rows)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return torch.from_numpy(stored(np.array(self.x[self.file_rows[i]]), self.low)), self.labels[i]
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        row = int(self.file_rows[i])
+        x, *more = (torch.from_numpy(np.array(c.rows(slice(row, row + 1))[0])) for c in self.columns)
+        return x, self.labels[i], *more
 
     def fingerprint(self) -> str:
         """A hash of the first, the last and a thousand rows between them."""
-        rows = np.linspace(0, len(self.x) - 1, min(1000, len(self.x))).astype(int)
-        return files.digest(torch.from_numpy(np.array(self.x[rows])), size=64)
+        n = len(self.columns[0].array)
+        rows = np.linspace(0, n - 1, min(1000, n)).astype(int).tolist()
+        found = [np.concatenate([c.raw(slice(i, i + 1)) for i in rows]) for c in self.columns]
+        return files.digest(*map(torch.from_numpy, found), size=64)
 
 
-# ---------------------------------------------------------------- what is in the file
+def about_rows(config: Config, columns: list[Column], size: int) -> str:
+    """A line on reading rows in random order, with what is faster."""
+    text = f'{Path(config.data_path).name}: {size / 1e9:.3g} GB are read row by row, in random order.'
+    chunks = max(getattr(column.array, 'chunk', 1) for column in columns)
+    if chunks > 1:
+        text += f' A chunk of it holds {chunks} rows, and is read whole for each row: small chunks are faster.'
+    prepared = f'sh run.sh prepare.py --dataset arrays --data_path {config.data_path} --out FILE.pt'
+    return text + f' A prepared file is faster: {prepared}' * (len(columns) == 1)
 
 
 def check_path(path: Path, config: Config, where: str) -> None:
@@ -127,78 +177,16 @@ def check_path(path: Path, config: Config, where: str) -> None:
     why = ''
     if not config.data_path:
         why = 'no file is given'
-    elif path.is_dir():
+    elif path.is_dir() and path.suffix != '.zarr':
         why = 'this is a folder; --preset small_images reads a folder of images'
-    elif not path.is_file():
+    elif not path.exists():
         why = 'there is no such file'
-    elif path.suffix not in ('.npy', '.npz', '.pt'):
-        why = 'its ending is not .npy, .npz or .pt'
+    elif path.suffix not in stores.ENDINGS:
+        why = f'its ending is not {", ".join(stores.ENDINGS[:-1])} or {stores.ENDINGS[-1]}'
     if why:
         raise SettingError(f'{where}: {why}. Pass X.npy, an .npz with images and labels, or a file of prepare.py.')
     if path.suffix == '.pt' and (config.array_layout or config.value_range):
         raise SettingError(f'{where}: a .pt file stores both. Leave out --array_layout and --value_range.')
-
-
-def read_numpy(path: Path, where: str) -> dict[str, np.ndarray]:
-    """The arrays in a file, by name; memory-mapped if there is only one. Raises SettingError."""
-    try:
-        with path.open('rb') as file:
-            begins = file.read(6)
-        if not begins.startswith((b'\x93NUMPY', b'PK')):
-            raise ValueError(f'it is not a numpy file: it begins with {begins}')
-        found = np.load(path, mmap_mode='c', allow_pickle=False)  # 'r' maps the file shared, which some disks refuse
-        arrays = {'x': found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-        return {name: x if x.dtype.isnative else x.astype(x.dtype.newbyteorder('=')) for name, x in arrays.items()}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        remedy = 'Copy it again.' if 'file size' in str(error) else 'Write plain numbers by np.save or np.savez.'
-        remedy += ' np.stack(images) and labels.astype(str) convert Python objects.' * ('bject' in str(error))
-        raise SettingError(f'{where} cannot be read ({error}). {remedy}') from None
-
-
-def parts_in(arrays: dict[str, np.ndarray], where: str) -> tuple[list[Named], list[str], str]:
-    """([all data], or [the training part, the held-out part]; class names, if the file has them; a text that lists
-    unused arrays). Raises SettingError."""
-    there: dict[tuple[str, str], str] = {}  # (split, name without it), in lower case -> name in the file
-    for name in arrays:
-        words = name.lower().split('_')
-        at = next((i for i in (0, -1) if words[i] in TRAIN + HELD_OUT), None)
-        split = '' if at is None else words.pop(at)
-        there.setdefault((split, '_'.join(words)), name)
-
-    def named(splits: tuple[str, ...], names: tuple[str, ...]) -> list[tuple[str, str]]:
-        return [(split, name) for split in splits for name in names if (split, name) in there]
-
-    found = [*named(('', *TRAIN), NAMES_OF_X)[:1], *named(HELD_OUT, NAMES_OF_X)[:1]]
-    if not found or found[0][0] in HELD_OUT:
-        wanted = f'Name the data one of {", ".join(NAMES_OF_X)}, or x_train and x_test'
-        raise SettingError(f'{where} holds {", ".join(arrays)}. {wanted}.')
-    n = len(arrays[there[found[0]]])
-    texts = [there[key] for key in named(('',), NAMES_OF_CLASSES) if arrays[there[key]].dtype.kind in 'US']
-    texts = [name for name in texts if arrays[name].shape != (n,)][:1]
-    parts, used = [], set(texts)
-    for split, name in found:
-        x = there[split, name]
-        label = next((there[key] for key in named((split,), NAMES_OF_LABEL) if there[key] not in texts), None)
-        parts.append(Named(x, arrays[x], arrays[label] if label else None))
-        used |= {x, label}
-    for name, x, label in parts:
-        if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
-            raise SettingError(
-                f'{where}: {name}: the data are {type_and_shape(x)}. They must be whole numbers or floats, with two or '
-                'more axes, the first over items; the training and the held-out part must have the same type.'
-            )
-        if (label is None) != (parts[0].label is None) or (len(parts) == 2 and len(x) == 0):
-            raise SettingError(f'{where}: {name}: both parts need items, and labels if one of them has labels.')
-    unused = {name: array for name, array in arrays.items() if name not in used}
-    maybe = [name for name, array in unused.items() if array.shape[:1] == (n,) and array.dtype.kind in 'biuUS']
-    text = (
-        f'not used: {", ".join(f"{name} {type_and_shape(array)}" for name, array in unused.items())}' if unused else ''
-    )
-    if maybe and parts[0].label is None:
-        text += f'. If {maybe[0]} holds the classes, rename it to labels'
-    if text:
-        print_once(f'arrays: {text}')
-    return parts, [str(name) for key in texts for name in arrays[key]], text
 
 
 # ---------------------------------------------------------------- how axes and values are read
@@ -245,7 +233,8 @@ def axes_text(shape: tuple[int, ...], layout: str) -> str:
 def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | None, dict[str, Any]]:
     """(`low` for `stored`; facts: the values of black and white, for whole numbers, and for floats with a value_range).
     Raises SettingError."""
-    xs, given = [part.x for part in parts], config.value_range
+    named = [array for part in parts for array in part.like_x()]
+    xs, given = [x for _, x in named], config.value_range
     dtype = xs[0].dtype
     if dtype.kind == 'f' and not given:
         return None, dict(scale='float')
@@ -255,11 +244,11 @@ def values_of(parts: list[Named], config: Config, where: str) -> tuple[int | Non
     facts: dict[str, Any] = dict(values=f'values {low:.12g} to {high:.12g}')
     if dtype.kind == 'f':
         return None, facts | dict(value_range=given)
-    for name, x, _ in parts:
+    for name, x in named:
         least, largest = int(x.min()), int(x.max())
         span = f'{where}: {name} goes from {least} to {largest}'
         if given and (least < low or largest > high):
-            row = ((x < low) | (x > high)).reshape(len(x), -1).any(1).argmax()
+            row = next(i for i in range(len(x)) if x[i : i + 1].min() < low or x[i : i + 1].max() > high)
             raise SettingError(f'value_range=({low:g}, {high:g}), {span}, and row {row} is outside. Widen the range.')
         if least < low or high == 0 or (dtype == np.uint8 and not given):
             full = ', or --value_range 0 255, as in uint8 images' if dtype == np.uint8 else ', or another LOW HIGH'

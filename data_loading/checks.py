@@ -16,6 +16,7 @@ HOW_TO_RETURN = (
     'It must return the training and the held-out part: (x, label), (held_out_x, held_out_label) or Datasets'
 )
 EMPTY = 'it is empty. Put at least one item into it.'
+TAKEN = ('self', 'x', 'xt', 't', 'time', 'label')  # names of other inputs of a network
 
 
 def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:
@@ -28,6 +29,7 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
         raise SettingError(f"{where}: scale={spec.scale!r} of its DataSpec must be 'image' or 'float'.")
     if not isinstance(loaded, (tuple, list)) or len(loaded) != 2 or not all(map(may_be_part, loaded)):
         raise SettingError(f'{where}: load returned {type_and_shape(loaded)}. {HOW_TO_RETURN}.')
+    check_names(spec.conditions, where)
     parts, entries = [], []
     for source, name in zip(loaded, ('training', 'held-out'), strict=True):
         here = f'{where}, {name} part'
@@ -40,13 +42,23 @@ def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part
                 first = collate([source[0]], spec, f'{here}, first item')
         except DataError as error:
             raise SettingError(str(error)) from None
-        spec = replace(spec, shape=tuple(first[0].shape[1:]))
-        parts.append(Part(source, where))
+        shapes = tuple(tuple(array.shape[1:]) for array in first[len(first) - len(spec.conditions) :])
+        spec = replace(spec, shape=tuple(first[0].shape[1:]), condition_shapes=shapes)
+        parts.append(Part(source, where, len(spec.conditions)))
         entries.append(len(first))
     if entries[0] != entries[1]:
         counted = f'{entries[0]} entries in the training part, {entries[1]} in the held-out part'
         raise SettingError(f'{where}: {counted}. {HOW_TO_RETURN}.')
     return spec, *parts
+
+
+def check_names(conditions: Sequence[str], where: str) -> None:
+    """Raise SettingError unless a network can take these names as keywords."""
+    for i, name in enumerate(conditions):
+        why = 'is the name of another input of the network' if name in TAKEN else ''
+        why = why if name.isidentifier() else 'has other characters than letters, digits and _, or begins with a digit'
+        if why or name in conditions[:i]:
+            raise SettingError(f'{where}: condition {name!r} {why or "is there twice"}. Rename it.')
 
 
 def may_be_part(part: Any) -> bool:
@@ -61,23 +73,29 @@ def collate(items: list, spec: DataSpec, where: str, numbers: Sequence[int] = ()
 
 
 def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Arrays:
-    """Tensors from tensors or numpy arrays: x and x1 as `check_values` makes them, class labels int64.
+    """Tensors from tensors or numpy arrays: x and x1 as `check_values` makes them, class labels int64, conditions as
+    `check_condition` makes them.
 
     Raises DataError with the value found, the value expected and a remedy.
     """
-    is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) in (2, 3)
+    names = spec.conditions
+    is_tuple = isinstance(arrays, (tuple, list)) and len(arrays) - len(names) in (2, 3)
     if not is_tuple or not all(isinstance(array, (Tensor, np.ndarray)) and array.ndim for array in arrays):
+        more = ''.join(f', {name}' for name in names)
         raise DataError(
-            f'{where}: {type_and_shape(arrays)}. It must be (x, label) or (x, label, x1), of tensors or arrays.'
+            f'{where}: {type_and_shape(arrays)}. It must be (x, label{more}) or (x, label, x1{more}), of tensors or '
+            'arrays.'
         )
     try:
         arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in arrays]
     except TypeError as error:
         raise DataError(f'{where}: {type_and_shape(arrays)}: {error} Convert it to uint8, int64 or float32.') from None
-    x, label, *x1 = arrays
+    x, label, *more = arrays
+    x1, cond = more[: len(more) - len(names)], more[len(more) - len(names) :]
     if len({len(array) for array in arrays}) > 1:
-        counts = [f'{len(array)} {name}' for array, name in zip(arrays, ('x', 'labels', 'x1'), strict=False)]
-        raise DataError(f'{where}: {", ".join(counts)}. x, labels and x1 must have the same length.')
+        entries = ['x', 'labels', *['x1' for _ in x1], *names]
+        counts = [f'{len(array)} {name}' for array, name in zip(arrays, entries, strict=True)]
+        raise DataError(f'{where}: {", ".join(counts)}. x, labels, x1 and conditions must have the same length.')
     if len(x) == 0:
         raise DataError(f'{where}: {EMPTY}')
     x = check_values(x, spec, f'{where}: x', numbers)
@@ -87,7 +105,13 @@ def check_arrays(arrays: Any, spec: DataSpec, where: str, numbers: Sequence[int]
         raise DataError(
             f'{where}: x1 is {type_and_shape(x1[0])}, x is {type_and_shape(x)}. x and x1 must have the same shape.'
         )
-    return x, check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label, *x1
+    label = check_labels(label, spec.num_classes, f'{where}: label') if spec.num_classes else label
+    shapes = spec.condition_shapes or [tuple(value.shape[1:]) for value in cond]
+    cond = [
+        check_condition(value, tuple(shape), f'{where}: condition {name!r}', numbers)
+        for name, shape, value in zip(names, shapes, cond, strict=True)
+    ]
+    return x, label, *x1, *cond
 
 
 def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] = ()) -> Tensor:
@@ -108,16 +132,37 @@ def check_values(x: Tensor, spec: DataSpec, where: str, numbers: Sequence[int] =
         remedy = "Convert it to float32, or pass scale='image' to the DataSpec for uint8 images"
         raise DataError(f"{where} is {type_and_shape(x)}, but scale='float' takes floats as they are. {remedy}.")
     x = x.float()
-    wrong, what, remedy = ~x.isfinite(), 'NaN or infinite values', 'Fix them or leave them out'
-    if spec.value_range and not wrong.any():
+    refuse_items(~x.isfinite(), where, numbers)
+    if spec.value_range:
         low, high = spec.value_range
-        wrong, what = (x < low) | (x > high), f'values outside value_range=({low:g}, {high:g})'
+        what = f'values outside value_range=({low:g}, {high:g})'
         remedy = f'The values go from {x.min():g} to {x.max():g}: widen the range, or fix the items'
-    if wrong.any():
-        bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
-        first = numbers[bad[0]] if len(numbers) else bad[0]
-        raise DataError(f'{where}: {len(bad)} of {len(x)} items hold {what}, the first is number {first}. {remedy}.')
+        refuse_items((x < low) | (x > high), where, numbers, what, remedy)
     return x
+
+
+def check_condition(value: Tensor, shape: tuple[int, ...], where: str, numbers: Sequence[int]) -> Tensor:
+    """`value` as finite float32, or as the whole numbers it is. Raises DataError."""
+    if value.is_complex() or value.shape[1:] != shape:
+        wanted = f'real numbers, items of shape {shape}'
+        raise DataError(f'{where} is {type_and_shape(value)}. It must be {wanted}, in both parts of the data.')
+    if not value.is_floating_point():
+        return value
+    refuse_items(~value.isfinite(), where, numbers)
+    return value.float()
+
+
+def refuse_items(
+    wrong: Tensor, where: str, numbers: Sequence[int], what: str = 'NaN or infinite values',
+    remedy: str = 'Fix them or leave them out',
+) -> None:  # fmt: skip
+    """Raise DataError if any value is `wrong` (N, ...): it counts the items, and names the first."""
+    if wrong.any():
+        bad = wrong.reshape(len(wrong), -1).any(1).nonzero().flatten().tolist()
+        first = numbers[bad[0]] if len(numbers) else bad[0]
+        raise DataError(
+            f'{where}: {len(bad)} of {len(wrong)} items hold {what}, the first is number {first}. {remedy}.'
+        )
 
 
 def check_shape(found: tuple[int, ...], spec: DataSpec, where: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_loading.labels import HELD_OUT, TRAIN, held_out_first
 from data_loading.spec import counted
+from data_loading.stores import ENDINGS
 from runtime.errors import SettingError
 from runtime.ranks import print_once
 
@@ -20,7 +21,7 @@ IMAGE_ENDINGS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.gif', '.bmp', '.ti
 IMAGE_ENDINGS += ('.avif',) if '.avif' in Image.registered_extensions() else ()
 TO_CONVERT = ('.heic', '.heif', '.avif', '.svg', '.jxl', '.dng', '.psd')  # images that Pillow does not read
 LISTS = ('labels.csv', 'dataset.json', 'generate.json')  # lists of classes, and the settings of generate.py
-ARRAYS, ARCHIVES = {'.npy', '.npz', '.pt'}, {'.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'}
+ARRAYS, ARCHIVES = {*ENDINGS}, {'.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar'}
 NO_ENDING = 'no ending'
 SYSTEM = set('@eadir @tmp __macosx #recycle #snapshot $recycle.bin lost+found'.split()) | {'system volume information'}
 OTHERS, CONVERT = 'files that are not images', 'images that must be converted first'  # kinds of skipped files
@@ -118,7 +119,7 @@ def check_is_folder(root: Path, where: str) -> None:
     elif ending in IMAGE_ENDINGS + TO_CONVERT:
         why = f'this is a single image. Pass a folder of images, such as --data_path {root.parent}'
     else:
-        why = 'this is a file. Pass a folder of images; --dataset arrays reads .npy, .npz and .pt'
+        why = f'this is a file. Pass a folder of images; --dataset arrays reads {", ".join(ENDINGS)}'
     raise SettingError(f'{where}: {why}.')
 
 

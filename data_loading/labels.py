@@ -11,7 +11,7 @@ from runtime.errors import SettingError
 NAMES_OF_LABEL = ('labels', 'label', 'y', 'targets', 'target', 'arr_1', 'classes', 'class')
 TRAIN = ('train', 'training')
 HELD_OUT = ('val', 'valid', 'validation', 'test', 'testing', 'eval')  # in this order: the first found is held out
-HINT = 'Numbers can be a condition instead: docs/experiments.md, Conditions.'
+HINT = 'Numbers can be a condition instead: rename the array to cond_NAME (docs/experiments.md, Conditions).'
 
 
 def one_for_each(label: np.ndarray, n: int, where: str) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import Config
 from data_loading import workers
 from data_loading.checks import collate
-from data_loading.spec import Arrays, DataSpec, Part
+from data_loading.spec import Arrays, Batch, DataSpec, Part
 from runtime import ranks
 from runtime.errors import DataError, SettingError, Stopped
 from runtime.ranks import cores_per_process
@@ -127,7 +127,7 @@ def collate_numbered(numbered: Any, spec: DataSpec, where: str) -> Arrays:
 
 
 class Loader:
-    """Batches of one part of the data, on the device and scaled: (x, label), or (x, label, x1) if the data are pairs.
+    """Batches of one part of the data, on the device and scaled: each is a `Batch`.
 
     Iterating follows `batch_sampler`: the training data without end, the held-out data once. `take` reads any of the
     `size` items. A part made of arrays lives on the device if it fits. A part that is a Dataset, or does not fit, is
@@ -152,7 +152,7 @@ class Loader:
         self.part, self.resident, self.workers = part, None, None
         if part.arrays is not None and fits(part.arrays, device):
             self.resident = tuple(array.to(device) for array in part.arrays)
-            self.part = Part(self.resident, part.name)  # frees the arrays on the CPU
+            self.part = Part(self.resident, part.name, part.conditions)  # frees the arrays on the CPU
         else:
             number = min(num_workers, cores_per_process())  # torch warns above this
             self.workers = DataLoader(
@@ -165,7 +165,7 @@ class Loader:
                 worker_init_fn=ignore_signals_except_from_parent,
             )
 
-    def __iter__(self) -> Iterator[Arrays]:
+    def __iter__(self) -> Iterator[Batch]:
         if self.workers is None:
             batches = self._from_resident()
         else:
@@ -178,20 +178,20 @@ class Loader:
             self.waited += time.monotonic() - began
             if arrays is None:
                 return
-            yield arrays
+            yield Batch(arrays, self.spec.conditions)
 
-    def take(self, indices: Sequence[int] | Tensor) -> Arrays:
+    def take(self, indices: Sequence[int] | Tensor) -> Batch:
         """The items with these indices as a batch on the device, read by this process itself."""
         if self.resident is not None:
             chosen = self._to_device(torch.as_tensor(indices))
-            return self._scaled(*(array[chosen] for array in self.resident))
+            return self._batch(array[chosen] for array in self.resident)
         items = self.collate(Numbered(self.part.items).__getitems__([int(i) for i in indices]))
-        return self._scaled(*(array.to(self.device) for array in items))
+        return self._batch(array.to(self.device) for array in items)
 
-    def everything(self) -> Arrays:
+    def everything(self) -> Batch:
         """All items as a batch, like `take` but on the CPU; only for a part made of arrays."""
         assert self.resident is not None, 'a Dataset may not fit into memory'
-        return self._scaled(*(array.cpu() for array in self.resident))
+        return self._batch(array.cpu() for array in self.resident)
 
     def start_workers(self) -> None:
         """Fork the loader processes now, while no thread runs."""
@@ -218,9 +218,12 @@ class Loader:
     def open(self) -> None:
         """Load the data now, if they are not loaded yet: see LazyLoader."""
 
-    def _scaled(self, x: Tensor, label: Tensor, *x1: Tensor) -> Arrays:
-        x, *others = map(self.spec.scaled, (x, *x1))
-        return x, label, *others
+    def _scaled(self, x: Tensor, label: Tensor, *others: Tensor) -> Arrays:
+        x, *x1 = map(self.spec.scaled, (x, *others[: self.has_pairs]))
+        return x, label, *x1, *(value.float() for value in others[self.has_pairs :])
+
+    def _batch(self, arrays: Iterable[Tensor]) -> Batch:
+        return Batch(self._scaled(*arrays), self.spec.conditions)
 
     def _to_device(self, indices: Tensor) -> Tensor:
         if self.device.type == 'cuda' and not indices.is_cuda:  # a copy from unpinned memory is a CPU-GPU sync
@@ -273,7 +276,8 @@ class LazyLoader(Loader):
         except SettingError as error:
             text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads data)'
             raise SettingError(f'{text}: {error}') from None
-        was, now = ((f'{spec.shape}, {spec.num_classes} classes') for spec in (self.spec, loader.spec))
+        specs = (self.spec, loader.spec)
+        was, now = (f'{s.shape}, {s.num_classes} classes, conditions: {s.named_conditions or "none"}' for s in specs)
         if was != now:
             raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its data as --data_path.')
         if loader.fingerprint != self.fingerprint:

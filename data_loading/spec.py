@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from config import Config
 
-Arrays = tuple[Tensor, ...]  # x (N, ...), label (N, ...), and, if the data are pairs, x1 (N, ...)
+Arrays = tuple[Tensor, ...]  # x (N, ...), label (N, ...), x1 (N, ...) if the data are pairs, and the conditions
 Loaded = tuple[Any, Any, dict[str, Any]]  # training part, held-out part, facts
 
 
@@ -29,6 +29,7 @@ class DataSpec:
     x          (N, *shape): uint8 for scale 'image', or any numbers with a value_range; floats for scale 'float'
     label      (N,) whole numbers from 0 to num_classes - 1; if num_classes is 0, anything with N rows
     x1         optional, like x: the data are pairs, and a loader yields (x, label, x1)
+    conditions (N, ...) numbers, one entry for each name in `conditions`: inputs of the network, used as they are
 
     `load` may return a third entry, a dict of facts found while loading, which replace fields of this DataSpec.
     A Dataset must return the same item each time: augmentation belongs in the trainer. `load` runs first on one process
@@ -44,6 +45,8 @@ class DataSpec:
     flip_keeps_label: bool = True
     rotation_keeps_label: bool = True
     translation_keeps_label: bool = True
+    conditions: tuple[str, ...] = ()  # names of the last entries
+    condition_shapes: tuple[tuple[int, ...], ...] = ()  # shape of one item of each; set when data are loaded
     classes: tuple[str, ...] = ()  # class names, in order; empty: numbers
     mean: tuple[float, ...] = ()  # mean of each channel of latents, stored by prepare.py
     std: tuple[float, ...] = ()  # their standard deviation
@@ -57,6 +60,12 @@ class DataSpec:
     def trained_classes(self) -> tuple[int, ...]:
         """The classes that have training items: only these are sampled and judged. All, if counts are unknown."""
         return tuple(i for i in range(self.num_classes) if not self.counts or self.counts[i])
+
+    @property
+    def named_conditions(self) -> str:
+        """The conditions with the shape of one item, as text: 'temperature (), wind (2,)'."""
+        pairs = zip(self.conditions, self.condition_shapes, strict=True)
+        return ', '.join(f'{name} {tuple(shape)}' for name, shape in pairs)
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as the trainer receives it: images in [0, 1], floats as they are."""
@@ -82,6 +91,18 @@ class DataSpec:
         return [] if known is None else [names[i] for i in known.tolist()]
 
 
+class Batch(tuple):
+    """(x, label), or (x, label, x1) if the data are pairs. `cond` has the conditions, each (B, ...), by name."""
+
+    cond: dict[str, Tensor]
+
+    def __new__(cls, arrays: Arrays, names: tuple[str, ...] = ()) -> 'Batch':
+        first = len(arrays) - len(names)
+        batch = super().__new__(cls, arrays[:first])
+        batch.cond = dict(zip(names, arrays[first:], strict=True))
+        return batch
+
+
 class Rows(Subset):
     """Items `start` to `stop` of a Dataset, with its fingerprint, labels and file_rows if it has them."""
 
@@ -98,12 +119,12 @@ class Rows(Subset):
 class Part:
     """One part of a data set: arrays in memory, or a torch Dataset that is read item by item.
 
-    `arrays` are (x, label) or (x, label, x1), or None for a Dataset; `items` is a Dataset in both cases. `name` is the
-    data set's name in errors.
+    `arrays` are the entries that DataSpec lists, or None for a Dataset; `items` is a Dataset in both cases. `name` is
+    the data set's name in errors, and the last `conditions` entries are conditions.
     """
 
-    def __init__(self, source: Arrays | Any, name: str = 'data'):
-        self.name = name
+    def __init__(self, source: Arrays | Any, name: str = 'data', conditions: int = 0):
+        self.name, self.conditions = name, conditions
         self.arrays: Arrays | None = source if isinstance(source, tuple) else None
         self.items: Any = TensorDataset(*source) if isinstance(source, tuple) else source
 
@@ -122,13 +143,13 @@ class Part:
 
     @cached_property
     def has_pairs(self) -> bool:
-        """Whether an item is (x, label, x1). Reads the first item of a Dataset."""
-        return len(self.arrays or self.items[0]) == 3
+        """Whether an item has x1. Reads the first item of a Dataset."""
+        return len(self.arrays or self.items[0]) == 3 + self.conditions
 
     def first(self, n: int) -> 'Part':
         """The first n items."""
         source = Rows(self.items, 0, n) if self.arrays is None else tuple(array[:n] for array in self.arrays)
-        return Part(source, self.name)
+        return Part(source, self.name, self.conditions)
 
     def contents(self) -> list[Tensor | str]:
         """The contents to hash for a fingerprint, with types and shapes: all arrays, or the text that the Dataset's own
@@ -144,7 +165,7 @@ class Part:
 
 def type_and_shape(value: Any) -> str:
     """A short text on `value`: types and shapes of arrays, lengths of long tuples."""
-    if isinstance(value, (Tensor, np.ndarray)):
+    if hasattr(value, 'dtype') and hasattr(value, 'shape') and not isinstance(value, np.generic):
         return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
     if not isinstance(value, (tuple, list)):
         return type(value).__name__

@@ -19,7 +19,7 @@ from runtime import ranks
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
 from sampling import ModelFn
-from training.advice import data_warning, lr_warning, padding_warning, pair_warning, round_trip_warning, scale_warning
+from training import advice
 from training.batches import Batches
 from training.calling import in_eval_mode
 from training.drawing import Drawing, no_memory, not_finite
@@ -49,10 +49,11 @@ class Judge:
         """Before training: warn of suspicious settings and data, and try the losses, so that they fail now or never."""
         c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
         with torch.no_grad():
-            round_trip = round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
-        of_data = data_warning(c, self.experiment.data.num_classes, self.batches.train_loader.size)
-        of_settings = pair_warning(c, self.experiment.process), lr_warning(c), padding_warning(c, x0.shape[2:])
-        for warning in filter(None, (of_data, scale_warning(x0, c.sigma_data), round_trip, *of_settings)):
+            round_trip = advice.round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
+        of_values = advice.scale_warning(x0, c.sigma_data), advice.condition_warning(self.batches.example.cond)
+        of_data = advice.data_warning(c, self.experiment.data.num_classes, self.batches.train_loader.size), round_trip
+        pair, padding = advice.pair_warning(c, self.experiment.process), advice.padding_warning(c, x0.shape[2:])
+        for warning in filter(None, (*of_values, *of_data, pair, padding, advice.lr_warning(c))):
             print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
         with self.record.logging_apart():  # samplers() may draw samples, to drop equal samplers

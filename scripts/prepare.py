@@ -51,8 +51,8 @@ def prepare(config: PrepareConfig) -> None:
         raise SettingError(f'out={config.out!r} already exists. Remove it, or pass another name.')
     # a cache is a second copy on the disk; it is needed only to find the unreadable files before writing
     spec, train, test = data_utils.load_data(dataclasses.replace(config, cache=config.skip_unreadable))
-    if test.has_pairs:
-        raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1).')
+    if test.has_pairs or spec.conditions:
+        raise SettingError(f'dataset={config.dataset!r}: prepare.py cannot store pairs (x, label, x1) or conditions.')
     items: Any = ConcatDataset([part.items for part in (test, train)])
     facts = {name: getattr(spec, name) for name in ('num_classes', 'classes', 'scale', 'max_value')}
     if config.latents:

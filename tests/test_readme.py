@@ -271,6 +271,7 @@ EXPECTED = {
     'a-time-grid-1': quadratic_times,
     'conditions-1': guided_by_its_conditions,
     'conditions-2': lambda trainer, module, record: trainer.sample_inputs(3).cond['text'].shape == (3, 16),
+    'conditions-3': lambda trainer, module, record: trainer.sample_inputs(3).cond.keys() == {'ink', 'small'},
     'x1-is-data-1': restores_what_it_is_given,
     'x1-is-data-2': lambda trainer, module, record: not trainer.independent,
     'x1-is-data-3': lambda trainer, module, record: trainer.sample_inputs(3).label.tolist() == [3, 3, 3],

@@ -1,5 +1,5 @@
 """Advice: warnings about settings that make a network learn badly, with the flags that help; and checks on the first
-images: whether x0 has the expected scale, and whether decode is the inverse of encode.
+images: whether x0 and conditions have the expected scale, and whether decode is the inverse of encode.
 
 A loss multiplies an error of the output by the loss weight and by the factor between output and target (prediction.py).
 `effective_weight` is the product; `pair_warning` warns if it is almost zero at most times.
@@ -22,6 +22,7 @@ from time_samplers import TIME_SAMPLERS, get_time_sampler
 # pair_warning warns below the first and above the second
 LEAST_NOISY_SHARE = 0.05
 LARGEST_ERROR_AT_NOISE = 2.0
+LARGEST_CONDITION = 10.0  # condition_warning warns above it
 
 
 def effective_weight(config: Config, process: GaussianProcess, t: Tensor) -> Tensor:
@@ -219,4 +220,16 @@ def scale_warning(x0: Tensor, sigma_data: float) -> str | None:
             'made for data in [-1, 1]: override encode and decode, e.g. with '
             f'(x - {float(finite.mean()):.3g}) / {2 * std:.3g} and its inverse, or set --sigma_data {std:.3g}.'
         )
+    return None
+
+
+def condition_warning(cond: dict[str, Tensor]) -> str | None:
+    """Why a condition (B, ...) of the first images is too large for a network, with the remedy, or None."""
+    for name, value in cond.items():
+        x = value.double()
+        if x.numel() and float(x.abs().max()) > LARGEST_CONDITION:
+            return (
+                f'condition {name!r} of the first {len(x)} images lies in [{x.min():.4g}, {x.max():.4g}], and networks '
+                f'need numbers of order 1. Store (x - {x.mean():.3g}) / {max(float(x.std()), 1e-6):.3g}, or the like.'
+            )
     return None

@@ -79,8 +79,18 @@ class Batches:
         """Shard `shard` of the global batch of a step, before coupling; `step` is part of the seed."""
         self.shard_position = (shard % self.config.batch_shards, self.config.batch_shards)
         utils.seed_everything(self.config.seed, 'batch', step, shard)
-        prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
+        prepared = self.with_conditions(batch, is_train)
         return prepared if self.experiment.couple is not None else self.drop_conditions(prepared, is_train)
+
+    def with_conditions(self, batch: tuple[Tensor, ...], is_train: bool) -> ProcessedBatch:
+        """The batch that the experiment prepares, with the conditions of the data. Its own of the same name replaces
+        one, and None removes it."""
+        prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
+        given = getattr(batch, 'cond', {})
+        if not given:
+            return prepared
+        cond = {name: value for name, value in (given | prepared.cond).items() if value is not None}
+        return dataclasses.replace(prepared, cond=cond)
 
     def couple_shards(
         self, drawn: list[ProcessedBatch], own: Sequence[int], step: int | str, is_train: bool = True
@@ -154,7 +164,7 @@ class Batches:
     def prepared(self, batch: tuple[Tensor, ...]) -> ProcessedBatch:
         """Prepare a batch as outside of training: with null conditions only if label_dropout is 1. Raises SettingError
         if its parts do not fit together."""
-        prepared = self.experiment.prepare_batch_fn(batch, is_train=False)
+        prepared = self.with_conditions(batch, is_train=False)
         check_shapes(prepared, f'{type(self.experiment).__name__}.prepare_batch_fn')
         return self.drop_conditions(prepared, is_train=False)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config import SettingError
-from data_loading import arrays, packed
+from data_loading import arrays, packed, stores
 from data_loading.labels import NAMES_OF_LABEL
 from data_utils import setup_data_train_and_test
 from runtime.errors import DataError
@@ -372,7 +372,7 @@ def test_files_that_cannot_be_used_are_named(load, tmp_path):
     for name, content, words in (
         ('gone.npy', None, 'there is no such file'),
         ('', None, 'this is a folder; --preset small_images reads a folder of images'),
-        ('x.txt', b'1 2 3', 'its ending is not .npy, .npz or .pt'),
+        ('x.txt', b'1 2 3', 'its ending is not .npy, .npz, .zarr, .h5, .hdf5, .nc or .pt'),
         ('x.npy', b'1 2 3', r"cannot be read \(it is not a numpy file: it begins with b'1 2 3'\)"),
         ('x.npz', b'', 'cannot be read'),
         ('x.pt', b'1 2 3', 'cannot be read.*Make it again'),
@@ -445,7 +445,7 @@ def test_the_fingerprint_of_rows_depends_on_the_last():
 def test_a_file_is_mapped_privately(tmp_path):
     """FUSE and other file systems have no shared maps."""
     np.save(tmp_path / 'x.npy', RNG.normal(size=(5, 3)))
-    x = arrays.read_numpy(tmp_path / 'x.npy', 'here')['x']
+    x = stores.read_numpy(tmp_path / 'x.npy', 'here')['x']
     lines = Path('/proc/self/maps').read_text().splitlines()
     maps = [line.split()[1] for line in lines if line.endswith(f'{tmp_path}/x.npy')]
     assert isinstance(x, np.memmap) and maps and all(kind[3] == 'p' for kind in maps)

@@ -8,6 +8,7 @@ import torch
 from config import SettingError
 from data_utils import DATASETS, DataSpec
 from trainer import ExampleDiffusionTrainer
+from training.advice import condition_warning
 
 
 def test_augmentation_of_pairs_is_refused(tiny_config, build_trainer, monkeypatch):
@@ -144,3 +145,89 @@ def test_all_held_out_images_are_coupled_once(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config(batch_shards=2), Turned)
     index = torch.cat([index for _, index in trainer.batches.held_out()])
     assert index.sort().values.tolist() == list(range(trainer.test_loader.size))
+
+
+class Measured(torch.utils.data.Dataset):
+    """A Dataset with items (x, label, x1, ink, outline)."""
+
+    def __init__(self, n):
+        self.x = torch.arange(n * 64, dtype=torch.float32).view(n, 1, 8, 8) / (n * 64)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], i % 3, -self.x[i], float(self.x[i].mean()), 2 * self.x[i]
+
+
+@pytest.mark.parametrize('pairs', [True, False])
+@pytest.mark.parametrize('arrays', [True, False])
+def test_conditions_of_the_data_reach_the_network(tiny_config, build_trainer, monkeypatch, arrays, pairs):
+    """Whatever an experiment does with (x, label) and x1; its own conditions come first, and None removes one."""
+
+    def load(config):
+        whole = torch.utils.data.default_collate([*Measured(40)])
+        entries = [*whole[:2], *whole[2 : 2 + pairs], *whole[3:]]
+        return tuple(array[:32] for array in entries), tuple(array[32:] for array in entries)
+
+    if not arrays and not pairs:
+        pytest.skip('an item of Measured is a pair')
+    spec = DataSpec(load if arrays else lambda config: (Measured(32), Measured(8)), num_classes=3, scale='float',
+                    conditions=('ink', 'outline'))  # fmt: skip
+    monkeypatch.setitem(DATASETS, 'measured', spec)
+
+    class Own(ExampleDiffusionTrainer):
+        changes = {}
+
+        def prepare_batch_fn(self, batch, is_train):
+            x, label, *x1 = batch
+            assert len(x1) == pairs and batch.cond.keys() == {'ink', 'outline'}
+            return dataclasses.replace(super().prepare_batch_fn((x, label, *x1), is_train), cond=self.changes)
+
+    config = tiny_config(dataset='measured', num_workers=0, num_training_steps=2)
+    trainer = build_trainer(config, Own)
+    assert trainer.train_loader.has_pairs == pairs == (not trainer.independent)
+    batch = next(next(trainer.batches.steps(0)))
+    assert torch.allclose(batch.cond['ink'], batch.x0.mean((1, 2, 3))) and batch.cond['outline'].equal(2 * batch.x0)
+    assert trainer.network.net.conditions.shapes == {'ink': (), 'outline': (1, 8, 8)}
+    inputs, held_out = trainer.sample_inputs(3), trainer.test_loader.take(range(8))
+    assert all((held_out.cond['outline'] == image).all((1, 2, 3)).any() for image in inputs.cond['outline'])
+    assert not pairs or inputs.cond['outline'].equal(2 * inputs.truth)
+    trainer.train_loop()
+    Own.changes = {'outline': None, 'new': torch.ones(4)}
+    other = trainer.batches.with_conditions(trainer.train_loader.take(range(4)), is_train=True).cond
+    assert other.keys() == {'ink', 'new'}
+    with pytest.raises(SettingError, match=r'flip_prob=0\.5 would change x0 and not'):
+        build_trainer(tiny_config(dataset='measured', flip_prob=0.5, num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ('names', 'value', 'words'),
+    [
+        (('t',), torch.zeros(40), "condition 't' is the name of another input of the network"),
+        (('a b',), torch.zeros(40), "condition 'a b' has other characters"),
+        (('a', 'a'), torch.zeros(40), "condition 'a' is there twice"),
+        (('a',), torch.zeros(39), r'40 x, 40 labels, 39 a\. .*must have the same length'),
+        (('a',), torch.full((40,), torch.nan), r"condition 'a': 40 of 40 items hold NaN"),
+        (('a',), torch.zeros(40, dtype=torch.complex64), r"condition 'a' is complex64 \(40,\)"),
+        (('a', 'b', 'c'), torch.zeros(40), r'It must be \(x, label, a, b, c\) or \(x, label, x1, a, b, c\)'),
+    ],
+)
+def test_conditions_that_cannot_be_right_are_refused(tiny_config, build_trainer, monkeypatch, names, value, words):
+    part = torch.zeros(40, 3), torch.zeros(40), *[value] * min(len(names), 2)
+    monkeypatch.setitem(DATASETS, 'wrong', DataSpec(lambda config: (part, part), scale='float', conditions=names))
+    with pytest.raises(SettingError, match=words):
+        build_trainer(tiny_config(dataset='wrong', network='mlp'))
+
+
+def test_conditions_of_another_shape_in_the_held_out_part_are_refused(tiny_config, build_trainer, monkeypatch):
+    parts = [(torch.zeros(40, 3), torch.zeros(40), torch.zeros(40, n)) for n in (2, 3)]
+    monkeypatch.setitem(DATASETS, 'wrong', DataSpec(lambda config: parts, scale='float', conditions=('a',)))
+    with pytest.raises(SettingError, match=r"held-out part: condition 'a' is float32 \(40, 3\).*items of shape \(2,\)"):
+        build_trainer(tiny_config(dataset='wrong', network='mlp'))
+
+
+def test_a_condition_far_from_order_1_is_named():
+    warning = condition_warning({'angle': torch.linspace(-3, 3, 8), 'kelvin': torch.linspace(270, 310, 8)})
+    assert warning is not None and "'kelvin' of the first 8 images lies in [270, 310]" in warning
+    assert condition_warning({'angle': torch.linspace(-3, 3, 8)}) is None
