@@ -7,8 +7,8 @@ Its xt has the power (1 - t)^2 P + t^2, so the least possible squared error of t
 
 `reference`, on held-out fields, can fall to this `least`. `spectrum_error` is the root mean square over wave numbers of
 E / E_exact - 1, where E is the power of all modes of a wave number. `seam` is the mean squared difference of neighbours
-across the border, divided by the exact one; `real_...` is for as many exact draws. Zeros around a picture show a
-convolution its borders (Kamb and Ganguli 2025), but fields wrap: `circular` pads so.    sh run.sh examples/field.py
+across the border, divided by the exact one; `real_...` is for as many exact draws. Zeros around a field let a
+convolution see the border, but these fields wrap, and so does `--padding circular`.    sh run.sh examples/field.py
 """
 
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 
 from config import only
 from data_utils import DATASETS, DataSpec
+from evaluation.scores import energy_spectrum
 from scripts.compare import side_by_side
 from trainer import ExampleDiffusionTrainer
 
@@ -48,8 +49,8 @@ def least(low=0.001, high=0.999):
 
 def errors(x, name=''):
     """Spectrum and seam of fields (n, 1, N, N) against the exact law."""
-    power = torch.fft.fft2(x, norm='ortho').abs().square().mean((0, 1))  # (N, N)
-    E, E_exact = (torch.bincount(k.round().long().flatten(), p.flatten()) for p in (power, P))
+    E = energy_spectrum(x).mean(0)
+    E_exact = torch.bincount((k + 0.5).long().flatten(), P.flatten()) / (2 * N**2)
     seam = sum((x.select(axis, 0) - x.select(axis, -1)).square().mean() for axis in (2, 3)) / 2
     exact = (P * (2 - 2 * torch.cos(2 * torch.pi * modes / N))).mean()
     error = (E / E_exact - 1).square().mean().sqrt()
@@ -65,16 +66,9 @@ class Field(ExampleDiffusionTrainer):
         return errors(x.cpu()) | errors(draw(len(x), 2 * self.config.seed + 1), 'real_') | {'least': least()}
 
 
-class Circular(Field):
-    def setup_networks(self):
-        for conv in (module for module in self.network.modules() if isinstance(module, torch.nn.Conv2d)):
-            conv.padding_mode = 'circular'
-        super().setup_networks()
-
-
 if __name__ == '__main__':
     side_by_side(
-        {'zeros': dict(trainer_class=Field), 'circular': dict(trainer_class=Circular)},
+        {padding: dict(trainer_class=Field, padding=padding) for padding in ('zeros', 'circular')},
         numbers=('eval/reference', 'final/*'),
         default_flags='--dataset random_fields --ema_decays 0.99 --global_batch_size 64 --num_training_steps 400',
     )
