@@ -53,7 +53,7 @@ class Drifting(ExampleDiffusionTrainer):
         return image_square_error(x, x.detach() + torch.cat(list(shards)).view_as(x))
 
     def samplers(self):
-        only(self.config, process_name='rf', model_type='velocity')
+        only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
         return {'steps_1': self.draw}
 
 

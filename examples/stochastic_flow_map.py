@@ -3,9 +3,8 @@
 A flow map from xt gives one x0. This one starts from new noise e, with t and xt as conditions: given these, the flow of
 z = (1 - r) x0 + r e ends in the posterior of x0. With Z(z, r, s) = z + (s - r) u, u(z, r, s; t, xt) trains on e - x0
 where s = r, and elsewhere on the Lagrangian rule of examples/flow_map.py: dZ/ds = u(Z, s, s; t, xt), right side fixed.
-Numbers are Wasserstein distances of N samples Z(e, 1, 0) from N of the exact posterior, a mixture of eight Gaussians: a
-mean over STATES states xt for each t in TIMES. `real` has other exact samples; `sde_n`, the SDE of a plain flow from xt
-in n evaluations, is the mean of x0 for n = 1.                          sh run.sh examples/stochastic_flow_map.py
+Numbers: the mean distance of N samples Z(e, 1, 0) from N exact ones, W, over STATES states xt at each t. `real`: other
+exact samples. `sde_n`: the SDE of a plain flow in n evaluations. sh run.sh examples/stochastic_flow_map.py
 """
 
 import dataclasses
@@ -35,7 +34,8 @@ def posterior(xt, t):
 
 class Plain(ExampleDiffusionTrainer):
     def samplers(self):
-        only(self.config, dataset='eight_gaussians', process_name='rf', model_type='velocity', label_dropout=1.0)
+        formulas = dict(process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
+        only(self.config, dataset='eight_gaussians', label_dropout=1.0, **formulas)
         return {'posterior': partial(self.draw, solver=self.config.solver)}  # for pictures
 
     def methods(self, model_fn, t, xt):  # name -> samples of the posterior
