@@ -15,7 +15,7 @@ from torch.fft import irfft, rfft
 from config import Config
 
 POINTS = 16
-SIZES = 20_000, 25  # pairs to train on; held-out ones, each of which starts an ensemble
+SIZES = 20_000, 25  # training pairs, held-out pairs; each held-out state starts an ensemble
 
 
 def law(x: Tensor, steps: float) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ def test_c2st_is_chance_for_equal_laws_and_the_best_accuracy_for_shifted_ones(n,
 def test_mmd_is_unbiased_and_the_closed_form_for_gaussians():
     h, d, gap, std = 0.8, 3, 0.9, 1.3
 
-    def kernel_mean(var, shift):  # of two independent Gaussians whose difference has this variance in each dimension
+    def kernel_mean(var, shift):  # two independent Gaussians whose difference has this variance in each dimension
         return (h**2 / (h**2 + var)) ** (d / 2) * math.exp(-(shift**2) / (2 * (h**2 + var)))
 
     exact = kernel_mean(2, 0) + kernel_mean(2 * std**2, 0) - 2 * kernel_mean(1 + std**2, gap)
