@@ -277,7 +277,11 @@ class LazyLoader(Loader):
             text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads data)'
             raise SettingError(f'{text}: {error}') from None
         specs = (self.spec, loader.spec)
-        was, now = (f'{s.shape}, {s.num_classes} classes, conditions: {s.named_conditions or "none"}' for s in specs)
+        facts = (
+            (str(s.shape), f'{s.num_classes} classes', s.conditions and f'conditions: {s.named_conditions}')
+            for s in specs
+        )
+        was, now = (', '.join(filter(None, texts)) for texts in facts)
         if was != now:
             raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its data as --data_path.')
         if loader.fingerprint != self.fingerprint:

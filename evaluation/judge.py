@@ -47,13 +47,12 @@ class Judge:
     @in_eval_mode
     def rehearse(self) -> None:
         """Before training: warn of suspicious settings and data, and try the losses, so that they fail now or never."""
-        c, x, x0 = self.config, self.batches.example.x_original[:8], self.batches.example.x0
+        c, e, example, size = self.config, self.experiment, self.batches.example, self.batches.train_loader.size
         with torch.no_grad():
-            round_trip = advice.round_trip_warning(x, self.experiment.decode(self.experiment.encode(x)))
-        of_values = advice.scale_warning(x0, c.sigma_data), advice.condition_warning(self.batches.example.cond)
-        of_data = advice.data_warning(c, self.experiment.data.num_classes, self.batches.train_loader.size), round_trip
-        pair, padding = advice.pair_warning(c, self.experiment.process), advice.padding_warning(c, x0.shape[2:])
-        for warning in filter(None, (*of_values, *of_data, pair, padding, advice.lr_warning(c))):
+            round_trip = advice.round_trip_warning(x := example.x_original[:8], e.decode(e.encode(x)))
+        of_values = advice.scale_warning(example.x0, c.sigma_data), advice.condition_warning(example.cond), round_trip
+        of_settings = advice.settings_warnings(c, e.process, example.x0.shape[2:], e.data.num_classes, size)
+        for warning in filter(None, of_values + of_settings):
             print_once(f'warning: {warning}')
         _ = self.loss_needs_gradients, self.has_reference
         with self.record.logging_apart():  # samplers() may draw samples, to drop equal samplers

@@ -24,7 +24,7 @@ def crps(ensemble: Tensor, truth: Tensor) -> Tensor:
     are drawn from (Gneiting and Raftery 2007; Ferro 2014). Lower is better. M is at least 2.
     """
     m = len(ensemble)
-    weight = (2 * torch.arange(m).to(ensemble) - m + 1) / (m * (m - 1))  # factor of each sorted member in the sum over pairs
+    weight = (2 * torch.arange(m).to(ensemble) - m + 1) / (m * (m - 1))  # so the sum over pairs costs only a sort
     return (ensemble - truth).abs().mean(0) - torch.tensordot(weight, ensemble.sort(0).values, 1)
 
 

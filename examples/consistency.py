@@ -17,7 +17,7 @@ import dataclasses
 
 import torch
 
-from examples import flow_map
+import examples.flow_map as flow_map
 from main import load_run
 from scripts.compare import side_by_side
 from utils import bcast_right, image_square_error

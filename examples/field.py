@@ -8,7 +8,7 @@ Its xt has the power (1 - t)^2 P + t^2, so the least possible squared error of t
 `reference`, on held-out fields, can fall to this `least`. `spectrum_error` is the root mean square over wave numbers of
 E / E_exact - 1, where E is the power of all modes of a wave number. `seam` is the mean squared difference of neighbours
 across the border, divided by the exact one; `real_...` is for as many exact draws. Zeros around a field let a
-convolution see the border, but these fields wrap, and so does `--padding circular`.    sh run.sh examples/field.py
+convolution see the border (Kamb and Ganguli 2025), but these fields wrap: `circular`.   sh run.sh examples/field.py
 """
 
 from functools import partial

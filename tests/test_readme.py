@@ -289,8 +289,9 @@ EXPECTED = {
 def restored_tables():
     """Remove what a recipe adds to the tables after its test."""
     from main import choices
+    from reports.kinds import KINDS
 
-    before = [(table, dict(table)) for table in choices().values()]
+    before = [(table, dict(table)) for table in (*choices().values(), KINDS)]
     yield
     for table, entries in before:
         table.clear()

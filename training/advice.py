@@ -74,6 +74,14 @@ def error_at_noise(config: Config, process: GaussianProcess, ratio: float = 10.0
     return (size * ((noisy.alpha + noisy.sigma) / determinant(config.model_type, noisy)).abs()).item()
 
 
+def settings_warnings(
+    config: Config, process: GaussianProcess, sides: Sequence[int], num_classes: int, size: int
+) -> tuple[str | None, ...]:
+    """All warnings about settings: for x0 with these sides, and for this number of classes and of training items."""
+    of_data = data_warning(config, num_classes, size), padding_warning(config, sides)
+    return *of_data, pair_warning(config, process), lr_warning(config)
+
+
 def pair_warning(config: Config, process: GaussianProcess) -> str | None:
     """None, or why a network with this output learns badly from this target's loss, and the flags that help.
 

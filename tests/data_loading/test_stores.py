@@ -144,11 +144,11 @@ def test_netcdf_is_unpacked_and_its_missing_values_are_not_numbers(load, tmp_pat
         packed = file.createVariable('x', 'i2', ('n', 'd'))
         packed.scale_factor, packed.add_offset = 0.5, 10.0
         packed[:] = np.arange(80).reshape(40, 2) / 2
-        file.createVariable('cond_t', 'f4', ('n',), fill_value=-9.0)[:] = np.arange(40)
+        file.createVariable('cond_k', 'f4', ('n',), fill_value=-9.0)[:] = np.arange(40)
     train = load(tmp_path / 'x.nc')[0]
-    x, cond = train.everything()[0], train.everything().cond['t']
+    x, cond = train.everything()[0], train.everything().cond['k']
     assert train.spec.scale == 'float' and torch.equal(x[:, 0], cond)
-    for name, words in (('cond_t', "condition 't': 1 of 40 items hold NaN.*number 7"), ('x', 'x: 1 of 40.*number 7')):
+    for name, words in (('cond_k', "condition 'k': 1 of 40 items hold NaN.*number 7"), ('x', 'x: 1 of 40.*number 7')):
         with netCDF4.Dataset(tmp_path / 'x.nc', 'a') as file:
             file[name][7] = np.ma.masked
         with pytest.raises(SettingError, match=words):

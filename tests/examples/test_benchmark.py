@@ -91,7 +91,7 @@ def test_every_wording_is_of_an_example_and_the_page_is_readable():
     assert {*benchmark.CELLS, *benchmark.CLAIMS, *benchmark.FLAGS} <= set(names)
     assert not set(names) & benchmark.OWN_COMMAND
     parts, numbers = benchmark.described('flow_map')
-    assert parts == ['plain', 'lagrangian', 'eulerian', 'semigroup'] and 'final/*/wasserstein' in numbers
+    assert parts == ['plain', 'lagrangian', 'eulerian', 'semigroup', 'uniform'] and 'final/*/wasserstein' in numbers
 
 
 @pytest.mark.slow

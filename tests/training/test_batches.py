@@ -184,7 +184,7 @@ def test_conditions_of_the_data_reach_the_network(tiny_config, build_trainer, mo
             assert len(x1) == pairs and batch.cond.keys() == {'ink', 'outline'}
             return dataclasses.replace(super().prepare_batch_fn((x, label, *x1), is_train), cond=self.changes)
 
-    config = tiny_config(dataset='measured', num_workers=0, num_training_steps=2)
+    config = tiny_config(dataset='measured', num_workers=0, num_training_steps=3)
     trainer = build_trainer(config, Own)
     assert trainer.train_loader.has_pairs == pairs == (not trainer.independent)
     batch = next(next(trainer.batches.steps(0)))
