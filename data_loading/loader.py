@@ -277,11 +277,8 @@ class LazyLoader(Loader):
             text = 'this needs the data of the run (for inputs that are data, for numbers, or a hook that reads data)'
             raise SettingError(f'{text}: {error}') from None
         specs = (self.spec, loader.spec)
-        facts = (
-            (str(s.shape), f'{s.num_classes} classes', s.conditions and f'conditions: {s.named_conditions}')
-            for s in specs
-        )
-        was, now = (', '.join(filter(None, texts)) for texts in facts)
+        conditions = (f', conditions: {spec.named_conditions}' if spec.conditions else '' for spec in specs)
+        was, now = (f'{spec.shape}, {spec.num_classes} classes{c}' for spec, c in zip(specs, conditions, strict=True))
         if was != now:
             raise SettingError(f'the run was trained on data of shape {was}, not {now}. Pass its data as --data_path.')
         if loader.fingerprint != self.fingerprint:
