@@ -215,7 +215,7 @@ def test_large_chunks_are_reported(load, tmp_path, monkeypatch, capsys):
         assert 'A prepared file' not in capsys.readouterr().out  # it would hold no conditions
 
 
-SETTINGS = dict(dataset='arrays', network='mlp', num_training_steps=12, save_every=4)
+SETTINGS = dict(dataset='arrays', num_training_steps=12, save_every=4, lr_schedule_type='constant')
 
 
 def test_a_run_is_sampled_with_held_out_conditions_of_the_same_file(tiny_config, build_trainer, tmp_path):
@@ -245,7 +245,7 @@ def test_a_run_is_sampled_with_held_out_conditions_of_the_same_file(tiny_config,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('ending', ['.zarr', '.h5', '.nc'])
-def test_runs_are_the_same_by_rows_on_two_processes_and_after_a_kill(tmp_path, ending):
+def test_runs_are_the_same_by_rows_on_two_processes_and_resumed(tmp_path, ending):
     data = DATA if ending == '.zarr' else {name: x for name, x in DATA.items() if name != 'x1'}
     path = write(tmp_path / f'x{ending}', data)
     script = tmp_path / 'rows.py'
