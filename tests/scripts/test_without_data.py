@@ -91,7 +91,7 @@ def test_operations_that_need_the_data_name_them_and_accept_a_new_path(made, ima
     monkeypatch.setenv('RUN_CALLER', str(tmp_path))
     with pytest.raises(SystemExit):
         evaluate_main(['--run', str(run), '--num', '10', '--nfe', '2', '--data_path', 'elsewhere'])
-    assert '3 training or held-out images are too few' in capsys.readouterr().err
+    assert '3 training or held-out items are too few' in capsys.readouterr().err
 
 
 class FromData(ExampleDiffusionTrainer):
