@@ -227,7 +227,8 @@ class Judge:
 
     @in_eval_mode
     def numbers(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
-        """`sample_metrics` of decoded samples (n, ...), on every rank."""
+        """`sample_metrics` of decoded samples (n, ...), on every rank. What it draws does not depend on the ranks."""
+        utils.seed_everything(self.config.seed, 'sample_metrics')
         if self.experiment.overrides('sample_metrics'):
             return ranks.on_main_as_one_process(lambda: self.experiment.sample_metrics(x, inputs))
         return self.experiment.sample_metrics(x, inputs)  # `distances`, for which the processes share the work

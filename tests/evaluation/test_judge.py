@@ -416,3 +416,17 @@ def test_baselines_are_found_once_also_where_eval_every_is_beyond_the_end(
     judge = build_trainer(tiny_config(eval_every=eval_every)).judge
     judge.reference.baselines = lambda: {'eval/reference_floor': 1.0}
     assert ('eval/reference_floor' in judge.held_out_losses(step)) is first
+
+
+def test_what_sample_metrics_draws_does_not_depend_on_the_drawing_before(tiny_config, build_trainer):
+    """Processes draw different numbers of samples, so their generators differ at this point."""
+
+    class Random(ExampleDiffusionTrainer):
+        def sample_metrics(self, x, inputs):
+            return {'drawn': float(torch.rand(()))}
+
+    trainer, found = build_trainer(tiny_config(), Random), []
+    for before in (3, 4):
+        torch.manual_seed(before)
+        found.append(trainer.judge.numbers(torch.rand(2, 1, 8, 8), trainer.sample_inputs(2)))
+    assert found[0] == found[1]
