@@ -128,7 +128,8 @@ def kl_histogram(x: Tensor, density: Callable[[Tensor], Tensor], low: float, hig
     """
     d, width = x.shape[1], (high - low) / bins
     cell = ((x - low) / width).floor().long()
-    cell = cell[((cell >= 0) & (cell < bins)).all(1)] @ bins ** torch.arange(d - 1, -1, -1, device=x.device)
+    inside, places = cell[((cell >= 0) & (cell < bins)).all(1)], bins ** torch.arange(d - 1, -1, -1, device=x.device)
+    cell = (inside * places).sum(1)  # CUDA has no matrix product of whole numbers
     q = (torch.bincount(cell, minlength=bins**d).double() + 0.5) / (len(x) + bins**d / 2)
     middles = low + width * (torch.arange(bins, device=x.device) + 0.5)
     p = density(torch.cartesian_prod(*[middles] * d).reshape(-1, d)).double()
