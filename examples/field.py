@@ -59,10 +59,10 @@ def errors(x, name=''):
 
 class Field(ExampleDiffusionTrainer):
     def samplers(self):
+        only(self.config, dataset='random_fields', translate_prob=0.0)
         return {'samples': partial(self.draw, solver=self.config.solver)}
 
     def sample_metrics(self, x, inputs):
-        only(self.config, dataset='random_fields', translate_prob=0.0)
         return errors(x.cpu()) | errors(draw(len(x), 2 * self.config.seed + 1), 'real_') | {'least': least()}
 
 

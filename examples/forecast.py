@@ -66,7 +66,7 @@ class Forecast(FromNoise):
     def step_from(self, x1, model_fn, solver):
         x = x1
         for t, s in pairwise(torch.linspace(1, 0, 101).tolist()):
-            b, g2 = model_fn(x, x.new_full((len(x),), t), now=x1), NOISES[solver](t)
+            b, g2 = model_fn(x, x.new_full((len(x),), t), now=x1), NOISES.get(solver, NOISES['learned'])(t)
             n = (2 * (x - t * x1) / max(1 - t, 1e-9) + b - x1) / (S * (1 + t))
             x = x + (s - t) * (b + (g2 / (S * t) - S * t) / 2 * n) + (g2 * (t - s)) ** 0.5 * torch.randn_like(x)
         return x

@@ -669,6 +669,11 @@ def test_forecasts_have_the_exact_law_at_any_noise(build):
             assert score == pytest.approx(2**0.5 if name == 'ode' else 1, rel=0.04), (name, lead)
             assert found[f'spread_skill_{lead}'] == pytest.approx(float(name != 'ode'), abs=0.06), (name, lead)
             assert (found[f'spectrum_error_{lead}'] < 0.12) == (name != 'ode'), (name, lead)
+    drawn = []
+    for name in ('learned', trainer.config.solver):  # generate.py passes the solver of the config
+        torch.manual_seed(0)
+        drawn.append(trainer.draw(exact, inputs, name))
+    assert torch.equal(*drawn)
 
 
 def test_the_loss_of_a_forecast_by_hand(build):
@@ -1037,6 +1042,7 @@ def test_the_target_of_model_guidance_is_guided_towards_the_label(build):
         ('interpolant', 'Plain', dict(process_name='cosine')),
         ('bridge', 'Plain', dict(target_type='x0')),
         ('reflow', 'Flow', dict(process_name='cosine')),
+        ('field', 'Field', dict(dataset='digits')),
     ],
 )
 def test_formulas_of_a_velocity_refuse_other_settings_before_the_first_step(build, name, class_name, settings):
