@@ -152,8 +152,8 @@ def image_grid(images: Tensor, columns: int, names: Sequence[str] = (), title: s
 def draw_images(panel: Panel) -> Tensor:
     """Draw images unchanged, or scaled if values leave [0, 1]: the title then gives the values of black and white.
     Three channels are a colour image, a fourth is a grey image below it; other numbers of channels are grey images."""
-    x, (low, high) = panel.x.float().cpu(), range_of(panel.scaled_by)
-    scaled = bool(((x < 0) | (x > 1)).any())
+    x, by = panel.x.float().cpu(), panel.scaled_by
+    (low, high), scaled = range_of(by), bool(((by < 0) | (by > 1)).any())
     unit = ((x - low) / (high - low) if scaled else x).nan_to_num(0).clamp(0, 1)
     levels = (unit * 255).round().to(torch.uint8)
     colour = [levels[:, :3]] if levels.shape[1] in (3, 4) else []
