@@ -58,7 +58,7 @@ def parts_in(arrays: dict[str, Any], where: str) -> tuple[list[Named], list[str]
     n = arrays[there[found[0]]].shape[:1]
     texts = [there[key] for key in named(('',), NAMES_OF_CLASSES) if arrays[there[key]].dtype.kind in 'US']
     texts = [name for name in texts if arrays[name].shape != n][:1]
-    more = {key for split, key in there if split in ('', *dict(found)) and (key == 'x1' or key[:5] == CONDITION)}
+    more = {key for split, key in there if split in ('', *dict(found)) and (key == 'x1' or key.startswith(CONDITION))}
     parts, used = [], set(texts)
     for split, name in found:
         x = there[split, name]
