@@ -7,6 +7,7 @@ import numpy as np
 
 from data_loading.labels import HELD_OUT, NAMES_OF_LABEL, TRAIN
 from data_loading.spec import type_and_shape
+from data_loading.stores import AXIS
 from runtime.errors import SettingError
 from runtime.ranks import print_once
 
@@ -108,7 +109,7 @@ def about_unused(unused: dict[str, Any], n: tuple[int, ...], has_labels: bool) -
     listed = [f'{name} {type_and_shape(array)}' for name, array in unused.items()]
     listed[12:] = [f'and {len(listed) - 12} more'] * (len(listed) > 12)
     text = f'not used: {", ".join(listed)}'
-    rows = [name for name, array in unused.items() if array.shape[:1] == n]
+    rows = [name for name, array in unused.items() if array.shape[:1] == n and not name.endswith(AXIS)]
     maybe = [name for name in rows if unused[name].dtype.kind in 'biuUS']
     if maybe and not has_labels:
         text += f'. If {maybe[0]} holds the classes, rename it to labels'

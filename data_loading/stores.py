@@ -24,6 +24,7 @@ OPEN: dict[str, Callable[[Any, str], Any]] = {  # package -> function of (packag
     'netCDF4': lambda netcdf, path: netcdf.Dataset(path),
 }
 ENDINGS = '.npy', '.npz', *PACKAGES, '.pt'
+AXIS = ' (axis)'  # ends the name of an array of coordinates, such as x along the columns of fields, which is not data
 BLOCK = 2**26  # bytes that are read at once to find the least and the largest value
 
 opened: dict[tuple[Path, str], Any] = {}  # files that this process has open, and arrays in them, by name
@@ -103,7 +104,8 @@ def cause_of(error: Exception) -> str:
 
 
 def arrays_in(path: Path, where: str) -> dict[str, Any]:
-    """The arrays in a file, by name; an array in a group is called group/name. Raises SettingError."""
+    """The arrays in a file, by name; an array in a group is called group/name, and coordinates get AXIS after their
+    name. Raises SettingError."""
     if path.suffix not in PACKAGES:
         return read_numpy(path, where)
     package = PACKAGES[path.suffix]
@@ -112,8 +114,11 @@ def arrays_in(path: Path, where: str) -> dict[str, Any]:
         file = open_at(path)
         if package == 'zarr' and hasattr(file, 'shape'):  # not a group, but one array
             return {'x': Stored(path, '', file)}
-        texts = {name: read_text(x) for name, x in walk(file)}
-        return {name: Stored(path, name, x) if texts[name] is None else texts[name] for name, x in walk(file)}
+        found = {}
+        for name, x in walk(file):
+            text = read_text(x)
+            found[name + AXIS * is_axis(name, x)] = Stored(path, name, x) if text is None else text
+        return found
     except ImportError as error:
         raise SettingError(f'{where}: this needs the {package} package: pip install {package} ({error}).') from None
     except Exception as error:  # the packages have many kinds
@@ -129,6 +134,12 @@ def walk(group: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
             yield f'{prefix}{name}', child
         elif hasattr(child, 'keys') or hasattr(child, 'variables'):
             yield from walk(child, f'{prefix}{name}/')
+
+
+def is_axis(name: str, array: Any) -> bool:
+    """Whether an array has the name of its only axis, as coordinates have in netCDF and in the zarr of xarray."""
+    axes = getattr(array, 'dimensions', None) or getattr(getattr(array, 'metadata', None), 'dimension_names', None)
+    return [*(axes or getattr(array, 'attrs', {}).get('_ARRAY_DIMENSIONS', ()))] == [name.rpartition('/')[2]]
 
 
 def read_text(array: Any) -> np.ndarray | None:

@@ -137,6 +137,35 @@ def test_a_zarr_may_be_one_array(load, tmp_path):
     assert load(tmp_path / 'x.zarr')[0].fingerprint == load(tmp_path / 'x.npy')[0].fingerprint
 
 
+@pytest.mark.parametrize('kind', ['.nc', '.zarr 2', '.zarr 3'])
+def test_coordinates_are_not_data(load, tmp_path, capsys, kind):
+    """A grid of netCDF or xarray has arrays n(n), y(y) and x(x) besides the data."""
+    path, axes = tmp_path / f'g{kind.split()[0]}', {'n': 40, 'y': 8, 'x': 6}
+    given = {name: (np.arange(float(size)), (name,)) for name, size in axes.items()}
+    given['data'] = np.ones((40, 8, 6), np.float32), tuple(axes)
+    if kind == '.nc':
+        with netCDF4.Dataset(path, 'w') as file:
+            for name, size in axes.items():
+                file.createDimension(name, size)
+            for name, (x, dims) in given.items():
+                file.createVariable(name, x.dtype, dims)[...] = x
+    else:
+        if (is_3 := zarr.__version__[0] != '2') < (kind == '.zarr 3'):
+            pytest.skip('zarr 2 writes no names of axes')
+        root = zarr.open_group(str(path), mode='w', **({'zarr_format': int(kind[-1])} if is_3 else {}))
+        for name, (x, dims) in given.items():
+            create, named = (root.create_array if is_3 else root.create_dataset), kind == '.zarr 3'
+            array = create(name, shape=x.shape, dtype=x.dtype, **({'dimension_names': dims} if named else {}))
+            array[...] = x
+            if not named:
+                array.attrs['_ARRAY_DIMENSIONS'] = list(dims)
+    train = load(path, array_layout='no_channels')[0]
+    assert train.spec.shape == (1, 8, 6) and train.spec.num_classes == 0
+    out = capsys.readouterr().out
+    assert 'not used: n (axis) float64 (40,), x (axis) float64 (6,), y (axis) float64 (8,)' in out
+    assert 'cond_' not in out
+
+
 def test_netcdf_is_unpacked_and_its_missing_values_are_not_numbers(load, tmp_path):
     with netCDF4.Dataset(tmp_path / 'x.nc', 'w', format='NETCDF3_CLASSIC') as file:
         file.createDimension('n', 40)
