@@ -8,8 +8,8 @@ constant along a path, so f at t trains on f at an earlier time r of the path, b
 In `training`, xr has the x0 and x1 of xt; in `distillation`, it is an Euler step from xt along the run `plain`. The
 shrinking steps are from Geng et al. 2024 (ECT). The last average gives the target; with `--ema_decays 0.999 0.001` it
 is nearly the trained network itself (Song and Dhariwal 2024). A second step is f((x + new noise) / 2, 1/2).
-All runs cost the same evaluations. A backward pass counts 2, a derivative in s 1, and twice 1 in the backward pass, so
-a step of `plain` takes 3, `training` 4, `distillation` 5 and `lagrangian` 7. `distillation` also pays for `plain`.
+All runs but `plain` cost the same evaluations. A backward pass counts 2, a derivative in s 1, and 2 backward, so a step
+of `plain` takes 3, `training` 4, `distillation` 5 and `lagrangian` 7. `distillation` also pays for `plain`.
                                                       sh run.sh examples/consistency.py
 """
 
