@@ -38,7 +38,8 @@ def roles(names: Iterable[str]) -> dict[tuple[str, str], str]:
     there: dict[tuple[str, str], str] = {}
     for name in names:
         words = name.replace('/', '_').split('_')
-        at = next((i for i in (0, -1) if words[i].lower() in TRAIN + HELD_OUT), None)
+        whole = words[:-1] == [CONDITION[:-1]]  # cond_valid is a condition, not `cond` of the part `valid`
+        at = next((i for i in (0, -1) if words[i].lower() in TRAIN + HELD_OUT and not whole), None)
         split, key = '' if at is None else words.pop(at).lower(), '_'.join(words)
         there.setdefault((split, key if key.startswith(CONDITION) else key.lower()), name)
     return there

@@ -22,6 +22,13 @@ def test_only_arrays_with_the_prefix_are_conditions(capsys):
     assert text in capsys.readouterr().out
 
 
+def test_a_condition_may_have_the_name_of_a_part():
+    (part,), _, text = parts_in(dict(x=X, cond_valid=N), 'here')
+    assert list(part.cond) == ['valid'] and not text
+    parts, _, _ = parts_in(dict(x_train=X, x_test=T, cond_valid_train=N, test_cond_valid=T[:, 0]), 'here')
+    assert [list(part.cond) for part in parts] == [['valid'], ['valid']]
+
+
 @pytest.mark.parametrize('sign', ['_', '/'])
 def test_both_parts_have_their_own(sign):
     names = {
