@@ -5,8 +5,9 @@
     python benchmarks/examples.py --hours 0         # trains nothing, and writes the table from examples.jsonl
 
 Every file that calls `side_by_side` is run, with one thread, as `sh run.sh examples/X.py --seed S`. The numbers that it
-prints are kept in examples.jsonl, one line for each run and seed, with a hash of the file: a file that has not changed
-is not run again. After --hours (4) all runs are stopped. The seconds of each example are printed at the end.
+prints are kept in examples.jsonl, one line for each run and seed, with a hash of the file and of examples that it
+imports: if these have not changed, it is not run again. After --hours (4) all runs are stopped. The seconds of each
+example are printed at the end.
 
 In the table, only the cell `measured here` is generated, once all seeds have been run: mean ± standard deviation over
 the seeds. A number that does not differ from the first run's (or sampler's, in an example of one run) by more than the
@@ -191,8 +192,11 @@ def write_table(examples: Sequence[str], seeds: int) -> None:
 # ---------------------------------------------------------------- the runs
 
 
-def hash_of(example: str) -> str:  # changes with the file and its flags
-    return files.digest(example, (FOLDER / f'{example}.py').read_text(), FLAGS.get(example, ''), size=6)
+def hash_of(example: str) -> str:  # changes with the file, the examples that it imports, and its flags
+    text = (FOLDER / f'{example}.py').read_text()
+    imported = re.findall(r'^(?:from|import) examples\.(\w+)', text, re.MULTILINE)
+    others = [(FOLDER / f'{name}.py').read_text() for name in imported]
+    return files.digest(example, text, *others, FLAGS.get(example, ''), size=6)
 
 
 def recorded() -> list[dict[str, Any]]:

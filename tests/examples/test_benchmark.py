@@ -94,6 +94,17 @@ def test_every_wording_is_of_an_example_and_the_page_is_readable():
     assert parts == ['plain', 'lagrangian', 'eulerian', 'semigroup', 'uniform'] and 'final/*/wasserstein' in numbers
 
 
+def test_the_hash_of_an_example_changes_with_those_that_it_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, 'FOLDER', tmp_path)
+    (tmp_path / 'one.py').write_text('import examples.two as two\n')
+    (tmp_path / 'three.py').write_text('from examples.two import f\n')
+    found = []
+    for text in ('f = 1\n', 'f = 2\n'):
+        (tmp_path / 'two.py').write_text(text)
+        found.append([benchmark.hash_of(name) for name in ('one', 'two', 'three')])
+    assert len({*found[0], *found[1]}) == 6
+
+
 @pytest.mark.slow
 def test_a_run_of_the_benchmark_resumes(tmp_path, monkeypatch, capsys):
     (tmp_path / 'tiny.py').write_text(TINY)
