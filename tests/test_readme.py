@@ -252,12 +252,12 @@ def restores_what_it_is_given(trainer, module, record):
     return given.equal(trainer.decode(inputs.x1)) and (given - truth)[:, :, :4].abs().mean() < 0.1 < given.std()
 
 
-# name of a recipe -> what must be true of its trainer, its module and its record after a run
 def fits_better(trainer, module, record):
     numbers = trainer.judge.samples(trainer.config.num_training_steps, 16)
     return numbers['final/fitted/rmse'] < 0.8 * numbers['final/free/rmse']
 
 
+# name of a recipe -> what must be true of its trainer, its module and its record after a run
 EXPECTED = {
     'your-own-experiment-2': keys_of('train/mean_weight'),
     'a-loss-1': keys_of('train/rmse', 'eval/rmse', 'eval/rmse_ema_0.999', 'eval/reference'),
