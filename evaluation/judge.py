@@ -5,7 +5,7 @@ Nothing here changes the training: a run that is killed here repeats the evaluat
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,9 +229,8 @@ class Judge:
     def numbers(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """`sample_metrics` of decoded samples (n, ...), on every rank. What it draws does not depend on the ranks."""
         utils.seed_everything(self.config.seed, 'sample_metrics')
-        if self.experiment.overrides('sample_metrics'):
-            return ranks.on_main_as_one_process(lambda: self.experiment.sample_metrics(x, inputs))
-        return self.experiment.sample_metrics(x, inputs)  # `distances`, for which the processes share the work
+        compute = partial(self.experiment.sample_metrics, x, inputs)  # processes share the work of the default
+        return ranks.on_main_as_one_process(compute) if self.experiment.overrides('sample_metrics') else compute()
 
     def distances(self, x: Tensor, inputs: SampleInputs) -> dict[str, float]:
         """Distances of decoded samples (n, ...) from the training data, by the default detector."""
