@@ -97,6 +97,9 @@ class Gallery:
                     )
                 # a bool, so that no pixels are sent to the other ranks
                 ranks.on_main_as_one_process(lambda x=x: self.picture_of(x, inputs) is None)
+        if c.guidance_scale != 1 and not steps:
+            text = 'no sampler takes steps of a solver, so it has no effect, unless code of the experiment reads it'
+            print_once(f'warning: guidance_scale={c.guidance_scale:g}: {text}. Leave out --guidance_scale.')
         times = (c.sample_nfe or c.num_sample_steps) / 2 if steps else 1
         self.drawing.evaluations = sum(rows) / 2 / max(1, len(samplers)) * times
         pictures = len(samplers) * len(self.drawing.weights_shown())

@@ -1052,6 +1052,13 @@ def test_formulas_of_a_velocity_refuse_other_settings_before_the_first_step(buil
         trainer.judge.rehearse()
 
 
+@pytest.mark.parametrize(('name', 'class_name', 'warns'), [('drifting', None, True), ('flow_map', 'Plain', False)])
+def test_warns_of_guidance_that_no_sampler_has(build, capsys, name, class_name, warns):
+    trainer, _ = build(name, class_name, guidance_scale=2.0, label_dropout=0.1)
+    trainer.gallery.rehearse(1)
+    assert ('warning: guidance_scale=2: no sampler takes steps' in capsys.readouterr().out) == warns
+
+
 def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer, monkeypatch):
     module = load('latent')
     monkeypatch.setattr(module, 'autoencoder', functools.partial(module.autoencoder, width=8))
