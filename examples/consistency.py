@@ -55,10 +55,10 @@ class Consistency(flow_map.Plain):
         inputs = super().sample_inputs(n)
         return dataclasses.replace(inputs, cond={'again': torch.randn_like(inputs.x1)})
 
-    def draw(self, model_fn, inputs, solver, nfe=1, **settings):
+    def draw(self, model_fn, inputs, solver, nfe=0, **settings):
         t = torch.full((len(inputs.x1),), self.config.t_max, device=self.device)
-        x = f(model_fn, inputs.x1, t, inputs.label)
-        return x if nfe == 1 else f(model_fn, (x + inputs.cond['again']) / 2, 0 * t + 0.5, inputs.label)
+        x, once = f(model_fn, inputs.x1, t, inputs.label), (nfe or self.config.sample_nfe) < 2
+        return x if once else f(model_fn, (x + inputs.cond['again']) / 2, 0 * t + 0.5, inputs.label)
 
     def samplers(self):
         return dict(list(super().samplers().items())[:2])

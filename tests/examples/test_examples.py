@@ -418,6 +418,11 @@ def test_the_exact_consistency_function_has_no_loss(build, flow):
     inputs = trainer.sample_inputs(20_000)
     for sampler in trainer.samplers().values():
         assert sampler(exact_consistency, inputs).std() == pytest.approx(0.5, rel=0.02)
+    calls = []
+    for nfe in (0, 1, 2):  # generate.py --nfe
+        trainer.config = module.dataclasses.replace(trainer.config, sample_nfe=nfe)
+        trainer.draw(lambda *given: (calls.append(1), exact_consistency(*given))[1], inputs, 'adams')
+    assert len(calls) == 1 + 1 + 2
 
 
 def test_the_target_of_consistency_is_the_last_average_held_fixed(build):
