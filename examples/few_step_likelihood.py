@@ -71,10 +71,10 @@ class JointMap(PlainLikelihood, FlowMap):
 
 
 if __name__ == '__main__':
-    own = dict(trainer_class=JointMap, rule='lagrangian', network='three', solver='flow_map', time_grid='uniform')
+    own = dict(trainer_class=JointMap, rule='lagrangian', network='three', solver='flow_map', label_dropout=1.0)
     side_by_side(
         {'plain': own | dict(trainer_class=PlainLikelihood, network='mlp', solver='euler'), 'map': own},
         numbers=('final/steps_1/nats*', 'final/steps_1/error*', 'final/*/wasserstein'),
-        default_flags='--preset toy2d --time_input slow --label_dropout 1',
+        default_flags='--preset toy2d --time_input slow --time_grid uniform',
         config_class=Settings,
     )

@@ -75,6 +75,6 @@ if __name__ == '__main__':
     side_by_side(
         {rule: dict(own, rule=rule) for rule in RULES},
         default_flags='--preset toy2d --time_input same --global_batch_size 1024 --num_training_steps 30000 '
-        '--eval_metrics_every 2500 --save_every 1000 --sample_every 0 --eval_every 5000 --t_min 0 --t_max 1',
+        '--eval_metrics_every 2500 --sample_every 0 --eval_every 5000 --t_min 0 --t_max 1 --compile off',
         config_class=Settings,
     )

@@ -34,7 +34,7 @@ class FromNoise(ExampleDiffusionTrainer):
         return dataclasses.replace(prepared, x1=torch.randn_like(prepared.x0), cond={'now': prepared.x1})
 
     def step_from(self, now, model_fn, solver):
-        return super().draw(model_fn, SampleInputs(torch.randn_like(now), cond={'now': now}), solver, nfe=100)
+        return super().draw(model_fn, SampleInputs(torch.randn_like(now), cond={'now': now}), solver)
 
     def draw(self, model_fn, inputs, solver):
         x = inputs.cond['now']
@@ -65,7 +65,7 @@ class Forecast(FromNoise):
 
     def step_from(self, x1, model_fn, solver):
         x = x1
-        for t, s in pairwise(torch.linspace(1, 0, 101).tolist()):
+        for t, s in pairwise(torch.linspace(1, 0, self.config.num_sample_steps + 1).tolist()):
             b, g2 = model_fn(x, x.new_full((len(x),), t), now=x1), NOISES.get(solver, NOISES['learned'])(t)
             n = (2 * (x - t * x1) / max(1 - t, 1e-9) + b - x1) / (S * (1 + t))
             x = x + (s - t) * (b + (g2 / (S * t) - S * t) / 2 * n) + (g2 * (t - s)) ** 0.5 * torch.randn_like(x)
@@ -74,7 +74,7 @@ class Forecast(FromNoise):
 
 if __name__ == '__main__':
     side_by_side(
-        {'from_noise': dict(trainer_class=FromNoise), 'forecast': dict(trainer_class=Forecast)},
+        {cls.__name__: dict(trainer_class=cls, dataset='ring') for cls in (FromNoise, Forecast)},
         numbers=('final/*/crps*', 'final/*/sp*', 'final/adams/exact*', 'final/adams/real*'),
-        default_flags='--preset toy2d --dataset ring',
+        default_flags='--preset toy2d --num_sample_steps 100',
     )

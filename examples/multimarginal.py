@@ -55,7 +55,7 @@ class Multimarginal(ExampleDiffusionTrainer):
 
     def draw(self, model_fn, inputs, solver, path='edges', stop=0.0):
         x = inputs.x1
-        for t, s in pairwise(torch.linspace(1, stop, 101).tolist()):
+        for t, s in pairwise(torch.linspace(1, stop, self.config.num_sample_steps + 1).tolist()):
             a, da = PATHS[path]((t + s) / 2).to(x), (PATHS[path](s) - PATHS[path](t)).to(x)
             g = model_fn(torch.stack([x] * 4, 1), x.new_zeros(len(x)), a=a.expand(len(x), 4))
             x = x + torch.einsum('k,bkd->bd', da, g)
@@ -76,5 +76,5 @@ if __name__ == '__main__':
     side_by_side(
         {name: dict(trainer_class=Multimarginal, dataset=f'{name}_pairs') for name in ('random', 'optimal')},
         numbers=('final/*_half/*_half', 'final/*_0/*_0'),
-        default_flags='--preset toy2d --network each_snapshot',
+        default_flags='--preset toy2d --network each_snapshot --num_sample_steps 100',
     )

@@ -653,7 +653,7 @@ def test_mmps_is_exact_for_one_gaussian(build):
 
 def test_forecasts_have_the_exact_law_at_any_noise(build):
     """With the exact drift of the linear system. Its ODE keeps a point a point, whose CRPS is sqrt(2) times as high."""
-    trainer, module = build('forecast')
+    trainer, module = build('forecast', num_sample_steps=100)
     ring, rfft, irfft = module.ring, torch.fft.rfft, torch.fft.irfft
 
     def exact(x, t, label=None, now=None):
@@ -698,7 +698,7 @@ def test_the_loss_of_a_forecast_by_hand(build):
 
 def test_snapshots_are_moved_through_the_law_of_their_weighted_sums(build):
     """For independent Gaussians x_k ~ N(m_k, s_k^2 I), g_k is linear: samples have the mean and variance of x(a)."""
-    trainer, module = build('multimarginal', dataset='random_pairs', network='each_snapshot')
+    trainer, module = build('multimarginal', dataset='random_pairs', network='each_snapshot', num_sample_steps=100)
     mean, std = torch.tensor([[0.0, 1], [1, 0], [0, -1], [-1, 0]]), torch.tensor([0.3, 0.5, 0.2, 0.4])
 
     def model_fn(x, t, a):  # (n, 4, 2)
