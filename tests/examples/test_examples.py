@@ -50,7 +50,7 @@ EXAMPLES = {  # file -> class, settings
     'contrastive': ('Contrastive', {}),
     'dispersive': ('Dispersive', {}),
     'forecast': ('Forecast', POINTS | dict(dataset='ring')),
-    'multimarginal': ('Multimarginal', POINTS | dict(dataset='optimal_pairs', network='each_snapshot')),
+    'multimarginal': ('Multimarginal', POINTS | dict(dataset='random_pairs', network='each_snapshot')),
     'nets': ('Nets', POINTS | dict(dataset='none', num_sample_steps=8)),
     'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
     'field': ('Field', dict(dataset='random_fields')),
@@ -727,7 +727,7 @@ def test_curved_paths_are_parabolas_through_the_snapshots(build):
 
 
 def test_the_weights_and_the_loss_of_snapshots_by_hand(build):
-    trainer, _ = build('multimarginal', dataset='optimal_pairs', network='each_snapshot')
+    trainer, _ = build('multimarginal', dataset='random_pairs', network='each_snapshot')
     batch = batch_of(trainer)
     a, x = batch.cond['a'], batch.x_original
     assert (a.sum(1) - 1).abs().max() < 1e-5 and -0.075 <= float(a.min()) < 0 and 1 < float(a.max()) <= 1.225
