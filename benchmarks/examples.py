@@ -130,7 +130,7 @@ def phrase(runs: Numbers, names: Sequence[str]) -> str:
 
 
 def verdict(claim: str, runs: Numbers) -> str:
-    """Whether a claim of CLAIMS holds: 'none' if both numbers differ by no more than both standard deviations."""
+    """The verdict on a claim of CLAIMS, for its cell: '' if it holds by more than both standard deviations."""
     run, name, sign, other, name_of_other = claim.split()
     difference = change(runs[other][name_of_other], runs[run][name])
     if difference == 'none':
