@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import utils
 from config import SettingError, choose
 from data_loading.loader import Loader
-from data_loading.spec import DataSpec
 from runtime import alive, files, ranks
 
 MOST_PIXELS = 1024  # the covariance of more features is slow to compute
@@ -39,21 +38,24 @@ class JudgedData:
     cache: Path  # folder for features and classifiers
     device: torch.device
 
-    @property
-    def spec(self) -> DataSpec:
-        return self.train.spec
-
     @cached_property
     def example(self) -> Tensor:
         """The first items, decoded, (n, ...) with n at most 64."""
         with torch.no_grad():
             return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
 
+    def mismatch(self, x: Tensor) -> str:
+        """Why decoded samples (n, ...) can't be compared with the data; empty if they can."""
+        shape, own = tuple(x.shape[1:]), tuple(self.example.shape[1:])
+        if shape != own:
+            return f'samples have shape {shape}, items of {self.dataset} have {own}'
+        return '' if (self.example != self.example[:1]).any() else f'all items of {self.dataset} are equal'
+
     @property
     def are_images_with_classes(self) -> bool:
         """Whether decoded data are images of the shape loaded, with two or more classes."""
-        alike = self.spec.scale == 'image' and self.example.ndim == 4 and self.example.shape[1:] == self.spec.shape
-        return alike and self.spec.num_classes > 1
+        spec, x = self.train.spec, self.example
+        return spec.scale == 'image' and x.ndim == 4 and x.shape[1:] == spec.shape and spec.num_classes > 1
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,13 @@ def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData,
     if path is not None and not Path(path).is_file():
         raise SettingError(f'detector_weights={weights!r}: there is no such file. Leave it out to download weights.')
     try:
-        network: Any = ranks.rank_0_first(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
+        made: Any = ranks.rank_0_first(lambda: kind(full_name, [layer], feature_extractor_weights_path=path))
     except Exception as error:  # a damaged file, weights of another model, no internet connection, ...
         text = ' '.join(str(error).split())[:300]
         remedy = 'Pass their file as --detector_weights PATH, or use --detector classifier or pixels, which need none'
         what = f'detector={name!r}: its weights cannot be loaded ({type(error).__name__}: {text})'
         raise SettingError(f'{what}. {remedy}.') from None
-    network = network.to(data.device)
+    network = made.to(data.device)
 
     def features(x: Tensor) -> Tensor:
         x = (x.clamp(0, 1) * 255).round().byte().to(data.device)
@@ -145,16 +147,14 @@ def classifier(data: JudgedData, weights: str) -> Detector:
     It is trained once per data set, in a minute or two, and cached with its accuracy in data_dir/cache. Raises
     SettingError if the data have no classes.
     """
-    spec = data.spec
+    spec = data.train.spec
     if spec.num_classes < 2 or not spec.shape or len(spec.shape) != 3:
         raise SettingError("detector='classifier' needs images with two or more classes. Use --detector pixels.")
     path = data.cache / f'classifier-{files.digest(data.train.fingerprint)}.pt'
 
     def make() -> dict[str, Any]:
-        kept = read_cache(path)
-        if kept is None:
-            kept = train_classifier(data)
-            write_cache(path, kept)
+        if (kept := read_cache(path)) is None:
+            write_cache(path, kept := train_classifier(data))
         return kept
 
     found = ranks.on_main_patiently(make)
@@ -190,7 +190,7 @@ class Classifier(nn.Module):
 
 def train_classifier(data: JudgedData) -> dict[str, Any]:
     """Train a Classifier: its weights, and its accuracy on the held-out images."""
-    spec, loader, device = data.spec, data.train, data.device
+    spec, loader, device = data.train.spec, data.train, data.device
     utils.seed_everything(0, 'classifier')
     network = Classifier(spec.shape[0] if spec.shape else 1, spec.num_classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)

@@ -15,7 +15,7 @@ from data_loading.toy2d import TOY2D
 from runtime import alive
 
 if TYPE_CHECKING:
-    from evaluation.detectors import Detector
+    from evaluation.detectors import Detector, JudgedData
 
 MOST_ROWS = 50_000  # training images in distances between pairs
 CHUNK = 2048  # rows of a matrix of distances at once
@@ -27,6 +27,8 @@ class SampleFeatures:
     """Collects features of samples, and whether their classes were recognised, for this process's share of samples."""
 
     detector: 'Detector'
+    data: 'JudgedData'
+    mismatch: str = ''  # why the samples cannot be compared with the data; empty if they can
     features: list[Tensor] = field(default_factory=list)
     classes: list[Tensor] = field(default_factory=list)  # one entry for each batch whose classes are known
     recognised: list[Tensor] = field(default_factory=list)  # the same, if the detector predicts classes
@@ -34,6 +36,9 @@ class SampleFeatures:
     @torch.no_grad()
     def add(self, x: Tensor, classes: Tensor | None) -> None:
         """Add decoded samples (n, ...) and their requested classes (n,), or None."""
+        if mismatch := self.data.mismatch(x):
+            self.mismatch = mismatch
+            return
         self.features.append(self.detector.features(x).cpu())
         self.classes += [] if classes is None else [classes.cpu()]
         if self.detector.predict is not None and classes is not None:

@@ -170,19 +170,18 @@ class Judge:
         """Bits per dimension (n,) of the held-out images with indices `rows` (n,): block `number`."""
         from evaluation.likelihood import bits_per_dim, dequantize, log_likelihood
 
-        c, spec, levels = self.config, self.experiment.data, self.experiment.data.max_value + 1
+        c, e, levels = self.config, self.experiment, self.experiment.data.max_value + 1
         loaded = self.batches.test_loader.take(rows)
         utils.seed_everything(0, 'conditions', number)
-        given = self.batches.prepared(loaded)  # the class and the conditions as in training
+        given = self.batches.prepared(loaded)  # class and conditions as in training
         with utils.NoiseOfEach(0, 'bits', rows.tolist()):
-            x = dequantize((loaded[0] * spec.max_value).round(), levels)
+            x = dequantize((loaded[0] * e.data.max_value).round(), levels)
         if given.x0.shape != x.shape or (given.x0 - x).abs().max() > 2.01 / levels:
             raise SettingError('bits: needs the image as x0, but prepare_batch_fn changes it. Omit --bits.')
         utils.seed_everything(0, 'probes', number)
         settings: dict[str, Any] = dict(cond=given.cond, model_type=c.model_type, t_min=c.t_min, t_max=c.t_max)
-        model_fn = self.experiment.get_model_fn(module)
-        likelihood = log_likelihood(model_fn, self.experiment.process, x, given.label, **settings)
-        return bits_per_dim(likelihood.log_prob, spec.shape or (), levels)
+        likelihood = log_likelihood(e.get_model_fn(module), e.process, x, given.label, **settings)
+        return bits_per_dim(likelihood.log_prob, e.data.shape or (), levels)
 
     # ---------------------------------------------------------------- numbers for samples
 
@@ -221,8 +220,7 @@ class Judge:
         if not_finite(x):
             print_once('  no numbers are computed for these samples')
             return {}
-        numbers = self.numbers(x, inputs)
-        print_once(describe_numbers(numbers))
+        print_once(describe_numbers(numbers := self.numbers(x, inputs)))
         return {key: float(value) for key, value in numbers.items()}
 
     @in_eval_mode
@@ -236,7 +234,7 @@ class Judge:
         """Distances of decoded samples (n, ...) from the training data, by the default detector."""
         from evaluation.distances import SampleFeatures
 
-        sampled, my_rows = SampleFeatures(self.detector), torch.tensor(ranks.my_items(len(x)))
+        sampled, my_rows = SampleFeatures(self.detector, self.data), torch.tensor(ranks.my_items(len(x)))
         classes = self.experiment.data.known_classes(inputs.label, self.config.label_dropout)
         for rows in my_rows.split(AT_ONCE):
             wanted = None if classes is None else classes[rows.to(classes.device)]
@@ -249,7 +247,7 @@ class Judge:
         self, sampled: 'SampleFeatures', n: int, most: int | None = None, pairs: int | None = None
     ) -> dict[str, float]:
         """Distances of n samples, dealt out by ranks.my_items, from `most` training images (`pairs` images in distances
-        between pairs), on every rank. Also the label agreements, if all labels on all ranks are classes."""
+        between pairs), on every rank; also the label agreements, if all labels are classes. {} for other data."""
         from evaluation.detectors import agreement, features_of_data, rows_of
         from evaluation.distances import compare, frequencies_caution
 
@@ -257,6 +255,9 @@ class Judge:
             some_lack = ranks.any_rank(len(parts) < len(sampled.features))
             return None if some_lack else ranks.gather_items(torch.cat(parts), n)
 
+        if sampled.mismatch:
+            print_once(f'  no distances from the data: {sampled.mismatch}')
+            return {}
         features, wanted, recognised = map(joined, (sampled.features, sampled.classes, sampled.recognised))
         assert features is not None
         loader, detector = self.batches.train_loader, sampled.detector
@@ -273,10 +274,9 @@ class Judge:
     def data(self) -> 'JudgedData':
         from evaluation.detectors import JudgedData
 
-        experiment, loaders = self.experiment, (self.batches.train_loader, self.batches.test_loader)
-        as_decoded = lambda x: experiment.decode(experiment.encode(x))  # noqa: E731
-        cache = Path(self.config.data_dir, 'cache')
-        return JudgedData(*loaders, as_decoded, self.config.dataset, cache, experiment.device)
+        e, b, cache = self.experiment, self.batches, Path(self.config.data_dir, 'cache')
+        as_decoded = lambda x: e.decode(e.encode(x))  # noqa: E731
+        return JudgedData(b.train_loader, b.test_loader, as_decoded, self.config.dataset, cache, e.device)
 
     @cached_property
     def detector(self) -> 'Detector':

@@ -145,9 +145,11 @@ class Samples:
         raise SettingError(f'training_gif=True: {why}; leave --training_gif out.')
 
     def numbers(self, detector: Detector, at_once: int) -> dict[str, float]:
-        """Distances of the samples from the data, the same for as many random training items as a floor (`real_...`),
-        and the experiment's own `sample_metrics`. If a sample is not finite, only the speed. Raises Stopped."""
-        run, sampled, kept, began = self.run, SampleFeatures(detector), [], time.monotonic()
+        """Distances of the samples from the data, unless these are of another kind, the same for as many random
+        training items as a floor (`real_...`), and the experiment's own `sample_metrics`. If a sample is not finite,
+        only the speed. Raises Stopped."""
+        run, kept, began = self.run, [], time.monotonic()
+        sampled = SampleFeatures(detector, run.judge.data)
         own = run.overrides('sample_metrics')
         for _, x, inputs in self.batches(range(self.num), at_once):
             if not not_finite(x):  # otherwise no distances are computed, see below
@@ -157,7 +159,7 @@ class Samples:
         if self.num_not_finite:
             return dict(images_per_second=rate)
         values = run.judge.compare_with_data(sampled, self.num)
-        width = sampled.features[0].shape[1]
+        width = 0 if sampled.mismatch else sampled.features[0].shape[1]
         if self.num <= width:
             few = f'{self.num} samples are too few for {width} features: frechet is far from its value for many samples'
             ranks.print_once(f'warning: {few}. Compare it with real_frechet, or draw more')

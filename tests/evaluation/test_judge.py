@@ -314,13 +314,13 @@ detector = detectors.Detector(lambda x: x, '', '', predict=lambda x: torch.zeros
 
 
 def compared(odd):
-    sampled = SampleFeatures(detector)
+    held_out = types.SimpleNamespace(size=4, take=lambda rows: (x[:4], torch.zeros(4)))
+    data = types.SimpleNamespace(held_out=held_out, as_decoded=lambda x: x, device='cpu', mismatch=lambda x: '')
+    sampled = SampleFeatures(detector, data)
     for i, rows in enumerate(mine):
         sampled.add(x[rows], None if odd and (rank, i) == (1, 1) else (rows >= 6).long())
     loader = types.SimpleNamespace(labels=None, size=n)
     experiment = types.SimpleNamespace(modules={}, data=types.SimpleNamespace(num_classes=2))
-    held_out = types.SimpleNamespace(size=4, take=lambda rows: (x[:4], torch.zeros(4)))
-    data = types.SimpleNamespace(held_out=held_out, as_decoded=lambda x: x, device='cpu')
     judge = types.SimpleNamespace(data=data, experiment=experiment, batches=types.SimpleNamespace(train_loader=loader))
     return Judge.compare_with_data(judge, sampled, n)
 

@@ -12,6 +12,7 @@ import torch
 
 from config import SettingError
 from evaluation import detectors
+from evaluation.detectors import JudgedData
 from main import load_run
 from reports import page
 from scripts import evaluate as program
@@ -62,6 +63,24 @@ def test_if_a_sample_is_not_finite_there_are_losses_but_no_distances(judge, monk
     (line,) = judge(seed=7)
     assert 'frechet' not in line and line['eval/loss'] > 0 and line['images_per_second'] > 0
     assert 'warning: 1 samples have values that are not finite' in capsys.readouterr().out
+
+
+def test_samples_of_another_shape_are_not_compared_with_the_data(judge, monkeypatch, capsys):
+    monkeypatch.setattr(ExampleDiffusionTrainer, 'decode', lambda self, x: x.flatten(2) if len(x) == 20 else x)
+    (line,) = judge(num=20, batch_size=20)
+    assert 'frechet' not in line and line['eval/loss'] > 0 and line['images_per_second'] > 0
+    assert 'no distances from the data: samples have shape (1, 64), items of digits have (1, 8, 8)' in (
+        capsys.readouterr().out
+    )
+
+
+def test_data_that_do_not_vary_are_not_compared(judge, monkeypatch, capsys):
+    varied = JudgedData.example
+    monkeypatch.setattr(JudgedData, 'example', property(lambda self: varied.func(self)[:1].expand(9, -1, -1, -1)))
+    (line,) = judge(seed=5)
+    assert 'frechet' not in line and 'no distances from the data: all items of digits are equal' in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_metric_of_the_detector_replaces_the_experiments_of_the_same_name(judge, monkeypatch):

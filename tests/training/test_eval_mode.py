@@ -133,7 +133,7 @@ def test_the_search_for_unused_parameters_takes_as_many_images_as_one_forward_pa
 def test_the_data_that_samples_are_compared_with_are_encoded_in_eval_mode(tiny_config, build_trainer):
     """As evaluate.py does, which calls only this part."""
     trainer, modes = build_trainer(tiny_config()), set()
-    sampled = SampleFeatures(get_detector(trainer.judge.data, 'pixels'))
+    sampled = SampleFeatures(get_detector(trainer.judge.data, 'pixels'), trainer.judge.data)
     sampled.add(trainer.decode(trainer.example.x0), None)
     encode = trainer.encode
     trainer.encode = lambda x: (modes.add(trainer.network.training), encode(x))[1]
