@@ -40,25 +40,24 @@ class Consistency(flow_map.Plain):
         if self.config.flow:
             self.modules['flow'] = load_run(self.config.flow).network.requires_grad_(False)
 
+    def prepare_batch_fn(self, batch, is_train):
+        prepared, k = super().prepare_batch_fn(batch, is_train), 1 + 8 * self.step // self.config.num_training_steps
+        return flow_map.WithMiddle(**vars(prepared), share=torch.full_like(prepared.t, 0.5 ** min(8, k)))
+
     def loss_fn(self, batch, model_fn):
-        t, c = batch.t, self.config
-        r = t * (1 - 0.5 ** min(8, 1 + 8 * self.step // c.num_training_steps))
+        t, r = batch.t, batch.t * (1 - batch.share)
         xt, xr = (self.process.compute_xt(batch.x0, batch.x1, self.process(time)) for time in (t, r))
         with torch.no_grad():
-            if c.flow:
+            if self.config.flow:
                 xr = xt + bcast_right(r - t, xt.ndim) * self.get_model_fn(self.modules['flow'])(xt, t, batch.label)
             average = list(self.weights().values())[-2:][0]  # the last one; or the network, if there are none
             target = f(self.get_model_fn(average), xr, r, batch.label)
         return image_square_error(f(model_fn, xt, t, batch.label), target) / (t * (t - r))
 
-    def sample_inputs(self, n):
-        inputs = super().sample_inputs(n)
-        return dataclasses.replace(inputs, cond={'again': torch.randn_like(inputs.x1)})
-
     def draw(self, model_fn, inputs, solver, nfe=0, **settings):
         t = torch.full((len(inputs.x1),), self.config.t_max, device=self.device)
         x, once = f(model_fn, inputs.x1, t, inputs.label), (nfe or self.config.sample_nfe) < 2
-        return x if once else f(model_fn, (x + inputs.cond['again']) / 2, 0 * t + 0.5, inputs.label)
+        return x if once else f(model_fn, (x + torch.randn_like(x)) / 2, 0 * t + 0.5, inputs.label)
 
     def samplers(self):
         return dict(list(super().samplers().items())[:2])

@@ -412,6 +412,7 @@ def test_the_exact_consistency_function_has_no_loss(build, flow):
         batch = module.dataclasses.replace(batch, x0=x - t * v, x1=x + (1 - t) * v)
     losses = []
     for trainer.step in (0, 5, 11):  # k = 1, 4, 8
+        batch = module.dataclasses.replace(batch, share=batch_of(trainer).share)
         losses.append(float(trainer.loss_fn(batch, exact_consistency).mean()))
     assert losses[0] > 10 * losses[1] > 100 * losses[2] and losses[2] < 1e-4
     assert trainer.loss_fn(batch, lambda *a: 1.1 * exact_consistency(*a)).mean() > 10 * losses[2]
