@@ -33,6 +33,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.examples_entries import CELLS, CLAIMS, FLAGS, OWN_COMMAND
 from reports import page
 from reports.seeds import change
 from runtime import files
@@ -40,57 +41,6 @@ from runtime import files
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, PAGE, RUNS = ROOT / 'examples', ROOT / 'examples/README.md', ROOT / 'ckpts/examples'
 RESULTS = Path(__file__).with_suffix('.jsonl')
-OWN_COMMAND = {'flow_map_table'}
-# Flags for examples whose default takes too long here.
-FLAGS: dict[str, str] = {}
-# example -> wording -> names of numbers, without `final/`; * stands for anything. Others: all numbers that it prints.
-W, LABELS, F, LABELS_AND_F = 'W in {} steps', 'agreement', 'F', dict(agreement='*/label_agreement', F='*/frechet')
-CELLS: dict[str, dict[str, str]] = {
-    'bridge': {
-        'cost': 'down/cost_down', 'least possible, without noise': 'up/least',
-        'W at the moons': 'down/wasserstein_x0', 'W at the Gaussians': 'up/wasserstein_x1',
-    },
-    'condition': {'error in standard deviations: ink': '*/ink_error', 'slant': '*/slant_error'},
-    'contrastive': {LABELS: 'adams/label_agreement', F: 'adams/frechet'},
-    'dispersive': {LABELS: 'adams/label_agreement', F: 'adams/frechet'},
-    'distill': {W.format('1, 20'): 'steps_1/wasserstein steps_20/wasserstein', 'recall': '*/recall'},
-    'edm': {'difference from table 1': 'eval/difference_from_table_1', F: '*/frechet'},
-    'flow_map': {W.format('1, 2, 4, 20'): ' '.join(f'steps_{n}/wasserstein' for n in (1, 2, 4, 20))},
-    'guidance': LABELS_AND_F,
-    'image_to_image': {'error': '*/rmse', F: '*/frechet'},
-    'interpolant': {
-        'W at the moons': 'down_*/wasserstein_x0', 'real points': 'down_0/real_wasserstein_x0',
-        'W at the Gaussians': 'up_*/wasserstein_x1', 'real points there': 'up_0/real_wasserstein_x1',
-    },
-    'inverse': {'W from the exact posterior': '*/wasserstein', 'other exact draws': 'none/real_wasserstein'},
-    'latent': LABELS_AND_F | {'images a second': 'train/images_per_second', 'F of real pictures': 'adams/real_frechet'},
-    'masked': {'bits a pixel': 'eval/bits*'} | LABELS_AND_F,
-    'nets': {
-        'effective sample size': 'adams/ess_ais_0.01 adams/ess_nets_0.01',
-        'log Z': 'adams/log_z_ais_0.01 adams/log_z_nets_0.01 adams/real_log_z',
-    },
-    'ot_coupling': {
-        W.format('1, 2, 4, 40'): ' '.join(f'euler_{n}/wasserstein' for n in (1, 2, 4, 40)),
-        'error of the condition in 40': 'euler_40/condition_error', 'real points': 'euler_1/real_wasserstein',
-    },
-    'reflow': {'straightness': '*/straightness', W.format('1, 2'): 'euler_1/wasserstein euler_2/wasserstein'},
-    'x_prediction': {F: '*/frechet'},
-}  # fmt: skip
-CLAIMS = {  # example -> its claim, about two numbers of runs
-    'bridge': 'bridge down/cost_down < plain down/cost_down',
-    'condition': 'told guidance_1/ink_error < plain guidance_1/ink_error',
-    'contrastive': 'contrastive adams/label_agreement > plain adams/label_agreement',
-    'dispersive': 'dispersive adams/frechet < plain adams/frechet',
-    'flow_map': 'lagrangian steps_1/wasserstein < plain steps_1/wasserstein',
-    'guidance': 'plain cfg/label_agreement > plain unguided/label_agreement',
-    'image_to_image': 'from_degraded euler_20/rmse < from_noise euler_20/rmse',
-    'inverse': 'unconditional mmps/wasserstein < unconditional none/wasserstein',
-    'latent': 'latents train/images_per_second > pixels train/images_per_second',
-    'nets': 'nets adams/ess_nets_0.01 > nets adams/ess_ais_0.01',
-    'ot_coupling': 'c2ot euler_1/wasserstein < ot euler_1/wasserstein',
-    'reflow': 'second euler_1/wasserstein < first euler_1/wasserstein',
-}
-
 WITHIN = ' (within the spread)'
 Numbers = dict[str, dict[str, list[float]]]  # run -> name of a number -> its values over the seeds
 
@@ -224,6 +174,7 @@ class Job:
     def __init__(self, example: str, seed: int):
         self.example, self.seed, self.hash, self.started = example, seed, hash_of(example), time.monotonic()
         self.name, self.folder = f'{example}_{seed}', RUNS / self.hash
+        self.clock = self.folder / f'{self.name}.seconds'  # of all calls so far
         flags = f'--seed {seed} --experiment_name {self.name} --wandb disabled {FLAGS.get(example, "")}'.split()
         command = ['sh', 'run.sh', str(FOLDER / f'{example}.py'), *flags, '--ckpt_dir', str(self.folder)]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -235,14 +186,24 @@ class Job:
             )
 
     def stop(self) -> None:
-        """Its run saves its state, and the next call resumes it."""
+        """Its run saves its state, and the next call resumes it. It is killed if that takes more than two minutes."""
+        self.clock.write_text(str(self.seconds()))
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-            self.process.wait()
+            try:
+                self.process.wait(120)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def seconds(self) -> float:
+        """Seconds of all calls together."""
+        earlier = float(self.clock.read_text()) if self.clock.exists() else 0.0
+        return earlier + time.monotonic() - self.started
 
     def finish(self) -> bool:
         """Append its numbers to the results; print the end of its log if it failed."""
-        seconds = time.monotonic() - self.started
+        seconds = self.seconds()
         print(f'{self.name}: exit code {self.process.returncode} after {seconds:.0f} s', flush=True)
         if self.process.returncode:
             print('\n'.join(self.log.read_text().splitlines()[-5:]), flush=True)

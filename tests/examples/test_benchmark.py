@@ -1,6 +1,10 @@
 """benchmarks/examples.py: the cells of the table are made right from given numbers, and a run of it resumes."""
 
 import json
+import os
+import signal
+import time
+from fnmatch import fnmatch
 
 import pytest
 
@@ -92,6 +96,33 @@ def test_every_wording_is_of_an_example_and_the_page_is_readable():
     assert not set(names) & benchmark.OWN_COMMAND
     parts, numbers = benchmark.described('flow_map')
     assert parts == ['plain', 'lagrangian', 'eulerian', 'semigroup', 'uniform'] and 'final/*/wasserstein' in numbers
+
+
+@pytest.mark.parametrize('example', benchmark.CLAIMS)
+def test_every_claim_is_about_runs_and_numbers_of_its_example(example):
+    runs, patterns = benchmark.described(example)
+    run, name, sign, other, name_of_other = benchmark.CLAIMS[example].split()
+    assert run in runs and other in runs and sign in '<>'
+    for number in (name, name_of_other):
+        assert any(fnmatch(number, pattern.removeprefix('final/')) for pattern in patterns), number
+
+
+def test_seconds_are_those_of_all_calls(tmp_path, monkeypatch):
+    """A job that is stopped, then finished by a later call; and one that ignores the signal is killed."""
+    monkeypatch.setattr(benchmark, 'RUNS', tmp_path)
+    monkeypatch.setattr(benchmark, 'hash_of', lambda example: 'hash')
+    real = benchmark.subprocess.Popen
+    deaf = ['sh', '-c', "trap '' TERM; sleep 60"]
+    monkeypatch.setattr(benchmark.subprocess, 'Popen', lambda command, **more: real(deaf, **more))
+    job = benchmark.Job('tiny', 0)
+    time.sleep(0.5)
+    wait = job.process.wait
+    monkeypatch.setattr(job.process, 'wait', lambda timeout=None: wait(timeout and 0.2))
+    job.stop()
+    assert job.process.returncode == -signal.SIGKILL
+    again = benchmark.Job('tiny', 0)
+    os.killpg(again.process.pid, signal.SIGKILL)
+    assert again.seconds() > 0.5
 
 
 def test_the_hash_of_an_example_changes_with_those_that_it_imports(tmp_path, monkeypatch):
