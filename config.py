@@ -122,14 +122,15 @@ class Config:
 
     # ---------------------------------------------------------------- optimizer
     optimizer: str = 'muon'
-    """Key of OPTIMIZERS in optimizers.py: muon, or adamw, which needs more steps and a base_lr of 1e-3 or less."""
+    """Key of OPTIMIZERS in optimizers.py: muon, adamw (with more steps and a base_lr of 1e-3 or less), or another."""
     base_lr: float = 4e-3  # Learning rate after the warm-up.
     min_lr: float = 0.0  # Lower bound of the learning rate after the warm-up.
     warmup_steps: int = 30  # Steps of linear warm-up from 0 to base_lr.
     lr_schedule_type: str = 'cosine'  # After the warm-up: a key of LR_SCHEDULES in optimizers.py.
-    weight_decay: float = 0.01  # AdamW's decay of weights with two or more dimensions.
-    adam_betas: tuple[float, float] = (0.9, 0.99)  # AdamW's decay rates of the gradient's first and second moment.
-    adam_eps: float = 1e-8  # AdamW's epsilon.
+    weight_decay: float = 0.01  # Decay of weights with two or more dimensions.
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of the gradient's first and second moment; optimizers with a momentum take the first."""
+    adam_eps: float = 1e-8  # Epsilon of Adam and its kin.
     grad_clip_norm: float = 1.0  # Gradient norm above which the gradient is scaled down; 0: never.
     ema_decays: tuple[float, ...] = (0.98,)
     """Decay per step of each moving average of the weights; the run is judged by the first."""

@@ -1,8 +1,9 @@
-"""AdamW and Muon, learning-rate schedules that are pure functions of the step, and gradient clipping."""
+"""Muon, AdamW and torch's optimizers, learning-rate schedules that are pure functions of the step, and clipping."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +84,31 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mH if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
 
 
-OPTIMIZERS: dict[str, type[AdamW]] = {'adamw': AdamW, 'muon': Muon}
+# name -> (groups of parameters, lr, and what it has of betas, momentum, eps, fused) -> optimizer. LBFGS is left out
+# because it computes the loss several times in a step, and SparseAdam because it needs sparse gradients.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    'adamw': AdamW,
+    'muon': Muon,
+    'adadelta': torch.optim.Adadelta,
+    'adafactor': torch.optim.Adafactor,
+    'adagrad': torch.optim.Adagrad,
+    'adam': torch.optim.Adam,
+    'adamax': torch.optim.Adamax,
+    'asgd': torch.optim.ASGD,
+    'nadam': torch.optim.NAdam,
+    'radam': torch.optim.RAdam,
+    'rmsprop': torch.optim.RMSprop,
+    'rprop': torch.optim.Rprop,
+    'sgd': torch.optim.SGD,
+}
 
 
-def get_optimizer(config: Config, network: nn.Module) -> AdamW:
-    """The optimizer `config.optimizer` for `network`, fused on devices that have it. Raises SettingError.
+def get_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer `config.optimizer` for `network`, Adam's kin fused on devices that have it. Raises SettingError.
 
-    Weights of two or more dimensions are decayed; biases and norm gains are not. Muon makes the updates of the same
-    weights orthogonal, except embedding tables, whose rows are looked up one by one: they are treated like biases.
+    It gets the arguments that it knows; momentum (of SGD, RMSprop) is the first of adam_betas. Weights of two or more
+    dimensions are decayed; biases and norm gains are not. Muon makes the updates of the same weights orthogonal,
+    except embedding tables, whose rows are looked up one by one: they are treated like biases.
     """
     optimizer = choose('optimizer', config.optimizer, OPTIMIZERS)
     tables = {id(m.weight) for m in network.modules() if optimizer is Muon and isinstance(m, nn.Embedding)}
@@ -102,12 +120,19 @@ def get_optimizer(config: Config, network: nn.Module) -> AdamW:
     for p in parameters:
         groups[p.ndim < 2 or id(p) in tables]['params'].append(p)  # True: the second group, without decay
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
-    return optimizer(groups, lr=config.base_lr, betas=config.adam_betas, eps=config.adam_eps, fused=fused)
+    given: dict[str, Any] = dict(betas=config.adam_betas, momentum=config.adam_betas[0], eps=config.adam_eps)
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Adam):
+        given |= dict(fused=fused)
+    known = inspect.signature(optimizer).parameters
+    own_eps = 'eps' in known and not isinstance(known['eps'].default, float)  # Adafactor's are two numbers
+    names = known.keys() - {'eps' if own_eps else ''}
+    return optimizer(groups, lr=config.base_lr, **{name: x for name, x in given.items() if name in names})
 
 
-def cosine(config: Config, step: int) -> float:
+def falling(config: Config, step: int, shape: Callable[[float], float]) -> float:
+    """From base_lr to min_lr, by a `shape` that goes from 1 to 0 as its argument goes from 0 to 1."""
     progress = min(1.0, (step - config.warmup_steps) / (config.num_training_steps - config.warmup_steps))
-    return config.min_lr + (config.base_lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + (config.base_lr - config.min_lr) * shape(progress)
 
 
 def inverse_sqrt(config: Config, step: int) -> float:
@@ -118,8 +143,11 @@ def inverse_sqrt(config: Config, step: int) -> float:
 # name -> (config, step) -> learning rate of that step once the warm-up is over
 LR_SCHEDULES: dict[str, Callable[[Config, int], float]] = {
     'constant': lambda config, step: config.base_lr,
-    'cosine': cosine,
+    'cosine': lambda config, step: falling(config, step, lambda x: (1 + math.cos(math.pi * x)) / 2),
     'inverse_sqrt': inverse_sqrt,
+    'linear': lambda config, step: falling(config, step, lambda x: 1 - x),
+    # warm-up, stable, decay: constant, then linear over the last fifth (Hu et al. 2024; Haegele et al. 2024)
+    'wsd': lambda config, step: falling(config, step, lambda x: min(1.0, 5 * (1 - x))),
 }
 
 

@@ -174,7 +174,7 @@ class Job:
     def __init__(self, example: str, seed: int):
         self.example, self.seed, self.hash, self.started = example, seed, hash_of(example), time.monotonic()
         self.name, self.folder = f'{example}_{seed}', RUNS / self.hash
-        self.clock = self.folder / f'{self.name}.seconds'  # of all calls so far
+        self.clock = self.folder / f'{self.name}.seconds'  # seconds of all earlier calls
         flags = f'--seed {seed} --experiment_name {self.name} --wandb disabled {FLAGS.get(example, "")}'.split()
         command = ['sh', 'run.sh', str(FOLDER / f'{example}.py'), *flags, '--ckpt_dir', str(self.folder)]
         self.folder.mkdir(parents=True, exist_ok=True)

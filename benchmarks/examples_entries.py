@@ -1,4 +1,4 @@
-"""What examples.py writes into each cell of the table of examples/README.md, and which claims it checks."""
+"""Numbers in each cell of the table of examples/README.md, which examples.py writes, and the claims it checks."""
 
 OWN_COMMAND = {'flow_map_table'}  # takes hours
 # Flags for examples whose default takes too long here.

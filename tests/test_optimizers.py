@@ -43,6 +43,41 @@ def test_only_matrices_and_kernels_are_decayed(network):
                 assert decay_of[id(p)] == 0.3
 
 
+@pytest.mark.parametrize('name', BY_NAME)
+def test_each_optimizer_gets_what_it_knows_and_learns(name):
+    """A least-squares problem; momentum is the first of adam_betas, and an epsilon of two numbers stays torch's."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(4, 2), torch.randn(64, 4)
+    y = x @ torch.randn(4, 2)
+    config = Config(optimizer=name, base_lr=0.05, adam_betas=(0.7, 0.8), adam_eps=1e-5, weight_decay=0.25)
+    optimizer = get_optimizer(config, net)
+    weights, biases = optimizer.param_groups
+    for setting, value in dict(betas=(0.7, 0.8), momentum=0.7, eps=1e-5, lr=0.05).items():
+        if setting in weights and (name, setting) != ('adafactor', 'eps'):
+            assert weights[setting] == biases[setting] == value
+    assert (weights['weight_decay'], biases['weight_decay']) == (0.25, 0.0)
+    losses = []
+    for _ in range(30):
+        losses.append((net(x) - y).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        step_if(torch.tensor(True), optimizer)
+    assert losses[-1] < (0.995 if name in ('adadelta', 'adafactor', 'adagrad', 'asgd') else 0.9) * losses[0]
+
+
+def test_a_class_of_your_own_is_an_optimizer():
+    class Mine(torch.optim.SGD):
+        def __init__(self, params, lr, eps=0.5):
+            super().__init__(params, lr)
+            self.given = eps
+
+    net = nn.Linear(2, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BY_NAME, 'mine', Mine)
+        optimizer = get_optimizer(Config(optimizer='mine', adam_eps=0.25), net)
+    assert optimizer.given == 0.25 and optimizer.param_groups[0]['lr'] == Config().base_lr
+
+
 def test_frozen_parameters_are_left_out():
     net = nn.Linear(2, 2)
     net.bias.requires_grad_(False)
@@ -187,6 +222,11 @@ def test_closed_forms():
     for step, lr in ((100, 0.4 * math.sqrt(100 / 101)), (399, 0.2), (899, 0.4 / 3), (100_000, 0.1)):
         assert get_lr(inverse_sqrt, step) == pytest.approx(lr)
     assert get_lr(Config(lr_schedule_type='constant', **settings), 10**6) == 0.4
+    linear, stable = (Config(lr_schedule_type=name, **settings) for name in ('linear', 'wsd'))
+    for step, lr in ((100, 0.4), (350, 0.325), (600, 0.25), (1100, 0.1), (5000, 0.1)):
+        assert get_lr(linear, step) == pytest.approx(lr)
+    for step, lr in ((100, 0.4), (900, 0.4), (950, 0.325), (1000, 0.25), (1100, 0.1), (5000, 0.1)):
+        assert get_lr(stable, step) == pytest.approx(lr)
 
 
 @pytest.mark.parametrize('schedule', LR_SCHEDULES)
@@ -198,7 +238,7 @@ def test_without_a_warmup_the_first_step_has_the_whole_rate(schedule):
 
 def test_unknown_schedule_lists_the_choices():
     with pytest.raises(SettingError, match='constant, cosine, inverse_sqrt'):
-        get_lr(Config(lr_schedule_type='linear'), 0)
+        get_lr(Config(lr_schedule_type='straight'), 0)
 
 
 def test_set_lr_reaches_every_group():
@@ -350,7 +390,7 @@ def test_a_plain_step_after_a_skipped_one_is_taken():
     assert p.item() == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize('name', BY_NAME)
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'adam'])
 def test_our_optimizers_decide_without_a_sync(name):
     """Runs on pretended GPU tensors, whose numbers cannot be read."""
     with FakeTensorMode(), torch.device('cuda'):

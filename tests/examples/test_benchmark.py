@@ -107,7 +107,7 @@ def test_every_claim_is_about_runs_and_numbers_of_its_example(example):
         assert any(fnmatch(number, pattern.removeprefix('final/')) for pattern in patterns), number
 
 
-def test_seconds_are_those_of_all_calls(tmp_path, monkeypatch):
+def test_seconds_of_all_calls_are_added(tmp_path, monkeypatch):
     """A job that is stopped, then finished by a later call; and one that ignores the signal is killed."""
     monkeypatch.setattr(benchmark, 'RUNS', tmp_path)
     monkeypatch.setattr(benchmark, 'hash_of', lambda example: 'hash')

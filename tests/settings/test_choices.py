@@ -2,15 +2,18 @@
 
 import ast
 import dataclasses
+import inspect
 import subprocess
 import sys
 import time
 from itertools import chain
 
 import pytest
+import torch
 
 import main
 from config import PRESETS, Config, SettingError, parse_config
+from optimizers import OPTIMIZERS
 from settings.choices import READS, TABLES, is_extended, keys_in, known_choices
 from settings.flags import refuse
 from tests.helpers import ROOT
@@ -68,7 +71,7 @@ def reads_of(node: ast.AST, seen: frozenset[str] = frozenset()) -> set[ast.Attri
     return reads_in(node).union(*inner)
 
 
-@pytest.mark.parametrize('setting', [setting for setting in READS if setting in TABLES])
+@pytest.mark.parametrize('setting', [setting for setting in READS if setting in TABLES and setting != 'optimizer'])
 def test_the_table_of_readers_matches_the_sources(setting):
     """Each built-in choice reads what the table says. The table has all settings that only some choices read."""
     nodes = {choice: reads_of(node) for choice, node in entries(setting).items()}
@@ -80,6 +83,16 @@ def test_the_table_of_readers_matches_the_sources(setting):
     elsewhere = {n.attr for tree in TREES.values() for n in reads_in(tree) - set(chain(*nodes.values()))}
     of_some = set.union(*in_sources.values()) - set.intersection(*in_sources.values())
     assert of_some - owned - elsewhere == set()
+
+
+def test_optimizers_read_what_the_table_says():
+    """By their signatures. Adafactor's eps, a pair of other numbers, is not the setting."""
+    settings = dict(weight_decay='weight_decay', betas='adam_betas', momentum='adam_betas', eps='adam_eps')
+    for name, optimizer in OPTIMIZERS.items():
+        taken = {settings[n] for n in inspect.signature(optimizer).parameters if n in settings}
+        assert taken - ({'adam_eps'} if name == 'adafactor' else set()) == set(READS['optimizer'][name].split()), name
+    torchs = {name.lower() for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    assert torchs - set(OPTIMIZERS) == {'optimizer', 'lbfgs', 'sparseadam'}
 
 
 @pytest.mark.parametrize('setting', TABLES)
@@ -115,7 +128,7 @@ FOLDER = 'image_folder (--preset small_images)'
         ('--time_std 2 --time_sampler uniform', "time_std=2.0: time_sampler='uniform'",
          'time_sampler logit_normal or log_normal'),
         ('--min_lr 1e-5 --lr_schedule_type constant', "min_lr=1e-05: lr_schedule_type='constant'",
-         'lr_schedule_type cosine or inverse_sqrt'),
+         'lr_schedule_type cosine or inverse_sqrt or linear or wsd'),
         ('--max_translation 2', 'max_translation=2: translate_prob=0.0', 'translate_prob above 0'),
     ],
 )  # fmt: skip
