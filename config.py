@@ -133,7 +133,9 @@ class Config:
     adam_eps: float = 1e-8  # Epsilon of Adam and its kin.
     grad_clip_norm: float = 1.0  # Gradient norm above which the gradient is scaled down; 0: never.
     ema_decays: tuple[float, ...] = (0.98,)
-    """Decay per step of each moving average of the weights; the run is judged by the first."""
+    """Decay per step of each moving average of the weights; the run is judged by the first. power: its width."""
+    ema_type: str = 'exponential'
+    """exponential, or power: averages as long as a fraction (the width, such as 0.05) of the training so far."""
 
     # ---------------------------------------------------------------- record (0: never, except at the end)
     log_every: int = 25  # Steps between lines of the record.

@@ -1,27 +1,42 @@
-"""Exponential moving averages (EMA) of a network's weights. Each average is a network that can be called.
+"""Moving averages (EMA) of a network's weights. Each average is a network that can be called.
 
 training/posthoc.py makes averages of other lengths from them after training.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from config import choose
 
 lerp_, copy_ = torch._foreach_lerp_, torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
+def gamma_of(width: float) -> float:
+    """The exponent of a power-function average: update k has a share proportional to k^gamma. `width` is the standard
+    deviation of the averaged updates, as a fraction of all, below 0.288 (Karras et al. 2024, algorithm 2)."""
+    inverse = width**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+# name -> (an entry of ema_decays, n = 1, 2, ...) -> factor d of the average at update n: ema <- d ema + (1 - d) weights
+EMA_TYPES: dict[str, Callable[[float, Any], Any]] = {
+    # The average of a short run is not mostly its random initial weights (warm-up of TensorFlow's averages).
+    'exponential': lambda decay, n: np.minimum(decay, (1 + n) / (10 + n)),
+    'power': lambda width, n: (1 - 1 / n) ** (gamma_of(width) + 1),  # Karras et al. 2024, eq. 2
+}
+
+
 class EMA:
-    """One averaged copy of `network` per decay: ema <- d ema + (1 - d) weights.
+    """One averaged copy of `network` for each of `decays`, by EMA_TYPES[kind]. Buffers are copied."""
 
-    d = min(decay, (1 + n) / (10 + n)) at update n, so that the average of a short run is not mostly its random initial
-    weights (the warm-up of TensorFlow's ExponentialMovingAverage). Buffers are copied.
-    """
-
-    def __init__(self, network: nn.Module, decays: tuple[float, ...]):
-        self.num_updates = 0
+    def __init__(self, network: nn.Module, decays: tuple[float, ...], kind: str = 'exponential'):
+        """Raises SettingError for an unknown kind."""
+        self.kind, self.decay_at, self.num_updates = kind, choose('ema_type', kind, EMA_TYPES), 0
         self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in decays}
         self.places = {decay: places_of(average) for decay, average in self.networks.items()}
         self.source, self.places_in_source = network, places_of(network)
@@ -34,12 +49,11 @@ class EMA:
         if self.source is not network:
             self.source, self.places_in_source = network, places_of(network)
         self.num_updates += 1
-        warm = (1 + self.num_updates) / (10 + self.num_updates)
         parameters, buffers = map(tensors_at, self.places_in_source)
         for decay, places in self.places.items():
             averaged, copied = map(tensors_at, places)
             if parameters:
-                lerp_(averaged, parameters, 1 - min(decay, warm))
+                lerp_(averaged, parameters, 1 - float(self.decay_at(decay, self.num_updates)))
             if buffers:
                 copy_(copied, buffers)
 
@@ -51,6 +65,7 @@ class EMA:
 
     def state_dict(self) -> dict:
         return {
+            'kind': self.kind,
             'num_updates': self.num_updates,
             'networks': {decay: net.state_dict() for decay, net in self.networks.items()},
         }

@@ -61,7 +61,7 @@ class BaseDiffusionTrainer(OldNames):
         """Fill `modules`, `optimizers` and `emas`. To add a network, override this: build what `encode` or
         `prepare_batch_fn` use before super(), and copies of the network after it."""
         self.optimizers.setdefault('network', get_optimizer(self.config, self.network))
-        self.emas.setdefault('network', EMA(self.network, self.config.ema_decays))
+        self.emas.setdefault('network', EMA(self.network, self.config.ema_decays, self.config.ema_type))
         utils.seed_everything(self.config.seed, 'modules', 'after the network')  # for modules that a subclass adds
 
     def encode(self, x: Tensor) -> Tensor:  # from data as loaded, images in [0, 1], to x0, to which noise is added

@@ -32,6 +32,7 @@ TABLES = dict(
     time_sampler=('time_samplers', 'TIME_SAMPLERS'),
     optimizer=('optimizers', 'OPTIMIZERS'),
     lr_schedule_type=('optimizers', 'LR_SCHEDULES'),
+    ema_type=('ema', 'EMA_TYPES'),
     solver=('solvers.table', 'SOLVERS'),
     time_grid=('solvers.table', 'TIME_GRIDS'),
     sde_noise=('solvers.table', 'SDE_NOISES'),

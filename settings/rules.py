@@ -82,6 +82,8 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
      lambda c: f'mirrored pairs need an even number of images in a shard: {batch_size_near(c)}'),
     ('stratified antithetic', lambda c: not (c.stratified and c.antithetic),
      'times are drawn in one way or the other: add --no_stratified'),
+    ('ema_type ema_decays', lambda c: c.ema_type != 'power' or all(0.01 <= d <= 0.25 for d in c.ema_decays),
+     'for power averages, ema_decays are widths from 0.01 to 0.25: add --ema_decays 0.05'),
     ('dit_size dit_depth dit_width dit_heads',
      lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
      'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size'),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from config import Config, SettingError
 from ema import EMA
 
 DECAYS = (0.5, 0.9, 0.99)
@@ -30,6 +31,28 @@ def test_against_the_recursion_by_hand():
             by_hand[decay] = d * by_hand[decay] + (1 - d) * n**2
             assert ema.networks[decay].weight.item() == pytest.approx(by_hand[decay], rel=1e-12)
     assert net.weight.item() == 200**2
+
+
+@pytest.mark.parametrize(('width', 'gamma'), [(0.05, 16.97), (0.1, 6.94)])
+def test_shares_of_updates_in_a_power_average(width, gamma):
+    """The share of update k of n is (k/n)^(gamma + 1) - ((k-1)/n)^(gamma + 1); gammas of Karras et al. 2024."""
+    n = 300
+    net = nn.Linear(n, 1, bias=False).double()
+    ema = EMA(net, (width,), 'power')
+    for k in range(n):
+        net.weight.data = torch.eye(n, dtype=torch.float64)[k : k + 1]
+        ema.update(net)
+    shares, at = ema.networks[width].weight[0].detach(), torch.arange(1, n + 1, dtype=torch.float64) / n
+    torch.testing.assert_close(shares, at ** (gamma + 1) - (at - 1 / n) ** (gamma + 1), atol=2e-4, rtol=1e-2)
+    mean = shares @ at
+    assert float((shares @ (at - mean).square()).sqrt()) == pytest.approx(width, rel=0.01)
+
+
+def test_an_unknown_type_is_refused():
+    with pytest.raises(SettingError, match=r'ema_type.*exponential, power'):
+        EMA(scalar_network(), (0.9,), 'linear')
+    with pytest.raises(SettingError, match=r'widths from 0.01 to 0.25: add --ema_decays 0.05'):
+        Config(ema_type='power')
 
 
 def test_a_short_run_forgets_its_random_start():
@@ -165,7 +188,7 @@ def test_update_does_not_walk_over_the_network(monkeypatch):
 def test_without_decays_there_is_no_work():
     ema = EMA(scalar_network(), ())
     ema.update(scalar_network())
-    assert ema.num_updates == 0 and ema.state_dict() == {'num_updates': 0, 'networks': {}}
+    assert ema.num_updates == 0 and ema.state_dict()['networks'] == {}
     ema.load_state_dict(ema.state_dict())
 
 

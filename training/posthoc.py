@@ -1,7 +1,7 @@
 """Averaged weights whose averaging length is chosen after training, mixed from the averages in a run's checkpoints.
 
-Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2, with ordinary
-moving averages (ema.EMA) in place of power-function ones.
+Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, section 3.2, from averages of
+either type of ema.EMA.
 """
 
 import re
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import SettingError
+from ema import EMA_TYPES, gamma_of
 from runtime.ranks import print_once
 from saving import load_checkpoint
 
@@ -32,7 +33,7 @@ def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str
     if not 0.01 <= width <= 0.25:
         raise SettingError(f'weights={name!r}: write posthoc_ and a width from 0.01 to 0.25, such as posthoc_0.1.')
     last = load_checkpoint(checkpoint)
-    n = last['ema']['num_updates']
+    n, kind = last['ema']['num_updates'], last['ema'].get('kind', 'exponential')
     others = sorted({*checkpoint.parent.glob('step_*.pt'), *checkpoint.parent.glob('last*.pt')} - {checkpoint})
     saved: dict[tuple[float, int], Path] = {}
     for path in [*others, checkpoint]:
@@ -40,7 +41,7 @@ def posthoc_weights(checkpoint: Path, name: str, network: nn.Module) -> dict[str
         if 0 < ema['num_updates'] <= n:
             saved |= {(decay, ema['num_updates']): path for decay in (0.0, *ema['networks'])}
     keys = list(saved)
-    factors, error = posthoc_mixture(keys, width, n) if len(keys) > 1 else (np.ones(1), 1.0)
+    factors, error = posthoc_mixture(keys, width, n, kind) if len(keys) > 1 else (np.ones(1), 1.0)
     print_once(f'{name}: mixed from {len(keys)} averages in {checkpoint.parent}, within {error:.1%} of this profile')
     if error > 0.3:
         raise SettingError(
@@ -64,11 +65,10 @@ def doubled(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
-def weights_of_steps(decay: float, n: int) -> np.ndarray:
+def weights_of_steps(decay: float, n: int, kind: str = 'exponential') -> np.ndarray:
     """(n,): the shares of the weights after update 1, ..., n in the average at update n. The rest is the share of the
-    initial weights."""
-    update = np.arange(1, n + 1)
-    decays = np.minimum(decay, (1 + update) / (10 + update))
+    initial weights. Raw weights have the decay 0."""
+    decays = EMA_TYPES[kind if decay else 'exponential'](decay, np.arange(1, n + 1))
     later = np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)  # product of the decays after each update
     return (1 - decays) * later
 
@@ -76,13 +76,13 @@ def weights_of_steps(decay: float, n: int) -> np.ndarray:
 def power_profile(relative_width: float, n: int) -> np.ndarray:
     """(n,): the same for an average whose length grows with the training: update k has a share proportional to k^gamma.
     Its standard deviation is `relative_width` times n (Karras et al. 2024, eq. 2 and algorithm 2)."""
-    inverse = relative_width**-2
-    gamma = np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()
-    counts = (np.arange(1, n + 1) / n) ** gamma
+    counts = (np.arange(1, n + 1) / n) ** gamma_of(relative_width)
     return counts / counts.sum()
 
 
-def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n: int) -> tuple[np.ndarray, float]:
+def posthoc_mixture(
+    saved: Sequence[tuple[float, int]], relative_width: float, n: int, kind: str = 'exponential'
+) -> tuple[np.ndarray, float]:
     """(factors, error) of the mixture of saved averages that is nearest to the power profile at update n.
 
     An average is (decay, number of updates), with decay 0 for raw weights. The factors sum to 1. `error` is the norm of
@@ -91,7 +91,7 @@ def posthoc_mixture(saved: Sequence[tuple[float, int]], relative_width: float, n
     blocks = np.arange(0, n, -(-n // MOST_STEPS))  # the first step of each block
     profiles = np.zeros((len(saved), len(blocks)))
     for row, (decay, updates) in zip(profiles, saved, strict=True):
-        row[:] = np.add.reduceat(np.pad(weights_of_steps(decay, updates), (0, n - updates)), blocks)
+        row[:] = np.add.reduceat(np.pad(weights_of_steps(decay, updates, kind), (0, n - updates)), blocks)
     target = np.add.reduceat(power_profile(relative_width, n), blocks)
     free = profiles[1:] - profiles[0]  # with factors that sum to 1
     factors = np.linalg.lstsq(free.T, target - profiles[0], rcond=1e-10)[0]

@@ -63,6 +63,7 @@ BROKEN = [  # (settings, the settings that the message must show)
     (dict(batch_shards=8, accumulation_steps=3), 'batch_shards accumulation_steps'),
     *((dict(guidance_interval=value), 'guidance_interval') for value in ((0.6, 0.3), (-0.1, 0.5), (0.5, 1.1))),
     (dict(dit_size='B', dit_depth=2, dit_width=32, dit_heads=2), 'dit_size dit_depth dit_width dit_heads'),
+    (dict(ema_type='power'), 'ema_type ema_decays'),
     (dict(antithetic=True), 'stratified antithetic'),
     (dict(antithetic=True, stratified=False, global_batch_size=24), 'antithetic global_batch_size batch_shards'),
     (dict(guidance_scale=2.0, label_dropout=0.0), 'guidance_scale label_dropout'),

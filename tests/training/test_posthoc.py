@@ -23,11 +23,11 @@ class Two(nn.Module):
         self.register_buffer('steps', torch.zeros(()))
 
 
-def run_of(folder, n=40, every=5, decays=(0.9, 0.98)):
+def run_of(folder, n=40, every=5, decays=(0.9, 0.98), kind='exponential'):
     """A run whose weights after step k are the k-th unit vector, so that an average shows the weight of each step."""
     network = Two(n).requires_grad_(False)
     network.layer.weight.zero_()
-    ema = EMA(network, decays)
+    ema = EMA(network, decays, kind)
     for k in range(1, n + 1):
         network.layer.weight.copy_(torch.eye(n)[k - 1 : k])
         network.steps += 1
@@ -52,6 +52,15 @@ def test_weights_of_a_chosen_length_are_mixed_from_the_checkpoints(tmp_path, cap
         assert found['layer.weight'].dtype == torch.float32 and found['steps'] == n  # a buffer is not averaged
 
 
+def test_a_mixture_of_power_averages_equals_the_average_that_was_kept(tmp_path):
+    """0.1 from checkpoints with widths 0.05 and 0.2 only, against an average of width 0.1 of the same weights."""
+    network = run_of(tmp_path, n=200, every=10, decays=(0.05, 0.2), kind='power')
+    mixed = posthoc_weights(tmp_path / 'last.pt', 'posthoc_0.1', network)['layer.weight'][0]
+    run_of(tmp_path / 'kept', n=200, every=200, decays=(0.1,), kind='power')
+    kept = saving.load(tmp_path / 'kept/last.pt')['ema']['networks'][0.1]['layer.weight'][0]
+    assert (mixed - kept).norm() < 0.02 * kept.norm()
+
+
 @pytest.mark.parametrize('name', ['posthoc_', 'posthoc_2', 'posthoc_0.5', 'posthoc_x'])
 def test_a_malformed_width_is_refused(tmp_path, name):
     with pytest.raises(SettingError, match='write posthoc_ and a width'):
@@ -64,16 +73,18 @@ def test_too_few_averages_are_refused(tmp_path):
         posthoc_weights(tmp_path / 'last.pt', 'posthoc_0.25', network)
 
 
-@pytest.mark.parametrize('decay', [0.0, 0.5, 0.99])
-def test_the_weights_of_steps_agree_with_the_average(decay):
+@pytest.mark.parametrize(
+    ('decay', 'kind'), [(0.0, 'exponential'), (0.5, 'exponential'), (0.99, 'exponential'), (0.1, 'power')]
+)
+def test_the_weights_of_steps_agree_with_the_average(decay, kind):
     """An average of a network whose weights are one unit vector after the other."""
     network, n = nn.Linear(30, 1, bias=False).requires_grad_(False), 30
     network.weight.zero_()
-    ema = EMA(network, (decay,))
+    ema = EMA(network, (decay,), kind)
     for k in range(n):
         network.weight.copy_(torch.eye(n)[k : k + 1])
         ema.update(network)
-    assert np.allclose(weights_of_steps(decay, n), ema.networks[decay].weight[0].numpy(), atol=1e-7)
+    assert np.allclose(weights_of_steps(decay, n, kind), ema.networks[decay].weight[0].numpy(), atol=1e-7)
 
 
 @pytest.mark.parametrize(('width', 'gamma'), [(0.05, 16.97), (0.10, 6.94)])
