@@ -108,6 +108,8 @@ class Config:
     dit_heads: int = 0  # Attention heads; 0: as dit_size says.
     dit_patch: int = 2  # Side of a patch in pixels; each patch is a token. Data are padded to whole patches.
     dropout: float = 0.0  # Dropout probability inside residual blocks.
+    checkpointing: bool = False
+    """Compute each block again in the backward pass: less memory, slower. It has no effect inside utils.jvp."""
     time_input: str = 't'  # The form in which the network gets the time: t or log_snr.
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1]; scales the network's input, F, weight edm and grid logistic."""

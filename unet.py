@@ -18,8 +18,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from utils import bcast_right
+from utils import bcast_right, jvp
 
 # number of axes besides the channels -> their names, the convolution over them, and the interpolation between values
 SIDES = {1: 'L', 2: 'H, W', 3: 'D, H, W'}
@@ -118,6 +119,7 @@ class ConditionedNetwork(nn.Module):
     """
 
     conditions: Conditions
+    checkpointing = False  # whether the backward pass computes the inside of each block again, instead of keeping it
 
     def __init__(self, num_classes: int, frequencies: int, dim: int, conditions: Conditions | None = None):
         """`frequencies`: size of the sinusoid of the time, even. `dim`: size of the embedding. A subclass that passes
@@ -135,6 +137,10 @@ class ConditionedNetwork(nn.Module):
             label = torch.full((len(time),), self.num_classes, device=time.device)
         emb = self.time_mlp(sinusoid(time, self.frequencies)) + self.class_embedding(label)
         return F.silu(emb + self.conditions.embed(cond))
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        again = self.checkpointing and not jvp.running  # torch cannot compute it again in forward mode
+        return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
 
 
 class FieldNetwork(ConditionedNetwork):
@@ -247,17 +253,10 @@ class UNet(FieldNetwork):
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        num_classes: int,
-        channels: int = 32,
-        channel_mults: tuple[int, ...] = (1, 2),
-        num_res_blocks: int = 2,
-        attention_resolutions: tuple[int, ...] = (4,),
-        dropout: float = 0.0,
-        cond: Mapping[str, tuple[int, ...]] | None = None,
-        padding: str = 'zeros',
-    ):
+        self, shape: tuple[int, ...], num_classes: int, channels: int = 32, channel_mults: tuple[int, ...] = (1, 2),
+        num_res_blocks: int = 2, attention_resolutions: tuple[int, ...] = (4,), dropout: float = 0.0,
+        cond: Mapping[str, tuple[int, ...]] | None = None, padding: str = 'zeros',
+    ):  # fmt: skip
         c_emb, multiple = 4 * channels, 2 ** (len(channel_mults) - 1)
         super().__init__(shape, num_classes, channels, c_emb, cond, multiple, padding)
         attend, conv = attended_levels(shape, len(channel_mults), attention_resolutions), self.conv
@@ -289,10 +288,10 @@ class UNet(FieldNetwork):
         x = self.stem(self.padded(xt, cond))
         skips = [x]
         for layer in self.down:
-            x = layer(x, emb) if isinstance(layer, Stage) else layer(x)
+            x = self.run(layer, x, emb) if isinstance(layer, Stage) else layer(x)
             skips.append(x)
         for layer in self.middle:
-            x = layer(x, emb)
+            x = self.run(layer, x, emb)
         for layer in self.up:
-            x = layer(torch.cat([x, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(x)
+            x = self.run(layer, torch.cat([x, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(x)
         return self.head(x)[(..., *map(slice, xt.shape[2:]))]

@@ -90,9 +90,16 @@ def jvp(
         out = fn(*inputs)
         return out, torch.zeros_like(out)
     primals = tuple(inputs[i].clone() for i in moving)  # torch refuses an expanded tensor, whose elements share memory
-    with sdpa_kernel(SDPBackend.MATH):
-        result = torch.func.jvp(fn_of_moving, primals, tuple(tangents[i] for i in moving))
+    outer, jvp.running = jvp.running, True
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            result = torch.func.jvp(fn_of_moving, primals, tuple(tangents[i] for i in moving))
+    finally:
+        jvp.running = outer
     return result[0], result[1]
+
+
+jvp.running = False  # True during a call of jvp
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:

@@ -56,5 +56,5 @@ class MLP(ConditionedNetwork):
         emb = self.embedding(time, label, cond)
         x = self.stem(xt.reshape(len(xt), -1))
         for block in self.blocks:
-            x = block(x, emb)
+            x = self.run(block, x, emb)
         return self.head(x).reshape(xt.shape)

@@ -11,7 +11,7 @@ from config import Config, SettingError, choose
 from networks.residual_mlp import MLP
 from networks.transformer import DIT_SIZES, DiT
 from processes import GaussianProcess, c_in, get_process
-from unet import UNet
+from unet import ConditionedNetwork, UNet
 from utils import bcast_right
 
 Shape = tuple[int, ...]  # shape of one item, without the batch: (C, H, W), (D,), ()
@@ -103,6 +103,10 @@ def get_network(
         net = build(config, shape, num_classes, cond=cond)
     else:
         net = build(config, shape, num_classes)
+    if config.checkpointing:
+        if not isinstance(net, ConditionedNetwork):
+            raise SettingError(f'checkpointing=True: network={config.network!r} has no blocks. Use --no_checkpointing.')
+        net.checkpointing = True
     process = get_process(config)
     if config.time_input == 'log_snr':
         ends = torch.tensor([config.t_min, config.t_max])  # float32, as the network sees them

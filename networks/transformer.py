@@ -127,7 +127,7 @@ class DiT(FieldNetwork):
         angle = angles(grid, x.shape[1] // self.heads // 2, x.device)
         x = x.flatten(2).transpose(1, 2) + torch.cat([place.cos(), place.sin()], 1)  # (B, rows x columns, width)
         for block in self.blocks:
-            x = block(x, emb, angle)
+            x = self.run(block, x, emb, angle)
         scale, shift = self.modulation(emb)[:, None].chunk(2, -1)
         x = self.head(rms_norm(x) * (1 + scale) + shift)  # (B, rows x columns, C patch^2)
         return self.unpatchify(x, grid)[(..., *map(slice, xt.shape[2:]))]

@@ -15,7 +15,7 @@ FREE_ON_RESUME = frozenset(
     'final_pictures raw_pictures num_workers accumulation_steps max_bad_steps '
     'log_every save_every keep_last keep_every sample_every eval_every eval_metrics_every '
     'wandb wandb_project wandb_entity solver num_sample_steps sample_nfe time_grid sde_noise sde_noise_scale '
-    'sde_last_step guidance_scale guidance_interval guidance_rescale compile'.split()
+    'sde_last_step guidance_scale guidance_interval guidance_rescale compile checkpointing'.split()
 )
 # Settings of a network that belong to its weights: a run that starts from weights takes these settings with them.
 NETWORK_SETTINGS = (

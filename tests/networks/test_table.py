@@ -6,6 +6,7 @@ from data_utils import DATASETS
 from networks import NETWORKS, TIME_INPUTS, ScaledNetwork, get_network
 from processes import PROCESSES, get_process
 from unet import sinusoid
+from utils import jvp
 
 each_network = pytest.mark.parametrize('network', NETWORKS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
@@ -33,6 +34,35 @@ def batch(n=4):
 def test_first_output_is_zero(network):
     xt, t, label = batch()
     assert torch.equal(build(network=network, randomise=False)(xt, t, label), torch.zeros_like(xt))
+
+
+def gradients(net, differentiate):
+    """Gradients of the mean square of the output, or of its derivative in t; and the bytes kept for them."""
+    (xt, t, label), sizes = batch(), []
+    torch.manual_seed(3)
+    net.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        out = jvp(lambda t: net(xt, t, label), (t,), (torch.ones(4),))[1] if differentiate else net(xt, t, label)
+        loss = out.square().mean()
+    loss.backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None], sum(sizes)
+
+
+@pytest.mark.parametrize('differentiate', [False, True])
+@each_network
+def test_checkpointing_changes_no_gradient_and_keeps_less(network, differentiate):
+    """With dropout: the blocks see the same random numbers again. In forward mode it has no effect."""
+    (plain, much), (again, little) = (
+        gradients(build(network=network, dropout=0.5, checkpointing=on).train(), differentiate) for on in (False, True)
+    )
+    assert len(plain) == len(again) > 10 and all(map(torch.equal, plain, again))
+    assert little == much if differentiate else little < 0.6 * much
+
+
+def test_checkpointing_of_a_network_without_blocks_is_refused(monkeypatch):
+    monkeypatch.setitem(NETWORKS, 'mine', lambda config, shape, num_classes: torch.nn.Identity())
+    with pytest.raises(SettingError, match=r"checkpointing=True: network='mine' has no blocks. Use --no_checkpointing"):
+        get_network(Config(network='mine', checkpointing=True), SHAPE, 10)
 
 
 @each_network
