@@ -1,14 +1,17 @@
-"""Augmentation of a batch on its device: per-image flips, rotations and shifts, never in the data loader.
+"""Augmentation of a batch on its device: per-image flips, rotations, shifts, ..., never in the data loader.
 
-An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With all
-probabilities 0 it takes data of any rank.
+An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With an
+augmentation that labels its images, augmented is (B, L): what was done, zeros for nothing. The network gets that as
+cond['augmentation'], and zeros in evaluation and sampling. With all probabilities 0 it takes data of any rank.
 An augmentation that would change the meaning of the data (a flipped digit) is refused when the augmenter is built.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config, SettingError
@@ -41,12 +44,88 @@ def translate(x: Tensor, chosen: Tensor, max_shift: int) -> tuple[Tensor, Tensor
     return x.gather(3, columns[:, None, None, :].expand(b, c, h, w)), (shift != 0).any(0)
 
 
-# setting that holds the probability -> (augmentation, field of the DataSpec that allows it)
+LEAST_CROP = 0.8  # side of the smallest crop, as a fraction of the image's
+
+
+def resampled(x: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
+    """out(p) = x(linear (p - shift)), with bilinear interpolation, and reflection beyond the border.
+
+    x (B, C, H, W). Positions p (x, y) are in pixels from the centre: linear (B, 2, 2), shift (B, 2).
+    """
+    sides = torch.tensor([x.shape[3] / 2, x.shape[2] / 2], device=x.device)  # affine_grid counts from -1 to 1
+    linear = linear * sides / sides[:, None]
+    offset = -(linear @ (shift / sides)[:, :, None])
+    grid = F.affine_grid(torch.cat([linear, offset], 2), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
+
+
+def crop(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """A random part of the chosen images, with sides of LEAST_CROP or more of theirs, resized to their size."""
+    share = 1 - (1 - LEAST_CROP) * torch.rand(len(x), 1, device=x.device)
+    corner = (1 - share) * (torch.rand(len(x), 2, device=x.device) - 0.5)  # the middle of the part, in units of sides
+    centre = corner * torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+    linear = share[:, :, None] * torch.eye(2, device=x.device)
+    return torch.where(chosen[:, None, None, None], resampled(x, linear, -centre / share), x), chosen
+
+
+def turn(angle: Tensor) -> Tensor:
+    """(B,) -> (B, 2, 2), the matrices of rotations."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+
+
+def geometric(x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
+    """EDM's augmentation, each of its six parts with probability `prob`, and its label (B, 9) for the network.
+
+    An image is flipped along x and y (each in half of the cases), scaled by 2^(0.2 n), turned by any angle, stretched
+    by 2^(0.2 n) in any direction, which keeps its area, and shifted by n / 8 of its sides; each n is from N(0, 1). The
+    label holds both flips, n of the scale, cos - 1 and sin of the angle, n (cos, sin) of the stretch, and both n of
+    the shift (Karras et al. 2022, appendix F.2). Here n of the stretch is positive, or the label would be the same for
+    a direction that is stretched and one that is shortened. The paper resamples with sharper filters.
+    """
+    b, device = len(x), x.device
+    given = (torch.rand(b, 6, device=device) < prob).to(x.dtype)
+    flips, shift = (
+        given[:, :2] * torch.randint(2, (b, 2), device=device),
+        given[:, 5:] * torch.randn(b, 2, device=device),
+    )
+    scale, stretch = (given[:, [2, 4]] * torch.randn(b, 2, device=device)).unbind(1)
+    stretch = stretch.abs()
+    angle, direction = (math.pi * (2 * torch.rand(2, b, device=device) - 1)).unbind()
+    angle = given[:, 3] * angle
+    factors = torch.stack([2 ** (-0.2 * (scale + stretch)), 2 ** (-0.2 * (scale - stretch))], 1)
+    inverse = turn(direction) @ torch.diag_embed(factors) @ turn(-direction) @ turn(-angle)
+    inverse = inverse @ torch.diag_embed(1 - 2 * flips)
+    turned, stretched = [angle.cos() - 1, angle.sin()], [stretch * direction.cos(), stretch * direction.sin()]
+    label = torch.cat([flips, torch.stack([scale, *turned, *stretched], 1), shift], 1)
+    sides = torch.tensor([x.shape[3], x.shape[2]], device=device)
+    out = resampled(x, inverse, shift * sides / 8)
+    return torch.where((label != 0).any(1)[:, None, None, None], out, x), label
+
+
+# setting that holds the probability -> (augmentation, field of the DataSpec that allows it; empty: always allowed,
+# because the network gets a label)
 AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, Tensor]], str]] = {
     'flip_prob': (lambda x, chosen, c: flip(x, chosen), 'flip_keeps_label'),
     'rotate_prob': (lambda x, chosen, c: rotate(x, chosen), 'rotation_keeps_label'),
     'translate_prob': (lambda x, chosen, c: translate(x, chosen, c.max_translation), 'translation_keeps_label'),
+    'crop_prob': (lambda x, chosen, c: crop(x, chosen), 'translation_keeps_label'),
+    'geometric_prob': (lambda x, chosen, c: geometric(x, c.geometric_prob), ''),
 }
+LABELS = {'geometric_prob': 9}  # setting -> size of the label, for augmentations that return one in place of the mask
+
+
+def label_condition(config: Config, label: Tensor | None, x0: Tensor, is_train: bool) -> dict[str, Tensor]:
+    """The condition of the network for the augmenter's `label` of x0 (B, ...): zeros outside of training, and {} if no
+    augmentation labels its images. Raises SettingError if the label is missing."""
+    size = sum(size for setting, size in LABELS.items() if getattr(config, setting) > 0)
+    label = label if is_train else x0.new_zeros(len(x0), size)
+    if size and (label is None or label.shape != (len(x0), size)):
+        raise SettingError(
+            f'{" ".join(LABELS)}: prepare_batch_fn must hand on what self.augmenter returns, (x, label): x becomes x0, '
+            'and label augmentation_label. Or set it to 0.'
+        )
+    return {'augmentation': label} if size and label is not None else {}
 
 
 def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) -> Augmenter:
@@ -58,7 +137,7 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
     """
     active = {setting: getattr(config, setting) for setting in AUGMENTATIONS if getattr(config, setting) > 0}
     for setting, prob in active.items():
-        if not allowed[AUGMENTATIONS[setting][1]]:
+        if (field := AUGMENTATIONS[setting][1]) and not allowed[field]:
             raise SettingError(
                 f'{setting}={prob:g} would change what the images of dataset={config.dataset!r} mean. '
                 f'Use --{setting} 0.'
@@ -75,11 +154,14 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
             )
 
     def augmenter(x: Tensor) -> tuple[Tensor, Tensor]:
-        augmented = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        augmented, labels = torch.zeros(len(x), dtype=torch.bool, device=x.device), list[Tensor]()
         for setting, prob in active.items():
             chosen = torch.rand(len(x), device=x.device) < prob
             x, done = AUGMENTATIONS[setting][0](x, chosen, config)
-            augmented |= done
-        return x, augmented
+            if setting in LABELS:
+                labels.append(done)
+            else:
+                augmented |= done
+        return x, torch.cat(labels, 1) if labels else augmented
 
     return augmenter

@@ -65,6 +65,8 @@ class Config:
     flip_prob: float = 0.0  # Probability that an image is flipped left to right.
     rotate_prob: float = 0.0  # Probability that an image is rotated by 90, 180 or 270 degrees.
     translate_prob: float = 0.0  # Probability that an image is shifted by up to max_translation pixels.
+    crop_prob: float = 0.0  # Probability that an image is cropped to 0.8 or more of its sides, and resized.
+    geometric_prob: float = 0.0  # EDM's labelled augmentation: probability of each of its parts.
     max_translation: int = 1  # Largest shift along each axis, in pixels.
     dequantize: bool = False  # Add uniform noise of one grey level to the images (needed for densities).
 

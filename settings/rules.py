@@ -28,8 +28,8 @@ RULES: list[tuple[str, Callable[[Any], Any], str]] = [
     ('seed held_out log_every save_every keep_every sample_every eval_every eval_metrics_every warmup_steps '
      'num_workers max_translation sample_nfe dit_depth dit_width dit_heads weight_decay grad_clip_norm min_lr '
      'sde_noise_scale guidance_scale beta_min', lambda x: x >= 0, 'must be 0 or more'),
-    ('flip_prob rotate_prob translate_prob label_dropout guidance_rescale', lambda p: 0 <= p <= 1,
-     'must lie between 0 and 1'),
+    ('flip_prob rotate_prob translate_prob crop_prob geometric_prob label_dropout guidance_rescale',
+     lambda p: 0 <= p <= 1, 'must lie between 0 and 1'),
     ('dropout', lambda p: 0 <= p < 1, 'must be at least 0 and below 1'),
     ('base_lr time_std sigma_data sigma_min adam_eps', lambda x: x > 0, 'must be positive'),
     ('channels', lambda n: n >= 2 and n % 2 == 0, 'must be positive and even: half of them are cosines of the time'),

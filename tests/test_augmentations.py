@@ -2,15 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from augmentations import AUGMENTATIONS, get_augmenter
+from augmentations import AUGMENTATIONS, LABELS, LEAST_CROP, crop, geometric, get_augmenter
 from config import Config, SettingError
 from data_utils import DATASETS
 
-ALL_ALLOWED = {needs: True for _, needs in AUGMENTATIONS.values()}
+ALL_ALLOWED = {needs: True for _, needs in AUGMENTATIONS.values() if needs}
 SHAPES = [(3, 8, 8), (1, 5, 9)]
 MOVES_ONLY = ['flip_prob', 'rotate_prob']  # permutations of the pixels
 
 each_augmentation = pytest.mark.parametrize('setting', AUGMENTATIONS)
+each_without_label = pytest.mark.parametrize('setting', AUGMENTATIONS.keys() - LABELS)
 each_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
@@ -59,7 +60,7 @@ def test_all_off_is_the_identity(shape):
     assert torch.equal(out, x) and augmented.dtype == torch.bool and augmented.shape == (10,) and not augmented.any()
 
 
-@each_augmentation
+@each_without_label
 @each_shape
 @pytest.mark.parametrize('prob', [0.3, 1.0])
 def test_rate_and_label(setting, shape, prob):
@@ -73,9 +74,9 @@ def test_rate_and_label(setting, shape, prob):
 @each_shape
 def test_label_is_right_with_everything_on(shape):
     x = random_images(2000, shape)
-    out, augmented = augment(x, **dict.fromkeys(AUGMENTATIONS, 0.3))
+    out, augmented = augment(x, **dict.fromkeys(AUGMENTATIONS.keys() - LABELS, 0.3))
     assert torch.equal(augmented, is_changed(x, out))
-    assert 0.5 < augmented.float().mean() < 0.7  # 1 - 0.7^2 (1 - 0.3 * 8/9) = 0.64
+    assert 0.65 < augmented.float().mean() < 0.8  # 1 - 0.7^3 (1 - 0.3 * 8/9) = 0.75
 
 
 @each_augmentation
@@ -83,8 +84,9 @@ def test_label_is_right_with_everything_on(shape):
 def test_every_image_has_its_own_draw(setting, shape):
     """But all channels of an image share one draw."""
     grey = random_images(1, (1, *shape[1:])).expand(200, 3, -1, -1)
-    out, augmented = augment(grey, **{setting: 0.5})
-    assert augmented.any() and not augmented.all()
+    out, augmented = augment(grey, **{setting: 0.2})
+    changed = augmented.view(200, -1).bool().any(1)
+    assert changed.any() and not changed.all() and torch.equal(changed, is_changed(grey, out))
     assert torch.equal(out, out[:, :1].expand_as(out))
 
 
@@ -156,7 +158,101 @@ def test_points_are_not_augmented(setting):
 def test_each_property_of_a_data_set_guards_its_augmentation(setting):
     needs = AUGMENTATIONS[setting][1]
     config = Config(dataset='cifar10', **{setting: 0.5})
+    if setting in LABELS:  # the network gets a label, so all images may have it
+        get_augmenter(Config(**{setting: 0.5}), vars(DATASETS['digits']))
+        return
     assert needs in vars(DATASETS['cifar10'])
     get_augmenter(config, ALL_ALLOWED)
     with pytest.raises(SettingError, match=setting):
         get_augmenter(config, ALL_ALLOWED | {needs: False})
+
+
+# ---------------------------------------------------------------- resampling: crops, and EDM's augmentation
+
+
+def blob(n, at, side=64):
+    """(n, 1, side, side): a smooth spot at the position `at` (x, y) in pixels from the centre."""
+    p = torch.arange(side) - (side - 1) / 2
+    return (-((p - at[0]).square() + (p[:, None] - at[1]).square()) / 8).exp().expand(n, 1, side, side)
+
+
+def centre_of(x):
+    """(n, 2): the mean position (x, y) of the light of each image, in pixels from the centre; and its sum (n,)."""
+    p, mass = torch.arange(x.shape[-1]) - (x.shape[-1] - 1) / 2, x.sum((1, 2, 3))
+    return torch.stack([(x.sum((1, 2)) * p).sum(1), (x.sum((1, 3)) * p).sum(1)], 1) / mass[:, None], mass
+
+
+def rotation(angle):
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+@pytest.mark.parametrize('at', [(0.0, 0.0), (6.0, -3.0)])
+def test_the_label_of_an_image_says_where_its_parts_are(at):
+    """From the label, the formulas of the paper give where a spot is, and how much light it has."""
+    torch.manual_seed(0)
+    x, beyond = (
+        blob(600, at),
+        [
+            np.array([64 * i + (-1) ** i * at[0], 64 * j + (-1) ** j * at[1]])
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+            if i or j
+        ],
+    )  # mirror images of the spot
+    out, label = geometric(x, 0.6)
+    centre, mass = centre_of(out)
+    is_inside = 0
+    for i, (flip_x, flip_y, scale, cos, sin, along, across, *shift) in enumerate(label.double().tolist()):
+        stretch, direction, factor = np.hypot(along, across), np.arctan2(across, along), 2 ** (0.2 * scale)
+        stretching = rotation(direction) @ np.diag([2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)]) @ rotation(-direction)
+        whole = np.diag([1 - 2 * flip_x, 1 - 2 * flip_y]) @ rotation(np.arctan2(sin, cos + 1)) @ stretching * factor
+        expected = whole @ np.array(at) + 8 * np.array(shift)
+        mirrored = [np.abs(whole @ p + 8 * np.array(shift)).max() for p in beyond]
+        if np.abs(expected).max() < 20 and factor * 2 ** (0.2 * stretch) < 1.5 and min(mirrored) > 40:
+            is_inside += 1
+            np.testing.assert_allclose(centre[i], expected, atol=0.05)
+            assert float(mass[i] / x[0].sum()) == pytest.approx(factor**2, rel=0.05)
+    assert is_inside > 100
+
+
+def test_how_often_each_part_of_the_augmentation_is_used():
+    torch.manual_seed(0)
+    _, label = geometric(torch.rand(4000, 1, 4, 4), 0.3)
+    shares = (label != 0).float().mean(0)
+    np.testing.assert_allclose(shares, [0.15, 0.15, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3], atol=0.03)
+    used = label != 0
+    for together in (used[:, 3:5], used[:, 5:7], used[:, 7:9]):
+        assert torch.equal(together.any(1), together.all(1))
+    numbers = [label[:, i][used[:, i]] for i in (2, 7, 8)]  # the scale and both shifts: standard normal
+    assert all(abs(n.mean()) < 0.1 and abs(n.std() - 1) < 0.07 for n in numbers)
+    stretch = label[:, 5:7][used[:, 5]]
+    assert abs(stretch.square().sum(1).mean() - 1) < 0.1 and abs(stretch.mean(0)).max() < 0.08
+
+
+@each_shape
+def test_flips_alone_are_exact(shape):
+    torch.manual_seed(0)
+    x = random_images(3000, shape)
+    out, label = geometric(x, 0.1)
+    for along_x, along_y, dims in ((1, 0, [3]), (0, 1, [2]), (1, 1, [2, 3])):
+        rows = (label[:, :2] == torch.tensor([along_x, along_y])).all(1) & (label[:, 2:] == 0).all(1)
+        assert rows.any()
+        torch.testing.assert_close(out[rows], x[rows].flip(dims))
+    assert torch.equal(out[(label == 0).all(1)], x[(label == 0).all(1)])
+
+
+@each_shape
+def test_a_crop_is_a_part_of_the_image(shape):
+    """On ramps along x and y, a crop is a ramp whose slope is the side of the part, and whose ends are inside."""
+    torch.manual_seed(0)
+    _, h, w = shape
+    for side, dim in ((w, 3), (h, 2)):
+        ramp = torch.arange(side) + 0.5  # the position of each pixel's middle
+        x = (ramp if dim == 3 else ramp[:, None]).expand(300, 1, h, w)
+        out, chosen = crop(x, torch.ones(300, dtype=torch.bool))
+        line = out.select(5 - dim, 1)[:, 0]  # (300, side)
+        slope = line[:, side // 2] - line[:, side // 2 - 1]
+        low = line[:, side // 2 - 1] - slope * (side // 2 - 0.5)  # where the part begins
+        assert chosen.all() and LEAST_CROP <= slope.min() < 0.83 and 0.97 < slope.max() <= 1 + 1e-5
+        assert low.min() > -1e-4 and (low + slope * side).max() < side + 1e-4
+        assert low.std() > 0.05 * side / 8

@@ -1,6 +1,7 @@
 """The trainer, on real digits in this process: randomness, resuming, losses, failures."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -167,6 +168,30 @@ def test_loss_is_the_square_error_of_the_target(tiny_config, build_trainer):
     batch = trainer.batches.draw_shard(next(iter(trainer.train_loader)), 0, 0)
     losses = trainer.loss_fn(batch, lambda xt, t, label: torch.zeros_like(xt))
     assert torch.allclose(losses, (batch.x1**2).mean((1, 2, 3)))
+
+
+def test_the_network_gets_the_label_of_an_augmentation_in_training_only(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config(global_batch_size=64, batch_shards=1, geometric_prob=0.3))
+    images = next(iter(trainer.train_loader))
+    batch = trainer.batches.draw_shard(images, 0, 0)
+    told = batch.cond['augmentation']
+    assert told.shape == (64, 9) and 0.5 < told.any(1).float().mean() < 0.95
+    changed = (batch.x0 != 2 * images[0] - 1).flatten(1).any(1)
+    assert changed.any() and not (changed & ~told.any(1)).any()
+    for cond in (trainer.example.cond, trainer.sample_inputs(12).cond):
+        assert cond['augmentation'].shape[1:] == (9,) and not cond['augmentation'].any()
+    trainer.train_loop()
+    assert 0.5 < [line['train/augmented'] for line in record(trainer.config) if 'train/augmented' in line][-1] < 0.95
+
+
+def test_an_experiment_that_drops_the_label_of_an_augmentation_is_refused(tiny_config, build_trainer):
+    class Forgets(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            return dataclasses.replace(super().prepare_batch_fn(batch, is_train), augmentation_label=None)
+
+    trainer = build_trainer(tiny_config(geometric_prob=0.3), Forgets)
+    with pytest.raises(SettingError, match=r'geometric_prob: prepare_batch_fn must hand on'):
+        trainer.batches.draw_shard(next(iter(trainer.train_loader)), 0, 0)
 
 
 def test_prepared_batch(tiny_config, build_trainer):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import utils
+from augmentations import label_condition
 from config import SettingError
 from data_loading.choice import classes_in_proportion, classes_in_turn, held_out_order
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler, facts_of
@@ -87,6 +88,7 @@ class Batches:
         one, and None removes it."""
         prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
         given = getattr(batch, 'cond', {})
+        given = given | label_condition(self.config, prepared.augmentation_label, prepared.x0, is_train)
         if not given:
             return prepared
         cond = {name: value for name, value in (given | prepared.cond).items() if value is not None}

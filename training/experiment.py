@@ -27,7 +27,7 @@ class ProcessedBatch:
     x1: Tensor  # (B, ...) base sample
     t: Tensor  # (B,)
     label: Tensor | None  # (B,) int64 class; num_classes means 'no label'
-    augmentation_label: Tensor | None = None  # (B,) bool: whether this image was augmented
+    augmentation_label: Tensor | None = None  # (B,) bool: was it augmented? Or (B, L): how
     cond: dict[str, Tensor] = field(default_factory=dict)  # named conditions besides the class, each (B, ...)
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from augmentations import AUGMENTATIONS
 from config import Config, SettingError
 from settings.rules import RULES, RULES_OF_SEVERAL
 
@@ -31,11 +32,7 @@ BROKEN = [  # (settings, the settings that the message must show)
         for name in 'seed held_out log_every save_every keep_every sample_every eval_every eval_metrics_every'.split()
     ),
     *(({name: -1}, name) for name in 'warmup_steps num_workers max_translation sample_nfe'.split()),
-    *(
-        ({name: value}, name)
-        for name in 'flip_prob rotate_prob translate_prob label_dropout guidance_rescale'.split()
-        for value in (-0.1, 1.1)
-    ),
+    *(({name: value}, name) for name in ['label_dropout', 'guidance_rescale', *AUGMENTATIONS] for value in (-0.1, 1.1)),
     *(({name: 0.0}, name) for name in 'base_lr time_std sigma_data sigma_min adam_eps'.split()),
     *(({name: -0.1}, name) for name in 'weight_decay grad_clip_norm min_lr sde_noise_scale'.split()),
     *(({name: -0.1}, name) for name in 'guidance_scale beta_min'.split()),
