@@ -230,7 +230,7 @@ def test_how_often_each_part_of_the_augmentation_is_used():
 
 
 @each_shape
-def test_flips_alone_are_exact(shape):
+def test_only_flips_are_exact(shape):
     torch.manual_seed(0)
     x = random_images(3000, shape)
     out, label = geometric(x, 0.1)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from augmentations import AUGMENTATIONS, LABELS
 from config import DEBUG, PRESETS, Config, SettingError, choose, parse_config
 from sampling import SETTINGS
 from tests.helpers import ROOT
@@ -46,7 +47,7 @@ def test_every_setting_is_read_outside_config():
                     read.add(node.attr)
     read |= {'experiment_name', 'ckpt_dir'} if 'run_dir' in read else set()
     read |= set(SETTINGS)
-    assert set(FIELDS) - read == {'debug', 'preset', 'settings'} | {'flip_prob', 'rotate_prob', 'translate_prob'}
+    assert set(FIELDS) - read == {'debug', 'preset', 'settings'} | (AUGMENTATIONS.keys() - LABELS)
 
 
 @pytest.mark.parametrize('group', [*PRESETS.values(), DEBUG], ids=[*PRESETS, 'DEBUG'])
