@@ -50,11 +50,11 @@ LEAST_CROP = 0.8  # side of the smallest crop, as a fraction of the image's
 def resampled(x: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     """out(p) = x(linear (p - shift)), with bilinear interpolation, and reflection beyond the border.
 
-    x (B, C, H, W). Positions p (x, y) are in pixels from the centre: linear (B, 2, 2), shift (B, 2).
+    x (B, C, H, W). Positions p (x, y) are in pixels from the centre. linear (B, 2, 2); shift (B, 2), in sides.
     """
-    sides = torch.tensor([x.shape[3] / 2, x.shape[2] / 2], device=x.device)  # affine_grid counts from -1 to 1
-    linear = linear * sides / sides[:, None]
-    offset = -(linear @ (shift / sides)[:, :, None])
+    (a, b, c, d), wide = linear.flatten(1).unbind(1), x.shape[3] / x.shape[2]
+    linear = torch.stack([a, b / wide, c * wide, d], 1).view(-1, 2, 2)  # affine_grid counts each side from -1 to 1
+    offset = -(linear @ (2 * shift)[:, :, None])
     grid = F.affine_grid(torch.cat([linear, offset], 2), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
 
@@ -62,8 +62,7 @@ def resampled(x: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 def crop(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """A random part of the chosen images, with sides of LEAST_CROP or more of theirs, resized to their size."""
     share = 1 - (1 - LEAST_CROP) * torch.rand(len(x), 1, device=x.device)
-    corner = (1 - share) * (torch.rand(len(x), 2, device=x.device) - 0.5)  # the middle of the part, in units of sides
-    centre = corner * torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+    centre = (1 - share) * (torch.rand(len(x), 2, device=x.device) - 0.5)  # the middle of the part, in sides
     linear = share[:, :, None] * torch.eye(2, device=x.device)
     return torch.where(chosen[:, None, None, None], resampled(x, linear, -centre / share), x), chosen
 
@@ -85,11 +84,9 @@ def geometric(x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     """
     b, device = len(x), x.device
     given = (torch.rand(b, 6, device=device) < prob).to(x.dtype)
-    flips, shift = (
-        given[:, :2] * torch.randint(2, (b, 2), device=device),
-        given[:, 5:] * torch.randn(b, 2, device=device),
-    )
-    scale, stretch = (given[:, [2, 4]] * torch.randn(b, 2, device=device)).unbind(1)
+    flips = given[:, :2] * torch.randint(2, (b, 2), device=device)
+    shift = given[:, 5:] * torch.randn(b, 2, device=device)
+    scale, stretch = (given[:, 2:5:2] * torch.randn(b, 2, device=device)).unbind(1)
     stretch = stretch.abs()
     angle, direction = (math.pi * (2 * torch.rand(2, b, device=device) - 1)).unbind()
     angle = given[:, 3] * angle
@@ -98,8 +95,7 @@ def geometric(x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     inverse = inverse @ torch.diag_embed(1 - 2 * flips)
     turned, stretched = [angle.cos() - 1, angle.sin()], [stretch * direction.cos(), stretch * direction.sin()]
     label = torch.cat([flips, torch.stack([scale, *turned, *stretched], 1), shift], 1)
-    sides = torch.tensor([x.shape[3], x.shape[2]], device=device)
-    out = resampled(x, inverse, shift * sides / 8)
+    out = resampled(x, inverse, shift / 8)
     return torch.where((label != 0).any(1)[:, None, None, None], out, x), label
 
 

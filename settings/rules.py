@@ -86,7 +86,7 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
      'for power averages, ema_decays are widths from 0.01 to 0.25: add --ema_decays 0.05'),
     ('dit_size dit_depth dit_width dit_heads',
      lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
-     'nothing is left for dit_size to decide: add --dit_depth 0 --dit_width 0 --dit_heads 0, or drop --dit_size'),
+     'nothing is left for dit_size to decide: leave one of the three at 0, or add --dit_size S'),
     ('guidance_scale label_dropout', lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
      'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1'),
 ]  # fmt: skip

@@ -170,35 +170,38 @@ def test_each_property_of_a_data_set_guards_its_augmentation(setting):
 # ---------------------------------------------------------------- resampling: crops, and EDM's augmentation
 
 
-def blob(n, at, side=64):
-    """(n, 1, side, side): a smooth spot at the position `at` (x, y) in pixels from the centre."""
-    p = torch.arange(side) - (side - 1) / 2
-    return (-((p - at[0]).square() + (p[:, None] - at[1]).square()) / 8).exp().expand(n, 1, side, side)
+def positions(side):
+    """Positions of the pixels of a side, from its centre."""
+    return torch.arange(side) - (side - 1) / 2
+
+
+def blob(n, at, width):
+    """(n, 1, 64, width): a smooth spot at the position `at` (x, y) in pixels from the centre."""
+    square = (positions(width) - at[0]).square() + (positions(64)[:, None] - at[1]).square()
+    return (-square / 8).exp().expand(n, 1, 64, width)
 
 
 def centre_of(x):
     """(n, 2): the mean position (x, y) of the light of each image, in pixels from the centre; and its sum (n,)."""
-    p, mass = torch.arange(x.shape[-1]) - (x.shape[-1] - 1) / 2, x.sum((1, 2, 3))
-    return torch.stack([(x.sum((1, 2)) * p).sum(1), (x.sum((1, 3)) * p).sum(1)], 1) / mass[:, None], mass
+    mass, of_x, of_y = x.sum((1, 2, 3)), x.sum((1, 2)) * positions(x.shape[3]), x.sum((1, 3)) * positions(64)
+    return torch.stack([of_x.sum(1), of_y.sum(1)], 1) / mass[:, None], mass
 
 
 def rotation(angle):
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
-@pytest.mark.parametrize('at', [(0.0, 0.0), (6.0, -3.0)])
-def test_the_label_of_an_image_says_where_its_parts_are(at):
+@pytest.mark.parametrize(('at', 'width'), [((0.0, 0.0), 64), ((6.0, -3.0), 64), ((6.0, -3.0), 96)])
+def test_the_label_of_an_image_says_where_its_parts_are(at, width):
     """From the label, the formulas of the paper give where a spot is, and how much light it has."""
     torch.manual_seed(0)
-    x, beyond = (
-        blob(600, at),
-        [
-            np.array([64 * i + (-1) ** i * at[0], 64 * j + (-1) ** j * at[1]])
-            for i in (-1, 0, 1)
-            for j in (-1, 0, 1)
-            if i or j
-        ],
-    )  # mirror images of the spot
+    x = blob(600, at, width)
+    beyond = [  # mirror images of the spot
+        np.array([width * i + (-1) ** i * at[0], 64 * j + (-1) ** j * at[1]])
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+        if i or j
+    ]
     out, label = geometric(x, 0.6)
     centre, mass = centre_of(out)
     is_inside = 0
@@ -206,8 +209,9 @@ def test_the_label_of_an_image_says_where_its_parts_are(at):
         stretch, direction, factor = np.hypot(along, across), np.arctan2(across, along), 2 ** (0.2 * scale)
         stretching = rotation(direction) @ np.diag([2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)]) @ rotation(-direction)
         whole = np.diag([1 - 2 * flip_x, 1 - 2 * flip_y]) @ rotation(np.arctan2(sin, cos + 1)) @ stretching * factor
-        expected = whole @ np.array(at) + 8 * np.array(shift)
-        mirrored = [np.abs(whole @ p + 8 * np.array(shift)).max() for p in beyond]
+        moved = np.array([width, 64]) / 8 * np.array(shift)
+        expected = whole @ np.array(at) + moved
+        mirrored = [np.abs((whole @ p + moved) / [width / 64, 1]).max() for p in beyond]
         if np.abs(expected).max() < 20 and factor * 2 ** (0.2 * stretch) < 1.5 and min(mirrored) > 40:
             is_inside += 1
             np.testing.assert_allclose(centre[i], expected, atol=0.05)
