@@ -1,9 +1,9 @@
 """Augmentation of a batch on its device: per-image flips, rotations, shifts, ..., never in the data loader.
 
-An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With an
-augmentation that labels its images, augmented is (B, L): what was done, zeros for nothing. The network gets that as
-cond['augmentation'], and zeros in evaluation and sampling. With all probabilities 0 it takes data of any rank.
-An augmentation that would change the meaning of the data (a flipped digit) is refused when the augmenter is built.
+An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With all
+probabilities 0 it takes data of any rank.
+An augmentation that would change the meaning of the data (a flipped digit) is refused when the augmenter is built, or
+it has a label, which the network gets as cond['augmentation']: what was done, and zeros for nothing, as in sampling.
 """
 
 import math
@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config, SettingError
-
-Augmenter = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def flip(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,16 +72,18 @@ def turn(angle: Tensor) -> Tensor:
 
 
 def geometric(x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
-    """EDM's augmentation, each of its six parts with probability `prob`, and its label (B, 9) for the network.
+    """EDM's augmentation, each of its parts with probability `prob`, and its label (B, 9) for the network.
 
-    An image is flipped along x and y (each in half of the cases), scaled by 2^(0.2 n), turned by any angle, stretched
-    by 2^(0.2 n) in any direction, which keeps its area, and shifted by n / 8 of its sides; each n is from N(0, 1). The
-    label holds both flips, n of the scale, cos - 1 and sin of the angle, n (cos, sin) of the stretch, and both n of
-    the shift (Karras et al. 2022, appendix F.2). Here n of the stretch is positive, or the label would be the same for
-    a direction that is stretched and one that is shortened. The paper resamples with sharper filters.
+    Half of all images are flipped along x, whatever `prob` is. An image is then flipped along y (in half of the cases),
+    scaled by 2^(0.2 n), turned by any angle, stretched by 2^(0.2 n) in any direction, which keeps its area, and shifted
+    by n / 8 of its sides; each n is from N(0, 1). The label holds both flips, n of the scale, cos - 1 and sin of the
+    angle, n (cos, sin) of the stretch, and both n of the shift (Karras et al. 2022, appendix F.2). Here n of the
+    stretch is positive, or the label would be the same for a direction that is stretched and one that is shortened.
+    The paper stretches along the sides in half of the cases, and resamples with sharper filters.
     """
     b, device = len(x), x.device
     given = (torch.rand(b, 6, device=device) < prob).to(x.dtype)
+    given[:, 0] = 1
     flips = given[:, :2] * torch.randint(2, (b, 2), device=device)
     shift = given[:, 5:] * torch.randn(b, 2, device=device)
     scale, stretch = (given[:, 2:5:2] * torch.randn(b, 2, device=device)).unbind(1)
@@ -91,8 +91,8 @@ def geometric(x: Tensor, prob: float) -> tuple[Tensor, Tensor]:
     angle, direction = (math.pi * (2 * torch.rand(2, b, device=device) - 1)).unbind()
     angle = given[:, 3] * angle
     factors = torch.stack([2 ** (-0.2 * (scale + stretch)), 2 ** (-0.2 * (scale - stretch))], 1)
-    inverse = turn(direction) @ torch.diag_embed(factors) @ turn(-direction) @ turn(-angle)
-    inverse = inverse @ torch.diag_embed(1 - 2 * flips)
+    inverse = torch.diag_embed(1 - 2 * flips) @ turn(-angle)
+    inverse = inverse @ turn(direction) @ torch.diag_embed(factors) @ turn(-direction)
     turned, stretched = [angle.cos() - 1, angle.sin()], [stretch * direction.cos(), stretch * direction.sin()]
     label = torch.cat([flips, torch.stack([scale, *turned, *stretched], 1), shift], 1)
     out = resampled(x, inverse, shift / 8)
@@ -108,20 +108,39 @@ AUGMENTATIONS: dict[str, tuple[Callable[[Tensor, Tensor, Config], tuple[Tensor, 
     'crop_prob': (lambda x, chosen, c: crop(x, chosen), 'translation_keeps_label'),
     'geometric_prob': (lambda x, chosen, c: geometric(x, c.geometric_prob), ''),
 }
-LABELS = {'geometric_prob': 9}  # setting -> size of the label, for augmentations that return one in place of the mask
+LABELS = {'geometric_prob': 9}  # setting -> size of the label that its augmentation returns in place of the mask
 
 
-def label_condition(config: Config, label: Tensor | None, x0: Tensor, is_train: bool) -> dict[str, Tensor]:
-    """The condition of the network for the augmenter's `label` of x0 (B, ...): zeros outside of training, and {} if no
-    augmentation labels its images. Raises SettingError if the label is missing."""
-    size = sum(size for setting, size in LABELS.items() if getattr(config, setting) > 0)
-    label = label if is_train else x0.new_zeros(len(x0), size)
-    if size and (label is None or label.shape != (len(x0), size)):
-        raise SettingError(
-            f'{" ".join(LABELS)}: prepare_batch_fn must hand on what self.augmenter returns, (x, label): x becomes x0, '
-            'and label augmentation_label. Or set it to 0.'
-        )
-    return {'augmentation': label} if size and label is not None else {}
+class Augmenter:
+    """The augmentations whose probability is above 0, in the order of the table."""
+
+    def __init__(self, config: Config):
+        self.config, self.active = config, [name for name in AUGMENTATIONS if getattr(config, name) > 0]
+        self.label_size = sum(LABELS.get(name, 0) for name in self.active)
+        self.labels: list[Tensor] | None = None  # labels of the last call
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        augmented, self.labels = torch.zeros(len(x), dtype=torch.bool, device=x.device), []
+        for name in self.active:
+            chosen = torch.rand(len(x), device=x.device) < getattr(self.config, name)
+            x, done = AUGMENTATIONS[name][0](x, chosen, self.config)
+            if name in LABELS:
+                self.labels.append(done)
+                done = (done != 0).any(1)
+            augmented |= done
+        return x, augmented
+
+    def condition(self, x0: Tensor) -> dict[str, Tensor]:
+        """The condition of the network for x0 (B, ...): labels of the last call, or zeros if there was none since
+        `condition` was called. {} without labels. Raises SettingError if that call was for another number of images."""
+        labels, self.labels = self.labels, None
+        label = torch.cat(labels, 1) if labels else x0.new_zeros(len(x0), self.label_size)
+        if self.label_size and len(label) != len(x0):
+            raise SettingError(
+                f'{self.active[-1]}={getattr(self.config, self.active[-1]):g}: prepare_batch_fn augments {len(label)} '
+                f'images and returns {len(x0)}. Augment all in one call, or use --{self.active[-1]} 0.'
+            )
+        return {'augmentation': label} if self.label_size else {}
 
 
 def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) -> Augmenter:
@@ -149,15 +168,8 @@ def get_augmenter(config: Config, allowed: dict[str, Any], pairs: bool = False) 
                 f'dataset={config.dataset!r}. Use --{setting} 0, and augment both alike in prepare_batch_fn.'
             )
 
-    def augmenter(x: Tensor) -> tuple[Tensor, Tensor]:
-        augmented, labels = torch.zeros(len(x), dtype=torch.bool, device=x.device), list[Tensor]()
-        for setting, prob in active.items():
-            chosen = torch.rand(len(x), device=x.device) < prob
-            x, done = AUGMENTATIONS[setting][0](x, chosen, config)
-            if setting in LABELS:
-                labels.append(done)
-            else:
-                augmented |= done
-        return x, torch.cat(labels, 1) if labels else augmented
-
+    if (augmenter := Augmenter(config)).label_size and 'augmentation' in allowed.get('conditions', ()):
+        raise SettingError(
+            f'dataset={config.dataset!r} has a condition augmentation: rename it, or --geometric_prob 0.'
+        )
     return augmenter

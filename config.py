@@ -126,7 +126,7 @@ class Config:
 
     # ---------------------------------------------------------------- optimizer
     optimizer: str = 'muon'
-    """Key of OPTIMIZERS in optimizers.py: muon, adamw (with more steps and a base_lr of 1e-3 or less), or another."""
+    """Key of OPTIMIZERS in optimizers.py: muon; adamw, with more steps and a base_lr of 1e-3; sgd and others."""
     base_lr: float = 4e-3  # Learning rate after the warm-up.
     min_lr: float = 0.0  # Lower bound of the learning rate after the warm-up.
     warmup_steps: int = 30  # Steps of linear warm-up from 0 to base_lr.
@@ -209,9 +209,8 @@ LONG_RUN = dict(optimizer='adamw', base_lr=1e-3, warmup_steps=100, ema_decays=(0
 SMALL_IMAGES = dict(
     channels=32, channel_mults=(1, 2, 2), global_batch_size=64, ema_decays=(0.99,), label_dropout=0.1
 ) | dict(num_training_steps=1000, log_every=50, save_every=250, keep_every=1000, sample_every=500, eval_every=250)
-# For GPUs. From EDM (Karras et al. 2022, table 7): batch, rate, warm-up of 10 million images, averages with a half-life
-# of half a million images, dropout and augmentation. From Esser et al. 2024: training times.
-FOR_GPUS = dict(optimizer='adamw', weight_decay=0.0, adam_betas=(0.9, 0.999), lr_schedule_type='constant') | dict(
+# For GPUs: a warm-up of 10 million images, averages with a half-life of half a million images.
+FOR_GPUS = dict(optimizer='adamw', weight_decay=0.0, lr_schedule_type='constant', time_sampler='logit_normal') | dict(
     channels=128, channel_mults=(1, 2, 2, 2), attention_resolutions=(16,), label_dropout=0.1, log_every=100,
     num_training_steps=200_000, save_every=2000, keep_every=50_000, sample_every=10_000, eval_every=10_000,
 )  # fmt: skip
@@ -230,13 +229,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     'small_images': SMALL_IMAGES
     | dict(dataset='image_folder', image_size=(32,), attention_resolutions=(8,), dropout=0.1)
     | dict(flip_prob=0.5, translate_prob=0.5, max_translation=2),
+    # Batch, rate, warm-up, averages, dropout and augmentation of EDM (Karras et al. 2022, table 7).
     'cifar10': FOR_GPUS
-    | dict(dataset='cifar10', num_res_blocks=2, dropout=0.13, geometric_prob=0.12)
+    | dict(dataset='cifar10', num_res_blocks=2, dropout=0.13, geometric_prob=0.12, adam_betas=(0.9, 0.999))
     | dict(global_batch_size=512, base_lr=1e-3, warmup_steps=20_000, ema_decays=(0.9993, 0.9999)),
+    # EDM's for 64 x 64 pictures of faces, with its network.
     'images64': FOR_GPUS
     | dict(dataset='image_folder', image_size=(64,), num_res_blocks=4, dropout=0.05, geometric_prob=0.15)
-    | dict(global_batch_size=256, base_lr=2e-4, warmup_steps=40_000, ema_decays=(0.99965, 0.9999)),
-    # A transformer on patches of pixels: JiT-B/16 (Li and He 2025), with 5e-5 for each 256 images of a batch.
+    | dict(global_batch_size=256, base_lr=2e-4, adam_betas=(0.9, 0.999), warmup_steps=40_000)
+    | dict(ema_decays=(0.99965, 0.9999)),
+    # A transformer on patches of pixels: JiT-B/16 (Li and He 2025), with a rate of 5e-5 for 256 images.
     'images256': FOR_GPUS
     | dict(dataset='image_folder', image_size=(256,), network='dit', dit_size='B', dit_patch=16, flip_prob=0.5)
     | dict(model_type='x0', time_mean=0.8, time_std=0.8, t_min=0.02, t_max=0.98, adam_betas=(0.9, 0.95))

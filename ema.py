@@ -5,6 +5,7 @@ training/posthoc.py makes averages of other lengths from them after training.
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from config import choose
 lerp_, copy_ = torch._foreach_lerp_, torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
+@cache
 def gamma_of(width: float) -> float:
     """The exponent of a power-function average: update k has a share proportional to k^gamma. `width` is the standard
     deviation of the averaged updates, as a fraction of all, below 0.288 (Karras et al. 2024, algorithm 2)."""

@@ -99,11 +99,11 @@ class Record:
             self.log_to.add(utils.without_step(name), total, count)
 
     def losses(self, losses: Tensor, t: Tensor, augmented: Tensor | None = None) -> None:
-        """Losses (B,) of a micro-batch at times t (B,); `augmented` (B,) or (B, L), 0 where nothing was."""
+        """Losses (B,) of a micro-batch at times t (B,); `augmented` (B,): was anything done to this image?"""
         self.means.add_finite('train/loss', losses)
         self.means.add_by_time('train/loss_t', losses, t)
         if augmented is not None:
-            self.means.add('train/augmented', (augmented.view(len(t), -1) != 0).any(1).sum(), len(t))
+            self.means.add('train/augmented', augmented.float().sum(), augmented.numel())
 
     def step(self, lr: float, norms: Mapping[str, Tensor]) -> None:
         """After an optimizer step: its learning rate, and the gradient norm of each network before clipping."""

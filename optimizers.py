@@ -84,8 +84,9 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mH if matrices.shape[-2] > matrices.shape[-1] else x).to(matrices.dtype)
 
 
-# name -> (groups of parameters, lr, and what it has of betas, momentum, eps, fused) -> optimizer. LBFGS is left out
-# because it computes the loss several times in a step, and SparseAdam because it needs sparse gradients.
+# name -> (groups of parameters, lr, and what it has of betas, eps, momentum, fused) -> optimizer. Three of torch's are
+# left out: LBFGS computes the loss several times in a step, SparseAdam needs sparse gradients, and Rprop reads the
+# learning rate in its first step only.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'adamw': AdamW,
     'muon': Muon,
@@ -98,7 +99,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     'nadam': torch.optim.NAdam,
     'radam': torch.optim.RAdam,
     'rmsprop': torch.optim.RMSprop,
-    'rprop': torch.optim.Rprop,
     'sgd': torch.optim.SGD,
 }
 
@@ -106,9 +106,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def get_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     """The optimizer `config.optimizer` for `network`, Adam's kin fused on devices that have it. Raises SettingError.
 
-    It gets the arguments that it knows; momentum (of SGD, RMSprop) is the first of adam_betas. Weights of two or more
-    dimensions are decayed; biases and norm gains are not. Muon makes the updates of the same weights orthogonal,
-    except embedding tables, whose rows are looked up one by one: they are treated like biases.
+    It gets the arguments that it knows. `momentum` (SGD, RMSprop) is the first of adam_betas; `eps` is given to those
+    that have betas, and weight decay is decoupled where torch has it. Weights of two or more dimensions are decayed;
+    biases and norm gains are not. Muon makes the updates of the same weights orthogonal, except embedding tables, whose
+    rows are looked up one by one: they are treated like biases.
     """
     optimizer = choose('optimizer', config.optimizer, OPTIMIZERS)
     tables = {id(m.weight) for m in network.modules() if optimizer is Muon and isinstance(m, nn.Embedding)}
@@ -120,13 +121,14 @@ def get_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
     for p in parameters:
         groups[p.ndim < 2 or id(p) in tables]['params'].append(p)  # True: the second group, without decay
     fused = all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters)
-    given: dict[str, Any] = dict(betas=config.adam_betas, momentum=config.adam_betas[0], eps=config.adam_eps)
-    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Adam):
-        given |= dict(fused=fused)
+    given: dict[str, Any] = dict(betas=config.adam_betas, momentum=config.adam_betas[0], decoupled_weight_decay=True)
     known = inspect.signature(optimizer).parameters
-    own_eps = 'eps' in known and not isinstance(known['eps'].default, float)  # Adafactor's are two numbers
-    names = known.keys() - {'eps' if own_eps else ''}
-    return optimizer(groups, lr=config.base_lr, **{name: x for name, x in given.items() if name in names})
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if 'betas' in known or takes_all:
+        given |= dict(eps=config.adam_eps, fused=fused)
+    if takes_all:  # a class of your own: what Adam has
+        given = {name: given[name] for name in ('betas', 'eps', 'fused')}
+    return optimizer(groups, lr=config.base_lr, **{name: x for name, x in given.items() if takes_all or name in known})
 
 
 def falling(config: Config, step: int, shape: Callable[[float], float]) -> float:
@@ -146,7 +148,7 @@ LR_SCHEDULES: dict[str, Callable[[Config, int], float]] = {
     'cosine': lambda config, step: falling(config, step, lambda x: (1 + math.cos(math.pi * x)) / 2),
     'inverse_sqrt': inverse_sqrt,
     'linear': lambda config, step: falling(config, step, lambda x: 1 - x),
-    # warm-up, stable, decay: constant, then linear over the last fifth (Hu et al. 2024; Haegele et al. 2024)
+    # warm-up, stable, decay: constant, then linear over the last fifth of the steps after the warm-up (Hu et al. 2024)
     'wsd': lambda config, step: falling(config, step, lambda x: min(1.0, 5 * (1 - x))),
 }
 

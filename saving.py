@@ -121,9 +121,13 @@ def load_weights(
 ) -> None:  # fmt: skip
     """Copy `weights` into `network`. Raises SettingError, which names what differs, if they do not fit.
 
-    With `other_classes`, a class embedding for another number of classes is not copied, and there is a warning.
+    With `other_classes`, a class embedding for another number of classes is not copied, and there is a warning; an
+    embedding of the augmentation is copied if both have one.
     """
-    now = network.state_dict()
+    now, label = network.state_dict(), '.mlp_augmentation.'  # a new run may have an augmentation with a label, or none
+    if other_classes:
+        weights = {name: w for name, w in weights.items() if label not in name or name in now}
+        weights |= {name: w for name, w in now.items() if label in name and name not in weights}
     embeddings = [name for name in weights.keys() & now.keys() if name.endswith('class_embedding.weight')]
     other = {name: now[name] for name in embeddings if weights[name].shape[0] != now[name].shape[0]}
     if other and other_classes:

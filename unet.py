@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import bcast_right, jvp
+from utils import bcast_right, is_transformed
 
 # number of axes besides the channels -> their names, the convolution over them, and the interpolation between values
 SIDES = {1: 'L', 2: 'H, W', 3: 'D, H, W'}
@@ -71,10 +71,9 @@ class Conditions(nn.Module):
                     f'Use () for a number, (D,) for a vector or, as the data, (C, {SIDES[axes]}) for channels'
                 )
             if name not in self.images:
-                size = math.prod(shape) if shape else dim
-                self.mlps[f'mlp_{name}'] = nn.Sequential(  # prefixed, because every module has a method `type`
-                    nn.Linear(size, dim), nn.SiLU(), zero_init(nn.Linear(dim, dim))
-                )
+                size, bias = math.prod(shape) if shape else dim, name != 'augmentation'  # its zeros mean: nothing
+                last = zero_init(nn.Linear(dim, dim, bias))
+                self.mlps[f'mlp_{name}'] = nn.Sequential(nn.Linear(size, dim, bias), nn.SiLU(), last)  # `type` is taken
 
     def given(self, cond: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The conditions that are not None. Raises TypeError for an undeclared name, ValueError for another shape."""
@@ -82,6 +81,8 @@ class Conditions(nn.Module):
         if unknown:
             known = ', '.join(self.shapes) or 'none'
             raise TypeError(f'the network does not know the condition {unknown}; it was built with cond: {known}')
+        if self.training and 'augmentation' in self.shapes.keys() - cond.keys():
+            raise TypeError('the network needs cond augmentation: pass **batch.cond to model_fn, or --geometric_prob 0')
         for name, value in cond.items():
             shape = self.shapes[name]
             fixed = 1 if name in self.images else len(shape)  # an image may have other sides than declared
@@ -139,7 +140,7 @@ class ConditionedNetwork(nn.Module):
         return F.silu(emb + self.conditions.embed(cond))
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        again = self.checkpointing and not jvp.running  # torch cannot compute it again in forward mode
+        again = self.checkpointing and torch.is_grad_enabled() and not is_transformed()  # torch.func cannot do it again
         return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
 
 

@@ -90,22 +90,34 @@ def jvp(
         out = fn(*inputs)
         return out, torch.zeros_like(out)
     primals = tuple(inputs[i].clone() for i in moving)  # torch refuses an expanded tensor, whose elements share memory
-    outer, jvp.running = jvp.running, True
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            result = torch.func.jvp(fn_of_moving, primals, tuple(tangents[i] for i in moving))
-    finally:
-        jvp.running = outer
+    with sdpa_kernel(SDPBackend.MATH):
+        result = torch.func.jvp(fn_of_moving, primals, tuple(tangents[i] for i in moving))
     return result[0], result[1]
 
 
-jvp.running = False  # True during a call of jvp
+def is_transformed() -> bool:
+    """Whether this code is being differentiated in forward mode or by torch.func. Compiled code never is."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.autograd.forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
 
 
 def frozen(module: nn.Module) -> Callable[..., Any]:
     """A function that calls `module`: gradients reach its inputs, not its weights, as in a GAN's generator loss."""
     weights = {name: p.detach() for name, p in module.named_parameters()}  # share memory: they follow the optimizer
-    return lambda *args, **kwargs: torch.func.functional_call(module, weights, args, kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        networks = [part for part in module.modules() if getattr(part, 'checkpointing', False)]
+        for part in networks:  # a block that is computed again would find its own weights
+            part.checkpointing = False  # pyright: ignore[reportArgumentType]
+        try:
+            return torch.func.functional_call(module, weights, args, kwargs)
+        finally:
+            for part in networks:
+                part.checkpointing = True  # pyright: ignore[reportArgumentType]
+
+    return call
 
 
 def image_square_error(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
 # --optimizer muon, use another folder: CKPTS=ckpts/muon.
 #
 # CKPTS    folder of the runs (ckpts)           NUM      samples of each FID (50000)
-# UNIT     steps of 5 million images (9766)     WEIGHTS  file of Inception's weights (downloaded)
+# UNIT     steps of 5 million images (9766)     NFE      evaluations (4 6 8 10 20 35)
+# WEIGHTS  file of Inception's weights (downloaded)
 set -eu
 cd -- "$(dirname -- "$0")/.."
 python=python3
@@ -15,21 +16,19 @@ python=python3
 [ -z "${VIRTUAL_ENV:-}" ] || python=$VIRTUAL_ENV/bin/python
 folder=${CKPTS:-ckpts} unit=${UNIT:-9766}
 
-train() {  # name, label dropout, steps, flags ...
-    name=$1 dropout=$2 steps=$3
-    shift 3
+train() { # steps, flags ...; reads name and dropout
     sh run.sh --preset cifar10 --experiment_name "$name" --ckpt_dir "$folder" --label_dropout "$dropout" \
-        --num_training_steps "$steps" --no_final_eval --no_final_pictures "$@"
+        --no_final_eval --no_final_pictures --num_training_steps "$@"
 }
 
 for stage in 2 5 10 20; do
     for kind in conditional unconditional; do
         dropout=0.1
         [ $kind = conditional ] || dropout=1
-        name=cifar10_$kind steps=$((stage * unit))
-        [ -d "$folder/$name" ] || train "$name" $dropout $((20 * unit)) --check "$@" # prints hours and memory
-        train "$name" $dropout $steps "$@"
-        sh run.sh evaluate.py --run "$folder/$name" --num "${NUM:-50000}" --nfe 4 6 8 10 20 35 \
+        name=cifar10_$kind
+        [ -d "$folder/$name" ] || train $((20 * unit)) --check "$@" # prints hours and memory
+        train $((stage * unit)) "$@"
+        sh run.sh evaluate.py --run "$folder/$name" --num "${NUM:-50000}" --nfe ${NFE:-4 6 8 10 20 35} \
             --detector inception ${WEIGHTS:+--detector_weights "$WEIGHTS"}
     done
     "$python" benchmarks/cifar10.py "$folder"

@@ -58,7 +58,7 @@ class Run:
 
     def __init__(self, folder: str, channels_last: bool = True, **settings: Any):
         defaults = PRESETS['cifar10'] | dict(global_batch_size=BATCH, wandb='disabled', compile='off', ckpt_dir=folder)
-        defaults |= dict(num_training_steps=10**6, keep_every=0) | UNET
+        defaults |= dict(num_training_steps=10**6, keep_every=0, geometric_prob=0.0, flip_prob=0.5) | UNET
         settings.setdefault('experiment_name', f'run{len(os.listdir(folder))}')
         load = lambda config: (images(IMAGES), images(max(64, IMAGES // 5)))  # noqa: E731
         spec = dataclasses.replace(data_utils.DATASETS['cifar10'], load=load, shape=(3, SIDE, SIDE))

@@ -40,9 +40,9 @@ class JudgedData:
 
     @cached_property
     def example(self) -> Tensor:
-        """The first items, decoded, (n, ...) with n at most 64."""
+        """At most 64 items, spread over the data, decoded."""
         with torch.no_grad():
-            return self.as_decoded(self.train.take(range(min(64, self.train.size)))[0])
+            return self.as_decoded(self.train.take(range(0, self.train.size, -(-self.train.size // 64)))[0])
 
     def mismatch(self, x: Tensor) -> str:
         """Why decoded samples (n, ...) can't be compared with the data; empty if they can."""

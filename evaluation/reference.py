@@ -2,8 +2,8 @@
 training images, and a Gaussian for each pixel."""
 
 import math
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Reference:
         """Number of noisy images that a baseline averages; 0 if the optimal denoiser is unknown or takes too long."""
         experiment, loader = self.experiment, self.batches.train_loader
         known = experiment.independent and experiment.couple is None and not experiment.overrides('prepare_batch_fn')
-        known &= not self.batches.example.cond
+        known &= not self.batches.example.cond.keys() - {'augmentation'}
         if ranks.any_rank(not known or loader.has_pairs or loader.resident is None or loader.size < 16):
             return 0
         first = loader.take(range(16))[0]
@@ -111,7 +111,7 @@ class Reference:
             alpha, sigma = (utils.bcast_right(v, xt.ndim) for v in (coefs.alpha, coefs.sigma))
             return mean + alpha * variance / (alpha.square() * variance + sigma.square()) * (xt - alpha * mean)
 
-        def as_network(denoise: Callable[..., Tensor], xt: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        def as_network(denoise: Any, xt: Tensor, t: Tensor, label: Tensor | None = None, **_: Tensor) -> Tensor:
             coefs = experiment.process(t)
             clean = get_model_convert_fn('x0')(denoise(xt, coefs, label), t, xt, coefs)
             return getattr(clean, experiment.config.model_type)

@@ -52,9 +52,9 @@ READS: dict[str, Mapping[Any, str]] = dict(
     ),
     process_name=dict(rf='', cosine='', linear_vp='beta_min beta_max', ve='sigma_min sigma_max'),
     time_sampler=dict(uniform='', logit_normal='time_mean time_std', log_normal='time_mean time_std'),
-    optimizer=dict(rprop='', asgd='weight_decay', adafactor='weight_decay', sgd='weight_decay adam_betas')
-    | dict.fromkeys(['adadelta', 'adagrad'], 'weight_decay adam_eps')
-    | dict.fromkeys('adamw muon adam adamax nadam radam rmsprop'.split(), 'weight_decay adam_eps adam_betas'),
+    optimizer=dict.fromkeys('adadelta adafactor adagrad asgd'.split(), 'weight_decay')
+    | dict.fromkeys(['rmsprop', 'sgd'], 'weight_decay adam_betas')
+    | dict.fromkeys('adamw muon adam adamax nadam radam'.split(), 'weight_decay adam_eps adam_betas'),
     lr_schedule_type=dict(constant='') | dict.fromkeys('cosine inverse_sqrt linear wsd'.split(), 'min_lr'),
     translate_prob={0.0: '', 'above 0': 'max_translation'},
 )

@@ -11,7 +11,7 @@ SHAPES = [(3, 8, 8), (1, 5, 9)]
 MOVES_ONLY = ['flip_prob', 'rotate_prob']  # permutations of the pixels
 
 each_augmentation = pytest.mark.parametrize('setting', AUGMENTATIONS)
-each_without_label = pytest.mark.parametrize('setting', AUGMENTATIONS.keys() - LABELS)
+each_without_label = pytest.mark.parametrize('setting', [name for name in AUGMENTATIONS if name not in LABELS])
 each_shape = pytest.mark.parametrize('shape', SHAPES)
 
 
@@ -85,8 +85,8 @@ def test_every_image_has_its_own_draw(setting, shape):
     """But all channels of an image share one draw."""
     grey = random_images(1, (1, *shape[1:])).expand(200, 3, -1, -1)
     out, augmented = augment(grey, **{setting: 0.2})
-    changed = augmented.view(200, -1).bool().any(1)
-    assert changed.any() and not changed.all() and torch.equal(changed, is_changed(grey, out))
+    assert augmented.any() and not augmented.all()
+    assert torch.equal(augmented, is_changed(grey, out))
     assert torch.equal(out, out[:, :1].expand_as(out))
 
 
@@ -208,7 +208,7 @@ def test_the_label_of_an_image_says_where_its_parts_are(at, width):
     for i, (flip_x, flip_y, scale, cos, sin, along, across, *shift) in enumerate(label.double().tolist()):
         stretch, direction, factor = np.hypot(along, across), np.arctan2(across, along), 2 ** (0.2 * scale)
         stretching = rotation(direction) @ np.diag([2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)]) @ rotation(-direction)
-        whole = np.diag([1 - 2 * flip_x, 1 - 2 * flip_y]) @ rotation(np.arctan2(sin, cos + 1)) @ stretching * factor
+        whole = stretching * factor @ rotation(np.arctan2(sin, cos + 1)) @ np.diag([1 - 2 * flip_x, 1 - 2 * flip_y])
         moved = np.array([width, 64]) / 8 * np.array(shift)
         expected = whole @ np.array(at) + moved
         mirrored = [np.abs((whole @ p + moved) / [width / 64, 1]).max() for p in beyond]
@@ -223,7 +223,7 @@ def test_how_often_each_part_of_the_augmentation_is_used():
     torch.manual_seed(0)
     _, label = geometric(torch.rand(4000, 1, 4, 4), 0.3)
     shares = (label != 0).float().mean(0)
-    np.testing.assert_allclose(shares, [0.15, 0.15, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3], atol=0.03)
+    np.testing.assert_allclose(shares, [0.5, 0.15, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3], atol=0.03)
     used = label != 0
     for together in (used[:, 3:5], used[:, 5:7], used[:, 7:9]):
         assert torch.equal(together.any(1), together.all(1))

@@ -6,13 +6,11 @@ from benchmarks.cifar10 import PUBLISHED, table
 
 
 def test_the_table_of_cifar10(tmp_path):
-    """Two stages of one run, of which the second has only one number, and another run without results."""
+    """A run with two stages, and one number of the second; another run without results."""
     run = tmp_path / 'cifar10_conditional'
     run.mkdir()
     (run / 'config.json').write_text(json.dumps(dict(global_batch_size=500)))
-    rates = [
-        {'train/step': n, 'train/images_per_second': rate} for n, rate in ((1, 10), (2, 1000), (3, 1000))
-    ]
+    rates = [{'train/step': n, 'train/images_per_second': rate} for n, rate in ((1, 10), (2, 1000), (3, 1000))]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in rates))
     results = [(20_000, n, 'inception', 10 / n) for n in (4, 6, 8, 10, 20, 35)]
     results += [(50_000, 35, 'inception', 0.25), (50_000, 4, 'pixels', 7.0)]

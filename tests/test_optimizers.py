@@ -45,16 +45,18 @@ def test_only_matrices_and_kernels_are_decayed(network):
 
 @pytest.mark.parametrize('name', BY_NAME)
 def test_each_optimizer_gets_what_it_knows_and_learns(name):
-    """A least-squares problem; momentum is the first of adam_betas, and an epsilon of two numbers stays torch's."""
+    """A least-squares problem. Momentum is the first of adam_betas; optimizers without betas keep their epsilon."""
     torch.manual_seed(0)
     net, x = nn.Linear(4, 2), torch.randn(64, 4)
     y = x @ torch.randn(4, 2)
     config = Config(optimizer=name, base_lr=0.05, adam_betas=(0.7, 0.8), adam_eps=1e-5, weight_decay=0.25)
     optimizer = get_optimizer(config, net)
     weights, biases = optimizer.param_groups
-    for setting, value in dict(betas=(0.7, 0.8), momentum=0.7, eps=1e-5, lr=0.05).items():
-        if setting in weights and (name, setting) != ('adafactor', 'eps'):
-            assert weights[setting] == biases[setting] == value
+    expected = dict(betas=(0.7, 0.8), momentum=0.7, lr=0.05, decoupled_weight_decay=True)
+    expected |= dict(eps=1e-5) if 'betas' in weights else {}
+    for setting in expected.keys() & weights.keys():
+        assert weights[setting] == biases[setting] == expected[setting]
+    assert 'betas' in weights or weights.get('eps') != 1e-5
     assert (weights['weight_decay'], biases['weight_decay']) == (0.25, 0.0)
     losses = []
     for _ in range(30):
@@ -66,16 +68,25 @@ def test_each_optimizer_gets_what_it_knows_and_learns(name):
 
 
 def test_a_class_of_your_own_is_an_optimizer():
-    class Mine(torch.optim.SGD):
-        def __init__(self, params, lr, eps=0.5):
-            super().__init__(params, lr)
-            self.given = eps
+    """With Adam's arguments by name, with any, or with none of them."""
 
-    net = nn.Linear(2, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BY_NAME, 'mine', Mine)
-        optimizer = get_optimizer(Config(optimizer='mine', adam_eps=0.25), net)
-    assert optimizer.given == 0.25 and optimizer.param_groups[0]['lr'] == Config().base_lr
+    class Named(torch.optim.SGD):
+        def __init__(self, params, lr, betas, eps, fused):
+            super().__init__(params, lr)
+            self.given = dict(betas=betas, eps=eps, fused=fused)
+
+    class All(torch.optim.SGD):
+        def __init__(self, params, lr, **given):
+            super().__init__(params, lr)
+            self.given = given
+
+    adams = dict(betas=(0.9, 0.99), eps=0.25, fused=True)
+    for kind, expected in ((Named, adams), (All, adams), (torch.optim.SGD, None)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BY_NAME, 'mine', kind)
+            optimizer = get_optimizer(Config(optimizer='mine', adam_eps=0.25), nn.Linear(2, 2))
+        assert getattr(optimizer, 'given', None) == expected
+        assert optimizer.param_groups[0]['lr'] == Config().base_lr
 
 
 def test_frozen_parameters_are_left_out():

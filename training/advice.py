@@ -159,10 +159,10 @@ def as_flags(settings: dict[str, Any]) -> str:
 
 def lr_warning(config: Config) -> str | None:
     """None, or a warning that the learning rate does not suit the optimizer, with the remedy."""
-    if config.optimizer != 'adamw' or config.base_lr <= 3e-3:
+    if config.optimizer not in ('adamw', 'adam', 'adamax', 'nadam', 'radam') or config.base_lr <= 3e-3:
         return None
-    given = f"base_lr={config.base_lr:g}, optimizer='adamw'"
-    return f'{given}: this is a learning rate for muon. AdamW usually wants 1e-3 or less: pass --base_lr 1e-3.'
+    given = f'base_lr={config.base_lr:g}, optimizer={config.optimizer!r}'
+    return f'{given}: this is a learning rate for muon. Adam usually wants 1e-3 or less: pass --base_lr 1e-3.'
 
 
 def padding_warning(config: Config, sides: Sequence[int]) -> str | None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import utils
-from augmentations import label_condition
 from config import SettingError
 from data_loading.choice import classes_in_proportion, classes_in_turn, held_out_order
 from data_loading.loader import HeldOutSampler, Loader, StreamSampler, facts_of
@@ -86,9 +85,10 @@ class Batches:
     def with_conditions(self, batch: tuple[Tensor, ...], is_train: bool) -> ProcessedBatch:
         """The batch that the experiment prepares, with the conditions of the data. Its own of the same name replaces
         one, and None removes it."""
+        self.experiment.augmenter.labels = None
         prepared = self.experiment.prepare_batch_fn(batch, is_train=is_train)
         given = getattr(batch, 'cond', {})
-        given = given | label_condition(self.config, prepared.augmentation_label, prepared.x0, is_train)
+        given = given | self.experiment.augmenter.condition(prepared.x0)
         if not given:
             return prepared
         cond = {name: value for name, value in (given | prepared.cond).items() if value is not None}
@@ -226,13 +226,12 @@ class Batches:
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
         order = classes_in_proportion if self.classes_as_in_data else classes_in_turn
         utils.seed_everything(seed, 'sample_inputs')
-        if experiment.independent and not self.shape_example.cond:
+        if experiment.independent and not self.shape_example.cond.keys() - {'augmentation'}:
             shape = self.shape_example.x0.shape[1:]
             x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
             label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
-            return SampleInputs(
-                x1, torch.full_like(label, data.num_classes) if self.config.label_dropout == 1 else label
-            )
+            label = torch.full_like(label, data.num_classes) if self.config.label_dropout == 1 else label
+            return SampleInputs(x1, label, experiment.augmenter.condition(x1))
         turns = held_out_order(self.test_loader, max(indices) + 1, in_turn=not self.classes_as_in_data)
         batch = self.test_loader.take([turns[i] for i in indices])
         utils.seed_everything(seed, 'sample_inputs')

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
+import utils
 from config import Config, SettingError
 from runtime import ranks
 from runtime.ranks import print_once
@@ -145,10 +146,7 @@ class Compiled:
 
 def is_differentiated(inputs: Iterable[Tensor]) -> bool:
     """Whether the network itself is being differentiated: by an input, in forward mode, or by torch.func."""
-    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    transformed = functorch.peek_interpreter_stack() is not None
-    return in_forward_mode or transformed or any(x.requires_grad for x in inputs)
+    return utils.is_transformed() or any(x.requires_grad for x in inputs)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from augmentations import Augmenter
 from config import Config
 from data_loading.spec import DataSpec
 from processes import GaussianProcess
@@ -27,7 +28,7 @@ class ProcessedBatch:
     x1: Tensor  # (B, ...) base sample
     t: Tensor  # (B,)
     label: Tensor | None  # (B,) int64 class; num_classes means 'no label'
-    augmentation_label: Tensor | None = None  # (B,) bool: was it augmented? Or (B, L): how
+    augmentation_label: Tensor | None = None  # (B,) bool: whether this image was augmented
     cond: dict[str, Tensor] = field(default_factory=dict)  # named conditions besides the class, each (B, ...)
 
 
@@ -69,6 +70,7 @@ class Experiment(Protocol):
     data: DataSpec
     modules: dict[str, nn.Module]
     process: GaussianProcess
+    augmenter: Augmenter
     independent: Any  # whether x0 and x1 are independent; a bool once the trainer has begun
     has_reference: bool  # False: eval/reference is left out
     null_cond: Mapping[str, Tensor | float]
