@@ -1,8 +1,10 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from augmentations import AUGMENTATIONS, LABELS, LEAST_CROP, crop, geometric, get_augmenter
+from augmentations import AUGMENTATIONS, LABELS, LEAST_CROP, crop, geometric, get_augmenter, resampled
 from config import Config, SettingError
 from data_utils import DATASETS
 
@@ -145,6 +147,10 @@ def test_digits_are_neither_flipped_nor_turned(dataset, setting):
         get_augmenter(Config(dataset=dataset, **{setting: 0.5}), vars(DATASETS[dataset]))
 
 
+def test_digits_may_be_shifted_and_cropped():
+    get_augmenter(Config(translate_prob=0.5, crop_prob=0.5), vars(DATASETS['digits']))
+
+
 @each_augmentation
 def test_points_are_not_augmented(setting):
     config = Config(dataset='moons', **{setting: 0.5})
@@ -260,3 +266,39 @@ def test_a_crop_is_a_part_of_the_image(shape):
         assert chosen.all() and LEAST_CROP <= slope.min() < 0.83 and 0.97 < slope.max() <= 1 + 1e-5
         assert low.min() > -1e-4 and (low + slope * side).max() < side + 1e-4
         assert low.std() > 0.05 * side / 8
+
+
+@each_shape
+def test_a_crop_is_anywhere_and_has_the_proportions_of_the_image(shape):
+    """Its place, from 0 at one end to 1 at the other, is uniform along x and y, and independent."""
+    torch.manual_seed(0)
+    _, h, w = shape
+    along_x, along_y = (torch.arange(side) + 0.5 for side in (w, h))
+    x = torch.stack([along_x.expand(h, w), along_y[:, None].expand(h, w)])
+    out, _ = crop(x.expand(4000, 2, h, w), torch.ones(4000, dtype=torch.bool))
+    places, slopes = [], []
+    for line in (out[:, 0, h // 2], out[:, 1, :, w // 2]):  # (4000, side)
+        side = line.shape[1]
+        slopes.append(line[:, side // 2] - line[:, side // 2 - 1])
+        low = line[:, side // 2 - 1] - slopes[-1] * (side // 2 - 0.5)
+        places.append(low / (side * (1 - slopes[-1])))
+    torch.testing.assert_close(*slopes, atol=1e-5, rtol=0)
+    small = torch.stack(places)[:, slopes[0] < 0.9]
+    np.testing.assert_allclose(small.mean(1), 0.5, atol=0.03)
+    np.testing.assert_allclose(small.std(1), 12**-0.5, atol=0.01)
+    assert abs(small.corrcoef()[0, 1]) < 0.1
+
+
+def test_beyond_the_border_are_mirror_images():
+    """A cosine that is level at the borders continues as its own mirror image."""
+
+    def waves(x, y):  # at positions in pixels from the centre
+        return (3 * math.pi * (x / 80 + 0.5)).cos() * (math.pi * (y / 64 + 0.5)).cos()
+
+    linear = torch.tensor([[[1.5, 0.0], [0.0, 1.5]], [[0.8, -0.6], [0.6, 0.8]]])
+    shift = torch.tensor([[0.3, -0.2], [-0.4, 0.1]])
+    x, y = torch.meshgrid(positions(80), positions(64), indexing='xy')
+    moved = torch.stack([x, y], 2) - (shift * torch.tensor([80, 64]))[:, None, None]
+    expected = waves(*torch.einsum('nij,nyxj->inyx', linear, moved))[:, None]
+    out = resampled(waves(x, y).expand(2, 1, 64, 80), linear, shift)
+    torch.testing.assert_close(out, expected, atol=0.01, rtol=0)

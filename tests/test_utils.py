@@ -199,6 +199,22 @@ def test_jvp_within_jvp():
     assert first.item() == pytest.approx(12) and second.item() == pytest.approx(12)
 
 
+def test_jvp_tells_while_it_runs():
+    """Also after a call within a call, and after an error."""
+    told, one = [], torch.ones(1)
+
+    def outer(x):
+        y, _ = jvp(lambda x: told.append(jvp.running) or x**2, (x,), (one,))
+        told.append(jvp.running)
+        return y
+
+    jvp(outer, (one,), (one,))
+    assert told == [True, True] and not jvp.running
+    with pytest.raises(ZeroDivisionError):
+        jvp(lambda x: 1 // 0, (one,), (one,))
+    assert not jvp.running
+
+
 def test_jvp_needs_a_tangent_for_each_input():
     with pytest.raises(ValueError, match='not 1 for 2'):
         jvp(closed_form, (torch.zeros(2, 3), torch.zeros(2)), (torch.zeros(2, 3),))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from config import SettingError
 from evaluation.distances import (
     Moments,
+    SampleFeatures,
     compare,
     density_coverage,
     describe_numbers,
@@ -205,3 +207,13 @@ def test_describe_has_a_line_for_each_number():
     del values['label_agreement']
     assert describe_numbers(values).splitlines() == text.splitlines()[1:]
     assert describe_numbers({}) == '' and describe_numbers({'of my own': 1.0, 'kid': 0.1}) == '  of my own: 1'
+
+
+def test_samples_of_another_kind_than_the_data_have_no_features():
+    detector = types.SimpleNamespace(features=lambda x: x.flatten(1), predict=None)
+    sampled = SampleFeatures(detector, types.SimpleNamespace(mismatch=lambda x: '' if x.ndim == 2 else 'other'))
+    sampled.add(torch.ones(3, 2), torch.zeros(3))
+    assert (len(sampled.features), len(sampled.classes), sampled.mismatch) == (1, 1, '')
+    sampled.add(torch.ones(3, 1, 2), torch.zeros(3))
+    sampled.add(torch.ones(3, 2), None)
+    assert (len(sampled.features), len(sampled.classes), sampled.mismatch) == (2, 1, 'other')

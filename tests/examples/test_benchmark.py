@@ -107,7 +107,7 @@ def test_every_claim_is_about_runs_and_numbers_of_its_example(example):
         assert any(fnmatch(number, pattern.removeprefix('final/')) for pattern in patterns), number
 
 
-def test_seconds_of_all_calls_are_added(tmp_path, monkeypatch):
+def test_seconds_of_all_calls_are_added(tmp_path, monkeypatch, capsys):
     """A job that is stopped, then finished by a later call; and one that ignores the signal is killed."""
     monkeypatch.setattr(benchmark, 'RUNS', tmp_path)
     monkeypatch.setattr(benchmark, 'hash_of', lambda example: 'hash')
@@ -123,6 +123,11 @@ def test_seconds_of_all_calls_are_added(tmp_path, monkeypatch):
     again = benchmark.Job('tiny', 0)
     os.killpg(again.process.pid, signal.SIGKILL)
     assert again.seconds() > 0.5
+    again.process.wait()
+    monkeypatch.setattr(again, 'seconds', lambda: 1234.0)
+    assert not again.finish() and 'after 1234 s' in capsys.readouterr().out
+    again.stop()
+    assert float(again.clock.read_text()) == 1234
 
 
 def test_the_hash_of_an_example_changes_with_those_that_it_imports(tmp_path, monkeypatch):

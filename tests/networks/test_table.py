@@ -12,6 +12,7 @@ each_network = pytest.mark.parametrize('network', NETWORKS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
 each_time_input = pytest.mark.parametrize('time_input', TIME_INPUTS)
 SHAPE = (1, 8, 8)
+RESAMPLING = torch.nn.Conv2d, torch.nn.Sequential  # between the levels of a UNet
 SMALL = dict(channels=8, num_res_blocks=1, dit_depth=2, dit_width=32, dit_heads=2)
 
 
@@ -57,6 +58,21 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(network, differentiate
     )
     assert len(plain) == len(again) > 10 and all(map(torch.equal, plain, again))
     assert little == much if differentiate else little < 0.6 * much
+
+
+@each_network
+def test_checkpointing_computes_every_block_again(network):
+    net, counts = build(network=network, checkpointing=True).train(), {}
+
+    def count(block, inputs):
+        counts[block] = counts.get(block, 0) + 1
+
+    lists = [m for m in net.modules() if isinstance(m, torch.nn.ModuleList)]
+    blocks = [block for blocks in lists for block in blocks if not isinstance(block, RESAMPLING)]
+    for block in blocks:
+        block.register_forward_pre_hook(count)
+    net(*batch()).square().mean().backward()
+    assert blocks and counts == dict.fromkeys(blocks, 2)
 
 
 def test_checkpointing_of_a_network_without_blocks_is_refused(monkeypatch):

@@ -141,9 +141,10 @@ def test_impossible_options_are_refused(judge, options, words):
         judge(**options)
 
 
-def test_fewer_samples_than_features_give_a_warning(judge, run, capsys):
-    judge(num=20, nfe=(3,))
-    assert 'warning: 20 samples are too few for 64 features: frechet is far from' in capsys.readouterr().out
+@pytest.mark.parametrize('num', [20, 64])  # the covariance of n samples has the rank n - 1
+def test_few_samples_for_the_features_give_a_warning(judge, run, capsys, num):
+    judge(num=num, nfe=(3,))
+    assert f'warning: {num} samples are too few for 64 features: frechet is far from' in capsys.readouterr().out
 
 
 def test_weights_of_another_network_are_refused(judge, run):

@@ -103,6 +103,14 @@ def test_choices_in_the_files_match_the_tables(setting):
     assert not is_extended(TABLES[setting][1])
 
 
+def test_each_table_from_which_a_setting_chooses_is_known():
+    nodes = [n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    calls = [n.args for n in nodes if getattr(n.func, 'id', '') == 'choose']
+    named = [(name, table) for name, _, table in calls if isinstance(name, ast.Constant)]
+    tables = {name.value: table.id for name, table in named if isinstance(table, ast.Name)}
+    assert {name: table for name, (_, table) in TABLES.items()} == {n: tables[n] for n in tables if n in FIELDS}
+
+
 def test_a_table_that_cannot_be_read_refuses_nothing(monkeypatch):
     for module in ('solvers.table', 'gone'):
         monkeypatch.setitem(TABLES, 'solver', (module, 'NO_TABLE'))

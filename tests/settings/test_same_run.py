@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from config import PRESETS, Config, parse_config
+from settings.choices import known_choices
 from settings.same_run import FREE_ON_RESUME, differences, folder_name, older_folder_name
 from tests.helpers import ROOT, as_flags
 
@@ -64,8 +65,14 @@ def test_free_settings_are_not_reported():
     assert differences(saved, Config()) == []
 
 
-@pytest.mark.parametrize('schedule, free', [('constant', True), ('inverse_sqrt', True), ('cosine', False)])
-def test_a_run_may_be_prolonged_if_its_schedule_never_looks_at_the_end(schedule, free):
+def test_a_run_may_be_resumed_with_more_or_less_memory():
+    saved = dataclasses.asdict(Config())
+    assert differences(saved, Config(checkpointing=True, accumulation_steps=4, compile='on')) == []
+
+
+@pytest.mark.parametrize('schedule', known_choices('lr_schedule_type'))
+def test_a_run_may_be_prolonged_if_its_schedule_never_looks_at_the_end(schedule):
+    free = schedule in ('constant', 'inverse_sqrt')
     saved = dataclasses.asdict(Config(lr_schedule_type=schedule))
     longer = Config(lr_schedule_type=schedule, num_training_steps=9000)
     assert differences(saved, longer) == ([] if free else ['num_training_steps: 500 -> 9000'])

@@ -61,6 +61,18 @@ def test_a_mixture_of_power_averages_equals_the_average_that_was_kept(tmp_path):
     assert (mixed - kept).norm() < 0.02 * kept.norm()
 
 
+def test_averages_that_were_saved_without_their_type_are_exponential(tmp_path, monkeypatch):
+    state = EMA.state_dict
+    monkeypatch.setattr(EMA, 'state_dict', lambda ema: {k: v for k, v in state(ema).items() if k != 'kind'})
+    network = run_of(tmp_path / 'older')
+    monkeypatch.undo()
+    run_of(tmp_path / 'newer')
+    older, newer = (
+        posthoc_weights(tmp_path / name / 'last.pt', 'posthoc_0.15', network) for name in ('older', 'newer')
+    )
+    assert torch.equal(older['layer.weight'], newer['layer.weight'])
+
+
 @pytest.mark.parametrize('name', ['posthoc_', 'posthoc_2', 'posthoc_0.5', 'posthoc_x'])
 def test_a_malformed_width_is_refused(tmp_path, name):
     with pytest.raises(SettingError, match='write posthoc_ and a width'):
@@ -168,7 +180,7 @@ def test_an_error_up_to_30_percent_of_the_profile_is_accepted(tiny_config, build
     trainer.train_loop()
     error = 0.29
 
-    def mixture(keys, width, n):
+    def mixture(keys, width, n, kind):
         return np.eye(len(keys))[0], error
 
     monkeypatch.setattr('training.posthoc.posthoc_mixture', mixture)
