@@ -193,13 +193,6 @@ def test_what_is_logged_is_averaged_over_elements_and_steps_since_the_last_clear
     assert record.state_dict()['mine'].tolist() == [16.0, 4.0]
 
 
-def test_an_image_is_augmented_if_any_part_of_its_label_is_not_zero(tmp_path):
-    record, label = record_in(tmp_path), torch.tensor([[0.0, 0.0], [0.0, -1.0], [1.0, -1.0], [2.0, 0.0]])
-    with record.open(0):
-        record.losses(torch.ones(4), torch.full((4,), 0.5), label)
-        assert record.summary(0)['train/augmented'] == 0.75
-
-
 def test_what_is_logged_apart_stays_apart(tmp_path):
     record = record_in(tmp_path)
     with record.logging_apart() as early:  # also before the record is open, as evaluate.py does

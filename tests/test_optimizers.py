@@ -90,9 +90,9 @@ def test_a_class_of_your_own_is_an_optimizer():
 
 
 def test_a_function_of_your_own_is_an_optimizer(monkeypatch):
-    monkeypatch.setitem(BY_NAME, 'mine', lambda params, lr, eps=0.5: torch.optim.Adam(params, lr, eps=eps))
+    monkeypatch.setitem(BY_NAME, 'mine', lambda params, lr, betas, eps=0.5: torch.optim.Adam(params, lr, betas, eps))
     (group, _) = get_optimizer(Config(optimizer='mine', adam_eps=0.25), nn.Linear(2, 2)).param_groups
-    assert (group['eps'], group['betas'], group['lr']) == (0.25, (0.9, 0.999), Config().base_lr)
+    assert (group['eps'], group['betas'], group['lr']) == (0.25, (0.9, 0.99), Config().base_lr)
 
 
 def test_frozen_parameters_are_left_out():

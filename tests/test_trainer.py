@@ -420,6 +420,20 @@ def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
     )
 
 
+@pytest.mark.parametrize('before, now', [(0.0, 0.3), (0.3, 0.0), (0.3, 0.1)])
+def test_init_from_with_and_without_a_label_of_the_augmentation(tiny_config, build_trainer, before, now):
+    trainer = build_trainer(tiny_config(geometric_prob=before, experiment_name='first'))
+    trainer.train_loop()
+    path = run_folder.last_path(trainer.config)
+    first = saving.best_weights(saving.load(path))
+    settings = dict(geometric_prob=now, experiment_name='second', init_from=str(path))
+    new = build_trainer(tiny_config(**settings)).network.state_dict()
+    assert any('mlp_augmentation' in name for name in new) == (now > 0)
+    both = first.keys() & new.keys()
+    assert len(both) > 20 and all(new[name].equal(first[name]) for name in both)
+    assert len(new.keys() - both) == (2 if before == 0 else 0)  # they start untrained
+
+
 def test_init_from_another_number_of_classes_leaves_the_class_embedding_out(
     tiny_config, build_trainer, monkeypatch, capsys
 ):

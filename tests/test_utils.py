@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import utils
 from unet import UNet
-from utils import bcast_right, concat, frozen, image_square_error, jvp, rows, seed_everything
+from utils import bcast_right, concat, frozen, image_square_error, is_transformed, jvp, rows, seed_everything
 
 
 @pytest.mark.parametrize('ndim', [1, 2, 4])
@@ -199,20 +199,22 @@ def test_jvp_within_jvp():
     assert first.item() == pytest.approx(12) and second.item() == pytest.approx(12)
 
 
-def test_jvp_tells_while_it_runs():
-    """Also after a call within a call, and after an error."""
+def test_code_knows_that_it_is_transformed():
+    """In forward mode, by jvp and by torch.func; not afterwards, also after an error."""
     told, one = [], torch.ones(1)
 
-    def outer(x):
-        y, _ = jvp(lambda x: told.append(jvp.running) or x**2, (x,), (one,))
-        told.append(jvp.running)
-        return y
+    def watched(x):
+        told.append(is_transformed())
+        return (x**2).sum()
 
-    jvp(outer, (one,), (one,))
-    assert told == [True, True] and not jvp.running
+    jvp(watched, (one,), (one,))
+    torch.func.grad(watched)(one)
+    torch.func.vjp(watched, one)
+    watched(one.requires_grad_()).backward()
+    assert told == [True, True, True, False]
     with pytest.raises(ZeroDivisionError):
         jvp(lambda x: 1 // 0, (one,), (one,))
-    assert not jvp.running
+    assert not is_transformed()
 
 
 def test_jvp_needs_a_tangent_for_each_input():

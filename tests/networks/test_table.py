@@ -6,7 +6,7 @@ from data_utils import DATASETS
 from networks import NETWORKS, TIME_INPUTS, ScaledNetwork, get_network
 from processes import PROCESSES, get_process
 from unet import sinusoid
-from utils import jvp
+from utils import frozen, jvp
 
 each_network = pytest.mark.parametrize('network', NETWORKS)
 each_process = pytest.mark.parametrize('process_name', PROCESSES)
@@ -58,6 +58,21 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(network, differentiate
     )
     assert len(plain) == len(again) > 10 and all(map(torch.equal, plain, again))
     assert little == much if differentiate else little < 0.6 * much
+
+
+@each_network
+def test_checkpointing_inside_other_derivatives(network):
+    """Gradients by the input through `frozen` weights, and by torch.func, equal those without checkpointing."""
+    xt, t, label = batch()
+    found = []
+    for on in (False, True):
+        net = build(network=network, checkpointing=on)
+        x = xt.clone().requires_grad_()
+        frozen(net)(x, t, label).square().mean().backward()
+        found.append((x.grad, torch.func.grad(lambda x, net=net: net(x, t, label).square().mean())(xt)))
+        assert net.net.checkpointing is on and all(p.grad is None for p in net.parameters())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(*found[0])
 
 
 @each_network
