@@ -130,10 +130,11 @@ class Augmenter:
             augmented |= done
         return x, augmented
 
-    def condition(self, x0: Tensor) -> dict[str, Tensor]:
-        """The condition of the network for x0 (B, ...): labels of the last call, or zeros if there was none since
-        `condition` was called. {} without labels. Raises SettingError if that call was for another number of images."""
-        labels, self.labels = self.labels, None
+    def condition(self, x0: Tensor, is_augmented: bool = True) -> dict[str, Tensor]:
+        """The condition of the network for x0 (B, ...): the labels of the last call, which are then forgotten; zeros if
+        there are none, or x0 is not augmented. {} if no augmentation has a label. Raises SettingError if that call was
+        for another number of images."""
+        labels, self.labels = self.labels if is_augmented else None, None
         label = torch.cat(labels, 1) if labels else x0.new_zeros(len(x0), self.label_size)
         if self.label_size and len(label) != len(x0):
             raise SettingError(

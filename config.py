@@ -111,7 +111,7 @@ class Config:
     dit_patch: int = 2  # Side of a patch in pixels; each patch is a token. Data are padded to whole patches.
     dropout: float = 0.0  # Dropout probability inside residual blocks.
     checkpointing: bool = False
-    """Compute each block again in the backward pass: less memory, slower. It has no effect inside utils.jvp."""
+    """Compute each block again in the backward pass: less memory, slower. No effect in utils.jvp and torch.func."""
     time_input: str = 't'  # The form in which the network gets the time: t or log_snr.
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1]; scales the network's input, F, weight edm and grid logistic."""
@@ -137,7 +137,7 @@ class Config:
     adam_eps: float = 1e-8  # Epsilon of Adam and its kin.
     grad_clip_norm: float = 1.0  # Gradient norm above which the gradient is scaled down; 0: never.
     ema_decays: tuple[float, ...] = (0.98,)
-    """Decay per step of each moving average of the weights; the run is judged by the first. power: its width."""
+    """Decay per step of each moving average of the weights (power: its width); the run is judged by the first."""
     ema_type: str = 'exponential'
     """exponential, or power: averages as long as a fraction (the width, such as 0.05) of the training so far."""
 

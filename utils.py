@@ -96,7 +96,7 @@ def jvp(
 
 
 def is_transformed() -> bool:
-    """Whether this code is being differentiated in forward mode or by torch.func. Compiled code never is."""
+    """Whether the call happens inside `jvp` or a transform of torch.func. Always False in compiled code."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

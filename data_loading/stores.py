@@ -137,7 +137,7 @@ def walk(group: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def is_axis(name: str, array: Any) -> bool:
-    """Whether this is a coordinate, such as x(x) in netCDF and xarray: an array named after its only axis."""
+    """Whether an array has the name of its only axis: netCDF and xarray store positions along it this way."""
     axes = getattr(array, 'dimensions', None) or getattr(getattr(array, 'metadata', None), 'dimension_names', None)
     return [*(axes or getattr(array, 'attrs', {}).get('_ARRAY_DIMENSIONS', ()))] == [name.rpartition('/')[2]]
 

@@ -149,6 +149,7 @@ def refuse(config: Any, argv: Sequence[str] | None, presets: Mapping[str, Mappin
         for names in filter(None, [unread] if is_common else [[name] for name in unread]):
             values = ', '.join(f'{name}={getattr(config, name)!r}' for name in names)
             readers = [choice for choice, own in reads.items() if {*names} <= {*own.split()}]
+            # reversed, so that the first preset of a data set is named
             made_for = {v.get(setting): f' (--preset {p})' for p, v in [*presets.items()][::-1] if setting == 'dataset'}
             remedy = ' or '.join(f'{choice}{made_for.get(choice, "")}' for choice in readers)
             what = f'{setting}={getattr(config, setting)!r} does not read {"it" if len(names) == 1 else "them"}'

@@ -221,6 +221,8 @@ def test_without_a_label_the_network_does_as_with_zeros(tiny_config, build_train
         torch.nn.init.normal_(p, std=0.1)
     inputs, model_fn = trainer.sample_inputs(12), trainer.get_model_fn(trainer.network)
     assert inputs.label.tolist() == [*range(10), 0, 1]
+    trainer.augmenter(torch.rand(12, 1, 8, 8))  # by hand: samples must not get its label
+    assert not trainer.sample_inputs(12).cond['augmentation'].any()
     told, untold = (model_fn(inputs.x1, torch.full((12,), 0.5), inputs.label, **cond) for cond in (inputs.cond, {}))
     assert torch.equal(told, untold)
     turned = model_fn(inputs.x1, torch.full((12,), 0.5), inputs.label, augmentation=torch.ones(12, 9))

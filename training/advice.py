@@ -162,7 +162,7 @@ def lr_warning(config: Config) -> str | None:
     if config.optimizer not in ('adamw', 'adam', 'adamax', 'nadam', 'radam') or config.base_lr <= 3e-3:
         return None
     given = f'base_lr={config.base_lr:g}, optimizer={config.optimizer!r}'
-    return f'{given}: this is a learning rate for muon. Adam usually wants 1e-3 or less: pass --base_lr 1e-3.'
+    return f'{given}: muon learns well at this rate, but Adam and its kin need 1e-3 or less. Pass --base_lr 1e-3.'
 
 
 def padding_warning(config: Config, sides: Sequence[int]) -> str | None:

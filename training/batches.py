@@ -231,7 +231,7 @@ class Batches:
             x1 = experiment.process.sample_base(torch.zeros(n, *shape, device=experiment.device))
             label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
             label = torch.full_like(label, data.num_classes) if self.config.label_dropout == 1 else label
-            return SampleInputs(x1, label, experiment.augmenter.condition(x1))
+            return SampleInputs(x1, label, experiment.augmenter.condition(x1, is_augmented=False))
         turns = held_out_order(self.test_loader, max(indices) + 1, in_turn=not self.classes_as_in_data)
         batch = self.test_loader.take([turns[i] for i in indices])
         utils.seed_everything(seed, 'sample_inputs')
