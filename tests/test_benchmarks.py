@@ -1,8 +1,15 @@
-"""The tables that scripts of benchmarks/ print from files of runs."""
+"""The tables that scripts of benchmarks/ write from files of runs, and the networks that they compare."""
 
 import json
 
+import pytest
+import torch
+
+from benchmarks import recipes
 from benchmarks.cifar10 import PUBLISHED, table
+from benchmarks.recipes_entries import LearnedPositions, Registers, WithoutQKNorm
+from networks.transformer import DiT, angles
+from processes import RectifiedFlow
 
 
 def test_the_table_of_cifar10(tmp_path):
@@ -24,3 +31,51 @@ def test_the_table_of_cifar10(tmp_path):
         '| cifar10_conditional | 25 | 6.9 |  |  |  |  |  | 0.25 |',
     ]
     assert found[0].count('|') == found[2].count('|') and '1.97 (35)' in PUBLISHED
+
+
+def test_recipes_page():
+    """Each table of docs/recipes.md is the one of the measured runs."""
+    page = recipes.PAGE.read_text()
+    for part in recipes.PARTS:
+        assert '\n'.join(recipes.table(part)) in page, f'{part}: run benchmarks/recipes.py --only'
+    assert {row['name'] for row in recipes.rows()} <= {name for part in recipes.PARTS.values() for name in part}
+
+
+def outputs(kind: type[DiT]) -> tuple[DiT, torch.Tensor]:
+    """A network with random weights and its outputs for two images with sides that need padding."""
+    torch.manual_seed(0)
+    net = kind((1, 7, 6), 0, depth=2, width=16, heads=2)
+    with torch.no_grad():
+        for name, p in sorted(net.named_parameters()):
+            key = name.replace('head.1', 'head')
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(sum(key.encode()))) / 5)
+    return net, net(torch.linspace(-1, 1, 84).view(2, 1, 7, 6), torch.tensor([100.0, 700.0]))
+
+
+def test_transformers_of_recipes():
+    """Positions that are learned to be the sinusoids change nothing; registers and plain attention change outputs."""
+    _, plain = outputs(DiT)
+    learned, _ = outputs(LearnedPositions)
+    place = angles(learned.grid, 8, torch.device('cpu'))
+    learned.positions.data = torch.cat([place.cos(), place.sin()], 1)
+    x = learned(torch.linspace(-1, 1, 84).view(2, 1, 7, 6), torch.tensor([100.0, 700.0]))
+    torch.testing.assert_close(x, plain)
+    registers, with_registers = outputs(Registers)
+    assert with_registers.shape == plain.shape and (with_registers - plain).abs().max() > 1e-3
+    with_registers.sum().backward()
+    assert registers.registers.grad.abs().min() > 0
+    assert (outputs(WithoutQKNorm)[1] - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_times_of_a_larger_side(k):
+    """docs/recipes.md: pooled over k x k pixels, xt at t' with logit t' = logit t + log k is a multiple of xt at t."""
+    t = torch.tensor(0.3)
+    shifted = torch.sigmoid(torch.logit(t) + torch.log(torch.tensor(float(k))))
+    x0, noise = torch.ones(1, 1, 64, 64), torch.randn(1, 1, 64 * k, 64 * k, generator=torch.Generator().manual_seed(0))
+    process = RectifiedFlow()
+    large = x0.repeat_interleave(k, 2).repeat_interleave(k, 3)
+    pooled = torch.nn.functional.avg_pool2d(process.compute_xt(large, noise, process(shifted[None])), k)
+    pooled, coefs = pooled / process.alpha(shifted), process(t)
+    assert float(pooled.mean()) == pytest.approx(1, abs=0.03)
+    assert float(pooled.std()) == pytest.approx(float(coefs.sigma / coefs.alpha), rel=0.03)
