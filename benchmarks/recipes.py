@@ -37,7 +37,7 @@ from trainer import ExampleDiffusionTrainer
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / 'recipes.jsonl', HERE.parent / 'docs/recipes.md'
 SECONDS, TIMED_STEPS = 600, 8
-SHIFTS = {'-log 2': -math.log(2), '0': 0.0, 'log 2': math.log(2)}  # of logit(t): --time_mean
+SHIFTS = {'-log 2': -math.log(2), '0': 0.0, 'log 2': math.log(2)}  # time_mean, the mean of logit(t)
 RESOLUTION = {
     f'{side} x {side}, mean {name}': Entry(dict(image_size=(side,), time_mean=shift))
     for side in (16, 32)
