@@ -71,7 +71,7 @@ def gaussian(
     between `widths`, in units of sigma_data, uniform in log d, and over a mean, along which x = alpha and x0 = 1. Real
     data are mixtures of such directions, so weights that suit all of them suit the data. They also stay moderate in
     long steps, unlike the weights of a polynomial. Neither end is singular. ODE only: tau2 is ignored.
-    The widths were chosen on mixtures and on trained networks (benchmarks/RESULTS.md).
+    The widths were chosen on mixtures and on trained networks (docs/log.md).
     """
     std = sigma_data * np.geomspace(*widths, 32)
 
