@@ -156,11 +156,7 @@ RECIPES = {
     'power-function average: `--ema_type power --ema_decays 0.1`': Entry(dict(ema_type='power', ema_decays=(0.1,))),
     '`--lr_schedule_type linear`': Entry(dict(lr_schedule_type='linear')),
     '`--lr_schedule_type wsd`': Entry(dict(lr_schedule_type='wsd')),
-    '`--lr_schedule_type constant`': Entry(dict(lr_schedule_type='constant')),
     '`--optimizer adamw --base_lr 1e-3`': Entry(dict(optimizer='adamw', base_lr=1e-3)),
-    '`--optimizer radam --base_lr 1e-3`': Entry(dict(optimizer='radam', base_lr=1e-3)),
-    '`--optimizer adafactor --base_lr 1e-2`': Entry(dict(optimizer='adafactor', base_lr=1e-2)),
-    '`--optimizer sgd --base_lr 0.1`': Entry(dict(optimizer='sgd', base_lr=0.1)),
     'SOAP (heavyball), rate 3e-3': Entry(dict(optimizer='soap', base_lr=3e-3)),
     'no null class: `--label_dropout 0`': Entry(dict(label_dropout=0.0), digits=False),  # digits have none
 }
