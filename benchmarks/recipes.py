@@ -3,10 +3,11 @@
     python benchmarks/recipes.py                             # hours, two runs at once; called again, it continues
     python benchmarks/recipes.py --only digits transformers  # some parts; --seeds 3, of digits only
 
-Parts: `digits` (the preset, every seed), `fashion_mnist` and `transformers` (its preset for 600 CPU seconds of one
-thread, seed 0: first some steps are timed, then a run of as many steps as fit is trained), and `resolution`
-(Fashion-MNIST resized to 16 x 16 and 32 x 32, 150 and 600 CPU seconds). Each run is a line of recipes.jsonl, with its
-commit. Needs Fashion-MNIST, and heavyball (requirements.txt in this folder).
+Parts: `digits` (the preset, every seed), `fashion_mnist` and `transformers` (its preset for the time of 1000 steps of
+the unchanged preset, seed 0), and `resolution` (Fashion-MNIST resized to 16 x 16 and 32 x 32, for the time of 250 and
+1000 steps). So that a busy machine does not change the numbers of steps, some steps of the preset and of the recipe are
+timed in turn, in CPU time of one thread. Each run is a line of recipes.jsonl, with its commit. Needs Fashion-MNIST, and
+heavyball (requirements.txt in this folder).
 """
 
 import argparse
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from trainer import ExampleDiffusionTrainer
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / 'recipes.jsonl', HERE.parent / 'docs/recipes.md'
-SECONDS, TIMED_STEPS = 600, 8
+TIMED_STEPS = 10
 SHIFTS = {'-log 2': -math.log(2), '0': 0.0, 'log 2': math.log(2)}  # time_mean, the mean of logit(t)
 RESOLUTION = {
     f'{side} x {side}, mean {name}': Entry(dict(image_size=(side,), time_mean=shift))
@@ -83,6 +84,12 @@ def trained(trainer: ExampleDiffusionTrainer, steps: int) -> float:
     return time.process_time() - began
 
 
+def time_ratio(a: ExampleDiffusionTrainer, b: ExampleDiffusionTrainer) -> float:
+    """The time of a step of a over the time of a step of b: the median of steps in turn."""
+    ratios = [trained(a, 1) / trained(b, 1) for _ in range(TIMED_STEPS)]
+    return median(ratios[2:])
+
+
 def measure(part: str, name: str, seed: int) -> dict[str, Any]:
     """Train one run, and judge its first average."""
     entry = PARTS[part][name]
@@ -94,10 +101,11 @@ def measure(part: str, name: str, seed: int) -> dict[str, Any]:
 
         more: dict[str, Any] = {}
         if part != 'digits':
-            timed = make(experiment_name='timed')
-            trained(timed, 2)
-            budget = SECONDS / 4 if ' 16,' in f' {name}' and part == 'resolution' else SECONDS
-            more['num_training_steps'] = int(budget * TIMED_STEPS / trained(timed, TIMED_STEPS))
+            preset = Config(
+                **PRESETS['fashion_mnist'] | dict(ckpt_dir=folder, wandb='disabled', experiment_name='preset')
+            )
+            ratio = time_ratio(build(preset), make(experiment_name='timed'))
+            more['num_training_steps'] = int((250 if name.startswith('16') else 1000) * ratio)
         trainer = make(experiment_name='run', **more)
         seconds = trained(trainer, trainer.config.num_training_steps)
         judge, module = trainer.judge, trainer.judge.judged_weights()[1]
