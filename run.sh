@@ -49,7 +49,7 @@ where=$root
 script=$(CDPATH= cd -- "$(dirname -- "$script")" && pwd -P)/$(basename -- "$script")
 script=${script#"$root"/} # the same name for a script, wherever run.sh was called
 case $script in
-    scripts/compare.py | scripts/prepare.py | scripts/sweep.py) direct=${direct:-yes} ;;
+    scripts/compare.py | scripts/export.py | scripts/prepare.py | scripts/sweep.py) direct=${direct:-yes} ;;
 esac
 if [ "$direct" != quick ] && [ "$python" != "$root/.venv/bin/python" ]; then
     "$python" -m launch.start --flags "$script" "$@" || exit $? # wrong flags fail before imports, which take seconds

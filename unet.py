@@ -14,6 +14,7 @@ To write a network, subclass `ConditionedNetwork`, which makes the embedding wit
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,7 @@ class ConditionedNetwork(nn.Module):
     """
 
     conditions: Conditions
+    arguments: Mapping[str, Any] = {}  # of the constructor, if networks/table.py has called it: scripts/export.py
     checkpointing = False  # whether the backward pass computes the inside of each block again, instead of keeping it
 
     def __init__(self, num_classes: int, frequencies: int, dim: int, conditions: Conditions | None = None):

@@ -40,12 +40,14 @@ class ScaledNetwork(nn.Module):
         return self.net(bcast_right(scale, xt.ndim) * xt, self.time_input(t, self.process), label, **cond)
 
 
-def construct(config: Config, network: Callable[..., nn.Module], *args: Any, **settings: Any) -> nn.Module:
-    """network(*args, **settings). Its ValueError becomes a SettingError."""
+def construct(config: Config, network: type[ConditionedNetwork], *args: Any) -> ConditionedNetwork:
+    """network(*args), which remembers its arguments. A ValueError becomes a SettingError."""
     try:
-        return network(*args, **settings)
+        net = network(*args)
     except ValueError as error:
         raise SettingError(f'network={config.network!r}: {error}.') from None
+    net.arguments = inspect.signature(network).bind(*args).arguments
+    return net
 
 
 def unet(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
@@ -68,9 +70,9 @@ def dit(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape
     return construct(config, DiT, shape, num_classes, depth, width, heads, config.dit_patch, config.dropout, cond)
 
 
-def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> MLP:
+def mlp(config: Config, shape: Shape, num_classes: int, cond: Mapping[str, Shape] | None = None) -> nn.Module:
     width = 8 * config.channels
-    return MLP(shape, num_classes, width, num_blocks=config.num_res_blocks, dropout=config.dropout, cond=cond)
+    return construct(config, MLP, shape, num_classes, width, config.num_res_blocks, config.dropout, cond)
 
 
 # name -> (config, shape of one item of data, num_classes) -> forward(scaled xt, time, label, **cond); label num_classes

@@ -17,6 +17,7 @@ import tyro
 
 from config import PRESETS, Config, parse_config
 from scripts.evaluate import Evaluate
+from scripts.export import Export
 from scripts.generate import Generate
 from scripts.prepare import PrepareConfig
 from scripts.sweep import combinations
@@ -24,6 +25,7 @@ from settings.flags import refuse
 from tests.helpers import ROOT, TINY, as_flags, record_of
 from tests.test_layers import WINGS
 
+OPTIONS = {'generate.py': Generate, 'evaluate.py': Evaluate, 'export.py': Export}  # programs for a run
 TEXTS = ROOT / 'README.md', ROOT / 'examples/README.md', *ROOT.glob('docs/*.md')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
 
@@ -90,8 +92,8 @@ def test_flags_of_every_command(command):
         assert combinations(words[1:])
     elif words[0] == 'compare.py':
         assert len(words) > 2
-    elif words[0] in ('generate.py', 'evaluate.py'):
-        tyro.cli(Generate if words[0] == 'generate.py' else Evaluate, args=words[1:], use_underscores=True)
+    elif words[0] in OPTIONS:
+        tyro.cli(OPTIONS[words[0]], args=words[1:], use_underscores=True)
     else:
         program = words[0] in ('', 'prepare.py') or words[0].startswith('examples/')
         config = parse_config(words[program:], PrepareConfig if words[0] == 'prepare.py' else Config)
