@@ -53,8 +53,8 @@ lacks() {
     {
         "$1" - "${2:-}" ${REQUIREMENTS#requirements.txt} <<'PYTHON' 2>/dev/null || echo 'a working python'
 import os, re, sys
-if sys.version_info < (3, 10):
-    print('python 3.10 or newer (it has %d.%d)' % sys.version_info[:2])
+if sys.version_info < (3, 11):
+    print('python 3.11 or newer (it has %d.%d)' % sys.version_info[:2])
     sys.exit()
 from importlib.metadata import PackageNotFoundError, version
 def number(text):
@@ -118,9 +118,9 @@ stamp() { echo ".venv/.installed-$(echo "$1" | tr / -)"; }
 check_base_python() {
     PYTHON=${PYTHON:-python3}
     command -v "$PYTHON" >/dev/null 2>&1 || fail "$PYTHON is not installed." \
-        "Install Python 3.10 or newer, or name one: PYTHON=/path/to/python3 sh run.sh"
-    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
-        fail "$("$PYTHON" --version 2>&1) is not 3.10 to 3.13, for which the packages are pinned." \
+        "Install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 sh run.sh"
+    "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' ||
+        fail "$("$PYTHON" --version 2>&1) is not 3.11 to 3.14, for which the packages are pinned." \
             "Install one of these and name it: PYTHON=python3.12 sh run.sh"
     "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || fail "$PYTHON has no venv module." \
         "Install it (Debian, Ubuntu: apt install python3-venv)," \
@@ -182,7 +182,7 @@ make_venv() {
     touch .venv/.installing
     for file in $stale; do
         echo "run.sh: installing the packages of $file into .venv; torch with CUDA is about 5 GB, this can take minutes"
-        logged "$python" -m pip install --disable-pip-version-check -r "$file" || fail "pip could not install $file" \
+        logged "$python" -m pip install --disable-pip-version-check -r "$file" -c requirements.lock || fail "pip could not install $file" \
             "($(grep -m 1 '^ERROR' .venv/install.log || tail -n 1 .venv/install.log))." \
             "Is there a network, and room on the disk?" \
             "Run it again to continue; pip's full output is in .venv/install.log."

@@ -129,7 +129,7 @@ def start_wandb(config: Any, run_dir: Path, run_id: str | None, start: dict[str,
         if mode not in ('online', 'offline', 'disabled'):
             raise SettingError(f'WANDB_MODE={variable!r}: it must be online, offline or disabled. Correct or unset it.')
         print_once(f'wandb: {mode}, from WANDB_MODE')
-    if mode == 'disabled' or (mode != 'offline' and not has_wandb_key(mode)):
+    if mode == 'disabled' or not is_installed(mode) or (mode != 'offline' and not has_wandb_key(mode)):
         return None
     file = run_dir / 'wandb/resume.json'
     state = json.loads(file.read_text()) if file.exists() else {}
@@ -170,6 +170,18 @@ def init_wandb(mode: str, arguments: dict[str, Any]) -> Any:
             raise SettingError(f'wandb={mode!r}: {why}. Correct it, or use --wandb {other}.') from error
         print_once(f'wandb: logged in, but the server does not answer ({type(error).__name__}); recording offline.')
     return init_wandb('offline', arguments)
+
+
+def is_installed(mode: str) -> bool:
+    """Whether wandb can be imported. If not, mode='auto' prints it and returns False; others raise SettingError."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError as error:
+        if mode != 'auto':
+            raise SettingError(f'wandb={mode!r}: {error}. Install wandb, or use --wandb disabled.') from error
+        print_once(f'wandb: {error}, so the record is kept on disk only.')
+        return False
+    return True
 
 
 def has_wandb_key(mode: str) -> bool:

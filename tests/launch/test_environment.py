@@ -20,7 +20,7 @@ def fresh(tmp_path):
 
     folder = tmp_path / 'fresh'
     (folder / 'launch').mkdir(parents=True)
-    for name in ('run.sh', 'launch/environment.sh', 'pyproject.toml'):
+    for name in ('run.sh', 'launch/environment.sh', 'pyproject.toml', 'requirements.lock'):
         (folder / name).write_text((ROOT / name).read_text())
     for name in ('alpha', 'beta'):
         with zipfile.ZipFile(folder / f'{name}-1.0-py3-none-any.whl', 'w') as wheel:
@@ -77,7 +77,7 @@ def test_no_network_is_one_clear_line(fresh):
         ('/nowhere/python3', ('/nowhere/python3 is not installed', 'PYTHON=')),
         (
             '#!/bin/sh\ncase $1 in --version) echo Python 3.8.1;; *) exit 1;; esac',
-            ('Python 3.8.1 is not 3.10 to 3.13', 'PYTHON='),
+            ('Python 3.8.1 is not 3.11 to 3.14', 'PYTHON='),
         ),
         ('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac', ('no venv module', 'apt install python3-venv')),
     ],

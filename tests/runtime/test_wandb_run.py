@@ -38,6 +38,18 @@ def test_wandb_that_cannot_start_is_done_without_unless_asked_for(tmp_path, monk
         wandb_run.start_wandb(Config(wandb='online'), tmp_path, None)
 
 
+def test_a_run_without_the_package_keeps_its_record_on_disk(tiny_config, build_trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # importing it fails
+    monkeypatch.delenv('WANDB_MODE', raising=False)
+    config = tiny_config(wandb='auto')
+    build_trainer(config).train_loop()
+    assert record_of(config.run_dir)[-1]['train/step'] == 12
+    assert capsys.readouterr().out.count('so the record is kept on disk only') == 1
+    for mode in ('online', 'offline'):
+        with pytest.raises(SettingError, match=f"wandb='{mode}': .*Install wandb, or use --wandb disabled"):
+            wandb_run.start_wandb(Config(wandb=mode), tmp_path, None)
+
+
 @pytest.fixture
 def no_account(tmp_path, monkeypatch):
     """There is no key anywhere, and wandb has no state from earlier tests."""

@@ -19,7 +19,7 @@ class Kind(enum.Enum):
     A = 'a'
 
 
-class Name(str, enum.Enum):
+class Name(enum.StrEnum):
     A = 'a'
 
 
