@@ -15,8 +15,9 @@ import json
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,17 @@ RECORD, PAGE, PICTURE = ROOT / 'benchmarks/pairs.jsonl', ROOT / 'docs/pairs.md',
 SETTINGS = dict(channels=16, global_batch_size=64, base_lr=2e-3, warmup_steps=30, ema_decays=(0.97,), eval_every=0)
 NUM_SAMPLES = 500
 Cell = tuple[str, str, str]  # process, output, target
+READING = (
+    'A plain number is a pair without a warning. Brackets mark a pair that the program warns of before it trains: the '
+    'first number is without changes, the second with the flags that the warning names first (other times, a loss '
+    'weight, another target, or output F). So compare what the network outputs, on the diagonal; with output velocity, '
+    'a loss on x0 works as well. The row of output x1 looks worse than it is: see below.'
+)
+OLDER_SAMPLERS = (
+    'These samples were drawn before the samplers began [where an output says something about '
+    'x0](solvers.md#where-the-first-step-begins). Outputs x1 and score were not as bad as their rows say: only their '
+    'samples were. The table has not been measured again.'
+)
 
 
 def config_of(cell: Cell, **more) -> Config:
@@ -52,6 +64,7 @@ def verdict(cell: Cell) -> str:
     return 'warned' if pair_warning(config, get_process(config)) else 'fine'
 
 
+@functools.cache
 def run_of(cell: Cell, remedied: bool) -> tuple[Cell, dict]:
     """The run for a cell, without changes or with the settings that its warning names: (cell, further settings).
 
@@ -134,7 +147,15 @@ def no_better(cells: dict[Cell, float], remedied: dict[Cell, float], verdicts) -
         yield f'Pairs with a warning that the flags do not improve: {", ".join(worse)}.'
 
 
-def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> None:
+def table(process: str, types: Sequence[str], text_of: Callable[[Cell], str]) -> list[str]:
+    """The lines of a table of outputs and targets."""
+    head = ['| output \\ target | ' + ' | '.join(types) + ' |', '|---' * (len(types) + 1) + '|']
+    return [*head, *(f'| {m} | ' + ' | '.join(text_of((process, m, t)) for t in types) + ' |' for m in types)]
+
+
+def page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, float], verdicts, args) -> str:
+    """The text of docs/pairs.md: first the nine cells of x0, noise and velocity on rf, then all."""
+
     def text_of(cell: Cell) -> str:
         if cell not in cells:
             return ''
@@ -143,36 +164,39 @@ def write_page(runs: list[dict], cells: dict[Cell, float], remedied: dict[Cell, 
         better = f' → {100 * remedied[cell]:.0f}' if cell in remedied else ''
         return f'({100 * cells[cell]:.0f}{better})'
 
-    settings = '--preset digits_long ' + ' '.join(
-        f'--{name} {value}' for name, value in SETTINGS.items() if not isinstance(value, tuple)
+    flags = ' '.join(f'--{name} {value}' for name, value in SETTINGS.items() if not isinstance(value, tuple))
+    number = (
+        f'On `rf`, the default process, after {args.steps} steps on digits; x1 is the noise. A number is the '
+        f'percentage of {NUM_SAMPLES} samples in which a classifier of real digits sees the requested digit: the mean '
+        f'over {args.seeds} seeds. Guessing gives 10.'
     )
-    lines = [
+    method = (
+        'Uniform times in [0.001, 0.999], no loss weight. The network is small, so that all pairs take two hours: '
+        f'`--preset digits_long {flags} --ema_decays 0.97`. On `ve`, samples are drawn with `--solver dpmpp_2m '
+        '--time_grid log_snr`. Made by `python benchmarks/pairs.py`.'
+    )
+    parts = [
         '# Which outputs learn from which targets',
-        '',
-        f'Digits, {args.steps} steps, uniform times in [0.001, 0.999], no loss weight. A number is the percentage of',
-        f'{NUM_SAMPLES} samples in which a classifier of real digits sees the requested digit: the mean over',
-        f'{args.seeds} seeds. Guessing gives 10.',
-        '',
-        '- A plain number is a pair without a warning.',
-        '- Brackets mark a pair that the program warns of before it trains. The first number is without changes, the',
-        '  second with the flags that the warning names first: other times, a loss weight, another target, or',
-        '  output F. Outputs x1 and score are changed to F, so their second number is for F.',
-        '- An empty cell was not run, or is refused.',
-        '',
-        *kept_outputs(runs),
-        *no_better(cells, remedied, verdicts),
+        'For readers who choose what the network outputs and what the loss compares (`--model_type` and '
+        '`--target_type`).',
+        '## x0, noise and velocity',
+        number,
+        '\n'.join(table('rf', ('x0', 'x1', 'velocity'), text_of)),
+        READING,
+        '## All pairs',
+        method,
+        '- An empty cell was not run, or is refused.\n'
+        '- Outputs x1 and score are changed to F by the flags, so their second number is for F.',
+        ' '.join([*kept_outputs(runs), *no_better(cells, remedied, verdicts)]),
+        OLDER_SAMPLERS,
         'The classifier sees the digit, but not whether its shades are right: look at pictures, too.',
-        '',
         '![label agreement of every pair](pairs.png)',
-        '',
-        'Made by `python benchmarks/pairs.py`. The network is small, so that the whole table takes two hours:',
-        f'`{settings} --ema_decays 0.97`.',
-        'On `ve`, samples are drawn with `--solver dpmpp_2m --time_grid log_snr`.',
     ]
     for process in PROCESSES:
-        lines += ['', f'## {process}', '', '| output \\ target | ' + ' | '.join(ROWS) + ' |', '|---' * 7 + '|']
-        lines += [f'| {m} | ' + ' | '.join(text_of((process, m, t)) for t in ROWS) + ' |' for m in ROWS]
-    PAGE.write_text('\n'.join(lines) + '\n')
+        parts += [f'### {process}', '\n'.join(table(process, list(ROWS), text_of))]
+    kept = ('|', '-', '#', '!')  # not prose
+    fill = functools.partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
+    return '\n\n'.join(part if part.startswith(kept) else fill(part) for part in parts) + '\n'
 
 
 def run() -> None:
@@ -204,7 +228,7 @@ def run() -> None:
     means = means_of(runs, cells, False)
     remedied = means_of(runs, [cell for cell in cells if verdicts[cell] == 'warned'], True)
     draw_picture(means, verdicts)
-    write_page(runs, means, remedied, verdicts, args)
+    PAGE.write_text(page(runs, means, remedied, verdicts, args))
     fine = {cell: mean for cell, mean in means.items() if verdicts[cell] == 'fine'}
     for what, table in (('pairs without a warning', fine), ('remedies', remedied)):
         print(f'{what}: {sum(mean >= 0.9 for mean in table.values())} of {len(table)} reach 90%; below:')

@@ -1,15 +1,17 @@
-"""The tables that scripts of benchmarks/ write from files of runs, and the networks that they compare."""
+"""The tables and pages that scripts of benchmarks/ write from files of runs, and the networks that they compare."""
 
 import json
+import sys
 
 import pytest
 import torch
 
-from benchmarks import recipes
+from benchmarks import pairs, recipes
 from benchmarks.cifar10 import PUBLISHED, table
 from benchmarks.recipes_entries import LearnedPositions, Registers, WithoutQKNorm
 from networks.transformer import DiT, angles
 from processes import RectifiedFlow
+from tests.helpers import ROOT
 
 
 def test_the_table_of_cifar10(tmp_path):
@@ -79,3 +81,11 @@ def test_times_of_a_larger_side(k):
     pooled, coefs = pooled / process.alpha(shifted), process(t)
     assert float(pooled.mean()) == pytest.approx(1, abs=0.03)
     assert float(pooled.std()) == pytest.approx(float(coefs.sigma / coefs.alpha), rel=0.03)
+
+
+def test_the_page_of_pairs_is_made_from_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, 'PAGE', tmp_path / 'pairs.md')
+    monkeypatch.setattr(pairs, 'draw_picture', lambda *args: None)
+    monkeypatch.setattr(sys, 'argv', ['pairs.py', '--only', 'none'])
+    pairs.run()
+    assert (tmp_path / 'pairs.md').read_text() == (ROOT / 'docs/pairs.md').read_text()

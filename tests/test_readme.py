@@ -169,6 +169,17 @@ def test_every_test_of_the_reliability_table_exists():
         assert f'def {name}(' in code, name
 
 
+@pytest.mark.parametrize('page', [page for page in PAGES if page.startswith('docs/')])
+def test_a_page_begins_with_a_sentence_that_says_for_whom_it_is(page):
+    title, head = PAGES[page].split('\n\n')[:2]
+    assert title.startswith('# ') and re.fullmatch(r'For [^.]+\.', head), head
+
+
+def test_the_index_leads_to_every_page():
+    links = set(re.findall(r'\]\(([^)#]+)\)', PAGES['docs/README.md']))
+    assert links >= {path.name for path in ROOT.glob('docs/*.md')} - {'README.md'}
+
+
 @pytest.mark.parametrize('page', PAGES)
 def test_links_and_pictures_exist(page):
     text = re.sub(r'^```.*?^```$', '', PAGES[page], flags=re.S | re.M)
