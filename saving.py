@@ -1,4 +1,4 @@
-"""Checkpoint files: named objects in one file, written whole or not at all, loadable with weights_only=True.
+"""Checkpoint files: named objects in one file, loadable with weights_only=True.
 
 A training checkpoint holds:
 version, config        the version of the format; the settings as a dict
@@ -26,7 +26,7 @@ from torch import nn
 from config import Config, SettingError
 from prediction import ROWS
 from processes import PROCESSES, GaussianProcess, get_process
-from runtime.files import LOAD_ERRORS, atomic_write, sync
+from runtime.files import LOAD_ERRORS
 from runtime.ranks import print_once
 from settings.same_run import NETWORK_SETTINGS, differences, migrated
 
@@ -37,28 +37,19 @@ class DamagedCheckpoint(SettingError):
     """A checkpoint that is incomplete or corrupted."""
 
 
-def save(path: str | Path, **objects: Any) -> None:
-    """Write objects under their names, those with a state_dict as that, plain values as they are.
-
-    A kill or a power cut at any moment leaves the old file or the new one. Raises OSError or RuntimeError if the disk
-    is full; the old file is then untouched.
-    """
-    with atomic_write(Path(path)) as temporary:
-        write(temporary, **objects)
-    sync(Path(path).parent)
-
-
 def write(path: Path, **objects: Any) -> None:
-    """Write a new file as `save` does; it is on the disk when this returns."""
-    states = {name: value.state_dict() if hasattr(value, 'state_dict') else value for name, value in objects.items()}
+    """Write plain objects under their names into a new file; it is on the disk when this returns.
+
+    Raises OSError or RuntimeError if the disk is full.
+    """
     with open(path, 'wb') as file:
-        torch.save(states, file)
+        torch.save(objects, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict[str, Any]:
-    """The objects of `save`, by name.
+    """The objects of `write`, by name.
 
     Raises SettingError if the file cannot be read, DamagedCheckpoint if it is damaged.
     """

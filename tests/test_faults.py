@@ -521,7 +521,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path, other, words):
     state = saving.load(last)
     if other == 'architecture':
         state['network'] = {name: torch.zeros(7) for name in state['network']}
-    saving.save(last, **state | dict(version=99 if other == 'version' else 1))
+    saving.write(last, **state | dict(version=99 if other == 'version' else 1))
     before = last.read_bytes()
     code, _, err = job.run(base_lr=0.5 if other == 'config' else 0.001)
     assert code == 2 and err.count('SettingError') == 1 and words in err and 'Traceback' not in err, err

@@ -140,7 +140,7 @@ def test_a_run_of_an_older_version_needs_its_data(made, images, tmp_path):
     run = made()
     saved = saving.load(run / 'last.pt')
     del saved['facts']
-    saving.save(run / 'last.pt', **saved)
+    saving.write(run / 'last.pt', **saved)
     moved = images.rename(tmp_path / 'elsewhere')
     with pytest.raises(SettingError, match=r'older version.*there is no such folder.* as --data_path'):
         drawn(run, tmp_path / 'x.npz')

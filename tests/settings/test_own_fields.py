@@ -63,7 +63,7 @@ def test_values_that_files_cannot_hold_are_refused_when_the_config_is_read(kind,
 def test_a_dataclass_in_a_config_comes_back_from_a_checkpoint_and_from_json(tmp_path):
     config = Mine(huber=Huber(0.3, Inner(((5, 6),))), other=Huber(0.4))
     saved = dataclasses.asdict(config)
-    saving.save(tmp_path / 'x.pt', config=saved | dict(older=1))
+    saving.write(tmp_path / 'x.pt', config=saved | dict(older=1))
     assert saving.config_of(torch.load(tmp_path / 'x.pt', weights_only=True), Mine) == config
     assert saving.config_of(dict(config=saved)) == Config(experiment_name=config.experiment_name)
     for from_json in (saved, json.loads(json.dumps(saved))):

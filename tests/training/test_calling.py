@@ -184,7 +184,7 @@ def test_the_output_of_cuda_graphs_is_not_overwritten_by_the_next_call(monkeypat
 
 @pytest.mark.parametrize('old, new', [(True, 'on'), (False, 'off'), ('graphs', 'graphs')])
 def test_checkpoints_in_which_compile_was_on_or_off_are_read(tmp_path, old, new):
-    saving.save(tmp_path / 'old.pt', config=dict(dataclasses.asdict(Config()), compile=old))
+    saving.write(tmp_path / 'old.pt', config=dict(dataclasses.asdict(Config()), compile=old))
     assert saving.config_of(saving.load_checkpoint(tmp_path / 'old.pt')).compile == new
 
 

@@ -73,7 +73,7 @@ def disks(tmp_path_factory):
         run = folder / f'disk{rank}/ckpts' / name
         run.mkdir(parents=True)
         config = dataclasses.asdict(Config(ckpt_dir='ckpts', experiment_name=name))
-        saving.save(run / 'last.pt', version=1, config=config, step=step, network=torch.full((3,), float(step)))
+        saving.write(run / 'last.pt', version=1, config=config, step=step, network=torch.full((3,), float(step)))
 
     for rank in (0, 1):
         put(rank, 'same', 5)

@@ -28,14 +28,15 @@ def run_of(folder, n=40, every=5, decays=(0.9, 0.98), kind='exponential'):
     network = Two(n).requires_grad_(False)
     network.layer.weight.zero_()
     ema = EMA(network, decays, kind)
+    folder.mkdir(exist_ok=True)
     for k in range(1, n + 1):
         network.layer.weight.copy_(torch.eye(n)[k - 1 : k])
         network.steps += 1
         ema.update(network)
         if k % every == 0:
-            saved = dict(config={}, network=network, ema=ema)
-            saving.save(folder / f'step_{k:07d}.pt', **saved)
-            saving.save(folder / 'last.pt', **saved)
+            saved = dict(config={}, network=network.state_dict(), ema=ema.state_dict())
+            saving.write(folder / f'step_{k:07d}.pt', **saved)
+            saving.write(folder / 'last.pt', **saved)
     return network
 
 
@@ -199,8 +200,9 @@ def test_complex_weights_keep_their_imaginary_part(tmp_path):
         ema.update(network)
         means.append(network.weight.clone())
         if k % 5 == 0:
-            saving.save(tmp_path / f'step_{k:07d}.pt', config={}, network=network, ema=ema)
-            saving.save(tmp_path / 'last.pt', config={}, network=network, ema=ema)
+            saved = dict(config={}, network=network.state_dict(), ema=ema.state_dict())
+            saving.write(tmp_path / f'step_{k:07d}.pt', **saved)
+            saving.write(tmp_path / 'last.pt', **saved)
     found = posthoc_weights(tmp_path / 'last.pt', 'posthoc_0.15', network)['weight']
     target = sum(w * m for w, m in zip(power_profile(0.15, n).tolist(), means, strict=True))
     assert found.dtype == torch.cfloat and (found - target).abs().max() < 0.15 and found.imag.abs().max() > 0
