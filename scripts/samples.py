@@ -47,23 +47,12 @@ class Samples:
             module.eval()
         self.num, self.seed, self.num_not_finite = num, seed, 0
         if to_judge:
-            self.open_data()
+            self.run.train_loader.open()
+            self.run.test_loader.open()
         self.as_in_data = self.run.batches.as_in_data if to_judge else contextlib.nullcontext
         self.labels = parse_labels(labels, self.run.data, self.run.config.label_dropout)
         self.model_fn = self.run.get_model_fn(self.run.network)
         self.inputs([0])  # if inputs are data, load them now: all processes are here, and no work is lost if they fail
-
-    def open_data(self) -> None:
-        """Load the data that the samples are compared with. Raises SettingError."""
-        try:
-            self.run.train_loader.open()
-            self.run.test_loader.open()
-        except SettingError:
-            path = self.run.config.data_path
-            if not path or self.run.config.dataset == 'hub' or Path(path).expanduser().exists():
-                raise
-            text = 'evaluate.py compares samples with the data, which are gone from there'
-            raise SettingError(f'data_path={path!r}: {text}. Pass their new path as --data_path.') from None
 
     @cached_property
     def own_inputs(self) -> SampleInputs:

@@ -1,14 +1,12 @@
 """Files of samples: their paths, resuming, and what is refused."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from config import SettingError
-from scripts.samples import SampleFiles, Samples
+from scripts.samples import SampleFiles
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
 
@@ -68,19 +66,6 @@ def test_a_longer_table_is_kept(tmp_path):
 def test_samples_that_are_not_images_need_a_file(tmp_path):
     with pytest.raises(SettingError, match=r'PNGs hold only images in \[0, 1\]'):
         SampleFiles(str(tmp_path / 'x'), False, {})
-
-
-@pytest.mark.parametrize(
-    ('dataset', 'words'),
-    [('hub', '^no network$'), ('image_folder', 'my/x.*evaluate.py compares.* gone .*--data_path')],
-)
-def test_missing_data_are_named_but_a_name_on_the_hub_is_not_a_path(dataset, words):
-    def refuse():
-        raise SettingError('no network')
-
-    config, loader = SimpleNamespace(dataset=dataset, data_path='my/x'), SimpleNamespace(open=refuse)
-    with pytest.raises(SettingError, match=words):
-        Samples.open_data(SimpleNamespace(run=SimpleNamespace(config=config, train_loader=loader)))
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
