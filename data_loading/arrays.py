@@ -1,6 +1,6 @@
 """Data sets from files of arrays: .npy, .npz, .zarr, .h5, .nc, and the .pt files of prepare.py."""
 
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ def read_parts(config: Config, parts: list[Named], names: list[str], skipped: st
         print_once(about_rows(config, columns[0], size))
         orders = split or [np.arange(len(part.x)) for part in parts]
         both = zip(columns * 2, labels * 2, orders, strict=False)  # two parts, or one twice
-        train, test = (ShuffledRows(x.array, label, rows, low, layout, more) for (x, *more), label, rows in both)
+        train, test = itertools.starmap(ShuffledRows, both)
         return train, test, facts
     spec = DataSpec(load_arrays, **facts)
     values = [tensors_of(*both, spec) for both in zip(columns, labels, strict=True)]
@@ -136,14 +136,10 @@ def stored(x: np.ndarray, low: int | None) -> np.ndarray:
 
 
 class ShuffledRows(Dataset):
-    """Rows of a file that is too large to shuffle in memory, in the order given; `layout` and `low` as in Column, and
-    `more` columns besides x."""
+    """Rows of columns, x first, of a file that is too large to shuffle in memory, in the order given."""
 
-    def __init__(
-        self, x: Any, labels: np.ndarray, order: np.ndarray, low: int | None = 0, layout: str = '',
-        more: Sequence[Column] = (),
-    ):  # fmt: skip
-        self.columns = [Column('x', x, layout, low), *more]
+    def __init__(self, columns: list[Column], labels: np.ndarray, order: np.ndarray):
+        self.columns = columns
         self.labels, self.file_rows = labels[order].tolist(), order
 
     def __len__(self) -> int:

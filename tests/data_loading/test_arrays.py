@@ -437,7 +437,9 @@ def test_the_fingerprint_of_rows_depends_on_the_last():
     x = np.arange(60, dtype=np.float32).reshape(30, 2)
     other = x.copy()
     other[-1] = 1
-    mark, changed = (arrays.ShuffledRows(a, np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other))
+    mark, changed = (
+        arrays.ShuffledRows([arrays.Column('x', a)], np.zeros(30, int), np.arange(30)).fingerprint() for a in (x, other)
+    )
     assert mark != changed and len(mark) == 128 and mark.startswith('8ce714547b2ecd2f60a8e13b')  # must stay
 
 
