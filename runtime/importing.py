@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import SettingError
+from runtime.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]  # the project's folder
 ROW = re.compile(r'^\| `([\w.]+)` \| (.+) \|$', re.MULTILINE)
 
 OURS = (  # modules and packages that a run imports; users may have scripts of their own next to them

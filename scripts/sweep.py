@@ -13,14 +13,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from config import PRESETS, Config, SettingError, parse_config
 from runtime import command, errors
+from runtime.files import ROOT
 from settings.flags import read, refuse
 from settings.same_run import folder_name, in_name, name_parts
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

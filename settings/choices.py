@@ -13,12 +13,11 @@ import textwrap
 from collections.abc import Mapping
 from functools import cache, partial
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+from runtime.files import ROOT
 from settings.rules import CHOICES
 
-ROOT = Path(__file__).resolve().parents[1]
 # setting -> (module, table): the keys of the table are its choices
 TABLES = dict(
     dataset=('data_utils', 'DATASETS'),
