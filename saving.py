@@ -197,7 +197,8 @@ def load_for_sampling(
 
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, config_class)
-    script = script_of(checkpoint)
+    # its whole text is in the checkpoint; other entries of `code` are 'file.py:Class'
+    script = next((name for name in checkpoint.get('code', {}) if name.endswith('.py')), 'the script of the run')
     tables = dict(network=NETWORKS, time_input=TIME_INPUTS, process_name=PROCESSES, model_type=ROWS)
     for setting, table in tables.items():
         value = getattr(config, setting)
@@ -218,8 +219,3 @@ def load_for_sampling(
         ) from error
     load_weights(network, best_weights(checkpoint), checkpoint['config'], config, path)
     return network.to(device).eval().requires_grad_(False), process, config
-
-
-def script_of(checkpoint: dict[str, Any]) -> str:
-    """The experiment's file, for messages. Its whole text is in the checkpoint; other entries are 'file.py:Class'."""
-    return next((name for name in checkpoint.get('code', {}) if name.endswith('.py')), 'the script of the run')

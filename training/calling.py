@@ -9,7 +9,7 @@ calls and a second network work on any number of processes as they do on one.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -117,7 +117,8 @@ class Compiled:
         self, module: nn.Module, xt: Tensor, t: Tensor, label: Tensor | None, cond: dict[str, Tensor]
     ) -> Tensor | tuple[Tensor, ...]:
         inputs = [x for x in (xt, t, label, *cond.values()) if x is not None]
-        if self.call is uncompiled or is_differentiated(inputs):
+        is_differentiated = utils.is_transformed() or any(x.requires_grad for x in inputs)  # by an input
+        if self.call is uncompiled or is_differentiated:
             return uncompiled(module, xt, t, label, cond)
         if not self.called:
             self.called, flags = True, f'(compile={self.chosen!r}; --compile off does without)'
@@ -142,11 +143,6 @@ class Compiled:
         if self.chosen == 'graphs':  # the next replay of the CUDA graph writes into the same memory
             out = tree_map_only(Tensor, torch.clone, out)
         return out
-
-
-def is_differentiated(inputs: Iterable[Tensor]) -> bool:
-    """Whether the network itself is being differentiated: by an input, in forward mode, or by torch.func."""
-    return utils.is_transformed() or any(x.requires_grad for x in inputs)
 
 
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
