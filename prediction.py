@@ -37,7 +37,7 @@ from torch import Tensor
 
 from config import Config, SettingError, choose
 from processes import Coefs, GaussianProcess, check_process, get_process
-from utils import bcast_right
+from utils import bcast_right, double
 
 # type -> (a, b) of y = a x0 + b x1; each a number, a (B,) tensor, or None for a structural zero.
 ROWS: dict[str, Callable[[Coefs], tuple[Tensor | float | None, Tensor | float | None]]] = {
@@ -262,12 +262,12 @@ def optimal_denoiser(data: Tensor, labels: Tensor | None = None) -> Callable[[Te
     loss: this denoiser has memorised the data (Karras et al. 2022, appendix B.3). Computed in float64; nan where
     sigma = 0.
     """
-    flat = data.flatten(1).double()
+    flat = double(data.flatten(1))
     squares = flat.square().sum(1)
 
     def denoise(xt: Tensor, coefs: Coefs, label: Tensor | None = None) -> Tensor:
-        alpha, sigma = coefs.alpha.double()[:, None], coefs.sigma.double()[:, None]
-        logits = (alpha * (xt.flatten(1).double() @ flat.T) - alpha.square() / 2 * squares) / sigma.square()  # (B, N)
+        alpha, sigma = double(coefs.alpha)[:, None], double(coefs.sigma)[:, None]
+        logits = (alpha * (double(xt.flatten(1)) @ flat.T) - alpha.square() / 2 * squares) / sigma.square()  # (B, N)
         if labels is not None and label is not None:
             known = torch.isin(label, labels)
             logits = logits.masked_fill(known[:, None] & (label[:, None] != labels), -torch.inf)

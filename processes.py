@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, choose
-from utils import bcast_right
+from utils import bcast_right, double
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,13 @@ class GaussianProcess:
         float64. In u, the log-SNR is nearly linear at an end where alpha or sigma is a power of t or 1 - t. Each call
         makes the table of 4096 numbers again, because a process may have parameters that change or are learned.
         """
-        u = torch.linspace(-40, 36, 4096, dtype=torch.float64, device=log_snr.device)  # t from 4e-18 to 1 - 2e-16
+        wanted = -double(log_snr)
+        u = torch.linspace(-40, 36, 4096, dtype=wanted.dtype, device=wanted.device)  # t from 4e-18 to 1 - 2e-16
         spacing = 76 / 4095
         noise = -self.log_snr(torch.sigmoid(u))  # rises with u
         # alpha or sigma may round to 0 near the ends, where log-SNR is then infinite or nan
         noise = torch.where(noise.isnan(), u.sign() * 1e4, noise).clamp(-1e4, 1e4).cummax(0).values
 
-        wanted = -log_snr.double()
         i = torch.searchsorted(noise, wanted).clamp(1, len(u) - 1)
         low, high = u[i - 1], u[i]
         slope = spacing / (noise[i] - noise[i - 1])

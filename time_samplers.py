@@ -13,6 +13,7 @@ from torch import Tensor
 
 from config import Config, SettingError, choose
 from processes import GaussianProcess, get_process
+from utils import double
 
 TimeSampler = Callable[[Tensor], Tensor]
 
@@ -23,7 +24,7 @@ def uniform(t_min: float, t_max: float) -> TimeSampler:
 
 
 def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSampler:
-    """u -> z ~ N(mean, std^2), conditioned on [low, high], in float64.
+    """u -> z ~ N(mean, std^2), conditioned on [low, high], in float64 if possible.
 
     The CDF is evaluated in the tail where it is small, so that no digits cancel. Raises SettingError if nearly the
     whole distribution lies outside.
@@ -38,7 +39,7 @@ def truncated_normal(mean: float, std: float, low: float, high: float) -> TimeSa
         )
 
     def sampler(u: Tensor) -> Tensor:
-        u = u.double()
+        u = double(u)
         return mean + std * sign * torch.special.ndtri(cdf_a + (cdf_b - cdf_a) * u)
 
     return sampler

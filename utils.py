@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+NO_FLOAT64 = ['mps']  # devices without it: Apple's GPU
 Bundle = TypeVar('Bundle')  # an instance of a dataclass of tensors
 
 # torch's own forward-mode code is scripted when first used, and warns about itself.
@@ -26,6 +27,11 @@ warnings.filterwarnings('ignore', '.*torch.jit.script.*', FutureWarning)
 def bcast_right(v: Tensor, ndim: int) -> Tensor:
     """(B,) to (B, 1, ..., 1) with `ndim` dimensions, so that it multiplies images."""
     return v.reshape(v.shape + (1,) * (ndim - v.ndim))
+
+
+def double(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on a device without it."""
+    return x.float() if x.device.type in NO_FLOAT64 else x.double()
 
 
 def rows(bundle: Bundle, index: slice | Tensor) -> Bundle:

@@ -279,7 +279,7 @@ def features_of_data(detector: Detector, data: JudgedData, most: int | None = No
             return compute(loader, rows)
         with torch.no_grad():
             first = data.as_decoded(loader.take(range(min(8, loader.size)))[0])
-        values = (first.double().cpu() * 1000).round().flatten().tolist()  # they differ if the encoder does
+        values = (first.cpu().double() * 1000).round().flatten().tolist()  # they differ if the encoder does
         key = files.digest(f'{detector.digest} {loader.fingerprint} {part} {len(rows)} {values}')
         path = data.cache / f'features-{key}.pt'
         known = read_cache(path) or {}

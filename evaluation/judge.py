@@ -143,7 +143,7 @@ class Judge:
             utils.seed_everything(self.config.seed, 'evaluate', int(index[0]))
             with torch.set_grad_enabled(needs_gradients), ranks.as_one_process():  # loss_fn may draw samples
                 losses, t = losses_of(batch, index, model_fn)
-            means.add('loss', losses.detach().double().sum(), torch.tensor(len(losses)).to(losses))
+            means.add('loss', utils.double(losses.detach()).sum(), torch.tensor(len(losses)).to(losses))
             means.add_by_time('loss_t', losses.detach(), t)
         return means
 

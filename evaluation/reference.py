@@ -45,7 +45,7 @@ class Reference:
         is 1 + alpha / sigma times as large.
         """
         process = self.experiment.process
-        t = 0.001 + 0.998 * ((index.double() + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
+        t = 0.001 + 0.998 * ((utils.double(index) + 0.5) * GOLDEN).frac()  # spread evenly (Weyl's sequence)
         time = process.time_of_log_snr(2 * (1 / t - 1).log()).to(batch.x0.dtype)
         coefs = process(time)
         x1 = noise_of(index, batch.x0)
@@ -135,7 +135,7 @@ class Reference:
                     losses, t = self.experiment.loss_fn(batch, model_fn), batch.t
                 else:
                     losses, t = self.errors(batch, draws.to(self.experiment.device), model_fn)
-                means.add(name, losses.double().sum(), len(losses))
+                means.add(name, utils.double(losses).sum(), len(losses))
                 means.add_by_time(f'{name}_t', losses, t)
 
 

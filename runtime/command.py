@@ -23,6 +23,7 @@ T = TypeVar('T')
 # Keeps waiting OpenMP threads from spinning on shared cores. The launcher sets it for its workers; here it is for
 # notebooks that import torch later.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')  # what torch lacks for Apple's GPU runs on the CPU
 # A real launcher sets LOCAL_RANK too. Without it, WORLD_SIZE and RANK come from a cluster or an earlier program, and
 # torch would wait for processes that do not exist.
 dropped = {} if 'LOCAL_RANK' in os.environ else {n: os.environ.pop(n, '1') for n in ('WORLD_SIZE', 'RANK')}

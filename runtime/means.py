@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+import utils
 from runtime import ranks
 
 Number = Tensor | float
@@ -21,7 +22,7 @@ class RunningMeans:
     MOST = 1000  # calls that may wait to be summed
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device = torch.device('cpu') if device.type in utils.NO_FLOAT64 else device
         self.clear()
 
     def clear(self) -> None:

@@ -73,6 +73,9 @@ def setup() -> torch.device:
             "or set CUDA_VISIBLE_DEVICES='' to train on the CPU."
         )
     device = torch.device('cuda', local_rank) if torch.cuda.is_available() else torch.device('cpu')
+    is_single, is_hidden = os.environ.get('WORLD_SIZE', '1') == '1', os.environ.get('CUDA_VISIBLE_DEVICES') == ''
+    if device.type == 'cpu' and torch.backends.mps.is_available() and is_single and not is_hidden:
+        device = torch.device('mps')  # gloo does not average its tensors, so several processes use the CPU
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if 'WORLD_SIZE' in os.environ and not dist.is_initialized():

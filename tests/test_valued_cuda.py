@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import main
+import utils
 from config import PRESETS, Config
 from evaluation import judge, reference
 from reports import pictures
@@ -58,6 +59,26 @@ def test_numbers_on_the_gpu_equal_the_cpu(name, build, request):
         if not key.startswith(('train/images_per', 'train/memory', 'train/waiting', 'time')):
             assert here[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     assert np.isfinite(list(here.values())).all()
+
+
+def test_no_float64_is_made_on_a_device_without_it(build, request, monkeypatch):
+    """As on Apple's GPU, on which torch raises a TypeError."""
+    request.getfixturevalue('valued_cuda')
+    made = OnCuda.__new__
+
+    def refuse(cls, values, requires_grad=False):
+        if values.dtype == torch.float64:
+            raise TypeError('this device has no float64')
+        return made(cls, values, requires_grad)
+
+    monkeypatch.setattr(OnCuda, '__new__', staticmethod(refuse))
+    with pytest.raises(TypeError, match='no float64'):
+        torch.ones(2, device=CUDA).double()
+    monkeypatch.setattr(utils, 'NO_FLOAT64', ['cuda'])
+    trainer = build(time_sampler='log_normal', ema_decays=())
+    values = evaluated(trainer)
+    assert next(next(trainer.batches.steps(0))).t.device == CUDA
+    assert np.isfinite(list(values.values())).all()
 
 
 def test_files_and_numbers_of_a_run_are_made_on_the_gpu(build, request):

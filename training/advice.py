@@ -18,6 +18,7 @@ from config import Config, SettingError, choose
 from prediction import LOSS_WEIGHTS, ROWS, determinant, error_factor, get_loss_weight
 from processes import Coefs, GaussianProcess
 from time_samplers import TIME_SAMPLERS, get_time_sampler
+from utils import double
 
 # pair_warning warns below the first and above the second
 LEAST_NOISY_SHARE = 0.05
@@ -193,7 +194,7 @@ def round_trip_warning(x: Tensor, back: Tensor) -> str | None:
     """Why `back` = decode(encode(x)) of the first data x (B, ...) looks wrong, or None."""
     if back.shape != x.shape or not x.is_floating_point():  # a decoder may make pictures of latents
         return None
-    error, std = (float(v.double().square().mean().sqrt()) for v in (back - x, x - x.mean()))
+    error, std = (float(double(v).square().mean().sqrt()) for v in (back - x, x - x.mean()))
     if not error > 0.5 * std:
         return None
     return (
@@ -214,7 +215,7 @@ def scale_warning(x0: Tensor, sigma_data: float) -> str | None:
         return f'{numbers}, and {bad} of its {x0.numel()} values are not finite. Fix the data, or override encode.'
     if low == high:
         return f'x0 of the first {len(x0)} images is {low:.4g} everywhere. Look at the data, and at encode.'
-    std = float(finite.double().std())
+    std = float(double(finite).std())
     if std < sigma_data / 5:
         return (
             f'{numbers}, standard deviation {std:.3g}. The defaults are made for about sigma_data={sigma_data:g}, and '
@@ -234,7 +235,7 @@ def scale_warning(x0: Tensor, sigma_data: float) -> str | None:
 def condition_warning(cond: dict[str, Tensor]) -> str | None:
     """Why a condition (B, ...) of the first images is too large for a network, with the remedy, or None."""
     for name, value in cond.items():
-        x = value.double()
+        x = double(value)
         if x.numel() and float(x.abs().max()) > LARGEST_CONDITION:
             return (
                 f'condition {name!r} of the first {len(x)} images lies in [{x.min():.4g}, {x.max():.4g}], and networks '

@@ -225,7 +225,7 @@ def to_host(value: Any, reuse: Any = None) -> Any:
         layout = value.shape, value.stride(), value.dtype
         if not isinstance(reuse, Tensor) or (reuse.shape, reuse.stride(), reuse.dtype) != layout:
             reuse = torch.empty_like(value, device='cpu', pin_memory=value.is_cuda, requires_grad=False)
-        return reuse.copy_(value.detach(), non_blocking=True)
+        return reuse.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
         old = reuse if isinstance(reuse, dict) else {}
         return {name: to_host(item, old.get(name)) for name, item in value.items()}

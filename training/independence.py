@@ -61,7 +61,7 @@ def signs_of_dependence(experiment: Experiment, batches: Batches) -> str | None:
     x1, second_x1 = batches.example.x1, batches.draw_example('again').x1
     if not x1.is_floating_point() or len(x1) < 8 or x1.shape != second_x1.shape:
         return None
-    first, second = ((x - x.mean(0)).flatten(1).double() for x in (x1, second_x1))
+    first, second = (utils.double((x - x.mean(0)).flatten(1)) for x in (x1, second_x1))
     products = (first * second).sum(1)  # (n,), of mean 0 if the two are independent
     if products.mean() > 5 * products.std() / len(products) ** 0.5:
         correlation = float(products.sum() / (first.norm() * second.norm()))

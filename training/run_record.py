@@ -185,7 +185,7 @@ def write_start(config: Config, trainer_class: type, device: torch.device, step:
     """
 
     def write() -> dict[str, Any]:
-        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})'
+        name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})'
         entry: dict[str, Any] = dict(time=time.strftime('%Y-%m-%dT%H:%M:%S%z'), step=step)
         entry |= dict(command=command_line(type(config)), argv=sys.argv, **git_state(), versions=versions())
         entry |= dict(host=socket.gethostname(), device=name, processes=ranks.world_size())

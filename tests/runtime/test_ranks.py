@@ -182,6 +182,20 @@ def test_gpus_that_torch_cannot_use_are_an_error_not_a_run_on_the_cpu(monkeypatc
     assert ranks.setup() == torch.device('cpu')
 
 
+def test_apples_gpu_is_for_one_process_and_can_be_hidden(monkeypatch):
+    for name in ('WORLD_SIZE', 'CUDA_VISIBLE_DEVICES'):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.setup() == torch.device('cpu')
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(ranks.dist, 'is_initialized', lambda: True)  # joins no group
+    assert ranks.setup() == torch.device('mps')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert ranks.setup() == torch.device('cpu')
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    assert ranks.setup() == torch.device('cpu')
+
+
 @pytest.mark.parametrize('n', [1, 2, 7])
 def test_one_process_has_all_items(n):
     rows = torch.randn(n, 3)
