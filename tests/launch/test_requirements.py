@@ -49,6 +49,19 @@ def test_the_versions_of_python_are_the_same_everywhere():
     assert "['3.11', '3.14']" in (ROOT / '.github/workflows/ci.yml').read_text()
 
 
+def test_pages_for_github_name_what_exists():
+    """The version is the project's, names of files are files, and every template of an issue asks for run.json."""
+    assert f'version: {PROJECT["project"]["version"]}\n' in (ROOT / 'CITATION.cff').read_text()
+    templates = [path.read_text() for path in (ROOT / '.github/ISSUE_TEMPLATE').glob('*.md')]
+    assert len(templates) == 3 and all('run.json' in text for text in templates)
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    assert len(text.splitlines()) <= 30
+    for name in re.findall(r'\b(?:\w+/)*\w+\.(?:py|md|sh)\b', text.replace('examples/X.py', '')):
+        assert (ROOT / name).is_file(), name
+    for name, file in re.findall(r'`([A-Z_]+)` (?:of |\()`([\w/.]+)`', text):
+        assert f'{name}' in (ROOT / file).read_text(), name
+
+
 def test_a_wheel_holds_the_requirements_and_no_code(tmp_path):
     """Building one fails if setuptools looks for packages: the top level has many."""
     for name in ('pyproject.toml', 'README.md', 'LICENSE', 'main.py', 'networks/__init__.py', 'solvers/__init__.py'):
