@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from runtime.wandb_run import WandbRun, start_wandb
 class Record:
     """Means, speed, pictures and the progress of a run. Rank 0 writes them.
     All ranks call `open`, `summary`, `line`, `logging_apart` and `state_dict` together. `log`, `losses`, `step` and
-    `clear` do not communicate. `picture`, `curve` and `histogram` act on rank 0 only.
+    `clear` do not communicate. `picture` and `histogram` act on rank 0 only.
     """
 
     def __init__(
@@ -210,12 +210,6 @@ class Record:
     def _save(self, image: Image.Image, name: str) -> None:
         with self._disk(), files.atomic_write(self.path.parent / name) as temporary:
             image.save(temporary, 'PNG')
-
-    def curve(self, name: str, points: Sequence[tuple[float, float]], x: str, y: str) -> None:
-        """A line plot on wandb only: metrics.jsonl gets each of its values at the step that it belongs to."""
-        rows, step = [list(point) for point in points], self.progress.step if self.progress else 0
-        drawn = lambda wandb: wandb.plot.line(wandb.Table(columns=[x, y], data=rows), x, y, title=name)  # noqa: E731
-        self.wandb.log(step, lambda wandb: {name: drawn(wandb)})
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Log a histogram of all elements of a tensor to wandb. The next line of the record has three percentiles of

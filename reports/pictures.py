@@ -12,7 +12,6 @@ import utils
 from config import SettingError
 from data_loading.choice import held_out_order
 from logging_utils import Record
-from optimizers import get_lr
 from runtime import ranks, stopping
 from runtime.errors import RankFailed
 from runtime.ranks import print_once
@@ -240,7 +239,7 @@ class Gallery:
 
     @torch.no_grad()
     def show_data(self) -> None:
-        """Draw some training items, as read and as trained on, and plot the learning rate. On rank 0."""
+        """Draw some training items, as read and as trained on. On rank 0."""
         from reports.plots import join_pictures
 
         most = POINTS_SHOWN if self.kind == 'points' else min(50, self.num_shown)
@@ -254,9 +253,6 @@ class Gallery:
         if shown:
             panels = [self.draw_items(x, names, title=title, across=5) for title, x in shown.items()]
             self.record.picture('data_and_augmented', join_pictures(panels), 0)
-        total = self.config.num_training_steps
-        curve = [(step, get_lr(self.config, step)) for step in range(0, total, max(1, total // 200))]
-        self.record.curve('lr_schedule', curve, 'step', 'lr')
 
     def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:
         """Write report.html of the run as it is now, after writing the values so far of this step's `line`."""

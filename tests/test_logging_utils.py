@@ -377,7 +377,6 @@ with record.open(0):
     with record.line(1500) as line:
         line['loss'] = 0.25 + rank
     record.picture('x', torch.full((3, 4, 4), rank, dtype=torch.uint8), 1500)
-    record.curve('x', [(0, 1)], 'step', 'lr')
     record.histogram('x', torch.ones(3), 1500)
     ranks.barrier()
     seen['lines'] = record.path.read_text()

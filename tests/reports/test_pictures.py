@@ -12,7 +12,6 @@ import main
 from config import Config
 from data_loading.toy2d import TOY2D
 from data_utils import DATASETS, DataSpec
-from optimizers import get_lr
 from reports import pictures, plots
 from reports.kinds import KINDS
 from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text
@@ -125,12 +124,9 @@ def test_a_title_has_the_guidance_that_draw_was_called_with(tiny_config, build_t
         assert trainer.gallery.title('mine', 'raw').endswith(expected)
 
 
-def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_trainer, monkeypatch, seen):
-    curves, trainer = {}, build_trainer(tiny_config(num_training_steps=3, warmup_steps=2, translate_prob=1.0))
+def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_trainer, seen):
+    trainer = build_trainer(tiny_config(num_training_steps=3, warmup_steps=2, translate_prob=1.0))
     panels = panels_of(trainer.gallery)
-    monkeypatch.setattr(
-        'logging_utils.Record.curve', lambda self, name, points, x, y: curves.update({name: list(points)})
-    )
     trainer.train_loop()
     read, trained = [panel for panel in panels if panel.title.startswith('as ')]
     assert (read.title, trained.title) == ('as read', 'as trained') and len(read.x) == 30
@@ -139,7 +135,6 @@ def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_t
     near = [torch.cdist(panel.x.flatten(1), train).amin(1) < 1e-3 for panel in (read, trained)]
     assert near[0].all() and not near[1].all()  # only the panel `as read` has items of the data
     assert torch.equal(seen['data_and_augmented'], plots.join_pictures([*map(draw, (read, trained))]))
-    assert curves['lr_schedule'] == [(k, get_lr(trainer.config, k)) for k in range(3)]
 
 
 def test_a_path_has_times_classes_and_predictions(tiny_config, build_trainer, seen):

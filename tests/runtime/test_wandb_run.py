@@ -97,7 +97,6 @@ def test_wandb_offline_holds_what_was_recorded(tmp_path, no_account):
         record.picture('step_0000200_heun_ema_0.98', picture, 200)
         record.histogram('times', torch.tensor([[0.0, 1.0], [1.0, 1.0]]), 200)
         write(record, 200, **values[1])
-        record.curve('lr_schedule', [(0, 0.5), (1, 0.25)], 'step', 'lr')
     run_dir = record.path.parent
     records = offline_records(run_dir)
     run = next(each['run'] for each in records if each['type'] == 'run')
@@ -106,7 +105,7 @@ def test_wandb_offline_holds_what_was_recorded(tmp_path, no_account):
     for name, value in vars(record.config).items():
         assert stored[name] == (list(value) if isinstance(value, tuple) else value), name
     assert stored['start'] == start
-    first, second, _ = history(records)  # a row for each step, and one for the curve
+    first, second = history(records)  # a row for each step
     for row, given, step in ((first, values[0], 100), (second, values[1], 200)):
         assert (row['train/step'], row['_step'], row['train/images']) == (step, step, step * 32)
         assert {name: row[name] for name in given} == given
@@ -114,8 +113,6 @@ def test_wandb_offline_holds_what_was_recorded(tmp_path, no_account):
     (file,) = (run_dir / 'wandb').glob(f'offline-run-*/files/{second["samples/heun_ema_0.98.path"]}')
     assert np.array_equal(np.asarray(Image.open(file)), picture.permute(1, 2, 0).numpy())
     assert sum(second['times.values']) == 4
-    (table,) = (run_dir / 'wandb').glob('offline-run-*/files/media/table/lr_schedule*.json')
-    assert json.loads(table.read_text())['data'] == [[0, 0.5], [1, 0.25]]
     metric = next(each['metric'] for each in records if each['type'] == 'metric')
     assert (metric['glob_name'], metric['step_metric']) == ('*', 'train/step')
     assert records[-1]['exit']['exit_code'] == 0
@@ -418,7 +415,7 @@ def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # `import wandb` now fails
     record = record_in(tmp_path)
     with record.open(0):
-        record.curve('x', [(0, 1)], 'step', 'lr')
+        record.picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 0)
     with pytest.raises(ImportError), record_in(tmp_path, wandb='offline').open(0):
         pass
 
