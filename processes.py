@@ -28,11 +28,6 @@ class Coefs:
     sigma_dot: Tensor
     sigma_data: float = 0.5  # assumed standard deviation of x0
 
-    def to(self, like: Tensor) -> 'Coefs':
-        """The same on the device and with the type of `like`."""
-        moved = {name: getattr(self, name).to(like) for name in ('alpha', 'sigma', 'alpha_dot', 'sigma_dot')}
-        return Coefs(**moved, sigma_data=self.sigma_data)
-
     @property
     def f(self) -> Tensor:
         """Drift alpha_dot / alpha, per unit time. Infinite where alpha = 0."""
