@@ -101,9 +101,8 @@ def generate(options: Generate) -> None:
     shown = min(o.num, run.gallery.num_shown)
     label, classes = samples.label(o.batch_size), run.data.classes or tuple(map(str, range(run.data.num_classes)))
     titles = titles_of(run.data, None if label is None else label[:shown], run.config.label_dropout)
-    columns = run.data.columns()
-    draw = partial(run.gallery.draw_items, names=titles, across=columns) if run.gallery.kind else None
-    ranks.on_main(lambda: out.finish(shown, columns, titles, label, classes, draw))
+    draw = partial(run.gallery.draw_items, names=titles, across=run.data.columns()) if run.gallery.kind else None
+    ranks.on_main(lambda: out.finish(shown, label, classes, draw))
     if o.trajectory:
         ranks.on_main_as_one_process(lambda: samples.show_path(out))
     if o.training_gif:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from config import SettingError
-from reports.plots import image_grid
 from runtime import files
 
+Draw = Callable[[Tensor], Tensor]  # samples (n, ...) -> a picture (3, H, W) uint8
 PLACES = ('ckpt_dir', 'experiment_name', 'data_dir', 'data_path')  # settings on which samples do not depend
 
 
@@ -84,11 +84,10 @@ class SampleFiles:
         return self.path.with_name(f'{self.path.stem}_{name}') if self.one_file else self.folder / name
 
     def finish(
-        self, shown: int, columns: int, titles: Sequence[str], label: Tensor | None = None, classes: Sequence[str] = (),
-        draw: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self, shown: int, label: Tensor | None = None, classes: Sequence[str] = (), draw: Draw | None = None
+    ) -> None:
         """Join the parts to one .npz: arr_0 uint8 (N, H, W, C), arr_1 the classes and `classes` their names; for PNGs
-        write labels.csv. Also draw a grid of the first `shown` samples under these `titles`, or by `draw` (n, ...)."""
+        write labels.csv. Also `draw` a grid of the first `shown` samples (n, ...)."""
         if self.one_file:
             first = self.join_parts(classes)[:shown]
         else:
@@ -98,7 +97,6 @@ class SampleFiles:
         x = torch.from_numpy(first)
         if self.images:
             x = x.reshape(*first.shape[:3], -1).permute(0, 3, 1, 2) / 255
-            draw = draw or (lambda x: image_grid(x, columns, names=titles))
         if draw is not None:
             with files.atomic_write(self.picture('grid.png')) as temporary:
                 torchvision.io.write_png(draw(x), str(temporary))

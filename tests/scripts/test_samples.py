@@ -1,11 +1,14 @@
 """Files of samples: their paths, resuming, and what is refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from config import SettingError
+from reports.plots import image_grid
 from scripts.samples import SampleFiles
 
 X = torch.linspace(0, 1, 6 * 64).view(6, 1, 8, 8)
@@ -22,7 +25,7 @@ def test_a_folder_holds_the_images_and_a_grid(tmp_path):
     out.add([0, 3], X[[0, 3]], None)
     assert out.existing() == {0, 3}
     out.add([1, 2, 4, 5], X[[1, 2, 4, 5]], None)
-    out.finish(4, 2, [])
+    out.finish(4, draw=partial(image_grid, columns=2))
     with Image.open(out.png(3)) as image:
         assert np.array_equal(np.array(image), (X[3, 0] * 255).round().byte().numpy())
     with Image.open(tmp_path / 'x/grid.png') as grid:
@@ -35,10 +38,10 @@ def test_one_file_holds_all_samples_in_order_and_can_be_extended(tmp_path):
     label = torch.arange(6)
     out.add([4, 5], X[4:], label[4:])
     out.add([0, 1], X[:2], label[:2])
-    out.finish(2, 2, [])  # samples 2 and 3 are missing, so only samples 0 and 1 are in the file
+    out.finish(2)  # samples 2 and 3 are missing, so only samples 0 and 1 are in the file
     assert len(np.load(tmp_path / 'x.npz')['arr_0']) == 2 and out.existing() == {0, 1, 4, 5}
     out.add([2, 3], X[2:4], label[2:4])
-    out.finish(6, 2, [])
+    out.finish(6)
     whole = np.load(tmp_path / 'x.npz')
     assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [0, 1, 2, 3, 4, 5]
     assert [path.name for path in (tmp_path / 'x.npz.parts').iterdir()] == ['generate.json']
@@ -50,7 +53,7 @@ def test_a_sample_in_two_batches_is_in_the_file_once_and_no_class_is_minus_one(t
     out.claim()
     for rows in (range(4), range(2, 6)):
         out.add(rows, X[list(rows)], None)
-    out.finish(6, 2, [])
+    out.finish(6)
     whole = np.load(tmp_path / 'x.npz')
     assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [-1] * 6
 
