@@ -1,6 +1,6 @@
 """A solver of your own: copy this file, and change the step.
 
-    sh run.sh examples/own_solver.py
+    sh run.sh examples/own_solver.py --experiment_name two_step
 
 Move the step and its line into solvers/table.py, and `sh tests/run.sh tests/solvers tests/test_sampling.py` will check
 its order of convergence, its cost, and that its samples have the right distribution.
