@@ -26,7 +26,7 @@ from tests.helpers import ROOT, TINY, as_flags, record_of
 from tests.test_layers import WINGS
 
 OPTIONS = {'generate.py': Generate, 'evaluate.py': Evaluate, 'export.py': Export}  # programs for a run
-TEXTS = ROOT / 'README.md', ROOT / 'examples/README.md', *ROOT.glob('docs/*.md')
+TEXTS = ROOT / 'README.md', *ROOT.glob('examples/*.md'), *ROOT.glob('docs/*.md')
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in TEXTS}
 
 
