@@ -73,24 +73,15 @@ def print_while(what: str) -> Iterator[Task]:
         _tasks.remove(task)
 
 
-class Bar(tqdm):
-    """A bar whose redraws count as output."""
-
-    def update(self, n: float | None = 1) -> bool | None:
-        shown = super().update(n)
-        if shown:
-            note_output()
-        return shown
-
-
 def with_progress(items: Iterable[T], what: str, total: int, unit: str = 'item') -> Iterator[T]:
     """Iterate over `items` with a bar on a terminal, else with `print_while`; only rank 0 shows anything."""
     no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
-    with print_while(what) as task, Bar(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
+    with print_while(what) as task, tqdm(total=total, desc=what, leave=False, unit=unit, disable=no_bar) as bar:
         for i, item in enumerate(items):
             task.share = i / max(total, 1)
             yield item
-            bar.update()
+            if bar.update():  # drawn again
+                note_output()
 
 
 def duration(seconds: float) -> str:
@@ -110,11 +101,12 @@ class Progress:
         self.seconds_at_end, self.has_numbers = seconds_at_end, has_numbers
         self.began, self.last_shown = time.monotonic(), -math.inf
         no_bar = None if is_rank_0() else True  # None: a bar on a terminal only
-        self.bar = Bar(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_bar)
+        self.bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=no_bar)
 
     def advance(self) -> bool:
         """Count a step; True if a line is due because none was printed for MAX_INTERVAL seconds."""
-        self.bar.update()
+        if self.bar.update():  # drawn again
+            note_output()
         self.step += 1
         return self.bar.disable and time.monotonic() - max(self.last_shown, self.began) >= MAX_INTERVAL
 

@@ -43,9 +43,10 @@ def test_a_bar_counts_as_output_when_it_is_redrawn(clock):
     for least, last_output in ((0, 160.0), (1e9, 100.0)):
         clock[0] = 100.0
         alive.note_output()
-        bar = alive.Bar(total=3, file=io.StringIO(), mininterval=least)
+        progress = Progress(3, lambda speed: 0.0, False, step=0)
+        progress.bar = alive.tqdm(total=3, file=io.StringIO(), mininterval=least)
         clock[0] += 60
-        bar.update()
+        progress.advance()
         assert alive._last_output == last_output
 
 
