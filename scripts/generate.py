@@ -68,7 +68,7 @@ def generate(options: Generate) -> None:
     from evaluation.detectors import digest_of
     from reports.plots import titles_of
     from runtime import ranks, stopping
-    from scripts.outputs import SampleFiles, read_png, write_gif
+    from scripts.outputs import SampleFiles, write_gif
     from scripts.samples import Samples
 
     o = options
@@ -106,7 +106,7 @@ def generate(options: Generate) -> None:
     if o.trajectory:
         ranks.on_main_as_one_process(lambda: samples.show_path(out))
     if o.training_gif:
-        ranks.on_main(lambda: write_gif(out.picture('training.gif'), list(map(read_png, in_training)), 500))
+        ranks.on_main(lambda: write_gif(out.picture('training.gif'), in_training, 500))
     ranks.print_once(f'{o.num} samples in {o.out}{speed}')
 
 

@@ -137,12 +137,6 @@ def write_gif(path: Path, pictures: Sequence[Tensor], milliseconds: int) -> None
         first.save(temporary, 'gif', save_all=True, append_images=rest, duration=durations, loop=0)
 
 
-def read_png(path: Path) -> Tensor:
-    """(3, H, W) uint8."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
-
-
 def write_npz(path: Path, **arrays: Any) -> None:
     with files.atomic_write(path) as temporary, open(temporary, 'wb') as file:
         np.savez(file, **arrays)

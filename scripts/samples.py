@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,11 +124,11 @@ class Samples:
         frames = [run.gallery.draw_items(x, names, title=f't = {t:.3f}', **same) for t, x, _ in states]
         write_gif(out.picture('path.gif'), frames, 100)
 
-    def pictures_of_training(self) -> list[Path]:
-        """The run's own pictures of samples, all from the same noise. Raises SettingError if there are none."""
+    def pictures_of_training(self) -> list[Tensor]:
+        """The run's own pictures (3, H, W) of samples, all from the same noise. Raises SettingError if it has none."""
         folder = self.run.config.run_dir
         if paths := page.read(folder).same_noise():
-            return paths
+            return [torchvision.io.read_image(str(path), torchvision.io.ImageReadMode.RGB) for path in paths]
         why = f'{folder}/samples has no pictures step_*.png. A run draws them with --sample_every above 0'
         raise SettingError(f'training_gif=True: {why}; leave --training_gif out.')
 
