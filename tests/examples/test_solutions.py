@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 import sys
 from unittest import mock
 
@@ -21,13 +22,14 @@ from reports import pictures
 from runtime.importing import import_file
 from sampling import sample
 from solvers import SOLVERS
-from tests.helpers import ROOT, TINY, record_of
+from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of
 from trainer import ExampleDiffusionTrainer
 
 FOLDER = ROOT / 'examples/solutions'
 PAGE = (ROOT / 'examples/exercises.md').read_text()
 PARTS = re.split(r'^## (?=\d)', PAGE, flags=re.MULTILINE)[1:]  # one for each exercise
 POINTS = dict(dataset='moons', network='mlp')
+FOR_THE_UNET = ('channels', 'num_res_blocks', 'attention_resolutions')  # refused with the MLP
 
 
 def solution_of(part: str) -> str | None:
@@ -113,10 +115,14 @@ def test_flags_of_a_command(load, name, words):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', SOLUTIONS)
-def test_a_command_with_the_solution(run_sh, name):
+def test_a_command_with_the_solution(tmp_path, name):
     words = next(words for owner, words in COMMANDS if owner == name and words[0] == 'mine.py')
-    done = run_sh(str(FOLDER / f'{name}.py'), *words[1:], timeout=280)
+    short = {setting: value for setting, value in TINY.items() if setting not in FOR_THE_UNET}
+    short |= dict(ckpt_dir=str(tmp_path), experiment_name='run')
+    command = ['sh', 'run.sh', f'examples/solutions/{name}.py', *words[1:], *as_flags(short)]
+    done = subprocess.run(command, cwd=ROOT, env=launch_env(1), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and 'step 12/12' in done.stdout, done.stderr
 
 
