@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -94,16 +94,11 @@ def draw_signals(panel: Panel) -> Tensor:
     for value in lines:
         top = min(max(round(height(value)) - LINE_HEIGHT // 2, 0), tall - LINE_HEIGHT)
         axis[:, top : top + LINE_HEIGHT] = rendered_text(f'{value:.6g}', axis.shape[2])
-    names = [coloured(f'channel {i}', COLOURS[i]) for i in range(min(channels, len(COLOURS)))]
+    words = [f'channel {i}' for i in range(channels)]
+    names = [rendered_text(word, text_width(word), colour) for word, colour in zip(words, COLOURS, strict=False)]
     legend = axis if channels == 1 else join_pictures([axis, stacked(names)], 2)
     note = f'{length} points, values from {low:.3g} to {high:.3g}'
     return panel.picture(torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2), note, legend)
-
-
-def coloured(text: str, colour: str) -> Tensor:
-    """A line of text in this colour on white, (3, LINE_HEIGHT, its width)."""
-    ink = 1 - rendered_text(text, text_width(text)) / 255
-    return (255 - ink * (255 - torch.tensor(ImageColor.getrgb(colour))[:, None, None])).round().byte()
 
 
 # ---------------------------------------------------------------- points in the plane

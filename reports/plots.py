@@ -211,12 +211,12 @@ def text_width(text: str) -> int:  # pixels
     return -int(-(font_of(text) or ImageFont.load_default(10)).getlength(text) // 1)
 
 
-def rendered_text(text: str, width: int) -> Tensor:
-    """One line of text in black on white, (3, LINE_HEIGHT, width), cut if it does not fit."""
+def rendered_text(text: str, width: int, colour: str = 'black') -> Tensor:
+    """One line of text on white, (3, LINE_HEIGHT, width), cut if it does not fit."""
     image, font = Image.new('RGB', (width, LINE_HEIGHT), 'white'), font_of(text) or ImageFont.load_default(10)
     if text_width(text) > width:
         while text and text_width(text + '\u2026') > width:
             text = text[:-1]
         text += '\u2026'
-    ImageDraw.Draw(image).text((width / 2, LINE_HEIGHT / 2), text, 'black', font, anchor='mm')
+    ImageDraw.Draw(image).text((width / 2, LINE_HEIGHT / 2), text, colour, font, anchor='mm')
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -8,7 +8,7 @@ import torch
 from matplotlib import colormaps
 
 from data_loading.toy2d import TOY2D
-from reports.kinds import COLOURS, KINDS, coloured, draw_fields, draw_points, draw_signals, draw_volumes, kind
+from reports.kinds import COLOURS, KINDS, draw_fields, draw_points, draw_signals, draw_volumes, kind
 from reports.plots import GAP, LINE_HEIGHT, Panel, rendered_text, text_width, titled
 
 
@@ -120,7 +120,8 @@ def test_the_values_of_a_signal_can_be_read_off_an_axis():
 
 def test_the_colours_of_channels_are_named():
     one, two = (draw_signals(Panel(torch.rand(2, channels, 9))) for channels in (1, 2))
-    name = coloured('channel 1', COLOURS[1])
+    name = rendered_text('channel 1', text_width('channel 1'), COLOURS[1])
+    assert (name[2] < 200).any() and (name[0] > 220).all()  # orange: red stays, blue goes
     found = [bool((p.unfold(2, name.shape[2], 1).unfold(1, LINE_HEIGHT, 1).mT == name[:, None, None]).all(0).all(-1)
              .all(-1).any()) for p in (one, two)]  # fmt: skip
     assert found == [False, True]
