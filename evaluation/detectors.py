@@ -8,11 +8,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -95,18 +94,12 @@ def is_grey_with_classes(data: JudgedData) -> bool:
 
 def support_vectors(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """A support-vector machine on pixels: images (N, C, H, W) in [0, 1] -> classes (N,). `labels` must hold two or more
-    classes. It is fitted at the first call."""
+    classes."""
+    from sklearn.svm import SVC  # a second to import
 
-    def flat(x: Tensor) -> np.ndarray:
-        return (2 * x.detach().cpu().float().flatten(1) - 1).numpy()
-
-    @cache
-    def machine() -> Any:
-        from sklearn.svm import SVC  # a second to import
-
-        return SVC(gamma='scale').fit(flat(images), labels.cpu().numpy())
-
-    return lambda x: torch.from_numpy(machine().predict(flat(x))).to(x.device)
+    flat = lambda x: (2 * x.detach().cpu().float().flatten(1) - 1).numpy()  # noqa: E731
+    machine = SVC(gamma='scale').fit(flat(images), labels.cpu().numpy())
+    return lambda x: torch.from_numpy(machine.predict(flat(x))).to(x.device)
 
 
 def from_torch_fidelity(name: str, full_name: str, layer: str, data: JudgedData, weights: str) -> Detector:
