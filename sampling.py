@@ -202,28 +202,14 @@ def sample(
     is_late = steps.start(process, model_type) < t_max
     with torch.set_grad_enabled(grad):
         evaluate = on_path(guidance.predictor(model_fn, label, cond, model_type), process, sampling_process)
-        if on_prediction is not None:
-            evaluate = watched(evaluate, on_prediction)
-        x = follow(method, times, x1, Predict(evaluate, sampling_process, method.memory), noise, callback, is_late)
+        predict = Predict(evaluate, sampling_process, method.memory, on_prediction)
+        x = follow(method, times, x1, predict, noise, callback, is_late)
     if grad and not x.requires_grad:
         raise SettingError(
             f'grad=True: samples of solver={solver!r} have no gradient. Call requires_grad_() on x1, a condition or '
             'the weights; or, if one of them has it, use a solver and a network that do not detach their results.'
         )
     return x
-
-
-def watched(
-    evaluate: Callable[..., Prediction], on_prediction: Callable[[float, Prediction], None]
-) -> Callable[..., Prediction]:
-    """`evaluate`, followed by on_prediction(t, prediction)."""
-
-    def evaluate_watched(x: Tensor, t: float, s: float | None = None) -> Prediction:
-        prediction = evaluate(x, t, s)
-        on_prediction(t, prediction)
-        return prediction
-
-    return evaluate_watched
 
 
 # settings that the config and `sample` share

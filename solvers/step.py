@@ -63,9 +63,13 @@ class Predict:
     x(s) = a x(t) + b that led here, if a multistep method took it; `reached` is where an adaptive solver's step ended.
     """
 
-    def __init__(self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0):
-        """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s."""
+    def __init__(
+        self, evaluate: Callable[..., Prediction], process: GaussianProcess, memory: int = 0,
+        watch: Callable[[float, Prediction], None] | None = None,
+    ):  # fmt: skip
+        """`evaluate(x, t)`, or `evaluate(x, t, s)` for a solver that passes s; `watch(t, prediction)` follows."""
         self.evaluate, self.process, self.nfe, self.steps_left = evaluate, process, 0, sys.maxsize
+        self.watch = watch or (lambda t, prediction: None)
         self.past: deque[tuple[float, Prediction]] = deque(maxlen=memory)
         self.levels: dict[float, TimePoint] = {}
         self.taken: tuple[float, Tensor] | None = None
@@ -77,6 +81,7 @@ class Predict:
             prediction, self.known = self.known, None
         else:
             prediction = self.evaluate(x, t) if s is None else self.evaluate(x, t, s)
+            self.watch(t, prediction)
             self.nfe += 1
         self.past.appendleft((t, prediction))
         return prediction
