@@ -25,7 +25,9 @@ UNITS = dict.fromkeys(('training loss by t', 'reference loss by t'), 'loss') | {
     'Frechet distance of samples': 'Frechet distance',
     'share of time waiting for data': 'share',
 }  # label of the y axis, where it is not the title
+RECORD = 'record of this preset'  # a grey line, last in its plot
 NOTES = {
+    'loss': "Grey, if all settings are a preset's: the training loss of its record in docs/records.",
     'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only the mean and variance '
     'of each value, and the floor, the lowest possible loss on the training data, reached only by memorising them.',
     'training loss by t': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
@@ -104,9 +106,12 @@ def draw(
         if not x:
             continue
         color = to_hex(by_share(i / max(1, len(curves) - 1))) if by_time else COLOURS[i % len(COLOURS)]
+        color = COLOURS[-1] if name == RECORD else color
         style = ('-', '--', ':', '-.')[i // len(COLOURS) % 4] if not by_time else '-'
         ax.plot(x, y, color=color, linestyle=style, linewidth=1.6, marker='o' if len(x) < 3 else None, markersize=4)
         ends.append((x[-1], y[-1], label_of(name), color))
+        if name == RECORD:
+            ax.lines[-1].set_zorder(1)  # below the lines of the run
         if name in bands:
             low, high = ([v + side * w for v, w in zip(y, bands[name], strict=True)] for side in (-1, 1))
             ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from config import PRESETS, Config, SettingError
-from reports.curves import CURVES, MAIN, NOTES, plot, sweep_plots
+from reports.curves import CURVES, MAIN, NOTES, RECORD, plot, sweep_plots
 from reports.parts import blocks as blocks
 from reports.parts import escaped, html_page, images, row, table, text_of
 from runtime import files
 from runtime.alive import duration
-from settings.same_run import migrated
+from settings.same_run import FREE_ON_RESUME, migrated
 from utils import caption
 
 COLUMNS = (  # names in a table of evaluations, in this order
@@ -31,6 +31,7 @@ CARD = '<div>{}<br><b>{}</b><p>{}</p><p class="faint">Good: {}</p></div>'
 EARLIER = 3  # pictures of earlier steps, at most
 # Settings for where a run and its record are stored; they do not change what it does.
 PLACES = ('experiment_name', 'ckpt_dir', 'wandb', 'wandb_project', 'wandb_entity')
+RECORDS = Path(__file__).parents[1] / 'docs/records'  # a folder for each preset, made by benchmarks/records.py
 GAUSSIAN = 'eval/reference_gaussian'
 # The numbers on top: name in the record -> title, meaning, what is good (by a level {} | if it is unknown), its name
 MEANINGS = {
@@ -169,6 +170,19 @@ def read(folder: str | Path) -> Run:
         raise SettingError(f'{str(folder)!r} is not the folder of a run ({error}). Pass ckpts/NAME.') from None
 
 
+def record_for(run: Run) -> Run | None:
+    """The kept record of the run's preset, if settings that shape learning, except the seed, and trainer are equal."""
+    folder, free = RECORDS / str(run.config.get('preset')), FREE_ON_RESUME - {'data_path'} | {'seed'}
+    if not (folder / 'config.json').exists():
+        return None
+
+    def experiment(run: Run) -> tuple:
+        return {k: v for k, v in run.config.items() if k not in free}, (run.starts[-1:] or [{}])[0].get('trainer')
+
+    kept = read(folder)
+    return kept if experiment(run) == experiment(kept) else None
+
+
 # ---------------------------------------------------------------- the report of one run
 
 
@@ -208,7 +222,10 @@ def report(run: Run) -> str:
 def figure(run: Run, title: str) -> str:
     """The plot of a title of CURVES, with its note; '' if the record has no curve for it."""
     names = run.names(CURVES[title])
-    svg = plot({name: run.curve(name) for name in names}, title, *run.bounds(names))
+    curves = {name: run.curve(name) for name in names}
+    if names and title in ('loss', 'reference loss') and (record := record_for(run)):
+        curves[RECORD] = record.curve(CURVES[title][0])
+    svg = plot(curves, title, *run.bounds(names))
     return f'<figure>{svg}<figcaption>{NOTES.get(title, "")}</figcaption></figure>' if svg else ''
 
 

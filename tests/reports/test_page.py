@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import records
 from config import Config, SettingError
 from reports import page, parts
 from runtime.alive import duration
@@ -459,3 +460,48 @@ def test_the_line_and_the_page_are_written_before_the_numbers(tiny_config, build
     }
     text = (config.run_dir / 'report.html').read_text()
     assert 'final/adams/mine' in text and '<div>mine<br><b>1</b>' in text and 'being computed' not in text
+
+
+# ---------------------------------------------------------------- records of presets
+
+
+def plots_of(run):
+    return {title: numbers_in(page.figure(run, title)) for title in ('loss', 'reference loss', 'gradient norm')}
+
+
+def test_the_record_of_a_preset_is_a_grey_line_where_the_run_has_its_settings(tmp_path):
+    kept = page.read(page.RECORDS / 'digits')
+
+    def lines_of(name='ExampleDiffusionTrainer', **settings):
+        config = page.as_json(vars(Config(**settings)))
+        starts = [dict(trainer=dict(file='trainer.py', name=name))]
+        return plots_of(page.Run(tmp_path, config, kept.lines[:4], starts))
+
+    same = lines_of(seed=3, log_every=5, experiment_name='mine')
+    assert [title for title, texts in same.items() if page.RECORD in texts] == ['loss', 'reference loss']
+    assert '400' in same['loss']  # the axis reaches to the end of the record
+    assert '#808080' in page.figure(kept, 'reference loss')
+    others = dict(base_lr=1e-3), dict(num_training_steps=400), dict(preset='mnist'), dict(name='Mine')
+    assert not [other for other in others if page.RECORD in lines_of(**other)['loss']]
+
+
+@pytest.mark.parametrize('folder', sorted(page.RECORDS.iterdir()), ids=lambda folder: folder.name)
+def test_a_record_is_of_today_s_preset_whole_and_small(folder):
+    """Where a preset has changed since, train it again and keep the new record."""
+    run = page.read(folder)
+    assert run.changed().keys() <= {'preset', 'data_path'} and run.config['preset'] == folder.name
+    assert run.step == run.config['num_training_steps'] and run.starts[-1]['commit']
+    assert run.curve('eval/reference')[0] and any('label_agreement' in k or 'wasserstein' in k for k in run.final())
+    assert len(run.names(['train/loss_t_*'])) == 10
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 30_000
+    assert page.record_for(run) is not None
+
+
+def test_a_record_keeps_losses_and_final_numbers(tmp_path):
+    line = {'train/step': 50, 'train/loss': 0.123456, 'train/loss_t_0.0_0.1': 1.5, 'train/lr': 1e-3, 'final/a/b': 2.0}
+    assert records.reduced(line) == {k: v for k, v in (line | {'train/loss': 0.1235}).items() if k != 'train/lr'}
+    run = page.Run(tmp_path, page.as_json(vars(Config())), [line], [dict(diff='', commit='abc')])
+    page.files.write_text(tmp_path / 'config.json', json.dumps(run.config))
+    page.files.write_text(tmp_path / 'metrics.jsonl', json.dumps(line) + '\n')
+    with pytest.raises(SystemExit, match='not a finished run'):
+        records.keep(tmp_path, tmp_path / 'records')
