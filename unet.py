@@ -121,7 +121,7 @@ class ConditionedNetwork(nn.Module):
     """
 
     conditions: Conditions
-    arguments: Mapping[str, Any] = {}  # of the constructor, if networks/table.py has called it: scripts/export.py
+    arguments: Mapping[str, Any] = {}  # arguments of the constructor, if networks/table.py called it
     checkpointing = False  # whether the backward pass computes the inside of each block again, instead of keeping it
 
     def __init__(self, num_classes: int, frequencies: int, dim: int, conditions: Conditions | None = None):

@@ -15,14 +15,11 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from config import SettingError
 from runtime import command, files
 from runtime.files import ROOT
-
-if TYPE_CHECKING:  # so that `--help` need not wait for torch
-    from trainer import BaseDiffusionTrainer
 
 STEPS = 240  # solver steps between the times in model.json: samples may take any number that divides it
 SOLVER = 'dpmpp_2m'  # the solver of standalone.py
@@ -81,85 +78,123 @@ def export(options: Export) -> None:
         raise SettingError('export.py needs the package safetensors. Install it: pip install safetensors')
     from safetensors.torch import save_file
 
-    from main import load_run
-
     out = Path(options.out).expanduser()
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise SettingError(f'out={options.out!r} already exists. Pass another --out, or remove it.')
-    run = load_run(options.run, options.weights, trust=options.trust, compile='off')
-    refuse(run, options.run)
-    net: Any = run.network.net
-    model, source = model_of(run, net), dict(sources(type(net)))
-    text = {'model.json': json.dumps(model), 'sample.py': (ROOT / 'scripts/standalone.py').read_text(), **source}
-    text['README.md'] = card(run, options, sum(p.numel() for p in net.parameters()), list(source))
+    exported = Exported(options)
+    exported.refuse()
+    net, source = exported.net, dict(sources(type(exported.net)))
+    text = {'model.json': json.dumps(exported.model()), 'sample.py': (ROOT / 'scripts/standalone.py').read_text()}
+    text |= source | {'README.md': exported.card(list(source))}
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: x.cpu().contiguous() for name, x in net.state_dict().items()}, out / 'model.safetensors')
     for name, content in text.items():
         files.write_text(out / name, content)
-    which = f'{options.run} at step {run.step}, weights {options.weights}'
+    which = f'{options.run} at step {exported.run.step}, weights {options.weights}'
     print(f'{which}: exported. Draw samples with: python {out}/sample.py')
 
 
-def refuse(run: 'BaseDiffusionTrainer', name: str) -> None:
-    """Raise SettingError, which names what of this run cannot be exported, if there is anything."""
-    from networks import NETWORKS, ScaledNetwork
+class Exported:
+    """A run, read-only, and what its export says about it."""
 
-    data, cond = run.data, run.batches.shape_example.cond.keys() - {'augmentation'}
-    builder = inspect.getsourcefile(NETWORKS[run.config.network])
-    is_ours = type(run.network) is ScaledNetwork and builder == str(ROOT / 'networks/table.py')
-    reasons = [f'its own {hook}' for hook in OWN_HOOKS if run.overrides(hook)]
-    reasons += [] if is_ours else [f'a network of its own, {run.config.network!r}']
-    reasons += [f'conditions: {", ".join(sorted(cond))}'] if cond else []
-    reasons += ['latents, whose decoder is not part of the run'] if data.mean else []
-    reasons += [] if run.independent else ['an x1 that is data, or depends on x0']
-    reasons += [] if run.drawing.base_is_normal else ['noise other than N(0, I)']
-    if reasons:
-        what = f'{name} has {"; ".join(reasons)}, which the exported sample.py does not know'
-        raise SettingError(f'{what}. Draw its samples with generate.py.')
+    def __init__(self, options: Export):
+        from main import load_run
 
+        self.options = options
+        self.run = load_run(options.run, options.weights, trust=options.trust, compile='off')
 
-def model_of(run: 'BaseDiffusionTrainer', net: Any) -> dict[str, Any]:
-    """The contents of model.json."""
-    c, data = run.config, run.data
-    steps = c.num_sample_steps if not c.sample_nfe else c.sample_nfe
-    has_classes = data.num_classes > 0 and c.label_dropout < 1
-    return dict(
-        module=type(net).__module__.rpartition('.')[2],
-        network=type(net).__name__,
-        arguments=net.arguments,
-        shape=run.shape,
-        are_images=data.scale == 'image',
-        classes=data.classes,
-        labels=data.trained_classes if has_classes else (),
-        has_null_class=has_classes and c.label_dropout > 0,
-        steps=min((n for n in range(1, STEPS + 1) if STEPS % n == 0), key=lambda n: abs(n - steps)),
-        guidance_scale=float(c.guidance_scale),
-        guidance_interval=c.guidance_interval,
-        guidance_rescale=c.guidance_rescale,
-        **path_of(run),
-    )
+    @property
+    def net(self) -> Any:  # without the scaling of its input
+        return self.run.network.net
 
+    def refuse(self) -> None:
+        """Raise SettingError, which names what of this run cannot be exported, if there is anything."""
+        from networks import NETWORKS, ScaledNetwork
 
-def path_of(run: 'BaseDiffusionTrainer') -> dict[str, Any]:
-    """The times from noise to data, each with the constants of one evaluation and of the solver. All prediction types
-    are linear: x0 = p xt + q output."""
-    import torch
+        run = self.run
+        data, cond = run.data, run.batches.shape_example.cond.keys() - {'augmentation'}
+        builder = inspect.getsourcefile(NETWORKS[run.config.network])
+        is_ours = type(run.network) is ScaledNetwork and builder == str(ROOT / 'networks/table.py')
+        reasons = [f'its own {hook}' for hook in OWN_HOOKS if run.overrides(hook)]
+        reasons += [] if is_ours else [f'a network of its own, {run.config.network!r}']
+        reasons += [f'conditions: {", ".join(sorted(cond))}'] if cond else []
+        reasons += ['latents, whose decoder is not part of the run'] if data.mean else []
+        reasons += [] if run.independent else ['an x1 that is data, or depends on x0']
+        reasons += [] if run.drawing.base_is_normal else ['noise other than N(0, I)']
+        if reasons:
+            what = f'{self.options.run} has {"; ".join(reasons)}, which the exported sample.py does not know'
+            raise SettingError(f'{what}. Draw its samples with generate.py.')
 
-    from networks import ScaledNetwork
-    from prediction import get_model_convert_fn
-    from solvers.path import Steps
+    def model(self) -> dict[str, Any]:
+        """The contents of model.json."""
+        c, data, net = self.run.config, self.run.data, self.net
+        steps = c.sample_nfe or c.num_sample_steps
+        has_classes = data.num_classes > 0 and c.label_dropout < 1
+        return dict(
+            module=type(net).__module__.rpartition('.')[2],
+            network=type(net).__name__,
+            arguments=net.arguments,
+            shape=self.run.shape,
+            are_images=data.scale == 'image',
+            classes=data.classes,
+            labels=data.trained_classes if has_classes else (),
+            has_null_class=has_classes and c.label_dropout > 0,
+            steps=min((n for n in range(1, STEPS + 1) if STEPS % n == 0), key=lambda n: abs(n - steps)),
+            guidance_scale=float(c.guidance_scale),
+            guidance_interval=c.guidance_interval,
+            guidance_rescale=c.guidance_rescale,
+            **self.path(),
+        )
 
-    c, process, network = run.config, run.process, cast(ScaledNetwork, run.network)
-    steps = Steps(SOLVER, STEPS, 0, c.time_grid, c.t_min, c.t_max)
-    times = torch.tensor(steps.times(process, process, c.model_type), dtype=torch.float64)
-    coefs, seen = process(times), times.float()  # the network is trained with times in float32
-    one, convert = torch.ones(len(times), dtype=torch.float64), get_model_convert_fn(c.model_type)
-    p, q = convert(0 * one, times, one, coefs).x0, convert(one, times, 0 * one, coefs).x0
-    columns = dict(t=times, time=network.time_input(seen, network.process), c_in=network.process(seen).c_in)
-    columns |= dict(alpha=coefs.alpha, sigma=coefs.sigma, l=coefs.log_snr / 2, p=p, q=q)
-    rows = zip(*(x.tolist() for x in columns.values()), strict=True)
-    late = steps.start(process, c.model_type) < c.t_max
-    return dict(starts_late=late, times=[dict(zip(columns, row, strict=True)) for row in rows])
+    def path(self) -> dict[str, Any]:
+        """The times from noise to data, each with the constants of an evaluation and of the solver. Every prediction
+        type is linear: x0 = p xt + q output."""
+        import torch
+
+        from networks import ScaledNetwork
+        from prediction import get_model_convert_fn
+        from solvers.path import Steps
+
+        c, process, network = self.run.config, self.run.process, cast(ScaledNetwork, self.run.network)
+        steps = Steps(SOLVER, STEPS, 0, c.time_grid, c.t_min, c.t_max)
+        times = torch.tensor(steps.times(process, process, c.model_type), dtype=torch.float64)
+        coefs, seen = process(times), times.float()  # the network is trained with times in float32
+        one, convert = torch.ones(len(times), dtype=torch.float64), get_model_convert_fn(c.model_type)
+        p, q = convert(0 * one, times, one, coefs).x0, convert(one, times, 0 * one, coefs).x0
+        columns = dict(t=times, time=network.time_input(seen, network.process), c_in=network.process(seen).c_in)
+        columns |= dict(alpha=coefs.alpha, sigma=coefs.sigma, l=coefs.log_snr / 2, p=p, q=q)
+        rows = zip(*(x.tolist() for x in columns.values()), strict=True)
+        late = steps.start(process, c.model_type) < c.t_max
+        return dict(starts_late=late, times=[dict(zip(columns, row, strict=True)) for row in rows])
+
+    def card(self, source: Sequence[str]) -> str:
+        """README.md of the folder."""
+        from reports import page
+
+        run = self.run
+
+        def table(head: str, values: dict[str, Any]) -> str:
+            return '\n'.join([f'| {head} | value |', '|---|---|', *(f'| {a} | `{b}` |' for a, b in values.items())])
+
+        saved = page.read(run.config.run_dir)
+        saved.lines = [line for line in saved.lines if line['train/step'] <= run.step]
+        numbers = {name: f'{value:.4g}' for name, value in saved.final().items() if isinstance(value, (int, float))}
+        origin = {name: saved.starts[-1][name] for name in ('commit', 'command', 'time')} | saved.starts[-1]['versions']
+        origin['commit'] = f'{origin["commit"]}{" with changes" if saved.starts[-1]["diff"] else ""}'
+        return CARD.format(
+            name=run.config.run_dir.name,
+            network=run.config.network,
+            parameters=sum(p.numel() for p in run.network.parameters()),
+            shape=' x '.join(map(str, run.shape)),
+            weights=self.options.weights,
+            step=run.step,
+            sources=', '.join(f'`{name}`' for name in source),
+            data=run.config.dataset,
+            classes=', '.join(run.data.classes) or run.data.num_classes or 'none',
+            settings=table('setting', {'preset': run.config.preset} | saved.changed()),
+            numbers=table('number', numbers) if numbers else 'None were recorded.',
+            origin=table('', origin),
+        )
 
 
 def sources(network: type) -> Iterator[tuple[str, str]]:
@@ -181,34 +216,6 @@ def sources(network: type) -> Iterator[tuple[str, str]]:
     functions = [inspect.getsource(getattr(utils, name)) for name in sorted(used)]
     head = '"""Helpers of the network."""\n\nimport torch\nfrom torch import Tensor\n'
     yield 'utils.py', '\n\n'.join([head, *functions])
-
-
-def card(run: 'BaseDiffusionTrainer', options: Export, parameters: int, source: Sequence[str]) -> str:
-    """README.md of the folder."""
-    from reports import page
-
-    def table(head: str, values: dict[str, Any]) -> str:
-        return '\n'.join([f'| {head} | value |', '|---|---|', *(f'| {a} | `{b}` |' for a, b in values.items())])
-
-    saved = page.read(run.config.run_dir)
-    saved.lines = [line for line in saved.lines if line['train/step'] <= run.step]
-    numbers = {name: f'{value:.4g}' for name, value in saved.final().items() if isinstance(value, (int, float))}
-    origin = {name: saved.starts[-1][name] for name in ('commit', 'command', 'time')} | saved.starts[-1]['versions']
-    origin['commit'] = f'{origin["commit"]}{" with changes" if saved.starts[-1]["diff"] else ""}'
-    return CARD.format(
-        name=run.config.run_dir.name,
-        network=run.config.network,
-        parameters=parameters,
-        shape=' x '.join(map(str, run.shape)),
-        weights=options.weights,
-        step=run.step,
-        sources=', '.join(f'`{name}`' for name in source),
-        data=run.config.dataset,
-        classes=', '.join(run.data.classes) or run.data.num_classes or 'none',
-        settings=table('setting', {'preset': run.config.preset} | saved.changed()),
-        numbers=table('number', numbers) if numbers else 'None were recorded.',
-        origin=table('', origin),
-    )
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ def on_the_cpu(request, monkeypatch):
     if request.module.__name__.rpartition('.')[2] not in ('test_gpu', 'test_fake_cuda'):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-        monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # hides Apple's GPU, too
 
 
 @pytest.fixture(autouse=True)

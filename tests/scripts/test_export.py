@@ -150,7 +150,7 @@ def test_the_card_and_what_the_file_imports(tiny_config, tmp_path):
         'residual_mlp.py',
     ):
         assert text in card
-    assert 'eval/loss' not in card  # of a later step
+    assert 'eval/loss' not in card  # a later step's
     assert {path.name for path in out.iterdir()} == set(
         'README.md model.json model.safetensors sample.py residual_mlp.py unet.py utils.py'.split()
     )
@@ -227,10 +227,10 @@ def test_what_the_file_cannot_draw_is_refused_by_name_before_anything_is_written
 
 def test_latents_a_full_folder_and_a_missing_package(tiny_config, tmp_path, monkeypatch):
     run = made(tiny_config(**RUNS['mlp']))
-    trainer = load_run(run)
-    trainer.data = dataclasses.replace(trainer.data, mean=(0.0, 0.0))
+    exported = program.Exported(Export(str(run), ''))
+    exported.run.data = dataclasses.replace(exported.run.data, mean=(0.0, 0.0))
     with pytest.raises(SettingError, match='latents, whose decoder'):
-        program.refuse(trainer, 'x')
+        exported.refuse()
     with pytest.raises(SettingError, match='already exists'):
         program.export(Export(str(run), str(run)))
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
