@@ -191,7 +191,7 @@ class Exported:
             sources=', '.join(f'`{name}`' for name in source),
             data=run.config.dataset,
             classes=', '.join(run.data.classes) or run.data.num_classes or 'none',
-            settings=table('setting', {'preset': run.config.preset} | saved.changed()),
+            settings=table('setting', {'preset': saved.config['preset']} | saved.changed()),
             numbers=table('number', numbers) if numbers else 'None were recorded.',
             origin=table('', origin),
         )

@@ -416,7 +416,7 @@ def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
     record = record_in(tmp_path)
     with record.open(0):
         record.picture('x', torch.zeros(3, 4, 4, dtype=torch.uint8), 0)
-    with pytest.raises(ImportError), record_in(tmp_path, wandb='offline').open(0):
+    with pytest.raises(SettingError, match='Install wandb'), record_in(tmp_path, wandb='offline').open(0):
         pass
 
 
