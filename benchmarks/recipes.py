@@ -11,6 +11,7 @@ heavyball (requirements.txt in this folder).
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -33,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.recipes_entries import RECIPES, TRANSFORMERS, Entry, register
 from config import PRESETS, Config
 from main import build
-from trainer import ExampleDiffusionTrainer
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / 'recipes.jsonl', HERE.parent / 'docs/recipes.md'
@@ -76,38 +76,30 @@ def settings_of(part: str, entry: Entry) -> dict[str, Any]:
     return settings
 
 
-def trained(trainer: ExampleDiffusionTrainer, steps: int) -> float:
-    """The CPU seconds of this many more steps of training."""
-    batches, began = trainer.batches.steps(trainer.step), time.process_time()
-    for _ in range(steps):
-        trainer.train_step(next(batches))
-    return time.process_time() - began
-
-
-def time_ratio(a: ExampleDiffusionTrainer, b: ExampleDiffusionTrainer) -> float:
-    """The time of a step of a over the time of a step of b: the median of steps in turn."""
-    ratios = [trained(a, 1) / trained(b, 1) for _ in range(TIMED_STEPS)]
-    return median(ratios[2:])
+def seconds_of_steps(config: Config, entry: Entry) -> Iterator[float]:
+    """Train a new run; yields the CPU seconds of each step."""
+    trainer = build(config, entry.trainer)
+    for micro_batches in trainer.batches.steps(0):
+        began = time.process_time()
+        trainer.train_step(micro_batches)
+        yield time.process_time() - began
 
 
 def measure(part: str, name: str, seed: int) -> dict[str, Any]:
     """Train one run, and judge its first average."""
     entry = PARTS[part][name]
     with tempfile.TemporaryDirectory() as folder:
-
-        def make(**more: Any) -> ExampleDiffusionTrainer:
-            fixed = dict(seed=seed, ckpt_dir=folder, wandb='disabled', num_workers=0)
-            return build(Config(**settings_of(part, entry) | fixed | more), entry.trainer)
-
-        more: dict[str, Any] = {}
+        fixed = dict(seed=seed, ckpt_dir=folder, wandb='disabled', num_workers=0)
+        settings = settings_of(part, entry) | fixed
         if part != 'digits':
-            preset = Config(
-                **PRESETS['fashion_mnist'] | dict(ckpt_dir=folder, wandb='disabled', experiment_name='preset')
-            )
-            ratio = time_ratio(build(preset), make(experiment_name='timed'))
-            more['num_training_steps'] = int((250 if name.startswith('16') else 1000) * ratio)
-        trainer = make(experiment_name='run', **more)
-        seconds = trained(trainer, trainer.config.num_training_steps)
+            preset = Config(**PRESETS['fashion_mnist'] | fixed | dict(experiment_name='preset'))
+            loops = seconds_of_steps(preset, Entry({})), seconds_of_steps(Config(**settings), entry)
+            ratios = [a / b for a, b in itertools.islice(zip(*loops, strict=True), TIMED_STEPS)]
+            settings['num_training_steps'] = int((250 if name.startswith('16') else 1000) * median(ratios[2:]))
+        trainer, began = build(Config(**settings, experiment_name='run'), entry.trainer), time.process_time()
+        for micro_batches in itertools.islice(trainer.batches.steps(0), trainer.config.num_training_steps):
+            trainer.train_step(micro_batches)
+        seconds = time.process_time() - began
         judge, module = trainer.judge, trainer.judge.judged_weights()[1]
         own = judge.held_out_means(module, lambda batch, _, fn: (trainer.loss_fn(batch, fn), batch.t)).means()
         by_time = [value for key, value in own.items() if key.startswith('loss_t_')]

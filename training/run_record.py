@@ -121,12 +121,15 @@ def imported_files() -> list[Path]:
     return sorted(file.relative_to(ROOT) for file in files if file.is_relative_to(ROOT))
 
 
+def checksum(path: Path) -> str:
+    return f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'
+
+
 def facts_to_compare(config: Config, files: list[Path]) -> dict[str, Any]:
     """Name -> value of everything that must be the same in all processes; `files` are relative to ROOT."""
     code = {file: ROOT / file for file in files}
     if (script := users_script()) is not None:  # possibly outside of ROOT
         code[Path(script.name)] = script
-    checksum = lambda path: f'checksum {zlib.crc32(path.read_bytes()):08x}' if path.is_file() else 'no such file'  # noqa: E731
     return {
         **{f'the code in {name}': checksum(path) for name, path in code.items()},
         **{f'version of {name}': importlib.metadata.version(name) for name in ('torch', 'numpy')},
