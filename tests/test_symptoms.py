@@ -75,6 +75,7 @@ def test_loss_stays_where_it_began(trained):
     assert first > 1.4 and last == pytest.approx(first, rel=0.05)
 
 
+@pytest.mark.slow
 def test_loss_stops_at_1(trained):
     """The network learns all but the noise, whose mean square is 1."""
     _, lines = trained(OtherNoise, num_training_steps=80, eval_every=80)
@@ -86,6 +87,7 @@ def test_loss_is_low_and_the_reference_loss_is_high(trained):
     assert lines[-1]['eval/loss'] < 1.2 < 1.5 < lines[0]['train/loss'] and lines[-1]['eval/reference'] > 2.5
 
 
+@pytest.mark.slow
 def test_averages_are_worse_than_raw_weights(trained):
     """Decays of 0.98 and above are the same average in the first 400 steps."""
     _, lines = trained(ema_decays=(0.98, 0.9999, 0.5), eval_every=20)
