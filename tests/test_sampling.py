@@ -345,7 +345,7 @@ def test_an_evaluation_copies_nothing_to_the_device(solver, sampling_process):
         x = sample(lambda xt, t, label, ink: xt * ink.mean(), process_named('rf'), x1, label, **settings, **cond)
     assert x.device.type == 'meta' and copies.count == 0
     with Copies() as copies:
-        at(process_named('rf'), 0.5).to(x1)
+        at(process_named('rf'), 0.5).alpha.to(x1)
     assert copies.count > 0  # so that a copy would have been seen
 
 

@@ -72,7 +72,7 @@ def test_its_outputs_are_those_that_its_cells_have_today():
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     """A network of another shape, and one of this shape that has learned something else."""
     checkpoint = saving.load(ROOT / 'examples/digits.pt')
-    saving.save(tmp_path / 'wide.pt', **checkpoint | dict(config=checkpoint['config'] | dict(channels=32)))
+    saving.write(tmp_path / 'wide.pt', **checkpoint | dict(config=checkpoint['config'] | dict(channels=32)))
     with pytest.raises(SettingError, match=r"wide\.pt' is of another network: .* has shape"):
         saving.load_for_sampling(tmp_path / 'wide.pt')
     (weights,) = checkpoint['ema']['networks'].values()
@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     weights[name] = torch.zeros_like(weights[name])
     shutil.copytree(ROOT / 'docs/records', tmp_path / 'docs/records')
     (tmp_path / 'examples').mkdir()
-    saving.save(tmp_path / 'examples/digits.pt', **checkpoint)
+    saving.write(tmp_path / 'examples/digits.pt', **checkpoint)
     cells = [CODE[0].replace('os.getcwd())', f'{str(ROOT)!r})'), *CODE[1:3]]
     with pytest.raises(AssertionError, match=r'SettingError: The code has changed since examples/digits\.pt was made'):
         run(cells, tmp_path)

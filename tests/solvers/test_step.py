@@ -22,7 +22,6 @@ def test_predict_remembers_only_as_much_as_its_memory():
 def test_coefs_of_one_time_are_double():
     c = coefs_at(process_named('cosine'), 0.5)
     assert isinstance(c, Coefs) and c.alpha.dtype == F64 and c.alpha.shape == (1,)
-    assert c.to(torch.zeros(1)).alpha.dtype == torch.float32
 
 
 def test_few_steps_have_a_step_and_a_grid_of_their_own():
