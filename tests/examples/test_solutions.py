@@ -152,6 +152,7 @@ def test_2_the_loss_by_hand_is_the_loss_of_the_settings(build):
     torch.testing.assert_close(ours, noise / (1 - batch.t) ** 2, rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_3_samples_lie_on_the_ring_of_their_class(build):
     settings = dict(dataset='rings', network='mlp', channels=16, global_batch_size=256, num_training_steps=150)
     trainer = build('rings', 'Rings', **settings)
@@ -224,6 +225,7 @@ def test_6_the_solver_has_order_3(load):
     assert [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([8, 8], rel=0.1)
 
 
+@pytest.mark.slow
 def test_7_pairs_of_optimal_transport_cost_less_and_no_swap_improves_them(build):
     trainer = build('ot', 'Coupled', label_dropout=1.0, **POINTS)
     torch.manual_seed(0)
@@ -240,6 +242,7 @@ def test_7_pairs_of_optimal_transport_cost_less_and_no_swap_improves_them(build)
     assert costs[0] < 0.7 * costs[1] and by_chance.couple(x0, x1, None) is x1
 
 
+@pytest.mark.slow
 def test_8_the_trainer_from_scratch_learns_and_samples_as_the_plain_one(build):
     scratch, plain = build('scratch', 'Scratch', **POINTS), build('', **POINTS)
     for trainer in (scratch, plain):

@@ -55,7 +55,8 @@ def stored(cell):
     return text, [base64.b64decode(o['data']['image/png']) for o in cell['outputs'] if 'image/png' in o.get('data', {})]
 
 
-@pytest.mark.timeout(900)  # 40 s of one idle core
+@pytest.mark.slow  # 40 s of one idle core
+@pytest.mark.timeout(900)
 def test_its_outputs_are_those_that_its_cells_have_today():
     """Words are the same, and numbers nearly; other machines round differently. Run from its own folder."""
     assert PATH.stat().st_size < 600_000
