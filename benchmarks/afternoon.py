@@ -1,6 +1,6 @@
 """Measures one afternoon's work in this repo and with three others: a loss and data of one's own, samples, a number.
 
-    python benchmarks/afternoon.py [--steps 400]      some minutes on two idle cores
+    python benchmarks/afternoon.py [--steps 200]      some minutes on two idle cores
 
 The programs are in benchmarks/afternoon/. Each trains on the same folder of 1797 digits (PNG files, 8 x 8, a folder a
 class) with batches of 128, and writes samples and their Frechet distance in pixels. Then each is killed after half of
@@ -63,7 +63,7 @@ def write_digits(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--only', nargs='*', default=['ours', 'torchcfm', 'diffusers', 'lucidrains'])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +75,12 @@ def main() -> None:
         for name in args.only:
             lr, out = 4e-3 if name == 'ours' else 1e-3, Path(folder, f'out_{name}')
             seconds, code, text = run(command(name, data, out, args.steps, lr))
-            print(f'\n# {name}: {lines_of(name)} lines, {seconds:.0f} s, exit code {code}\n{text[-600:]}', flush=True)
+            numbers = ' '.join(re.findall('.*frechet.*', text, re.I))
+            print(f'\n# {name}: {lines_of(name)} lines, {seconds:.0f} s, exit code {code}\n{numbers}', flush=True)
             killed = Path(folder, f'killed_{name}')
             run(command(name, data, killed, args.steps, lr), kill_after=seconds / 2)
             again, code, text = run(command(name, data, killed, args.steps, lr))
-            print(f'## killed after {seconds / 2:.0f} s, started again: {again:.0f} s, exit code {code}\n{text[:600]}')
+            print(f'## killed after {seconds / 2:.0f} s, started again: {again:.0f} s, exit code {code}\n{text[:900]}')
             for what, where, rate in (('half of a file', broken, lr), ('learning rate 1e6', data, 1e6)):
                 seconds, code, text = run(command(name, where, Path(folder, f'{what}_{name}'), args.steps, rate))
                 print(f'## {what}: {seconds:.0f} s, exit code {code}\n{text[-400:]}', flush=True)
