@@ -104,7 +104,7 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
     exact transport plan, which takes seconds for N = 2000 or more."""
     from scipy.optimize import linear_sum_assignment
 
-    cost = torch.cdist(a.double(), b.double()).square().numpy()
+    cost = torch.cdist(a.cpu().double(), b.cpu().double()).square().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
 
 

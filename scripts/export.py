@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from config import SettingError
 from runtime import command, files
 from runtime.files import ROOT
 
-STEPS = 240  # solver steps between the times in model.json: samples may take any number that divides it
+STEPS = 240  # steps between the first and the last time in model.json: samples may take any number that divides it
 SOLVER = 'dpmpp_2m'  # the solver of standalone.py
 OWN_HOOKS = ('encode', 'decode', 'draw', 'sample_inputs', 'get_model_fn')  # hooks of sampling
 CARD = """# {name}
@@ -42,7 +43,9 @@ Data: {data}. Classes: {classes}.
 
 {settings}
 
-## Numbers
+## Numbers of the run
+
+They are of the weights `{judged}`, drawn by the run's own samplers; `sample.py` draws with `dpmpp_2m`.
 
 {numbers}
 
@@ -92,6 +95,8 @@ def export(options: Export) -> None:
         files.write_text(out / name, content)
     which = f'{options.run} at step {exported.run.step}, weights {options.weights}'
     print(f'{which}: exported. Draw samples with: python {out}/sample.py')
+    if exported.run.overrides('samplers'):
+        print('this run has its own samplers, which are not part of the export: sample.py draws by plain dpmpp_2m')
 
 
 class Exported:
@@ -121,9 +126,23 @@ class Exported:
         reasons += ['latents, whose decoder is not part of the run'] if data.mean else []
         reasons += [] if run.independent else ['an x1 that is data, or depends on x0']
         reasons += [] if run.drawing.base_is_normal else ['noise other than N(0, I)']
+        reasons += [] if self.grid_is_nested() else ['a time grid that depends on the number of steps']
         if reasons:
             what = f'{self.options.run} has {"; ".join(reasons)}, which the exported sample.py does not know'
             raise SettingError(f'{what}. Draw its samples with generate.py.')
+
+    def times(self, steps: int) -> list[float]:
+        """The times of a solver with this number of steps."""
+        from solvers.path import Steps
+
+        c, process = self.run.config, self.run.process
+        return Steps(SOLVER, steps, 0, c.time_grid, c.t_min, c.t_max).times(process, process, c.model_type)
+
+    def grid_is_nested(self) -> bool:
+        """Whether the times of fewer steps are among the times of STEPS steps."""
+        fine = self.times(STEPS)
+        pairs = ((self.times(STEPS // n), fine[::n]) for n in range(1, STEPS) if STEPS % n == 0)
+        return all(math.isclose(a, b, abs_tol=1e-6) for few, every in pairs for a, b in zip(few, every, strict=True))
 
     def model(self) -> dict[str, Any]:
         """The contents of model.json."""
@@ -153,18 +172,16 @@ class Exported:
 
         from networks import ScaledNetwork
         from prediction import get_model_convert_fn
-        from solvers.path import Steps
 
         c, process, network = self.run.config, self.run.process, cast(ScaledNetwork, self.run.network)
-        steps = Steps(SOLVER, STEPS, 0, c.time_grid, c.t_min, c.t_max)
-        times = torch.tensor(steps.times(process, process, c.model_type), dtype=torch.float64)
+        times = torch.tensor(self.times(STEPS), dtype=torch.float64)
         coefs, seen = process(times), times.float()  # the network is trained with times in float32
         one, convert = torch.ones(len(times), dtype=torch.float64), get_model_convert_fn(c.model_type)
         p, q = convert(0 * one, times, one, coefs).x0, convert(one, times, 0 * one, coefs).x0
         columns = dict(t=times, time=network.time_input(seen, network.process), c_in=network.process(seen).c_in)
         columns |= dict(alpha=coefs.alpha, sigma=coefs.sigma, l=coefs.log_snr / 2, p=p, q=q)
         rows = zip(*(x.tolist() for x in columns.values()), strict=True)
-        late = steps.start(process, c.model_type) < c.t_max
+        late = bool(times[0] < c.t_max)
         return dict(starts_late=late, times=[dict(zip(columns, row, strict=True)) for row in rows])
 
     def card(self, source: Sequence[str]) -> str:
@@ -179,8 +196,10 @@ class Exported:
         saved = page.read(run.config.run_dir)
         saved.lines = [line for line in saved.lines if line['train/step'] <= run.step]
         numbers = {name: f'{value:.4g}' for name, value in saved.final().items() if isinstance(value, (int, float))}
-        origin = {name: saved.starts[-1][name] for name in ('commit', 'command', 'time')} | saved.starts[-1]['versions']
-        origin['commit'] = f'{origin["commit"]}{" with changes" if saved.starts[-1]["diff"] else ""}'
+        start = [start for start in saved.starts if start['step'] <= run.step][-1]
+        origin = {name: start[name] for name in ('commit', 'command', 'time')} | start['versions']
+        origin['commit'] = f'{origin["commit"]}{" with changes" if start["diff"] else ""}'
+        classes = run.config.label_dropout < 1 and (', '.join(run.data.classes) or run.data.num_classes)
         return CARD.format(
             name=run.config.run_dir.name,
             network=run.config.network,
@@ -190,9 +209,10 @@ class Exported:
             step=run.step,
             sources=', '.join(f'`{name}`' for name in source),
             data=run.config.dataset,
-            classes=', '.join(run.data.classes) or run.data.num_classes or 'none',
+            classes=classes or 'none',
             settings=table('setting', {'preset': saved.config['preset']} | saved.changed()),
             numbers=table('number', numbers) if numbers else 'None were recorded.',
+            judged=f'ema_{run.config.ema_decays[0]:g}' if run.config.ema_decays else 'raw',
             origin=table('', origin),
         )
 

@@ -2,10 +2,9 @@
 
     python sample.py --num 20 --labels 3,5 --guidance 2 --steps 20 --out samples
 
-Writes samples.pt, a dict of x and label, and for images samples.png. The solver is DPM-Solver++(2M) (Lu et al. 2022b,
-algorithm 2, with exact integrals). model.json has the arguments of the network and a row for each of many times from
-noise to data: `time` and `c_in`, which the network is called with; alpha and sigma of xt = alpha x0 + sigma noise, and
-l = log(alpha / sigma); and p and q, which turn the network's output into x0 = p xt + q output.
+Writes samples.pt, a dict of x and label, and for images samples.png, by DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2,
+with exact integrals). model.json has the network's arguments, and a row for each time: `time` and `c_in`, its inputs;
+alpha and sigma of xt = alpha x0 + sigma noise, and l = log(alpha / sigma); p and q of x0 = p xt + q output.
 """
 
 import argparse
@@ -47,15 +46,16 @@ def predict(network, model, x: Tensor, label: Tensor | None, at: SimpleNamespace
 
 
 @torch.no_grad()
-def sample(network, model, x1: Tensor, label: Tensor | None = None, steps: int = 0, scale=None) -> Tensor:
+def sample(network, model, x1: Tensor, label: Tensor | None = None, steps: int | None = None, scale=None) -> Tensor:
     """x0 (B, ...) from noise x1 (B, ...) and classes (B,); `steps` and guidance `scale` default to the run's."""
-    steps, scale = steps or model.steps, model.guidance_scale if scale is None else scale
-    every, left = divmod(len(model.times) - 1, steps)
-    if left or (scale != 1 and not model.has_null_class):
-        rule = f'steps={steps}: must divide {len(model.times) - 1}'
-        raise SystemExit(rule if left else f'guidance={scale:g}: the network was trained without label_dropout')
+    scale, most = model.guidance_scale if scale is None else scale, len(model.times) - 1
+    steps = model.steps if steps is None else steps
+    if steps < 1 or most % steps:
+        raise ValueError(f'steps={steps}: must divide {most}')
+    if scale != 1 and (label is None or not model.has_null_class):
+        raise ValueError(f'guidance={scale:g}: needs labels, and a network trained with label_dropout')
     x, past = model.times[0].sigma * x1, None
-    for at, to in itertools.pairwise(model.times[::every]):
+    for at, to in itertools.pairwise(model.times[:: most // steps]):
         x0, h = predict(network, model, x, label, at, scale), to.l - at.l
         if past is None and model.starts_late:  # the first time has some x0 in it
             x = x + at.alpha * x0
@@ -71,10 +71,8 @@ def png(x: Tensor) -> bytes:
     pixels = (x * 255).round().byte().permute(1, 2, 0).flatten(1)  # (H, W C)
     head = pack('>2I5B', x.shape[2], x.shape[1], 8, len(x) - 1, 0, 0, 0)
     data = zlib.compress(b''.join(b'\0' + bytes(row) for row in pixels.tolist()))
-    chunks = [(b'IHDR', head), (b'IDAT', data), (b'IEND', b'')]
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        pack('>I', len(d)) + k + d + pack('>I', zlib.crc32(k + d)) for k, d in chunks
-    )
+    parts = b'IHDR' + head, b'IDAT' + data, b'IEND'
+    return b'\x89PNG\r\n\x1a\n' + b''.join(pack('>I', len(p) - 4) + p + pack('>I', zlib.crc32(p)) for p in parts)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from main import build, load_run
 from networks import NETWORKS
 from prediction import ROWS
 from processes import PROCESSES, RectifiedFlow
+from sampling import TIME_GRIDS
 from scripts import export as program
 from scripts.export import Export
 from tests.helpers import ROOT
@@ -131,8 +132,12 @@ def test_every_process_and_output_draws_the_samples_of_its_run(
     network, model = exported.load()
     assert_same(exported.sample(network, model, inputs.x1, inputs.label, 12), x0)
     assert model.starts_late == ((process, output) in (('rf', 'x1'), ('linear_vp', 'velocity'), ('linear_vp', 'score')))
-    for wrong, words in ((dict(steps=7), 'must divide 240'), (dict(scale=2.0), 'label_dropout')):
-        with pytest.raises(SystemExit, match=words):
+    for wrong, words in (
+        (dict(steps=7), 'must divide 240'),
+        (dict(steps=-20), 'must divide 240'),
+        (dict(scale=2.0), 'label_dropout'),
+    ):
+        with pytest.raises(ValueError, match=words):
             exported.sample(network, model, inputs.x1, inputs.label, **wrong)
 
 
@@ -161,6 +166,17 @@ def test_the_card_and_what_the_file_imports(tiny_config, tmp_path):
     assert len(text.splitlines()) < 100
     model = json.loads((out / 'model.json').read_text())
     assert len(model['times']) == 241 and model['steps'] == 2
+
+
+def test_a_grid_whose_times_depend_on_the_number_of_steps_is_refused(tiny_config, tmp_path, monkeypatch):
+    def grid(process, start, end, n):
+        return torch.linspace(0, 1, n + 1, dtype=torch.float64) ** (1 + 1 / n) * (end - start) + start
+
+    monkeypatch.setitem(TIME_GRIDS, 'own', grid)
+    run = made(tiny_config(**RUNS['mlp'], time_grid='own'))
+    with pytest.raises(SettingError, match='a time grid that depends on the number of steps'):
+        program.export(Export(str(run), str(tmp_path / 'out')))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_safetensors_is_imported_only_by_the_export():
