@@ -3,9 +3,11 @@
     python benchmarks/afternoon.py [--steps 200]      some minutes on two idle cores
 
 The programs are in benchmarks/afternoon/. Each trains on the same folder of 1797 digits (PNG files, 8 x 8, a folder a
-class) with batches of 128, and writes samples and their Frechet distance in pixels. Then each is killed after half of
-that time and started again by the same command, gets a folder with half of a PNG file, and a learning rate of 1e6.
-Prints the table of docs/results.md. Needs the packages of requirements.txt in this folder.
+class) with batches of 128, and writes samples and their Frechet distance in pixels. Networks, times and optimizers are
+what each repo's own examples use, and so are the samples behind the distances, so this compares work and what is lost,
+not quality. Then each is killed after half of that time and started again by the same command, gets a folder with half
+of a PNG file, and a learning rate of 1e6. Prints what they did; docs/results.md has the table. Needs the packages of
+requirements.txt in this folder.
 """
 
 import argparse
@@ -27,9 +29,10 @@ OURS = '--dataset image_folder --image_size 8 --wandb disabled --sample_every 0'
 
 
 def lines_of(name: str) -> int:
-    """Lines of a program that are neither empty nor its docstring."""
+    """Lines of a program that are neither empty nor its docstring, and flags of its command."""
+    flags = sum(word.startswith('--') for word in command(name, Path(), Path(), 0, 0.0))
     code = re.sub(r'^""".*?"""', '', (HERE / f'with_{name}.py').read_text(), flags=re.S)
-    return sum(bool(line.strip()) for line in code.splitlines())
+    return flags + sum(bool(line.strip()) for line in code.splitlines())
 
 
 def command(name: str, data: Path, out: Path, steps: int, lr: float) -> list[str]:
@@ -48,6 +51,8 @@ def run(words: Sequence[str], kill_after: float = 0.0) -> tuple[float, int, str]
     try:
         text, _ = process.communicate(timeout=kill_after or 900)
     except subprocess.TimeoutExpired:
+        if not kill_after:
+            raise
         os.killpg(process.pid, signal.SIGKILL)
         text, _ = process.communicate()
     return time.monotonic() - began, process.returncode, text

@@ -40,12 +40,12 @@ READING = (
     'A plain number is a pair without a warning. Brackets mark a pair that the program warns of before it trains: the '
     'first number is without changes, the second with the flags that the warning names first (other times, a loss '
     'weight, another target, or output F). So compare what the network outputs, on the diagonal; with output velocity, '
-    'a loss on x0 works as well. The row of output x1 looks worse than it is: see below.'
+    'a loss on x0 works as well.'
 )
 OLDER_SAMPLERS = (
     'These samples were drawn before the samplers began [where an output says something about '
-    'x0](solvers.md#where-the-first-step-begins). Outputs x1 and score were not as bad as their rows say: only their '
-    'samples were. The table has not been measured again.'
+    'x0](solvers.md#where-the-first-step-begins). Two cells of `rf`, drawn again with one seed, are as they were: '
+    'output x1 with target velocity 12 (here 11), with target x1 66 (here 61). The others have not been measured again.'
 )
 
 

@@ -31,7 +31,9 @@ def keep(folder: Path, records: Path) -> Path:
     """Write the record of a finished run; returns its folder."""
     run = page.read(folder)
     changed = run.changed().keys() - {'preset', 'data_path'}
-    if changed or run.step < run.config['num_training_steps'] or any(start['diff'] for start in run.starts):
+    plain = {'file': 'trainer.py', 'name': 'ExampleDiffusionTrainer'}
+    is_other = any(start['diff'] or start.get('trainer') != plain for start in run.starts)
+    if changed or is_other or run.step < run.config['num_training_steps']:
         raise SystemExit(f'{folder}: not a finished run of a preset by committed code; changed: {sorted(changed)}')
     target = records / run.config['preset']
     target.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ number of evaluations it prints the ratio of median errors to the repo's constan
 mixtures, and the same for the RMSE. It takes about four minutes on one core, and writes solver_search.json.
 
 Mixtures are smoother than trained networks, so they are not the only criterion: wider widths and a grid at less noise
-are better on them with few steps, and worse on networks of Fashion-MNIST (RESULTS.md).
+are better on them with few steps, and worse on networks of Fashion-MNIST (docs/log.md).
 """
 
 import math

@@ -108,12 +108,14 @@ find_python() {
 is_complete() {
     stale=
     for file in $REQUIREMENTS; do
-        cmp -s "$file" "$(stamp "$file")" || stale="$stale $file"
+        wanted "$file" | cmp -s - "$(stamp "$file")" || stale="$stale $file"
     done
     [ -z "$stale" ] && [ -x "$python" ] && [ ! -f .venv/.installing ]
 }
 
 stamp() { echo ".venv/.installed-$(echo "$1" | tr / -)"; }
+
+wanted() { cat "$1" requirements.lock; } # what a stamp holds: the file, and the versions of what its packages need
 
 check_base_python() {
     PYTHON=${PYTHON:-python3}
@@ -182,11 +184,11 @@ make_venv() {
     touch .venv/.installing
     for file in $stale; do
         echo "run.sh: installing the packages of $file into .venv; torch with CUDA is about 5 GB, this can take minutes"
-        logged "$python" -m pip install --disable-pip-version-check -r "$file" -c requirements.lock || fail "pip could not install $file" \
-            "($(grep -m 1 '^ERROR' .venv/install.log || tail -n 1 .venv/install.log))." \
+        logged "$python" -m pip install --disable-pip-version-check -r "$file" -c requirements.lock ||
+            fail "pip could not install $file" "($(grep -m 1 '^ERROR' .venv/install.log || tail -n 1 .venv/install.log))." \
             "Is there a network, and room on the disk?" \
             "Run it again to continue; pip's full output is in .venv/install.log."
-        cp "$file" "$(stamp "$file")"
+        wanted "$file" > "$(stamp "$file")"
     done
     rm .venv/.installing
 }

@@ -26,10 +26,12 @@ UNITS = dict.fromkeys(('training loss by t', 'reference loss by t'), 'loss') | {
     'share of time waiting for data': 'share',
 }  # label of the y axis, where it is not the title
 RECORD = 'record of this preset'  # a grey line, last in its plot
+GREY = "Grey: the record of this preset (docs/records), if all settings that shape learning are the preset's."
 NOTES = {
-    'loss': "Grey, if all settings are a preset's: the training loss of its record in docs/records.",
-    'reference loss': 'On held-out data. Dotted, if known: the loss of a model that knows only the mean and variance '
-    'of each value, and the floor, the lowest possible loss on the training data, reached only by memorising them.',
+    'loss': GREY,
+    'reference loss': f'On held-out data. {GREY} Dotted, if known: the loss of a model that knows only the mean and '
+    'variance of each value, and the floor, the lowest possible loss on the training data, reached only by memorising '
+    'them.',
     'training loss by t': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
     'reference loss by t': 'Data are at t = 0, noise is at t = 1. Dotted: floors, where known.',
 }

@@ -18,7 +18,7 @@ from reports.parts import blocks as blocks
 from reports.parts import escaped, html_page, images, row, table, text_of
 from runtime import files
 from runtime.alive import duration
-from settings.same_run import FREE_ON_RESUME, migrated
+from settings.same_run import FREE_ON_RESUME, class_defaults, migrated
 from utils import caption
 
 COLUMNS = (  # names in a table of evaluations, in this order
@@ -177,7 +177,8 @@ def record_for(run: Run) -> Run | None:
         return None
 
     def experiment(run: Run) -> tuple:
-        return {k: v for k, v in run.config.items() if k not in free}, (run.starts[-1:] or [{}])[0].get('trainer')
+        settings = as_json(class_defaults(Config)) | run.config  # a setting that a record lacks is newer
+        return {k: v for k, v in settings.items() if k not in free}, (run.starts[-1:] or [{}])[0].get('trainer')
 
     kept = read(folder)
     return kept if experiment(run) == experiment(kept) else None

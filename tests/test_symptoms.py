@@ -114,7 +114,7 @@ def test_samples_are_tinted(trained, capsys):
     assert trainer.decode(trainer.encode(images)).mean() > images.mean() + 0.2
 
 
-def test_samples_are_noise_although_the_loss_is_low():
+def test_samples_are_noise_after_a_warning():
     """Samples of output x1 with a velocity loss and uniform times show the digit as rarely as chance does."""
     config = Config(model_type='x1', target_type='velocity', time_sampler='uniform')
     assert 'may learn badly' in pair_warning(config, get_process(config))

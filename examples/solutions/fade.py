@@ -1,7 +1,7 @@
 """Exercise 4: images fade. With a label of it the network knows how much, so that samples do not fade.
 
-sh run.sh examples/solutions/fade.py --fade_prob 0.5
-sh run.sh examples/solutions/fade.py --labelled_prob 0.5
+sh run.sh examples/solutions/fade.py --num_training_steps 300 --fade_prob 0.5
+sh run.sh examples/solutions/fade.py --num_training_steps 300 --labelled_prob 0.5
 """
 
 from dataclasses import dataclass

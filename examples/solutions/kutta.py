@@ -1,6 +1,7 @@
 """Exercise 6: Kutta's method of order 3 (Kutta 1901).
 
-    sh run.sh examples/solutions/kutta.py --solver kutta --time_grid uniform --experiment_name kutta
+    sh run.sh examples/solutions/kutta.py --preset toy2d --num_training_steps 500 --solver kutta --time_grid uniform \\
+        --experiment_name kutta
 
 The run needs a name: the solver is not a part of the default name, and the plain run has that name already.
 """

@@ -1,6 +1,6 @@
 """Exercise 5: a process that preserves variance and has no square root at 0.
 
-    sh run.sh examples/solutions/polynomial.py --process_name polynomial
+    sh run.sh examples/solutions/polynomial.py --preset toy2d --num_training_steps 500 --process_name polynomial
 
 alpha = 1 - t^2 and alpha^2 + sigma^2 = 1, so sigma = t sqrt(2 - t^2). With sqrt(1 - alpha^2) instead, rounding would
 spoil small times.

@@ -1,6 +1,6 @@
 """Exercise 8: a trainer without ExampleDiffusionTrainer: batch, loss, sampler and a number, all written out.
 
-    sh run.sh examples/solutions/scratch.py --preset toy2d
+    sh run.sh examples/solutions/scratch.py --preset toy2d --num_training_steps 500
 
 With the same seed it learns the same as the plain trainer, to the last digit.
 """

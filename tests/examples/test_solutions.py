@@ -98,7 +98,8 @@ def test_a_solution_is_short_and_names_its_exercise_and_its_command(name):
     text = (FOLDER / f'{name}.py').read_text()
     (number,) = [i for i, part in enumerate(PARTS, 1) if solution_of(part) == name]
     assert len(text.splitlines()) <= 60 and text.startswith(f'"""Exercise {number}: ')
-    assert f'sh run.sh examples/solutions/{name}.py' in text.split('"""')[1]
+    command = next(words for owner, words in COMMANDS if owner == name and words[0] == 'mine.py')
+    assert {f'examples/solutions/{name}.py', *command[1:]} <= set(text.split('"""')[1].split())
 
 
 def test_pictures_are_small():

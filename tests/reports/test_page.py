@@ -490,6 +490,9 @@ def test_a_record_is_of_today_s_preset_whole_and_small(folder):
     """Where a preset has changed since, train it again and keep the new record."""
     run = page.read(folder)
     assert run.changed().keys() <= {'preset', 'data_path'} and run.config['preset'] == folder.name
+    other, older = ({**run.config, 'optimizer': 'sgd'}, {k: v for k, v in run.config.items() if k != 'checkpointing'})
+    assert page.record_for(page.Run(run.folder, other, run.lines, run.starts)) is None
+    assert page.record_for(page.Run(run.folder, older, run.lines, run.starts)) is not None  # lacks a newer setting
     assert run.step == run.config['num_training_steps'] and run.starts[-1]['commit']
     assert run.curve('eval/reference')[0] and any('label_agreement' in k or 'wasserstein' in k for k in run.final())
     assert len(run.names(['train/loss_t_*'])) == 10
