@@ -51,7 +51,7 @@ PARTS: dict[str, Mapping[str, Entry]] = {
     'transformers': TRANSFORMERS,
     'resolution': RESOLUTION,
 }
-SHOWN = {'loss': '{:.4f}', 'spread': '{:.2f}', 'labels': '{:.1%}', 'frechet': '{:.3g}'}
+SHOWN = {'loss': '{:.4f}', 'spread': '{:.2f}', 'labels': '{:.1%}', 'frechet': '{:.2f}'}
 
 
 def resized(side: int) -> str:
