@@ -1,7 +1,7 @@
 """Augmentation of a batch on its device: per-image flips, rotations, shifts, ..., never in the data loader.
 
-An augmenter maps x (B, C, H, W) to (x, augmented), with augmented (B,) bool: was this image changed? With all
-probabilities 0 it takes data of any rank.
+An augmenter maps x (B, C, H, W) in [0, 1], before `encode`, to (x, augmented), with augmented (B,) bool: was this image
+changed? With all probabilities 0 it takes data of any rank.
 An augmentation that would change the meaning of the data (a flipped digit) is refused when the augmenter is built, or
 it has a label, which the network gets as cond['augmentation']: what was done, and zeros for nothing, as in sampling.
 """

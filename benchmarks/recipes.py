@@ -149,6 +149,9 @@ def cells(found: list[dict[str, Any]]) -> list[str]:
 
 def table(part: str) -> Iterator[str]:
     """The lines of one table."""
+    if not any(row['part'] == part for row in rows()):
+        yield 'Not measured yet.'
+        return
     heads = [f'{part} | steps', 'loss', 'spread over t', 'labels', 'Frechet']
     yield f'| {" | ".join(heads)} |\n|{"---|" * (1 + len(heads))}'
     for name in PARTS[part]:

@@ -28,7 +28,7 @@ OWN_HOOKS = ('encode', 'decode', 'draw', 'sample_inputs', 'get_model_fn')  # hoo
 CARD = """# {name}
 
 A diffusion model: {network}, {parameters:,} parameters, for data of shape {shape}. Weights: {weights}, after {step}
-steps. `python sample.py --help` draws samples; it needs only torch and safetensors.
+steps. `python sample.py` draws samples (`--help` lists its flags); it needs only torch and safetensors.
 
 | file | contents |
 |---|---|
@@ -79,7 +79,7 @@ def export(options: Export) -> None:
     """Write the folder. Raises SettingError if the run cannot be exported, before anything is written."""
     if importlib.util.find_spec('safetensors') is None:
         raise SettingError('export.py needs the package safetensors. Install it: pip install safetensors')
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     out = Path(options.out).expanduser()
     if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -90,7 +90,8 @@ def export(options: Export) -> None:
     text = {'model.json': json.dumps(exported.model()), 'sample.py': (ROOT / 'scripts/standalone.py').read_text()}
     text |= source | {'README.md': exported.card(list(source))}
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.cpu().contiguous() for name, x in net.state_dict().items()}, out / 'model.safetensors')
+    weights = save({name: x.cpu().contiguous() for name, x in net.state_dict().items()})
+    (out / 'model.safetensors').write_bytes(weights)
     for name, content in text.items():
         files.write_text(out / name, content)
     which = f'{options.run} at step {exported.run.step}, weights {options.weights}'

@@ -90,7 +90,9 @@ def main() -> None:
     x = ((x + 1) / 2).clamp(0, 1) if model.are_images else x
     torch.save(dict(x=x, label=label), f'{o.out}.pt')
     if model.are_images and len(model.shape) == 3 and model.shape[0] in (1, 3):
-        Path(f'{o.out}.png').write_bytes(png(torch.cat(list(x), 2)))
+        row = torch.cat(list(x), 2)
+        Path(f'{o.out}.png').write_bytes(png(row.repeat_interleave(4, 1).repeat_interleave(4, 2)))
+    print(f'{o.num} samples are in {o.out}.pt, pictures of them in {o.out}.png' if model.are_images else f'{o.out}.pt')
 
 
 if __name__ == '__main__':

@@ -111,7 +111,7 @@ def test_every_network_draws_its_samples_where_the_project_and_other_packages_ca
     assert samples['x'].shape == (4, *inputs.x1.shape[1:]) and (out / 'samples.png').exists() == (network != 'mlp')
     assert samples['label'].tolist() == [1, 0, 1, 0]
     if network != 'mlp':
-        row = np.concatenate(list(samples['x'][:, 0].numpy()), 1)
+        row = np.concatenate(list(samples['x'][:, 0].numpy()), 1).repeat(4, 0).repeat(4, 1)
         assert np.array_equal(np.array(Image.open(out / 'samples.png')), (row * 255).round().astype(np.uint8))
 
 
