@@ -102,7 +102,7 @@ def jvp(
 
 
 def is_transformed() -> bool:
-    """Whether the call happens inside `jvp` or a transform of torch.func. Always False in compiled code."""
+    """True inside `jvp` and the transforms of torch.func. Always False in compiled code."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

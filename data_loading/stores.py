@@ -137,7 +137,7 @@ def walk(group: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def is_axis(name: str, array: Any) -> bool:
-    """Whether an array has the name of its only axis: netCDF and xarray store positions along it this way."""
+    """True for an array of coordinates: netCDF and xarray give it the name of its only axis."""
     axes = getattr(array, 'dimensions', None) or getattr(getattr(array, 'metadata', None), 'dimension_names', None)
     return [*(axes or getattr(array, 'attrs', {}).get('_ARRAY_DIMENSIONS', ()))] == [name.rpartition('/')[2]]
 

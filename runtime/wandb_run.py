@@ -173,7 +173,7 @@ def init_wandb(mode: str, arguments: dict[str, Any]) -> Any:
 
 
 def is_installed(mode: str) -> bool:
-    """Whether wandb can be imported. If not, mode='auto' prints it and returns False; others raise SettingError."""
+    """Try to import wandb. If it is missing, mode 'auto' prints a line; any other mode raises SettingError."""
     try:
         import wandb  # noqa: F401
     except ImportError as error:

@@ -140,7 +140,7 @@ class Exported:
         return Steps(SOLVER, steps, 0, c.time_grid, c.t_min, c.t_max).times(process, process, c.model_type)
 
     def grid_is_nested(self) -> bool:
-        """Whether the times of fewer steps are among the times of STEPS steps."""
+        """True if a solver with fewer steps visits only times that a solver with STEPS steps visits."""
         fine = self.times(STEPS)
         pairs = ((self.times(STEPS // n), fine[::n]) for n in range(1, STEPS) if STEPS % n == 0)
         return all(math.isclose(a, b, abs_tol=1e-6) for few, every in pairs for a, b in zip(few, every, strict=True))
