@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,11 @@ TINY = dict(
 # names in the record whose values change when a run is repeated
 LEVELS = ('train/floor', 'eval/reference_floor', 'eval/reference_gaussian')
 NOT_REPEATED = ('train/images_per_second', 'train/memory_gb', 'train/waiting')
+
+
+def slow_but(quick, names) -> list:
+    """Parameters for each of `names`, marked as slow unless they are in `quick`."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow, id=str(name)) for name in names]
 
 
 def as_flags(settings: dict) -> list[str]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import utils
+from tests.helpers import slow_but
 
 # operations for whose result the CPU has to wait
 SYNCS = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
@@ -148,19 +149,18 @@ def test_a_step_on_the_gpu_waits_for_nothing(pretend_cuda, build, time_sampler, 
     assert sum(pretend_cuda.copies.values()) <= 1, pretend_cuda.copies
 
 
-@pytest.mark.parametrize(
-    'settings',
-    [
-        dict(network='dit', dit_depth=2, dit_width=32, dit_heads=2),
-        dict(network='mlp'),
-        dict(optimizer='muon'),
-        dict(accumulation_steps=2),
-        dict(stratified=False, antithetic=True, ema_decays=()),
-        dict(loss_weight='min_snr', target_type='x0', model_type='v', process_name='cosine', grad_clip_norm=0.0),
-        dict(rotate_prob=0.5, translate_prob=0.5, dequantize=True),
-    ],
-    ids=str,
-)
+OTHER_SETTINGS = [
+    dict(network='dit', dit_depth=2, dit_width=32, dit_heads=2),
+    dict(network='mlp'),
+    dict(optimizer='muon'),
+    dict(accumulation_steps=2),
+    dict(stratified=False, antithetic=True, ema_decays=()),
+    dict(loss_weight='min_snr', target_type='x0', model_type='v', process_name='cosine', grad_clip_norm=0.0),
+    dict(rotate_prob=0.5, translate_prob=0.5, dequantize=True),
+]
+
+
+@pytest.mark.parametrize('settings', slow_but(OTHER_SETTINGS[:2], OTHER_SETTINGS))
 def test_a_step_of_other_settings_waits_for_nothing_either(pretend_cuda, build, settings):
     trainer = build(**settings)
     watched_step(pretend_cuda, trainer)

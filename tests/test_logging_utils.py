@@ -406,6 +406,7 @@ def two(tmp_path_factory):
     return run_ranks(RANKS, tmp_path_factory.mktemp('record'), [0, 1])
 
 
+@pytest.mark.slow
 def test_two_processes_send_nothing_while_they_train(two):
     for seen in two:
         assert seen['in steps'] == [] and seen['in a summary'] > 0

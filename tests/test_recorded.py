@@ -100,6 +100,7 @@ def test_the_line_of_other_weights_of_the_same_step_is_not_taken(tiny_config, bu
     assert evaluate.find_line(tmp_path / 'x.jsonl', dict(step=0, weights_digest=after, commit='a')) is None
 
 
+@pytest.mark.slow
 def test_a_student_moves_from_the_fake_to_the_teacher(build, monkeypatch):  # noqa: F811
     teacher, _ = build('distill', 'Flow', experiment_name='teacher')
     teacher.train_loop()

@@ -78,6 +78,7 @@ def test_the_spirals_wind_one_and_a_half_times(tiny_config):
     assert on_arm[r > 0.3].float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_snapshots_have_the_moving_law_and_optimal_partners_are_nearer():
     times, far = (0, 1 / 3, 2 / 3, 1), {}
     for optimal in (False, True):

@@ -138,6 +138,7 @@ def two_clusters(n):
     return torch.cat([normal(n, 4), normal(n, 4, mean=5.0)])
 
 
+@pytest.mark.slow
 def test_the_real_distance_is_of_images_from_all_of_the_data():
     train = two_clusters(500)
     values = compare(normal(500, 4), train, train)
@@ -145,6 +146,7 @@ def test_the_real_distance_is_of_images_from_all_of_the_data():
     assert compare(normal(500, 4, 3.0), train, train)['real_frechet'] == values['real_frechet']  # whatever the samples
 
 
+@pytest.mark.slow
 def test_a_random_part_of_much_data_is_compared():
     train = two_clusters(500)
     part = compare(normal(500, 4), train, train, most=500)

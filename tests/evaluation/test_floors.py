@@ -23,6 +23,7 @@ from evaluation.distances import (
     wasserstein,
 )
 from tests.evaluation.test_distances import normal
+from tests.helpers import slow_but
 from trainer import ExampleDiffusionTrainer
 
 
@@ -63,6 +64,7 @@ def test_real_draws_have_the_classes_of_the_samples_and_differ():
     assert of_data[unknown][1] == 2
 
 
+@pytest.mark.slow
 def test_the_floor_of_a_perfect_sampler_of_each_class_is_its_own():
     """With classes in turn or as frequent as in the data, a perfect sampler is at its floor."""
     x, label = thinned_digits()
@@ -74,6 +76,7 @@ def test_the_floor_of_a_perfect_sampler_of_each_class_is_its_own():
     assert without['frechet'] > 5 * without['real_frechet']
 
 
+@pytest.mark.slow
 def test_points_have_the_same_floor_by_wasserstein():
     rng = np.random.default_rng(0)
     train, label = map(torch.from_numpy, TOY2D['moons'].draw(rng, 6000))
@@ -89,7 +92,7 @@ def test_points_have_the_same_floor_by_wasserstein():
     assert far['wasserstein'] == pytest.approx(2**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize('name', ['moons', 'eight_gaussians'])
+@pytest.mark.parametrize('name', slow_but(['eight_gaussians'], ['moons', 'eight_gaussians']))
 def test_exact_points_are_at_the_floor_of_a_set(name):
     """A single draw is not enough for a floor: it was 0.054 for moons, where exact draws have 0.067 +- 0.012."""
     toy = TOY2D[name]

@@ -58,6 +58,7 @@ def test_the_data_themselves_are_judged_as_good(tiny_config, build_trainer, colo
     assert swapped['label_agreement'] < 0.2
 
 
+@pytest.mark.slow
 def test_images_without_classes_and_points_are_judged_by_their_values(tiny_config, build_trainer, colour):
     trainer = build_trainer(tiny_config(dataset='plain'))
     x, label, *_ = trainer.test_loader.everything()
@@ -70,6 +71,7 @@ def test_images_without_classes_and_points_are_judged_by_their_values(tiny_confi
     assert distances(points, points.test_loader.everything()[0])['frechet'] < 0.01
 
 
+@pytest.mark.slow
 def test_numbers_in_between(tiny_config, build_trainer, colour):
     """They do not change the training."""
     config = tiny_config(dataset='colour', eval_metrics_every=4)
@@ -351,6 +353,7 @@ Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found | dict(printed=pri
 """
 
 
+@pytest.mark.slow
 def test_ranks_agree_whether_labels_are_classes_and_the_network_a_denoiser(tmp_path):
     """Also if only one rank has found the reason."""
     first, second = run_ranks(ON_TWO_RANKS, tmp_path, [0, 1])

@@ -22,7 +22,7 @@ from processes import PROCESSES, check_process, get_process
 from reports import pictures
 from sampling import sample
 from solvers import SOLVERS
-from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of
+from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of, slow_but
 from tests.valued_cuda import CUDA, valued_cuda  # noqa: F401
 
 FILES = sorted(path for path in (ROOT / 'examples').glob('*.py'))
@@ -133,7 +133,7 @@ def test_it_is_short_says_how_to_run_it_and_is_in_the_table(path):
     assert f'| {len(text.splitlines())} |' in row
 
 
-@pytest.mark.parametrize('name', EXAMPLES)
+@pytest.mark.parametrize('name', slow_but(['interpolant', 'condition', 'field', 'nets', 'own_network'], EXAMPLES))
 def test_it_trains_evaluates_draws_and_resumes(build, name):
     trainer, _ = build(name)
     trainer.train_loop()
@@ -155,17 +155,9 @@ def test_it_trains_evaluates_draws_and_resumes(build, name):
 DIFFERENTIATE = set(  # no derivatives of valued_cuda
     'flow_map flow_map_table few_step_likelihood stochastic_flow_map edm own_process inverse nets'.split()
 )
-QUICK = {'bridge', 'condition'}
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in EXAMPLES
-        if name not in DIFFERENTIATE
-    ],
-)
+@pytest.mark.parametrize('name', slow_but(['condition'], [name for name in EXAMPLES if name not in DIFFERENTIATE]))
 def test_its_hooks_run_on_a_gpu(build, name, request, monkeypatch):
     """Everything without a backward pass, on tensors that claim to be on a GPU: mixed devices are errors."""
     request.getfixturevalue('valued_cuda')
@@ -926,6 +918,7 @@ def test_all_kinds_of_guidance_cost_about_the_same(build):
     assert costs.pop('interval') in (19, 20, 21) and set(costs.values()) == {20}, costs
 
 
+@pytest.mark.slow
 def test_a_student_moves_towards_the_teacher(build, monkeypatch):
     """If both flows agree, the student gets no gradient, and only the fake flow learns from its own error."""
     teacher, _ = build('distill', 'Flow', experiment_name='teacher')
@@ -965,6 +958,7 @@ def test_the_losses_of_a_student_by_hand(build, monkeypatch):
     torch.testing.assert_close(slope, (t_max * direction).detach())  # from one term only, towards the teacher
 
 
+@pytest.mark.slow
 def test_reflow_trains_on_samples_of_the_first_run(build, monkeypatch):
     first, _ = build('reflow', 'Flow', experiment_name='first', model_type='v')
     first.train_loop()
@@ -1065,6 +1059,7 @@ def test_warns_of_guidance_that_no_sampler_has(build, capsys, name, class_name, 
     assert ('warning: guidance_scale=2: no sampler takes steps' in capsys.readouterr().out) == warns
 
 
+@pytest.mark.slow
 def test_latents_are_scaled_and_come_back(load, tmp_path, build_trainer, monkeypatch):
     module = load('latent')
     monkeypatch.setattr(module, 'autoencoder', functools.partial(module.autoencoder, width=8))

@@ -13,7 +13,7 @@ from data_utils import DATASETS
 from networks import NETWORKS
 from processes import PROCESSES
 from solvers import SOLVERS
-from tests.helpers import TINY, losses, record_of
+from tests.helpers import TINY, losses, record_of, slow_but
 
 SMALL = TINY | dict(sample_every=6, global_batch_size=64)
 EXPERIMENTS = {  # file -> class, settings
@@ -52,7 +52,7 @@ def experiment(tmp_path, build_trainer, monkeypatch):
         table.update(before)
 
 
-@pytest.mark.parametrize('name', EXPERIMENTS)
+@pytest.mark.parametrize('name', slow_but(['ot', 'gan', 'own_network'], EXPERIMENTS))
 def test_it_trains_evaluates_draws_and_resumes(experiment, name):
     trainer = experiment(name)
     trainer.train_loop()

@@ -189,6 +189,7 @@ def test_restarts_and_torchrun_args_of_several_machines_exclude_each_other(monke
     assert 'MAX_RESTARTS=2' in err and 'NNODES' in err and '--max-restarts' in err
 
 
+@pytest.mark.slow
 def test_a_machine_on_which_only_the_flags_are_wrong_is_named(tmp_path):
     """Its code may be older. Machine 0 prints no error then, so the launcher there must learn the cause."""
     env = os.environ | dict(RANK='2', LOCAL_RANK='0', RUN_REPORTS=str(tmp_path))

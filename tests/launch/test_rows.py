@@ -108,6 +108,7 @@ def is_here(first, rank):
     return wait_until(lambda: first.rows[rank].launcher, 10)
 
 
+@pytest.mark.slow
 def test_three_meet_in_any_order_and_end_with_one_cause(meet):
     late, second = meet(2, 3), meet(1, 3)
     assert wait_until(lambda: 'nothing listens there' in late.trouble, 5)
@@ -269,6 +270,7 @@ def test_strangers_at_the_port_disturb_nobody(meet):
     assert run_outcome(first.judged()) == run_outcome(second.judged()) == (0, 0, '')
 
 
+@pytest.mark.slow
 def test_another_program_in_the_place_of_machine_0_is_recognised(meet, capsys):
     """torch would wait forever for its answer."""
     with socket.create_server(('127.0.0.1', meet.port)):
@@ -314,6 +316,7 @@ def test_one_that_stops_on_a_cut_network_before_the_start_does_not_wait_long(mee
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('silent', [0, 1])
 def test_a_machine_that_falls_silent_is_missed_by_the_other_which_ends_its_workers(meet, monkeypatch, silent):
     pair = begun(meet(0), meet(1))
@@ -431,7 +434,14 @@ def test_workers_get_time_to_end_by_themselves(meet, monkeypatch, capsys):
     first.announce_end(End(1))
 
 
-@pytest.mark.parametrize(('code', 'end'), [(0, None), (1, 'give_up'), (2, signal.SIGTERM), (75, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ('code', 'end'),
+    [
+        (1, 'give_up'),
+        (75, signal.SIGTERM),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, None), (2, signal.SIGTERM)]),
+    ],
+)
 def test_workers_here_end_in_the_same_way_as_elsewhere(meet, monkeypatch, code, end):
     """Asked to stop, so that they save, if another machine was; given up if one failed; else not ended."""
     first, second = begun(meet(0), meet(1))

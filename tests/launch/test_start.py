@@ -82,7 +82,7 @@ def test_a_script_is_looked_for_where_the_caller_is_then_in_the_repo_and_its_scr
 @pytest.mark.parametrize(
     'given, rank',
     [
-        ('generate.py', '0'),
+        pytest.param('generate.py', '0', marks=pytest.mark.slow),
         ('sweep.py', 'direct'),
         pytest.param('tests/probe.py', '0', marks=pytest.mark.slow),
         pytest.param('mine.py', '0', marks=pytest.mark.slow),
@@ -205,6 +205,7 @@ def test_a_torch_that_renamed_its_signal_handler_is_an_error(monkeypatch, tmp_pa
         launcher.obey_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_script_reads_the_input_of_run_sh(base):
     """For breakpoint(), for instance: a command in the background of a shell would read /dev/null."""
     (base / 'elsewhere/asks.py').write_text('print("got", input(), flush=True)')

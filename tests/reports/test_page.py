@@ -234,6 +234,7 @@ def test_a_folder_that_is_not_a_run_is_named(folders, tmp_path):
     assert not (tmp_path / 'x.html').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='chromium is not installed')
 def test_a_browser_shows_it(trained, tmp_path):
     """In light and dark mode, without an error: the screenshot is neither empty nor of one colour."""

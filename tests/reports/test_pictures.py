@@ -168,6 +168,7 @@ def test_columns_of_a_path_are_where_samples_change(gallery):
     assert gallery.panels[-1].times == ['t=1']
 
 
+@pytest.mark.slow
 def test_a_run_on_points_shows_their_paths(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setattr(pictures, 'POINTS_SHOWN', 50)
     panels = []

@@ -52,6 +52,7 @@ def test_other_errors_keep_their_traceback():
     assert done.returncode == 1 and done.stderr.startswith('Traceback') and 'RuntimeError: lr=1' in done.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_gets_the_error_and_prints_it(tmp_path):
     """As its last line, on every machine."""
     for kind in ('SaveError', 'SettingError', 'NonFiniteLoss'):
@@ -73,6 +74,7 @@ print(name, file=sys.stderr, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_name_that_cannot_be_encoded_and_a_closed_output_end_no_program():
     strict = dict(PYTHONIOENCODING='utf-8:strict')
     done = run(NAMES, **strict)

@@ -38,6 +38,7 @@ def judge(run, monkeypatch):
     return go
 
 
+@pytest.mark.slow
 def test_the_numbers_belong_to_the_images_that_generate_writes(judge, run, tmp_path):
     (line,) = judge()
     generate(Generate(run=str(run), out=str(tmp_path / 'x.npz'), num=40, nfe=4, batch_size=9))

@@ -143,6 +143,7 @@ class Differentiates(ExampleDiffusionTrainer):
         return errors[0] + errors[1] + errors[2] + utils.image_square_error(model_fn(xt, batch.t), batch.x0)
 
 
+@pytest.mark.slow
 def test_a_loss_that_differentiates_the_network_works_compiled(graphs, tiny_config, build_trainer):
     """Calls that are differentiated run uncompiled, the last call is compiled; the losses agree with a plain run's."""
     settings = dict(eval_every=0, network='mlp')
@@ -218,6 +219,7 @@ def test_parts_of_a_network_that_the_loss_leaves_out_are_found(tiny_config, buil
     assert all(p.grad is None for p in trainer.network.parameters())
 
 
+@pytest.mark.slow
 def test_processes_send_gradients_and_the_stop_flag_only(run_sh, tmp_path):
     """Unless something is due: one bucket of gradients, averaged in the last of two backward passes, and the flag."""
     env = dict(QUIET=str(tmp_path / 'sent'))

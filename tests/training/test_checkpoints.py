@@ -470,6 +470,7 @@ Path(folder, f'{rank}.json').write_text(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_the_first_of_two_processes_writes_and_both_restore_and_fail_together(tmp_path):
     for rank, seen in enumerate(run_ranks(RANKS, tmp_path, [0, 1])):
         assert seen['writes'] == [0] * (rank == 0) and seen['step'] == 4 and seen['same']

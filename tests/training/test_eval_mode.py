@@ -58,6 +58,7 @@ def tensors_of(trainer):
     return held
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_and_a_stopped_one_train_the_same(tiny_config, build_trainer, monkeypatch):
     settings = dict(num_training_steps=12, ema_decays=(0.9,), warmup_steps=2)
     quiet = dict(eval_every=0, sample_every=0, final_eval=False, final_pictures=False)

@@ -133,6 +133,7 @@ def test_noise_is_never_taken_for_another_distribution(seed, shape):
     assert unlike_base(x1, GaussianProcess(), 'rf') is None
 
 
+@pytest.mark.slow
 def test_points_of_noise_are_never_taken_for_another_distribution():
     """Mean squares of two numbers have long tails: without square roots, one run in forty was."""
     for seed in range(200):
