@@ -148,7 +148,12 @@ def test_every_output_with_every_target(tiny_config, build_trainer, process_name
         assert losses.isfinite().all() and all(p.grad.isfinite().all() for p in trainer.network.parameters())
 
 
-CHOICES = [(setting, choice) for setting, table in choices().items() if setting != 'dataset' for choice in table]
+CHOICES = [
+    pytest.param(setting, choice, marks=pytest.mark.slow if i else ())  # quick: one of each setting
+    for setting, table in choices().items()
+    if setting != 'dataset'
+    for i, choice in enumerate(reversed(table))
+]
 
 
 @pytest.mark.parametrize('setting, choice', CHOICES)

@@ -22,7 +22,7 @@ from processes import PROCESSES, RectifiedFlow
 from sampling import TIME_GRIDS
 from scripts import export as program
 from scripts.export import Export
-from tests.helpers import ROOT
+from tests.helpers import ROOT, slow_but
 from tests.test_promises import scramble
 from trainer import ExampleDiffusionTrainer
 from training import run_record
@@ -94,7 +94,7 @@ def assert_same(exported, own):
     torch.testing.assert_close(exported, own, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', slow_but(['unet'], NETWORKS))
 def test_every_network_draws_its_samples_where_the_project_and_other_packages_cannot_be_imported(
     tiny_config, tmp_path, network
 ):

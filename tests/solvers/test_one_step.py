@@ -7,9 +7,10 @@ import torch
 
 from sampling import sample
 from solvers import SOLVERS
-from tests.oracle import ALL_PROCESSES, RING, at, base_noise, exact_predict, process_named
+from tests.helpers import slow_but
+from tests.oracle import ALL_PROCESSES, QUICK_PROCESSES, RING, at, base_noise, exact_predict, process_named
 
-each_process = pytest.mark.parametrize('process_name', ALL_PROCESSES)
+each_process = pytest.mark.parametrize('process_name', slow_but(QUICK_PROCESSES, ALL_PROCESSES))
 
 
 @each_process

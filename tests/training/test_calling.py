@@ -20,7 +20,7 @@ import saving
 import utils
 from config import Config, SettingError
 from networks import table
-from tests.helpers import losses
+from tests.helpers import losses, slow_but
 from trainer import ExampleDiffusionTrainer
 from training import calling, run_folder
 from training.calling import has_unused
@@ -52,7 +52,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', slow_but(['unet'], NETWORKS))
 def test_a_network_is_one_graph_in_training_and_one_for_all_its_averages_and_all_batches(graphs, network):
     settings = dict(channels=8, num_res_blocks=1, dropout=0.1, compile='on') | NETWORKS[network]
     config = Config(**settings)

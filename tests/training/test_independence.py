@@ -9,6 +9,7 @@ from torch import nn
 
 from config import SettingError
 from processes import PROCESSES, GaussianProcess, RectifiedFlow
+from tests.helpers import slow_but
 from trainer import ExampleDiffusionTrainer, SampleInputs
 from training import independence
 from training.independence import base_is_normal, signs_of_dependence, unlike_base
@@ -126,7 +127,7 @@ def test_another_distribution_of_mean_0_and_standard_deviation_1_is_seen(name, s
 
 
 @pytest.mark.parametrize('shape', [(1, 8, 8), (2,), (3, 64, 64), (1,), (16, 3)], ids=str)
-@pytest.mark.parametrize('seed', range(25))
+@pytest.mark.parametrize('seed', slow_but(range(5), range(25)))
 def test_noise_is_never_taken_for_another_distribution(seed, shape):
     torch.manual_seed(seed)
     x1 = torch.randn(max(64, 2**14 // math.prod(shape)), *shape)
