@@ -1,18 +1,20 @@
 """Measures which outputs learn from which targets: all 36 pairs on the four processes, as a heat map and a page.
 
-    python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      20 s a run on one core
+    python benchmarks/pairs.py [--seeds 3] [--steps 300] [--only fine|warned|remedied|none]      two runs at once
 
 A cell is the share of 500 samples in which a support-vector classifier of real digits sees the requested digit. A pair
 with a warning runs without changes, and with the remedy that the warning names; a refused pair does not run. Each run
-is one line of benchmarks/pairs.jsonl; runs with a line are not repeated. The page is docs/pairs.md, the picture
-docs/pairs.png.
+is one line of benchmarks/pairs.jsonl with its commit and CPU seconds; runs with a line are not repeated. The page is
+docs/pairs.md, the picture docs/pairs.png.
 """
 
 import argparse
 import functools
 import itertools
 import json
+import multiprocessing
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -78,8 +80,8 @@ def run_of(cell: Cell, remedied: bool) -> tuple[Cell, dict]:
 
 
 def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
-    """One run: label agreement of samples of the averaged weights, and seconds."""
-    began = time.monotonic()
+    """One run: label agreement of samples of the averaged weights, CPU seconds and commit."""
+    began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         grid = dict(solver='dpmpp_2m', time_grid='log_snr') if cell[0] == 've' else {}
         config = config_of(cell, seed=seed, ckpt_dir=folder, num_training_steps=steps, **grid, **more)
@@ -93,8 +95,14 @@ def train(cell: Cell, seed: int, steps: int, more: dict) -> dict:
         x = trainer.drawing.samples(sampler, module, inputs)
         images, labels, *_ = trainer.train_loader.everything()
         agreement = float((support_vectors(images[:5000], labels[:5000])(x) == inputs.label).float().mean())
-    seconds = time.monotonic() - began
-    return dict(cell=cell, seed=seed, steps=steps, more=more, agreement=agreement, seconds=seconds)
+    seconds = round(time.process_time() - began, 1)
+    commit = subprocess.check_output(['git', 'rev-parse', '--short', 'HEAD'], text=True, cwd=ROOT).strip()
+    return dict(cell=cell, seed=seed, steps=steps, more=more, agreement=agreement, seconds=seconds, commit=commit)
+
+
+def work(job: tuple[Cell, int, int, dict]) -> dict:
+    torch.set_num_threads(1)
+    return train(*job)
 
 
 def means_of(runs: list[dict], cells: list[Cell], remedied: bool) -> dict[Cell, float]:
@@ -203,6 +211,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=3, help='seeds of every cell and of every remedy')
     parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--at_once', type=int, default=2, help='runs at a time, with one thread each')
     parser.add_argument('--only', choices=('fine', 'warned', 'remedied', 'none'), help='run these; none: only the page')
     parser.add_argument('--process', choices=PROCESSES, help='run only cells of this process')
     args = parser.parse_args()
@@ -217,14 +226,20 @@ def run() -> None:
     ]
     runs = [json.loads(line) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
     runs = [run for run in runs if run['steps'] == args.steps]
+    done = [((*run['cell'],), run['seed'], args.steps, run['more']) for run in runs]
+    jobs = []
     for kind, cell, more, seed in wanted:
-        done = [(tuple(run['cell']), run['more'], run['seed']) for run in runs]
         chosen = (args.only or kind) == kind and (args.process or cell[0]) == cell[0]
-        if chosen and (cell, more, seed) not in done:
-            runs.append(train(cell, seed, args.steps, more))
+        job = (cell, seed, args.steps, more)
+        if chosen and job not in done + jobs:
+            jobs.append(job)
+    if jobs:
+        pool = multiprocessing.get_context('spawn').Pool(args.at_once)
+        for run in pool.imap_unordered(work, jobs):
+            runs.append(run)
             with open(RECORD, 'a') as file:
-                file.write(json.dumps(runs[-1]) + '\n')
-            print(kind, *cell, f'{runs[-1]["agreement"]:.3f}, {runs[-1]["seconds"]:.0f} s', more or '', flush=True)
+                file.write(json.dumps(run) + '\n')
+            print(*run['cell'], f'{run["agreement"]:.3f}, {run["seconds"]:.0f} s', run['more'] or '', flush=True)
     means = means_of(runs, cells, False)
     remedied = means_of(runs, [cell for cell in cells if verdicts[cell] == 'warned'], True)
     draw_picture(means, verdicts)
@@ -236,5 +251,4 @@ def run() -> None:
 
 
 if __name__ == '__main__':
-    torch.set_num_threads(1)
     run()

@@ -1,6 +1,9 @@
 """The tables and pages that scripts of benchmarks/ write from files of runs, and the networks that they compare."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -89,3 +92,24 @@ def test_the_page_of_pairs_is_made_from_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['pairs.py', '--only', 'none'])
     pairs.run()
     assert (tmp_path / 'pairs.md').read_text() == (ROOT / 'docs/pairs.md').read_text()
+
+
+def test_tables_are_measured_once_and_again_after_a_failure(tmp_path):
+    """`loop` fails at first: it is not written down as measured, and the next call begins with it."""
+    (tmp_path / 'benchmarks').mkdir()
+    shutil.copy(ROOT / 'benchmarks/tables.sh', tmp_path / 'benchmarks')
+    (tmp_path / 'bin').mkdir()
+    fake = tmp_path / 'bin/python'
+    fake.write_text('#!/bin/sh\necho "$@" >> ran\n[ "$1" != benchmarks/loop.py ] || [ -e mended ]\n')
+    (tmp_path / 'bin/git').write_text('#!/bin/sh\necho abc123\n')
+    for program in (tmp_path / 'bin').iterdir():
+        program.chmod(0o755)
+    command = ['sh', 'benchmarks/tables.sh', 'data', 'loop', 'digits']
+    call = dict(cwd=tmp_path, env=os.environ | dict(PATH=f'{tmp_path}/bin:{os.environ["PATH"]}'))
+    assert subprocess.run(command, **call).returncode == 1
+    assert (tmp_path / 'benchmarks/tables.txt').read_text() == 'data abc123\n'
+    (tmp_path / 'mended').touch()
+    assert subprocess.run(command, **call).returncode == 0
+    assert (tmp_path / 'benchmarks/tables.txt').read_text() == 'data abc123\nloop abc123\ndigits abc123\n'
+    ran = ['data.py', 'loop.py', 'loop.py', 'digits.py --seeds 5 --peer_seeds 3']
+    assert (tmp_path / 'ran').read_text().split('\n') == [*(f'benchmarks/{name}' for name in ran), '']
