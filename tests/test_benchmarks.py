@@ -100,7 +100,7 @@ def test_tables_are_measured_once_and_again_after_a_failure(tmp_path):
     shutil.copy(ROOT / 'benchmarks/tables.sh', tmp_path / 'benchmarks')
     (tmp_path / 'bin').mkdir()
     fake = tmp_path / 'bin/python'
-    fake.write_text('#!/bin/sh\necho "$@" >> ran\n[ "$1" != benchmarks/loop.py ] || [ -e mended ]\n')
+    fake.write_text('#!/bin/sh\necho "$@" >> ran\n[ "$1" != benchmarks/loop.py ] || [ -e fixed ]\n')
     (tmp_path / 'bin/git').write_text('#!/bin/sh\necho abc123\n')
     for program in (tmp_path / 'bin').iterdir():
         program.chmod(0o755)
@@ -108,7 +108,7 @@ def test_tables_are_measured_once_and_again_after_a_failure(tmp_path):
     call = dict(cwd=tmp_path, env=os.environ | dict(PATH=f'{tmp_path}/bin:{os.environ["PATH"]}'))
     assert subprocess.run(command, **call).returncode == 1
     assert (tmp_path / 'benchmarks/tables.txt').read_text() == 'data abc123\n'
-    (tmp_path / 'mended').touch()
+    (tmp_path / 'fixed').touch()
     assert subprocess.run(command, **call).returncode == 0
     assert (tmp_path / 'benchmarks/tables.txt').read_text() == 'data abc123\nloop abc123\ndigits abc123\n'
     ran = ['data.py', 'loop.py', 'loop.py', 'digits.py --seeds 5 --peer_seeds 3']

@@ -181,6 +181,20 @@ def test_the_index_leads_to_every_page():
     assert links >= {path.name for path in ROOT.glob('docs/*.md')} - {'README.md'}
 
 
+def test_curves_of_presets_come_from_their_records():
+    """Each number in the tables of docs/loss.md, as it is rounded there."""
+    tables = re.findall(r'^The `(\w+)` preset[^|]*\n\n(\| step .*?)\n\n', PAGES['docs/loss.md'], re.S | re.M)
+    assert [preset for preset, _ in tables] == ['digits', 'digits_long', 'fashion_mnist', 'small_images']
+    for preset, table in tables:
+        head, _, *rows = [[cell.strip(' `') for cell in line.strip('|').split('|')] for line in table.split('\n')]
+        record = {line['train/step']: line for line in record_of(ROOT / 'docs/records' / preset)}
+        for step, *cells in rows:
+            for name, cell in zip(head[1:], cells, strict=True):
+                if cell:
+                    digits = len(cell.partition('.')[2])
+                    assert abs(float(cell) - record[int(step)][name]) < 0.6 * 10**-digits, (preset, step, name)
+
+
 @pytest.mark.parametrize('page', PAGES)
 def test_links_and_pictures_exist(page):
     text = re.sub(r'^```.*?^```$', '', PAGES[page], flags=re.S | re.M)
