@@ -11,10 +11,10 @@ set -eu
 CDPATH= cd -- "$(dirname -- "$0")/.."
 export OMP_NUM_THREADS=1 NPROC=1 WANDB_MODE=disabled
 
-records() { # of each preset that needs no GPU; small_images needs pictures of yours in data/pictures
+records() { # of each preset that needs no GPU; small_images: Tux Paint's stamps in data/stamps
     for preset in digits digits_long digits_dit toy2d fashion_mnist small_images; do
         set -- --preset "$preset" --experiment_name "$preset"
-        [ "$preset" != small_images ] || set -- "$@" --data_path data/pictures
+        [ "$preset" != small_images ] || set -- "$@" --data_path data/stamps
         sh run.sh "$@"
         python benchmarks/records.py "ckpts/$preset"
     done
