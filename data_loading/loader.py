@@ -163,6 +163,7 @@ class Loader:
                 pin_memory=device.type == 'cuda',
                 persistent_workers=number > 0,
                 worker_init_fn=ignore_signals_except_from_parent,
+                multiprocessing_context=workers.START_METHOD if number else None,
             )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -99,12 +99,14 @@ def build(items: Any, path: Path, held_out: int, skip: bool, title: str, **facts
     After all items have been tried, raises SettingError that names unreadable ones; with `skip` they are left out,
     counted and named. The held-out part is what remains of the first `held_out` items.
     """
+    number = cores_per_process() if len(items) > 256 else 0
     loader = DataLoader(
         cast(Any, range(len(items))),
         batch_size=32,
-        num_workers=cores_per_process() if len(items) > 256 else 0,
+        num_workers=number,
         collate_fn=partial(attempts, items),
         worker_init_fn=ignore_signals_except_from_parent,
+        multiprocessing_context=workers.START_METHOD if number else None,
     )
     unread: list[str] = []
     facts['held_out'] = held_out

@@ -3,6 +3,7 @@
 checks.py checks what `load` returns.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,10 @@ class Batch(tuple):
         return batch
 
 
+def fingerprint_of(items: Any, rows: range) -> str:
+    return f'{items.fingerprint()} {rows}'
+
+
 class Rows(Subset):
     """Items `start` to `stop` of a Dataset, with its fingerprint, labels and file_rows if it has them."""
 
@@ -110,7 +115,7 @@ class Rows(Subset):
         rows = range(start, stop)
         super().__init__(items, rows)
         if hasattr(items, 'fingerprint'):
-            self.fingerprint = lambda: f'{items.fingerprint()} {rows}'
+            self.fingerprint = functools.partial(fingerprint_of, items, rows)  # not a lambda: it may be pickled
         for name in ('labels', 'file_rows'):
             if hasattr(items, name):
                 setattr(self, name, getattr(items, name)[start:stop])

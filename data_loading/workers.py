@@ -1,5 +1,6 @@
 """Loader processes: makes batches of items, sends them, and limits each wait for them."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from data_loading.spec import type_and_shape
 from runtime import stopping
 from runtime.errors import DataError, SettingError
+
+# Linux: the processes share the data's memory, and items of your own need not be picklable, as torch's loaders had it
+# before Python 3.14. Elsewhere forking is not safe: the default there sends them the data set.
+START_METHOD = 'fork' if sys.platform == 'linux' else None
 
 
 class PipedTuple(tuple):

@@ -295,6 +295,20 @@ def test_loader_processes_outlive_a_stop_and_end_with_close(set_up):
     assert process.exitcode == 0
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere loader processes are not forked')
+def test_a_dataset_that_cannot_be_pickled_is_read_whatever_the_default_start_method_is(set_up, monkeypatch):
+    """From Python 3.14 on it is forkserver, which pickles the data set."""
+
+    class Local(TensorDataset):
+        pass
+
+    default = multiprocessing.context._default_context
+    monkeypatch.setattr(default, '_actual_context', multiprocessing.get_context('forkserver'))
+    train, _, _ = set_up(Local(IMAGES, LABELS), workers=1)
+    assert len(next(iter(train))[0]) > 0
+    train.close()
+
+
 def test_close_ends_loader_processes_that_have_only_just_started(set_up, monkeypatch):
     """SIGTERM kills them then; torch raised 'DataLoader worker is killed by signal' in the process that closed."""
     train, _, _ = set_up(TensorDataset(IMAGES, LABELS), workers=2)
@@ -309,7 +323,7 @@ def test_close_ends_loader_processes_that_have_only_just_started(set_up, monkeyp
 @pytest.mark.parametrize('how', ['reading', 'gone early'])
 def test_loader_processes_end_with_a_killed_parent(how):
     """Also if the parent's exit handlers do not run, and if it has ended before they check for it."""
-    script = SCRIPT + 'print(*(process.pid for process in multiprocessing.active_children()))\nos._exit(9)'
+    script = SCRIPT + 'print(*(process.pid for process in multiprocessing.active_children()), flush=True)\nos._exit(9)'
     ended = subprocess.run(
         [sys.executable, '-c', script, how, '.'], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

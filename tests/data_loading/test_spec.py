@@ -331,3 +331,11 @@ def test_the_fingerprint_of_a_dataset(set_up):
     one, other = Named(IMAGES, LABELS), Named(IMAGES, LABELS)
     one.name, other.name = 'one', 'other'
     assert of(one) != of(other)
+
+
+def test_rows_can_be_sent_to_a_process_that_was_not_forked():
+    """As loader processes are on macOS. A lambda in them could not be pickled."""
+    items = Rows(Named(X, LABEL), 2, 5)
+    sent = pickle.loads(pickle.dumps(items))
+    assert sent.fingerprint() == items.fingerprint() == f'{Named(X, LABEL).fingerprint()} range(2, 5)'
+    assert sent.labels == LABEL[2:5].tolist() and torch.equal(sent[0][0], X[2])

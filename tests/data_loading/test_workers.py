@@ -46,7 +46,8 @@ def test_no_batch_of_a_dataset_takes_shared_memory():
     def made(items):
         return workers.PipedTuple(map(torch.tensor, map(torch.Tensor.is_shared, workers.stack_items(items, ''))))
 
-    loader = DataLoader(TensorDataset(X, X), batch_size=2, num_workers=1, collate_fn=made)
+    started = dict(num_workers=1, multiprocessing_context=workers.START_METHOD)
+    loader = DataLoader(TensorDataset(X, X), batch_size=2, collate_fn=made, **started)
     assert [v.tolist() for batch in workers.read(loader, 'test') for v in batch] == [False] * 4
 
 
@@ -82,7 +83,8 @@ def test_loader_processes_that_cannot_be_started_name_the_setting():
 def test_a_wait_for_data_ends_with_an_error_that_names_them(monkeypatch, num_workers, by):
     for name, value in dict(TICK=0.05, LINE_AFTER=0.1, LIMIT=0.3).items():
         monkeypatch.setattr(stopping, name, value)
-    loader = DataLoader([0], num_workers=num_workers, collate_fn=lambda items: time.sleep(1))
+    started = dict(num_workers=num_workers, multiprocessing_context=workers.START_METHOD if num_workers else None)
+    loader = DataLoader([0], collate_fn=lambda items: time.sleep(1), **started)
     with pytest.raises(DataError, match=rf'^data of x, read by {by} \(num_workers\): nothing came'):
         list(workers.read(loader, 'x'))
 

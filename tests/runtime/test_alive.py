@@ -86,7 +86,11 @@ with alive.print_while('x' * 200_000):
 print('end', flush=True)
 """
     run = subprocess.Popen(
-        [sys.executable, '-c', script], env=os.environ | {'PYTHONPATH': str(ROOT)}, stdout=-1, stderr=-1, text=True
+        [sys.executable, '-W', 'ignore', '-c', script],  # Python 3.12 and later warn of a fork with threads
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        stdout=-1,
+        stderr=-1,
+        text=True,
     )
     try:
         time.sleep(1.5)
