@@ -62,7 +62,6 @@ class ShiftedCosine(VariancePreserving):
 
 OTHERS = {'squared_cosine': SquaredCosine(), 'shifted_cosine': ShiftedCosine()}
 ALL_PROCESSES = [*PROCESSES, *OTHERS]
-QUICK_PROCESSES = ['rf', 've']  # the rest are tested with the slow tests where each takes long
 
 
 @functools.cache

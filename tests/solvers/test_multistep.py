@@ -9,20 +9,9 @@ import torch
 
 from sampling import sample
 from solvers import SOLVERS, TIME_GRIDS, Multistep, angular, gaussian
-from tests.helpers import slow_but
-from tests.oracle import (
-    ALL_PROCESSES,
-    F64,
-    QUICK_PROCESSES,
-    RING,
-    at,
-    base_noise,
-    exact_predict,
-    process_named,
-    random_mixture,
-)
+from tests.oracle import F64, RING, at, base_noise, exact_predict, process_named, random_mixture
+from tests.solvers.each import each_process
 
-each_process = pytest.mark.parametrize('process_name', slow_but(QUICK_PROCESSES, ALL_PROCESSES))
 MULTISTEP = [name for name, solver in SOLVERS.items() if isinstance(solver.step, Multistep)]
 SMOOTH = random_mixture(2, 3, seed=4, smallest=0.3, largest=0.5)
 

@@ -7,10 +7,8 @@ import torch
 
 from sampling import sample
 from solvers import SOLVERS
-from tests.helpers import slow_but
-from tests.oracle import ALL_PROCESSES, QUICK_PROCESSES, RING, at, base_noise, exact_predict, process_named
-
-each_process = pytest.mark.parametrize('process_name', slow_but(QUICK_PROCESSES, ALL_PROCESSES))
+from tests.oracle import RING, at, base_noise, exact_predict, process_named
+from tests.solvers.each import each_process
 
 
 @each_process

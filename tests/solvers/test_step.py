@@ -9,18 +9,8 @@ import torch
 from processes import Coefs
 from sampling import sample
 from solvers import SDE_NOISES, SOLVERS, TIME_GRIDS, Noise, Predict, Solver, coefs_at, relative_noise
-from tests.helpers import slow_but
-from tests.oracle import (
-    ALL_PROCESSES,
-    F64,
-    QUICK_PROCESSES,
-    RING,
-    GaussianMixture,
-    at,
-    base_noise,
-    exact_predict,
-    process_named,
-)
+from tests.oracle import F64, RING, GaussianMixture, at, base_noise, exact_predict, process_named
+from tests.solvers.each import each_process
 
 
 def test_predict_remembers_only_as_much_as_its_memory():
@@ -48,7 +38,6 @@ def test_few_steps_have_a_step_and_a_grid_of_their_own():
 
 
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
-each_process = pytest.mark.parametrize('process_name', slow_but(QUICK_PROCESSES, ALL_PROCESSES))
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
 

@@ -14,22 +14,11 @@ from config import SettingError
 from processes import PROCESSES, GaussianProcess
 from sampling import sample
 from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Multistep
-from tests.helpers import slow_but
-from tests.oracle import (
-    ALL_PROCESSES,
-    F64,
-    QUICK_PROCESSES,
-    RING,
-    at,
-    base_noise,
-    exact_predict,
-    process_named,
-    random_mixture,
-)
+from tests.oracle import F64, RING, at, base_noise, exact_predict, process_named, random_mixture
+from tests.solvers.each import each_process
 
 ODE = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 SDE = [name for name, solver in SOLVERS.items() if solver.stochastic]
-each_process = pytest.mark.parametrize('process_name', slow_but(QUICK_PROCESSES, ALL_PROCESSES))
 each_noise = pytest.mark.parametrize('sde_noise', SDE_NOISES)
 
 # Solvers that are not linear multistep methods in the log-SNR or the angle step in t itself; for these, equal steps of
