@@ -2,10 +2,12 @@
 
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
 
+from main import choices
 from tests.helpers import ROOT, TINY, as_flags, launch_env
 
 torch.set_num_threads(1)
@@ -20,6 +22,18 @@ def on_the_cpu(request, monkeypatch):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')  # hides Apple's GPU, too
+
+
+@pytest.fixture(autouse=True)
+def own_tables():
+    """Every test starts with the tables of the project: rows that examples add, as they are imported, are removed."""
+    tables = [(table, dict(table)) for table in choices().values()]
+    yield
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'examples']:
+        del sys.modules[name]  # imported again, it adds its rows again
+    for table, before in tables:
+        table.clear()
+        table.update(before)
 
 
 @pytest.fixture(autouse=True)

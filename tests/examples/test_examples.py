@@ -16,12 +16,10 @@ import main
 from config import PRESETS, Config, SettingError
 from data_utils import DATASETS
 from evaluation import judge, reference
-from networks import NETWORKS, TIME_INPUTS
 from prediction import Prediction, get_model_convert_fn, optimal_denoiser
-from processes import PROCESSES, check_process, get_process
+from processes import check_process, get_process
 from reports import pictures
 from sampling import sample
-from solvers import SOLVERS
 from tests.helpers import ROOT, TINY, as_flags, launch_env, record_of, slow_but
 from tests.valued_cuda import CUDA, valued_cuda  # noqa: F401
 
@@ -64,8 +62,7 @@ OTHERS = {'reflow', 'distill', 'flow_map_distill', 'latent'}  # these need a fin
 
 @pytest.fixture
 def load(monkeypatch):
-    """`load(name)`: the module of an example; the tables are restored afterwards."""
-    tables = [(table, dict(table)) for table in (DATASETS, NETWORKS, PROCESSES, SOLVERS, TIME_INPUTS)]
+    """`load(name)`: the module of an example."""
 
     def module_of(name):
         monkeypatch.delitem(sys.modules, 'examples.flow_map', raising=False)  # imported again, it fills the tables
@@ -76,12 +73,7 @@ def load(monkeypatch):
         monkeypatch.setattr(module, 'SAMPLES', 500, raising=False)
         return module
 
-    yield module_of
-    for name in [name for name in sys.modules if name.partition('.')[0] == 'examples']:
-        del sys.modules[name]  # an example that another one imports fills the tables again
-    for table, before in tables:
-        table.clear()
-        table.update(before)
+    return module_of
 
 
 @pytest.fixture
