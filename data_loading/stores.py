@@ -61,7 +61,8 @@ class Stored:
         found = array[:0] if array.shape else array  # netCDF4 scales what it reads, which may change the type
         self.dtype = np.dtype(found.dtype).newbyteorder('=')
         self.nbytes = self.dtype.itemsize * int(np.prod(self.shape, dtype=object))
-        self.chunk = (getattr(array, 'chunks', None) or (1,))[0]  # rows that are stored together
+        chunks = array.chunking() if hasattr(array, 'chunking') else array.chunks  # netCDF4 has a method
+        self.chunk = chunks[0] if isinstance(chunks, list | tuple) and chunks else 1  # rows that are stored together
         self.packed = sorted({'scale_factor', 'add_offset'} & set(getattr(array, 'attrs', ())))
 
     def __len__(self) -> int:

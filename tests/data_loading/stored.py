@@ -35,6 +35,6 @@ def write(path: Path, arrays: dict[str, np.ndarray], **chunks: tuple) -> Path:
                     place.createDimension(f'{last}_{i}', n)
                 text = x.dtype.kind == 'U'
                 axes = [f'{last}_{i}' for i in range(x.ndim)]
-                variable = place.createVariable(last, str if text else x.dtype, axes)
+                variable = place.createVariable(last, str if text else x.dtype, axes, chunksizes=chunks.get(name))
                 variable[...] = x.astype(object) if text else x
     return path

@@ -236,7 +236,7 @@ def test_a_damaged_row_is_named(load, tmp_path, monkeypatch):
 
 def test_large_chunks_are_reported(load, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(arrays, 'LARGEST_SHUFFLED', 100)
-    for ending in ('.h5', '.zarr'):
+    for ending in ('.h5', '.zarr', '.nc'):
         load(write(tmp_path / f'x{ending}', dict(x=DATA['x']), x=(20, 1, 8, 8)))
         out = capsys.readouterr().out
         assert 'A chunk of it holds 20 rows' in out and 'A prepared file is faster' in out
