@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -23,6 +24,11 @@ from runtime.alive import Progress
 from runtime.errors import SaveError, Stopped
 from runtime.means import RunningMeans
 from runtime.wandb_run import WandbRun, start_wandb
+
+OWN_NAMES = re.compile(  # what a run records itself; names that `log` gets are recorded as eval/... for held-out data
+    r'(train/|eval/)?(loss(_t_.*|_ema_.*)?|reference(_t_.*|_floor|_gaussian)?)|'
+    r'train/(step|images|lr|grad_norm|augmented|bad_steps|images_per_second|memory_gb|waiting|floor(_.*)?)'
+)
 
 
 class Record:
@@ -93,7 +99,10 @@ class Record:
 
     def log(self, name: str, value: Tensor | float) -> None:
         """Add to a mean over elements, ranks and steps, for the next line or the innermost `logging_apart`. Ignored
-        while the record is not open, as there is no step then. A `step_N_` in front of the name is dropped."""
+        while the record is not open, as there is no step then. A `step_N_` in front of the name is dropped. Raises
+        SettingError for a name that the run itself records."""
+        if OWN_NAMES.fullmatch(utils.without_step(name)):
+            raise SettingError(f'log({name!r}): the run records this itself. Choose another name: {name}_of_mine')
         if self.progress is not None or self.log_to is not self.means:
             total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
             self.log_to.add(utils.without_step(name), total, count)

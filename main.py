@@ -3,6 +3,7 @@
 Run by `sh run.sh [--flags]`. An experiment is one file: a subclass of the trainer, and `main(trainer_class=Mine)`.
 """
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -140,19 +141,28 @@ def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **s
     trainer_class, config_class = (import_class(**start[name]) for name in ('trainer', 'config'))
     saved = saving.load_checkpoint(checkpoint)
     config = saving.config_of(saved, config_class)
+    unknown = [name for name in settings if name not in vars(config)]
+    if unknown:
+        raise SettingError(f'{", ".join(unknown)}: no such setting. Those of sampling are in config.py, as solver is.')
     fixed = [name for name in settings if name not in FREE_ON_RESUME]
     if fixed:
         raise SettingError(f'{", ".join(fixed)}: {path} was trained with it. Change only settings of sampling.')
+    if 'num_sample_steps' in settings:
+        settings.setdefault('sample_nfe', 0)  # the run's own would override the steps
     config = dataclasses.replace(config, ckpt_dir=str(folder.parent), experiment_name=folder.name, **settings)
     trainer = build(config, trainer_class, checkpoint, saved)
     if weights.startswith(POSTHOC):
-        trainer.network.load_state_dict(posthoc_weights(checkpoint, weights, trainer.network))
+        found = posthoc_weights(checkpoint, weights, trainer.network)
+        trainer.checkpoints.raw = copy.deepcopy(trainer.network)
+        trainer.network.load_state_dict(found)
         return trainer
     networks = trainer.weights()
     name = next(iter(networks)) if weights == 'ema' else weights
     if name not in networks:
         raise SettingError(f'weights={weights!r}: {path} has {", ".join(networks)}. Choose one of these, or ema.')
-    trainer.network.load_state_dict(networks[name].state_dict())
+    if name != 'raw':
+        trainer.checkpoints.raw = copy.deepcopy(trainer.network)  # for `weights`
+        trainer.network.load_state_dict(networks[name].state_dict())
     return trainer
 
 

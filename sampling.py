@@ -235,6 +235,8 @@ def get_sample_fn(
 
     def sample_fn(model_fn: ModelFn, x1: Tensor, label: Tensor | None = None, **given: Any) -> Tensor:
         chosen = of_run | given
+        if 'num_steps' in given:  # which the run's nfe would override
+            chosen['nfe'] = given.get('nfe', 0)
         scale, guide = chosen['guidance_scale'], chosen.get('guide_fn') or chosen['null_cond']
         if scale != 1 and not guide and not null_is_trained:
             raise SettingError(

@@ -163,10 +163,12 @@ def network_settings(path: str) -> dict[str, Any]:
     return {name: saved[name] for name in (*NETWORK_SETTINGS, 'time_input', 'model_type') if name in saved}
 
 
-def best_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The weights of the first moving average, or the raw weights if there is none."""
-    averages = checkpoint['ema']['networks']
-    return next(iter(averages.values())) if averages else checkpoint['network']
+def best_weights(checkpoint: dict[str, Any], module: str = 'network') -> dict[str, Any]:
+    """The weights of a module's first moving average, or the raw weights if there is none."""
+    is_network = module == 'network'
+    average = checkpoint['ema'] if is_network else checkpoint['emas'].get(module, {})
+    raw = checkpoint['network'] if is_network else checkpoint['modules'][module]
+    return next(iter(average.get('networks', {}).values()), raw)
 
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:

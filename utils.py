@@ -1,5 +1,6 @@
 """Small helpers: shapes, bundles of tensors, derivatives, errors, seeds. Images are (B, C, H, W)."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -8,7 +9,7 @@ import re
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -162,6 +163,13 @@ def seed_everything(*key: int | str) -> None:
     _seed_accelerator()(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def keeps_generators() -> Iterator[None]:
+    """A decorator of a function that seeds: the torch generators of its caller stay as they were."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        yield
 
 
 class NoiseOfEach(TorchFunctionMode):

@@ -34,9 +34,9 @@ class Generate:
     solver: str | None = None
     """Key of SOLVERS in solvers/table.py; default: the run's own (also for the next four flags)."""
     nfe: int | None = None
-    """Network evaluations (NFE) per sample; 0: take num_sample_steps steps instead."""
+    """Network evaluations (NFE) per sample; 0: the run's num_sample_steps."""
     num_sample_steps: int | None = None
-    """Solver steps per sample, if nfe is 0."""
+    """Solver steps per sample, instead of nfe."""
     time_grid: str | None = None
     """Key of TIME_GRIDS in solvers/table.py."""
     guidance_scale: float | None = None

@@ -214,6 +214,19 @@ def test_what_is_logged_apart_stays_apart(tmp_path):
     assert (values['x'], values['train/loss']) == (1.5, 9.0)
 
 
+NAMES_OF_THE_RUN = 'train/loss loss eval/loss train/lr train/loss_t_0.0_0.1 train/loss_ema_0.98 reference train/waiting'
+
+
+@pytest.mark.parametrize('name', [*NAMES_OF_THE_RUN.split(), 'eval/reference_floor', 'step_0000001_train/loss'])
+def test_names_that_a_run_records_itself_are_refused(tmp_path, name):
+    record = record_in(tmp_path)
+    with record.open(0), pytest.raises(SettingError, match=r'the run records this itself. Choose another name'):
+        record.log(name, 1.0)
+    with record.open(0):
+        for other in ('train/loss_of_mine', 'lr', 'train/grad_norm_of_mine', 'waiting', 'eval/loss_of_mine'):
+            record.log(other, 1.0)
+
+
 def test_means_continue_from_a_checkpoint(tmp_path):
     first, second = record_in(tmp_path / 'first'), record_in(tmp_path / 'second')
     with first.open(0):

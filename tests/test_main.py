@@ -98,6 +98,11 @@ for weights in ('ema', 'raw', 'ema_0.9', 'ema_0.5'):
         for solver, sampler in trainer.samplers().items():
             x = trainer.drawing.samples(sampler, trainer.network, inputs)
             facts[f'{solver}_{name}'] = x.equal(torch.load(folder / f'step_0000012_{solver}_{name}.pt'))
+    raw = trainer.weights()['raw'].state_dict()
+    facts[f'raw of {weights}'] = all(raw[key].equal(kept['network'][key]) for key in raw)
+facts['no setting'] = error_of(lambda: load(run, steps=3))
+budget = load(run, sample_nfe=4).config
+facts['steps'] = [budget.sample_nfe, load(run, num_sample_steps=7).config.sample_nfe]
 facts['unknown'] = error_of(lambda: load(run, weights='ema_0.99'))
 network, _, _ = saving.load_for_sampling(run / 'last.pt', config_class=type(trainer.config))
 facts['load_for_sampling'] = all(value.equal(states['ema_0.5'][key]) for key, value in network.state_dict().items())
@@ -179,6 +184,12 @@ def test_the_weights_are_the_requested_ones(read):
     ]
     assert "weights='ema_0.99'" in read['unknown'] and 'has ema_0.5, ema_0.9, raw. Choose one' in read['unknown']
     assert read['load_for_sampling']
+    assert all(read[f'raw of {name}'] for name in ('ema', 'ema_0.9', 'raw'))  # `weights` still has the raw ones
+
+
+def test_settings_that_do_not_exist_are_named(read):
+    assert read['no setting'].startswith('steps: no such setting.')
+    assert read['steps'] == [4, 0]
 
 
 def test_it_draws_what_the_run_drew(read):

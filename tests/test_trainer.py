@@ -15,6 +15,7 @@ import saving
 import utils
 from config import Config, SettingError, parse_config
 from data_utils import DATASETS, DataSpec
+from ema import EMA
 from main import choices
 from prediction import ROWS
 from processes import PROCESSES
@@ -427,6 +428,40 @@ def test_init_from_takes_the_averaged_weights(tiny_config, build_trainer):
     )
 
 
+def test_init_from_takes_trained_modules_and_names_what_it_leaves(tiny_config, build_trainer, capsys):
+    class Adds(ExampleDiffusionTrainer):
+        def setup_networks(self):
+            super().setup_networks()
+            sizes = dict(critic=2, frozen=2, same=2, gone=2)
+            if self.config.init_from:
+                sizes = dict(critic=2, frozen=2, same=2, wide=3)
+            for name, size in sizes.items():
+                self.modules[name] = module = nn.Linear(size, 1).requires_grad_(name in ('critic', 'wide'))
+                if name in ('critic', 'wide'):
+                    self.optimizers[name] = torch.optim.SGD(module.parameters(), lr=0.1)
+            nn.init.ones_(self.modules['same'].weight)
+            nn.init.zeros_(self.modules['same'].bias)
+            self.emas['critic'] = EMA(self.modules['critic'], (0.9,))
+
+        def state(self):
+            return {} if self.config.init_from else {'seen': 3}
+
+    first = build_trainer(tiny_config(experiment_name='first', seed=1), Adds)
+    with torch.no_grad():
+        first.modules['critic'].weight.fill_(4.0)
+        first.emas['critic'].networks[0.9].weight.fill_(5.0)
+    with first.record.open(0), first.checkpoints:
+        first.checkpoints.save(1, wait=True)
+    path = run_folder.last_path(first.config)
+    capsys.readouterr()
+    second = build_trainer(tiny_config(experiment_name='second', init_from=str(path)), Adds)
+    assert second.modules['critic'].weight.eq(5).all() and second.emas['critic'].networks[0.9].weight.eq(5).all()
+    assert not torch.equal(second.modules['frozen'].weight, first.modules['frozen'].weight)  # not the teacher of then
+    out = capsys.readouterr().out
+    assert 'warning: frozen, wide: kept as setup_networks made it' in out
+    assert f'warning: not taken from {path}: gone, what `state` returned' in out
+
+
 @pytest.mark.parametrize('before, now', [(0.0, 0.3), (0.3, 0.0), (0.3, 0.1)])
 def test_init_from_with_and_without_a_label_of_the_augmentation(tiny_config, build_trainer, before, now):
     trainer = build_trainer(tiny_config(geometric_prob=before, experiment_name='first'))
@@ -537,6 +572,28 @@ def test_a_state_that_could_not_be_read_again_is_refused_before_training(tiny_co
     with pytest.raises(SettingError, match=r'Stateful: a checkpoint cannot hold what `state` gives.*float\(x\)'):
         trainer.train_loop()
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize('place', ['loss_fn', 'prepare_batch_fn', 'train_step'])
+def test_state_that_changes_outside_of_training_is_warned_of(tiny_config, build_trainer, capsys, place):
+    class Counts(ExampleDiffusionTrainer):
+        calls, first = torch.zeros(2), None  # first: set once, by whichever call comes first
+
+        def state(self):
+            return {'calls': self.calls, 'first': self.first, 'none': None}
+
+        def load_state(self, state):
+            self.calls, self.first = state['calls'], state['first']
+
+    def counted(self, *args, **kwargs):
+        self.calls = self.calls + 1
+        self.first = self.first or 1.5
+        return getattr(super(Counts, self), place)(*args, **kwargs)
+
+    setattr(Counts, place, counted)
+    build_trainer(tiny_config(num_training_steps=4), Counts).train_loop()
+    warned = 'warning: Counts: calls of `state` changed before training began, in a method that is also called'
+    assert (warned in capsys.readouterr().out) == (place != 'train_step')
 
 
 def test_a_parameter_in_no_module_is_refused(tiny_config, build_trainer):

@@ -216,6 +216,7 @@ class Batches:
         finally:
             self.classes_as_in_data = before
 
+    @utils.keeps_generators()
     def sample_inputs(self, n: int, indices: Sequence[int] | None = None) -> SampleInputs:
         """Inputs of n samples, the same every time; `indices`: which samples of the run these are, default the first n.
 

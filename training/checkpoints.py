@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import saving
 from config import Config, SettingError
@@ -51,6 +51,8 @@ class Checkpoints:
         self.name = type(held['experiment']).__name__  # for messages
         self.read_from: Path | None = None  # the checkpoint of a run that was opened to read
         self.finished = False  # whether nothing is left to train
+        self.raw: nn.Module | None = None  # the network as trained, where `load_run` gave it averaged weights
+        self.state_at_start: dict[str, Any] = {}
 
     # ---------------------------------------------------------------- save
 
@@ -80,21 +82,27 @@ class Checkpoints:
         return objects | vars(self.identity)
 
     def check(self) -> None:
-        """Raise SettingError if something that an experiment adds could be written but not loaded again. All ranks must
-        call this together."""
+        """Before training, after everything was called once: raise SettingError if something that an experiment adds
+        could be written but not loaded again, and warn if a call has changed its `state`. All ranks call this."""
         objects = self.objects(0, False)
         for name in ('state', 'optimizers'):
-            file = io.BytesIO()
-            torch.save(objects[name], file)
-            file.seek(0)
             try:
-                torch.load(file, map_location='cpu', weights_only=True)
+                torch.load(io.BytesIO(saved_bytes(objects[name])), map_location='cpu', weights_only=True)
             except pickle.UnpicklingError as error:
                 reason = str(error).split('WeightsUnpickler error: ')[-1].splitlines()[0]
                 raise SettingError(
                     f'{self.name}: a checkpoint cannot hold what `{name}` gives ({reason}). It holds tensors, '
                     'numbers, strings, lists and dicts of them: write float(x) for a numpy number.'
                 ) from None
+        before, now = self.state_at_start, to_host(objects['state'])
+        known = {name: x for name, x in before.items() if x is not None}  # the first call may set the others
+        changed = [name for name, x in known.items() if saved_bytes(x) != saved_bytes(now.get(name))]
+        if changed:
+            print_once(
+                f'warning: {self.name}: {", ".join(changed)} of `state` changed before training began, in a method '
+                'that is also called for held-out images and when a run resumes (loss_fn, prepare_batch_fn, samplers). '
+                'So resumed runs will differ. Change it in train_step, after super().'
+            )
 
     def refuse_if_read_only(self) -> None:
         """Raise SettingError if the run was opened to read."""
@@ -133,8 +141,11 @@ class Checkpoints:
         if checkpoint is None:
             if c.init_from:
                 self.start_from_weights()
+            self.state_at_start = to_host(self.held['experiment'].state())
             return 0
         self.load(checkpoint, path)
+        if read_from is None:
+            self.state_at_start = to_host(self.held['experiment'].state())
         step = checkpoint['step']
         self.finished = checkpoint['finished'] and step >= c.num_training_steps
         if read_from is not None or not self.finished:
@@ -162,12 +173,31 @@ class Checkpoints:
         held['record'].wandb_id = checkpoint['wandb_id']
 
     def start_from_weights(self) -> None:
-        """Give the network, and its moving averages, the averaged weights of init_from."""
-        c, network = self.config, self.held['modules']['network']
+        """Give the network, and other modules that are trained, the averaged weights that init_from has under their
+        names. Frozen ones stay: a teacher may be another one now. Warns of what is not taken."""
+        c, modules = self.config, self.held['modules']
         other = run_folder.load_on_all(Path(c.init_from), lambda: saving.load_checkpoint(c.init_from))
+        network, added, stay = modules['network'], other.get('modules', {}), list[str]()
         saving.load_weights(network, saving.best_weights(other), other['config'], c, c.init_from, other_classes=True)
-        self.held['emas']['network'].reset(network)
+        for name, module in modules.items() - {('network', network)}:
+            now, saved = module.state_dict(), added.get(name, {})
+            fits = not saving.mismatches(saved, now)
+            if fits and any(p.requires_grad for p in module.parameters()):
+                module.load_state_dict(saving.best_weights(other, name))
+            elif not fits or any(not torch.equal(saved[key], now[key].cpu()) for key in now):
+                stay.append(name)
+        for name, ema in self.held['emas'].items():
+            ema.reset(modules[name])
         print_once(f'starting from the weights of {c.init_from}')
+        if stay:
+            print_once(
+                f'warning: {", ".join(sorted(stay))}: kept as setup_networks made it, because {c.init_from} has no '
+                'such module, one of another shape, or a frozen one with other weights. A copy of the network that '
+                'setup_networks makes is untrained: it is made before these weights are loaded.'
+            )
+        left = sorted(added.keys() - modules.keys()) + ['what `state` returned'] * bool(other.get('state'))
+        if left:
+            print_once(f'warning: not taken from {c.init_from}: {", ".join(left)}')
         changed = differences(other['config'], c, only=('model_type', 'time_input', 'process_name', 'sigma_data'))
         if changed:
             print_once(f'warning: they were trained with other settings (then -> now): {"; ".join(changed)}')
@@ -217,6 +247,12 @@ class Writer:
                     raise SaveError(f'ckpt_dir={self.config.ckpt_dir!r}: {why}. {kept}') from error
                 print_once(f'{why}; trying again in {seconds} s')
                 time.sleep(seconds)
+
+
+def saved_bytes(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
 
 
 def to_host(value: Any, reuse: Any = None) -> Any:

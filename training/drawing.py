@@ -52,7 +52,9 @@ class Drawing:
     def inputs(self, n: int) -> SampleInputs:
         """The inputs of n samples: the same on every rank and every time, even if the experiment's hook is random."""
         utils.seed_everything(self.experiment.config.seed, 'sample_inputs')
-        return self.experiment.sample_inputs(n)
+        inputs = self.experiment.sample_inputs(n)
+        utils.seed_everything(self.experiment.config.seed, 'after sample_inputs')
+        return inputs
 
     def check(self) -> None:
         """Raise SettingError for settings of sampling that cannot work."""
@@ -65,7 +67,10 @@ class Drawing:
         any process ends the drawing on all. Raises SettingError, Stopped."""
         self.refuse_sde_solver(solver)
         given = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
-        settings = given | self.replaced | settings
+        replaced: dict[str, Any] = self.replaced | ({'nfe': 0} if 'num_steps' in settings else {})
+        both = [calls.get('on_prediction') for calls in (settings, replaced)]
+        predicted = [call for call in both if call is not None]
+        settings = given | replaced | settings | dict(on_prediction=lambda *seen: [call(*seen) for call in predicted])
         self.guidance = settings.get('guidance_scale', self.experiment.config.guidance_scale)
         callbacks = [call for call in (settings.pop('callback', None), *self.watching) if call is not None]
 

@@ -106,6 +106,61 @@ def test_settings_within_a_block_replace_settings_of_the_config(tiny_config, bui
         assert steps() == 2 and len(watched) == 11
 
 
+def test_a_number_of_steps_replaces_the_runs_budget_of_evaluations(tiny_config, build_trainer):
+    trainer, calls = build_trainer(tiny_config(sample_nfe=4)), []
+    network = lambda xt, t, label: calls.append(t) or 0 * xt  # noqa: E731
+
+    def evaluations(draw, **settings):
+        calls.clear()
+        draw(network, **settings)
+        return len(calls)
+
+    inputs = trainer.sample_inputs(2)
+    draw = partial(trainer.draw, inputs=inputs, solver='heun')
+    assert (
+        evaluations(draw) == 4 and evaluations(draw, num_steps=5) == 10 and evaluations(draw, num_steps=5, nfe=6) == 6
+    )
+    sample_fn = partial(trainer.drawing.sample_fn, x1=inputs.x1, label=inputs.label, solver='heun')
+    assert evaluations(sample_fn) == 4 and evaluations(sample_fn, num_steps=3) == 6
+    with trainer.drawing.with_settings(nfe=8):
+        assert evaluations(draw) == 8 and evaluations(draw, num_steps=5) == 10
+
+
+class Watches(ExampleDiffusionTrainer):
+    seen = 0
+
+    def draw(self, model_fn, inputs, solver, **settings):
+        def watch(t, prediction):
+            self.seen += 1
+
+        return super().draw(model_fn, inputs, solver, on_prediction=watch, **settings)
+
+
+def test_an_experiment_may_watch_predictions_too(tiny_config, build_trainer):
+    trainer, paths = build_trainer(tiny_config(num_sample_steps=3), Watches), []
+    model_fn, inputs = trainer.get_model_fn(trainer.network), trainer.sample_inputs(2)
+    for draw in (trainer.drawing.draw, trainer.draw):
+        paths.append(trainer.drawing.path(partial(draw, solver='euler'), model_fn, inputs))
+        assert trainer.drawing.nfe == 3
+    for one, other in zip(*paths, strict=True):
+        assert one.t == other.t and one.x.equal(other.x) and one.x0.equal(other.x0)
+    assert trainer.seen == 3
+
+
+def test_inputs_leave_the_callers_generator_alone(tiny_config, build_trainer):
+    trainer = build_trainer(tiny_config())
+    torch.manual_seed(0)
+    wanted = torch.randn(2, 3)
+    torch.manual_seed(0)
+    assert trainer.sample_inputs(4).x1.equal(trainer.sample_inputs(4).x1)
+    assert torch.randn(2, 3).equal(wanted)
+    inputs = trainer.drawing.inputs(4)  # here the noise that follows is the same every time, and none of the inputs'
+    noise = torch.randn_like(inputs.x1)
+    torch.manual_seed(1)
+    assert trainer.drawing.inputs(4).x1.equal(inputs.x1) and torch.randn_like(inputs.x1).equal(noise)
+    assert not noise.equal(inputs.x1)
+
+
 def test_a_path_keeps_what_a_solver_changes_in_place(tiny_config, build_trainer, monkeypatch):
     monkeypatch.setitem(SOLVERS, 'in_place', Solver(lambda x, t, s, predict, noise: x.mul_(0.5), nfe=1, order=1))
     trainer = build_trainer(tiny_config(solver='in_place', num_sample_steps=2, time_grid='uniform'))
