@@ -242,7 +242,8 @@ def get_sample_fn(
             raise SettingError(
                 f'guidance_scale={scale:g}: with {null_label} classes and label_dropout={config.label_dropout:g} '
                 'the network did not learn both classes and their absence. Train with classes and --label_dropout 0.1, '
-                'pass null_cond or a guide_fn (a second network), or use guidance_scale=1.'
+                'give conditions a null value (null_cond of the trainer class), pass a guide_fn (a second network), or '
+                'use guidance_scale=1.'
             )
         return sample(model_fn, x1=x1, label=label, **chosen)
 

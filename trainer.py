@@ -166,9 +166,7 @@ class BaseDiffusionTrainer(OldNames):
 
     def weights(self) -> dict[str, nn.Module]:
         """The networks to evaluate, by name; a run is judged by its first moving average, if it has any."""
-        return {f'ema_{decay:g}': net for decay, net in self.ema.networks.items()} | {
-            'raw': self.checkpoints.raw or self.network
-        }
+        return {f'ema_{d:g}': x for d, x in self.ema.networks.items()} | {'raw': self.checkpoints.raw or self.network}
 
     # ---------------------------------------------------------------- the loop
 

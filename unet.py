@@ -157,7 +157,7 @@ class FieldNetwork(ConditionedNetwork):
         axes = len(shape) - 1
         if axes not in CONV:
             kinds = f'a {type(self).__name__} is for images (C, H, W), signals (C, L) and volumes (C, D, H, W)'
-            raise ValueError(f'{kinds}, and the data have shape {shape}. Use --network mlp')
+            raise ValueError(f'{kinds}, but x is {shape}. Use --network mlp, or, for signals, --array_layout')
         super().__init__(num_classes, frequencies, dim, Conditions(cond, dim, axes=axes))
         self.in_channels, self.axes, self.multiple = shape[0], axes, multiple  # channels of xt, not of conditions
         self.periodic, self.conv = padding == 'circular', partial(CONV[axes], padding_mode=padding)

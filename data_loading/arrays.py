@@ -25,6 +25,10 @@ LAYOUTS = {  # array_layout -> x with the channels first
     'channels_last': lambda x: np.moveaxis(x, -1, 1),
     'no_channels': lambda x: x[:, None],
 }
+LAYOUTS_BACK = {  # array_layout -> x with the axes of the file, from channels first
+    'channels_last': lambda x: np.moveaxis(x, 1, -1),
+    'no_channels': lambda x: x[:, 0],
+}
 IMAGE_RANGES = (0, 1), (-1, 1), (0, 255)  # common ranges of images stored as floats
 
 
@@ -46,10 +50,11 @@ class Column(NamedTuple):
 
 
 def columns_of(part: Named, layout: str = '', low: int | None = 0) -> list[Column]:
-    """x, x1 and conditions. A condition with the same number of axes as images x is read in their layout."""
+    """x, x1 and conditions. A condition with the same number of axes as images x, or of the shape of signals x without
+    an axis of channels, is read in their layout."""
     columns = [Column(name, x, layout, low) for name, x in part.like_x()]
     for name, x in part.cond.items():
-        same_axes = x.ndim == part.x.ndim > 2
+        same_axes = x.ndim == part.x.ndim > 2 or (layout == 'no_channels' and x.shape == part.x.shape)
         columns.append(Column(name, x, layout if same_axes else '', 0 if x.dtype == np.uint8 else None))
     return columns
 
@@ -92,7 +97,7 @@ def read_parts(config: Config, parts: list[Named], names: list[str], skipped: st
         del classes['classes']
     columns = [columns_of(part, layout, low) for part in parts]
     shape = columns[0][0].raw(slice(0)).shape[1:]
-    facts |= dict(classes, skipped=skipped, shape=shape, reading=axes_text(shape, layout))
+    facts |= dict(classes, skipped=skipped, shape=shape, layout=layout, reading=axes_text(shape, layout))
     facts['conditions'] = tuple(parts[0].cond)
     if facts.get('scale') == 'float' and len(shape) == 3 and shape[0] in (1, 3, 4):
         x = parts[0].x

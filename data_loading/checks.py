@@ -16,7 +16,7 @@ HOW_TO_RETURN = (
     'It must return the training and the held-out part: (x, label), (held_out_x, held_out_label) or Datasets'
 )
 EMPTY = 'it is empty. Put at least one item into it.'
-TAKEN = ('self', 'x', 'xt', 't', 'time', 'label')  # names of other inputs of a network
+TAKEN = ('self', 'x', 'xt', 't', 'time', 'label', 'augmentation')  # names of other inputs of a network
 
 
 def check_parts(spec: DataSpec, loaded: Any, where: str) -> tuple[DataSpec, Part, Part]:

@@ -81,19 +81,24 @@ def parts_in(arrays: dict[str, Any], where: str) -> tuple[list[Named], list[str]
     return parts, [str(name) for key in texts for name in arrays[key]], text
 
 
+def is_number(x: Any) -> bool:  # whether torch has its type
+    return x.dtype.kind in 'biuf' and x.dtype.itemsize <= 8
+
+
 def check_fit(parts: list[Named], where: str) -> None:
     """Raise SettingError if the arrays of the parts do not fit together."""
     for part in parts:
         name, x, label = part[:3]
-        if x.ndim < 2 or x.dtype.kind not in 'biuf' or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
+        if x.ndim < 2 or not is_number(x) or x.dtype != parts[0].x.dtype or 0 in x.shape[1:]:
             raise SettingError(
-                f'{where}: {name}: the data are {type_and_shape(x)}. They must be whole numbers or floats, with two or '
-                'more axes, the first over items; the training and the held-out part must have the same type.'
+                f'{where}: {name}: the data are {type_and_shape(x)}. They must be whole numbers or floats of at '
+                'most 64 bits, with two or more axes, the first over items; the training and the held-out part must '
+                'have the same type.'
             )
         if (label is None) != (parts[0].label is None) or (len(parts) == 2 and len(x) == 0):
             raise SettingError(f'{where}: {name}: both parts need items, and labels if one of them has labels.')
         for other, value in (*part.like_x(), *((CONDITION + key, value) for key, value in part.cond.items())):
-            fits = value.shape[:1] == x.shape[:1] and value.dtype.kind in 'biuf'
+            fits = value.shape[:1] == x.shape[:1] and is_number(value)
             if other == 'x1':
                 fits = value.shape == x.shape and (value.dtype == x.dtype or {value.dtype.kind, x.dtype.kind} == {'f'})
             if not fits:

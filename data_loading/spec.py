@@ -52,6 +52,7 @@ class DataSpec:
     mean: tuple[float, ...] = ()  # mean of each channel of latents, stored by prepare.py
     std: tuple[float, ...] = ()  # their standard deviation
     skipped: str = ''  # files that were ignored, for the report
+    layout: str = ''  # axes of arrays in a file, a key of arrays.LAYOUTS
     reading: str = ''  # how the axes of arrays in a file were read, for the printed line
     values: str = ''  # their values of black and white if not 0 and 255, for this line and the fingerprint
     digest: str = ''  # a hash of all data, if `load` knows it already

@@ -15,6 +15,7 @@ from reports.plots import (
     Panel,
     draw_images,
     enlarged,
+    factor_for,
     join_pictures,
     range_of,
     rendered_text,
@@ -34,18 +35,19 @@ def draw_fields(panel: Panel, blank: Tensor | None = None, least: int = 0, note:
     """Draw floats (n, C, H, W) as heat maps, channels below each other, each with a colour bar: all tiles of a channel
     share one scale.
 
-    Pixels that `blank` (H, W) marks are white. `least`: the side to enlarge until it can be seen; 0: the shorter one.
-    `note` comes after the title."""
+    Pixels that `blank` (H, W) marks are white. `least`: the length of the side to enlarge until it can be seen; 0: the
+    shorter one. `note` comes after the title."""
     from matplotlib import colormaps
 
     colours = torch.from_numpy(colormaps['viridis'](np.arange(256))[:, :3] * 255).round().to(torch.uint8)  # (256, 3)
-    cells, bars, factor = [], [], -(-panel.side() // (least or min(panel.x.shape[2:])))
+    cells, bars, factor = [], [], factor_for(panel.side(), panel.x.shape[2:], least)
     for channel, limits in zip(panel.x.float().cpu().unbind(1), panel.scaled_by.unbind(1), strict=True):
         low, high = range_of(limits)
         shades = ((channel - low) / (high - low) * 255).nan_to_num(0).clamp(0, 255).round().long()
         cell = colours[shades] if blank is None else colours[shades].masked_fill(blank[..., None], 255)
-        cells.append(pad(enlarged(cell.permute(0, 3, 1, 2), factor), (0, 0, 0, 1), value=255))
-        h = cells[-1].shape[2] - 1
+        shown = enlarged(cell.permute(0, 3, 1, 2), factor)
+        h = max(shown.shape[2], 2 * LINE_HEIGHT)  # room for two lines of text
+        cells.append(pad(shown, (0, 0, 0, h + 1 - shown.shape[2]), value=255))
         bar = colours[torch.linspace(255, 0, h).round().long()].T[:, :, None].expand(3, h, 10)
         words = [rendered_text(f'{value:.3g}', 52) for value in (high, low)]  # as wide as -0.000123
         words.insert(1, torch.full((3, h - 2 * LINE_HEIGHT, 52), 255, dtype=torch.uint8))
@@ -65,7 +67,7 @@ def draw_volumes(panel: Panel) -> Tensor:
     d, h, w = panel.x.shape[2:]
     blank = torch.ones(h + 1 + d, w + 1 + d, dtype=torch.bool)
     blank[:h, :w] = blank[h + 1 :, :w] = blank[:h, w + 1 :] = False
-    across = max(2, min(panel.across, WIDEST // (blank.shape[1] * -(-48 // min(d, h, w)))))
+    across = max(2, min(panel.across, WIDEST // (blank.shape[1] * factor_for(48, blank.shape, min(d, h, w)))))
     planes = dataclasses.replace(panel, x=slices(panel.x), scale=panel.scaled_by, across=across)
     return draw_fields(planes, blank, min(d, h, w), 'middle slices: H x W, D x W below, H x D at right')
 

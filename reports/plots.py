@@ -22,6 +22,7 @@ GAP, APART, BETWEEN = 2, 8, 16  # pixels between cells, between groups of rows, 
 LINE_HEIGHT = 13  # pixels of a line of text
 GREY = 160  # colour of gaps and empty cells: both white and black cells have a visible edge
 WIDEST = 1200  # pixels of a row of more than two images
+LONGEST = 400  # pixels of the longer side of a cell that is enlarged
 Density = Callable[[Tensor], Tensor]  # (N, 2) -> (N,)
 
 
@@ -55,7 +56,7 @@ class Panel:
         """Least pixels for the width of a cell of signals, fields or images."""
         if self.x.ndim == 3:
             return min(max(96, self.x.shape[2] * (not self.times)), 240)
-        return self.x.shape[3] * -(-48 // min(self.x.shape[2:]))
+        return self.x.shape[3] * factor_for(48, self.x.shape[2:])
 
     def blocks(self) -> list[GridBlock]:
         """Grids to put below each other. Each class has a column, or several, with data on top."""
@@ -159,7 +160,7 @@ def draw_images(panel: Panel) -> Tensor:
     colour = [levels[:, :3]] if levels.shape[1] in (3, 4) else []
     cells = torch.cat([*colour, *(c.expand(-1, 3, -1, -1) for c in levels.split(1, 1)[3 * len(colour) :])], 2)
     note = f'black {low:.3g}, white {high:.3g}' if scaled else ''
-    return panel.picture(enlarged(cells, -(-panel.side() // min(x.shape[2:]))), note)
+    return panel.picture(enlarged(cells, factor_for(panel.side(), x.shape[2:])), note)
 
 
 def range_of(x: Tensor) -> tuple[float, float]:
@@ -167,6 +168,12 @@ def range_of(x: Tensor) -> tuple[float, float]:
     finite = x[x.isfinite()].double()
     low, high = map(float, finite.aminmax()) if finite.numel() else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def factor_for(side: int, shape: Sequence[int], shorter: int = 0) -> int:
+    """Pixels for each value of cells (..., *shape), so that the shorter side (or `shorter` values) has `side` pixels,
+    unless the longer one would exceed LONGEST."""
+    return max(1, min(-(-side // (shorter or min(shape))), LONGEST // max(shape)))
 
 
 def enlarged(cells: Tensor, factor: int) -> Tensor:

@@ -79,7 +79,11 @@ def generate(options: Generate) -> None:
     samples = Samples(o.run, o.weights, o.num, o.seed, o.labels, sample_nfe=o.nfe, **settings)
     run, are_images = samples.run, samples.run.gallery.are_images
     made_by = dict(step=run.step, weights=o.weights, labels=o.labels, sample_seed=o.seed)
-    out = SampleFiles(o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)))
+    layout = '' if run.overrides('decode') else run.data.layout
+    made_by |= {'layout': layout} if layout else {}
+    out = SampleFiles(
+        o.out, are_images, vars(run.config) | made_by | dict(weights_digest=digest_of(run.network)), layout
+    )
     if o.trajectory and run.gallery.kind is None:
         raise SettingError('trajectory=True: no entry of KINDS (reports/kinds.py) draws these samples. Leave it out.')
     in_training = samples.pictures_of_training() if o.training_gif else []
@@ -93,7 +97,7 @@ def generate(options: Generate) -> None:
     began = time.monotonic()
     try:
         for batch, x, inputs in samples.batches(todo, o.batch_size):
-            out.add(batch, x, inputs.label)
+            out.add(batch, x, inputs.label, inputs.cond)
     except Stopped:
         ranks.print_once('stopped: the same command resumes, and draws nothing twice')
         raise

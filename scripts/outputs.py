@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import SettingError
+from data_loading.arrays import LAYOUTS, LAYOUTS_BACK
 from runtime import files
 
 Draw = Callable[[Tensor], Tensor]  # samples (n, ...) -> a picture (3, H, W) uint8
@@ -23,14 +24,16 @@ class SampleFiles:
     """Writer of samples: PNGs `out`/000/000123.png, or batches in `out`.npz.parts that are joined to `out`.npz in the
     end. Both come with a grid of the first samples."""
 
-    def __init__(self, out: str, are_images: bool, made_by: dict[str, Any]):
-        """`made_by`: everything that the samples depend on. Raises SettingError if `out` cannot hold the samples."""
+    def __init__(self, out: str, are_images: bool, made_by: dict[str, Any], layout: str = ''):
+        """`made_by`: everything that the samples depend on. `layout`: a key of LAYOUTS, by which samples that are not
+        images get the axes of the data in their file. Raises SettingError if `out` cannot hold the samples."""
         self.path, self.where = Path(out).expanduser(), f'out={out!r}'
         self.one_file, self.images = self.path.suffix == '.npz', are_images
         self.folder = self.path.with_name(f'{self.path.name}.parts') if self.one_file else self.path
         if not self.images and not self.one_file:
             remedy = 'Pass --out x.npz, which holds floats of any shape, or have `decode` end with .clamp(0, 1)'
             raise SettingError(f'{self.where}: PNGs hold only images in [0, 1], which these samples are not. {remedy}.')
+        self.layout = '' if are_images else layout
         self.made_by = json.loads(json.dumps(made_by))
 
     def claim(self) -> None:
@@ -59,18 +62,25 @@ class SampleFiles:
         parts = [arrays_of(path) for path in sorted(self.folder.glob('*.npz'))]
         if self.path.exists():
             finished = arrays_of(self.path)
-            x, label = finished['arr_0'], finished['arr_1']
-            parts.insert(0, dict(x=x, label=label, index=np.arange(len(x))))
+            x, label = finished.pop('arr_0'), finished.pop('arr_1')
+            parts.insert(0, finished | dict(x=x, label=label, index=np.arange(len(x))))
         return parts
 
-    def add(self, indices: Sequence[int], x: Tensor, label: Tensor | None) -> None:
-        """Write these samples."""
+    def add(
+        self, indices: Sequence[int], x: Tensor, label: Tensor | None, cond: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write these samples; an .npz also has their conditions."""
         if self.images:  # uint8 (n, H, W, C)
             x = (x.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
         array = (x if self.images else x.float()).cpu().numpy()
+        if self.layout in LAYOUTS_BACK:
+            array = LAYOUTS_BACK[self.layout](array)
         if self.one_file:
             labels = np.full(len(indices), -1) if label is None else label.cpu().numpy()
-            write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices))
+            more = {
+                f'cond_{name}': value.cpu().numpy() for name, value in (cond or {}).items() if name != 'augmentation'
+            }
+            write_npz(self.folder / f'{indices[0]:08d}.npz', x=array, label=labels, index=np.array(indices), **more)
             return
         for i, image in zip(indices, array, strict=True):
             with files.atomic_write(self.png(i)) as temporary:
@@ -94,7 +104,7 @@ class SampleFiles:
             if label is not None:
                 self.write_labels(label.tolist(), [*classes, 'none'])
             first = np.stack([np.array(Image.open(self.png(i))) for i in range(shown)])
-        x = torch.from_numpy(first)
+        x = torch.from_numpy(LAYOUTS[self.layout](first) if self.layout else first)
         if self.images:
             x = x.reshape(*first.shape[:3], -1).permute(0, 3, 1, 2) / 255
         if draw is not None:
@@ -118,8 +128,10 @@ class SampleFiles:
         parts = self.parts()
         index, rows = np.unique(np.concatenate([part['index'] for part in parts]), return_index=True)
         n = int((index == np.arange(len(index))).sum())  # samples before the first gap: num, or more of an earlier call
-        x, label = (np.concatenate([part[name] for part in parts])[rows[:n]] for name in ('x', 'label'))
-        write_npz(self.path, arr_0=x, arr_1=label, **({'classes': np.array(classes)} if classes else {}))
+        names = ['x', 'label', *(name for name in parts[-1] if name.startswith('cond_'))]
+        x, label, *more = (np.concatenate([part[name] for part in parts])[rows[:n]] for name in names)
+        named = {'classes': np.array(classes)} if classes else {}
+        write_npz(self.path, arr_0=x, arr_1=label, **named, **dict(zip(names[2:], more, strict=True)))
         for path in self.folder.glob('*.npz'):
             if arrays_of(path)['index'].max() < n:
                 path.unlink()

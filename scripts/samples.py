@@ -66,7 +66,7 @@ class Samples:
             inputs = utils.rows(self.own_inputs, torch.tensor(indices, device=self.own_inputs.x1.device))
         else:
             with utils.NoiseOfEach(self.seed, 'sample_inputs', indices), self.as_in_data():
-                inputs = run.batches.sample_inputs(len(indices), indices)
+                inputs = run.batches.sample_inputs(len(indices), indices, self.labels)
         if not self.labels:
             return inputs
         label = torch.tensor([self.labels[i % len(self.labels)] for i in indices], device=run.device)

@@ -89,10 +89,10 @@ def main() -> None:
     x = sample(network, model, x1, label, o.steps, o.guidance)
     x = ((x + 1) / 2).clamp(0, 1) if model.are_images else x
     torch.save(dict(x=x, label=label), f'{o.out}.pt')
-    print(f'{o.num} samples are in {o.out}.pt; a picture of grey or colour images is {o.out}.png')
+    print(f'{o.num} samples are in {o.out}.pt')
     if model.are_images and len(model.shape) == 3 and model.shape[0] in (1, 3):
-        row = torch.cat(list(x), 2)
-        Path(f'{o.out}.png').write_bytes(png(row.repeat_interleave(4, 1).repeat_interleave(4, 2)))
+        Path(f'{o.out}.png').write_bytes(png(torch.cat(list(x), 2).repeat_interleave(4, 1).repeat_interleave(4, 2)))
+        print(f'their picture is {o.out}.png')
 
 
 if __name__ == '__main__':

@@ -88,7 +88,8 @@ RULES_OF_SEVERAL: list[tuple[str, Callable[[Any], bool], str | Callable[[Any], s
      lambda c: c.dit_size == 'S' or not (c.dit_depth and c.dit_width and c.dit_heads),
      'nothing is left for dit_size to decide: leave one of the three at 0, or add --dit_size S'),
     ('guidance_scale label_dropout', lambda c: c.guidance_scale == 1 or 0 < c.label_dropout < 1,
-     'guidance needs a trained null class: train with --label_dropout 0.1, or use --guidance_scale 1'),
+     'guidance needs a trained null class, or null values of conditions (null_cond of the trainer class): train with '
+     '--label_dropout 0.1, or use --guidance_scale 1'),
 ]  # fmt: skip
 
 

@@ -40,6 +40,18 @@ def test_held_out_items_are_of_all_classes_in_turn(tiny_config, build_trainer):
     assert loader.labels[held_out_order(loader, 20, in_turn=True)].tolist() == 2 * list(range(10))
 
 
+def test_held_out_items_are_of_the_requested_classes(tiny_config, build_trainer):
+    loader = build_trainer(tiny_config()).test_loader
+    for in_turn in (True, False):
+        order = held_out_order(loader, 300, in_turn, classes=(3, 10, 3, 7))
+        labels = loader.labels[order]
+        assert (labels[0::4] == 3).all() and (labels[2::4] == 3).all() and (labels[3::4] == 7).all()
+        assert len(labels[1::4].unique()) == 10 and len({*order[0::4]}) > 10
+    loader.labels[loader.labels == 7] = 6
+    with pytest.raises(SettingError, match='labels=7: samples start from held-out items, and none is of this class'):
+        held_out_order(loader, 4, True, classes=(3, 7))
+
+
 def test_the_noise_of_a_sampler_differs_from_part_to_part(tiny_config, build_trainer):
     trainer, seen = build_trainer(tiny_config()), []
 

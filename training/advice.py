@@ -181,7 +181,10 @@ def data_warning(config: Config, num_classes: int, size: int) -> str | None:
     """None, or a warning that a setting does not suit this number of classes or of training items, with the remedy."""
     dropout, n = config.label_dropout, config.global_batch_size
     if num_classes == 0 and dropout not in (1, config.baseline()['label_dropout']):
-        return f'label_dropout={dropout:g}: the data have no classes, so only conditions are dropped, if there are any.'
+        return (
+            f'label_dropout={dropout:g}: the data have no classes, so only conditions that have a null value are '
+            'dropped (null_cond of the trainer class).'
+        )
     if n > 2 * size:
         return f'global_batch_size={n}: each step reads the {size} training items {n / size:.0f} times.'
     return None

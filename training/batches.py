@@ -217,11 +217,12 @@ class Batches:
             self.classes_as_in_data = before
 
     @utils.keeps_generators()
-    def sample_inputs(self, n: int, indices: Sequence[int] | None = None) -> SampleInputs:
+    def sample_inputs(self, n: int, indices: Sequence[int] | None = None, classes: Sequence[int] = ()) -> SampleInputs:
         """Inputs of n samples, the same every time; `indices`: which samples of the run these are, default the first n.
 
         x1 is noise, and labels are the trained classes in turn, or as within `as_in_data`. Other conditions come from
         held-out data. Where x1 is data (`independent` is False), it is held-out data too, and also in `given`.
+        `classes`: the classes of the held-out items, in turn.
         """
         experiment, seed, data = self.experiment, self.config.seed, self.experiment.data
         indices, self.shard_position = range(n) if indices is None else indices, (0, 1)
@@ -233,7 +234,7 @@ class Batches:
             label = torch.from_numpy(order(data, max(indices) + 1)[list(indices)]).to(experiment.device)
             label = torch.full_like(label, data.num_classes) if self.config.label_dropout == 1 else label
             return SampleInputs(x1, label, experiment.augmenter.condition(x1, is_augmented=False))
-        turns = held_out_order(self.test_loader, max(indices) + 1, in_turn=not self.classes_as_in_data)
+        turns = held_out_order(self.test_loader, max(indices) + 1, not self.classes_as_in_data, classes)
         batch = self.test_loader.take([turns[i] for i in indices])
         utils.seed_everything(seed, 'sample_inputs')
         batch = self.prepared(batch)

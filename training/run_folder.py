@@ -275,6 +275,9 @@ def mark_of(path: Path) -> tuple[int, int]:
 def discard_new(config: Config) -> None:
     """Remove the run's folder if this process created it and trained nothing: a refused run leaves nothing behind."""
     folder = config.run_dir
+    empty = config.run_dir / 'metrics.jsonl'  # the rehearsal has opened it
+    if empty.exists() and folder in _made and not empty.stat().st_size:
+        empty.unlink()
     if folder in _made and {path.name for path in folder.iterdir()} <= {'config.json', 'run.json', 'lock'}:
         _locks.pop(folder.resolve() / 'lock').close()
         shutil.rmtree(folder)

@@ -102,6 +102,9 @@ def test_the_split_is_the_same_for_every_seed_and_its_size_a_setting(load, tmp_p
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4)), y_train=np.arange(8)), 'x_test: both parts need'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((0, 4))), 'x_test: both parts need items'),
         (dict(x_train=np.zeros((8, 4)), x_test=np.zeros((8, 4), int)), 'x_test: the data are int64.*the same type'),
+        (dict(x=np.zeros((8, 4), np.longdouble)), r'x: the data are (float128|float96).*at most 64 bits'),
+        (dict(x=np.zeros((8, 4)), cond_a=np.zeros(8, np.longdouble)), 'cond_a is float'),
+        (dict(x=np.zeros((8, 4)), cond_augmentation=np.zeros(8)), "'augmentation' is the name of another input"),
         (dict(x_test=np.zeros((8, 4))), 'holds x_test. Name the data one of images.*or x_train and x_test'),
         (dict(x=np.full((8, 4), np.nan)), r'hold NaN or infinite values'),
         (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), 'of 0 items at most 0 can be held out'),
@@ -177,6 +180,20 @@ def test_axes_that_the_rule_leaves_open_are_refused(load, tmp_path, dtype, shape
     with pytest.raises(SettingError, match=words) as caught:
         load(tmp_path / 'x.npy')
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('layout, shape, wanted', [
+    ('no_channels', (37,), dict(same=(1, 37), wind=(2,), number=())),
+    ('no_channels', (7, 12), dict(same=(1, 7, 12), wind=(2,), number=())),
+    ('channels_last', (7, 12, 2), dict(same=(2, 7, 12), wind=(2,), number=())),
+    ('channels_last', (37, 2), dict(same=(2, 37), wind=(2,), number=())),
+])  # fmt: skip
+def test_conditions_like_x_are_read_in_its_layout(load, tmp_path, layout, shape, wanted):
+    rng = np.random.default_rng(0)
+    data = {name: rng.normal(size=(20, *axes)) for name, axes in dict(same=shape, wind=(2,), number=()).items()}
+    np.savez(tmp_path / 'x.npz', x=rng.normal(size=(20, *shape)), **{f'cond_{name}': x for name, x in data.items()})
+    train, *_ = load(tmp_path / 'x.npz', array_layout=layout)
+    assert {name: tuple(x.shape[1:]) for name, x in train.everything().cond.items()} == wanted
 
 
 def test_signals_with_the_channels_last_are_not_guessed(load, tmp_path):

@@ -29,6 +29,17 @@ def test_kind_is_read_off_the_shape(shape, expected, if_not_images):
     assert kind(torch.zeros(shape)) == expected and kind(torch.zeros(shape), are_images=False) == if_not_images
 
 
+@pytest.mark.parametrize('shape', [(1, 2, 64, 64), (1, 40, 64, 64), (1, 4, 256), (2, 256, 4), (1, 2, 500), (5, 7, 300)])
+def test_pictures_of_thin_data_are_not_large(shape):
+    """The shorter side of a volume 2 x 64 x 64 was enlarged to 200 pixels, and the longer one with it, to 6700."""
+    x = torch.randn(24, *shape)
+    draw = KINDS[str(kind(x, are_images=False))][1]
+    for real, across in ((12, 10), (0, 2)):
+        _, height, width = draw(Panel(x, real=real, across=across)).shape
+        rows = 13 * max(max(shape[-2:]) + 42, 400) * (shape[0] if len(shape) == 3 else 1)
+        assert width <= 1400 and height <= rows
+
+
 def test_each_channel_of_a_field_has_its_own_scale_and_colour_bar():
     x = torch.stack([torch.full((2, 4, 4), -3.0), torch.full((2, 4, 4), 5.0)])  # two fields of two channels
     x[:, 1] = torch.tensor([100.0, 300.0])[:, None, None]
@@ -69,7 +80,9 @@ def test_a_volume_is_shown_by_its_middle_slices():
     note = 'middle slices: H x W, D x W below, H x D at right, one colour scale'
     assert torch.equal(whole[:, :LINE_HEIGHT], titled(whole[:, :1], note)[:, :LINE_HEIGHT])
     colours = torch.tensor(colormaps['viridis'](np.arange(256))[:, :3]).mul(255).round().byte()
-    factor = -(-200 // 3)  # a slice's shorter side has 400 / 2 pixels
+    factor = (
+        400 // 9
+    )  # the shorter side of a slice would have 400 / 2 pixels, but the longer side of all has at most 400
     for i in range(2):
         left = GAP + i * (GAP + 9 * factor)
         cell = whole[:, LINE_HEIGHT + GAP :, left : left + 9 * factor][:, factor // 2 :: factor, factor // 2 :: factor]

@@ -347,6 +347,18 @@ def test_floats_are_written_unchanged(tiny_config, build_trainer, tmp_path, monk
         get_detector(trainer.judge.data, 'inception')
 
 
+@pytest.mark.parametrize('labels, wanted', [('1', [1, 1, 1, 1]), ('2,0', [2, 0, 2, 0]), ('', [0, 1, 2, 0])])
+def test_conditions_are_of_the_requested_classes(tiny_config, build_trainer, monkeypatch, labels, wanted):
+    label = torch.arange(300) % 3
+    part = torch.randn(300, 1, 16), label, 10.0 * label
+    data = DataSpec(lambda config: (part, part), num_classes=3, scale='float', conditions=('ten',))
+    monkeypatch.setitem(DATASETS, 'tens', data)
+    trainer = build_trainer(tiny_config(dataset='tens'))
+    monkeypatch.setattr(samples, 'load_run', lambda *args, **kwargs: trainer)
+    inputs = samples.Samples('run', 'ema', 4, 0, labels).inputs(range(4))
+    assert inputs.label.tolist() == wanted and inputs.cond['ten'].tolist() == [10 * c for c in wanted]
+
+
 @pytest.mark.parametrize('shape', [(2, 9), (1, 4, 4), (2, 3, 3, 4), (2,), (3,)])
 def test_paths_of_samples_that_are_not_images(tiny_config, build_trainer, monkeypatch, tmp_path, shape):
     """Curves, heat maps, slices and points; all frames of the animation have one scale. Nothing draws vectors."""

@@ -58,6 +58,21 @@ def test_a_sample_in_two_batches_is_in_the_file_once_and_no_class_is_minus_one(t
     assert np.array_equal(whole['arr_0'], X.numpy()) and whole['arr_1'].tolist() == [-1] * 6
 
 
+@pytest.mark.parametrize('layout', ['', 'channels_first', 'channels_last', 'no_channels'])
+def test_floats_have_the_axes_of_the_data_and_their_conditions(tmp_path, layout):
+    x = torch.randn(6, 1 if layout == 'no_channels' else 2, 5, 3)
+    in_file = dict(channels_last=x.permute(0, 2, 3, 1), no_channels=x[:, 0]).get(layout, x)
+    cond, drawn = dict(wind=torch.randn(6, 2), augmentation=torch.zeros(6, 9)), []
+    for part in ([0, 1, 2], [3, 4, 5]):  # the second time, the file is finished
+        out = SampleFiles(str(tmp_path / 'x.npz'), False, {}, layout)
+        out.claim()
+        out.add(part, x[part], None, {name: value[part] for name, value in cond.items()})
+        out.finish(part[-1] + 1, draw=lambda x: drawn.append(x) or torch.zeros(3, 4, 4, dtype=torch.uint8))
+    whole = np.load(tmp_path / 'x.npz')
+    assert {*whole} == {'arr_0', 'arr_1', 'cond_wind'} and np.array_equal(whole['arr_0'], in_file.numpy())
+    assert np.array_equal(whole['cond_wind'], cond['wind'].numpy()) and drawn[1].equal(x)
+
+
 def test_a_longer_table_is_kept(tmp_path):
     out = SampleFiles(str(tmp_path / 'x'), True, {})
     out.claim()

@@ -147,7 +147,7 @@ def test_an_experiment_may_watch_predictions_too(tiny_config, build_trainer):
     assert trainer.seen == 3
 
 
-def test_inputs_leave_the_callers_generator_alone(tiny_config, build_trainer):
+def test_inputs_do_not_change_the_callers_generator(tiny_config, build_trainer):
     trainer = build_trainer(tiny_config())
     torch.manual_seed(0)
     wanted = torch.randn(2, 3)

@@ -143,6 +143,7 @@ def test_checkpoints_without_an_identity_are_accepted(tiny_config):
 def test_a_new_folder_of_a_run_that_is_refused_is_removed_unless_it_was_trained(tiny_config, trained):
     config = tiny_config(experiment_name='run')
     run_folder.open_folder(config)
+    (config.run_dir / 'metrics.jsonl').write_text('{}' if trained else '')
     if trained:
         write_checkpoint(config, dict(step=4))
     before = files(config)
