@@ -132,12 +132,13 @@ def nulled(cond: Mapping[str, Tensor], null_cond: Mapping[str, Tensor | float]) 
     return out
 
 
-def check_cond(cond: Mapping[str, Tensor], batch: int) -> None:
-    """Raise SettingError unless all conditions are tensors (batch, ...)."""
-    for name, value in cond.items():
+def check_given(label: Tensor | None, cond: Mapping[str, Tensor], batch: int) -> None:
+    """Raise SettingError unless the label, if there is one, and all conditions are tensors (batch, ...)."""
+    named: dict[str, object] = {f'cond[{name!r}]': value for name, value in cond.items()}
+    for name, value in (named if label is None else named | {'label': label}).items():
         if not isinstance(value, Tensor) or value.shape[:1] != (batch,):
             given = f'shape {tuple(value.shape)}' if isinstance(value, Tensor) else repr(value)
-            raise SettingError(f'cond[{name!r}] is {given}. Pass a tensor of {batch} items: shape ({batch}, ...).')
+            raise SettingError(f'{name} is {given}. Pass a tensor of {batch} items: shape ({batch}, ...).')
 
 
 # ---------------------------------------------------------------- sampling
@@ -188,11 +189,11 @@ def sample(
     A network trained with label_dropout 0 knows no null class: pass labels. `get_sample_fn` refuses such guidance.
     With `grad`, x can be differentiated by x1, conditions and weights, also by a caller under torch.no_grad; memory
     grows with the number of evaluations. The noise of a stochastic solver and adaptive step sizes are constants then.
-    Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for conditions that
-    are not (B, ...), for guidance with nothing to leave out, and for `grad` where x has no gradient.
+    Raises SettingError for an unknown choice, for a singular end that the solver would evaluate, for a label or
+    conditions that are not (B, ...), for guidance with nothing to leave out, and for `grad` where x has no gradient.
     """
     cond, sampling_process = cond or {}, sampling_process or process
-    check_cond(cond, len(x1))
+    check_given(label, cond, len(x1))
     steps = Steps(solver, num_steps, nfe, time_grid, t_min, t_max)
     times = steps.times(process, sampling_process, model_type)
     last_step = choose('sde_last_step', sde_last_step, LAST_STEPS)

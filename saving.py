@@ -165,10 +165,10 @@ def network_settings(path: str) -> dict[str, Any]:
 
 def best_weights(checkpoint: dict[str, Any], module: str = 'network') -> dict[str, Any]:
     """The weights of a module's first moving average, or the raw weights if there is none."""
-    is_network = module == 'network'
-    average = checkpoint['ema'] if is_network else checkpoint['emas'].get(module, {})
-    raw = checkpoint['network'] if is_network else checkpoint['modules'][module]
-    return next(iter(average.get('networks', {}).values()), raw)
+    averages = checkpoint['ema'] if module == 'network' else checkpoint['emas'].get(module, {})
+    if averages.get('networks'):
+        return next(iter(averages['networks'].values()))
+    return checkpoint['network'] if module == 'network' else checkpoint['modules'][module]
 
 
 def config_of(checkpoint: dict[str, Any], config_class: type[Config] = Config) -> Config:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from config import SettingError, choose
 from prediction import check_ends
 from processes import GaussianProcess
-from sampling import Guidance, ModelFn, check_cond
+from sampling import Guidance, ModelFn, check_given
 from solvers import SOLVERS, TIME_GRIDS, Noise, Predict, on_path
 from solvers.one_step import torchdiffeq_options
 from utils import bcast_right
@@ -76,7 +76,7 @@ def log_likelihood(
     The ODE starts from alpha(t_min) x0, whose density is the data's, except for smoothing by sigma(t_min). At t_max the
     density is approximated by N(alpha E[x0 | x], sigma^2), exact up to squares of alpha sigma_data / sigma. Raises
     SettingError for a stochastic solver or a guided model, whose density this ODE does not give, for a singular end,
-    for conditions that are not (B, ...), and for a tolerance that the solver ignores.
+    for a label or conditions that are not (B, ...), and for a tolerance that the solver ignores.
     With `grad`, log_prob can be differentiated by x0, conditions and weights, for the same probes, also by a caller
     under torch.no_grad. Each evaluation stays in memory, and the network must have second derivatives (not ReLU's).
     """
@@ -89,7 +89,7 @@ def log_likelihood(
     probes = choose('divergence', divergence, PROBES)(x0, num_probes)
     times = choose('time_grid', time_grid, TIME_GRIDS)(process, t_max, t_min, num_steps).flip(0).to(x0)
     check_ends(process, model_type, (t_min, t_max))
-    check_cond(cond, len(x0))
+    check_given(label, cond, len(x0))
     predict = Predict(on_path(Guidance().predictor(model_fn, label, cond, model_type), process, process), process)
     field = Field(predict, probes, exact=divergence == 'exact', grad=grad)
 

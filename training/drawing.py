@@ -1,6 +1,7 @@
 """Draws samples of an experiment on all processes together: for pictures, metrics and files."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -21,6 +22,8 @@ from training.batches import Batches
 from training.calling import in_eval_mode
 from training.experiment import Experiment, SampleInputs, Sampler
 from training.independence import base_is_normal
+
+print_first_time = functools.cache(print_once)
 
 
 class State(NamedTuple):
@@ -66,6 +69,10 @@ class Drawing:
         """x0 (n, ...) by this solver; `settings` replace settings of the config. Between two steps, a stop request on
         any process ends the drawing on all. Raises SettingError, Stopped."""
         self.refuse_sde_solver(solver)
+        if inputs.label is None and not self.learned_no_label:
+            print_first_time(
+                'warning: label=None, but with label_dropout=0 the network has learned only classes: pass a label (n,)'
+            )
         given = dict(x1=inputs.x1, label=inputs.label, cond=inputs.cond, solver=solver)
         replaced: dict[str, Any] = self.replaced | ({'nfe': 0} if 'num_steps' in settings else {})
         both = [calls.get('on_prediction') for calls in (settings, replaced)]
@@ -80,6 +87,11 @@ class Drawing:
                 callback(i, t, x)
 
         return self.sample_fn(model_fn, callback=after_step, **settings)
+
+    @cached_property
+    def learned_no_label(self) -> bool:  # whether some or all labels are left out in training, as far as is known
+        never_dropped = self.experiment.data.num_classes > 1 and self.experiment.config.label_dropout == 0
+        return not never_dropped or self.batches.shape_example.label is None
 
     @contextlib.contextmanager
     def with_settings(self, watching: Callback | None = None, **replaced: Any) -> Iterator[None]:

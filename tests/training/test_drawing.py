@@ -1,5 +1,6 @@
 """Sampling during a run: broken, switched off, watched, or short of memory."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from runtime.errors import Stopped
 from solvers import SOLVERS, Solver
 from tests.helpers import record_of
 from trainer import ExampleDiffusionTrainer, SampleInputs
+from training import drawing
 from training.drawing import not_finite
 
 
@@ -159,6 +161,30 @@ def test_inputs_do_not_change_the_callers_generator(tiny_config, build_trainer):
     torch.manual_seed(1)
     assert trainer.drawing.inputs(4).x1.equal(inputs.x1) and torch.randn_like(inputs.x1).equal(noise)
     assert not noise.equal(inputs.x1)
+
+
+@pytest.mark.parametrize('dropout, unlabelled, warns', [(0.0, False, True), (0.1, False, False), (0.0, True, False)])
+def test_sampling_without_a_label_that_was_never_left_out_is_warned_of(
+    tiny_config, build_trainer, capsys, dropout, unlabelled, warns
+):
+    class Mine(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            batch = super().prepare_batch_fn(batch, is_train)
+            return dataclasses.replace(batch, label=None) if unlabelled else batch
+
+    drawing.print_first_time.cache_clear()
+    trainer = build_trainer(tiny_config(label_dropout=dropout), Mine)
+    model_fn, inputs = trainer.get_model_fn(trainer.network), SampleInputs(torch.randn(2, 1, 8, 8))
+    for _ in range(2):
+        trainer.draw(model_fn, inputs, 'euler', num_steps=1)
+    assert capsys.readouterr().out.count('warning: label=None, but with label_dropout=0') == warns
+
+
+@pytest.mark.parametrize('label, given', [([0, 1], r'\[0, 1\]'), (torch.tensor([0]), r'shape \(1,\)')])
+def test_labels_that_do_not_fit_the_noise_are_named(tiny_config, build_trainer, label, given):
+    trainer = build_trainer(tiny_config())
+    with pytest.raises(SettingError, match=f'label is {given}. Pass a tensor of 2 items'):
+        trainer.draw(trainer.get_model_fn(trainer.network), SampleInputs(torch.randn(2, 1, 8, 8), label), 'euler')
 
 
 def test_a_path_keeps_what_a_solver_changes_in_place(tiny_config, build_trainer, monkeypatch):
