@@ -591,6 +591,20 @@ def test_state_that_changes_outside_of_training_is_warned_of(tiny_config, build_
         return getattr(super(Counts, self), place)(*args, **kwargs)
 
     setattr(Counts, place, counted)
+
+    class Later(Counts):
+        def prepare_batch_fn(self, batch, is_train):
+            self.made = 1.0
+            return super().prepare_batch_fn(batch, is_train)
+
+        def state(self):
+            return {'made': self.made}
+
+        def load_state(self, state): ...
+
+    trainer = build_trainer(tiny_config(num_training_steps=4, experiment_name='later'), Later)
+    trainer.checkpoints.check()  # `made` does not exist before the first batch
+    capsys.readouterr()
     build_trainer(tiny_config(num_training_steps=4), Counts).train_loop()
     warned = 'warning: Counts: calls of `state` changed before training began, in a method that is also called'
     assert (warned in capsys.readouterr().out) == (place != 'train_step')

@@ -141,16 +141,20 @@ class Checkpoints:
         if checkpoint is None:
             if c.init_from:
                 self.start_from_weights()
-            self.state_at_start = to_host(self.held['experiment'].state())
+            self.remember_state()
             return 0
         self.load(checkpoint, path)
         if read_from is None:
-            self.state_at_start = to_host(self.held['experiment'].state())
+            self.remember_state()
         step = checkpoint['step']
         self.finished = checkpoint['finished'] and step >= c.num_training_steps
         if read_from is not None or not self.finished:
             print_once(f'{"resuming" if read_from is None else "reading"} {c.run_dir} at step {step}')
         return step
+
+    def remember_state(self) -> None:  # for `check`
+        with suppress(Exception):  # a method that was not called yet may create what `state` returns
+            self.state_at_start = to_host(self.held['experiment'].state())
 
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """The inverse of `objects`; `path` is for messages."""
