@@ -98,14 +98,15 @@ class Record:
         return kept
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """Add to a mean over elements, ranks and steps, for the next line or the innermost `logging_apart`. Ignored
-        while the record is not open, as there is no step then. A `step_N_` in front of the name is dropped. Raises
+        """Add to a mean over elements, ranks and steps, for the next line or the innermost `logging_apart`. A `step_N_`
+        in front of the name is left out. While the record is not open there is no step, and nothing is added. Raises
         SettingError for a name that the run itself records."""
-        if OWN_NAMES.fullmatch(utils.without_step(name)):
+        name = utils.without_step(name)
+        if OWN_NAMES.fullmatch(name):
             raise SettingError(f'log({name!r}): the run records this itself. Choose another name: {name}_of_mine')
         if self.progress is not None or self.log_to is not self.means:
             total, count = (value.float().sum(), value.numel()) if isinstance(value, Tensor) else (value, 1)
-            self.log_to.add(utils.without_step(name), total, count)
+            self.log_to.add(name, total, count)
 
     def losses(self, losses: Tensor, t: Tensor, augmented: Tensor | None = None) -> None:
         """Losses (B,) of a micro-batch at times t (B,); `augmented` (B,): was anything done to this image?"""
