@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from data_loading.spec import DataSpec
-from runtime.ranks import print_once
+from runtime.ranks import print_first_time
 
 GAP, APART, BETWEEN = 2, 8, 16  # pixels between cells, between groups of rows, between panels
 LINE_HEIGHT = 13  # pixels of a line of text
@@ -191,12 +191,9 @@ def titles_of(data: DataSpec, label: Tensor | None, label_dropout: float) -> lis
     missing = sorted({name for name in names if font_of(name) is None})
     if missing:
         words = ', '.join(missing[:3])
-        warn_missing(f'no font here has the letters of {words}: pictures show the numbers of such classes')
+        print_first_time(f'no font here has the letters of {words}: pictures show the numbers of such classes')
     numbers = [] if label is None else label.tolist()
     return [str(numbers[i]) if name in missing else name for i, name in enumerate(names)]
-
-
-warn_missing = functools.cache(print_once)  # prints each text once
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Rank, world size and collectives. Every function also works with a single process."""
 
+import functools
 import os
 import pickle
 import sys
@@ -56,6 +57,9 @@ def print_once(text: str) -> None:
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         alive.say(text)
+
+
+print_first_time = functools.cache(print_once)  # prints each text once in this process
 
 
 def setup() -> torch.device:

@@ -1,7 +1,6 @@
 """Draws samples of an experiment on all processes together: for pictures, metrics and files."""
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -14,7 +13,7 @@ import utils
 from config import SettingError
 from runtime import alive, ranks, stopping
 from runtime.errors import RankFailed
-from runtime.ranks import print_once
+from runtime.ranks import print_first_time, print_once
 from sampling import ModelFn, get_sample_fn
 from solvers import SOLVERS
 from solvers.path import Callback
@@ -22,8 +21,6 @@ from training.batches import Batches
 from training.calling import in_eval_mode
 from training.experiment import Experiment, SampleInputs, Sampler
 from training.independence import base_is_normal
-
-print_first_time = functools.cache(print_once)
 
 
 class State(NamedTuple):
