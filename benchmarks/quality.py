@@ -219,7 +219,8 @@ def work(job: tuple[str, int, int]) -> None:
 
 def table() -> Iterator[str]:
     """Lines of a table: the mean of each number over seeds, and its standard deviation if there are several."""
-    names = ('loss', *(f'{kind}_{n}' for kind in ('pixels', 'features', 'nearest', 'agreement') for n in EVALUATIONS))
+    names = ['loss', *(f'{kind}_{n}' for kind in ('pixels', 'features', 'nearest', 'agreement') for n in EVALUATIONS)]
+    names = [name for name in names if any(name in row for row in rows())]
     yield '| network | minutes | seeds | steps | loss | ' + ' | '.join(x.replace('_', ', ') for x in names[1:]) + ' |'
     yield '|---' * (4 + len(names)) + '|'
     order = {name: i for i, name in enumerate(ENTRIES)}
