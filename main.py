@@ -169,7 +169,6 @@ def load_run(run_dir: str | Path, weights: str = 'ema', trust: bool = False, **s
 def train(config: Config, trainer_class: type | None) -> None:
     """Build everything and train."""
     from runtime import ranks
-    from training import run_record
 
     trainer = build(config, trainer_class)
     if trainer.checkpoints.finished:
@@ -181,7 +180,7 @@ def train(config: Config, trainer_class: type | None) -> None:
         steps = f'{config.num_training_steps} steps of {config.global_batch_size} images'
         where = f'{ranks.world_size()} x {trainer.device.type}'
         ranks.print_once(f'training {config.dataset} on {where}: {parameters}, {steps}')
-        trainer.train_loop(run_record.write_start(config, type(trainer), trainer.device, trainer.step))
+        trainer.train_loop()
     files = dict(report='report.html', pictures='samples', checkpoint='last.pt', log='metrics.jsonl')
     is_here = os.environ.get('RUN_CALLER', os.getcwd()) == os.getcwd()  # else the user stands in another folder
     folder = config.run_dir if is_here else config.run_dir.absolute()

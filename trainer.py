@@ -36,7 +36,7 @@ from training.checkpoints import Checkpoints
 from training.drawing import Drawing
 from training.experiment import OldNames, ProcessedBatch, SampleInputs
 from training.independence import independence
-from training.run_record import identity_of
+from training.run_record import identity_of, write_start
 
 
 class BaseDiffusionTrainer(OldNames):
@@ -170,10 +170,10 @@ class BaseDiffusionTrainer(OldNames):
 
     # ---------------------------------------------------------------- the loop
 
-    def train_loop(self, start: dict | None = None) -> None:  # start: its entry in run.json
+    def train_loop(self) -> None:
         """Train to the end. Saves, then raises Stopped or SaveError; NonFiniteLoss without saving."""
-        c, finished = self.config, False
         self.checkpoints.refuse_if_read_only()
+        c, finished, start = self.config, False, write_start(self.config, type(self), self.device, self.step)
         with self.record.open(self.step, start), self.checkpoints, self.batches, alive.print_while('training'):
             stopping.catch_stop_signals()
             with suppress(Stopped):

@@ -15,7 +15,6 @@ from scripts.evaluate import Evaluate, evaluate
 from tests.helpers import record_of, run_ranks
 from trainer import ExampleDiffusionTrainer
 from training.experiment import SampleInputs
-from training.run_record import write_start
 
 
 @pytest.fixture
@@ -210,7 +209,7 @@ def test_evaluate_gives_the_numbers_of_the_end_of_a_run(tiny_config, build_train
     monkeypatch.setattr(judge, 'NUM_JUDGED', 80)
     config = tiny_config(final_eval=True, num_training_steps=3, warmup_steps=1)
     trainer = build_trainer(config, Blurred)
-    trainer.train_loop(write_start(config, Blurred, trainer.device, 0))
+    trainer.train_loop()
     last = record_of(config.run_dir)[-1]
     final = {k.removeprefix('final/adams/'): v for k, v in last.items() if k.startswith('final/adams/')}
     assert {'frechet', 'kid', 'coverage', 'label_agreement', 'brightness', 'gap'} <= final.keys()
