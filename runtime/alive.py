@@ -95,8 +95,8 @@ class Progress:
     """Step, loss, speed, the time left in training and, separately, the time that the end of the run will take."""
 
     def __init__(self, total: int, seconds_at_end: Callable[[float], float], has_numbers: bool, step: int):
-        """From `step` to `total` steps. `seconds_at_end(images per second)`: the time after the last step, for samples
-        and, if `has_numbers`, their metrics."""
+        """From `step` to `total` steps. `seconds_at_end(images per second)`: the time for samples after the last step;
+        with `has_numbers`, their metrics follow, whose time is not known."""
         self.total, self.first, self.step = total, step, step
         self.seconds_at_end, self.has_numbers = seconds_at_end, has_numbers
         self.began, self.last_shown = time.monotonic(), -math.inf
@@ -118,8 +118,8 @@ class Progress:
         left = duration((now - self.began) / max(step - self.first, 1) * (self.total - step)) + ' left'
         left = left if step < self.total else 'trained'
         if seconds := self.seconds_at_end(images_per_second):
-            hint = ' (--no_final_eval leaves the numbers out)' * (self.last_shown < 0)  # in the first line only
-            left += f', then about {duration(seconds)} of samples{f" and numbers{hint}" if self.has_numbers else ""}'
+            hint = ' (--no_final_eval leaves them out)' * (self.last_shown < 0)  # in the first line only
+            left += f', then about {duration(seconds)} of samples{f", then numbers{hint}" if self.has_numbers else ""}'
         number, speed = f'{loss:.3g}' if 0 < abs(loss) < 1e-3 else f'{loss:.4f}', f'{images_per_second:.0f} images/s'
         if not self.bar.disable:
             self.bar.set_postfix_str(f'loss {number}, {speed}, {left}')

@@ -120,18 +120,18 @@ def test_durations_have_readable_units(seconds, text):
 
 
 def test_progress_shows_the_step_the_loss_and_the_time_left(capsys, clock):
-    """The time left is of training only; the time for samples and numbers is shown separately."""
+    """The time left is of training only; the time for samples is shown separately."""
     shown = Progress(100, lambda speed: 60.0 if speed == 160 else 300.0, True, step=20)
     for step in (30, 40, 50, 100):
         clock[0] += 4
         shown.show(step, 0.125, 160.0 if step < 100 else 320.0)
     assert capsys.readouterr().out.splitlines() == [
         'step 30/100  loss 0.1250  160 images/s  28 s left, '
-        'then about 60 s of samples and numbers (--no_final_eval leaves the numbers out)',
+        'then about 60 s of samples, then numbers (--no_final_eval leaves them out)',
         # no line at step 40, 4 s after the one before
-        'step 50/100  loss 0.1250  160 images/s  20 s left, then about 60 s of samples and numbers',
+        'step 50/100  loss 0.1250  160 images/s  20 s left, then about 60 s of samples, then numbers',
         # 4 s after the last line, too, but the last step is always printed
-        'step 100/100  loss 0.1250  320 images/s  trained, then about 5 min of samples and numbers',
+        'step 100/100  loss 0.1250  320 images/s  trained, then about 5 min of samples, then numbers',
     ]
     Progress(100, lambda speed: 0.0, True, step=0).show(100, 0.125, 160.0)
     Progress(100, lambda speed: 9.0, False, step=0).show(100, 0.125, 160.0)
