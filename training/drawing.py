@@ -199,17 +199,25 @@ class Drawing:
     @in_eval_mode
     def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[State]:
         """The states of samples on this process: x1, then the state after each step of the solver. Empty for a sampler
-        that does not use `draw`. If a sampler has several stages, the path of the last one."""
-        steps: list[tuple[float, Tensor]] = []
+        that does not use `draw`. If a sampler calls it several times, the path of the last call, without its x1."""
+        stages: list[list[tuple[float, Tensor]]] = []  # of each call
         seen: list[tuple[float, Tensor]] = []
+
+        def watch(i: int, t: float, x: Tensor) -> None:
+            stages.extend([[]] if i == 1 else [])
+            stages[-1].append((t, x.clone()))
+
         predicted = lambda t, prediction: seen.append((t, prediction.x0))  # noqa: E731
-        with self.with_settings(watching=lambda i, t, x: steps.append((t, x.clone())), on_prediction=predicted):
+        with self.with_settings(watching=watch, on_prediction=predicted):
             sampler(model_fn, inputs)
+        steps = stages[-1] if stages else []
         x0, self.nfe = dict(seen), float(len(seen))  # the last evaluation at each time is the one at the state itself
         coefs = [self.experiment.process(torch.tensor([t], dtype=torch.float64)) for t, _ in steps]
         path = [(t, x / float(torch.hypot(c.alpha, c.sigma))) for (t, x), c in zip(steps, coefs, strict=True)]
-        known, states = inputs.x1, list[State]()
-        for t, x in [(max(x0), inputs.x1), *path] if x0 and path else path:
+        if x0 and len(stages) == 1:
+            path.insert(0, (max(x0), inputs.x1))
+        known, states = path[0][1] if path else inputs.x1, list[State]()
+        for t, x in path:
             known = x0.get(t, known)  # nothing is predicted at the last time
             states.append(State(t, *(self.experiment.decode(part).cpu() for part in (x, known))))
             if states[-1].x.shape != states[0].x.shape:

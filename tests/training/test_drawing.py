@@ -138,6 +138,23 @@ class Watches(ExampleDiffusionTrainer):
         return super().draw(model_fn, inputs, solver, on_prediction=watch, **settings)
 
 
+def test_the_path_of_a_sampler_that_draws_twice_is_of_the_second_draw(tiny_config, build_trainer):
+    """Once, it was both in a row, from the x1 of the first."""
+    trainer, drawn = build_trainer(tiny_config(num_sample_steps=3)), []
+
+    def twice(model_fn, inputs):
+        x = trainer.draw(model_fn, inputs, 'euler')
+        inputs = dataclasses.replace(inputs, x1=x / 2)
+        return trainer.draw(model_fn, inputs, 'euler', callback=lambda i, t, x: drawn.append((t, x.clone())))
+
+    states = trainer.drawing.path(twice, lambda xt, t, label: 0.1 * xt, trainer.sample_inputs(2))
+    assert trainer.drawing.nfe == 6 and len(states) == len(drawn) == 3
+    for state, (t, x) in zip(states, drawn, strict=True):
+        coefs = trainer.process(torch.tensor([t]))
+        assert state.t == t
+        torch.testing.assert_close(state.x, trainer.decode(x / torch.hypot(coefs.alpha, coefs.sigma)))
+
+
 def test_an_experiment_may_watch_predictions_too(tiny_config, build_trainer):
     trainer, paths = build_trainer(tiny_config(num_sample_steps=3), Watches), []
     model_fn, inputs = trainer.get_model_fn(trainer.network), trainer.sample_inputs(2)
