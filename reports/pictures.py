@@ -249,9 +249,10 @@ class Gallery:
         batch = self.experiment.prepare_batch_fn(first, is_train=True)
         names = self.names(first[1])
         parts = {'as read': batch.x_original, 'as trained': self.experiment.decode(batch.x0)}
-        shown = {title: x.cpu() for title, x in parts.items() if self.kind_of(x) is not None}
+        kinds = {title: self.kind_of(x) for title, x in parts.items()}
+        shown = {title: x[: n if kinds[title] == 'points' else 50].cpu() for title, x in parts.items() if kinds[title]}
         if shown:
-            panels = [self.draw_items(x, names, title=title, across=5) for title, x in shown.items()]
+            panels = [self.draw_items(x, names[: len(x)], title=title, across=5) for title, x in shown.items()]
             self.record.picture('data_and_augmented', join_pictures(panels), 0)
 
     def update_page(self, step: int = 0, line: dict[str, float] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Pictures of a run: samples and their inputs, class names, paths, and hooks of an experiment."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -135,6 +136,24 @@ def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_t
     near = [torch.cdist(panel.x.flatten(1), train).amin(1) < 1e-3 for panel in (read, trained)]
     assert near[0].all() and not near[1].all()  # only the panel `as read` has items of the data
     assert torch.equal(seen['data_and_augmented'], plots.join_pictures([*map(draw, (read, trained))]))
+
+
+def test_data_of_which_points_are_made_are_not_shown_by_the_hundred(build_trainer, tmp_path):
+    """Pairs of points are read, and one of each pair is trained on: once, the picture was 7000 pixels high."""
+
+    class First(ExampleDiffusionTrainer):
+        def prepare_batch_fn(self, batch, is_train):
+            prepared = super().prepare_batch_fn(batch, is_train)
+            return dataclasses.replace(prepared, x_original=torch.stack([batch[0]] * 3, 1))
+
+    config = Config(
+        dataset='moons', network='mlp', global_batch_size=256, ckpt_dir=str(tmp_path), experiment_name='run'
+    )
+    trainer = build_trainer(config, First)
+    panels = panels_of(trainer.gallery)
+    trainer.gallery.show_data()
+    read, trained = panels
+    assert len(read.x) == len(read.names) == 50 and len(trained.x) == len(trained.names) == 256
 
 
 def test_a_path_has_times_classes_and_predictions(tiny_config, build_trainer, seen):
