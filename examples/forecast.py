@@ -10,20 +10,20 @@ the plain flow. `exact`: exact law (data_loading/ring.py); `real`: draws from it
 
 import dataclasses
 from functools import partial
-from itertools import pairwise
 
 import torch
 
-from config import only
+from config import choose, only
 from data_loading import ring
 from data_utils import DATASETS, DataSpec
 from evaluation.scores import crps, energy_spectrum, spread_skill
 from scripts.compare import side_by_side
+from solvers import SOLVERS
 from trainer import ExampleDiffusionTrainer, SampleInputs
 
-DATASETS['ring'] = DataSpec(ring.load_ring, (1, ring.POINTS), scale='float')
-S, LEADS = 0.5, 4  # scale of the noise, forecasts in a row
+DATASETS['ring'], S, LEADS = DataSpec(ring.load_ring, (1, ring.POINTS), scale='float'), 0.5, 4  # S: scale of the noise
 NOISES = {'foellmer': lambda t: S**2 * t * (2 + t), 'learned': lambda t: (S * t) ** 2, 'ode': lambda t: 0.0}  # g^2
+SOLVERS |= dict.fromkeys(NOISES, SOLVERS['euler'])  # to choose one later: evaluate.py --solver ode
 
 
 class FromNoise(ExampleDiffusionTrainer):
@@ -40,21 +40,23 @@ class FromNoise(ExampleDiffusionTrainer):
         x = inputs.cond['now']
         return torch.cat([x := self.step_from(x, model_fn, solver) for _ in range(LEADS)], 1)  # (n, LEADS, points)
 
+    def show(self, name, x, inputs):
+        super().show(name, x, dataclasses.replace(inputs, given=[inputs.cond['now']]))
+
     def samplers(self):
         only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
-        return {name: partial(self.draw, solver=name) for name in (NOISES if isinstance(self, Forecast) else ['adams'])}
+        return {s: partial(self.draw, solver=s) for s in (NOISES if isinstance(self, Forecast) else ['adams'])}
 
     def sample_metrics(self, x, inputs):
         found, n, seeded = {}, self.test_loader.size, torch.Generator().manual_seed(0)
-        now, x = inputs.cond['now'][:n].cpu(), x[: len(x) // n * n].cpu().unflatten(0, (-1, n))  # (M, n, LEADS, L)
+        now, x = inputs.cond['now'][:n].cpu(), x[: len(x) // n * n].cpu().unflatten(0, (-1, 1, n))  # (M, 1, n, ...)
         for lead in (1, LEADS):
-            members, truth = x[:, :, lead - 1, None], torch.stack([ring.draw(now, lead, seeded) for _ in range(200)])
-            energy = [energy_spectrum(each.flatten(0, 1)).mean(0) for each in (members, truth[: len(members)])]
+            members, truth = x[..., lead - 1, None, :], torch.stack([ring.draw(now, lead, seeded) for _ in range(200)])
+            energy = [energy_spectrum(each.flatten(0, -3)).mean(0) for each in (members, truth[: len(members)])]
             off, real = (torch.stack(energy) / ring.spectrum(now, lead).mean(0) - 1).square().mean(1).sqrt()
-            scores = dict(crps=crps(members[:, None], truth).mean(), exact_crps=ring.noise_std(lead) / torch.pi**0.5)
-            scores |= dict(spread_skill=spread_skill(members, truth), spectrum_error=off, real_spectrum_error=real)
-            found |= {f'{name}_{lead}': float(value) for name, value in scores.items()}
-        return found
+            found[lead] = dict(crps=crps(members, truth).mean(), exact_crps=ring.noise_std(lead) / torch.pi**0.5)
+            found[lead] |= dict(spread_skill=spread_skill(members, truth), spectrum_error=off, real_spectrum_error=real)
+        return {f'{name}_{lead}': float(value) for lead in found for name, value in found[lead].items()}
 
 
 class Forecast(FromNoise):
@@ -64,17 +66,15 @@ class Forecast(FromNoise):
         return (model_fn(xt, batch.t, now=x1) - (x1 - 2 * (1 - t) * batch.x0 + S * w)).square().mean((1, 2))
 
     def step_from(self, x1, model_fn, solver):
-        x = x1
-        for t, s in pairwise(torch.linspace(1, 0, self.config.num_sample_steps + 1).tolist()):
-            b, g2 = model_fn(x, x.new_full((len(x),), t), now=x1), NOISES.get(solver, NOISES['learned'])(t)
+        x, steps = x1, self.config.sample_nfe or self.config.num_sample_steps
+        for t in torch.linspace(1, 1 / steps, steps).tolist():
+            b, g2 = model_fn(x, x.new_full((len(x),), t), now=x1), choose('solver', solver, NOISES)(t)
             n = (2 * (x - t * x1) / max(1 - t, 1e-9) + b - x1) / (S * (1 + t))
-            x = x + (s - t) * (b + (g2 / (S * t) - S * t) / 2 * n) + (g2 * (t - s)) ** 0.5 * torch.randn_like(x)
+            x = x - (b + (g2 / (S * t) - S * t) / 2 * n) / steps + (g2 / steps) ** 0.5 * torch.randn_like(x)
         return x
 
 
 if __name__ == '__main__':
-    side_by_side(
-        {cls.__name__: dict(trainer_class=cls, dataset='ring') for cls in (FromNoise, Forecast)},
-        numbers=('final/*/crps*', 'final/*/sp*', 'final/adams/exact*', 'final/adams/real*'),
-        default_flags='--preset toy2d --num_sample_steps 100',
-    )
+    own = {FromNoise: dict(solver='adams'), Forecast: dict(solver='learned')}
+    runs = {cls.__name__: dict(trainer_class=cls, dataset='ring', **more) for cls, more in own.items()}
+    side_by_side(runs, ('final/*/[cs]*', 'final/adams/[er]*'), '--preset toy2d --num_sample_steps 100')

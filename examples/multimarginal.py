@@ -3,10 +3,9 @@
     x(a) = sum_k a_k x_k,    sum_k a_k = 1;    x_k is a point of the snapshot at t = k / 3, k = 0, 1, 2, 3
 The network learns g_k(a, x) = E[x_k | x(a) = x] for all weights a. A path a(t) is chosen after training; along it,
 dx/dt = sum_k da_k/dt g_k moves points through the laws of x(a). `edges` leads from one snapshot to the next in straight
-lines, `curved` replaces the one in the middle by the mean of two parabolas, `direct` leads from the last to the first.
-Two Gaussians circle the origin; t = 1/2 is held out. Points of different snapshots are paired at random, or each with
-its optimal partner in the next. `linear`: midpoints of optimal pairs, without a network; `real`: draws from the law.
-    sh run.sh examples/multimarginal.py
+lines, `curved` replaces the middle one by the mean of two parabolas, `direct` leads from the last to the first. Two
+Gaussians circle the origin; t = 1/2 is held out. Pairs of snapshots are random, or optimal from each to the next.
+`linear`: midpoints of optimal pairs; `real`: draws from the law.       sh run.sh examples/multimarginal.py
 """
 
 import dataclasses
@@ -54,12 +53,15 @@ class Multimarginal(ExampleDiffusionTrainer):
         return (model_fn(torch.stack([xa] * 4, 1), 0 * batch.t, **batch.cond) - batch.x_original).square().mean((1, 2))
 
     def draw(self, model_fn, inputs, solver, path='edges', stop=0.0):
-        x = inputs.x1
-        for t, s in pairwise(torch.linspace(1, stop, self.config.num_sample_steps + 1).tolist()):
+        x, steps = inputs.x1, self.config.sample_nfe or self.config.num_sample_steps
+        for t, s in pairwise(torch.linspace(1, stop, steps + 1).tolist()):
             a, da = PATHS[path]((t + s) / 2).to(x), (PATHS[path](s) - PATHS[path](t)).to(x)
             g = model_fn(torch.stack([x] * 4, 1), x.new_zeros(len(x)), a=a.expand(len(x), 4))
             x = x + torch.einsum('k,bkd->bd', da, g)
         return x
+
+    def show(self, name, x, inputs):
+        super().show(name, x, dataclasses.replace(inputs, truth=expected(0.5 if 'half' in name else 0.0, len(x))[0]))
 
     def samplers(self):
         only(self.config, process_name='rf', model_type='velocity', target_type='velocity', loss_weight='none')
@@ -73,8 +75,6 @@ class Multimarginal(ExampleDiffusionTrainer):
 
 
 if __name__ == '__main__':
-    side_by_side(
-        {name: dict(trainer_class=Multimarginal, dataset=f'{name}_pairs') for name in ('random', 'optimal')},
-        numbers=('final/*_half/*_half', 'final/*_0/*_0'),
-        default_flags='--preset toy2d --network each_snapshot --num_sample_steps 100',
-    )
+    runs = {name: dict(trainer_class=Multimarginal, dataset=f'{name}_pairs') for name in ('random', 'optimal')}
+    flags = '--preset toy2d --network each_snapshot --num_sample_steps 100'
+    side_by_side(runs, ('final/*_half/*_half', 'final/*_0/*_0'), flags)

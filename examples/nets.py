@@ -64,7 +64,7 @@ class Nets(ExampleDiffusionTrainer):
         return ((force * v).sum(1) - dv_1[:, 0] - dv_2[:, 1] + du_dt + self.modules['dF'](t[:, None])[:, 0]).square()
 
     def sample_metrics(self, x, inputs):
-        times = torch.linspace(1, 0, self.config.num_sample_steps + 1)
+        times = torch.linspace(1, 0, (self.config.sample_nfe or self.config.num_sample_steps) + 1)
         numbers = {'real_log_z': math.log(len(MEANS) * 2 * math.pi * STD**2)}
         drifts = {'ais': no_drift, 'nets': self.get_model_fn(next(iter(self.weights().values())))}
         for name, e in ((name, e) for name in drifts for e in NOISES):

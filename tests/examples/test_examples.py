@@ -47,7 +47,7 @@ EXAMPLES = {  # file -> class, settings
     'bridge': ('Bridge', POINTS | dict(dataset='moons_and_gaussians')),
     'contrastive': ('Contrastive', {}),
     'dispersive': ('Dispersive', {}),
-    'forecast': ('Forecast', POINTS | dict(dataset='ring')),
+    'forecast': ('Forecast', POINTS | dict(dataset='ring', solver='learned')),
     'multimarginal': ('Multimarginal', POINTS | dict(dataset='random_pairs', network='each_snapshot')),
     'nets': ('Nets', POINTS | dict(dataset='none', num_sample_steps=8)),
     'inverse': ('Inverse', POINTS | dict(dataset='eight_gaussians', label_dropout=1.0)),
@@ -659,11 +659,53 @@ def test_forecasts_have_the_exact_law_at_any_noise(build):
             assert score == pytest.approx(2**0.5 if name == 'ode' else 1, rel=0.04), (name, lead)
             assert found[f'spread_skill_{lead}'] == pytest.approx(float(name != 'ode'), abs=0.06), (name, lead)
             assert (found[f'spectrum_error_{lead}'] < 0.12) == (name != 'ode'), (name, lead)
-    drawn = []
-    for name in ('learned', trainer.config.solver):  # generate.py passes the solver of the config
-        torch.manual_seed(0)
-        drawn.append(trainer.draw(exact, inputs, name))
-    assert torch.equal(*drawn)
+    with pytest.raises(SettingError, match="solver='heun' is not a choice of --solver"):
+        trainer.draw(exact, inputs, 'heun')
+
+
+def test_the_pictures_of_forecasts_show_the_present_state(build):
+    trainer, _ = build('forecast')
+    shown = []
+    trainer.gallery.show = lambda name, x, inputs: shown.append(inputs)
+    inputs = trainer.sample_inputs(30)
+    trainer.show('samples', None, inputs)
+    held_out = trainer.test_loader.everything()
+    assert shown[0].given[0][:25].equal(held_out[2][:25]) and shown[0].truth[:25].equal(held_out[0][:25])
+
+
+@pytest.mark.parametrize(
+    ('name', 'class_name', 'per_step'),
+    [('forecast', 'FromNoise', 4), ('forecast', 'Forecast', 4), ('multimarginal', None, 1)],
+)
+def test_samples_cost_no_more_evaluations_than_allowed(build, name, class_name, per_step):
+    """--sample_nfe was ignored by some; a forecast draws four states in a row."""
+    trainer, _ = build(name, class_name, sample_nfe=3, num_sample_steps=100)
+    model_fn, calls = trainer.get_model_fn(trainer.network), []
+    counted = lambda *args, **cond: (calls.append(1), model_fn(*args, **cond))[1]  # noqa: E731
+    for sampler in trainer.samplers().values():
+        calls.clear()
+        sampler(counted, trainer.sample_inputs(2))
+        assert len(calls) == 3 * per_step
+
+
+def test_walkers_take_no_more_steps_than_allowed(build, monkeypatch):
+    trainer, module = build('nets', sample_nfe=3, num_sample_steps=100)
+    times = []
+    fake = lambda energy, drift, x, t, noise: (times.append(len(t)), (None, torch.zeros(len(x))))[1]  # noqa: E731
+    monkeypatch.setattr(module, 'walk', fake)
+    trainer.sample_metrics(None, trainer.sample_inputs(4))
+    assert set(times) == {4}
+
+
+def test_snapshots_are_shown_next_to_the_law_where_their_path_ends(build):
+    trainer, _ = build('multimarginal')
+    shown = []
+    trainer.gallery.show = lambda name, x, inputs: shown.append(inputs.truth)
+    for name in ('step_0000001_curved_half_raw', 'step_0000001_edges_0_raw'):
+        trainer.show(name, torch.zeros(64, 2), trainer.sample_inputs(64))
+    half, end = shown
+    assert half[:, 1].abs().mean() > 0.5 > 0.2 > half[:, 0].abs().mean()  # above and below the origin
+    assert end[:, 0].abs().mean() > 0.5 > 0.2 > end[:, 1].abs().mean()  # left and right of it
 
 
 def test_the_loss_of_a_forecast_by_hand(build):
