@@ -59,7 +59,7 @@ def errors(x, name=''):
 
 class Field(ExampleDiffusionTrainer):
     def samplers(self):
-        only(self.config, dataset='random_fields', translate_prob=0.0)
+        only(self.config, dataset='random_fields', translate_prob=0.0, crop_prob=0.0, geometric_prob=0.0)
         return {'samples': partial(self.draw, solver=self.config.solver)}
 
     def sample_metrics(self, x, inputs):

@@ -1077,6 +1077,8 @@ def test_the_target_of_model_guidance_is_guided_towards_the_label(build):
         ('bridge', 'Plain', dict(target_type='x0')),
         ('reflow', 'Flow', dict(process_name='cosine')),
         ('field', 'Field', dict(dataset='digits')),
+        ('field', 'Field', dict(crop_prob=0.5)),
+        ('field', 'Field', dict(geometric_prob=0.1)),
     ],
 )
 def test_formulas_of_a_velocity_refuse_other_settings_before_the_first_step(build, name, class_name, settings):
