@@ -7,7 +7,7 @@ constant along a path, so f at t trains on f at an earlier time r of the path, b
 
 In `training`, xr has the x0 and x1 of xt; in `distillation`, it is an Euler step from xt along the run `plain`. The
 shrinking steps are from Geng et al. 2024 (ECT). The last average gives the target; with `--ema_decays 0.999 0.001` it
-is nearly the trained network itself (Song and Dhariwal 2024). A second step is f((x + new noise) / 2, 1/2).
+is nearly the trained network (Song and Dhariwal 2024). Step k + 1 of n is f((1 - t) x + t new noise, t), t = 1 - k/n.
 All runs but `plain` cost the same evaluations. A backward pass counts 2, a derivative in s 1, and 2 backward, so a step
 of `plain` takes 3, `training` 4, `distillation` 5 and `lagrangian` 7. `distillation` also pays for `plain`.
                                                       sh run.sh examples/consistency.py
@@ -50,14 +50,15 @@ class Consistency(flow_map.Plain):
         with torch.no_grad():
             if self.config.flow:
                 xr = xt + bcast_right(r - t, xt.ndim) * self.get_model_fn(self.modules['flow'])(xt, t, batch.label)
-            average = list(self.weights().values())[-2:][0]  # the last one; or the network, if there are none
-            target = f(self.get_model_fn(average), xr, r, batch.label)
+            target = f(self.get_model_fn(list(self.weights().values())[-2:][0]), xr, r, batch.label)
         return image_square_error(f(model_fn, xt, t, batch.label), target) / (t * (t - r))
 
     def draw(self, model_fn, inputs, solver, nfe=0, **settings):
-        t = torch.full((len(inputs.x1),), self.config.t_max, device=self.device)
-        x, once = f(model_fn, inputs.x1, t, inputs.label), (nfe or self.config.sample_nfe) < 2
-        return x if once else f(model_fn, (x + torch.randn_like(x)) / 2, 0 * t + 0.5, inputs.label)
+        t, n = torch.full((len(inputs.x1),), self.config.t_max, device=self.device), nfe or self.config.sample_nfe or 1
+        x = f(model_fn, inputs.x1, t, inputs.label)
+        for s in (1 - k / n for k in range(1, n)):
+            x = f(model_fn, (1 - s) * x + s * torch.randn_like(x), 0 * t + s, inputs.label)
+        return x
 
     def samplers(self):
         return dict(list(super().samplers().items())[:2])

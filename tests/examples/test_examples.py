@@ -403,11 +403,12 @@ def test_the_exact_consistency_function_has_no_loss(build, flow):
     inputs = trainer.sample_inputs(20_000)
     for sampler in trainer.samplers().values():
         assert sampler(exact_consistency, inputs).std() == pytest.approx(0.5, rel=0.02)
-    calls = []
-    for nfe in (0, 1, 2):  # generate.py --nfe
-        trainer.config = module.dataclasses.replace(trainer.config, sample_nfe=nfe)
-        trainer.draw(lambda *given: (calls.append(1), exact_consistency(*given))[1], inputs, 'adams')
-    assert len(calls) == 1 + 1 + 2
+    calls, t_max = [], trainer.config.t_max
+    for nfe, times in {0: [t_max], 1: [t_max], 2: [t_max, 1 / 2], 4: [t_max, 3 / 4, 1 / 2, 1 / 4]}.items():
+        trainer.config = module.dataclasses.replace(trainer.config, sample_nfe=nfe)  # generate.py --nfe
+        calls.clear()
+        x = trainer.draw(lambda x, t, c: (calls.append(float(t[0])), exact_consistency(x, t))[1], inputs, 'adams')
+        assert calls == pytest.approx(times) and x.std() == pytest.approx(0.5, rel=0.02)
 
 
 def test_the_target_of_consistency_is_the_last_average_held_fixed(build):
