@@ -97,7 +97,7 @@ def text_of_changes(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> str
     if not changes:
         return (
             f'\nAny difference may be chance: {labels[0]} or every other run has only one seed. '
-            'Train with --seed 1 and --seed 2 too, or by sweep.py --seeds 3.'
+            'Train with --seed 1 and --seed 2 too: examples and sweep.py do that with --seeds 3.'
         )
     head = f'\ndifference from {labels[0]} (none: within the standard deviations over the seeds)\n'
     return head + blocks([['', *labels[1:]], *changes])
