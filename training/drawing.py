@@ -200,7 +200,7 @@ class Drawing:
     def path(self, sampler: Sampler, model_fn: ModelFn, inputs: SampleInputs) -> list[State]:
         """The states of samples on this process: x1, then the state after each step of the solver. Empty for a sampler
         that does not use `draw`. If a sampler calls it several times, the path of the last call, without its x1."""
-        stages: list[list[tuple[float, Tensor]]] = []  # of each call
+        stages: list[list[tuple[float, Tensor]]] = []  # states of each call
         seen: list[tuple[float, Tensor]] = []
 
         def watch(i: int, t: float, x: Tensor) -> None:

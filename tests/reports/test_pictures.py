@@ -138,7 +138,7 @@ def test_the_data_are_shown_as_read_and_as_trained_by_class(tiny_config, build_t
     assert torch.equal(seen['data_and_augmented'], plots.join_pictures([*map(draw, (read, trained))]))
 
 
-def test_data_of_which_points_are_made_are_not_shown_by_the_hundred(build_trainer, tmp_path):
+def test_items_that_points_are_made_from_are_not_shown_by_the_hundred(build_trainer, tmp_path):
     """Pairs of points are read, and one of each pair is trained on: once, the picture was 7000 pixels high."""
 
     class First(ExampleDiffusionTrainer):
