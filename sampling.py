@@ -13,7 +13,7 @@ from torch import Tensor
 from config import Config, SettingError, choose
 from prediction import Prediction, get_model_convert_fn
 from processes import Coefs, GaussianProcess
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, Predictor, Steps
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, Noise, Predict, Predictor, Steps, shift_of
 from solvers import TIME_GRIDS as TIME_GRIDS  # users import it from here too
 from solvers.path import Callback, follow, on_path
 from utils import bcast_right
@@ -178,9 +178,10 @@ def sample(
     `num_steps` steps of `SOLVERS[solver].nfe` network evaluations each; if `nfe` is not 0, it is the budget of
     evaluations that sets the number of steps. Every call of the network gets label and cond; a solver for networks of
     two times replaces the condition `s`. `sampling_process` is a process other than the trained one: t_min and t_max
-    are still times of `process`, and the path covers the same log-SNRs, as far as it has them. `sde_last_step` is the
-    last step of a stochastic solver, see LAST_STEPS. `callback(i, t, x)` is called after step i, from 1, and
-    `on_prediction(t, prediction)` after each evaluation of the network at time t.
+    are still times of `process`, and the path covers the same log-SNRs, as far as it has them. The grid logistic is at
+    more noise for images of more than 8 x 8 pixels (`solvers.shift_of`). `sde_last_step` is the last step of a
+    stochastic solver, see LAST_STEPS. `callback(i, t, x)` is called after step i, from 1, and `on_prediction(t,
+    prediction)` after each evaluation of the network at time t.
     If `guidance_scale` is not 1, the network is compared with itself without label and conditions. It then gets
     `null_label`, the class that means 'no label', and for each condition its value in `null_cond`, which means 'not
     given' (a number, or a tensor of the shape of one item). Conditions without a null value, and labels that are
@@ -194,7 +195,7 @@ def sample(
     """
     cond, sampling_process = cond or {}, sampling_process or process
     check_given(label, cond, len(x1))
-    steps = Steps(solver, num_steps, nfe, time_grid, t_min, t_max)
+    steps = Steps(solver, num_steps, nfe, time_grid, t_min, t_max, shift_of(x1.shape[1:]))
     times = steps.times(process, sampling_process, model_type)
     last_step = choose('sde_last_step', sde_last_step, LAST_STEPS)
     noise = Noise(choose('sde_noise', sde_noise, SDE_NOISES), sde_noise_scale, last_step)

@@ -134,10 +134,10 @@ class Exported:
 
     def times(self, steps: int) -> list[float]:
         """The times of a solver with this number of steps."""
-        from solvers.path import Steps
+        from solvers import Steps, shift_of
 
-        c, process = self.run.config, self.run.process
-        return Steps(SOLVER, steps, 0, c.time_grid, c.t_min, c.t_max).times(process, process, c.model_type)
+        c, process, shift = self.run.config, self.run.process, shift_of(self.run.shape)
+        return Steps(SOLVER, steps, 0, c.time_grid, c.t_min, c.t_max, shift).times(process, process, c.model_type)
 
     def grid_is_nested(self) -> bool:
         """True if a solver with fewer steps visits only times that a solver with STEPS steps visits."""

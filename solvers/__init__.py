@@ -12,9 +12,10 @@ sampling.py uses them.
 from solvers.multistep import Multistep, angular, gaussian
 from solvers.path import Predictor, Steps, on_path
 from solvers.step import Noise, Predict, StepFn, coefs_at, relative_noise
-from solvers.table import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Solver, equal_steps, logistic
+from solvers.table import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Solver, equal_steps, logistic, shift_of
 
 __all__ = [
     'LAST_STEPS', 'SDE_NOISES', 'SOLVERS', 'TIME_GRIDS', 'Multistep', 'Noise', 'Predict', 'Predictor', 'Solver',
     'StepFn', 'Steps', 'angular', 'coefs_at', 'equal_steps', 'gaussian', 'logistic', 'on_path', 'relative_noise',
+    'shift_of',
 ]  # fmt: skip

@@ -31,6 +31,7 @@ class Steps:
     grid: str = 'logistic'  # key of TIME_GRIDS
     t_min: float = 0.001
     t_max: float = 0.999
+    shift: float = 1.0  # see shift_of
 
     def times(self, process: GaussianProcess, sampling_process: GaussianProcess, model_type: str) -> list[float]:
         """The times of `sampling_process` that the solver visits, decreasing; t_min and t_max are times of `process`.
@@ -48,7 +49,7 @@ class Steps:
             ends = sampling_process.time_of_log_snr(process.log_snr(torch.tensor(ends, dtype=torch.float64))).tolist()
             check_ends(sampling_process, 'v', ends[:seen], ('velocity',))
         n = self.nfe // method.nfe if self.nfe and method.nfe else self.num
-        _, grids = method.for_steps(n)
+        _, grids = method.for_steps(n, self.shift)
         return grids[self.grid](sampling_process, ends[0], ends[1], n).tolist()
 
     def start(self, process: GaussianProcess, model_type: str) -> float:

@@ -28,13 +28,24 @@ def logistic(centre: float, scale: float) -> Variable:
     )
 
 
+CENTRE, SCALE = 0.6, 1.1  # of the grid logistic
 GRID_VARIABLES: dict[str, Variable] = {
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
     'cosine': (lambda ratio, std: -ratio.atan(), lambda u, std: (-u).tan()),  # equal angles
     # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
-    'logistic': logistic(centre=0.6, scale=1.1),
+    'logistic': logistic(CENTRE, SCALE),
 }
+LARGEST_SHIFT = 8.0  # of 64 x 64 pixels; fine detail needs small steps near the data in pictures of any size
+
+
+def shift_of(shape: tuple[int, ...]) -> float:
+    """The factor of sigma / alpha by which the grid logistic is shifted for items (C, ...) of this shape.
+
+    In a picture of k times the side, noise averages out over k x k pixels, so the same shapes form at k times the noise
+    (Esser et al. 2024, eq. 23). The grid was chosen on points and on 8 x 8 pixels; for these, k is 1.
+    """
+    return min(max(1.0, math.sqrt(math.prod(shape[1:]) / 64)), LARGEST_SHIFT)
 
 
 def equal_steps(
@@ -53,11 +64,6 @@ def equal_steps(
         )
     inner = inverse(torch.linspace(first, last, n + 1, dtype=torch.float64)[1:-1], process.sigma_data)
     return torch.cat([ends[:1], process.time_of_log_snr(-2 * inner.log()), ends[1:]])
-
-
-def logistic_few(process: GaussianProcess, t_max: float, t_min: float, n: int) -> Tensor:
-    """The grid logistic for about ten steps or fewer: the fewer the steps, the more noise at its centre."""
-    return equal_steps('logistic', process, t_max, t_min, n, logistic(centre=1.64 - 0.08 * n, scale=1.2))
 
 
 TimeGrid = Callable[[GaussianProcess, float, float, int], Tensor]
@@ -84,14 +90,16 @@ class Solver:
     few_steps: int = 10  # with so few, extrapolation by polynomials is unreliable
     reads: str = ''  # part of a prediction that steps use: velocity or x0; '': unknown, so paths start at t_max
 
-    def for_steps(self, n: int) -> tuple[StepFn, Mapping[str, TimeGrid]]:
-        """The step and the table of time grids for a path of n steps.
+    def for_steps(self, n: int, shift: float = 1.0) -> tuple[StepFn, Mapping[str, TimeGrid]]:
+        """The step and the table of time grids for a path of n steps. `shift`: see shift_of.
 
-        A solver that has its own step for `few` steps then takes them at more noise on the grid logistic.
+        A solver that has its own step for `few` steps takes them at more noise on the grid logistic.
         """
-        if self.few is None or n > self.few_steps:
+        few = self.few if n <= self.few_steps else None
+        if few is None and shift == 1:
             return self.step, TIME_GRIDS
-        return self.few, TIME_GRIDS | {'logistic': logistic_few}
+        variable = logistic(shift * CENTRE, SCALE) if few is None else logistic(shift * (1.64 - 0.08 * n), 1.2)
+        return few or self.step, TIME_GRIDS | {'logistic': partial(equal_steps, 'logistic', variable=variable)}
 
 
 # Song et al. 2021a, eq. 12 with sigma = 0, for any process

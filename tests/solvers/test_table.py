@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from config import SettingError
-from processes import PROCESSES, GaussianProcess
+from prediction import optimal_denoiser
+from processes import PROCESSES, GaussianProcess, RectifiedFlow
 from sampling import sample
-from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Multistep
+from solvers import LAST_STEPS, SDE_NOISES, SOLVERS, TIME_GRIDS, Multistep, equal_steps, logistic, shift_of
 from tests.oracle import F64, RING, at, base_noise, exact_predict, process_named, random_mixture
 from tests.solvers.each import each_process
 
@@ -269,6 +270,55 @@ def test_grid_has_equal_steps(time_grid, process_name):
     times = TIME_GRIDS[time_grid](process, 0.95, 0.02, 30)
     steps = EQUAL[time_grid](process.sigma(times) / process.alpha(times)).diff()
     torch.testing.assert_close(steps, steps.mean().expand(30), rtol=1e-6, atol=0)
+
+
+@each_process
+@pytest.mark.parametrize('solver', ['dpmpp_2m', 'unipc'])
+def test_a_larger_picture_is_sampled_as_the_smaller_one(solver, process_name):
+    """Pictures of four times the side, each pixel repeated, are the small pictures with noise of a quarter: the means
+    over 4 x 4 pixels of samples on the grid logistic are the samples of the small pictures, at a quarter of the noise.
+    """
+    process, rng = process_named(process_name), torch.Generator().manual_seed(0)
+    small = torch.rand(12, 1, 8, 8, generator=rng, dtype=F64) * 2 - 1
+    large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    noise = torch.randn(20, 1, 32, 32, generator=rng, dtype=F64)
+    means = functools.partial(torch.nn.functional.avg_pool2d, kernel_size=4)
+
+    def draw(data, x1, t_max, t_min):
+        denoise = optimal_denoiser(data)
+        model_fn = lambda x, t, label: denoise(x, process(t), label)  # noqa: E731
+        settings = dict(model_type='x0', solver=solver, num_steps=12, t_max=t_max, t_min=t_min)
+        x = sample(model_fn, process, x1, **settings)
+        return x / process.alpha(torch.tensor(t_min, dtype=F64))
+
+    ratios = torch.tensor([[15.0, 0.03], [60.0, 0.12]], dtype=F64)  # sigma / alpha at the ends
+    ends, further = process.time_of_log_snr(-2 * ratios.log()).tolist()
+    found, expected = means(draw(large, noise, *further)), draw(small, 4 * means(noise), *ends)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'shift'),
+    [
+        ((2,), 1),
+        ((3, 4, 4), 1),
+        ((1, 8, 8), 1),
+        ((1, 28, 28), 3.5),
+        ((3, 32, 32), 4),
+        ((2, 1024), 4),
+        ((1, 16, 16, 4), 4),
+        ((3, 256, 256), 8),
+    ],
+)
+def test_the_shift_is_the_ratio_of_the_sides(shape, shift):
+    assert shift_of(shape) == shift
+    model_fn = lambda x, t, label: seen.append(t[0].item()) or x  # noqa: E731
+    for solver in ('dpmpp_2m', 'adams'):  # adams has a grid of its own in 5 steps
+        seen: list[float] = []
+        sample(model_fn, RectifiedFlow(), torch.zeros(1, *shape), solver=solver, num_steps=5, model_type='x0')
+        variable = logistic(shift * (1.24 if solver == 'adams' else 0.6), 1.2 if solver == 'adams' else 1.1)
+        times = equal_steps('logistic', RectifiedFlow(), 0.999, 0.001, 5, variable)
+        assert seen == pytest.approx(times[:-1].tolist(), rel=1e-6)
 
 
 def test_edm_grid_is_the_published_one():
