@@ -28,7 +28,7 @@ def logistic(centre: float, scale: float) -> Variable:
     )
 
 
-CENTRE, SCALE = 0.6, 1.1  # of the grid logistic
+CENTRE, SCALE = 0.6, 1.1  # the grid logistic, for points
 GRID_VARIABLES: dict[str, Variable] = {
     'log_snr': (lambda ratio, std: -ratio.log(), lambda u, std: (-u).exp()),  # Lu et al. 2022, section 3.3
     'edm': (lambda ratio, std: -(ratio ** (1 / 7)), lambda u, std: (-u) ** 7),  # Karras et al. 2022, eq. 5, rho = 7
@@ -36,7 +36,7 @@ GRID_VARIABLES: dict[str, Variable] = {
     # dense where images form, between what `uniform` is for rf (scale 1) and log_snr (scale infinite)
     'logistic': logistic(CENTRE, SCALE),
 }
-LARGEST_SHIFT = 8.0  # of 64 x 64 pixels; fine detail needs small steps near the data in pictures of any size
+LARGEST_SHIFT = 8.0  # 64 x 64 pixels; fine detail needs small steps near the data in pictures of any size
 
 
 def shift_of(shape: tuple[int, ...]) -> float:

@@ -691,10 +691,10 @@ def test_samples_cost_no_more_evaluations_than_allowed(build, name, class_name, 
 
 def test_walkers_take_no_more_steps_than_allowed(build, monkeypatch):
     trainer, module = build('nets', sample_nfe=3, num_sample_steps=100)
-    times = []
+    times, inputs = [], trainer.sample_inputs(4)  # which walk, too
     fake = lambda energy, drift, x, t, noise: (times.append(len(t)), (None, torch.zeros(len(x))))[1]  # noqa: E731
     monkeypatch.setattr(module, 'walk', fake)
-    trainer.sample_metrics(None, trainer.sample_inputs(4))
+    trainer.sample_metrics(None, inputs)
     assert set(times) == {4}
 
 
