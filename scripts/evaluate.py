@@ -18,7 +18,7 @@ from config import SettingError, choose
 from reports import page
 from runtime import alive, command, files
 
-METRICS_VERSION = 2  # increase it when a metric is computed differently: results of other versions are not reused
+METRICS_VERSION = 3  # increase it when samples or metrics are computed differently: then old results are not reused
 
 if TYPE_CHECKING:  # so that `--help` need not wait for torch
     from evaluation.detectors import Detector
