@@ -42,8 +42,8 @@ LARGEST_SHIFT = 8.0  # 64 x 64 pixels; fine detail needs small steps near the da
 def shift_of(shape: tuple[int, ...]) -> float:
     """The factor of sigma / alpha by which the grid logistic is shifted for items (C, ...) of this shape.
 
-    In a picture of k times the side, noise averages out over k x k pixels, so the same shapes form at k times the noise
-    (Esser et al. 2024, eq. 23). The grid was chosen on points and on 8 x 8 pixels; for these, k is 1.
+    With k^2 times as many places (pixels, voxels), noise averages out over k^2 of them, so shapes form at k times the
+    noise (Esser et al. 2024, eq. 23). The grid was chosen on points and on 8 x 8 pixels; for these, k is 1.
     """
     return min(max(1.0, math.sqrt(math.prod(shape[1:]) / 64)), LARGEST_SHIFT)
 

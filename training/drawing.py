@@ -204,7 +204,8 @@ class Drawing:
         seen: list[tuple[float, Tensor]] = []
 
         def watch(i: int, t: float, x: Tensor) -> None:
-            stages.extend([[]] if i == 1 else [])
+            if i == 1 or not stages:
+                stages.append([])
             stages[-1].append((t, x.clone()))
 
         predicted = lambda t, prediction: seen.append((t, prediction.x0))  # noqa: E731
